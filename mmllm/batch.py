@@ -1,0 +1,85 @@
+"""The typed contracts in which data, model, training and inference meet. Imports torch only.
+
+Shapes: B sequences, T positions, K codebooks, N images, S slots an image or a clip, C clips,
+F frames a clip, L target tokens a clip, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position that is no target (`torch.nn.functional.cross_entropy`'s default)."""
+
+
+class Modality(IntEnum):
+    """What a position holds; also the key under which losses and expert load are reported."""
+
+    TEXT = 0
+    IMAGE = 1
+    AUDIO = 2
+    """An input-only `<|audio|>` slot: several pooled frames of a clip that is heard."""
+    UNITS = 3
+    """A frame of units that is (or was) predicted: speech that is spoken."""
+
+
+@dataclass
+class PackedBatch:
+    """B packed sequences of T positions, with the images and sounds that they hold.
+
+    Every document's positions are contiguous, attend only to each other, and restart at zero.
+    Nothing here is padded to a dense T x T mask: boundaries travel as `document_ids_BT`.
+    """
+
+    token_ids_BT: Tensor
+    """int64. At a frame of units: the id of codebook 0's unit. At slots: `<|image|>`, `<|audio|>`."""
+    labels_BT: Tensor
+    """int64, already shifted: `labels[b, t]` is the target of `logits[b, t]`; `IGNORE` where none."""
+    positions_BT: Tensor
+    """int64, restarts at 0 with each document; 0 in padding."""
+    document_ids_BT: Tensor
+    """int64, ascending from 0 within a sequence; -1 for padding."""
+    modality_BT: Tensor
+    """int64, a `Modality`."""
+    source_BT: Tensor
+    """int64, index of the recipe's source; -1 for padding."""
+    audio_codes_BTK: Tensor
+    """int64, the frame's codes after the codebook pattern (filler = codebook size); -1: no sound here."""
+    audio_labels_BTK: Tensor
+    """int64, already shifted like `labels_BT`: targets of all K codebooks (column 0 repeats, as a
+    code, what `labels_BT` holds as a token id); `IGNORE` where none and at fillers."""
+    images_NCHW: Tensor
+    """uint8 [N, 3, H, W], transformed to the tower's input size; N may be 0."""
+    image_slots_NS: Tensor
+    """int64 flat indices into B·T of each image's S slots."""
+    clip_codes_CFK: Tensor
+    """int64 codes of the sounds that are heard, unpatterned; -1 pads short clips; C may be 0."""
+    clip_slots_CS: Tensor
+    """int64 flat indices into B·T of each clip's slots, S = ceil(F / pool); -1 pads."""
+    clip_targets_CL: Tensor
+    """int64 token ids spoken in the clip, for the auxiliary CTC loss; -1 pads; all -1: unknown."""
+    state: dict[str, Any] = field(default_factory=dict)
+    """The plan's state *after* this batch: what resuming needs. Small and JSON-serialisable."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The batch with every tensor on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        """The batch in pinned memory; `torch.utils.data.DataLoader` calls this by name."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function) -> PackedBatch:  # noqa: ANN001
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return PackedBatch(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+    @property
+    def num_targets(self) -> int:
+        """How many positions are targets."""
+        return int((self.labels_BT != IGNORE).sum())
