@@ -75,7 +75,7 @@ class PackedBatch:
         """The batch in pinned memory; `torch.utils.data.DataLoader` calls this by name."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, function) -> PackedBatch:  # noqa: ANN001
+    def _map(self, function) -> PackedBatch:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return PackedBatch(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
 

@@ -1,0 +1,333 @@
+"""The options of every command but `fit` and its siblings, and what each prints.
+
+Nothing heavy is imported before a command runs, so that `mmllm --help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+Run = Callable[[argparse.Namespace], Iterable[str]]
+"""Runs a command and gives the lines to print."""
+
+TASKS = ("caption", "transcribe", "speak", "text", "interleaved")
+
+
+def add_commands(commands: Any) -> None:
+    """Adds all commands to the subparsers of `mmllm`."""
+    _add_data(_group(commands, "data", "manifests to shards, indices, and what a recipe draws from them"))
+    _add_tokenizer(_group(commands, "tokenizer", "train the text tokenizer, put a tokenizer folder together"))
+    _add_inference(commands)
+    _add_eval(commands)
+    _add_interop(commands)
+    _add_configs(_group(commands, "configs", "list and copy the configs that are shipped"))
+    _add_quickstart(commands)
+
+
+def _group(commands: Any, name: str, help_text: str) -> Any:
+    parser = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
+    return parser.add_subparsers(metavar="ACTION", dest="action", required=True, parser_class=type(parser))
+
+
+def _command(commands: Any, name: str, help_text: str, run: Run) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _as_json(values: Any) -> list[str]:
+    return [json.dumps(values, indent=2, ensure_ascii=False, default=str)]
+
+
+# --- data and tokenizers --------------------------------------------------------------------------------------
+
+
+def _add_data(actions: Any) -> None:
+    def build(args: argparse.Namespace) -> Iterable[str]:
+        from mmllm.data import commands
+
+        return _as_json(
+            commands.build(
+                args.manifest, args.out, args.tokenizer, args.perturb, args.holdout, args.part, args.samples_per_shard,
+                args.max_seconds, args.max_image_side, args.max_bad_fraction, args.seed,
+            )  # fmt: skip
+        )
+
+    parser = _command(actions, "build", "manifests to shards", build)
+    parser.add_argument("manifest", nargs="+", help="JSONL manifests; kinds may be mixed")
+    parser.add_argument("--out", required=True, help="folder of the shards")
+    parser.add_argument("--tokenizer", help="tokenizer folder; stores each sound's codes with it")
+    parser.add_argument("--perturb", type=int, default=0, help="altered copies of each sound row")
+    parser.add_argument("--holdout", metavar="KEY=VALUE", help="rows that are held out: KEY=VALUE or a fraction")
+    parser.add_argument("--part", choices=("train", "heldout"), default="train", help="which of them to write")
+    parser.add_argument("--samples_per_shard", type=int, default=10_000)
+    parser.add_argument("--max_seconds", type=float, default=60.0, help="longer sounds are skipped and named")
+    parser.add_argument("--max_image_side", type=int, default=1024, help="larger pictures are scaled down")
+    parser.add_argument("--max_bad_fraction", type=float, default=0.05, help="more unusable rows are an error")
+    parser.add_argument("--seed", type=int, default=0)
+
+    def split(args: argparse.Namespace) -> Iterable[str]:
+        from mmllm.data.split import split as split_manifests
+
+        return _as_json(split_manifests(args.manifest, args.out, args.test, args.holdout, args.num_val, seed=args.seed))
+
+    parser = _command(actions, "split", "manifests for training, looking and testing", split)
+    parser.add_argument("manifest", nargs="+", help="JSONL manifests to train on; kinds may be mixed")
+    parser.add_argument("--out", required=True, help="folder of the new manifests")
+    parser.add_argument("--test", action="append", default=[], help="manifest of held-out rows; may be repeated")
+    parser.add_argument("--holdout", metavar="KEY=VALUE", help="rows to hold out: KEY=VALUE or a fraction")
+    parser.add_argument("--num_val", type=int, default=16, help="rows of each kind to look at during training")
+    parser.add_argument("--seed", type=int, default=0)
+
+    def index(args: argparse.Namespace) -> Iterable[str]:
+        from mmllm.data import commands
+
+        return _as_json(commands.index(args.shards, args.tokenizer))
+
+    parser = _command(actions, "index", "write the index beside each shard", index)
+    parser.add_argument("shards", nargs="+", help="paths, globs, brace ranges or folders")
+    parser.add_argument("--tokenizer", required=True, help="tokenizer folder whose tokens are counted")
+
+    def verify(args: argparse.Namespace) -> Iterable[str]:
+        from mmllm.data import commands
+
+        found = commands.verify(args.shards, args.tokenizer)
+        if found["broken"]:
+            raise ValueError(f"{found['broken']} of {found['documents']} samples are broken: {'; '.join(found['errors'])}")
+        return _as_json(found)
+
+    parser = _command(actions, "verify", "read, decode and tokenise every sample", verify)
+    parser.add_argument("shards", nargs="+", help="paths, globs, brace ranges or folders")
+    parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
+
+    def stats(args: argparse.Namespace) -> Iterable[str]:
+        from mmllm.data import commands
+
+        return _as_json(commands.stats(args.recipe, args.steps, args.batch_size))
+
+    parser = _command(actions, "stats", "the realised mixture of a recipe's first steps", stats)
+    parser.add_argument("recipe", help="YAML")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences a step")
+
+    def show(args: argparse.Namespace) -> Iterable[str]:
+        from mmllm.data import commands
+
+        return _as_json(
+            commands.show(args.recipe, args.step, args.batch_size, args.text, args.world_size, args.num_workers)
+        )
+
+    parser = _command(actions, "show", "exactly what a step holds", show)
+    parser.add_argument("recipe", help="YAML")
+    parser.add_argument("--step", type=int, default=0, help="from 0")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences a step")
+    parser.add_argument("--text", action="store_true", help="also the text of each sequence")
+    parser.add_argument("--world_size", type=int, default=1)
+    parser.add_argument("--num_workers", type=int, default=0)
+
+
+def _add_tokenizer(actions: Any) -> None:
+    def train_text(args: argparse.Namespace) -> Iterable[str]:
+        from mmllm.training import tokenizer_commands
+
+        config = _tokenizer_config(args)
+        return _as_json(tokenizer_commands.train_text(args.inputs, args.out, args.vocab_size, args.codec, config))
+
+    parser = _command(actions, "train-text", "byte-level BPE from text, as a tokenizer folder", train_text)
+    parser.add_argument("inputs", nargs="+", help="manifests (.jsonl), recipes (.yaml) or shards")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="ids at most, special tokens and bytes included")
+    _add_tokenizer_options(parser)
+
+    def assemble(args: argparse.Namespace) -> Iterable[str]:
+        from mmllm.training import tokenizer_commands
+
+        return _as_json(tokenizer_commands.assemble(args.out, args.text, args.codec, _tokenizer_config(args)))
+
+    parser = _command(actions, "assemble", "a tokenizer folder from text tokens and a codec", assemble)
+    parser.add_argument("--text", required=True, help="tokenizer.json, or the folder that holds it")
+    _add_tokenizer_options(parser)
+
+
+def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, help="tokenizer folder")
+    parser.add_argument("--codec", help="folder of an audio tokenizer; without it there is no sound")
+    parser.add_argument("--image_tokens", type=int, default=16, help="slots an image")
+    parser.add_argument("--image_size", type=int, default=64, help="pixels, both sides")
+    parser.add_argument("--audio_pool", type=int, default=2, help="frames an <|audio|> slot")
+    parser.add_argument("--pattern", choices=("parallel", "delay", "flatten"), default="delay")
+    parser.add_argument("--num_codebooks", type=int, default=0, help="codebooks in use; 0: all that the codec has")
+
+
+def _tokenizer_config(args: argparse.Namespace) -> Any:
+    from mmllm_tokenizers.folder import TokenizerConfig
+
+    names = ("image_tokens", "image_size", "audio_pool", "pattern", "num_codebooks")
+    return TokenizerConfig(**{name: getattr(args, name) for name in names})
+
+
+# --- inference, evaluation, interop -------------------------------------------------------------------------------
+
+
+def _add_eval(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> Iterable[str]:
+        from mmllm.evaluation import commands as evaluation
+
+        result = evaluation.run_eval(
+            args.model, args.task, args.manifest, args.json, args.limit, args.batch_size, args.seed, args.media,
+            device=args.device,
+        )  # fmt: skip
+        return evaluation.score_lines(result)
+
+    parser = _command(commands, "eval", "scores on held-out rows, with intervals and the blind baseline", run)
+    parser.add_argument("--model", required=True, metavar="DIR", help="model folder")
+    parser.add_argument("--task", required=True, choices=TASKS)
+    parser.add_argument("--manifest", required=True, metavar="FILE", help="JSONL of held-out rows")
+    parser.add_argument("--json", metavar="OUT", help="where scores and predictions go")
+    parser.add_argument("--limit", type=int, help="at most so many rows, drawn at random")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--media", metavar="DIR", help="folder for what is spoken")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_interop(commands: Any) -> None:
+    def export(args: argparse.Namespace) -> Iterable[str]:
+        from mmllm.training import interop_commands
+
+        return [interop_commands.export(args.model, args.out)]
+
+    parser = _command(commands, "export", "a model's decoder as a transformers checkpoint", export)
+    parser.add_argument("--model", required=True, metavar="DIR", help="model folder")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the checkpoint goes")
+
+    def import_(args: argparse.Namespace) -> Iterable[str]:
+        from mmllm.training import interop_commands
+
+        return [interop_commands.import_decoder(args.source, args.out)]
+
+    parser = _command(commands, "import", "a transformers checkpoint as a decoder to train from", import_)
+    parser.add_argument("source", help="folder of a Mixtral or Qwen3-MoE checkpoint")
+    parser.add_argument("--out", required=True, metavar="DIR", help="for DecoderModule's `init_from`")
+
+
+def _add_inference(commands: Any) -> None:
+    def caption(args: argparse.Namespace) -> Iterable[str]:
+        from mmllm.inference import commands as inference
+
+        return inference.caption(args.model, args.images, **_sampling(args))
+
+    parser = _command(commands, "caption", "say what is in pictures", caption)
+    parser.add_argument("images", nargs="+", help="image files")
+    _add_sampling(parser)
+
+    def transcribe(args: argparse.Namespace) -> Iterable[str]:
+        from mmllm.inference import commands as inference
+
+        return inference.transcribe(args.model, args.sounds, **_sampling(args))
+
+    parser = _command(commands, "transcribe", "write down what is said in recordings", transcribe)
+    parser.add_argument("sounds", nargs="+", help="sound files")
+    _add_sampling(parser)
+
+    def speak(args: argparse.Namespace) -> Iterable[str]:
+        from mmllm.inference import commands as inference
+
+        settings = _sampling(args)
+        del settings["max_new_tokens"]
+        return [inference.speak(args.model, args.text, args.out, args.voice, args.max_seconds, **settings)]
+
+    parser = _command(commands, "speak", "say a text", speak)
+    parser.add_argument("text")
+    parser.add_argument("--out", required=True, metavar="WAV", help="the file to write, .wav or .flac")
+    parser.add_argument("--voice", help="a speaker of the training data")
+    parser.add_argument("--max_seconds", type=float, help="at most so long")
+    _add_sampling(parser)
+
+    def generate(args: argparse.Namespace) -> Iterable[str]:
+        from mmllm.inference import commands as inference
+
+        return [inference.generate(args.model, args.parts, args.image, args.audio, **_sampling(args))]
+
+    parser = _command(commands, "generate", "continue any order of text, pictures and sounds", generate)
+    parser.add_argument("parts", nargs="+", help="text, and files that are told by their suffix")
+    parser.add_argument("--image", action="append", help="fills an <|image|> slot of the text; may be repeated")
+    parser.add_argument("--audio", action="append", help="fills an <|audio|> slot of the text; may be repeated")
+    _add_sampling(parser)
+
+    def chat(args: argparse.Namespace) -> Iterable[str]:
+        from mmllm.inference import commands as inference
+
+        return [inference.chat(args.model, args.parts, args.system, **_sampling(args))]
+
+    parser = _command(commands, "chat", "answer a message of text, pictures and sounds", chat)
+    parser.add_argument("parts", nargs="+", help="text, and files that are told by their suffix")
+    parser.add_argument("--system", help="text before the conversation")
+    _add_sampling(parser)
+
+
+_SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "device")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="model folder")
+    parser.add_argument("--max_new_tokens", type=int, help="at most so many tokens")
+    parser.add_argument("--temperature", type=float, help="0 takes the most probable")
+    parser.add_argument("--top_k", type=int, help="draw among so many")
+    parser.add_argument("--top_p", type=float, help="draw among the fewest of this probability")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same output")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in _SAMPLING if hasattr(args, name)}
+
+
+# --- configs and quickstart ---------------------------------------------------------------------------------------
+
+
+def _add_configs(actions: Any) -> None:
+    def list_all(_: argparse.Namespace) -> Iterable[str]:
+        from mmllm import paths
+
+        return paths.list_configs()
+
+    def copy(args: argparse.Namespace) -> Iterable[str]:
+        from mmllm import paths
+
+        return [str(paths.copy_config(args.name, args.destination))]
+
+    _command(actions, "ls", "names of all", list_all)
+    parser = _command(actions, "cp", "copy one", copy)
+    parser.add_argument("name", help="as `mmllm configs ls` shows it")
+    parser.add_argument("destination", nargs="?", default=".", help="file or folder; by default here")
+
+
+def _add_quickstart(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> Iterable[str]:
+        from mmllm.cli import main
+        from mmllm.quickstart.run import quickstart
+
+        quickstart(main, args.out, args.train, args.test, args.holdout, args.minutes, args.seed, args.max_steps)
+        return []
+
+    def demo_data(args: argparse.Namespace) -> Iterable[str]:
+        from mmllm.quickstart.demo_data import DemoSizes, make_demo_data
+
+        return _as_json(make_demo_data(args.out, args.seed, DemoSizes().scaled(args.share)))
+
+    parser = _command(commands, "demo-data", "the scenes, speech, documents and prose of the demo", demo_data)
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the manifests go")
+    parser.add_argument("--share", type=float, default=1.0, help="of the demo's rows")
+    parser.add_argument("--seed", type=int, default=0)
+
+    parser = _command(commands, "quickstart", "the whole way on one machine, from data to report", run)
+    parser.add_argument("--train", action="append", default=[], metavar="MANIFEST", help="your own data; may be repeated")
+    parser.add_argument("--test", action="append", default=[], metavar="MANIFEST", help="may be repeated")
+    parser.add_argument("--holdout", metavar="KEY=VALUE", help="rows to hold out where there is no --test")
+    parser.add_argument("--minutes", type=float, metavar="N", help="wall time at most, evaluation included")
+    parser.add_argument("--max_steps", type=int, metavar="N", help="steps of each training at most")
+    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where everything goes")

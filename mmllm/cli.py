@@ -1,0 +1,170 @@
+"""The command line. Each command's code is imported when it is run; only this file prints.
+
+Exit codes: 0 done, 1 a fault of ours, 2 something in the user's hands (bad input, key or file), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+from mmllm.arguments import add_commands
+
+LIGHTNING = {
+    "fit": "train a codec, a CLIP tower or a decoder: -c FILE",
+    "validate": "validation losses of a checkpoint: -c FILE --ckpt_path CKPT",
+    "test": "test losses of a checkpoint: -c FILE --ckpt_path CKPT",
+    "predict": "run a module's predict step: -c FILE --ckpt_path CKPT",
+}
+
+class _Parser(argparse.ArgumentParser):
+    """Raises ValueError on bad usage instead of leaving the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see `{self.prog} --help`")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the command and its options; None: the process's own.
+
+    Returns:
+        The exit code. Nothing is raised and the process is not left, so that a program can call this many times.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    is_debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        with _restored_signals():
+            return _run(arguments)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except SystemExit as leaving:
+        return _exit_code(leaving)
+    except Exception as error:
+        if is_debug:
+            raise
+        if _is_users(error):
+            return _complain(_said(error), 2)
+        return _complain(f"{type(error).__name__}: {_said(error)} (a fault in mmllm; --debug shows where)", 1)
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments and arguments[0] in LIGHTNING:
+        return _lightning(arguments)
+    parser = _parser()
+    parsed = parser.parse_args([_underscored(argument) for argument in arguments])
+    if not hasattr(parsed, "run"):
+        parser.print_help()
+        return 0
+    for line in parsed.run(parsed):
+        print(line)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mmllm",
+        description="Train, measure and run one model that sees, hears, reads and speaks.",
+        epilog="--debug after any command shows where an error comes from.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"mmllm {_version()}")
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+    for name, help_text in LIGHTNING.items():
+        commands.add_parser(name, help=help_text, allow_abbrev=False)
+    add_commands(commands)
+    return parser
+
+
+def _underscored(argument: str) -> str:
+    """`--max-steps` is taken for `--max_steps`."""
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def _lightning(arguments: list[str]) -> int:
+    if any(argument in ("-h", "--help") for argument in arguments) or len(arguments) == 1:
+        print(_LIGHTNING_HELP.format(command=arguments[0]))
+        return 0 if len(arguments) > 1 else _complain(f"{arguments[0]} needs -c FILE", 2)
+    from mmllm.training.lightning_cli import run_lightning
+
+    run_lightning(arguments)
+    return 0
+
+
+_LIGHTNING_HELP = """usage: mmllm {command} -c FILE [--ckpt_path last|FILE] [--KEY VALUE ...]
+
+Runs a LightningCLI config: YAML with `model`, `data` and `trainer`. Any key can be set on the command line:
+  mmllm {command} -c configs/quickstart/decoder.yaml --trainer.max_steps 100 --model.init_args.optimiser.lr 3e-4
+  mmllm {command} -c FILE --print_config          the whole config with all defaults
+`mmllm configs ls` lists the configs that are shipped, `mmllm configs cp NAME FILE` copies one."""
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("mmllm")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether an error is in the user's hands."""
+    if isinstance(error, (ValueError, OSError, ModuleNotFoundError)):
+        return True
+    return type(error).__name__ in ("MisconfigurationException", "ArgumentError")
+
+
+def _said(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def _complain(message: str, code: int) -> int:
+    sys.stdout.flush()
+    print(f"mmllm: {'error: ' if code in (1, 2) else ''}{message}", file=sys.stderr)
+    return code
+
+
+def _exit_code(leaving: SystemExit) -> int:
+    if isinstance(leaving.code, str):
+        return _complain(leaving.code, 1)
+    interrupted = isinstance(leaving.__context__, KeyboardInterrupt)
+    return 130 if interrupted else int(leaving.code or 0)
+
+
+@contextlib.contextmanager
+def _restored_signals() -> Iterator[None]:
+    """Lightning installs handlers of its own, and ignores SIGINT after one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    before: list[Any] = [signal.getsignal(number) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def run_process(function: Callable[[], int] = main) -> NoReturn:
+    """The process's entry point: logs to stderr, exit code from `main`."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    sys.exit(function())
+
+
+if __name__ == "__main__":
+    run_process()

@@ -1,0 +1,458 @@
+"""A sample and a task to the tokens of one document: the templates, the slots, the targets.
+
+Training and inference both come through here, so a prompt is written the same way in both.
+
+Shapes: T tokens, K codebooks, F frames, P frames after the codebook pattern, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmllm.batch import Modality
+from mmllm.data.decode import ImageInput, ImageTransform
+from mmllm_tokenizers.audio import load_audio
+from mmllm_tokenizers.folder import TokenizerFolder
+from mmllm_tokenizers.text import TextTokenizer
+from mmllm_tokenizers.vocab import AUDIO, IMAGE
+
+AudioInput = Any
+"""A path, bytes, a waveform at the codec's rate, `(waveform, sample_rate)`, or int64 codes `[K, F]`."""
+
+VOICE_DROP = 5
+"""The voice is left out of one `speak` document in this many, so that speaking works without one."""
+
+KIND_TASKS = {
+    "caption": ("caption",),
+    "interleaved": ("interleaved", "question"),
+    "text": ("text",),
+    "audio": ("transcribe", "speak"),
+}
+"""The tasks that each kind of source can be written as."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of an interleaved document: one of text, a picture, or a sound."""
+
+    text: str | None = None
+    image: ImageInput | None = None
+    audio: AudioInput = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row with its files in memory; what `build_document` reads."""
+
+    key: str
+    text: str | None = None
+    image: ImageInput | None = None
+    audio: AudioInput = None
+    codes_KF: np.ndarray | None = None
+    """Codes of `audio` stored with it; they stand in for encoding it."""
+    segments: tuple[Segment, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """The row's other keys; `speaker` is the voice, `question` and `answer` end an interleaved row."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A sound that is heard: codes, unpatterned, and where its slots start."""
+
+    start: int
+    codes_FK: np.ndarray
+    num_slots: int
+    target_ids: tuple[int, ...] = ()
+    """Token ids of what is said, where known (for the CTC loss)."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is seen, and where its slots start."""
+
+    start: int
+    pixels_3HW: np.ndarray
+    num_slots: int
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document or prompt: T tokens and what hangs on them. Labels are shifted when packed."""
+
+    token_ids_T: np.ndarray
+    """int64. At a frame of units, codebook 0's id (its filler's id at the delay's tail)."""
+    targets_T: np.ndarray
+    """bool: this token is to be predicted (from the position before it)."""
+    modality_T: np.ndarray
+    """int64, a `Modality`."""
+    codes_TK: np.ndarray
+    """int64: the frame's patterned codes (filler = codebook size), -1 where there are no units."""
+    images: tuple[Picture, ...] = ()
+    clips: tuple[Clip, ...] = ()
+    filler: int = 0
+    """The filler's code, which is never an audio label."""
+    has_units: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.token_ids_T)
+
+    @property
+    def num_bytes(self) -> int:
+        """About how much memory it takes."""
+        arrays = [self.token_ids_T, self.targets_T, self.modality_T, self.codes_TK]
+        arrays += [picture.pixels_3HW for picture in self.images] + [clip.codes_FK for clip in self.clips]
+        return 500 + sum(array.nbytes for array in arrays)
+
+    def part(self, start: int, stop: int) -> Document:
+        """Tokens `[start, stop)` of a document that has neither pictures nor clips."""
+        assert not self.images and not self.clips, "only documents without slots are split"
+        here = slice(start, stop)
+        columns = self.token_ids_T[here], self.targets_T[here], self.modality_T[here], self.codes_TK[here]
+        return Document(*columns, filler=self.filler)
+
+
+class DocumentWriter:
+    """Appends text, slots and units, and gives the `Document`."""
+
+    def __init__(self, folder: TokenizerFolder) -> None:
+        self._folder = folder
+        self._ids: list[int] = []
+        self._targets: list[bool] = []
+        self._modality: list[int] = []
+        self._units: list[tuple[int, np.ndarray]] = []
+        self._images: list[Picture] = []
+        self._clips: list[Clip] = []
+
+    def ids(self, token_ids: Iterable[int], is_target: bool, modality: Modality = Modality.TEXT) -> None:
+        """Append tokens as they are."""
+        before = len(self._ids)
+        self._ids.extend(token_ids)
+        count = len(self._ids) - before
+        self._targets.extend([is_target] * count)
+        self._modality.extend([int(modality)] * count)
+
+    def image(self, pixels_3HW: np.ndarray) -> None:
+        """Append a picture's slots."""
+        count = self._folder.num_image_tokens
+        self._images.append(Picture(len(self._ids), pixels_3HW, count))
+        self.ids([self._folder.id(IMAGE)] * count, False, Modality.IMAGE)
+
+    def clip(self, codes_KF: np.ndarray, target_ids: Iterable[int] = ()) -> None:
+        """Append the slots of a sound that is heard."""
+        num_slots = self._folder.num_audio_slots(codes_KF.shape[1])
+        self._clips.append(Clip(len(self._ids), codes_KF.T.astype(np.int64), num_slots, tuple(target_ids)))
+        self.ids([self._folder.id(AUDIO)] * num_slots, False, Modality.AUDIO)
+
+    def units(self, codes_KF: np.ndarray, is_target: bool) -> None:
+        """Append frames of units under the folder's pattern."""
+        vocabulary = self._folder.vocabulary
+        codes_KP = pattern_codes(codes_KF, self._folder)
+        self._units.append((len(self._ids), codes_KP.T))
+        self.ids((codes_KP[0] + vocabulary.codebook_start(0)).tolist(), is_target, Modality.UNITS)
+
+    def finish(self) -> Document:
+        """The document so far."""
+        num_tokens = len(self._ids)
+        codes_TK = np.full((num_tokens, self._folder.vocabulary.num_codebooks), -1, dtype=np.int64)
+        for start, codes_PK in self._units:
+            codes_TK[start : start + len(codes_PK)] = codes_PK
+        return Document(
+            np.array(self._ids, dtype=np.int64),
+            np.array(self._targets, dtype=bool),
+            np.array(self._modality, dtype=np.int64),
+            codes_TK,
+            tuple(self._images),
+            tuple(self._clips),
+            self._folder.vocabulary.filler,
+            bool(self._units),
+        )
+
+
+def pattern_codes(codes_KF: np.ndarray, folder: TokenizerFolder) -> np.ndarray:
+    """Codes `[K, F]` as the frames `[K, P]` that are predicted, under the folder's pattern."""
+    codes = torch.as_tensor(np.ascontiguousarray(codes_KF), dtype=torch.int64)
+    return folder.apply_pattern(codes).numpy()
+
+
+def default_transform(folder: TokenizerFolder) -> ImageTransform:
+    """The image transform that a tokenizer folder implies."""
+    return ImageTransform(folder.image_size)
+
+
+def build_document(
+    sample: Sample, task: str, folder: TokenizerFolder, transform: ImageTransform | None = None
+) -> Document:
+    """The training document of one sample: the task's template, prompt and target.
+
+    Only the target's tokens are to be predicted: of `interleaved`, all text; of `speak`, the units and their end.
+
+    Args:
+        sample: The row; its pictures and sounds may be paths, bytes or arrays.
+        task: A key of the folder's templates.
+        folder: Tokenizers and templates.
+        transform: Pictures to pixels; by default what the folder implies.
+
+    Raises:
+        ValueError: The task is unknown, or the sample lacks what its template asks for, or can't be read.
+    """
+    writer = DocumentWriter(folder)
+    fields = _Fields(sample, task, folder, transform or default_transform(folder))
+    if task == "interleaved" and "question" in sample.metadata:
+        fields.render(writer, "{segments}<|question|>{question}<|answer|>{answer}<|end|>", True)
+        return writer.finish()
+    template = _template(task, folder)
+    fields.render(writer, template["prompt"], False)
+    fields.render(writer, template["target"], True)
+    return writer.finish()
+
+
+def build_prompt(
+    task: str,
+    folder: TokenizerFolder,
+    *,
+    text: str | None = None,
+    image: ImageInput | None = None,
+    audio: AudioInput = None,
+    segments: Sequence[Any] | None = None,
+    question: str | None = None,
+    voice: str | None = None,
+    transform: ImageTransform | None = None,
+) -> Document:
+    """The prompt of a task, ready to be continued: no targets, no end.
+
+    Args:
+        task: `caption`, `transcribe`, `speak`, `text`, `interleaved`, `question` or `chat`. `text` and
+            `interleaved` continue what is given (`text` starts at `<|text|>`).
+        folder: Tokenizers and templates.
+        text: The words to speak, or the text to continue.
+        image: The picture to caption.
+        audio: The sound to transcribe: a path, bytes, a waveform, `(waveform, rate)`, or codes `[K, F]`.
+        segments: `Segment`s, or dicts with one of the keys `text`, `image`, `audio`, or plain strings and
+            PIL pictures, in order.
+        question: For `question`, what is asked about the segments.
+        voice: For `speak`, the speaker.
+        transform: Pictures to pixels; by default what the folder implies.
+
+    Raises:
+        ValueError: Something the task needs is missing or cannot be read.
+    """
+    metadata = {key: value for key, value in (("speaker", voice), ("question", question)) if value is not None}
+    parts = tuple(as_segment(segment) for segment in segments or ())
+    sample = Sample("prompt", text, image, audio, None, parts, metadata)
+    fields = _Fields(sample, task, folder, transform or default_transform(folder), drops_voice=False)
+    writer = DocumentWriter(folder)
+    fields.render(writer, _template(task, folder)["prompt"], False)
+    if task == "interleaved":
+        fields.render(writer, "{segments}", False)
+    elif task == "text" and text:
+        fields.render(writer, "{text}", False)
+    return writer.finish()
+
+
+def as_segment(value: Any) -> Segment:
+    """A `Segment` from a dict with one key, a string (text), or a picture.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    match value:
+        case Segment():
+            return value
+        case str():
+            return Segment(text=value)
+        case {"text": text}:
+            return Segment(text=text)
+        case {"image": image}:
+            return Segment(image=image)
+        case {"audio": audio}:
+            return Segment(audio=audio)
+        case dict():
+            raise ValueError(f"a segment has the keys {sorted(value)}; give one of 'text', 'image' or 'audio'")
+    return Segment(image=value)
+
+
+def document_length(
+    task: str,
+    folder: TokenizerFolder,
+    *,
+    key: str = "",
+    text: str | None = None,
+    num_frames: int = 0,
+    segments: Sequence[str | int | None] = (),
+    metadata: dict[str, Any] | None = None,
+) -> int:
+    """Tokens that `build_document` will give, without a picture or a sound at hand.
+
+    Args:
+        task: A key of the folder's templates.
+        folder: Tokenizers and templates.
+        key: The sample's key (it decides whether the voice is dropped).
+        text: The sample's text.
+        num_frames: Frames of its sound.
+        segments: Of an interleaved sample, in order: text as `str`, a picture as `None`, a sound as its frames.
+        metadata: The row's other keys.
+    """
+    metadata = metadata or {}
+    if task == "interleaved" and "question" in metadata:
+        rendered = "{segments}<|question|>{question}<|answer|>{answer}<|end|>"
+    else:
+        template = _template(task, folder)
+        rendered = template["prompt"] + template["target"]
+    total = 0
+    for literal, name in _parse(rendered):
+        total += len(_literal_ids(folder.text, literal)) if literal else 0
+        match name:
+            case None:
+                pass
+            case "text":
+                total += len(folder.text.encode(text or ""))
+            case "image":
+                total += folder.num_image_tokens
+            case "audio":
+                total += folder.num_audio_slots(num_frames)
+            case "units":
+                total += folder.num_unit_positions(num_frames)
+            case "voice":
+                total += len(folder.text.encode(spoken_voice(key, metadata)))
+            case "segments":
+                total += sum(_segment_length(segment, folder) for segment in segments)
+            case _:
+                total += len(folder.text.encode(str(metadata.get(name, ""))))
+    return total
+
+
+def _segment_length(segment: str | int | None, folder: TokenizerFolder) -> int:
+    match segment:
+        case None:
+            return folder.num_image_tokens
+        case int():
+            return folder.num_audio_slots(segment)
+    return len(folder.text.encode(segment))
+
+
+def spoken_voice(key: str, metadata: dict[str, Any]) -> str:
+    """The voice as the `speak` template renders it: "" for one document in `VOICE_DROP`, by its key."""
+    if zlib.crc32(key.encode()) % VOICE_DROP == 0:
+        return ""
+    return str(metadata.get("speaker") or "")
+
+
+def encode_audio(audio: AudioInput, folder: TokenizerFolder, name: str = "audio") -> np.ndarray:
+    """Codes int64 `[K, F]` of a sound, with the folder's K codebooks; codes pass through.
+
+    Raises:
+        ValueError: The sound can't be read, or the folder has no audio tokenizer.
+    """
+    if isinstance(audio, torch.Tensor | np.ndarray) and not _is_float(audio):
+        codes_KF = np.asarray(audio)
+    else:
+        tokenizer = folder.require_audio()
+        source: Any = str(audio) if isinstance(audio, PathLike) else audio
+        wave_CT, rate = load_audio(source, tokenizer.sample_rate, name=None if isinstance(source, str) else name)
+        codes_KF = tokenizer.encode(wave_CT, rate).numpy()
+    if codes_KF.ndim != 2 or codes_KF.shape[0] < folder.num_codebooks:
+        raise ValueError(
+            f"{name}: codes have shape {codes_KF.shape}; the tokenizer needs {folder.num_codebooks} codebooks x frames"
+        )
+    return codes_KF[: folder.num_codebooks].astype(np.int64)
+
+
+def _is_float(array: torch.Tensor | np.ndarray) -> bool:
+    return array.dtype.kind == "f" if isinstance(array, np.ndarray) else array.is_floating_point()
+
+
+def _template(task: str, folder: TokenizerFolder) -> dict[str, str]:
+    if task not in folder.templates:
+        raise ValueError(f"task is {task!r}; the tokenizer has templates for {', '.join(sorted(folder.templates))}")
+    return folder.templates[task]
+
+
+@lru_cache(maxsize=256)
+def _literal_ids(text: TextTokenizer, literal: str) -> tuple[int, ...]:
+    return tuple(text.encode_template(literal))
+
+
+@lru_cache(maxsize=256)
+def _parse(template: str) -> tuple[tuple[str, str | None], ...]:
+    return tuple((literal, name) for literal, name, _, _ in string.Formatter().parse(template))
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """The values of a template's fields."""
+
+    sample: Sample
+    task: str
+    folder: TokenizerFolder
+    transform: ImageTransform
+    drops_voice: bool = True
+
+    def render(self, writer: DocumentWriter, template: str, is_target: bool) -> None:
+        for literal, name in _parse(template):
+            if literal:
+                writer.ids(_literal_ids(self.folder.text, literal), is_target)
+            if name is not None:
+                self._field(writer, name, is_target)
+
+    def _field(self, writer: DocumentWriter, name: str, is_target: bool) -> None:
+        sample, folder = self.sample, self.folder
+        match name:
+            case "text":
+                writer.ids(folder.text.encode(self._need(sample.text, "text")), is_target)
+            case "image":
+                writer.image(self.transform(self._need(sample.image, "image"), sample.key))
+            case "audio":
+                spoken = folder.text.encode(sample.text) if sample.text else ()
+                writer.clip(self._codes(), spoken)
+            case "units":
+                writer.units(self._codes(), is_target)
+            case "voice":
+                metadata = sample.metadata
+                voice = spoken_voice(sample.key, metadata) if self.drops_voice else metadata.get("speaker") or ""
+                writer.ids(folder.text.encode(str(voice)), is_target)
+            case "segments":
+                self._segments(writer, is_target)
+            case _:
+                value = self._need(sample.metadata.get(name), name)
+                writer.ids(folder.text.encode(str(value)), is_target)
+
+    def _segments(self, writer: DocumentWriter, is_target: bool) -> None:
+        for number, segment in enumerate(self.sample.segments):
+            if segment.image is not None:
+                writer.image(self.transform(segment.image, f"{self.sample.key} segment {number}"))
+            elif segment.audio is not None:
+                writer.clip(encode_audio(segment.audio, self.folder, f"{self.sample.key} segment {number}"))
+            else:
+                writer.ids(self.folder.text.encode(segment.text or ""), is_target)
+
+    def _codes(self) -> np.ndarray:
+        source = self.sample.codes_KF if self.sample.codes_KF is not None else self.sample.audio
+        return encode_audio(self._need(source, "audio"), self.folder, self.sample.key)
+
+    def _need(self, value: Any, name: str) -> Any:
+        if value is None:
+            raise ValueError(f"{self.sample.key}: the task {self.task!r} needs {name!r}, which is missing")
+        return value
+
+
+def num_parts(num_tokens: int, sequence_length: int) -> int:
+    """Pieces into which a long text is split: each begins with the last token of the one before it."""
+    return max(1, math.ceil((num_tokens - 1) / (sequence_length - 1)))
+
+
+def part_bounds(num_tokens: int, sequence_length: int, part: int) -> tuple[int, int]:
+    """Tokens `[start, stop)` of a piece; every token but a document's first is a target in exactly one piece."""
+    start = part * (sequence_length - 1)
+    return start, min(start + sequence_length, num_tokens)

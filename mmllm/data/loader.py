@@ -1,0 +1,261 @@
+"""Plan items to batches: reading, decoding, packing; a loader whose state is what was consumed.
+
+Workers hold no state: they are handed a step's plan and give back its batch, so their number changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from mmllm.batch import PackedBatch
+from mmllm.data.augment import NUM_DRAWS, AugmentConfig, augment
+from mmllm.data.collate import Gap, pack_documents
+from mmllm.data.decode import ImageTransform
+from mmllm.data.documents import Document, Sample, build_document, part_bounds
+from mmllm.data.index import read_sample
+from mmllm.data.plan import Item, Plan, StepPlan
+from mmllm.data.tars import read_members
+from mmllm_tokenizers.folder import TokenizerFolder
+
+_logger = logging.getLogger(__name__)
+_NAMED = 5
+
+
+class SampleReader:
+    """Reads samples by their place in the plan's shards; keeps the files open."""
+
+    def __init__(self, plan: Plan, codec: str | None) -> None:
+        self._plan, self._codec = plan, codec
+        self._files: dict[Path, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}
+
+    def __call__(self, item: Item) -> Sample:
+        """The sample of a plan item.
+
+        Raises:
+            ValueError, OSError: It can't be read, or isn't what was indexed.
+        """
+        index = self._plan.sources[item.source].indices[item.shard]
+        key, line = index.keys[item.row], int(index.lines_N[item.row])
+        name = f"{index.path}:{key}"
+        if index.path not in self._files:
+            self._files[index.path] = os.open(index.path, os.O_RDONLY)
+        size = int(index.sizes_N[item.row])
+        span = os.pread(self._files[index.path], size, int(index.offsets_N[item.row]))
+        if len(span) < size:
+            raise ValueError(f"{name}: the shard ends {size - len(span)} bytes early; it changed since it was indexed")
+        found, files = read_members(span, name)
+        if found != key:
+            raise ValueError(f"{name}: {found!r} is there instead; the shard changed: index it again")
+        return read_sample(files, key, name, line, self._codec)
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+
+class StepDataset(Dataset[PackedBatch]):
+    """Steps of a plan as batches: `dataset[step_plan]`.
+
+    Args:
+        plan: Where the sources and the recipe are.
+        folder: Tokenizers.
+        transform: Pictures to pixels.
+        cache_bytes: Documents kept once they are built, at most this much memory a process.
+        augment: How pictures are altered; the same step always sees the same pictures.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: TokenizerFolder,
+        transform: ImageTransform,
+        cache_bytes: int = 0,
+        augment: AugmentConfig | None = None,
+    ) -> None:
+        self._augment = augment or AugmentConfig()
+        self._plan, self._folder, self._transform = plan, folder, transform
+        codec = folder.audio.hash if folder.audio is not None else None
+        self._read = SampleReader(plan, codec)
+        self._cache_bytes, self._cached = cache_bytes, 0
+        self._cache: OrderedDict[tuple[int, int, int, str], Document] = OrderedDict()
+
+    def __getitem__(self, step: StepPlan) -> PackedBatch:
+        """The batch of a step. `state["errors"]` names its documents that failed, if any."""
+        errors: list[str] = []
+        sequences = [[self._document(item, errors) for item in sequence] for sequence in step.sequences]
+        sources = [[item.source for item in sequence] for sequence in step.sequences]
+        state = {**step.state, "errors": errors} if errors else step.state
+        batch = pack_documents(sequences, self._plan.recipe.sequence_length, sources, state)
+        if self._augment.is_on and len(batch.images_NCHW):
+            draws = [
+                self._draws(step.step, items, sum(len(d.images) for d in documents if isinstance(d, Document)))
+                for items, documents in zip(step.sequences, sequences, strict=True)
+            ]
+            batch.images_NCHW = augment(batch.images_NCHW, np.concatenate(draws), self._augment)
+        return batch
+
+    def _draws(self, step: int, items: tuple[Item, ...], num_images: int) -> np.ndarray:
+        """Random numbers of a sequence's pictures: they depend on step and sequence, not on rank or worker."""
+        first = items[0]
+        seed = [self._plan.recipe.seed, 4, step, first.source, first.shard, first.row]
+        return np.random.default_rng(seed).random((num_images, NUM_DRAWS), dtype=np.float32)
+
+    def _document(self, item: Item, errors: list[str]) -> Document | Gap:
+        try:
+            document = self._whole(item)
+            if item.part >= 0:
+                document = document.part(
+                    *part_bounds(document.num_tokens, self._plan.recipe.sequence_length, item.part)
+                )
+            if document.num_tokens != item.num_tokens:
+                raise ValueError(
+                    f"has {document.num_tokens} tokens, {item.num_tokens} when it was indexed; index it again"
+                )
+            return document
+        except Exception as error:  # a broken sample must never stop a run: it is named, counted and bounded
+            named = self._plan.describe(item)
+            message = f"{named['source']}: {named['shard']}:{named['key']} as {item.task}: {error}"
+            if self._plan.recipe.on_error.action == "raise":
+                raise ValueError(message) from error
+            errors.append(message)
+            return Gap(item.num_tokens)
+
+    def _whole(self, item: Item) -> Document:
+        place = (item.source, item.shard, item.row, item.task)
+        document = self._cache.get(place)
+        if document is None:
+            document = build_document(self._read(item), item.task, self._folder, self._transform)
+            self._keep(place, document)
+        return document
+
+    def _keep(self, place: tuple[int, int, int, str], document: Document) -> None:
+        self._cached += document.num_bytes
+        if self._cached <= self._cache_bytes:
+            self._cache[place] = document
+        else:  # full: what is in stays, since every document comes round equally often
+            self._cached -= document.num_bytes
+
+
+class PackedLoader:
+    """The batches of one rank, with a length, and a state that Lightning saves and restores.
+
+    An epoch is `num_steps` steps; the stream goes on from one to the next.
+
+    Args:
+        plan: The plan.
+        dataset: Steps to batches.
+        num_steps: Length of an epoch.
+        rank: This rank; it takes sequences `rank::world_size` of each step.
+        world_size: Number of ranks; it must divide the batch size.
+        num_workers: Processes that read and decode; 0: this one.
+        pin_memory: For GPUs.
+        restarts: Begin anew each epoch (for validation).
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        dataset: StepDataset,
+        num_steps: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        restarts: bool = False,
+    ) -> None:
+        if plan.batch_size % world_size:
+            raise ValueError(
+                f"batch_size is {plan.batch_size} sequences, which {world_size} ranks can't share equally; "
+                f"choose a multiple of {world_size}"
+            )
+        self._plan, self._dataset, self._num_steps = plan, dataset, num_steps
+        self._rank, self._world_size = rank, world_size
+        self._num_workers, self._pin_memory, self._restarts = num_workers, pin_memory, restarts
+        self._state = plan.initial_state()
+        self._position = 0
+        self._num_seen = self._num_failed = 0
+
+    def __len__(self) -> int:
+        """Steps an epoch."""
+        return self._num_steps
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        """The rest of the epoch."""
+        if self._restarts:
+            self._state, self._position = self._plan.initial_state(), 0
+        elif self._position >= self._num_steps:
+            self._position = 0
+        plans = self._rank_steps(self._num_steps - self._position)
+        loader = DataLoader(
+            self._dataset,
+            batch_size=None,
+            sampler=plans,  # pyright: ignore[reportArgumentType]
+            num_workers=self._num_workers,
+            pin_memory=self._pin_memory,
+            prefetch_factor=4 if self._num_workers else None,
+            collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]
+        )
+        for batch in loader:
+            self._count(batch)
+            self._state = {key: value for key, value in batch.state.items() if key != "errors"}
+            self._position += 1
+            batch.state = {**batch.state, "position": self._position}
+            yield batch
+
+    def _rank_steps(self, count: int) -> Iterator[StepPlan]:
+        for step in islice(self._plan.steps(self._state), count):
+            mine = step.sequences[self._rank :: self._world_size]
+            yield StepPlan(step.step, mine, step.state, step.num_global_sequences)
+
+    def _count(self, batch: PackedBatch) -> None:
+        errors = batch.state.get("errors", ())
+        self._num_seen += _num_documents(batch) + len(errors)
+        if not errors:
+            return
+        self._num_failed += len(errors)
+        for message in errors[:_NAMED]:
+            _logger.warning("masked %s", message)
+        limit = self._plan.recipe.on_error.max_fraction
+        if self._num_failed > math.ceil(limit * self._num_seen):
+            raise ValueError(
+                f"{self._num_failed} of {self._num_seen} documents failed, more than on_error.max_fraction {limit}; "
+                f"the last: {'; '.join(errors[:_NAMED])}"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs: the plan's state after the last batch that was taken."""
+        return {**self._state, "position": self._position, "seen": self._num_seen, "failed": self._num_failed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state, also with other numbers of ranks and workers.
+
+        Raises:
+            ValueError: It belongs to another recipe or batch size.
+        """
+        self._plan.check_state(state)
+        self._state = {key: state[key] for key in self._plan.initial_state()}
+        self._position = int(state.get("position", 0))
+        self._num_seen, self._num_failed = int(state.get("seen", 0)), int(state.get("failed", 0))
+
+
+def _as_it_is(batch: PackedBatch) -> PackedBatch:
+    return batch
+
+
+def _num_documents(batch: PackedBatch) -> int:
+    return int((batch.document_ids_BT.amax(dim=1) + 1).sum()) if batch.document_ids_BT.shape[1] else 0

@@ -1,0 +1,240 @@
+"""Manifests: one JSON object a line, naming a text, a picture, a sound, or a document of segments.
+
+A row has `id`, and `text` with `image` or `audio` (paths relative to the manifest), or `segments`: a list of
+`{"text": …}`, `{"image": path}`, `{"audio": path}`, with `question` and `answer` if there is one. Any other key
+is metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Kind = Literal["caption", "interleaved", "text", "audio"]
+KINDS: tuple[Kind, ...] = ("caption", "interleaved", "text", "audio")
+
+_logger = logging.getLogger(__name__)
+_OWN_KEYS = ("id", "text", "image", "audio", "segments")
+_SHOWN = 5
+
+
+class ManifestError(ValueError):
+    """A manifest, or too many of its rows, can't be used. The message names the file and the rows."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a manifest, checked; its files exist but haven't been read."""
+
+    id: str
+    kind: Kind
+    where: str
+    """`file:line`, for messages."""
+    text: str = ""
+    image: Path | None = None
+    audio: Path | None = None
+    segments: tuple[dict[str, Any], ...] = ()
+    """Each with one key: `text` (str), `image` or `audio` (Path)."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class BadRows:
+    """Rows that were skipped: counted, named and bounded."""
+
+    max_fraction: float
+    reasons: list[str] = field(default_factory=list)
+
+    def add(self, where: str, reason: object) -> None:
+        """Note a skipped row.
+
+        Args:
+            where: Its `file:line`.
+            reason: What is wrong with it.
+        """
+        message = f"{where}: {reason}"
+        _logger.warning("skipped %s", message)
+        self.reasons.append(message)
+
+    def check(self, num_rows: int, name: str) -> None:
+        """Refuse a manifest of which too many rows were skipped.
+
+        Args:
+            num_rows: How many rows were looked at, bad ones included.
+            name: The manifest.
+
+        Raises:
+            ManifestError: More than `max_fraction` of the rows (rounded up), or all of them, are bad.
+        """
+        num_bad = len(self.reasons)
+        allowed = math.ceil(self.max_fraction * num_rows)
+        if num_bad and (num_bad > allowed or num_bad >= num_rows):
+            shown = "; ".join(self.reasons[:_SHOWN]) + ("; …" if num_bad > _SHOWN else "")
+            raise ManifestError(
+                f"{name}: {num_bad} of {num_rows} rows can't be used, at most {min(allowed, num_rows - 1)} may be: "
+                f"{shown}. Mend them, or raise max_bad_fraction (now {self.max_fraction})"
+            )
+
+
+def read_manifest(path: str | Path, bad: BadRows | None = None) -> list[Row]:
+    """The good rows of a manifest.
+
+    Args:
+        path: The JSONL file.
+        bad: Takes the rows that are skipped; without it, any bad row is an error.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ManifestError: It is empty, isn't JSONL at all, or has more bad rows than `bad` allows.
+    """
+    path = Path(path)
+    own = bad if bad is not None else BadRows(0.0)
+    rows: list[Row] = []
+    num_lines = 0
+    for number, line in _lines(path):
+        num_lines += 1
+        where = f"{path}:{number}"
+        try:
+            rows.append(parse_row(line, path.parent, where))
+        except ManifestError as error:
+            own.add(where, error)
+    if not num_lines:
+        raise ManifestError(f"{path}: the manifest is empty; it needs one JSON object a line")
+    own.check(num_lines, str(path))
+    return rows
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    if path.is_dir():
+        raise ManifestError(f"{path}: is a folder; name the manifest.jsonl in it")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such manifest")
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield number, line
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+
+
+def parse_row(line: str, folder: Path, where: str) -> Row:
+    """A checked row from its line.
+
+    Args:
+        line: One JSON object.
+        folder: What its paths are relative to.
+        where: `file:line`.
+
+    Raises:
+        ManifestError: It isn't a JSON object, or a key or file is missing, empty or of the wrong type.
+    """
+    try:
+        value = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ManifestError(f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ManifestError(f"a row must be a JSON object, got {type(value).__name__}")
+    metadata = {key: item for key, item in value.items() if key not in _OWN_KEYS}
+    name = str(value.get("id") or f"row{where.rpartition(':')[2]}")
+    if "segments" in value:
+        return Row(name, "interleaved", where, segments=_segments(value, folder), metadata=metadata)
+    if "image" in value and "audio" in value:
+        raise ManifestError("a row has both 'image' and 'audio'; give one, or 'segments'")
+    text = _text(value.get("text"), "text")
+    if "image" in value:
+        return Row(name, "caption", where, text, image=_file(value["image"], folder, "image"), metadata=metadata)
+    if "audio" in value:
+        return Row(name, "audio", where, text, audio=_file(value["audio"], folder, "audio"), metadata=metadata)
+    return Row(name, "text", where, text, metadata=metadata)
+
+
+def _text(value: Any, key: str) -> str:
+    if value is None:
+        raise ManifestError(f"{key!r} is missing")
+    if not isinstance(value, str):
+        raise ManifestError(f"{key!r} must be a string, got {type(value).__name__}")
+    if not value.strip():
+        raise ManifestError(f"{key!r} is empty")
+    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in value):
+        raise ManifestError(f"{key!r} holds half a surrogate pair, which is no Unicode text")
+    return value
+
+
+def _file(value: Any, folder: Path, key: str) -> Path:
+    if not isinstance(value, str) or not value:
+        raise ManifestError(f"{key!r} must be a path, got {value!r}")
+    path = folder / value
+    try:
+        found, is_empty = path.is_file(), path.is_file() and not path.stat().st_size
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{key} {value!r} can't be looked up: {error}") from error
+    if not found:
+        raise ManifestError(f"{key} file {path} doesn't exist")
+    if is_empty:
+        raise ManifestError(f"{key} file {path} is empty (0 bytes)")
+    return path
+
+
+def _segments(value: dict[str, Any], folder: Path) -> tuple[dict[str, Any], ...]:
+    items = value["segments"]
+    if not isinstance(items, list) or not items:
+        raise ManifestError("'segments' must be a list with at least one segment")
+    segments = []
+    for number, item in enumerate(items):
+        match item:
+            case {"text": str() as text} if text:
+                segments.append({"text": text})
+            case {"image": path}:
+                segments.append({"image": _file(path, folder, f"segment {number} image")})
+            case {"audio": path}:
+                segments.append({"audio": _file(path, folder, f"segment {number} audio")})
+            case _:
+                raise ManifestError(f"segment {number} is {item!r}; give one of 'text', 'image' or 'audio', not empty")
+    if ("question" in value) != ("answer" in value):
+        raise ManifestError("'question' and 'answer' go together; one is missing")
+    if "question" in value:
+        _text(value["question"], "question")
+        _text(value["answer"], "answer")
+    return tuple(segments)
+
+
+def split_rows(rows: Sequence[Row], holdout: str | float, seed: int = 0) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows held out.
+
+    Args:
+        rows: The rows.
+        holdout: `KEY=VALUE` holds out the rows whose metadata has that value; a number holds out that
+            fraction of them, chosen by the hash of their ids (so that adding rows moves none).
+        seed: Changes the choice by fraction.
+
+    Returns:
+        `(train, heldout)`, each in the rows' order.
+
+    Raises:
+        ManifestError: `holdout` can't be read, or one of the two parts would be empty.
+    """
+    if isinstance(holdout, str) and "=" in holdout:
+        key, _, wanted = holdout.partition("=")
+        mask = [str(row.metadata.get(key)) == wanted for row in rows]
+    else:
+        try:
+            fraction = float(holdout)
+        except ValueError as error:
+            raise ManifestError(f"holdout is {holdout!r}; give KEY=VALUE or a fraction") from error
+        mask = [zlib.crc32(f"{seed}:{row.id}".encode()) / 2**32 < fraction for row in rows]
+    train = [row for row, out in zip(rows, mask, strict=True) if not out]
+    heldout = [row for row, out in zip(rows, mask, strict=True) if out]
+    if not heldout or not train:
+        keys = sorted({key for row in rows for key in row.metadata})
+        raise ManifestError(
+            f"holdout {holdout!r} leaves {len(train)} rows to train and {len(heldout)} to test; both need some "
+            f"(metadata keys: {', '.join(keys) or 'none'})"
+        )
+    return train, heldout

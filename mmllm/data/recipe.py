@@ -1,0 +1,301 @@
+"""A recipe: which sources, in what shares, how long, in what order of difficulty.
+
+Paths in a recipe are relative to the working directory, or else to the recipe's own folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from mmllm.data.documents import KIND_TASKS
+from mmllm.data.filters import compile_filter
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of documents."""
+
+    name: str
+    kind: Literal["caption", "interleaved", "text", "audio"]
+    shards: str | list[str]
+    """A path, a glob or brace ranges, or several."""
+    weight: float = 1.0
+    max_epochs: float | None = None
+    """How often its documents may be drawn; `None`: without end."""
+    filter: str | None = None
+    """Which rows, e.g. `"not perturbed and width >= 64"`."""
+    tasks: list[str] | None = None
+    """Each sample is one document per task. By default: audio as transcribe and speak, others as their kind."""
+    task_weights: list[float] | None = None
+    """Share of the documents drawn as each task, relative to the largest."""
+    max_images: int | None = None
+    """Documents with more pictures are left out."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KIND_TASKS:
+            raise ValueError(f"source {self.name!r}: kind is {self.kind!r}; it must be one of {', '.join(KIND_TASKS)}")
+        if not self.weight > 0:
+            raise ValueError(f"source {self.name!r}: weight is {self.weight}; it must be above 0 (or leave it out)")
+        if self.max_epochs is not None and not self.max_epochs > 0:
+            raise ValueError(f"source {self.name!r}: max_epochs is {self.max_epochs}; it must be above 0")
+        known = KIND_TASKS[self.kind]
+        for task in self.tasks or ():
+            if task not in known:
+                raise ValueError(f"source {self.name!r}: task {task!r}; kind {self.kind} has {', '.join(known)}")
+        if self.tasks is not None and (not self.tasks or len(set(self.tasks)) != len(self.tasks)):
+            raise ValueError(f"source {self.name!r}: tasks is {self.tasks}; name each task once, and at least one")
+        if self.task_weights is not None and (
+            len(self.task_weights) != len(self.task_names) or not all(weight > 0 for weight in self.task_weights)
+        ):
+            raise ValueError(
+                f"source {self.name!r}: task_weights is {self.task_weights}; give a weight above 0 for each of "
+                f"{', '.join(self.task_names)}"
+            )
+        if self.filter is not None:
+            try:
+                compile_filter(self.filter)
+            except ValueError as error:
+                raise ValueError(f"source {self.name!r}: {error}") from error
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks its samples are written as."""
+        if self.tasks is not None:
+            return tuple(self.tasks)
+        return KIND_TASKS["audio"] if self.kind == "audio" else KIND_TASKS[self.kind][:1]
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """What the weights mean, and what happens when a source that is capped runs out."""
+
+    unit: Literal["tokens", "samples"] = "tokens"
+    temperature: float = 1.0
+    """Shares are weight^(1/temperature)."""
+    on_exhausted: Literal["stop", "renormalize", "repeat"] = "stop"
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"mixture.temperature is {self.temperature}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    """How documents share a sequence."""
+
+    algorithm: Literal["best_fit"] = "best_fit"
+    window: int = 4096
+    """Documents that are packed together."""
+    long_documents: Literal["split", "drop"] = "split"
+    """Texts longer than a sequence are split into sequences, or left out. Others are always left out."""
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"packing.window is {self.window}; it must be at least 1 document")
+
+
+@dataclass(frozen=True)
+class CurriculumConfig:
+    """Easy first: at step t only the easiest share c(t) of each source is drawn.
+
+    c(t) = min(1, (t·(1 − c₀ᵖ)/T + c₀ᵖ)^(1/p)), p = 1 linear, 2 root (Platanios et al. 2019,
+    https://arxiv.org/abs/1903.09848); `step` keeps c₀ until T.
+    """
+
+    metric: str = "num_tokens"
+    """`num_tokens`, `num_frames`, `num_images`, or a numeric metadata column."""
+    pacing: Literal["linear", "root", "step"] = "root"
+    start: float = 0.3
+    """c₀."""
+    steps: int = 1000
+    """T."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.start <= 1 or self.steps < 1:
+            raise ValueError(f"curriculum: start is {self.start}, steps {self.steps}; they must be in (0, 1] and >= 1")
+
+    def share(self, step: int) -> float:
+        """c(step), in (0, 1]."""
+        if step >= self.steps:
+            return 1.0
+        if self.pacing == "step":
+            return self.start
+        power = 1 if self.pacing == "linear" else 2
+        floor = self.start**power
+        return min(1.0, (step * (1 - floor) / self.steps + floor) ** (1 / power))
+
+
+@dataclass(frozen=True)
+class OnErrorConfig:
+    """What a sample that fails at run time becomes: masked padding of its length, or an error."""
+
+    action: Literal["mask", "raise"] = "mask"
+    max_fraction: float = 0.001
+    """Of the documents seen (rounded up); more is an error."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_fraction <= 1:
+            raise ValueError(f"on_error.max_fraction is {self.max_fraction}; it must be within 0–1")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The whole recipe."""
+
+    tokenizer: str
+    """The tokenizer folder; it alone fixes token counts, the codec and the image slots."""
+    sequence_length: int
+    sources: list[SourceConfig]
+    seed: int = 0
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    curriculum: CurriculumConfig | None = None
+    on_error: OnErrorConfig = field(default_factory=OnErrorConfig)
+    folder: str | None = None
+    """Where the recipe lies; set by `load_recipe`, never written."""
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence_length is {self.sequence_length}; it must be at least 2 tokens")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must not be negative")
+        if not self.sources:
+            raise ValueError("sources is empty; a recipe needs at least one")
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"sources have the names {names}; give each its own")
+
+    def shares(self) -> list[float]:
+        """Each source's share, summing to one."""
+        powers = [source.weight ** (1 / self.mixture.temperature) for source in self.sources]
+        return [power / sum(powers) for power in powers]
+
+    def tokenizer_folder(self) -> Path:
+        """The tokenizer folder's path.
+
+        Raises:
+            FileNotFoundError: There is none.
+        """
+        candidates = [Path(self.tokenizer)]
+        if self.folder is not None and not candidates[0].is_absolute():
+            candidates.append(Path(self.folder) / self.tokenizer)
+        for candidate in candidates:
+            if candidate.is_dir():
+                return candidate
+        raise FileNotFoundError(f"{self.tokenizer}: no such tokenizer folder; the recipe's 'tokenizer' must name one")
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """A recipe from its YAML.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It isn't YAML, or a key is unknown, missing, or has a wrong value; the message names it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such recipe")
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {error}") from error
+    try:
+        return recipe_from_dict(value, folder=str(path.parent))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def recipe_from_dict(value: Any, folder: str | None = None) -> Recipe:
+    """A recipe from plain dicts and lists, checked.
+
+    Raises:
+        ValueError: As `load_recipe`.
+    """
+    recipe = _parse(Recipe, value, "", hidden=("folder",))
+    return dataclasses.replace(recipe, folder=folder)
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """What `recipe_from_dict` reads; defaults that are `None` are left out."""
+    value = dataclasses.asdict(recipe)
+    value.pop("folder")
+    value["sources"] = [{k: v for k, v in source.items() if v is not None} for source in value["sources"]]
+    return {key: item for key, item in value.items() if item is not None}
+
+
+def recipe_hash(recipe: Recipe, shard_digests: list[list[str]], tokenizer_hash: str) -> str:
+    """SHA-256 of the canonical recipe, its shards' contents and its tokenizer; no path goes in.
+
+    Args:
+        recipe: The recipe.
+        shard_digests: For each source, its shards' SHA-256 in order.
+        tokenizer_hash: The tokenizer folder's.
+    """
+    value = recipe_to_dict(recipe)
+    value["tokenizer"] = tokenizer_hash
+    for source, digests in zip(value["sources"], shard_digests, strict=True):
+        source["shards"] = digests
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _parse(cls: type, value: Any, where: str, hidden: tuple[str, ...] = ()) -> Any:
+    name = where or "the recipe"
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a mapping of keys, got {type(value).__name__}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in hidden}
+    for key in value:
+        if key not in fields:
+            raise ValueError(f"{name} has the unknown key {key!r}; known are {', '.join(fields)}")
+    for key, spec in fields.items():
+        if spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING and key not in value:
+            raise ValueError(f"{name} lacks the key {key!r}")
+    prefix = f"{where}." if where else ""
+    return cls(**{key: _convert(hints[key], item, f"{prefix}{key}") for key, item in value.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        fitting = [option for option in options if option is not type(None) and _fits(option, value)]
+        return _convert(fitting[0] if fitting else options[0], value, where)
+    if dataclasses.is_dataclass(hint):
+        assert isinstance(hint, type)
+        return _parse(hint, value, where)
+    if origin is list:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} must be a list, got {value!r}")
+        (inner,) = typing.get_args(hint)
+        return [_convert(inner, item, f"{where}[{number}]") for number, item in enumerate(value)]
+    if origin is Literal:
+        if value not in typing.get_args(hint):
+            raise ValueError(f"{where} is {value!r}; it must be one of {', '.join(typing.get_args(hint))}")
+        return value
+    if not _fits(hint, value):
+        raise ValueError(f"{where} is {value!r}; it must be of type {hint.__name__}")
+    return hint(value)
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list)
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, Mapping)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint) if isinstance(hint, type) else False

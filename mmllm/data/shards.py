@@ -1,0 +1,394 @@
+"""Manifest rows to WebDataset tars, reproducible to the byte, with a summary of what became of each row.
+
+Shapes: C channels, T samples, K codebooks, F frames.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import soundfile
+import torch
+from braceexpand import braceexpand
+from PIL import Image
+from webdataset.writer import ShardWriter
+
+from mmllm.data.decode import decode_image
+from mmllm.data.manifest import BadRows, Kind, Row
+from mmllm.data.perturb import perturb
+from mmllm_tokenizers.audio import load_audio
+from mmllm_tokenizers.folder import TokenizerFolder
+
+SUMMARY = "shards.json"
+FORMAT_VERSION = 1
+
+_logger = logging.getLogger(__name__)
+_CHUNK = 128
+_KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_MAX_KEY = 80
+_RESERVED = ("id", "segments", "width", "height", "duration", "sample_rate", "perturbed")
+
+
+@dataclass(frozen=True)
+class ShardsConfig:
+    """How rows become shards."""
+
+    samples_per_shard: int = 10_000
+    bytes_per_shard: int = 1_000_000_000
+    max_image_side: int = 1024
+    """Larger pictures are scaled down to this."""
+    max_seconds: float = 60.0
+    """Longer sounds are skipped, counted and named."""
+    perturb: int = 0
+    """Altered copies of each sound, marked `"perturbed": true`."""
+    seed: int = 0
+    max_bad_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.samples_per_shard < 1 or self.bytes_per_shard < 1 or self.max_image_side < 1:
+            raise ValueError("samples_per_shard, bytes_per_shard and max_image_side must be at least 1")
+        if self.perturb < 0 or self.max_seconds <= 0 or not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(
+                f"perturb is {self.perturb}, max_seconds {self.max_seconds}, max_bad_fraction "
+                f"{self.max_bad_fraction}; they must be >= 0, > 0 and within 0–1"
+            )
+
+
+@dataclass
+class _Sound:
+    wave_CT: np.ndarray
+    rate: int
+    ending: str
+    """Its codes go to this ending."""
+
+
+@dataclass
+class _Record:
+    row: Row
+    name: str
+    files: dict[str, bytes]
+    metadata: dict[str, Any]
+    sounds: list[_Sound] = field(default_factory=list)
+
+
+def write_shards(
+    rows: Iterable[Row],
+    out: str | Path,
+    config: ShardsConfig,
+    folder: TokenizerFolder | None = None,
+    bad: BadRows | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Writes `out/<kind>-000000.tar`, … and `out/shards.json`, and returns what that file holds.
+
+    Args:
+        rows: Checked rows; kinds may be mixed, each goes to its own shards.
+        out: The folder; made if need be. Shards of an earlier build there are replaced.
+        config: How.
+        folder: With an audio tokenizer, each sound's codes are stored beside it.
+        bad: Takes the rows whose files can't be read; by default a fresh one with the config's bound.
+        progress: Called with the number of rows done so far.
+
+    Raises:
+        ManifestError: Too many rows are bad, or all.
+        OSError: The folder can't be written.
+    """
+    bad = bad if bad is not None else BadRows(config.max_bad_fraction)
+    num_known_bad = len(bad.reasons)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    _remove_earlier(out)
+    writers = _Writers(out, config)
+    num_rows, where = 0, str(out)
+    try:
+        for chunk in _chunks(rows, _CHUNK):
+            records = []
+            for row in chunk:
+                where = row.where.rpartition(":")[0] or where
+                try:
+                    records.extend(_read(row, config))
+                except (ValueError, OSError) as error:
+                    bad.add(row.where, error)
+            _add_codes(records, folder)
+            for record in records:
+                writers.write(record)
+            num_rows += len(chunk)
+            if progress:
+                progress(num_rows)
+    finally:
+        writers.close()
+    bad.check(num_rows + num_known_bad, where)
+    summary = {
+        "format_version": FORMAT_VERSION,
+        "num_rows": num_rows + num_known_bad,
+        "num_samples": sum(info["num_samples"] for info in writers.shards.values()),
+        "num_bad": len(bad.reasons),
+        "bad": bad.reasons,
+        "perturb": config.perturb,
+        "seed": config.seed,
+        "tokenizer": folder.hash if folder is not None and folder.audio is not None else None,
+        "shards": {name: {**info, **_digest(out / name)} for name, info in sorted(writers.shards.items())},
+    }
+    (out / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return summary
+
+
+def _remove_earlier(out: Path) -> None:
+    """Removes what `shards.json` says an earlier build wrote, and those shards' indices."""
+    path = out / SUMMARY
+    if not path.is_file():
+        return
+    try:
+        names = list(json.loads(path.read_text(encoding="utf-8"))["shards"])
+    except (ValueError, KeyError, TypeError):
+        names = []
+    for name in names:
+        if re.fullmatch(r"(caption|interleaved|text|audio)-\d{6,}\.tar", name):
+            for target in (out / name, out / f"{name}.index.npz"):
+                target.unlink(missing_ok=True)
+    path.unlink()
+
+
+def _chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    chunk: list[Row] = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+class _Writers:
+    """One `ShardWriter` a kind, with keys that are safe and unlike."""
+
+    def __init__(self, out: Path, config: ShardsConfig) -> None:
+        self._out, self._config = out, config
+        self._writers: dict[str, ShardWriter] = {}
+        self._open: dict[str, BinaryIO] = {}
+        self._keys: dict[str, int] = {}
+        self.shards: dict[str, dict[str, Any]] = {}
+
+    def write(self, record: _Record) -> None:
+        kind = record.row.kind
+        if kind not in self._writers:
+            self._writers[kind] = ShardWriter(
+                f"{kind}-%06d.tar",
+                maxcount=self._config.samples_per_shard,
+                maxsize=self._config.bytes_per_shard,
+                verbose=0,
+                opener=lambda name: self._opener(kind, name),
+                mtime=0,
+                encoder=False,
+            )
+        writer = self._writers[kind]
+        header = {"id": record.name, **record.metadata}
+        files = {**record.files, "json": json.dumps(header, ensure_ascii=False, sort_keys=True).encode()}
+        writer.write({"__key__": self._key(record.name), **files})
+        assert isinstance(writer.fname, str)
+        info = self.shards.setdefault(writer.fname, {"kind": kind, "num_samples": 0})
+        info["num_samples"] += 1
+
+    def _opener(self, kind: Kind, name: str) -> BinaryIO:
+        self._close_file(kind)
+        self._open[kind] = (self._out / name).open("wb")
+        return self._open[kind]
+
+    def _close_file(self, kind: str) -> None:
+        if kind in self._open:
+            self._open.pop(kind).close()
+
+    def _key(self, name: str) -> str:
+        key = safe_key(name)
+        count = self._keys.get(key, 0)
+        self._keys[key] = count + 1
+        return f"{key}-{count}" if count else key
+
+    def close(self) -> None:
+        for kind, writer in self._writers.items():
+            writer.close()
+            self._close_file(kind)
+
+
+def safe_key(name: str) -> str:
+    """An id as a tar key: ASCII letters, digits, `_` and `-` alone, at most 80 of them."""
+    key = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_") or "row"
+    if len(key) > _MAX_KEY or key != name:
+        key = f"{key[: _MAX_KEY - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return key
+
+
+def _read(row: Row, config: ShardsConfig) -> list[_Record]:
+    metadata = {key: value for key, value in row.metadata.items() if key not in _RESERVED}
+    match row.kind:
+        case "text":
+            return [_Record(row, row.id, {"txt": row.text.encode()}, metadata)]
+        case "caption":
+            assert row.image is not None
+            ending, data, (width, height) = _picture(row.image, config)
+            files = {ending: data, "txt": row.text.encode()}
+            return [_Record(row, row.id, files, {**metadata, "width": width, "height": height})]
+        case "audio":
+            return _audio_records(row, metadata, config)
+    return [_interleaved_record(row, metadata, config)]
+
+
+def _picture(path: Path, config: ShardsConfig) -> tuple[str, bytes, tuple[int, int]]:
+    """Ending, bytes, size. Stored as they are where any reader sees the same 8-bit RGB picture in them."""
+    data = path.read_bytes()
+    picture = decode_image(data, str(path))
+    fits = max(picture.size) <= config.max_image_side
+    with Image.open(io.BytesIO(data)) as original:
+        form = original.format or ""
+        is_rgb = original.mode == "RGB" and "transparency" not in original.info
+        plain = is_rgb and not getattr(original, "is_animated", False) and not original.getexif()
+    if form in _KEPT and plain and fits:
+        return _KEPT[form], data, picture.size
+    if not fits:
+        picture.thumbnail((config.max_image_side, config.max_image_side), Image.Resampling.BICUBIC)
+    stream = io.BytesIO()
+    if form == "JPEG":
+        picture.save(stream, "JPEG", quality=95)
+        return "jpg", stream.getvalue(), picture.size
+    picture.save(stream, "PNG")
+    return "png", stream.getvalue(), picture.size
+
+
+def _wave(path: Path, config: ShardsConfig) -> tuple[np.ndarray, int]:
+    wave_CT, rate = load_audio(path, max_seconds=config.max_seconds)
+    return wave_CT.numpy(), rate
+
+
+def _flac(wave_CT: np.ndarray, rate: int, name: str) -> bytes:
+    stream = io.BytesIO()
+    try:
+        soundfile.write(stream, wave_CT.T, rate, format="FLAC", subtype="PCM_16")
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{name}: {len(wave_CT)} channels at {rate} Hz can't be stored as FLAC: {error}") from error
+    return stream.getvalue()
+
+
+def _audio_records(row: Row, metadata: dict[str, Any], config: ShardsConfig) -> list[_Record]:
+    assert row.audio is not None
+    wave_CT, rate = _wave(row.audio, config)
+    records = []
+    for copy in range(config.perturb + 1):
+        name = f"{row.id}#{copy}" if copy else row.id
+        changed_CT = perturb(wave_CT.mean(0), config.seed, name)[None] if copy else wave_CT
+        facts = {"sample_rate": rate, "duration": round(changed_CT.shape[-1] / rate, 6)}
+        if copy:
+            facts["perturbed"] = True
+        files = {"flac": _flac(changed_CT, rate, str(row.audio)), "txt": row.text.encode()}
+        sound = _Sound(changed_CT, rate, "codec.npz")
+        records.append(_Record(row, name, files, {**metadata, **facts}, [sound]))
+    return records
+
+
+def _interleaved_record(row: Row, metadata: dict[str, Any], config: ShardsConfig) -> _Record:
+    files: dict[str, bytes] = {}
+    sounds, segments = [], []
+    for segment in row.segments:
+        number = len(files)
+        if "image" in segment:
+            ending, data, _ = _picture(segment["image"], config)
+            files[f"{number}.{ending}"] = data
+            segments.append({"image": f"{number}.{ending}"})
+        elif "audio" in segment:
+            wave_CT, rate = _wave(segment["audio"], config)
+            files[f"{number}.flac"] = _flac(wave_CT, rate, str(segment["audio"]))
+            sounds.append(_Sound(wave_CT, rate, f"{number}.codec.npz"))
+            segments.append({"audio": f"{number}.flac"})
+        else:
+            segments.append(segment)
+    return _Record(row, row.id, files, {**metadata, "segments": segments}, sounds)
+
+
+def _add_codes(records: Sequence[_Record], folder: TokenizerFolder | None) -> None:
+    """Encodes all sounds of the records together (the tokenizer batches them by length), and adds them as files."""
+    if folder is None or folder.audio is None:
+        return
+    tokenizer = folder.audio
+    pairs = [(record, sound) for record in records for sound in record.sounds]
+    if not pairs:
+        return
+    waves = []
+    for _, sound in pairs:
+        waves.append(tokenizer.prepare(torch.from_numpy(np.ascontiguousarray(sound.wave_CT)), sound.rate))
+    for (record, sound), codes_KF in zip(pairs, tokenizer.encode_batch(waves), strict=True):
+        record.files[sound.ending] = pack_codes(codes_KF.numpy(), tokenizer.hash, tokenizer.frame_rate)
+
+
+def pack_codes(codes_KF: np.ndarray, codec: str, frame_rate: float) -> bytes:
+    """A `codec.npz`: uint16 codes `[codebooks, frames]`, the codec's hash, frames a second."""
+    stream = io.BytesIO()
+    np.savez(stream, codes=codes_KF.astype(np.uint16), codec=np.array(codec), frame_rate=np.array(frame_rate))
+    return stream.getvalue()
+
+
+def unpack_codes(data: bytes, codec: str, name: str) -> np.ndarray:
+    """Codes int64 `[K, F]` from a `codec.npz`.
+
+    Raises:
+        ValueError: It is broken, or another codec made it.
+    """
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            made_by, codes_KF = str(arrays["codec"]), arrays["codes"].astype(np.int64)
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{name}: the stored codes are broken ({type(error).__name__})") from error
+    if made_by != codec:
+        raise ValueError(
+            f"{name}: the stored codes were made by codec {made_by[:12]}, the tokenizer's is {codec[:12]}; "
+            f"build the shards again with this tokenizer"
+        )
+    return codes_KF
+
+
+def shard_paths(spec: str | Sequence[str], folder: Path | None = None) -> list[Path]:
+    """The shards that a path, a glob, or brace ranges such as `{00000..00999}` name, in order.
+
+    Args:
+        spec: One or several.
+        folder: Relative specs that match nothing from the working directory are tried from here.
+
+    Raises:
+        FileNotFoundError: Nothing matches one of them.
+    """
+    found: list[Path] = []
+    for item in [spec] if isinstance(spec, str) else spec:
+        matches = _expand(item)
+        if not any(match.is_file() for match in matches) and folder is not None and not Path(item).is_absolute():
+            matches = _expand(f"{folder}{os.sep}{item}") or matches
+        missing = [str(match) for match in matches if not match.is_file()]
+        if missing or not matches:
+            raise FileNotFoundError(
+                f"{missing[0] if missing else item}: no such shard ({len(missing)} of {len(matches)} that "
+                f"{item!r} names are missing); build them with 'mmllm data build'"
+            )
+        found.extend(matches)
+    return list(dict.fromkeys(found))
+
+
+def _expand(pattern: str) -> list[Path]:
+    paths: list[Path] = []
+    for name in braceexpand(pattern):
+        paths.extend(Path(match) for match in (sorted(glob.glob(name)) if glob.has_magic(name) else [name]))
+    return paths

@@ -1,0 +1,115 @@
+"""One manifest a kind for training, one for looking, one for testing: how other people's manifests enter a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmllm.data.manifest import KINDS, BadRows, ManifestError, Row, read_manifest, split_rows
+
+DEFAULT_HOLDOUT = "0.1"
+"""Share of the rows that is held out where neither test manifests nor `holdout` are given."""
+
+
+def split(
+    train: Sequence[str | Path],
+    out: str | Path,
+    test: Sequence[str | Path] = (),
+    holdout: str | None = None,
+    num_val: int = 16,
+    max_bad_fraction: float = 0.05,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Writes `train-KIND.jsonl`, `val.jsonl` (rows taken from training, to look at meanwhile) and `test.jsonl`.
+
+    Args:
+        train: Manifests; kinds may be mixed.
+        out: Folder of the new manifests, whose paths are relative to it.
+        test: Manifests of held-out rows; without them, `holdout` decides.
+        holdout: `KEY=VALUE` or a fraction of the training rows to hold out; with `test`, `KEY=VALUE` rows are
+            left out of training as well.
+        num_val: Rows of each kind for `val.jsonl`; at most a fiftieth of the kind.
+        max_bad_fraction: More unusable rows than this are an error.
+        seed: Of the draws by fraction.
+
+    Returns:
+        `train`, `val`, `test`: rows by kind; `skipped`: unusable rows.
+
+    Raises:
+        FileNotFoundError, ManifestError: A manifest can't be used, or a part would be empty.
+    """
+    bad = BadRows(max_bad_fraction)
+    train_rows = [row for path in train for row in read_manifest(path, bad)]
+    test_rows = [row for path in test for row in read_manifest(path, bad)]
+    if not test_rows or holdout is not None:
+        train_rows, heldout = split_rows(train_rows, holdout or DEFAULT_HOLDOUT, seed)
+        test_rows = test_rows or heldout
+    _check_no_overlap(train_rows, test_rows)
+    by_kind = {kind: [row for row in train_rows if row.kind == kind] for kind in KINDS}
+    val_rows: list[Row] = []
+    for kind, rows in by_kind.items():
+        chosen = {id(row) for row in _draw(rows, min(num_val, len(rows) // 50), seed)}
+        val_rows += [row for row in rows if id(row) in chosen]
+        by_kind[kind] = [row for row in rows if id(row) not in chosen]
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    for kind, rows in by_kind.items():
+        (out / f"train-{kind}.jsonl").unlink(missing_ok=True)
+        if rows:
+            write_manifest(rows, out / f"train-{kind}.jsonl")
+    write_manifest(val_rows, out / "val.jsonl")
+    write_manifest(test_rows, out / "test.jsonl")
+    return {
+        "train": {kind: len(rows) for kind, rows in by_kind.items() if rows},
+        "val": _count(val_rows),
+        "test": _count(test_rows),
+        "skipped": bad.reasons,
+    }
+
+
+def write_manifest(rows: Sequence[Row], path: Path) -> None:
+    """Writes rows as JSONL with paths relative to the new file."""
+
+    def relative(file: Path) -> str:
+        return os.path.relpath(file, path.parent)
+
+    lines = []
+    for row in rows:
+        values: dict[str, Any] = {"id": row.id}
+        if row.segments:
+            values["segments"] = [
+                {key: relative(value) if isinstance(value, Path) else value for key, value in segment.items()}
+                for segment in row.segments
+            ]
+        else:
+            values["text"] = row.text
+        if row.image is not None:
+            values["image"] = relative(row.image)
+        if row.audio is not None:
+            values["audio"] = relative(row.audio)
+        lines.append(json.dumps({**values, **row.metadata}, ensure_ascii=False) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def _draw(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+    return sorted(rows, key=lambda row: zlib.crc32(f"val {seed}:{row.id}".encode()))[:count]
+
+
+def _count(rows: Sequence[Row]) -> dict[str, int]:
+    counts = {kind: sum(row.kind == kind for row in rows) for kind in KINDS}
+    return {kind: count for kind, count in counts.items() if count}
+
+
+def _check_no_overlap(train_rows: Sequence[Row], test_rows: Sequence[Row]) -> None:
+    """Scores of rows that were trained on are no results."""
+    seen = {row.image or row.audio or row.text for row in train_rows if not row.segments}
+    both = [row for row in test_rows if not row.segments and (row.image or row.audio or row.text) in seen]
+    if both:
+        raise ManifestError(
+            f"{len(both)} test rows are also training rows, such as {both[0].where} ({both[0].id!r}); "
+            f"take them out of one, or hold rows out with --holdout KEY=VALUE"
+        )

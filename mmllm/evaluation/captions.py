@@ -1,0 +1,69 @@
+"""Captions of scenes against what the scenes hold: whole scenes, and attribute by attribute."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmllm.evaluation.metrics import exact_match
+from mmllm.evaluation.scenes import ParsedScene, SceneObject, names_pair, parse_caption
+
+
+def reference_scene(metadata: Mapping[str, Any]) -> ParsedScene | None:
+    """The scene that a row's `objects` and `relations` describe; None where it has none in our form."""
+    if "objects" not in metadata:
+        return None
+    try:
+        return ParsedScene.from_row({"relations": [], **metadata})
+    except (KeyError, TypeError, ValueError, IndexError):
+        return None
+
+
+def caption_matches(prediction: str, reference: str, scene: ParsedScene | None) -> bool:
+    """Exact match: the caption says the same scene, whatever its wording; without a scene, the same text."""
+    return exact_match(prediction, reference) if scene is None else parse_caption(prediction) == scene
+
+
+def count_attributes(prediction: str, scene: ParsedScene) -> tuple[int, int]:
+    """How many of a scene's attributes a caption has right, of how many.
+
+    The attributes are each object's size, colour and shape, and each relation (or the position of a single object).
+    Predicted objects are matched to the scene's as favourably as possible; a relation is right where the matched
+    objects stand in it. Each object too many counts as three wrong attributes, so naming more than there is gains
+    nothing. A caption that the grammar does not parse has none right.
+
+    Returns:
+        (right, all).
+    """
+    predicted = parse_caption(prediction)
+    said = predicted.objects if predicted is not None else ()
+    total = 3 * max(len(said), len(scene.objects)) + len(scene.relations)
+    if predicted is None:
+        return 0, total
+    best = 0
+    for matched in _matchings(scene.objects, said):
+        right = sum((a.size == b.size) + (a.colour == b.colour) + (a.shape == b.shape) for a, b in matched.items())
+        for first, relation, second in scene.relations:
+            said_second = second if isinstance(second, str) else matched.get(second)
+            right += (matched.get(first), relation, said_second) in predicted.relations
+        best = max(best, right)
+    return best, total
+
+
+def _matchings(
+    objects: tuple[SceneObject, ...], said: tuple[SceneObject, ...]
+) -> Iterator[dict[SceneObject, SceneObject]]:
+    """Every way to match a scene's objects with as many as possible of those that are said (the grammar says three)."""
+    if len(said) <= len(objects):
+        for order in itertools.permutations(objects, len(said)):
+            yield dict(zip(order, said, strict=True))
+    else:
+        for order in itertools.permutations(said, len(objects)):
+            yield dict(zip(objects, order, strict=True))
+
+
+def names_heldout_pairs(prediction: str, pairs: list[list[str]]) -> bool:
+    """Whether each held-out (shape, colour) pair is on one object of the caption, both right."""
+    predicted = parse_caption(prediction)
+    return all(names_pair(predicted, shape, colour) for shape, colour in pairs)

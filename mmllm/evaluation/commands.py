@@ -1,0 +1,67 @@
+"""What `mmllm eval` does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mmllm.evaluation.results import TaskResult, save_result
+from mmllm.evaluation.tasks import evaluate
+from mmllm.inference.api import load
+
+
+def run_eval(
+    model_dir: str,
+    task: str,
+    manifest: str,
+    json_out: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    media_dir: str | None = None,
+    sequence_length: int = 512,
+    device: str = "auto",
+) -> TaskResult:
+    """Scores a model on held-out rows, with intervals and the blind baseline.
+
+    Args:
+        model_dir: The model folder.
+        task: caption, transcribe, speak, interleaved or text.
+        manifest: JSONL file of held-out rows; those of other kinds are left out.
+        json_out: Where scores and predictions go: `{"task", TASK: scores, "predictions"}`.
+        limit: At most so many rows of each set, drawn at random.
+        batch_size: Prompts at once.
+        seed: Of the draw, the shuffled controls, sampling and the bootstrap.
+        media_dir: Folder for the WAVs of `speak`; by default `spoken/` beside `json_out`.
+        sequence_length: For `text`, the length of training's sequences.
+        device: "cpu", "cuda", or "auto".
+
+    Returns:
+        What `json_out` holds.
+
+    Raises:
+        ValueError: An unknown task, rows that can't be used, or a model that lacks the sense.
+        FileNotFoundError: No such model or manifest.
+    """
+    if json_out is not None and Path(json_out).is_dir():
+        raise ValueError(f"json_out is {json_out}, a folder; name a file in it, such as {Path(json_out) / 'eval.json'}")
+    if media_dir is None and json_out is not None and task == "speak":
+        media_dir = str(Path(json_out).parent / "spoken")
+    result = evaluate(load(model_dir, device), task, manifest, batch_size, limit, seed, media_dir, sequence_length)
+    if json_out is not None:
+        save_result(result, json_out)
+    return result
+
+
+def score_lines(result: TaskResult) -> list[str]:
+    """The scores as lines to print: "exact_match      0.853  [0.821, 0.884]"."""
+    scores: dict[str, Any] = result.scores
+    lines = []
+    for key, value in scores.items():
+        if key.endswith("_ci"):
+            continue
+        number = f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
+        interval = scores.get(f"{key}_ci")
+        between = f"  [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
+        lines.append(f"{key:<28}{number:>10}{between}")
+    return lines

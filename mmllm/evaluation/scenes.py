@@ -1,0 +1,240 @@
+"""The scenes' words and their grammar: what a caption says, whatever its wording.
+
+A caption is parsed in two steps. A lexer turns the text into symbols: an object (`O`), a relation (`R`, "left of"),
+a relation to the object named first (`I`, "to its left"), a position (`P`), a reading direction (`S`, "from left to
+right") and the word "with" (`W`). What the sentence means then follows from its string of symbols, its *skeleton*:
+`ORO` is "a … left of a …". Relations are kept in one direction only ("left of" and "above").
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "crescent")
+COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
+SIZES = ("small", "large")
+POSITIONS = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
+"""Where the only object of a picture is, row by row of a 3x3 grid."""
+AT = "at"
+"""The relation between the only object of a picture and its position."""
+CANONICAL = {"left of": ("left of", False), "right of": ("left of", True), "above": ("above", False),
+             "below": ("above", True)}  # fmt: skip
+"""Each relation's canonical name, and whether its two objects change places."""
+
+
+@dataclass(frozen=True, order=True)
+class SceneObject:
+    """One object of a scene."""
+
+    size: str
+    colour: str
+    shape: str
+
+
+Relation = tuple[SceneObject, str, SceneObject | str]
+"""(object, "left of" or "above", object), or (object, "at", position)."""
+
+
+@dataclass(frozen=True)
+class ParsedScene:
+    """What a caption says. Two captions say the same exactly when their `ParsedScene`s are equal."""
+
+    objects: tuple[SceneObject, ...]
+    """Sorted; one entry for each mention."""
+    relations: frozenset[Relation]
+
+    @staticmethod
+    def of(objects: list[SceneObject], relations: list[tuple[int, str, int | str]]) -> ParsedScene:
+        """The scene of objects and of relations between their indices, in any order and direction."""
+        normal: set[Relation] = set()
+        for first, relation, second in relations:
+            if isinstance(second, str):
+                normal.add((objects[first], relation, second))
+                continue
+            name, swapped = CANONICAL[relation]
+            pair = (second, first) if swapped else (first, second)
+            normal.add((objects[pair[0]], name, objects[pair[1]]))
+        return ParsedScene(tuple(sorted(objects)), frozenset(normal))
+
+    @staticmethod
+    def from_row(row: Mapping[str, Any]) -> ParsedScene:
+        """The scene that a manifest row's `objects` and `relations` describe."""
+        objects = [SceneObject(o["size"], o["colour"], o["shape"]) for o in row["objects"]]
+        return ParsedScene.of(objects, [(first, relation, second) for first, relation, second in row["relations"]])
+
+
+def count_right_attributes(predicted: ParsedScene | None, reference: ParsedScene) -> tuple[int, int]:
+    """How many sizes, colours and shapes are right, of how many.
+
+    The predicted objects are matched to the reference's as favourably as possible. Objects too many count as three
+    wrong attributes each, so naming more than there is gains nothing.
+    """
+    objects = predicted.objects if predicted is not None else ()
+    total = 3 * max(len(objects), len(reference.objects))
+    if not objects:
+        return 0, total
+    few, many = sorted((objects[:6], reference.objects), key=len)
+    best = max(
+        sum((a.size == b.size) + (a.colour == b.colour) + (a.shape == b.shape) for a, b in zip(few, order, strict=True))
+        for order in itertools.permutations(many, len(few))
+    )
+    return best, total
+
+
+def names_pair(predicted: ParsedScene | None, shape: str, colour: str) -> bool:
+    """Whether some object of the predicted caption has both this shape and this colour."""
+    return predicted is not None and any(o.shape == shape and o.colour == colour for o in predicted.objects)
+
+
+# ---------------------------------------------------------------------------------------------------------- wording
+OBJECT_FORMS = {
+    "a {size} {colour} {shape}": 6,
+    "a {colour} {shape} that is {size}": 1,
+    "a {size} {shape} in {colour}": 1,
+    "a {shape} that is {size} and {colour}": 1,
+}
+"""Wordings of an object, with how often each is used."""
+RELATION_FORMS = {
+    "left of": ("left of", "to the left of"),
+    "right of": ("right of", "to the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under"),
+}
+ITS_FORMS = {
+    "left of": ("to its left", "on its left"),
+    "right of": ("to its right", "on its right"),
+    "above": ("above it", "over it"),
+    "below": ("below it", "under it"),
+}
+SEQUENCE_FORMS = {
+    "left of": "from left to right",
+    "right of": "from right to left",
+    "above": "from top to bottom",
+    "below": "from bottom to top",
+}
+"""`A`, `B` and `C` in this direction: A is … B, and B is … C."""
+POSITION_FORMS = {
+    position: ("in the centre", "in the middle") if position == "centre"
+    else (f"in the {position} corner", f"at the {position}") if " " in position
+    else (f"at the {position}", f"at the {position} edge") if position in ("top", "bottom")
+    else (f"on the {position}", f"at the {position} edge")
+    for position in POSITIONS
+}  # fmt: skip
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
+def render_object(thing: SceneObject, rng: random.Random) -> str:
+    """One wording of an object: "a small red circle", "a circle that is small and red"."""
+    form = rng.choices(tuple(OBJECT_FORMS), tuple(OBJECT_FORMS.values()))[0]
+    form = form.format(size=thing.size, colour=thing.colour, shape=thing.shape)
+    return f"an{form[1:]}" if form[2] in "aeiou" else form
+
+
+def render_caption(objects: list[SceneObject], relation: str, rng: random.Random) -> str:
+    """One wording of a scene.
+
+    Args:
+        objects: One object, or two or three in the order of `relation`.
+        relation: The position of a single object; else "left of" or "above": objects[0] is … objects[1], and so on.
+        rng: Chooses the wording and the order in which the objects are named.
+
+    Raises:
+        ValueError: No such number of objects, or no such position or relation.
+    """
+    names = [render_object(thing, rng) for thing in objects]
+    if len(objects) == 1 and relation in POSITION_FORMS:
+        where = rng.choice(POSITION_FORMS[relation])
+        return rng.choice((f"{names[0]} {where}", f"{where} there is {names[0]}", f"there is {names[0]} {where}"))
+    if len(objects) not in (2, 3) or relation not in RELATION_FORMS:
+        raise ValueError(f"got {len(objects)} objects and {relation!r}; expected one object with a position "
+                         f"of {POSITIONS}, or two or three with a relation of {tuple(RELATION_FORMS)}")  # fmt: skip
+    backwards = OPPOSITE[relation]
+    if len(objects) == 2:
+        first, second = names
+        if rng.random() < 0.5:
+            first, second, relation, backwards = second, first, backwards, relation
+        link, its_back = rng.choice(RELATION_FORMS[relation]), rng.choice(ITS_FORMS[backwards])
+        return rng.choice((
+            f"{first} {link} {second}",
+            f"{first} {link} {second}",
+            f"{link} {second} there is {first}",
+            f"{first} with {second} {its_back}",
+            f"there is {first}, and {its_back} {second}",
+        ))  # fmt: skip
+    its = rng.choice(ITS_FORMS[relation]), rng.choice(ITS_FORMS[backwards])
+    if rng.random() < 0.5:
+        names, relation, its = names[::-1], backwards, its[::-1]
+    first, second, third = names
+    links = [rng.choice(RELATION_FORMS[relation]) for _ in range(2)]
+    return rng.choice((
+        f"{first} {links[0]} {second}, which is {links[1]} {third}",
+        f"{first}, {second} and {third} {SEQUENCE_FORMS[relation]}",
+        f"{SEQUENCE_FORMS[relation]}: {first}, {second} and {third}",
+        f"{second} with {first} {its[0]} and {third} {its[1]}",
+    ))  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- parsing
+def _any(*words: str) -> str:
+    return "(?:" + "|".join(sorted(words, key=len, reverse=True)) + ")"
+
+
+_SIZE, _COLOUR, _SHAPE = _any(*SIZES), _any(*COLOURS), _any(*SHAPES)
+_OBJECT = (
+    rf"(?:an?|the) (?:{_SIZE} {_COLOUR} {_SHAPE}|{_COLOUR} {_SHAPE} that is {_SIZE}|{_SIZE} {_SHAPE} in {_COLOUR}"
+    rf"|{_SHAPE} that is (?:{_SIZE} and {_COLOUR}|{_COLOUR} and {_SIZE}))"
+)
+_WORDINGS = {
+    kind: {form: name for name, forms in table.items() for form in ((forms,) if isinstance(forms, str) else forms)}
+    for kind, table in (("S", SEQUENCE_FORMS), ("I", ITS_FORMS), ("R", RELATION_FORMS), ("P", POSITION_FORMS))
+}
+_FILLER = _any("there is", "which is", "it is", "and", "then")
+_LEXER = re.compile(
+    "|".join([f"(?P<O>{_OBJECT})", *(f"(?P<{kind}>{_any(*forms)})" for kind, forms in _WORDINGS.items()),
+              "(?P<W>with)", f"(?P<_>{_FILLER})"])
+)  # fmt: skip
+
+_SKELETONS: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "ORO": ((0, 0, 1),), "ROO": ((1, 0, 0),), "OWOI": ((1, 0, 0),), "OIO": ((1, 0, 0),), "OOS": ((0, 0, 1),),
+    "SOO": ((0, 0, 1),), "ORORO": ((0, 0, 1), (1, 1, 2)), "OOOS": ((0, 0, 1), (1, 0, 2)),
+    "SOOO": ((0, 0, 1), (1, 0, 2)), "OWOIOI": ((1, 0, 0), (2, 1, 0)),
+}  # fmt: skip
+"""For each skeleton: (object, which of the relations met, object), numbered in the order of mention."""
+
+
+def parse_caption(text: str) -> ParsedScene | None:
+    """What a caption says, or None where it is no caption of the grammar.
+
+    Capitals and punctuation don't matter. Contradictions ("a … left of b, which is right of …") are parsed as they
+    stand, and then equal no scene.
+    """
+    text = " ".join(re.sub(r"[^a-z ]", " ", text.lower()).split())
+    objects: list[SceneObject] = []
+    names: list[str] = []
+    skeleton = ""
+    start = 0
+    while start < len(text):
+        match = _LEXER.match(text, start)
+        if match is None or (match.end() < len(text) and text[match.end()] != " "):
+            return None
+        start = match.end() + 1
+        kind = match.lastgroup or ""
+        if kind == "_":
+            continue
+        skeleton += kind
+        if kind == "O":
+            words = set(match.group().split())
+            size, colour, shape = (next(w for w in options if w in words) for options in (SIZES, COLOURS, SHAPES))
+            objects.append(SceneObject(size, colour, shape))
+        elif kind in _WORDINGS:
+            names.append(_WORDINGS[kind][match.group()])
+    if skeleton in ("OP", "PO"):
+        return ParsedScene.of(objects, [(0, AT, names[0])])
+    if skeleton not in _SKELETONS:
+        return None
+    return ParsedScene.of(objects, [(first, names[name], second) for first, name, second in _SKELETONS[skeleton]])

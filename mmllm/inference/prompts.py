@@ -1,0 +1,108 @@
+"""Prompts as a batch that can be continued: padded on the left, so that every row ends where it goes on.
+
+Shapes: B rows, T positions, K codebooks, N images, S slots, C clips, F frames, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmllm.batch import IGNORE, Modality, PackedBatch
+from mmllm.data.documents import Document
+
+
+def pad_left(documents: Sequence[Document]) -> PackedBatch:
+    """One document a row, each ending at the last position."""
+    num_rows, num_positions = len(documents), max(document.num_tokens for document in documents)
+    num_codebooks = documents[0].codes_TK.shape[1]
+    token_ids_BT = np.zeros((num_rows, num_positions), dtype=np.int64)
+    document_ids_BT = np.full((num_rows, num_positions), -1, dtype=np.int64)
+    positions_BT = np.zeros_like(token_ids_BT)
+    modality_BT = np.zeros_like(token_ids_BT)
+    codes_BTK = np.full((num_rows, num_positions, num_codebooks), -1, dtype=np.int64)
+    pixels, image_slots, clips, clip_slots = [], [], [], []
+    for row, document in enumerate(documents):
+        start = num_positions - document.num_tokens
+        token_ids_BT[row, start:] = document.token_ids_T
+        document_ids_BT[row, start:] = 0
+        positions_BT[row, start:] = np.arange(document.num_tokens)
+        modality_BT[row, start:] = document.modality_T
+        codes_BTK[row, start:] = document.codes_TK
+        first = row * num_positions + start
+        for picture in document.images:
+            pixels.append(torch.from_numpy(np.ascontiguousarray(picture.pixels_3HW)))
+            image_slots.append(first + picture.start + torch.arange(picture.num_slots))
+        for clip in document.clips:
+            clips.append(torch.from_numpy(np.ascontiguousarray(clip.codes_FK)))
+            clip_slots.append(first + clip.start + torch.arange(clip.num_slots))
+    return PackedBatch(
+        token_ids_BT=torch.from_numpy(token_ids_BT),
+        labels_BT=torch.full((num_rows, num_positions), IGNORE),
+        positions_BT=torch.from_numpy(positions_BT),
+        document_ids_BT=torch.from_numpy(document_ids_BT),
+        modality_BT=torch.from_numpy(modality_BT),
+        source_BT=torch.from_numpy(document_ids_BT),
+        audio_codes_BTK=torch.from_numpy(codes_BTK),
+        audio_labels_BTK=torch.full(codes_BTK.shape, IGNORE),
+        images_NCHW=torch.stack(pixels) if pixels else torch.zeros(0, 3, 1, 1, dtype=torch.uint8),
+        image_slots_NS=torch.stack(image_slots) if image_slots else torch.zeros(0, 1, dtype=torch.int64),
+        clip_codes_CFK=_stack(clips) if clips else torch.zeros(0, 1, num_codebooks, dtype=torch.int64),
+        clip_slots_CS=_stack(clip_slots) if clip_slots else torch.zeros(0, 1, dtype=torch.int64),
+        clip_targets_CL=torch.full((len(clips), 1), -1),
+    )
+
+
+def next_position(
+    token_ids_B: Tensor, positions_B: Tensor, document_ids_B: Tensor, codes_BK: Tensor, modality: Modality
+) -> PackedBatch:
+    """One new position a row, without images or clips."""
+    num_rows, num_codebooks = codes_BK.shape
+    ignored_B1 = torch.full_like(token_ids_B[:, None], IGNORE)
+    no_slots = token_ids_B.new_zeros(0, 1)
+    return PackedBatch(
+        token_ids_BT=token_ids_B[:, None],
+        labels_BT=ignored_B1,
+        positions_BT=positions_B[:, None],
+        document_ids_BT=document_ids_B[:, None],
+        modality_BT=torch.full_like(token_ids_B[:, None], int(modality)),
+        source_BT=document_ids_B[:, None],
+        audio_codes_BTK=codes_BK[:, None],
+        audio_labels_BTK=ignored_B1[..., None].expand(num_rows, 1, num_codebooks),
+        images_NCHW=torch.zeros(0, 3, 1, 1, dtype=torch.uint8, device=token_ids_B.device),
+        image_slots_NS=no_slots,
+        clip_codes_CFK=token_ids_B.new_zeros(0, 1, num_codebooks),
+        clip_slots_CS=no_slots,
+        clip_targets_CL=no_slots,
+    )
+
+
+def join(documents: Sequence[Document]) -> Document:
+    """Documents one after the other, as one."""
+    starts = np.cumsum([0, *(document.num_tokens for document in documents)])[:-1].tolist()
+    return Document(
+        token_ids_T=np.concatenate([document.token_ids_T for document in documents]),
+        targets_T=np.concatenate([document.targets_T for document in documents]),
+        modality_T=np.concatenate([document.modality_T for document in documents]),
+        codes_TK=np.concatenate([document.codes_TK for document in documents]),
+        images=tuple(
+            dataclasses.replace(picture, start=picture.start + start)
+            for document, start in zip(documents, starts, strict=True)
+            for picture in document.images
+        ),
+        clips=tuple(
+            dataclasses.replace(clip, start=clip.start + start)
+            for document, start in zip(documents, starts, strict=True)
+            for clip in document.clips
+        ),
+        filler=documents[0].filler,
+        has_units=any(document.has_units for document in documents),
+    )
+
+
+def _stack(rows: list[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)

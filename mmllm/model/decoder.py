@@ -1,0 +1,294 @@
+"""The decoder: pre-norm blocks of grouped-query attention and SwiGLU, dense or a mixture of experts.
+
+Shapes: B sequences, T positions, N tokens of the whole batch (padding removed), D width,
+E experts, L layers with experts, M modalities, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmllm.batch import Modality
+from mmllm.model.attention import Attention, KVCache, PackedLayout, rotary
+from mmllm.model.moe import MLP, MoE, MoEConfig, RoutingStats
+
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder.
+
+    Attributes:
+        vocab_size: ids in the one id space; `Vocabulary.size`.
+        width: of the residual stream.
+        num_layers: blocks.
+        num_heads: query heads.
+        num_kv_heads: key-value heads; None: as many as query heads.
+        head_width: channels a head; None: width / num_heads.
+        mlp_width: inner width of the dense layers.
+        moe: the experts; None: every layer is dense.
+        moe_layers: which layers have experts: "all", or their indices.
+        rope_theta: base of the rotary angles.
+        norm_eps: of every RMSNorm.
+        qk_norm: RMS-normalise queries and keys of each head (as Qwen3 does).
+        tie_embeddings: the head is the embedding.
+        dropout: on the embeddings and on what each block adds, in training.
+    """
+
+    vocab_size: int
+    width: int = 256
+    num_layers: int = 6
+    num_heads: int = 8
+    num_kv_heads: int | None = None
+    head_width: int | None = None
+    mlp_width: int = 768
+    moe: MoEConfig | None = None
+    moe_layers: Literal["all"] | tuple[int, ...] = "all"
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    qk_norm: bool = False
+    tie_embeddings: bool = True
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.moe_layers, list):  # as YAML and JSON give it
+            object.__setattr__(self, "moe_layers", tuple(self.moe_layers))
+        if self.head_width is None and self.width % self.num_heads:
+            raise ValueError(
+                f"decoder.width is {self.width}, which {self.num_heads} heads do not divide; "
+                f"change num_heads or give head_width"
+            )
+        if self.head_channels % 2:
+            raise ValueError(f"decoder.head_width is {self.head_channels}; rotary positions need an even number")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"decoder.num_heads is {self.num_heads}, which num_kv_heads, {self.kv_heads}, does not divide"
+            )
+        layers = () if isinstance(self.moe_layers, str) else self.moe_layers
+        wrong = [layer for layer in layers if not 0 <= layer < self.num_layers]
+        if wrong:
+            raise ValueError(f"decoder.moe_layers names layer {wrong[0]}; layers are 0 to {self.num_layers - 1}")
+
+    @property
+    def head_channels(self) -> int:
+        """Channels a head."""
+        return self.width // self.num_heads if self.head_width is None else self.head_width
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer is a mixture of experts."""
+        return self.moe is not None and (self.moe_layers == "all" or layer in self.moe_layers)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The same as `F.rms_norm`, in half the passes over memory that its CPU form needs for the gradient."""
+
+    @staticmethod
+    def forward(ctx, x_ND, weight_D, eps):
+        inverse_N1 = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True).square_()
+        inverse_N1 = inverse_N1.div_(x_ND.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x_ND, weight_D, inverse_N1)
+        return (x_ND * inverse_N1).mul_(weight_D)
+
+    @staticmethod
+    def backward(ctx, grad_ND):
+        x_ND, weight_D, inverse_N1 = ctx.saved_tensors
+        scaled_ND = grad_ND * inverse_N1
+        product_ND = scaled_ND * x_ND
+        dot_N = product_ND @ weight_D
+        grad_x_ND = scaled_ND.mul_(weight_D)
+        grad_x_ND.addcmul_(x_ND, dot_N[:, None] * inverse_N1.square(), value=-1 / x_ND.shape[-1])
+        return grad_x_ND, product_ND.sum(dim=0), None
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Over the last dimension."""
+        if x.device.type == "cpu" and x.dtype == self.weight.dtype and x.ndim == 2:
+            return _RMSNorm.apply(x, self.weight, self.eps)  # pyright: ignore[reportReturnType]
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.dropout = config.dropout
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(
+            config.width, config.num_heads, config.kv_heads, config.head_channels, config.qk_norm, config.norm_eps
+        )
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        if config.has_experts(layer):
+            assert config.moe is not None
+            self.mlp = MoE(config.width, config.moe)
+        else:
+            self.mlp = MLP(config.width, config.mlp_width)
+
+    def forward(
+        self, x_ND: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout | KVCache
+    ) -> tuple[Tensor, _Routing | None]:
+        """The new residual stream, and the routing if the layer has experts."""
+        attended = self.attention(self.attention_norm(x_ND), cos, sin, layout, self.layer)
+        x_ND = x_ND + F.dropout(attended, self.dropout, self.training)
+        normed_ND = self.mlp_norm(x_ND)
+        routing = None
+        if isinstance(self.mlp, MoE):
+            out_ND, logits_NE, result = self.mlp(normed_ND)
+            routing = _Routing(logits_NE, result.counts_E, result.experts_TK)
+        else:
+            out_ND = self.mlp(normed_ND)
+        return x_ND + F.dropout(out_ND, self.dropout, self.training), routing
+
+
+@dataclass
+class _Routing:
+    logits_NE: Tensor
+    counts_E: Tensor
+    experts_NK: Tensor
+
+
+class Decoder(nn.Module):
+    """Embeddings, blocks, final norm and head.
+
+    Padding is removed before the first block: it costs nothing, no expert sees it, and its hidden
+    states come back as zeros.
+    """
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.output = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal, std 0.02; what writes to the residual stream 1 / sqrt(2 · layers) of that (GPT-2)."""
+        residual_std = INIT_STD / math.sqrt(2 * self.config.num_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                nn.init.ones_(parameter)
+            else:
+                is_residual = name.endswith(("attention.out.weight", "mlp.down.weight", "mlp.down_EDI"))
+                nn.init.normal_(parameter, std=residual_std if is_residual else INIT_STD)
+
+    @property
+    def head_weight_VD(self) -> Tensor:
+        """The head's rows, in id order."""
+        return self.embedding.weight if self.output is None else self.output.weight
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token embeddings, [..., D]."""
+        return self.embedding(ids)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits over the whole vocabulary, [..., V]."""
+        return F.linear(hidden, self.head_weight_VD)
+
+    def make_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache on this decoder's device and in its dtype."""
+        weight, config = self.embedding.weight, self.config
+        return KVCache(
+            config.num_layers,
+            config.kv_heads,
+            config.head_channels,
+            batch_size,
+            max_length,
+            weight.device,
+            weight.dtype,
+        )
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        positions_BT: Tensor,
+        document_ids_BT: Tensor,
+        cache: KVCache | None = None,
+        modality_BT: Tensor | None = None,
+    ) -> tuple[Tensor, RoutingStats]:
+        """Hidden states after the final norm (zeros at padding), and the routing.
+
+        Args:
+            x_BTD: embeddings with images and sounds spliced in.
+            positions_BT: restart at zero with each document.
+            document_ids_BT: -1 for padding; a position sees earlier ones of its own document.
+            cache: the keys and values so far; the new ones are appended. Routing then counts padding too.
+            modality_BT: given, routing is counted by modality too.
+        """
+        num_sequences, num_positions, width = x_BTD.shape
+        if cache is None:
+            layout: PackedLayout | KVCache = PackedLayout.build(document_ids_BT)
+            tokens_N = layout.tokens_N
+        else:
+            cache.begin(document_ids_BT)
+            layout, tokens_N = cache, None
+        x_ND = _take(x_BTD.flatten(0, 1), tokens_N)
+        positions_N = _take(positions_BT.flatten(), tokens_N)
+        cos, sin = rotary(positions_N, self.config.head_channels, self.config.rope_theta, x_ND.dtype)
+        x_ND = F.dropout(x_ND, self.config.dropout, self.training)
+        routings: dict[int, _Routing] = {}
+        for layer, block in enumerate(self.blocks):
+            x_ND, routing = block(x_ND, cos, sin, layout)
+            if routing is not None:
+                routings[layer] = routing
+        hidden_ND = self.norm(x_ND)
+        if cache is not None:
+            cache.end()
+        modality_N = None if modality_BT is None else _take(modality_BT.flatten(), tokens_N)
+        stats = self._routing_stats(routings, modality_N, x_ND)
+        if tokens_N is not None and tokens_N.numel() != num_sequences * num_positions:
+            padded = hidden_ND.new_zeros(num_sequences * num_positions, width)
+            hidden_ND = padded.index_copy(0, tokens_N, hidden_ND)
+        return hidden_ND.view(num_sequences, num_positions, width), stats
+
+    def _routing_stats(self, routings: dict[int, _Routing], modality_N: Tensor | None, x_ND: Tensor) -> RoutingStats:
+        if self.config.moe is None or not routings:
+            empty = x_ND.new_zeros(0, 0)
+            return RoutingStats((), 1, x_ND.shape[0], empty.long(), empty, x_ND.new_zeros(0))
+        num_experts = self.config.moe.num_experts
+        dtype = torch.promote_types(x_ND.dtype, torch.float32)
+        logits_LNE = torch.stack([routing.logits_NE for routing in routings.values()]).to(dtype)
+        counts_LME = None
+        if modality_N is not None:
+            buckets = modality_N[:, None] * num_experts
+            counts_LME = torch.stack(
+                [
+                    torch.bincount((buckets + r.experts_NK).flatten(), minlength=len(Modality) * num_experts)
+                    for r in routings.values()
+                ]
+            ).view(len(routings), len(Modality), num_experts)
+        return RoutingStats(
+            layers=tuple(routings),
+            top_k=self.config.moe.top_k,
+            num_tokens=x_ND.shape[0],
+            counts_LE=torch.stack([routing.counts_E for routing in routings.values()]),
+            probability_sums_LE=logits_LNE.softmax(dim=-1).sum(dim=1),
+            z_sums_L=logits_LNE.logsumexp(dim=-1).square().sum(dim=1),
+            counts_LME=counts_LME,
+        )
+
+
+def _take(x: Tensor, indices_N: Tensor | None) -> Tensor:
+    return x if indices_N is None or indices_N.numel() == x.shape[0] else x[indices_N]

@@ -1,0 +1,373 @@
+"""The whole model: images, sounds and text in one stream, and one decoder that writes and speaks.
+
+Images and clips go through projectors into their slots between the token embeddings; text and audio
+units are predicted by the same head.
+
+Shapes: B sequences, T positions, D width, K codebooks, V vocabulary, N images, S slots, C clips,
+F frames, M targets of the whole batch, U of them with unit targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmllm.batch import IGNORE, Modality, PackedBatch
+from mmllm.model.attention import KVCache
+from mmllm.model.config import config_from_dict, config_to_dict
+from mmllm.model.decoder import INIT_STD, Decoder, DecoderConfig
+from mmllm.model.moe import MoE, RoutingStats
+from mmllm.model.projectors import (
+    AudioProjector,
+    AudioProjectorConfig,
+    CodeEmbedding,
+    ImageProjector,
+    ImageProjectorConfig,
+)
+from mmllm.model.vision import VisionConfig, VisionTower
+from mmllm_tokenizers.vocab import AUDIO_END, PAD, SPECIAL_TOKENS
+
+AUDIO_END_ID = SPECIAL_TOKENS.index(AUDIO_END)
+PAD_ID = SPECIAL_TOKENS.index(PAD)
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """Sound, in and out, as codes of K codebooks.
+
+    Attributes:
+        num_codebooks: K, as the tokenizer folder's.
+        codebook_size: units a codebook, without the filler.
+        latent_width: of the codes' embeddings; the codec's dimension where `initialise_audio` is used.
+        projector: of clips that are heard.
+    """
+
+    num_codebooks: int
+    codebook_size: int
+    latent_width: int = 128
+    projector: AudioProjectorConfig = field(default_factory=AudioProjectorConfig)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the losses, and noise on the input.
+
+    Attributes:
+        text: weight of text targets.
+        units: weight of unit targets and the end of sound.
+        ctc: weight of the auxiliary CTC loss on clips that are heard; 0: no CTC head.
+        word_dropout: in training, share of target text tokens that are hidden where they are inputs.
+    """
+
+    text: float = 1.0
+    units: float = 1.0
+    ctc: float = 0.0
+    word_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A multimodal model. `vision` None: it does not see; `audio` None: it neither hears nor speaks."""
+
+    decoder: DecoderConfig
+    vision: VisionConfig | None = None
+    image_projector: ImageProjectorConfig = field(default_factory=ImageProjectorConfig)
+    audio: AudioConfig | None = None
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    def __post_init__(self) -> None:
+        if self.audio is not None and self.num_text < len(SPECIAL_TOKENS):
+            raise ValueError(
+                f"decoder.vocab_size is {self.decoder.vocab_size}, which leaves {self.num_text} text ids beside "
+                f"{self.audio.num_codebooks} codebooks of {self.audio.codebook_size}; use the tokenizer's "
+                f"Vocabulary.size"
+            )
+
+    @property
+    def num_text(self) -> int:
+        """Ids of special and text tokens; units follow them."""
+        num_units = self.audio.num_codebooks * (self.audio.codebook_size + 1) if self.audio else 0
+        return self.decoder.vocab_size - num_units
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-serialisable dicts and lists."""
+        return config_to_dict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> ModelConfig:
+        """The inverse of `to_dict`; an unknown key raises a ValueError that names it."""
+        return config_from_dict(ModelConfig, values, "model")
+
+
+@dataclass
+class ModelOutput:
+    """Sums and counts, not means, so that ranks and accumulated batches can be added."""
+
+    loss_sums: dict[str, Tensor]
+    """Differentiable scalars: "text", "units" (nats over targets), "ctc" (over clips), "balance", "z"
+    (the batch's losses times its number of tokens)."""
+    counts: dict[str, Tensor]
+    """float32 scalars, what each sum is divided by. "units": a frame counts 1 when all K codes are targets."""
+    source_sums: Tensor
+    """[num_sources] text and units together, detached."""
+    source_counts: Tensor
+    """[num_sources]."""
+    routing: RoutingStats
+    num_correct: Tensor
+    """Text targets whose logit is the largest."""
+
+    def loss(self, weights: dict[str, float], counts: dict[str, Tensor] | None = None) -> Tensor:
+        """Weighted sum of the losses, each divided by its own count (or a global one)."""
+        counts = self.counts if counts is None else counts
+        terms = [weight * self.loss_sums[key] / counts[key].clamp(min=1) for key, weight in weights.items() if weight]
+        return torch.stack(terms).sum()
+
+
+class MultimodalModel(nn.Module):
+    """Sees, hears, reads, writes and speaks. Weights are random: see `load_pretrained`, `initialise_audio`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        width = config.decoder.width
+        self.decoder = Decoder(config.decoder)
+        self.vision = self.image_projector = None
+        if config.vision is not None:
+            self.vision = VisionTower(config.vision)
+            self.image_projector = ImageProjector(config.image_projector, self.vision.grid, self.vision.width, width)
+        self.code_embedding = self.clip_projector = self.unit_projector = self.ctc_head = None
+        if config.audio is not None:
+            audio = config.audio
+            self.code_embedding = CodeEmbedding(audio.num_codebooks, audio.codebook_size, audio.latent_width)
+            self.clip_projector = AudioProjector(audio.projector, audio.latent_width, width)
+            self.unit_projector = nn.Sequential(
+                nn.Linear(audio.latent_width, width), nn.GELU(), nn.Linear(width, width)
+            )
+            if config.loss.ctc:
+                self.ctc_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.num_text))
+        self.mask_embedding = None
+        if config.loss.word_dropout:
+            self.mask_embedding = nn.Parameter(torch.randn(width) * INIT_STD)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """What `ModelOutput.loss` takes: the configured weight of each loss."""
+        loss, moe = self.config.loss, self.config.decoder.moe
+        weights = {"text": loss.text, "units": loss.units, "ctc": loss.ctc}
+        return weights | {"balance": moe.balance_weight if moe else 0.0, "z": moe.z_weight if moe else 0.0}
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Slots an image fills; 0 without a tower."""
+        return self.image_projector.num_tokens if self.image_projector is not None else 0
+
+    def load_pretrained(self) -> None:
+        """Reads the CLIP weights that the config names, if any."""
+        if self.vision is not None:
+            self.vision.load_pretrained()
+
+    def initialise_audio(self, codebooks_KVD: Tensor) -> None:
+        """Starts the codes' embeddings from the codec's codebooks."""
+        if self.code_embedding is None:
+            raise ValueError("this model's config has no audio; give audio, or leave the codebooks out")
+        self.code_embedding.initialise(codebooks_KVD)
+
+    def num_parameters(self) -> int:
+        """Parameters in all, tied ones once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def num_active_parameters(self) -> int:
+        """Parameters that one token passes: of E experts only the K chosen."""
+        inactive = 0
+        for module in self.modules():
+            if isinstance(module, MoE):
+                experts = module.gate_up_E2ID.numel() + module.down_EDI.numel()
+                inactive += experts * (module.config.num_experts - module.config.top_k) // module.config.num_experts
+        return self.num_parameters() - inactive
+
+    def image_embedding(self, images_NCHW: Tensor) -> Tensor:
+        """uint8 images to slots [N, S, D]."""
+        if self.vision is None or self.image_projector is None:
+            raise ValueError("this model has no vision tower; give it no images, or set model.vision")
+        return self.image_projector(self.vision(images_NCHW))
+
+    def clip_embedding(self, codes_CFK: Tensor) -> Tensor:
+        """Codes of clips that are heard, -1 behind each end, to slots [C, ceil(F / pool), D]."""
+        if self.clip_projector is None or self.code_embedding is None:
+            raise ValueError("this model has no audio; give it no sound, or set model.audio")
+        return self.clip_projector(codes_CFK, self.code_embedding)
+
+    def unit_embedding(self, codes: Tensor) -> Tensor:
+        """What a frame of units is as an input: [..., K] patterned codes (-1: none) to [..., D]."""
+        if self.unit_projector is None or self.code_embedding is None:
+            raise ValueError("this model has no audio; give it no sound, or set model.audio")
+        return self.unit_projector(self.code_embedding(codes))
+
+    def splice(self, batch: PackedBatch) -> Tensor:
+        """Input embeddings [B, T, D]: tokens, with images, clips and frames of units in their places."""
+        return self._splice(batch)[0]
+
+    def _splice(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
+        """The input embeddings, and the clips' slots (for CTC)."""
+        num_sequences, num_positions = batch.token_ids_BT.shape
+        x_BTD = self.decoder.embed(batch.token_ids_BT)
+        if self.training and self.mask_embedding is not None:
+            x_BTD = torch.where(self._hidden_words(batch)[..., None], self.mask_embedding.to(x_BTD.dtype), x_BTD)
+        x_PD = x_BTD.flatten(0, 1)
+        if batch.images_NCHW.shape[0]:
+            slots_NSD = self.image_embedding(batch.images_NCHW)
+            if slots_NSD.shape[:2] != batch.image_slots_NS.shape:
+                raise ValueError(
+                    f"the batch has {list(batch.image_slots_NS.shape)} image slots, but the model fills "
+                    f"{list(slots_NSD.shape[:2])}; set the tokenizer folder's image_tokens to {self.num_image_tokens}"
+                )
+            x_PD = x_PD.index_copy(0, batch.image_slots_NS.flatten(), slots_NSD.flatten(0, 1).to(x_PD.dtype))
+        clips_CSD = None
+        if batch.clip_codes_CFK.shape[0]:
+            clips_CSD = self.clip_embedding(batch.clip_codes_CFK)
+            if clips_CSD.shape[:2] != batch.clip_slots_CS.shape:
+                raise ValueError(
+                    f"the batch has {list(batch.clip_slots_CS.shape)} clip slots, but the model fills "
+                    f"{list(clips_CSD.shape[:2])}; set audio.projector.pool to the tokenizer folder's audio_pool"
+                )
+            slots = batch.clip_slots_CS.flatten()
+            real = (slots >= 0).nonzero().squeeze(1)
+            x_PD = x_PD.index_copy(0, slots[real], clips_CSD.flatten(0, 1)[real].to(x_PD.dtype))
+        units = (batch.modality_BT == Modality.UNITS).flatten().nonzero().squeeze(1)
+        if units.numel():
+            frames = self.unit_embedding(batch.audio_codes_BTK.flatten(0, 1)[units])
+            x_PD = x_PD.index_copy(0, units, frames.to(x_PD.dtype))
+        return x_PD.view(num_sequences, num_positions, -1), clips_CSD
+
+    def _hidden_words(self, batch: PackedBatch) -> Tensor:
+        """Which text tokens, targets of the position before, are hidden as inputs, bool [B, T]."""
+        was_target_BT = F.pad(batch.labels_BT != IGNORE, (1, 0))[:, :-1] & (batch.positions_BT > 0)
+        is_text_BT = batch.modality_BT == Modality.TEXT
+        random_BT = torch.rand(is_text_BT.shape, device=is_text_BT.device)
+        return was_target_BT & is_text_BT & (random_BT < self.config.loss.word_dropout)
+
+    def hidden(self, batch: PackedBatch, cache: KVCache | None = None) -> Tensor:
+        """Hidden states after the final norm, [B, T, D]."""
+        return self.decoder(self.splice(batch), batch.positions_BT, batch.document_ids_BT, cache)[0]
+
+    def logits(self, batch: PackedBatch) -> Tensor:
+        """Logits over the whole vocabulary at every position, [B, T, V]: for tests, not for training."""
+        return self.decoder.head(self.hidden(batch))
+
+    def unit_logits(self, hidden: Tensor) -> Tensor:
+        """Each codebook's block of the head, filler last, [..., K, codebook size + 1]."""
+        assert self.config.audio is not None
+        audio = self.config.audio
+        logits = F.linear(hidden, self.decoder.head_weight_VD[self.config.num_text :])
+        return logits.unflatten(-1, (audio.num_codebooks, audio.codebook_size + 1))
+
+    def forward(self, batch: PackedBatch, num_sources: int | None = None) -> ModelOutput:
+        """Losses of a batch, as sums and counts.
+
+        Args:
+            batch: packed documents.
+            num_sources: length of the per-source sums; None: the highest source of this batch, plus one.
+        """
+        x_BTD, clips_CSD = self._splice(batch)
+        hidden_BTD, routing = self.decoder(
+            x_BTD, batch.positions_BT, batch.document_ids_BT, modality_BT=batch.modality_BT
+        )
+        has_target_BT = batch.labels_BT != IGNORE
+        if self.config.audio is not None:
+            has_target_BT = has_target_BT | (batch.audio_labels_BTK != IGNORE).any(dim=-1)
+        targets_M = has_target_BT.flatten().nonzero().squeeze(1)
+        losses_M, weights_M, is_units_M, num_correct = self._token_losses(batch, hidden_BTD, targets_M)
+        sums = {"text": losses_M[~is_units_M].sum(), "units": losses_M[is_units_M].sum()}
+        counts = {"text": weights_M[~is_units_M].sum(), "units": weights_M[is_units_M].sum()}
+        sums["ctc"], counts["ctc"] = self._ctc_loss(batch, clips_CSD)
+        counts["balance"] = counts["z"] = weights_M.new_tensor(float(routing.num_tokens))
+        sums["balance"], sums["z"] = routing.balance_loss() * routing.num_tokens, routing.z_loss() * routing.num_tokens
+        sums["text"] = sums["text"] + self._touch_unused(batch)
+        source_M = batch.source_BT.flatten()[targets_M].clamp(min=0)
+        num_sources = max(int(batch.source_BT.max()) + 1, 1) if num_sources is None else num_sources
+        empty = losses_M.new_zeros(num_sources)
+        return ModelOutput(
+            loss_sums=sums,
+            counts=counts,
+            source_sums=empty.index_add(0, source_M, losses_M.detach()),
+            source_counts=empty.index_add(0, source_M, weights_M),
+            routing=routing,
+            num_correct=num_correct,
+        )
+
+    def _token_losses(
+        self, batch: PackedBatch, hidden_BTD: Tensor, targets_M: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss [M], weight [M] and kind of each target, and how many text targets were the best guess.
+
+        Codebook 0 and text go through the full softmax, codebook k > 0 through its own block of the
+        head; a frame's loss is the sum over its K codes divided by K.
+        """
+        hidden_MD = hidden_BTD.flatten(0, 1)[targets_M]
+        labels_M = batch.labels_BT.flatten()[targets_M]
+        logits_MV = self.decoder.head(hidden_MD)
+        losses_M = F.cross_entropy(logits_MV.float(), labels_M, ignore_index=IGNORE, reduction="none")
+        is_code_M = labels_M >= self.config.num_text
+        is_units_M = is_code_M | (labels_M == AUDIO_END_ID) | (labels_M == IGNORE)
+        with torch.no_grad():
+            num_correct = ((logits_MV.argmax(dim=-1) == labels_M) & ~is_units_M).sum()
+        weights_M = (labels_M != IGNORE).to(losses_M.dtype)
+        if self.config.audio is None:
+            return losses_M, weights_M, is_units_M, num_correct
+        num_codebooks, block = self.config.audio.num_codebooks, self.config.audio.codebook_size + 1
+        share_M = torch.where(is_code_M, 1 / num_codebooks, 1.0)
+        losses_M, weights_M = losses_M * share_M, weights_M * share_M
+        codes_MK = batch.audio_labels_BTK.flatten(0, 1)[targets_M]
+        frames_U = (codes_MK[:, 1:] != IGNORE).any(dim=-1).nonzero().squeeze(1)
+        if num_codebooks == 1 or not frames_U.numel():
+            return losses_M, weights_M, is_units_M, num_correct
+        codes_UK = codes_MK[frames_U][:, 1:]
+        head_RD = self.decoder.head_weight_VD[self.config.num_text + block :]
+        logits_UKV = F.linear(hidden_MD[frames_U], head_RD).unflatten(-1, (num_codebooks - 1, block))
+        losses_UK = F.cross_entropy(
+            logits_UKV.flatten(0, 1).float(), codes_UK.flatten(), ignore_index=IGNORE, reduction="none"
+        ).view_as(codes_UK)
+        losses_M = losses_M.index_add(0, frames_U, losses_UK.sum(dim=1) / num_codebooks)
+        counted_U = (codes_UK != IGNORE).sum(dim=1).to(weights_M.dtype)
+        return losses_M, weights_M.index_add(0, frames_U, counted_U / num_codebooks), is_units_M, num_correct
+
+    def _ctc_loss(self, batch: PackedBatch, clips_CSD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Sum over clips with a transcript, each divided by its length, and their number."""
+        zero = self.decoder.embedding.weight.new_zeros((), dtype=torch.float32)
+        if self.ctc_head is None or clips_CSD is None:
+            return zero, zero
+        target_lengths_C = (batch.clip_targets_CL >= 0).sum(dim=1)
+        rows = (target_lengths_C > 0).nonzero().squeeze(1)
+        if not rows.numel():
+            return zero, zero
+        log_probs_CSV = self.ctc_head(clips_CSD[rows]).float().log_softmax(dim=-1)
+        losses_C = F.ctc_loss(
+            log_probs_CSV.transpose(0, 1),
+            batch.clip_targets_CL[rows].clamp(min=0),
+            (batch.clip_slots_CS[rows] >= 0).sum(dim=1),
+            target_lengths_C[rows],
+            blank=PAD_ID,
+            reduction="none",
+            zero_infinity=True,
+        )
+        return (losses_C / target_lengths_C[rows]).sum(), zero + rows.numel()
+
+    def _touch_unused(self, batch: PackedBatch) -> Tensor:
+        """Zero, through every parameter that this batch may not have used.
+
+        Otherwise a rank with text alone would leave gradients out that other ranks wait for.
+        """
+        modules: list[nn.Module | None] = [self.code_embedding, self.unit_projector, self.ctc_head]
+        if not batch.images_NCHW.shape[0]:
+            modules += [self.vision, self.image_projector]
+        if not batch.clip_codes_CFK.shape[0]:
+            modules.append(self.clip_projector)
+        parameters = [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
+        if self.mask_embedding is not None:
+            parameters.append(self.mask_embedding)
+        zero = self.decoder.head_weight_VD[0, 0] * 0.0
+        return zero + sum((parameter.sum() * 0.0 for parameter in parameters), start=zero)

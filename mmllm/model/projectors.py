@@ -1,0 +1,253 @@
+"""From image features and audio codes to the decoder's width.
+
+Shapes: N images, S features an image, O slots an image, C clips, F frames a clip, K codebooks,
+V codes a codebook (filler included), D decoder width, W inner width, P pooled frames.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+POSITION_STD = 0.2
+
+
+@dataclass(frozen=True)
+class ImageProjectorConfig:
+    """How image features become slots.
+
+    Attributes:
+        kind: "linear" and "mlp" make one slot of each feature; "average" and "attention" pool the
+            features to `num_tokens` slots (adaptive averages over the grid, or learned queries), then MLP.
+        num_tokens: slots an image; None: as many as features. Needed where features are pooled.
+        hidden_width: of the MLP; None: the decoder's width.
+        num_heads: of the attention pooling.
+        dropout: on the features, in training.
+    """
+
+    kind: Literal["linear", "mlp", "average", "attention"] = "mlp"
+    num_tokens: int | None = None
+    hidden_width: int | None = None
+    num_heads: int = 4
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind in ("average", "attention") and self.num_tokens is None:
+            raise ValueError(f"image_projector.kind is {self.kind!r}, which needs image_projector.num_tokens")
+
+
+class ImageProjector(nn.Module):
+    """LayerNorm, learned row and column embeddings, pooling if any, then linear or MLP."""
+
+    def __init__(self, config: ImageProjectorConfig, grid: tuple[int, int], feature_width: int, width: int):
+        super().__init__()
+        self.config, self.grid = config, grid
+        num_features = grid[0] * grid[1]
+        self.num_tokens = config.num_tokens or num_features
+        self.norm = nn.LayerNorm(feature_width)
+        self.rows_HC = nn.Parameter(torch.randn(grid[0], 1, feature_width) * POSITION_STD)
+        self.columns_WC = nn.Parameter(torch.randn(1, grid[1], feature_width) * POSITION_STD)
+        self.queries_OC = None
+        match config.kind:
+            case "linear" | "mlp":
+                if self.num_tokens != num_features:
+                    raise ValueError(
+                        f"image_projector.num_tokens is {self.num_tokens} but the tower gives {num_features} features; "
+                        f"leave it out, or choose kind average or attention"
+                    )
+            case "average":
+                self.pooled_grid = _pooled_grid(self.num_tokens, grid)
+            case "attention":
+                self.queries_OC = nn.Parameter(torch.randn(self.num_tokens, feature_width) * 0.02)
+                self.pool = nn.MultiheadAttention(feature_width, config.num_heads, batch_first=True)
+        if config.kind == "linear":
+            self.project: nn.Module = nn.Linear(feature_width, width)
+        else:
+            self.project = _mlp(feature_width, config.hidden_width or width, width)
+
+    def forward(self, features_NSC: Tensor) -> Tensor:
+        """[N, O, D]."""
+        positions_SC = (self.rows_HC + self.columns_WC).flatten(0, 1)
+        x_NSC = F.dropout(self.norm(features_NSC) + positions_SC, self.config.dropout, self.training)
+        if self.config.kind == "average":
+            x_NCHW = x_NSC.transpose(1, 2).unflatten(2, self.grid)
+            x_NSC = F.adaptive_avg_pool2d(x_NCHW, self.pooled_grid).flatten(2).transpose(1, 2)
+        elif self.queries_OC is not None:
+            queries = self.queries_OC.expand(x_NSC.shape[0], -1, -1)
+            x_NSC = queries + self.pool(queries, x_NSC, x_NSC, need_weights=False)[0]
+        return self.project(x_NSC)
+
+
+def _pooled_grid(num_tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """The most square grid of exactly `num_tokens` cells that is no finer than the features'."""
+    options = [(h, num_tokens // h) for h in range(1, num_tokens + 1) if num_tokens % h == 0]
+    fitting = [(h, w) for h, w in options if h <= grid[0] and w <= grid[1]]
+    if not fitting:
+        raise ValueError(f"image_projector.num_tokens is {num_tokens}; no such grid fits into {grid[0]} x {grid[1]}")
+    return min(fitting, key=lambda cell: abs(cell[0] - cell[1]))
+
+
+def _mlp(width_in: int, hidden: int, width_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width_in, hidden), nn.GELU(), nn.Linear(hidden, width_out))
+
+
+@dataclass(frozen=True)
+class AudioProjectorConfig:
+    """How the frames of a clip that is heard become slots.
+
+    Attributes:
+        kind: "linear" or "mlp" of each `pool` frames, or "conv": residual convolution blocks over time
+            (not causal) before it.
+        pool: frames a slot; the tokenizer folder's `audio_pool`.
+        width: inner width; None: the decoder's.
+        num_layers: convolution blocks.
+        kernel: frames that a block sees; odd.
+        dropout: inside the blocks, in training.
+        code_dropout: in training, chance that a clip is heard with only its first few codebooks.
+        frame_mask: in training, share of frames that are hidden in spans (as SpecAugment, arXiv 1904.08779).
+        mask_span: frames a span.
+    """
+
+    kind: Literal["linear", "mlp", "conv"] = "conv"
+    pool: int = 2
+    width: int | None = None
+    num_layers: int = 4
+    kernel: int = 7
+    dropout: float = 0.0
+    code_dropout: float = 0.0
+    frame_mask: float = 0.0
+    mask_span: int = 8
+
+    def __post_init__(self) -> None:
+        if self.pool < 1:
+            raise ValueError(f"audio projector.pool is {self.pool}; it must be at least 1 frame a slot")
+        if self.kernel % 2 == 0:
+            raise ValueError(f"audio projector.kernel is {self.kernel}; it must be odd")
+        if not 0 <= self.frame_mask < 1:
+            raise ValueError(f"audio projector.frame_mask is {self.frame_mask}; it must be in [0, 1)")
+
+
+class CodeEmbedding(nn.Module):
+    """Sum of the embeddings of a frame's codes; code -1 adds nothing."""
+
+    def __init__(self, num_codebooks: int, codebook_size: int, latent_width: int):
+        super().__init__()
+        self.num_codebooks, self.codebook_size = num_codebooks, codebook_size
+        self.table = nn.Embedding(num_codebooks * (codebook_size + 1), latent_width)
+        nn.init.normal_(self.table.weight, std=latent_width**-0.5)
+
+    def initialise(self, codebooks_KVD: Tensor) -> None:
+        """Copies the codec's codebooks, scaled so that a sum of one code of each has unit variance.
+
+        Similar sounds then start close to each other.
+
+        Raises:
+            ValueError: for codebooks of another number, size or width.
+        """
+        width = self.table.embedding_dim
+        wanted = (self.num_codebooks, self.codebook_size, width)
+        if codebooks_KVD.ndim != 3 or codebooks_KVD.shape[1:] != wanted[1:] or len(codebooks_KVD) < wanted[0]:
+            raise ValueError(
+                f"the codec's codebooks are {list(codebooks_KVD.shape)}; the model's audio config wants {list(wanted)}"
+            )
+        codebooks_KVD = codebooks_KVD[: self.num_codebooks].float()
+        variance = codebooks_KVD.var(dim=1).sum(dim=0).mean().clamp(min=1e-12)
+        with torch.no_grad():
+            table_KVD = self.table.weight.view(self.num_codebooks, self.codebook_size + 1, width)
+            table_KVD[:, :-1] = (codebooks_KVD / variance.sqrt()).to(table_KVD)
+            table_KVD[:, -1] = 0
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """[..., K] codes to [..., latent width]."""
+        offsets_K = torch.arange(self.num_codebooks, device=codes.device) * (self.codebook_size + 1)
+        ids = codes.clamp(min=0) + offsets_K
+        weights = (codes >= 0).to(self.table.weight.dtype)
+        flat = F.embedding_bag(
+            ids.reshape(-1, self.num_codebooks),
+            self.table.weight,
+            mode="sum",
+            per_sample_weights=weights.reshape(-1, self.num_codebooks),
+        )
+        return flat.view(*codes.shape[:-1], -1)
+
+
+class ConvBlock(nn.Module):
+    """Residual: convolution over time, LayerNorm, MLP (ConvNeXt, arXiv 2201.03545, in one dimension)."""
+
+    def __init__(self, width: int, kernel: int, dropout: float):
+        super().__init__()
+        self.conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, x_CFW: Tensor, mask_CF1: Tensor) -> Tensor:
+        """Frames behind a clip's end stay zero, so a clip's result does not depend on its neighbours."""
+        mixed_CFW = self.conv(x_CFW.transpose(1, 2)).transpose(1, 2)
+        return x_CFW + self.mlp(self.norm(mixed_CFW)) * mask_CF1
+
+
+class AudioProjector(nn.Module):
+    """Clips that are heard: code embeddings, convolutions over time if any, `pool` frames to a slot."""
+
+    def __init__(self, config: AudioProjectorConfig, latent_width: int, width: int):
+        super().__init__()
+        self.config = config
+        inner = config.width or width
+        self.frame_norm = nn.LayerNorm(latent_width)
+        self.mask_embedding = nn.Parameter(torch.zeros(latent_width))
+        if config.kind == "conv":
+            self.stem = nn.Linear(latent_width, inner)
+            self.blocks = nn.ModuleList(
+                ConvBlock(inner, config.kernel, config.dropout) for _ in range(config.num_layers)
+            )
+            self.norm = nn.LayerNorm(inner)
+        frame_width = inner if config.kind == "conv" else latent_width
+        if config.kind == "mlp":
+            self.project: nn.Module = _mlp(frame_width * config.pool, inner, width)
+        else:
+            self.project = nn.Linear(frame_width * config.pool, width)
+
+    def forward(self, codes_CFK: Tensor, embedding: CodeEmbedding) -> Tensor:
+        """[C, ceil(F / pool), D]; -1 codes pad a clip's end."""
+        mask_CF1 = (codes_CFK[..., :1] >= 0).to(embedding.table.weight.dtype)
+        if self.training:
+            codes_CFK = self._drop_codebooks(codes_CFK)
+        x_CFW = self.frame_norm(embedding(codes_CFK))
+        hidden_CF1 = self._hidden_frames(codes_CFK) if self.training and self.config.frame_mask else None
+        if hidden_CF1 is not None:
+            x_CFW = torch.where(hidden_CF1, self.mask_embedding.to(x_CFW.dtype), x_CFW)
+        else:
+            x_CFW = x_CFW + self.mask_embedding.sum() * 0.0
+        x_CFW = x_CFW * mask_CF1
+        if self.config.kind == "conv":
+            x_CFW = self.stem(x_CFW) * mask_CF1
+            for block in self.blocks:
+                x_CFW = block(x_CFW, mask_CF1)
+            x_CFW = self.norm(x_CFW) * mask_CF1
+        pool = self.config.pool
+        x_CFW = F.pad(x_CFW, (0, 0, 0, -x_CFW.shape[1] % pool))
+        return self.project(x_CFW.unflatten(1, (-1, pool)).flatten(2))
+
+    def _drop_codebooks(self, codes_CFK: Tensor) -> Tensor:
+        num_codebooks = codes_CFK.shape[2]
+        if not self.config.code_dropout or num_codebooks == 1:
+            return codes_CFK
+        device = codes_CFK.device
+        kept_C = torch.randint(1, num_codebooks, (codes_CFK.shape[0],), device=device)
+        kept_C = torch.where(torch.rand(len(kept_C), device=device) < self.config.code_dropout, kept_C, num_codebooks)
+        dropped_CK = torch.arange(num_codebooks, device=device) >= kept_C[:, None]
+        return codes_CFK.masked_fill(dropped_CK[:, None], -1)
+
+    def _hidden_frames(self, codes_CFK: Tensor) -> Tensor:
+        """Spans start at random so that about `frame_mask` of the frames are hidden, bool [C, F, 1]."""
+        span = self.config.mask_span
+        chance = 1 - (1 - self.config.frame_mask) ** (1 / span)
+        starts_CF = (torch.rand(codes_CFK.shape[:2], device=codes_CFK.device) < chance).float()
+        spans_CF = F.max_pool1d(F.pad(starts_CF, (span - 1, 0))[:, None], span, stride=1)[:, 0]
+        return spans_CF.bool()[..., None]

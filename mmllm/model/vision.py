@@ -1,0 +1,246 @@
+"""The CLIP tower: spatial features of a chosen layer of any open_clip image encoder.
+
+Shapes: N images, S features an image (rows first), C channels, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.model import CustomTextCLIP
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.pretrained import get_pretrained_cfg
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Which CLIP model, which of its layers, and whether it learns.
+
+    Attributes:
+        open_clip: a model name of open_clip ("ViT-B-32"), or a model's config as a dict with
+            `embed_dim`, `vision_cfg` and `text_cfg`, as open_clip's own JSON files.
+        pretrained: a tag of open_clip ("laion2b_s34b_b79k") whose weights lie in open_clip's or
+            Hugging Face's cache. Read by `load_pretrained`, never by a constructor.
+        checkpoint: a local file of open_clip weights (`.safetensors`, `.pt`), instead of `pretrained`.
+        layer: index of a block of a ViT or of a stage of a timm trunk (negative: from the end), or
+            "layer1" to "layer4" of a ModifiedResNet (-1 is "layer4").
+        trainable: whether gradients flow into the tower.
+    """
+
+    open_clip: str | dict[str, Any]
+    pretrained: str | None = None
+    checkpoint: str | None = None
+    layer: int | str = -1
+    trainable: bool = True
+
+    def __post_init__(self) -> None:
+        if self.pretrained and self.checkpoint:
+            raise ValueError(
+                f"vision.pretrained is {self.pretrained!r} and vision.checkpoint {self.checkpoint!r}; give one of them"
+            )
+        if isinstance(self.open_clip, dict):
+            missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in self.open_clip]
+            if missing:
+                raise ValueError(f"vision.open_clip lacks {missing[0]!r}; it needs embed_dim, vision_cfg, text_cfg")
+
+
+def build_clip(config: VisionConfig, load: bool = True) -> nn.Module:
+    """The whole open_clip model: both towers.
+
+    Args:
+        config: `layer` and `trainable` do not matter here.
+        load: read the weights that `pretrained` or `checkpoint` name; without them, or if False, they are random.
+
+    Raises:
+        ValueError: for a name or tag that open_clip does not know, or weights of another model.
+        FileNotFoundError: for weights that are not on this machine: nothing is downloaded.
+    """
+    path = _weights_path(config) if load else None
+    name = config.open_clip
+    if isinstance(name, str):
+        model_config = open_clip.get_model_config(name)
+        if model_config is None:
+            raise ValueError(
+                f"vision.open_clip is {name!r}, which open_clip does not know; see open_clip.list_models()"
+            )
+    else:
+        model_config = copy.deepcopy(name)
+    model_config["vision_cfg"] = dict(model_config["vision_cfg"])
+    if "timm_model_name" in model_config["vision_cfg"]:
+        model_config["vision_cfg"]["timm_model_pretrained"] = False
+    custom_text = model_config.pop("custom_text", False) or "hf_model_name" in model_config["text_cfg"]
+    if "multimodal_cfg" in model_config:
+        raise ValueError(f"vision.open_clip is {name!r}, a CoCa model; choose a CLIP or SigLIP model")
+    model = (CustomTextCLIP if custom_text else open_clip.CLIP)(**model_config)
+    if path is not None:
+        try:
+            open_clip.load_checkpoint(model, path, strict=True, weights_only=True)  # pyright: ignore
+        except RuntimeError as error:
+            last = str(error).splitlines()[-1].strip()
+            raise ValueError(f"{path} does not hold weights of vision.open_clip {name!r}: {last}") from error
+    return model
+
+
+def _weights_path(config: VisionConfig) -> str | None:
+    """The file that the config names: local, or where open_clip or Hugging Face have stored a tag's."""
+    if config.checkpoint is not None:
+        if not Path(config.checkpoint).is_file():
+            raise FileNotFoundError(
+                f"vision.checkpoint is {config.checkpoint!r}, which is no file; give the path of open_clip weights"
+            )
+        return config.checkpoint
+    if config.pretrained is None:
+        return None
+    if not isinstance(config.open_clip, str):
+        raise ValueError(f"vision.pretrained is {config.pretrained!r}, a tag, but vision.open_clip is no model name")
+    tag = get_pretrained_cfg(config.open_clip, config.pretrained)
+    if not tag:
+        tags = open_clip.list_pretrained_tags_by_model(config.open_clip)
+        raise ValueError(
+            f"vision.pretrained is {config.pretrained!r}; open_clip knows {', '.join(tags) or 'none'} for "
+            f"{config.open_clip}"
+        )
+    cached = Path("~/.cache/clip").expanduser() / Path(tag.get("url", "")).name
+    if tag.get("url") and cached.is_file():
+        return str(cached)
+    repository, filename = (tag.get("hf_hub") or "/").rsplit("/", 1)
+    from huggingface_hub import try_to_load_from_cache
+    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+
+    for candidate in [filename] if filename else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]:
+        found = try_to_load_from_cache(repository, candidate) if repository else None
+        if isinstance(found, str):
+            return found
+    raise FileNotFoundError(
+        f"the weights of {config.open_clip} {config.pretrained} are not in the cache of open_clip or Hugging Face; "
+        f"download them there, or give vision.checkpoint"
+    )
+
+
+class VisionTower(nn.Module):
+    """A CLIP image encoder up to the chosen layer; what lies behind it is cut off.
+
+    Weights are random until `load_pretrained`, `from_clip` or `load_state_dict`. BatchNorm always uses
+    its stored statistics: a decoder's batches of a few images would ruin them.
+    """
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        clip = build_clip(config, load=False)
+        visual: Any = clip.visual
+        size: Any = visual.image_size
+        self.image_size = int(size if isinstance(size, int) else size[0])
+        tag = get_pretrained_cfg(str(config.open_clip), config.pretrained) if config.pretrained else {}
+        self.mean: tuple[float, ...] = tuple(tag.get("mean") or OPENAI_DATASET_MEAN)
+        self.std: tuple[float, ...] = tuple(tag.get("std") or OPENAI_DATASET_STD)
+        self.visual = _cut(visual, config.layer)
+        self.requires_grad_(config.trainable)
+        self.train()
+        with torch.no_grad():
+            device = next(self.visual.parameters()).device
+            probe = self._spatial(torch.zeros(1, 3, self.image_size, self.image_size, device=device))
+        self.width = probe.shape[1]
+        self.grid: tuple[int, int] = (probe.shape[2], probe.shape[3])
+
+    def load_pretrained(self) -> None:
+        """Reads the weights that the config names, if any; see `build_clip` for what it raises."""
+        if self.config.checkpoint or self.config.pretrained:
+            self.from_clip(build_clip(self.config))
+
+    def from_clip(self, clip: nn.Module) -> VisionTower:
+        """Copies the image encoder's weights from an open_clip model of the same config; gives self."""
+        visual: Any = clip.visual
+        source = _cut(copy.deepcopy(visual), self.config.layer)
+        self.visual.load_state_dict(source.state_dict())  # pyright: ignore[reportAttributeAccessIssue]
+        return self
+
+    def train(self, mode: bool = True) -> VisionTower:
+        """As `nn.Module.train`, but BatchNorm, and a frozen tower, stay in evaluation mode."""
+        super().train(mode and self.config.trainable)
+        for module in self.modules():
+            if isinstance(module, _BATCH_NORMS):
+                module.eval()
+        return self
+
+    def forward(self, images_N3HW: Tensor) -> Tensor:
+        """Features [N, S, C] of uint8 images of the tower's own size.
+
+        Raises:
+            ValueError: for images of another size or type.
+        """
+        size = self.image_size
+        if images_N3HW.dtype != torch.uint8 or images_N3HW.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"images are {images_N3HW.dtype} {list(images_N3HW.shape)}; "
+                f"this tower takes uint8 [N, 3, {size}, {size}]"
+            )
+        dtype = next(self.visual.parameters()).dtype
+        mean = torch.tensor(self.mean, device=images_N3HW.device).view(3, 1, 1) * 255
+        std = torch.tensor(self.std, device=images_N3HW.device).view(3, 1, 1) * 255
+        pixels = ((images_N3HW - mean) / std).to(dtype)
+        with torch.set_grad_enabled(self.config.trainable and torch.is_grad_enabled()):
+            return self._spatial(pixels).flatten(2).transpose(1, 2)
+
+    def _spatial(self, pixels_N3HW: Tensor) -> Tensor:
+        """[N, C, h, w]."""
+        visual: Any = self.visual
+        if isinstance(visual, ModifiedResNet):
+            x: Any = visual.stem(pixels_N3HW)
+            for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+                x = stage(x)
+            return x
+        if isinstance(visual, TimmModel):
+            trunk: Any = visual.trunk
+            return trunk.forward_intermediates(
+                pixels_N3HW, indices=1, intermediates_only=True, norm=False, output_fmt="NCHW"
+            )[0]
+        output = visual.forward_intermediates(
+            pixels_N3HW, indices=1, normalize_intermediates=True, intermediates_only=True
+        )
+        return output["image_intermediates"][0]
+
+
+def _cut(visual: Any, layer: int | str) -> nn.Module:
+    """Takes off, in place, what lies behind the layer, so that every parameter left gets a gradient."""
+    if isinstance(visual, ModifiedResNet):
+        stages = ("layer1", "layer2", "layer3", "layer4")
+        name = "layer4" if layer == -1 else layer
+        if name not in stages:
+            raise ValueError(f"vision.layer is {layer!r}; a ModifiedResNet has {', '.join(stages)}")
+        for stage in stages[stages.index(str(name)) + 1 :]:
+            setattr(visual, stage, nn.Identity())
+        visual.attnpool = None  # pyright: ignore[reportAttributeAccessIssue]
+        return visual
+    if isinstance(visual, TimmModel):
+        trunk: Any = visual.trunk
+        _check_index(layer, len(trunk.feature_info))
+        trunk.prune_intermediate_layers([layer], prune_norm=True, prune_head=True)
+        visual.head = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
+        return visual
+    if not isinstance(visual, VisionTransformer):
+        raise ValueError(
+            f"vision.open_clip gives a {type(visual).__name__}; ViT, ModifiedResNet and timm are supported"
+        )
+    num_blocks = len(visual.transformer.resblocks)
+    index = _check_index(layer, num_blocks)
+    visual.prune_intermediate_layers([index], prune_norm=index != num_blocks - 1, prune_head=True)
+    visual.attn_pool = None
+    return visual
+
+
+def _check_index(layer: int | str, num_layers: int) -> int:
+    if not isinstance(layer, int) or not -num_layers <= layer < num_layers:
+        raise ValueError(f"vision.layer is {layer!r}; this tower has layers 0 to {num_layers - 1} (or -1, -2, …)")
+    return layer % num_layers

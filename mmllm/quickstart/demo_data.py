@@ -1,0 +1,77 @@
+"""The data that quickstart makes where it is given none: scenes, speech, interleaved documents, prose."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmllm.quickstart.interleaved import make_interleaved
+from mmllm.quickstart.prose import make_prose
+from mmllm.quickstart.scenes import make_scenes
+from mmllm.quickstart.speech import make_speech
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DemoSizes:
+    """How many rows of each kind."""
+
+    scenes: int = 20_000
+    words: int = 2_500
+    phrases: int = 2_500
+    sentences: int = 4_000
+    interleaved: int = 3_000
+    test: int = 504
+    """Of each task, and of each set that is scored apart."""
+    sample_rate: int = 8000
+
+    def scaled(self, share: float) -> DemoSizes:
+        """Fewer rows (not below a handful), for trying things out."""
+        values = {name: max(12, int(getattr(self, name) * share)) for name in
+                  ("scenes", "words", "phrases", "sentences", "interleaved", "test")}  # fmt: skip
+        return DemoSizes(**values, sample_rate=self.sample_rate)
+
+
+def make_demo_data(out: str | Path, seed: int = 0, sizes: DemoSizes | None = None) -> dict[str, list[str]]:
+    """Makes everything under `out`; equal arguments give equal bytes.
+
+    Args:
+        out: folder to write to.
+        seed: chooses everything.
+        sizes: how many rows.
+
+    Returns:
+        Paths of the manifests under "train" and "test", and under "left_out" what could not be made and why.
+    """
+    out, sizes = Path(out), sizes or DemoSizes()
+    made = [make_scenes(out / "scenes", sizes.scenes, sizes.test, sizes.test, seed)]
+    left_out = []
+    with_speech = True
+    try:
+        made.append(
+            make_speech(
+                out / "speech",
+                sizes.words,
+                sizes.phrases,
+                sizes.sentences,
+                sizes.test,
+                sizes.test,
+                seed,
+                sizes.sample_rate,
+            )  # fmt: skip
+        )
+    except ModuleNotFoundError as error:
+        with_speech = False
+        left_out.append(f"speech is left out: {error}")
+    made.append(make_interleaved(out / "interleaved", sizes.interleaved, sizes.test, seed, with_speech))
+    made.append(make_prose(out / "prose", seed, min(sizes.test, 504)))
+    result = {
+        "train": [str(manifests["train"]) for manifests in made],
+        "test": [str(path) for manifests in made for split, path in manifests.items() if split != "train"],
+        "left_out": left_out,
+    }
+    (out / "manifests.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result

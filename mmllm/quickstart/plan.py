@@ -1,0 +1,176 @@
+"""What a run does with the rows it is given: which stages, how long each, and the configs and recipe it writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmllm.data.manifest import Row, read_manifest
+from mmllm.paths import config_path
+
+TEMPLATE_DIR = "runs/demo"
+"""The folder that the shipped quickstart configs name; it is replaced by the run's."""
+
+DEMO_STEPS = {"codec": 700, "clip": 450, "decoder": 1500}
+"""Training steps of the demo on its own data. Fixed, so that everybody's demo is the same run."""
+
+STAGE_SHARES = {"codec": 0.2, "clip": 0.25}
+"""With `--minutes`: share of what is left that a stage before the decoder may take."""
+
+EVALUATION_SECONDS = {"caption": 0.05, "transcribe": 0.04, "speak": 0.25, "interleaved": 0.08, "text": 0.06}
+"""About what one row costs, all controls included."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the training rows hold."""
+
+    kinds: tuple[str, ...]
+    has_images: bool
+    has_sounds: bool
+    num_rows: int
+    num_characters: int
+    audio_seconds: float
+    names_sides: bool
+    """Captions say left or right, so pictures may not be mirrored."""
+    is_single_words: bool
+    """Every transcript is one word."""
+    num_captions: int
+
+    @classmethod
+    def of(cls, rows: list[Row]) -> Contents:
+        """Looks through the rows; reads no media."""
+        kinds = tuple(sorted({row.kind for row in rows}))
+        spoken = [row for row in rows if row.kind == "audio"]
+        captions = [row.text.lower() for row in rows if row.kind == "caption"]
+        segments = [segment for row in rows for segment in row.segments]
+        texts = [row.text for row in rows] + [segment["text"] for segment in segments if "text" in segment]
+        return cls(
+            kinds=kinds,
+            has_images="caption" in kinds or any("image" in segment for segment in segments),
+            has_sounds="audio" in kinds,
+            num_rows=len(rows),
+            num_characters=sum(len(text) for text in texts),
+            audio_seconds=sum(float(row.metadata.get("duration", 1.0)) for row in spoken),
+            names_sides=any(side in caption.split() for caption in captions for side in ("left", "right")),
+            is_single_words=bool(spoken) and all(len(row.text.split()) == 1 for row in spoken),
+            num_captions=len(captions),
+        )
+
+
+def read_contents(folder: Path) -> Contents:
+    """Of the `train-*.jsonl` manifests in a folder."""
+    return Contents.of([row for path in sorted(folder.glob("train-*.jsonl")) for row in read_manifest(path)])
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The sizes that fit the rows."""
+
+    vocab_size: int
+    perturb: int
+    sequence_length: int
+    batch_size: int
+    image_tokens: int = 16
+    image_size: int = 64
+    audio_pool: int = 2
+
+
+def choose(contents: Contents, is_demo: bool) -> Choices:
+    """Sizes for the demo or for somebody's rows.
+
+    The vocabulary grows with the text; few sounds get more altered copies.
+    """
+    vocab_size = 640 if contents.num_characters < 400_000 else 1024
+    perturb = 0
+    if contents.has_sounds:
+        perturb = 1 if is_demo else int(min(10, max(1, 8000 // max(contents.audio_seconds, 1.0))))
+    return Choices(vocab_size=vocab_size, perturb=perturb, sequence_length=512, batch_size=8)
+
+
+def recipe_dict(out: Path, contents: Contents, choices: Choices, seed: int, curriculum_steps: int) -> dict[str, Any]:
+    """The recipe over the run's shards."""
+    shards, sources = out / "shards", []
+    weights = {"caption": 0.40, "interleaved": 0.12, "text": 0.06}
+    for kind in ("caption", "interleaved", "text"):
+        if kind in contents.kinds:
+            sources.append(
+                {"name": kind, "kind": kind, "shards": f"{shards}/train/{kind}-*.tar", "weight": weights[kind]}
+            )
+    if contents.has_sounds:
+        speech = {"kind": "audio", "shards": f"{shards}/train/audio-*.tar"}
+        sources.append({"name": "heard", **speech, "weight": 0.26, "tasks": ["transcribe"]})
+        sources.append({"name": "spoken", **speech, "weight": 0.16, "tasks": ["speak"], "filter": "not perturbed"})
+    recipe: dict[str, Any] = {
+        "seed": seed,
+        "tokenizer": str(out / "tokenizer"),
+        "sequence_length": choices.sequence_length,
+        "mixture": {"unit": "tokens", "on_exhausted": "repeat"},
+        "sources": sources,
+        "packing": {"algorithm": "best_fit", "window": 1024, "long_documents": "split"},
+    }
+    if contents.has_sounds and not contents.is_single_words:
+        recipe["curriculum"] = {"metric": "num_tokens", "pacing": "root", "start": 0.3, "steps": curriculum_steps}
+    return recipe
+
+
+def write_yaml(path: Path, values: Mapping[str, Any], header: str) -> None:
+    """Writes a YAML file under a comment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    comment = "".join(f"# {line}\n" for line in header.splitlines())
+    path.write_text(comment + yaml.safe_dump(dict(values), sort_keys=False, width=110), encoding="utf-8")
+
+
+def stage_config(stage: str, out: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A shipped quickstart config with the run's folder and some keys changed.
+
+    Args:
+        stage: `codec`, `clip` or `decoder`.
+        out: the run's folder.
+        overrides: dotted keys to values; None removes the key.
+    """
+    text = config_path(f"quickstart/{stage}.yaml").read_text(encoding="utf-8")
+    config = yaml.safe_load(text.replace(TEMPLATE_DIR, str(out)))
+    for dotted, value in overrides.items():
+        *parents, last = dotted.split(".")
+        place = config
+        for key in parents:
+            place = place.setdefault(key, {})
+        if value is None:
+            place.pop(last, None)
+        else:
+            place[last] = value
+    return config
+
+
+def remove_callbacks(config: dict[str, Any], *names: str) -> None:
+    """Takes callbacks out of a config by the last part of their class path."""
+    trainer = config["trainer"]
+    trainer["callbacks"] = [
+        callback for callback in trainer["callbacks"] if callback["class_path"].rsplit(".", 1)[-1] not in names
+    ]
+
+
+def evaluation_tasks(test: Path, contents: Contents) -> dict[str, int]:
+    """Tasks that the test rows allow, with their number of rows."""
+    rows = read_manifest(test)
+    counts = {
+        "caption": sum(row.kind == "caption" for row in rows) if contents.has_images else 0,
+        "transcribe": sum(row.kind == "audio" for row in rows) if contents.has_sounds else 0,
+        "interleaved": sum(row.kind == "interleaved" and "question" in row.metadata for row in rows),
+        "text": sum(row.kind == "text" for row in rows) if "text" in contents.kinds else 0,
+    }
+    counts["speak"] = counts["transcribe"]
+    if "interleaved" not in contents.kinds:
+        counts["interleaved"] = 0
+    return {task: counts[task] for task in EVALUATION_SECONDS if counts[task]}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,0 +1,367 @@
+"""`mmllm quickstart`: from manifests, or from nothing, to a trained model and a report. Every stage is a command.
+
+A stage that is done is noted in `DIR/quickstart.json`; run again, quickstart goes on with the first that is not.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from mmllm.evaluation.report import ReportInfo, Stage, write_report
+from mmllm.evaluation.results import load_result
+from mmllm.evaluation.routing import load_routing
+from mmllm.quickstart.monitor import MemoryMonitor
+from mmllm.quickstart.plan import (
+    DEMO_STEPS,
+    EVALUATION_SECONDS,
+    STAGE_SHARES,
+    Choices,
+    Contents,
+    choose,
+    evaluation_tasks,
+    read_contents,
+    read_json,
+    recipe_dict,
+    remove_callbacks,
+    stage_config,
+    write_yaml,
+)
+
+RunCommand = Callable[[Sequence[str]], int]
+STATE_FILE = "quickstart.json"
+FORMAT_VERSION = 1
+MIN_TRAINING_SECONDS = 5.0
+
+
+class StageFailed(ValueError):
+    """A stage's command ended with an error, which it has printed itself."""
+
+
+def quickstart(
+    run_command: RunCommand,
+    out: str,
+    train: Sequence[str] = (),
+    test: Sequence[str] = (),
+    holdout: str | None = None,
+    minutes: float | None = None,
+    seed: int = 0,
+    max_steps: int | None = None,
+) -> dict[str, Any]:
+    """The whole way on one machine.
+
+    Args:
+        run_command: runs a command line (`["data", "build", …]`) and gives its exit code.
+        out: the run's folder.
+        train: manifests; none: the demo's own data.
+        test: manifests of held-out rows.
+        holdout: `KEY=VALUE` or a fraction, where there are no test manifests.
+        minutes: wall time at most, evaluation included; None: the demo's fixed steps.
+        seed: of data, order and weights.
+        max_steps: of each training at most (with a small demo data set): for trying the whole way out.
+
+    Returns:
+        What report.json holds.
+
+    Raises:
+        ValueError: the arguments contradict each other or what `out` already holds.
+        StageFailed: a stage failed.
+    """
+    if (test or holdout) and not train:
+        raise ValueError("--test and --holdout need --train; without it quickstart makes its own data")
+    if minutes is not None and minutes <= 0:
+        raise ValueError(f"--minutes is {minutes}; give a positive number")
+    settings = {"train": list(train), "test": list(test), "holdout": holdout, "minutes": minutes, "seed": seed,
+                "max_steps": max_steps}  # fmt: skip
+    run = _Run(Path(out), settings, run_command)
+    with MemoryMonitor() as memory:
+        run.memory = memory
+        return run.all_stages()
+
+
+class _Run:
+    """One run's folder, clock and stages."""
+
+    def __init__(self, out: Path, settings: dict[str, Any], run_command: RunCommand) -> None:
+        self.out, self.settings, self.run_command = out, settings, run_command
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.memory: MemoryMonitor | None = None
+        out.mkdir(parents=True, exist_ok=True)
+        saved = read_json(out / STATE_FILE)
+        if saved and saved["settings"] != settings:
+            changed = [key for key in settings if saved["settings"].get(key) != settings[key]]
+            raise ValueError(
+                f"{out} holds a run with other settings ({', '.join(changed)} differ); give another --out, or remove it"
+            )
+        self.stages: list[dict[str, Any]] = saved.get("stages", [])
+        self.seconds_before = float(saved.get("seconds", 0.0))
+        self.peak_before = int(saved.get("peak_rss_bytes", 0))
+        self.started = time.monotonic()
+
+    # ------------------------------------------------------------------------------------------------------- clock
+    @property
+    def is_demo(self) -> bool:
+        return not self.settings["train"]
+
+    @property
+    def seconds(self) -> float:
+        """Wall time so far, earlier parts of this run included."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    @property
+    def seconds_left(self) -> float | None:
+        minutes = self.settings["minutes"]
+        return None if minutes is None else max(0.0, 60 * minutes - self.seconds)
+
+    def save(self) -> None:
+        peak = self.memory.peak_rss_bytes if self.memory is not None else 0
+        state = {
+            "format_version": FORMAT_VERSION,
+            "settings": self.settings,
+            "seconds": self.seconds,
+            "peak_rss_bytes": max(peak, self.peak_before),
+            "stages": self.stages,
+        }
+        (self.out / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+
+    # ------------------------------------------------------------------------------------------------------ stages
+    def is_done(self, name: str) -> bool:
+        return any(stage["name"] == name for stage in self.stages)
+
+    def stage(self, name: str, *command: str) -> None:
+        """Runs a command unless it is done.
+
+        Raises:
+            StageFailed: it ended with an error.
+        """
+        line = "mmllm " + " ".join(command)
+        if self.is_done(name):
+            self.console.print(f"[dim]done before: {line}[/dim]")
+            return
+        left = self.seconds_left
+        clock = f"{_clock(self.seconds)} gone" + (f", {_clock(left)} left" if left is not None else "")
+        self.console.print(f"\n[bold]{name}[/bold] [dim]({clock})[/dim]\n[green]$ {line}[/green]")
+        begun = time.monotonic()
+        code = self.run_command(command)
+        if code == 130:
+            raise KeyboardInterrupt
+        if code:
+            raise StageFailed(f"the stage {name!r} failed; mend what it says above and run quickstart again, or run "
+                              f"`{line}` alone")  # fmt: skip
+        self.stages.append({"name": name, "seconds": time.monotonic() - begun, "command": line})
+        self.save()
+
+    def all_stages(self) -> dict[str, Any]:
+        """Everything, in order."""
+        try:
+            self._data()
+            contents = read_contents(self.out / "manifests")
+            choices = choose(contents, self.is_demo)
+            self._tokenizers(contents, choices)
+            self._shards(contents, choices)
+            if "caption" in contents.kinds:
+                self._fit_clip(contents, choices)
+            self._fit_decoder(contents, choices)
+            tasks = self._evaluate(contents)
+            return self._report(contents, tasks)
+        finally:
+            self.save()
+
+    def _data(self) -> None:
+        train, test = self.settings["train"], self.settings["test"]
+        seed = str(self.settings["seed"])
+        if self.is_demo:
+            share = ["--share", "0.01"] if self.settings["max_steps"] else []
+            self.stage("demo data", "demo-data", "--out", str(self.out / "data"), "--seed", seed, *share)
+            made = read_json(self.out / "data" / "manifests.json")
+            for message in made["left_out"]:
+                self.console.print(f"[yellow]{message}[/yellow]")
+            train, test = made["train"], made["test"]
+        command = ["data", "split", *train]
+        for manifest in test:
+            command += ["--test", manifest]
+        if self.settings["holdout"] is not None:
+            command += ["--holdout", self.settings["holdout"]]
+        self.stage("split", *command, "--out", str(self.out / "manifests"), "--seed", seed)
+
+    def _tokenizers(self, contents: Contents, choices: Choices) -> None:
+        manifests = [str(self.out / "manifests" / f"train-{kind}.jsonl") for kind in contents.kinds]
+        shape = ["--image_tokens", str(choices.image_tokens), "--image_size", str(choices.image_size),
+                 "--audio_pool", str(choices.audio_pool)]  # fmt: skip
+        self.stage("text tokenizer", "tokenizer", "train-text", *manifests, "--vocab_size", str(choices.vocab_size),
+                   "--out", str(self.out / "text_tokenizer"), *shape)  # fmt: skip
+        codec = []
+        if contents.has_sounds:
+            manifest = str(self.out / "manifests" / "train-audio.jsonl")
+            self.stage("sound shards", "data", "build", manifest, "--out", str(self.out / "shards" / "sound"))
+            self._fit_codec()
+            codec = ["--codec", str(self.out / "codec")]
+        self.stage("tokenizer", "tokenizer", "assemble", "--text", str(self.out / "text_tokenizer"), *codec,
+                   "--out", str(self.out / "tokenizer"), *shape)  # fmt: skip
+
+    def _shards(self, contents: Contents, choices: Choices) -> None:
+        manifests = [str(self.out / "manifests" / f"train-{kind}.jsonl") for kind in contents.kinds]
+        seed, shards = str(self.settings["seed"]), str(self.out / "shards" / "train")
+        perturb = ["--perturb", str(choices.perturb)] if choices.perturb else []
+        self.stage("shards", "data", "build", *manifests, "--out", shards, "--tokenizer", str(self.out / "tokenizer"),
+                   *perturb, "--seed", seed)  # fmt: skip
+        self.stage("index", "data", "index", shards, "--tokenizer", str(self.out / "tokenizer"))
+
+    # ---------------------------------------------------------------------------------------------------- training
+    def _fit(self, stage: str, overrides: dict[str, Any], remove: Sequence[str] = ()) -> None:
+        """Writes a stage's config once and fits it; a second call resumes from its last checkpoint."""
+        path = self.out / "configs" / f"{stage}.yaml"
+        if not self.is_done(f"fit {stage}"):
+            config = stage_config(stage, self.out, {**self._length(stage), **overrides})
+            config["seed_everything"] = self.settings["seed"]
+            remove_callbacks(config, *remove)
+            write_yaml(path, config, f"Written by `mmllm quickstart`. Run again: mmllm fit -c {path}")
+        checkpoint = self.out / "checkpoints" / stage / "last.ckpt"
+        resume = ["--ckpt_path", str(checkpoint)] if checkpoint.is_file() else []
+        self.stage(f"fit {stage}", "fit", "-c", str(path), *resume)
+
+    def _length(self, stage: str) -> dict[str, Any]:
+        """How long a stage trains: fixed steps in the demo, seconds where `--minutes` bounds the run."""
+        steps, left = self.settings["max_steps"], self.seconds_left
+        if steps is not None:
+            return {"trainer.max_steps": steps, "model.init_args.max_seconds": None, "trainer.log_every_n_steps": 1}
+        if left is None:
+            steps = DEMO_STEPS[stage] if self.is_demo else 2 * DEMO_STEPS[stage]
+            return {"trainer.max_steps": steps, "model.init_args.max_seconds": None}
+        spare = left - self._evaluation_seconds()
+        seconds = spare * STAGE_SHARES[stage] if stage in STAGE_SHARES else spare - 0.03 * 60 * self.settings["minutes"]
+        return {"trainer.max_steps": -1, "model.init_args.max_seconds": round(max(MIN_TRAINING_SECONDS, seconds), 1)}
+
+    def _evaluation_seconds(self) -> float:
+        """What is kept back for evaluation and report."""
+        minutes = self.settings["minutes"]
+        contents = read_contents(self.out / "manifests")
+        tasks = evaluation_tasks(self.out / "manifests" / "test.jsonl", contents)
+        wanted = 10 + sum(EVALUATION_SECONDS[task] * count for task, count in tasks.items())
+        return min(wanted, 0.25 * 60 * minutes)
+
+    def _fit_codec(self) -> None:
+        self._fit("codec", {"data.init_args.shards": f"{self.out}/shards/sound/audio-*.tar"})
+
+    def _fit_clip(self, contents: Contents, choices: Choices) -> None:
+        is_few = contents.num_captions < 10_000
+        overrides = {
+            "data.init_args.shards": f"{self.out}/shards/train/caption-*.tar",
+            "data.init_args.image_size": choices.image_size,
+            "data.init_args.min_scale": 0.6 if is_few else 0.85,
+            "data.init_args.flip": not contents.names_sides,
+        }
+        self._fit("clip", overrides)
+
+    def _fit_decoder(self, contents: Contents, choices: Choices) -> None:
+        is_few = contents.num_captions < 10_000
+        length = self._length("decoder")
+        steps = max(1, (length["trainer.max_steps"] if length["trainer.max_steps"] > 0 else 600) // 2)
+        if not self.is_done("fit decoder"):
+            recipe = recipe_dict(self.out, contents, choices, self.settings["seed"], steps)
+            write_yaml(self.out / "recipe.yaml", recipe, "Written by `mmllm quickstart`. See what it holds: "
+                       f"mmllm data show --recipe {self.out / 'recipe.yaml'} --step 0")  # fmt: skip
+        overrides: dict[str, Any] = {
+            "data.init_args.batch_size": choices.batch_size,
+            "data.init_args.min_scale": 0.6 if is_few else 0.85,
+            "data.init_args.flip": not contents.names_sides,
+            "data.init_args.val_recipe": None,
+            "data.init_args.num_val_sequences": None,
+            "trainer.val_check_interval": None,
+            "trainer.limit_val_batches": 0,
+        }
+        if "caption" not in contents.kinds:
+            overrides["model.init_args.clip"] = None
+        if not contents.has_images:
+            overrides["model.init_args.image_projector"] = None
+        if not contents.has_sounds:
+            overrides["model.init_args.audio"] = None
+        self._fit("decoder", overrides)
+
+    # -------------------------------------------------------------------------------------------------- evaluation
+    def _evaluate(self, contents: Contents) -> list[str]:
+        tasks = evaluation_tasks(self.out / "manifests" / "test.jsonl", contents)
+        costs = {task: EVALUATION_SECONDS[task] * count for task, count in tasks.items()}
+        for task, count in tasks.items():
+            limit: list[str] = []
+            if (left := self.seconds_left) is not None:
+                share = (left - 8) * costs[task] / max(sum(costs.values()), 1e-9)
+                affordable = max(20, int(share / EVALUATION_SECONDS[task]))
+                limit = ["--limit", str(affordable)] if affordable < count else []
+            del costs[task]
+            self.stage(
+                f"eval {task}", "eval", "--model", str(self.out / "model"), "--task", task,
+                "--manifest", str(self.out / "manifests" / "test.jsonl"),
+                "--json", str(self.out / "eval" / f"{task}.json"), *limit,
+            )  # fmt: skip
+            costs = {name: cost for name, cost in costs.items()}
+        return list(tasks)
+
+    def _report(self, contents: Contents, tasks: Sequence[str]) -> dict[str, Any]:
+        results = [load_result(self.out / "eval" / f"{task}.json") for task in tasks]
+        curves = {name: self.out / "logs" / name / "metrics.csv" for name in ("codec", "clip", "decoder")}
+        routing_file = self.out / "logs" / "decoder" / "routing.json"
+        routing = load_routing(routing_file) if routing_file.is_file() else None
+        card = read_json(self.out / "model" / "config.json")
+        peak = max(self.memory.peak_rss_bytes if self.memory is not None else 0, self.peak_before)
+        info = ReportInfo(
+            summary=f"{contents.num_rows:,} training rows of {', '.join(contents.kinds)}",
+            seconds=round(self.seconds, 1),
+            tokens_per_second=_tokens_per_second(curves["decoder"]),
+            peak_rss_bytes=peak,
+            recipe_hash=card.get("info", {}).get("recipe_hash") or _recipe_hash(self.out / "recipe.yaml"),
+            commit=_commit(),
+            machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+            stages=tuple(Stage(stage["name"], stage["seconds"], stage["command"]) for stage in self.stages),
+        )
+        page = write_report(self.out, results, curves, routing, info)
+        report = read_json(self.out / "report.json")
+        self.console.print(f"\n[bold]Scores[/bold] on held-out rows ({_clock(self.seconds)}, "
+                           f"{peak / 2**30:.1f} GiB at the most)")  # fmt: skip
+        for result in results:
+            for key, value in result.scores.items():
+                if isinstance(value, (int, float)):
+                    shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
+                    self.console.print(f"  {result.task + '.' + key:<44}{shown:>10}")
+        self.console.print(f"\nReport: [bold]{page}[/bold]\nModel:  [bold]{self.out / 'model'}[/bold]")
+        return report
+
+
+def _tokens_per_second(path: Path) -> float | None:
+    """The median of the decoder's log."""
+    if not path.is_file():
+        return None
+    with path.open(encoding="utf-8", newline="") as file:
+        values = [float(row["train/tokens_per_second"]) for row in csv.DictReader(file)
+                  if row.get("train/tokens_per_second")]  # fmt: skip
+    return round(sorted(values)[len(values) // 2], 1) if values else None
+
+
+def _recipe_hash(path: Path) -> str:
+    from mmllm.data.plan import open_plan
+    from mmllm.data.recipe import load_recipe
+
+    return open_plan(load_recipe(path), 1).hash
+
+
+def _commit() -> str | None:
+    """The checkout's commit; None outside one."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,239 @@
+"""Speech: words, phrases and sentences that share the scenes' words, said by many espeak-ng voices."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import random
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mmllm.evaluation.scenes import COLOURS, SHAPES, SIZES
+from mmllm.quickstart.scenes import split_pairs
+from mmllm.quickstart.synthesis import Espeak, clean_speech, voices, write_wav
+
+NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine")
+PLURALS = {shape: shape + ("es" if shape.endswith("ss") else "s") for shape in SHAPES}
+VERBS = ("draw", "find", "show", "move", "paint", "take")
+ADVERBS = ("now", "again", "please", "here")
+RELATIONS = ("left of", "right of", "above", "below")
+PLACES = ("in the centre", "in the middle", "in the corner", "at the top", "at the bottom", "on the left",
+          "on the right")  # fmt: skip
+FUNCTION_WORDS = ("the", "is", "there", "in", "at", "on", "of", "and", "left", "right", "above", "below", "centre",
+                  "middle", "corner", "top", "bottom", "put", "we", "see", "where", "how", "many")  # fmt: skip
+CONTENT_WORDS = (*SHAPES, *COLOURS, *SIZES, *NUMBERS, *VERBS, *ADVERBS)
+WORDS = (*CONTENT_WORDS, *PLURALS.values(), *FUNCTION_WORDS)
+"""The words said alone. Sentences also have "a", "an" and "to", which alone would sound like something else."""
+
+ROWS_A_PROCESS = 250
+"""Rows that one loaded espeak-ng says; a constant, so that the number of processes cannot change a sample."""
+TEST_SHARE = 4
+"""Every fourth sentence that the grammar can make is a test sentence."""
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """What one `Espeak` is asked to say, and the file that it goes to."""
+
+    path: Path
+    text: str
+    voice: str
+    words_per_minute: int
+    pitch: int
+    level_db: float
+
+
+def sample_utterance(path: Path, text: str, voice: str, rng: random.Random) -> Utterance:
+    """An utterance with a speed, pitch and level by chance."""
+    return Utterance(path, text, voice, rng.randint(145, 205), rng.randint(35, 65), rng.uniform(-25, -17))
+
+
+# ---------------------------------------------------------------------------------------------------------- grammar
+def _with_article(noun_phrase: str) -> str:
+    return f"{'an' if noun_phrase[0] in 'aeiou' else 'a'} {noun_phrase}"
+
+
+def _thing(rng: random.Random, plural: bool = False) -> str:
+    """A shape with a colour, a size, both or neither. The scenes' held-out pairs are not said either."""
+    shape, colour = rng.choice(split_pairs()[0])
+    words = [rng.choice(SIZES)] if rng.random() < 0.5 else []
+    words += [colour] if rng.random() < 0.7 else []
+    return " ".join([*words, PLURALS[shape] if plural else shape])
+
+
+def _phrase(rng: random.Random) -> str:
+    match rng.randrange(6):
+        case 0 | 1:
+            return _thing(rng)
+        case 2:
+            return f"{rng.choice(NUMBERS)} {_thing(rng, plural=True)}"
+        case 3:
+            return f"{rng.choice(RELATIONS)} the {rng.choice(SHAPES)}"
+        case 4:
+            return rng.choice(PLACES) if rng.random() < 0.4 else f"the {_thing(rng)}"
+        case _:
+            return rng.choice((f"{rng.choice(VERBS)} the {_thing(rng)}", f"there is {_with_article(_thing(rng))}"))
+
+
+def _sentence(rng: random.Random) -> str:
+    match rng.randrange(9):
+        case 0 | 1:
+            return f"the {_thing(rng)} is {rng.choice(RELATIONS)} the {_thing(rng)}"
+        case 2:
+            return f"{rng.choice(VERBS)} the {_thing(rng)} {rng.choice(ADVERBS)}"
+        case 3:
+            return f"there is {_with_article(_thing(rng))} {rng.choice(PLACES)}"
+        case 4:
+            return (f"put {rng.choice(NUMBERS)} {_thing(rng, plural=True)} "
+                    f"{rng.choice((*RELATIONS[2:], *RELATIONS))} the {rng.choice(SHAPES)}")  # fmt: skip
+        case 5:
+            return f"we see {rng.choice(NUMBERS)} {_thing(rng, plural=True)} and {_with_article(_thing(rng))}"
+        case 6:
+            return rng.choice((f"where is the {_thing(rng)} {rng.choice(ADVERBS)}",
+                               f"how many {_thing(rng, plural=True)} are there"))  # fmt: skip
+        case 7:
+            return f"paint the {_thing(rng)} {rng.choice(COLOURS)}" + rng.choice(("", f" and {rng.choice(COLOURS)}"))
+        case _:
+            return f"move the {_thing(rng)} to the {rng.choice(('left', 'right', 'top', 'bottom'))}"
+
+
+def _with_length(make: Callable[[random.Random], str], rng: random.Random, low: int, high: int) -> str:
+    while True:
+        text = make(rng)
+        if low <= text.count(" ") + 1 <= high:
+            return text
+
+
+def sample_phrase(rng: random.Random) -> str:
+    """A phrase of two to four words."""
+    return _with_length(_phrase, rng, 2, 4)
+
+
+def sample_sentence(rng: random.Random, seed: int, is_test: bool) -> str:
+    """A sentence of four to nine words. No sentence is both a test and a training sentence of one seed."""
+    while True:
+        text = _with_length(_sentence, rng, 4, 9)
+        digest = hashlib.sha256(f"{seed} {text}".encode()).digest()
+        if (digest[0] % TEST_SHARE == 0) == is_test:
+            return text
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+def _say_all(utterances: list[Utterance], sample_rate: int) -> list[float]:
+    durations = []
+    with Espeak() as espeak:
+        for item in utterances:
+            samples_T = espeak.say(item.text, item.voice, item.words_per_minute, item.pitch)
+            samples_T = clean_speech(samples_T, sample_rate, item.level_db)
+            write_wav(item.path, samples_T, sample_rate)
+            durations.append(round(len(samples_T) / sample_rate, 4))
+    return durations
+
+
+def say_utterances(utterances: list[Utterance], sample_rate: int, num_processes: int = 1) -> list[float]:
+    """Says and writes utterances; returns their durations in seconds. The number of processes changes no sample."""
+    chunks = [utterances[i : i + ROWS_A_PROCESS] for i in range(0, len(utterances), ROWS_A_PROCESS)]
+    say = partial(_say_all, sample_rate=sample_rate)
+    if num_processes == 1 or len(chunks) < 2:
+        return [duration for chunk in chunks for duration in say(chunk)]
+    with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return [duration for durations in pool.map(say, chunks) for duration in durations]
+
+
+def _training_text(level: str, i: int, rng: random.Random, seed: int) -> str:
+    match level:
+        case "word":
+            return WORDS[i % len(WORDS)]
+        case "phrase":
+            return sample_phrase(rng)
+        case _:
+            return sample_sentence(rng, seed, is_test=False)
+
+
+def _write_split(
+    out_dir: Path, split: str, plan: Iterable[tuple[dict[str, Any], Utterance]], sample_rate: int, num_processes: int
+) -> Path:
+    (out_dir / "audio" / split).mkdir(parents=True, exist_ok=True)
+    rows, utterances = zip(*plan, strict=True) if (plan := list(plan)) else ((), ())
+    durations = say_utterances(list(utterances), sample_rate, num_processes)
+    path = out_dir / f"{split}.jsonl"
+    with path.open("w") as file:
+        for row, duration in zip(rows, durations, strict=True):
+            file.write(json.dumps({**row, "duration": duration}) + "\n")
+    return path
+
+
+def _plan_row(
+    out_dir: Path, split: str, i: int, text: str, level: str, voice: str, rng: random.Random
+) -> tuple[dict[str, Any], Utterance]:
+    audio = f"audio/{split}/{split}_{i:06d}.wav"
+    row: dict[str, Any] = {
+        "id": f"speech_{split}_{i:06d}",
+        "audio": audio,
+        "text": text,
+        "speaker": voice,
+        "level": level,
+    }
+    if split != "train":
+        row["heldout_voice"] = split == "heldout"
+    return row, sample_utterance(out_dir / audio, text, voice, rng)
+
+
+def make_speech(
+    out_dir: Path | str,
+    num_words: int,
+    num_phrases: int,
+    num_sentences: int,
+    num_test: int,
+    num_test_voices: int,
+    seed: int,
+    sample_rate: int = 8000,
+    num_processes: int = 1,
+) -> dict[str, Path]:
+    """Synthesises speech and writes `train.jsonl`, `test.jsonl` and `heldout.jsonl` with mono 16-bit WAV files.
+
+    Rows carry `speaker` (the voice), `level` ("word", "phrase" or "sentence") and `duration` in seconds. Equal
+    arguments, but for `num_processes`, give equal bytes on one version of espeak-ng.
+
+    Args:
+        out_dir: Folder to write to; made where it is missing.
+        num_words: Training rows of a single word; every word is said about equally often.
+        num_phrases: Training rows of two to four words.
+        num_sentences: Training rows of four to nine words.
+        num_test: Rows of sentences that training never says, by voices of training.
+        num_test_voices: Rows of further such sentences, by voices that training never hears (`heldout_voice`).
+        seed: Chooses everything.
+        sample_rate: Samples a second.
+        num_processes: Processes that synthesise; above one they are spawned.
+
+    Returns:
+        The manifests' paths under "train", "test" and "heldout".
+
+    Raises:
+        ModuleNotFoundError: The `espeakng-loader` wheel is not installed.
+    """
+    out_dir = Path(out_dir)
+    Espeak().close()
+    plans: dict[str, list[tuple[dict[str, Any], Utterance]]] = {"train": [], "test": [], "heldout": []}
+    known, unknown = voices(heldout=False), voices(heldout=True)
+    for level, num_rows in (("word", num_words), ("phrase", num_phrases), ("sentence", num_sentences)):
+        for i in range(num_rows):
+            rng = random.Random(f"speech {seed} {level} {i}")
+            text = _training_text(level, i, rng, seed)
+            plan = plans["train"]
+            plan.append(_plan_row(out_dir, "train", len(plan), text, level, rng.choice(known), rng))
+    said: set[str] = set()
+    for split, num_rows in (("test", num_test), ("heldout", num_test_voices)):
+        for i in range(num_rows):
+            rng = random.Random(f"speech {seed} {split} {i}")
+            while (text := sample_sentence(rng, seed, is_test=True)) in said:
+                pass
+            said.add(text)
+            voice = (known, unknown)[split == "heldout"]
+            plans[split].append(_plan_row(out_dir, split, i, text, "sentence", voice[i % len(voice)], rng))
+    return {split: _write_split(out_dir, split, plan, sample_rate, num_processes) for split, plan in plans.items()}

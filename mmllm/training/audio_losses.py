@@ -1,0 +1,100 @@
+"""Losses of the codec: the waveform, mel spectrograms at several scales, and how they are balanced.
+
+Shapes: N clips, T samples, F frames, M mel bands, W bins of a spectrum.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def mel_filters(sample_rate: int, num_fft: int, num_mels: int) -> Tensor:
+    """Triangular filters on the HTK mel scale, float32 [num_mels, num_fft // 2 + 1].
+
+    Bands narrower than a bin of the spectrum would be empty: each gets at least its nearest bin.
+    """
+    hz_W = torch.linspace(0, sample_rate / 2, num_fft // 2 + 1, dtype=torch.float64)
+    top_mel = 2595 * math.log10(1 + sample_rate / 2 / 700)
+    edges = 700 * (10 ** (torch.linspace(0, top_mel, num_mels + 2, dtype=torch.float64) / 2595) - 1)
+    low, centre, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
+    filters_MW = torch.minimum((hz_W - low) / (centre - low), (high - hz_W) / (high - centre)).clamp(min=0)
+    nearest = (hz_W[None] - centre).abs().argmin(dim=1, keepdim=True)
+    empty = filters_MW.sum(dim=1, keepdim=True) == 0
+    return torch.where(empty, torch.zeros_like(filters_MW).scatter(1, nearest, 1.0), filters_MW).float()
+
+
+class MultiScaleMelLoss(nn.Module):
+    """L1 of mel spectrograms plus L2 of their logarithms, over windows of 2^5 … 2^11 samples.
+
+    After EnCodec (Défossez et al. 2022, https://arxiv.org/abs/2210.13438, section 3.4). Differs: windows longer
+    than about a quarter of a second are left out (8 kHz speech), fewer bands on short windows, both terms weigh
+    the same at every scale.
+    """
+
+    def __init__(self, sample_rate: int, num_mels: int = 64, min_window: int = 64, max_window: int | None = None):
+        super().__init__()
+        max_window = max_window or 2 ** int(math.log2(sample_rate / 8))
+        if max_window < min_window:
+            raise ValueError(f"max_window is {max_window} samples; it must be at least min_window, {min_window}")
+        self.windows = [2**i for i in range(int(math.log2(min_window)), int(math.log2(max_window)) + 1)]
+        for window in self.windows:
+            filters_MW = mel_filters(sample_rate, window, min(num_mels, window // 8))
+            self.register_buffer(f"filters_{window}", filters_MW, persistent=False)
+            self.register_buffer(f"hann_{window}", torch.hann_window(window), persistent=False)
+
+    def forward(self, wave_NT: Tensor, target_NT: Tensor) -> Tensor:
+        """Mean over scales; zero for equal waves. Both [N, T], T at least half the longest window."""
+        both_2NT = torch.cat([wave_NT, target_NT]).float()
+        total = both_2NT.new_zeros(())
+        for window in self.windows:
+            mel, target_mel = self._mel(both_2NT, window).chunk(2)
+            log_mel, target_log_mel = (m.clamp(min=1e-5).log() for m in (mel, target_mel))
+            total = total + (mel - target_mel).abs().mean() + (log_mel - target_log_mel).square().mean().sqrt()
+        return total / len(self.windows)
+
+    def _mel(self, wave_NT: Tensor, window: int) -> Tensor:
+        hann = self.get_buffer(f"hann_{window}")
+        spectrum_NWF = torch.stft(wave_NT, window, window // 4, window=hann, normalized=True, return_complex=True)
+        magnitude_NWF = (spectrum_NWF.real.square() + spectrum_NWF.imag.square() + 1e-9).sqrt()
+        return self.get_buffer(f"filters_{window}") @ magnitude_NWF
+
+
+class Balancer(nn.Module):
+    """Gives every loss a fixed share of the gradient that reaches the output wave, whatever its scale.
+
+    EnCodec's loss balancer (section 3.4 there): loss i's gradient g_i is scaled to wᵢ / Σw ÷ mean(‖gᵢ‖), the mean
+    being exponential. The means are buffers, so that a resumed run goes on as if it had not stopped.
+    """
+
+    def __init__(self, weights: dict[str, float], decay: float = 0.999):
+        super().__init__()
+        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
+        self.decay = decay
+        self.register_buffer("norm_sums", torch.zeros(len(self.weights)))
+        self.register_buffer("num_averaged", torch.zeros(()))
+
+    def forward(self, losses: dict[str, Tensor], output: Tensor) -> Tensor:
+        """A surrogate whose gradient with respect to `output` is the balanced one; its value means nothing.
+
+        Args:
+            losses: scalars that depend on `output`; all that have a weight.
+            output: of the network, with its graph.
+        """
+        grads = [torch.autograd.grad(losses[name], output, retain_graph=True)[0] for name in self.weights]
+        norms = torch.stack([grad.flatten(1).norm(dim=1).mean() for grad in grads])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(norms)
+            norms /= dist.get_world_size()
+        if self.training:
+            self.norm_sums.mul_(self.decay).add_(norms)
+            self.num_averaged.mul_(self.decay).add_(1.0)
+        means = self.norm_sums / self.num_averaged.clamp(min=1e-8)
+        total_weight = sum(self.weights.values())
+        balanced = torch.zeros_like(output)
+        for (_, weight), grad, mean in zip(self.weights.items(), grads, means, strict=True):
+            balanced += grad * (weight / total_weight / (mean + 1e-12))
+        return (output * balanced.detach()).sum()

@@ -1,0 +1,212 @@
+"""What a run shows of itself: routing by modality, and captions and transcripts of a few fixed samples.
+
+Shapes: L layers with experts, M modalities, E experts.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+
+from mmllm.batch import Modality
+from mmllm.data.manifest import Row, read_manifest
+from mmllm.evaluation.metrics import error_rate, exact_match, word_edits
+from mmllm.evaluation.routing import load_by_modality, routing_summary
+from mmllm.inference.api import Model
+from mmllm.training.decoder_module import DecoderModule
+from mmllm.training.progress import Progress
+
+log = logging.getLogger(__name__)
+
+
+class RoutingLog(pl.Callback):
+    """Expert load by modality: scalars to the loggers, rows to `routing.csv`, the totals to `routing.json`.
+
+    `routing.json` holds `layers`, `modalities`, `counts` [layers][modalities][experts] of the whole run (resumes
+    included) and of the last window, from which `mmllm.evaluation.routing` draws everything else.
+    """
+
+    def __init__(self, directory: str, every_steps: int = 100) -> None:
+        """Keeps the settings.
+
+        Args:
+            directory: where `routing.csv` and `routing.json` go.
+            every_steps: steps between rows.
+
+        Raises:
+            ValueError: `every_steps` is below 1.
+        """
+        if every_steps < 1:
+            raise ValueError(f"RoutingLog's every_steps is {every_steps}; it must be at least 1")
+        self.directory = Path(directory)
+        self.every_steps = every_steps
+        self._total: torch.Tensor | None = None
+        self._last: torch.Tensor | None = None
+        self._last_step = 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Writes a window's load when it is time."""
+        step = trainer.global_step
+        if step != self._last_step and step % self.every_steps == 0:
+            self._flush(trainer, pl_module, step)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes what is left, and `routing.json`."""
+        self._flush(trainer, pl_module, trainer.global_step)
+        if self._total is None or self._last is None or not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, DecoderModule)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        values = {
+            "layers": list(pl_module.moe_layers),
+            "modalities": [modality.name.lower() for modality in Modality],
+            "counts": self._total.tolist(),
+            "last_counts": self._last.tolist(),
+        }
+        (self.directory / "routing.json").write_text(json.dumps(values) + "\n", encoding="utf-8")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The totals."""
+        return {"total": self._total, "last": self._last, "last_step": self._last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the totals."""
+        self._total, self._last = state_dict["total"], state_dict["last"]
+        self._last_step = state_dict["last_step"]
+
+    def _flush(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        if not isinstance(pl_module, DecoderModule) or pl_module.routing_counts_LME is None:
+            return
+        counts_LME, pl_module.routing_counts_LME = pl_module.routing_counts_LME, None
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts_LME)
+        counts_LME = counts_LME.cpu()
+        self._total = counts_LME if self._total is None else self._total + counts_LME
+        self._last, self._last_step = counts_LME, step
+        if not trainer.is_global_zero:
+            return
+        summary = routing_summary(counts_LME, pl_module.moe_layers)
+        num_layers = len(summary["layers"])
+        metrics = {
+            "routing/dead_experts": float(summary["num_dead_experts"]),
+            "routing/max_load_ratio": max(summary["max_load_ratio"]),
+            "routing/mutual_information_bits": sum(summary["mutual_information_bits"]) / num_layers,
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step)
+        self._append_rows(step, counts_LME, pl_module.moe_layers)
+
+    def _append_rows(self, step: int, counts_LME: torch.Tensor, layers: tuple[int, ...]) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / "routing.csv"
+        is_new = not path.exists()
+        load_LME = load_by_modality(counts_LME)
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if is_new:
+                writer.writerow(["step", "layer", "modality", "expert", "share", "count"])
+            for row, layer in enumerate(layers):
+                for modality in Modality:
+                    if counts_LME[row, modality].sum() == 0:
+                        continue
+                    for expert in range(counts_LME.shape[2]):
+                        share = round(float(load_LME[row, modality, expert]), 5)
+                        count = int(counts_LME[row, modality, expert])
+                        writer.writerow([step, layer, modality.name.lower(), expert, share, count])
+
+
+class Samples(pl.Callback):
+    """Captions and transcripts of a fixed few rows, scored and shown while training.
+
+    Exact matches and word error rates go to the loggers as `samples/…`, the texts to `samples.csv` and, through the
+    `Progress` line, to the terminal.
+    """
+
+    def __init__(
+        self, manifests: list[str], directory: str, num_samples: int = 8, every_steps: int = 500, num_shown: int = 2
+    ) -> None:
+        """Reads the rows.
+
+        Args:
+            manifests: of validation data; the first rows with a picture, and the first with a sound, are taken.
+            directory: where `samples.csv` goes.
+            num_samples: of each kind.
+            every_steps: steps between looks.
+            num_shown: of each kind, on the terminal.
+
+        Raises:
+            ValueError: a number is below 1, or a manifest can't be used.
+        """
+        if min(num_samples, every_steps) < 1:
+            raise ValueError(f"Samples needs num_samples {num_samples} and every_steps {every_steps} of at least 1")
+        self.directory = Path(directory)
+        self.every_steps = every_steps
+        self.num_shown = num_shown
+        rows = [row for manifest in manifests for row in read_manifest(manifest)]
+        self.rows = {
+            kind: [row for row in rows if row.kind == kind][:num_samples] for kind in ("caption", "audio")
+        }
+        self._last_step = 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Looks when it is time."""
+        step = trainer.global_step
+        if step and step != self._last_step and step % self.every_steps == 0:
+            self._last_step = step
+            self._look(trainer, pl_module, step)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Looks a last time, at the weights that are exported."""
+        if trainer.global_step != self._last_step:
+            self._look(trainer, pl_module, trainer.global_step)
+
+    @torch.no_grad()
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        if not isinstance(pl_module, DecoderModule) or pl_module.model is None or pl_module.folder is None:
+            return
+        if not trainer.is_global_zero or pl_module.device_mesh is not None:
+            return
+        model = Model(pl_module.model, pl_module.folder)
+        config = pl_module.model.config
+        metrics: dict[str, float] = {}
+        if config.vision is not None and self.rows["caption"]:
+            texts = self._written(step, "caption", model.caption, "image", trainer)
+            metrics["samples/caption_exact_match"] = sum(exact_match(p, r) for p, r in texts) / len(texts)
+            metrics["samples/caption_word_errors"] = error_rate([word_edits(p, r) for p, r in texts])
+        if config.audio is not None and self.rows["audio"]:
+            texts = self._written(step, "audio", model.transcribe, "audio", trainer)
+            metrics["samples/transcript_wer"] = error_rate([word_edits(p, r) for p, r in texts])
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step)
+
+    def _written(
+        self, step: int, kind: str, write: Callable[..., list[str]], field: str, trainer: pl.Trainer
+    ) -> list[tuple[str, str]]:
+        rows: list[Row] = self.rows[kind]
+        predictions = write([getattr(row, field) for row in rows], max_new_tokens=64)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / "samples.csv"
+        is_new = not path.exists()
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if is_new:
+                writer.writerow(["step", "task", "id", "prediction", "reference"])
+            for row, prediction in zip(rows, predictions, strict=True):
+                writer.writerow([step, kind, row.id, prediction, row.text])
+        bar = trainer.progress_bar_callback
+        if isinstance(bar, Progress):
+            for row, prediction in list(zip(rows, predictions, strict=True))[: self.num_shown]:
+                bar.message(f"  {kind} {row.id}: {prediction!r}  (wanted {row.text!r})")
+        return [(prediction, row.text) for row, prediction in zip(rows, predictions, strict=True)]

@@ -1,0 +1,177 @@
+"""Trains a CLIP model from nothing or from a checkpoint: `class_path: mmllm.training.clip_module.ClipModule`.
+
+Shapes: N pairs, L text tokens, C channels of the shared space, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mmllm.model.vision import VisionConfig, build_clip
+from mmllm.training.optimisers import OptimiserConfig
+from mmllm.training.staged import StagedModule
+from mmllm_tokenizers.folder import TokenizerFolder
+from mmllm_tokenizers.vocab import END, PAD
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+MAX_LOGIT_SCALE = math.log(100.0)
+
+
+class ClipModule(StagedModule):
+    """Images and captions into one space, with open_clip's model and its `ClipLoss`.
+
+    The text tower reads this project's own text tokens: `text_cfg` gets the tokenizer's vocabulary size, and pools
+    at `<|end|>`.
+    """
+
+    def __init__(
+        self,
+        clip: VisionConfig,
+        tokenizer: str,
+        optimiser: OptimiserConfig | None = None,
+        max_seconds: float | None = None,
+        out: str | None = None,
+    ) -> None:
+        """Keeps the settings; `configure_model` builds.
+
+        Args:
+            clip: the open_clip model by name or as a config; `layer` and `trainable` don't matter here.
+            tokenizer: tokenizer folder.
+            optimiser: rates and decay.
+            max_seconds: training ends after this long; None: `trainer.max_steps` alone ends it.
+            out: folder for `model.safetensors` and `config.json`, which `DecoderModule(clip=…)` reads.
+        """
+        super().__init__(optimiser, max_seconds)
+        self.clip_config = clip
+        self.tokenizer = tokenizer
+        self.out = out
+        self.clip: Any = None
+
+    @property
+    def export_dir(self) -> str | None:
+        """Where the model goes when training ends."""
+        return self.out
+
+    def configure_model(self) -> None:
+        """Builds the model once the tokenizer is there."""
+        if self.clip is not None:
+            return
+        text = TokenizerFolder.load(self.tokenizer).text
+        self.clip_config = with_text_tokens(self.clip_config, text.vocab_size, text.id(END), text.id(PAD))
+        self.clip = build_clip(self.clip_config)
+        preprocess = open_clip.get_model_preprocess_cfg(self.clip)
+        for name, default in (("mean", OPENAI_DATASET_MEAN), ("std", OPENAI_DATASET_STD)):
+            values = torch.tensor(preprocess.get(name) or default).view(3, 1, 1) * 255
+            self.register_buffer(f"pixel_{name}", values.to(self.clip.logit_scale.device), persistent=False)
+
+    def export(self, directory: Path) -> None:
+        """Writes weights and config."""
+        save_clip(directory, self.clip, self.clip_config)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """One batch of uint8 images [N, 3, H, W] and token ids [N, L]; the loss of all ranks' pairs together."""
+        image_NC, text_NC, scale = self._features(batch)
+        contrastive = open_clip.ClipLoss(
+            local_loss=True,
+            gather_with_grad=True,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+        )
+        loss = contrastive(image_NC, text_NC, scale)
+        self.window.add({"loss": loss, "logit_scale": scale})
+        self.log("loss", loss, prog_bar=True, logger=False)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keeps the temperature from collapsing, as open_clip's own training does."""
+        with torch.no_grad():
+            self.clip.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
+        super().on_train_batch_end(outputs, batch, batch_idx)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Retrieval within the batch: is the most similar caption the image's own (or one with the same words)?"""
+        image_NC, text_NC, scale = self._features(batch)
+        logits_NN = scale * image_NC @ text_NC.T
+        tokens_NL = batch[1]
+        own_N = torch.arange(len(tokens_NL), device=tokens_NL.device)
+        loss = (F.cross_entropy(logits_NN, own_N) + F.cross_entropy(logits_NN.T, own_N)) / 2
+        to_text_N = (tokens_NL[logits_NN.argmax(dim=1)] == tokens_NL).all(dim=1)
+        to_image_N = (tokens_NL[logits_NN.argmax(dim=0)] == tokens_NL).all(dim=1)
+        values = {
+            "val/loss": loss,
+            "val/image_to_text_accuracy": to_text_N.float().mean(),
+            "val/text_to_image_accuracy": to_image_N.float().mean(),
+        }
+        self.log_dict(values, batch_size=len(tokens_NL), sync_dist=True)
+
+    def _features(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        images_N3HW, tokens_NL = batch
+        pixels = (images_N3HW - self.get_buffer("pixel_mean")) / self.get_buffer("pixel_std")
+        image_NC = self.clip.encode_image(pixels, normalize=True)
+        text_NC = self.clip.encode_text(tokens_NL, normalize=True)
+        return image_NC, text_NC, self.clip.logit_scale.exp()
+
+
+def with_text_tokens(config: VisionConfig, vocab_size: int, end_id: int, pad_id: int) -> VisionConfig:
+    """The config with a text tower for this tokenizer.
+
+    Raises:
+        ValueError: open_clip has no model of that name, or its text tower isn't open_clip's own.
+    """
+    values = config.open_clip
+    if isinstance(values, str):
+        found = open_clip.get_model_config(values)
+        if found is None:
+            raise ValueError(f"clip.open_clip is {values!r}, which open_clip doesn't know; see open_clip.list_models()")
+        values = found
+    values = copy.deepcopy(values)
+    text_cfg = dict(values["text_cfg"])
+    if "hf_model_name" in text_cfg:
+        raise ValueError(
+            f"the text tower of clip.open_clip is {text_cfg['hf_model_name']!r} from Hugging Face, which has a "
+            f"tokenizer of its own; choose a model with open_clip's text transformer"
+        )
+    text_cfg |= {"vocab_size": vocab_size, "pool_type": "eos", "eos_id": end_id, "pad_id": pad_id}
+    values["text_cfg"] = text_cfg
+    return dataclasses.replace(config, open_clip=values)
+
+
+def save_clip(directory: str | Path, clip: torch.nn.Module, config: VisionConfig) -> None:
+    """Writes an open_clip model as safetensors beside its config; `load_clip_config` finds both again."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in clip.state_dict().items()}
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    (directory / CONFIG).write_text(json.dumps({"open_clip": config.open_clip}, indent=2) + "\n", encoding="utf-8")
+
+
+def load_clip_config(directory: str | Path, config: VisionConfig | None) -> VisionConfig:
+    """The config of a tower whose weights lie in the folder that `save_clip` wrote.
+
+    Args:
+        directory: the folder.
+        config: its `layer` and `trainable` are kept.
+
+    Raises:
+        FileNotFoundError: the folder lacks its files.
+    """
+    directory = Path(directory)
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory} lacks {name}; give the `out` folder of a finished ClipModule run")
+    values = json.loads((directory / CONFIG).read_text(encoding="utf-8"))["open_clip"]
+    base = config or VisionConfig(open_clip=values)
+    return dataclasses.replace(base, open_clip=values, pretrained=None, checkpoint=str(directory / WEIGHTS))

@@ -1,0 +1,182 @@
+"""Trains the small audio codec: `mmllm fit` with `class_path: mmllm.training.codec_module.CodecModule`.
+
+Shapes: N clips, T samples, F frames, K codebooks, D latent width, L characters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmllm.training.audio_losses import Balancer, MultiScaleMelLoss
+from mmllm.training.optimisers import OptimiserConfig
+from mmllm.training.staged import StagedModule
+from mmllm_tokenizers.audio import SmallCodec
+from mmllm_tokenizers.codec import Codec, CodecConfig
+
+BLANK = 0
+NUM_CHARACTERS = 257
+"""The blank, then the 256 bytes of UTF-8."""
+
+
+@dataclass(frozen=True)
+class CodecLossConfig:
+    """Shares of the codec's losses.
+
+    Attributes:
+        l1: of the waveform; its share of the balanced gradient.
+        mel: of the multi-scale mel spectrogram; its share of the balanced gradient.
+        commitment: weight of the quantiser's commitment loss, outside the balance.
+        ctc: weight of a character CTC loss on the quantised latents, which makes the codes tell words apart;
+            0: no such head. Needs data that gives whole clips with their text.
+        ctc_width: channels of the CTC head.
+    """
+
+    l1: float = 0.1
+    mel: float = 2.0
+    commitment: float = 1.0
+    ctc: float = 0.0
+    ctc_width: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("l1", "mel", "commitment", "ctc"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"losses.{name} is {getattr(self, name)}; a weight is 0 or more")
+        if self.l1 == self.mel == 0:
+            raise ValueError("losses.l1 and losses.mel are both 0; the codec needs at least one of them")
+
+
+class CodecModule(StagedModule):
+    """Waveform in, codes, waveform out. EnCodec's losses without the adversary."""
+
+    def __init__(
+        self,
+        codec: CodecConfig,
+        losses: CodecLossConfig | None = None,
+        optimiser: OptimiserConfig | None = None,
+        max_seconds: float | None = None,
+        out: str | None = None,
+    ) -> None:
+        """Builds the codec.
+
+        Args:
+            codec: its shape.
+            losses: their weights.
+            optimiser: rates and decay.
+            max_seconds: training ends after this long; None: `trainer.max_steps` alone ends it.
+            out: folder for the trained codec, which `load_audio_tokenizer` and a tokenizer folder read.
+        """
+        super().__init__(optimiser, max_seconds)
+        self.codec_config = codec
+        self.losses = losses or CodecLossConfig()
+        self.out = out
+        self.codec = Codec(codec)
+        self.mel_loss = MultiScaleMelLoss(codec.sample_rate)
+        self.balancer = Balancer({"l1": self.losses.l1, "mel": self.losses.mel})
+        self.ctc_head = _ctc_head(codec.dimension, self.losses.ctc_width) if self.losses.ctc else None
+
+    @property
+    def export_dir(self) -> str | None:
+        """Where the codec goes when training ends."""
+        return self.out
+
+    def export(self, directory: Path) -> None:
+        """Writes the codec as an audio tokenizer folder."""
+        SmallCodec(self.codec).save(directory)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One batch: waves [N, 1, T] or [N, T], or a pair of waves and their N texts."""
+        wave_NT, texts = _unpack(batch)
+        output = self.codec(wave_NT)
+        losses = {
+            "l1": (output.wave - wave_NT).abs().mean(),
+            "mel": self.mel_loss(output.wave, wave_NT),
+            "commit": output.commit_loss,
+        }
+        total = self.balancer(losses, output.wave) + self.losses.commitment * output.commit_loss
+        if self.ctc_head is not None:
+            losses["ctc"] = character_ctc(self.ctc_head(output.quantised), texts)
+            total = total + self.losses.ctc * losses["ctc"]
+        self.window.add(losses | {"codes_used": _share_of_codes_used(output.codes, self.codec_config)})
+        self.log("mel", losses["mel"], prog_bar=True, logger=False)
+        return total
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Logs the same losses, and the signal-to-distortion ratio in dB."""
+        wave_NT, _ = _unpack(batch)
+        output = self.codec(wave_NT)
+        values = {
+            "val/l1": (output.wave - wave_NT).abs().mean(),
+            "val/mel": self.mel_loss(output.wave, wave_NT),
+            "val/si_sdr_db": si_sdr_db(output.wave, wave_NT).mean(),
+            "val/codes_used": _share_of_codes_used(output.codes, self.codec_config),
+        }
+        self.log_dict(values, batch_size=len(wave_NT), sync_dist=True)
+
+
+def si_sdr_db(wave_NT: Tensor, target_NT: Tensor) -> Tensor:
+    """Scale-invariant signal-to-distortion ratio, dB [N] (Le Roux et al. 2018, https://arxiv.org/abs/1811.02508)."""
+    wave_NT, target_NT = (w.float() - w.float().mean(dim=1, keepdim=True) for w in (wave_NT, target_NT))
+    scale_N1 = (wave_NT * target_NT).sum(1, keepdim=True) / target_NT.square().sum(1, keepdim=True).clamp(min=1e-8)
+    signal_N = (scale_N1 * target_NT).square().sum(1)
+    noise_N = (wave_NT - scale_N1 * target_NT).square().sum(1)
+    return 10 * torch.log10(signal_N.clamp(min=1e-8) / noise_N.clamp(min=1e-8))
+
+
+def character_ctc(logits_NCF: Tensor, texts: list[str] | None) -> Tensor:
+    """CTC loss of UTF-8 bytes, mean over the characters of the clips that have text and frames enough for it.
+
+    Args:
+        logits_NCF: [N, 257, F], class 0 the blank and class b + 1 byte b.
+        texts: of each clip; empty ones are left out.
+
+    Raises:
+        ValueError: no texts were given.
+    """
+    if texts is None:
+        raise ValueError(
+            "losses.ctc is set but the data gives no texts; set losses.ctc to 0, or let the data module give whole "
+            "clips with their text"
+        )
+    targets = [torch.tensor([b + 1 for b in text.lower().encode()], dtype=torch.long) for text in texts]
+    lengths_N = torch.tensor([len(target) for target in targets])
+    log_probs_FNC = logits_NCF.float().log_softmax(dim=1).permute(2, 0, 1)
+    num_frames_N = torch.full((len(targets),), log_probs_FNC.shape[0], dtype=torch.long)
+    losses_N = F.ctc_loss(
+        log_probs_FNC,
+        torch.cat(targets).to(logits_NCF.device),
+        num_frames_N,
+        lengths_N,
+        blank=BLANK,
+        reduction="none",
+        zero_infinity=True,
+    )
+    losses_N = losses_N * (lengths_N > 0).to(losses_N)
+    return losses_N.sum() / lengths_N.sum().clamp(min=1).to(losses_N)
+
+
+def _ctc_head(dimension: int, width: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv1d(dimension, width, 5, padding=2),
+        nn.GELU(),
+        nn.Conv1d(width, width, 5, padding=2),
+        nn.GELU(),
+        nn.Conv1d(width, NUM_CHARACTERS, 1),
+    )
+
+
+def _unpack(batch: Any) -> tuple[Tensor, list[str] | None]:
+    wave, texts = batch if isinstance(batch, (tuple, list)) else (batch, None)
+    return (wave[:, 0] if wave.ndim == 3 else wave), texts
+
+
+def _share_of_codes_used(codes_NKF: Tensor, config: CodecConfig) -> Tensor:
+    """Share of all codebooks' codes that occur in the batch."""
+    offsets_K1 = torch.arange(config.num_codebooks, device=codes_NKF.device)[:, None] * config.codebook_size
+    num_used = (codes_NKF + offsets_K1).unique().numel()
+    return torch.tensor(num_used / (config.num_codebooks * config.codebook_size))

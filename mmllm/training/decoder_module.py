@@ -1,0 +1,395 @@
+"""Trains the multimodal decoder: `class_path: mmllm.training.decoder_module.DecoderModule`.
+
+Shapes: B sequences, T positions, L layers with experts, M modalities, E experts, K codebooks, V codes, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmllm.batch import PackedBatch
+from mmllm.inference.card import ModelInfo
+from mmllm.inference.folder import save_model
+from mmllm.model.decoder import DecoderConfig
+from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, ModelOutput, MultimodalModel
+from mmllm.model.projectors import ImageProjectorConfig
+from mmllm.model.vision import VisionConfig
+from mmllm.training.clip_module import load_clip_config
+from mmllm.training.interop_commands import load_decoder
+from mmllm.training.optimisers import OptimiserConfig
+from mmllm.training.staged import StagedModule
+from mmllm_tokenizers.folder import TokenizerFolder
+from mmllm_tokenizers.vocab import Vocabulary
+
+log = logging.getLogger(__name__)
+
+MAX_UNNAMED_SOURCES = 64
+"""Sources told apart when the data module doesn't name them."""
+
+TASK_LOSSES = ("text", "units")
+
+
+class DecoderModule(StagedModule):
+    """One decoder for all modalities, its losses normalised over all ranks and accumulated batches.
+
+    The loss is (Σₘ wₘ Sₘ) / (Σₘ Nₘ) + w·CTC + w·balance + w·z, where Sₘ and Nₘ are the sums and counts of text and
+    unit targets over the *global* batch. DDP averages gradients over W ranks, so each rank's part is multiplied by W:
+    two ranks give exactly the loss and gradients of one process with both their sequences. Under gradient
+    accumulation each batch's part is weighted by its number of targets (the gradient is scaled once, before
+    clipping), so accumulated batches give the task losses of one large batch; the auxiliary losses are then averages
+    over batches weighted by targets.
+    """
+
+    def __init__(
+        self,
+        decoder: DecoderConfig,
+        vision: VisionConfig | None = None,
+        image_projector: ImageProjectorConfig | None = None,
+        audio: AudioConfig | None = None,
+        loss: LossConfig | None = None,
+        tokenizer: str | None = None,
+        clip: str | None = None,
+        init_from: str | None = None,
+        optimiser: OptimiserConfig | None = None,
+        max_seconds: float | None = None,
+        out: str | None = None,
+        name: str = "mmllm model",
+    ) -> None:
+        """Keeps the settings; `configure_model` builds.
+
+        Args:
+            decoder: its shape; `vocab_size: 0` takes the tokenizer's.
+            vision: the image tower; None: the model doesn't see, unless `clip` is given.
+            image_projector: from the tower to the decoder.
+            audio: sound in and out; `num_codebooks`, `codebook_size` and `latent_width` of 0 take the
+                tokenizer's. Left out with a tokenizer that has no codec.
+            loss: weights of the losses.
+            tokenizer: tokenizer folder; None: the model's sizes are all given and nothing is exported.
+            clip: folder of a trained `ClipModule`: the tower's config and weights.
+            init_from: folder that `mmllm import` wrote: the decoder starts with its weights, embeddings only where
+                the vocabularies are equally large.
+            optimiser: rates and decay; `tower_lr: 0` freezes the tower.
+            max_seconds: training ends after this long; None: `trainer.max_steps` alone ends it.
+            out: model folder to write when training ends.
+            name: title of the model card.
+        """
+        super().__init__(optimiser, max_seconds)
+        self.decoder = decoder
+        self.vision = vision
+        self.image_projector = image_projector or ImageProjectorConfig()
+        self.audio = audio
+        self.loss = loss or LossConfig()
+        self.tokenizer = tokenizer
+        self.clip = clip
+        self.init_from = init_from
+        self.out = out
+        self.name = name
+        self.folder: TokenizerFolder | None = None
+        self.model: MultimodalModel | None = None
+        self.routing_counts_LME: Tensor | None = None
+        self.moe_layers: tuple[int, ...] = ()
+        self._whole: MultimodalModel | None = None
+        self._source_names: list[str] = []
+        self._first_targets = 0.0
+        self._accumulated_targets = 0.0
+        self._val_sums: dict[str, Tensor] = {}
+
+    # --- building ---------------------------------------------------------------------------------------------
+
+    @property
+    def export_dir(self) -> str | None:
+        """Where the model folder goes when training ends."""
+        return self.out
+
+    def tower_of(self, name: str) -> str:
+        """Image tower, projectors, or the rest."""
+        part = name.removeprefix("model.").split(".")[0]
+        if part == "vision":
+            return "tower"
+        return "projector" if part in ("image_projector", "clip_projector", "unit_projector") else "decoder"
+
+    def resolved_config(self) -> ModelConfig:
+        """The model's config with what the tokenizer and the CLIP folder decide filled in.
+
+        Raises:
+            ValueError: the config contradicts the tokenizer folder.
+        """
+        vision = self.vision if self.clip is None else load_clip_config(self.clip, self.vision)
+        if vision is not None and self.optimiser.tower_lr == 0:
+            vision = dataclasses.replace(vision, trainable=False)
+        decoder, audio = self.decoder, self.audio
+        if self.tokenizer is not None:
+            self.folder = self.folder or TokenizerFolder.load(self.tokenizer)
+            decoder, audio = with_vocabulary(decoder, audio, self.folder)
+        return ModelConfig(decoder, vision, self.image_projector, audio, self.loss)
+
+    def configure_model(self) -> None:
+        """Builds the model, loads CLIP weights and codebooks, and shards it under `ModelParallelStrategy`."""
+        if self.model is not None:
+            return
+        config = self.resolved_config()
+        self.model = MultimodalModel(config)
+        if self.folder is not None and self.model.vision is not None:
+            _check_image_slots(self.model, self.folder)
+        self.model.load_pretrained()
+        if self.init_from is not None:
+            load_decoder(self.init_from, self.model.decoder)
+        if self.folder is not None and config.audio is not None and self.folder.audio is not None:
+            self.model.initialise_audio(codebooks_of(self.folder))
+        if self.device_mesh is not None:
+            _shard(self.model, self.device_mesh)
+
+    def on_fit_start(self) -> None:
+        """Checks that the data was made with this tokenizer, and asks for its sources' names."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        self._source_names = list(getattr(data, "source_names", None) or [])
+        data_folder = getattr(data, "folder", None)
+        if self.folder is not None and data_folder is not None and data_folder.hash != self.folder.hash:
+            raise ValueError(
+                f"the recipe's tokenizer folder is {data_folder.hash[:12]} but the model's, {self.tokenizer}, is "
+                f"{self.folder.hash[:12]}; name one tokenizer folder in both"
+            )
+
+    # --- steps ------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> dict[str, Any]:
+        """The loss of one packed batch; also counts routing by modality."""
+        output = self._built()(batch, num_sources=self._num_sources)
+        totals = GlobalTotals.of(output, batch)
+        loss = self._loss(output, totals)
+        self._accumulate(totals.num_targets)
+        scale = self.trainer.world_size * self.trainer.accumulate_grad_batches * totals.num_targets
+        self._record(output, totals)
+        self.log("loss", totals.task_loss(self._built().loss_weights), prog_bar=True, logger=False)
+        return {"loss": loss * (scale / self._first_targets)}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turns the sum over accumulated batches into a mean over all their targets."""
+        if self._accumulated_targets != self._first_targets:
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_mul_(grads, self._first_targets / self._accumulated_targets)
+        self._first_targets = self._accumulated_targets = 0.0
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Adds up sums and counts."""
+        output = self._built()(batch, num_sources=self._num_sources)
+        totals = GlobalTotals.of(output, batch)
+        for name, value in {
+            **{f"{key}_sum": value for key, value in totals.sums.items()},
+            **{f"{key}_count": value for key, value in totals.counts.items()},
+            "num_correct": totals.num_correct,
+        }.items():
+            self._val_sums[name] = self._val_sums.get(name, torch.zeros_like(value)) + value
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the means over all validation data of all ranks."""
+        sums, self._val_sums = self._val_sums, {}
+        if not sums:
+            return
+        means = {key: sums[f"{key}_sum"] / sums[f"{key}_count"].clamp(min=1) for key in TASK_LOSSES}
+        present = {f"val/{key}": mean for key, mean in means.items() if sums[f"{key}_count"] > 0}
+        total = sum((sums[f"{key}_sum"] for key in TASK_LOSSES), start=torch.zeros(()))
+        count = sum((sums[f"{key}_count"] for key in TASK_LOSSES), start=torch.zeros(()))
+        present["val/loss"] = total / count.clamp(min=1)
+        if sums["text_count"] > 0:
+            present["val/text_accuracy"] = sums["num_correct"] / sums["text_count"]
+        self.log_dict({name: value.float() for name, value in present.items()})
+
+    def _loss(self, output: ModelOutput, totals: GlobalTotals) -> Tensor:
+        """This rank's part of the global loss."""
+        weights, sums = self._built().loss_weights, output.loss_sums
+        loss = sum(weights[key] * sums[key] for key in TASK_LOSSES) / max(totals.num_targets, 1.0)
+        if weights["ctc"]:
+            loss = loss + weights["ctc"] * sums["ctc"] / totals.counts["ctc"].clamp(min=1).to(sums["ctc"])
+        if output.routing.layers:
+            counts_LE, num_tokens = totals.counts_LE, totals.num_tokens.clamp(min=1).float()
+            loss = loss + weights["balance"] * output.routing.balance_loss(counts_LE, num_tokens)
+            loss = loss + weights["z"] * output.routing.z_loss(num_tokens)
+        assert isinstance(loss, Tensor)
+        return loss
+
+    def _accumulate(self, num_targets: float) -> None:
+        num_targets = max(num_targets, 1.0)
+        self._first_targets = self._first_targets or num_targets
+        self._accumulated_targets += num_targets
+
+    def _built(self) -> MultimodalModel:
+        assert self.model is not None, "configure_model runs before any step"
+        return self.model
+
+    @property
+    def _num_sources(self) -> int:
+        return len(self._source_names) or MAX_UNNAMED_SOURCES
+
+    # --- metrics ----------------------------------------------------------------------------------------------
+
+    def _record(self, output: ModelOutput, totals: GlobalTotals) -> None:
+        sums: dict[str, Tensor | float] = {f"loss/{key}": value for key, value in totals.sums.items()}
+        counts: dict[str, Tensor | float] = {f"loss/{key}": value for key, value in totals.counts.items()}
+        for index in range(self._num_sources):
+            name = self._source_names[index] if self._source_names else str(index)
+            sums[f"loss/source/{name}"] = totals.source_sums[index]
+            counts[f"loss/source/{name}"] = totals.source_counts[index]
+        sums |= {"text_accuracy": totals.num_correct, "padding_share": totals.num_positions - totals.num_tokens}
+        counts |= {"text_accuracy": totals.counts["text"], "padding_share": totals.num_positions}
+        sums["tokens"], counts["tokens"] = totals.num_tokens, 1.0
+        self.window.add(sums, counts)
+        if output.routing.counts_LME is not None and output.routing.layers:
+            self.moe_layers = output.routing.layers
+            previous = self.routing_counts_LME
+            counts_LME = output.routing.counts_LME.detach()
+            self.routing_counts_LME = counts_LME if previous is None else previous + counts_LME
+
+    def window_metrics(self) -> dict[str, float]:
+        """Losses by modality and source, tokens a second, padding."""
+        num_tokens = float(self.window.sums["tokens"])
+        metrics = self.window.means()
+        metrics["tokens_per_second"] = num_tokens / max(self.window.seconds, 1e-9)
+        return metrics
+
+    def export(self, directory: Path) -> None:
+        """Writes the model folder."""
+        if self.folder is None:
+            raise ValueError("`out` is set but `tokenizer` is not; a model folder needs its tokenizer")
+        save_model(directory, self._whole or self._built(), self.folder, self._info())
+
+    def _info(self) -> ModelInfo:
+        data: Any = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        plan = getattr(data, "plan", None)
+        return ModelInfo(name=self.name, recipe_hash=getattr(plan, "hash", None), data=tuple(self._source_names))
+
+    def on_train_end(self) -> None:
+        """Exports; a sharded model is gathered on all ranks first."""
+        self._whole = _gathered(self._built()) if self.export_dir and self.device_mesh is not None else None
+        super().on_train_end()
+
+
+@dataclasses.dataclass
+class GlobalTotals:
+    """Detached sums and counts of a batch over all ranks, in one all-reduce."""
+
+    sums: dict[str, Tensor]
+    counts: dict[str, Tensor]
+    source_sums: Tensor
+    source_counts: Tensor
+    counts_LE: Tensor
+    num_correct: Tensor
+    num_tokens: Tensor
+    num_positions: Tensor
+    num_targets: float
+
+    @classmethod
+    def of(cls, output: ModelOutput, batch: PackedBatch) -> GlobalTotals:
+        """Gathers a forward pass."""
+        keys = list(output.loss_sums)
+        num_tokens = (batch.document_ids_BT >= 0).sum()
+        parts = [
+            torch.stack([output.loss_sums[key].detach().double() for key in keys]),
+            torch.stack([output.counts[key].detach().double() for key in keys]),
+            output.source_sums.double(),
+            output.source_counts.double(),
+            torch.stack([output.num_correct.double(), num_tokens.double()]),
+            num_tokens.new_tensor([batch.document_ids_BT.numel()], dtype=torch.float64),
+            output.routing.counts_LE.flatten().double(),
+        ]
+        totals = torch.cat(parts)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(totals)
+        sums, counts, source_sums, source_counts, seen, positions, counts_LE = totals.split([len(p) for p in parts])
+        by_key = dict(zip(keys, counts, strict=True))
+        return cls(
+            sums=dict(zip(keys, sums, strict=True)),
+            counts=by_key,
+            source_sums=source_sums,
+            source_counts=source_counts,
+            counts_LE=counts_LE.view(output.routing.counts_LE.shape),
+            num_correct=seen[0],
+            num_tokens=seen[1],
+            num_positions=positions[0],
+            num_targets=float(sum((by_key[key] for key in TASK_LOSSES), start=torch.zeros(()))),
+        )
+
+    def task_loss(self, weights: dict[str, float]) -> float:
+        """The weighted loss over text and unit targets."""
+        return float(sum(weights[key] * self.sums[key] for key in TASK_LOSSES)) / max(self.num_targets, 1.0)
+
+
+def with_vocabulary(
+    decoder: DecoderConfig, audio: AudioConfig | None, folder: TokenizerFolder
+) -> tuple[DecoderConfig, AudioConfig | None]:
+    """The configs with the sizes that the tokenizer folder decides; 0 stands for any.
+
+    Raises:
+        ValueError: a size that is given contradicts the folder.
+    """
+    vocabulary: Vocabulary = folder.vocabulary
+    if audio is not None and vocabulary.num_codebooks == 0:
+        log.info("the tokenizer folder has no codec: the model gets no audio")
+        audio = None
+    if audio is not None:
+        wanted = {"num_codebooks": vocabulary.num_codebooks, "codebook_size": vocabulary.codebook_size}
+        for key, value in wanted.items():
+            _check_size(f"audio.{key}", getattr(audio, key), value)
+        latent_width = audio.latent_width or codebooks_of(folder).shape[-1]
+        audio = dataclasses.replace(audio, latent_width=latent_width, **wanted)
+        if audio.projector.pool != folder.audio_pool:
+            raise ValueError(
+                f"audio.projector.pool is {audio.projector.pool} but the tokenizer folder's audio_pool is "
+                f"{folder.audio_pool}; set audio.projector.pool to {folder.audio_pool}"
+            )
+    _check_size("decoder.vocab_size", decoder.vocab_size, vocabulary.size)
+    return dataclasses.replace(decoder, vocab_size=vocabulary.size), audio
+
+
+def codebooks_of(folder: TokenizerFolder) -> Tensor:
+    """The codec's codebooks as the vocabulary numbers them, [K, V, D]: one long codebook where the stream is flat."""
+    vocabulary = folder.vocabulary
+    codebooks_KVD = folder.require_audio().codebooks_KVD[: folder.num_codebooks]
+    return codebooks_KVD.reshape(vocabulary.num_codebooks, vocabulary.codebook_size, -1)
+
+
+def _check_size(key: str, got: int, wanted: int) -> None:
+    if got not in (0, wanted):
+        raise ValueError(f"{key} is {got} but the tokenizer folder says {wanted}; set it to {wanted} or to 0")
+
+
+def _check_image_slots(model: MultimodalModel, folder: TokenizerFolder) -> None:
+    assert model.vision is not None
+    got, wanted = model.num_image_tokens, folder.num_image_tokens
+    if got != wanted:
+        raise ValueError(
+            f"the image projector fills {got} slots an image but the tokenizer folder's image_tokens is {wanted}; "
+            f"set image_projector.num_tokens to {wanted} with kind average or attention, or build the folder anew"
+        )
+    if model.vision.image_size != folder.image_size:
+        raise ValueError(
+            f"the image tower sees {model.vision.image_size} pixels but the tokenizer folder's image_size is "
+            f"{folder.image_size}; choose a tower of that size or build the folder anew"
+        )
+
+
+def _shard(model: MultimodalModel, mesh: Any) -> None:
+    """FSDP2: every decoder block is a shard group, then the rest of the model."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.decoder.blocks:
+        fully_shard(block, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"])
+
+
+def _gathered(model: MultimodalModel) -> MultimodalModel:
+    """A whole copy of a sharded model on the CPU; a collective call."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    full = MultimodalModel(model.config)
+    if state:
+        full.load_state_dict(state)
+    return full

@@ -1,0 +1,192 @@
+"""What the three stages (codec, CLIP tower, decoder) share: their clock, schedule, optimiser and metrics."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from mmllm.training.optimisers import OptimiserConfig, build_optimiser, learning_rate_factor, parameter_groups
+
+log = logging.getLogger(__name__)
+
+
+class StagedModule(pl.LightningModule):
+    """A Lightning module with a schedule by steps or by seconds, and metrics averaged between log lines.
+
+    Progress is max(step / trainer.max_steps, seconds / max_seconds): whichever ends first shapes the whole
+    schedule. Seconds count training alone (validation included) and go on counting after a resume.
+    """
+
+    def __init__(self, optimiser: OptimiserConfig | None = None, max_seconds: float | None = None) -> None:
+        """Keeps the settings.
+
+        Args:
+            optimiser: rates and decay; None: the defaults.
+            max_seconds: training ends after this long, resumes included; None: `trainer.max_steps` alone ends it.
+
+        Raises:
+            ValueError: `max_seconds` is not positive.
+        """
+        super().__init__()
+        if max_seconds is not None and not max_seconds > 0:
+            raise ValueError(f"max_seconds is {max_seconds}; give a positive number of seconds or null")
+        self.optimiser = optimiser or OptimiserConfig()
+        self.max_seconds = max_seconds
+        self.elapsed_seconds = 0.0
+        self.window = MetricWindow()
+        self._last_tick: float | None = None
+        self._peak_lrs: list[float] = []
+        self._seed = torch.initial_seed()
+
+    def tower_of(self, name: str) -> str:
+        """Which tower a parameter belongs to: decides its learning rate."""
+        return "decoder"
+
+    def export(self, directory: Path) -> None:
+        """Writes the trained part where the next stage, or inference, reads it."""
+        raise NotImplementedError
+
+    @property
+    def export_dir(self) -> str | None:
+        """Where `export` writes when training ends; None: nowhere."""
+        return None
+
+    # --- schedule ---------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Groups by tower; the rate is set before each batch by `on_train_batch_start`."""
+        groups = parameter_groups(self, self.optimiser, self.tower_of)
+        self._peak_lrs = [group.pop("peak_lr") for group in groups]
+        return build_optimiser(groups, self.optimiser)
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, 0 to 1."""
+        by_steps = self.trainer.global_step / self._num_steps() if self._num_steps() else 0.0
+        by_seconds = self.elapsed_seconds / self.max_seconds if self.max_seconds else 0.0
+        return min(max(by_steps, by_seconds), 1.0)
+
+    def _num_steps(self) -> int | None:
+        trainer = self.trainer
+        if trainer.max_steps != -1:
+            return trainer.max_steps
+        if trainer.max_epochs in (None, -1) or math.isinf(trainer.num_training_batches):
+            return None
+        return trainer.max_epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+
+    def on_train_start(self) -> None:
+        """Starts the clock."""
+        if self._num_steps() is None and self.max_seconds is None:
+            raise ValueError("training has no end; set trainer.max_steps or model.init_args.max_seconds")
+        self._last_tick = time.monotonic()
+        self.window.reset()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Sets each group's learning rate, and the random numbers of this batch: a resumed run draws the same."""
+        batch_number = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        torch.manual_seed(_mixed(self._seed, batch_number, self.trainer.global_rank))
+        factor = learning_rate_factor(self._shared_progress(), self.optimiser)
+        for group, peak in zip(self._optimizer().param_groups, self._peak_lrs, strict=True):
+            group["lr"] = peak * factor
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Advances the clock, writes the metrics, stops when the time is over."""
+        now = time.monotonic()
+        self.elapsed_seconds += now - (self._last_tick or now)
+        self._last_tick = now
+        if self.max_seconds is not None and self._shared(self.elapsed_seconds) >= self.max_seconds:
+            self.trainer.should_stop = True
+        step = self.trainer.global_step
+        if step and step % self.trainer.log_every_n_steps == 0 and self.window.num_batches:
+            self._write_metrics(step)
+
+    def _shared_progress(self) -> float:
+        return self._shared(self.progress) if self.max_seconds is not None else self.progress
+
+    def _shared(self, seconds: float) -> float:
+        """Rank 0's clock on every rank, so that all stop together and keep one rate."""
+        return float(self.trainer.strategy.broadcast(seconds)) if self.trainer.world_size > 1 else seconds
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        return optimizer  # type: ignore[return-value]
+
+    # --- metrics ----------------------------------------------------------------------------------------------
+
+    def window_metrics(self) -> dict[str, float]:
+        """The window's metrics as the stage wants them logged: means, and whatever it derives from them."""
+        return self.window.means()
+
+    def _write_metrics(self, step: int) -> None:
+        metrics = {f"train/{name}": value for name, value in self.window_metrics().items()}
+        metrics["train/lr"] = self._optimizer().param_groups[0]["lr"]
+        metrics["train/seconds"] = self.elapsed_seconds
+        metrics["train/steps_per_second"] = self.window.num_batches / max(self.window.seconds, 1e-9)
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step)
+        self.window.reset()
+
+    # --- state and export -------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the clock."""
+        checkpoint["mmllm_elapsed_seconds"] = float(self.elapsed_seconds)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the clock."""
+        self.elapsed_seconds = float(checkpoint.get("mmllm_elapsed_seconds", 0.0))
+
+    def on_train_end(self) -> None:
+        """Writes the last metrics, and exports, after callbacks such as `EMA` have put the final weights in place."""
+        if self.window.num_batches:
+            self._write_metrics(self.trainer.global_step)
+        if self.export_dir and self.trainer.is_global_zero:
+            self.export(Path(self.export_dir))
+            log.info("wrote %s", self.export_dir)
+
+
+class MetricWindow:
+    """Sums and counts since the last log line; on the device until they are read."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything and restarts the clock."""
+        self.sums: dict[str, Tensor | float] = {}
+        self.counts: dict[str, Tensor | float] = {}
+        self.num_batches = 0
+        self._start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the last reset."""
+        return time.monotonic() - self._start
+
+    def add(self, sums: Mapping[str, Tensor | float], counts: Mapping[str, Tensor | float] | None = None) -> None:
+        """Adds one batch: a metric's mean is the sum of `sums[name]` over that of `counts[name]` (1 by default)."""
+        self.num_batches += 1
+        for name, value in sums.items():
+            count = 1.0 if counts is None else counts[name]
+            value = value.detach() if isinstance(value, Tensor) else value
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0.0) + count
+
+    def means(self) -> dict[str, float]:
+        """Each metric's mean; those without a count are left out."""
+        counts = {name: float(count) for name, count in self.counts.items()}
+        return {name: float(total) / counts[name] for name, total in self.sums.items() if counts[name] > 0}
+
+
+def _mixed(seed: int, batch_number: int, rank: int) -> int:
+    """A seed for one batch on one rank."""
+    return hash((seed, batch_number, rank)) % 2**63

@@ -1,0 +1,87 @@
+"""A tiny random model with all senses, for the tests of inference."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from mmllm.inference.api import Model
+from mmllm.inference.settings import GenerationConfig
+from mmllm.model.decoder import DecoderConfig
+from mmllm.model.moe import MoEConfig
+from mmllm.model.multimodal import AudioConfig, ModelConfig, MultimodalModel
+from mmllm.model.projectors import AudioProjectorConfig
+from mmllm.model.vision import VisionConfig
+from mmllm_tokenizers.audio import SmallCodec
+from mmllm_tokenizers.codec import Codec, CodecConfig
+from mmllm_tokenizers.folder import TokenizerConfig, TokenizerFolder
+from mmllm_tokenizers.text import TextTokenizer
+
+RATE = 8000
+IMAGE_SIZE = 16
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": IMAGE_SIZE, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+def make_tokenizer(pattern: str = "delay", num_codebooks: int = 3, sound: bool = True) -> TokenizerFolder:
+    torch.manual_seed(0)
+    text = TextTokenizer.train(["a red circle above two blue squares, he said: one, two, three"] * 3, vocab_size=320)
+    config = TokenizerConfig(image_tokens=4, image_size=IMAGE_SIZE, audio_pool=2, pattern=pattern)
+    if not sound:
+        return TokenizerFolder(text, None, config)
+    codec = Codec(
+        CodecConfig(
+            sample_rate=RATE, num_filters=4, ratios=(8, 8), dimension=8, num_codebooks=num_codebooks, codebook_size=12
+        )
+    )
+    codec.eval()
+    return TokenizerFolder(text, SmallCodec(codec), config)
+
+
+def make_model(tokenizer: TokenizerFolder, sight: bool = True, tie_embeddings: bool = True) -> MultimodalModel:
+    """Random weights, far enough from nothing that answers differ in length."""
+    torch.manual_seed(1)
+    vocabulary = tokenizer.vocabulary
+    audio = AudioConfig(
+        vocabulary.num_codebooks, vocabulary.codebook_size, 8, AudioProjectorConfig(pool=2, num_layers=1, kernel=3)
+    )
+    config = ModelConfig(
+        decoder=DecoderConfig(
+            vocab_size=vocabulary.size,
+            width=32,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            mlp_width=48,
+            moe=MoEConfig(num_experts=4, top_k=2, expert_width=24),
+            moe_layers=(1,),
+            tie_embeddings=tie_embeddings,
+        ),
+        vision=VisionConfig(CLIP) if sight else None,
+        audio=audio if vocabulary.num_codebooks else None,
+    )
+    model = MultimodalModel(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and not name.startswith("vision"):
+                parameter.normal_(std=0.25)
+    return model.eval()
+
+
+def make(pattern: str = "delay", num_codebooks: int = 3) -> Model:
+    tokenizer = make_tokenizer(pattern, num_codebooks)
+    return Model(make_model(tokenizer), tokenizer, generation=GenerationConfig(max_new_tokens=12, max_seconds=0.2))
+
+
+def images(count: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (20, 24, 3), dtype=np.uint8) for _ in range(count)]
+
+
+def sounds(count: int) -> list[tuple[np.ndarray, int]]:
+    rng = np.random.default_rng(0)
+    lengths = [700 + 613 * (number % 4) for number in range(count)]
+    return [(rng.normal(0, 0.2, length).astype(np.float32), RATE) for length in lengths]

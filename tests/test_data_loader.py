@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from mmllm.batch import IGNORE, PackedBatch
+from mmllm.data import commands
+from mmllm.data.datamodule import AudioDataModule, ClipDataModule, PackedDataModule
+from mmllm.data.decode import ImageTransform
+from mmllm.data.loader import PackedLoader, StepDataset
+from mmllm.data.plan import open_plan
+from mmllm.data.recipe import recipe_from_dict
+from mmllm.data.tars import scan_tar
+from mmllm_tokenizers.folder import TokenizerFolder
+from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict, write_manifest, write_picture
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("loader")
+    make_folder(root / "tok")
+    commands.build(mixed_manifest(root / "m"), root / "s", root / "tok")
+    commands.index(root / "s", root / "tok")
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe_dict(root / "s", root / "tok")))
+    return root
+
+
+def loader_of(root, num_steps=12, rank=0, world_size=1, num_workers=0, recipe=None, batch_size=4) -> PackedLoader:
+    folder = TokenizerFolder.load(root / "tok")
+    plan = open_plan(recipe_from_dict(recipe or recipe_dict(root / "s", root / "tok")), batch_size, folder)
+    dataset = StepDataset(plan, folder, ImageTransform(folder.image_size))
+    return PackedLoader(plan, dataset, num_steps, rank, world_size, num_workers)
+
+
+def rows(batch: PackedBatch) -> list[str]:
+    """A hash of all that each row holds."""
+    digests = []
+    length = batch.token_ids_BT.shape[1]
+    for row in range(batch.token_ids_BT.shape[0]):
+        parts = [tensor[row] for name, tensor in vars(batch).items() if "_BT" in name]
+        for slots, values in (
+            (batch.image_slots_NS, batch.images_NCHW),
+            (batch.clip_slots_CS, batch.clip_codes_CFK),
+        ):
+            here = (slots[:, 0] // length == row) if len(slots) else torch.zeros(0, dtype=torch.bool)
+            parts += [value[value >= 0] for value in values[here]]
+        digests.append(hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest())
+    return digests
+
+
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 1), (1, 2), (2, 0), (2, 2), (4, 0)])
+def test_ranks_and_workers_change_nothing(made, world_size, num_workers):
+    wanted = [rows(batch) for batch in loader_of(made, 6)]
+    ranks = [list(loader_of(made, 6, rank, world_size, num_workers)) for rank in range(world_size)]
+    found = [[digest for group in zip(*map(rows, step), strict=True) for digest in group] for step in zip(*ranks)]  # noqa: B905
+    assert found == wanted
+    states = [{key: value for key, value in step[0].state.items()} for step in zip(*ranks)]  # noqa: B905
+    assert states == [batch.state for batch in loader_of(made, 6)]
+
+
+def test_a_state_is_what_was_consumed_and_continues_elsewhere(made):
+    wanted = [rows(batch) for batch in loader_of(made, 12)]
+    loader = loader_of(made, 12, num_workers=2)  # prefetching workers are ahead of what was consumed
+    for number, _ in enumerate(loader):
+        if number == 4:
+            break
+    state = json.loads(json.dumps(loader.state_dict()))
+    assert len(json.dumps(state)) < 1024
+    ranks = []
+    for rank in range(2):
+        resumed = loader_of(made, 12, rank, 2)
+        resumed.load_state_dict(state)
+        ranks.append(list(resumed))
+    assert len(ranks[0]) == 7
+    found = [[digest for group in zip(*map(rows, step), strict=True) for digest in group] for step in zip(*ranks)]  # noqa: B905
+    assert found == wanted[5:]
+
+
+def test_epochs_go_on_where_the_last_ended(made):
+    wanted = [rows(batch) for batch in loader_of(made, 12)]
+    loader = loader_of(made, 4)
+    assert [rows(batch) for _ in range(3) for batch in loader] == wanted and len(loader) == 4
+
+
+def test_a_batch_size_that_ranks_cannot_share_is_refused(made):
+    with pytest.raises(ValueError, match="3 ranks"):
+        loader_of(made, world_size=3)
+
+
+def broken_copy(made, tmp_path, num_broken: int):
+    """The caption shard with some pictures overwritten after indexing."""
+    shard = tmp_path / "caption-000000.tar"
+    data = bytearray((made / "s" / shard.name).read_bytes())
+    for span in list(scan_tar(made / "s" / shard.name))[:num_broken]:
+        (picture,) = [member for member in span.members if member.ending == "png"]
+        data[picture.offset : picture.offset + picture.size] = b"\0" * picture.size
+    shard.write_bytes(bytes(data))
+    index = made / "s" / (shard.name + ".index.npz")
+    (tmp_path / index.name).write_bytes(index.read_bytes())
+    recipe = recipe_dict(made / "s", made / "tok")
+    recipe["sources"][0]["shards"] = str(shard)
+    return recipe
+
+
+def test_a_sample_that_fails_becomes_masked_padding(made, tmp_path, caplog):
+    recipe = broken_copy(made, tmp_path, 1)
+    recipe["on_error"] = {"max_fraction": 0.5}
+    whole, holed = list(loader_of(made, 6)), []
+    loader = loader_of(made, 6, recipe=recipe)
+    with caplog.at_level(logging.WARNING):
+        holed = list(loader)
+    errors = [message for batch in holed for message in batch.state.get("errors", [])]
+    assert errors and all("caption: caption-000000.tar:c_0" in message for message in errors)
+    assert "masked caption" in caplog.text and loader.state_dict()["failed"] == len(errors)
+    num_tokens = 0
+    for before, after in zip(whole, holed, strict=True):
+        is_gap = (before.document_ids_BT >= 0) & (after.document_ids_BT < 0)
+        assert (after.labels_BT[is_gap] == IGNORE).all() and (after.source_BT[is_gap] == -1).all()
+        assert (before.token_ids_BT[~is_gap] == after.token_ids_BT[~is_gap]).all()
+        assert (before.labels_BT[~is_gap] == after.labels_BT[~is_gap]).all()
+        num_tokens += int(is_gap.sum())
+    assert num_tokens
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_failures_are_bounded(made, tmp_path, num_workers):
+    recipe = broken_copy(made, tmp_path, 20)
+    recipe["on_error"] = {"max_fraction": 0.01}
+    with pytest.raises(ValueError, match=r"on_error\.max_fraction 0\.01.*caption-000000\.tar:c_"):
+        list(loader_of(made, 12, recipe=recipe, num_workers=num_workers))
+    recipe["on_error"] = {"action": "raise"}
+    with pytest.raises(ValueError, match=r"caption-000000\.tar:c_"):
+        list(loader_of(made, 12, recipe=recipe, num_workers=num_workers))
+
+
+def test_a_shard_that_vanishes_is_named(made, tmp_path):
+    recipe = broken_copy(made, tmp_path, 0)
+    loader = loader_of(made, 12, recipe=recipe)
+    (tmp_path / "caption-000000.tar").unlink()
+    with pytest.raises(ValueError, match=r"caption-000000\.tar"):
+        list(loader)
+
+
+class Recorder(L.LightningModule):
+    """Keeps the rows that it was trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen: list[list[str]] = []
+        self.validated: list[list[str]] = []
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> torch.Tensor:
+        self.seen.append(rows(batch))
+        return self.weight.sum()
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        self.validated.append(rows(batch))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trainer(root, **changes) -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=root, enable_checkpointing=False, num_sanity_val_steps=0, **changes,
+    )  # fmt: skip
+
+
+def packed(made, **changes) -> PackedDataModule:
+    values = {"batch_size": 4, "steps_per_epoch": 5, **changes}
+    return PackedDataModule(made / "recipe.yaml", **values)
+
+
+@pytest.mark.parametrize("stopped_at", [3, 5, 7])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec:FutureWarning")
+def test_lightning_saves_and_restores_the_state(made, tmp_path, stopped_at):
+    whole = Recorder()
+    trainer(tmp_path, max_steps=12).fit(whole, packed(made))
+    first, second = Recorder(), Recorder()
+    stopping = trainer(tmp_path, max_steps=stopped_at)
+    stopping.fit(first, packed(made))
+    stopping.save_checkpoint(tmp_path / "last.ckpt")
+    trainer(tmp_path, max_steps=12).fit(second, packed(made), ckpt_path=tmp_path / "last.ckpt")
+    assert len(whole.seen) == 12 and len(first.seen) == stopped_at
+    assert first.seen + second.seen == whole.seen
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec:FutureWarning")
+def test_validation_is_the_same_each_time_and_holds_each_document_once(made, tmp_path):
+    module = Recorder()
+    data = packed(made, val_recipe=made / "recipe.yaml", num_val_sequences=6)
+    trainer(tmp_path, max_steps=10).fit(module, data)
+    assert len(module.validated) == 4 and module.validated[:2] == module.validated[2:]
+    everything = packed(made, val_recipe=made / "recipe.yaml")
+    everything.setup("validate")
+    loader = everything.val_dataloader()
+    assert isinstance(loader, PackedLoader)
+    num_documents = sum(int((batch.document_ids_BT.amax(1) + 1).sum()) for batch in loader)
+    assert num_documents == 24 * 5  # sounds are two documents each
+    assert data.source_names == ["caption", "interleaved", "text", "audio"] and len(data.plan.hash) == 64
+
+
+def test_cached_documents_are_the_same(made):
+    plain, cached = packed(made, cache_mb=0), packed(made, cache_mb=64)
+    for data in (plain, cached):
+        data.setup("fit")
+    for _ in range(2):
+        assert [rows(b) for b in plain.train_dataloader()] == [rows(b) for b in cached.train_dataloader()]
+
+
+def test_showing_a_step(made):
+    told = commands.show(made / "recipe.yaml", step=5, batch_size=4)
+    again = commands.show(made / "recipe.yaml", step=5, batch_size=4, text=True, world_size=2, num_workers=1)
+    assert [item["hash"] for item in told["sequences"]] == [item["hash"] for item in again["sequences"]]
+    assert told["global_batch"] == 4 and set(told["sequences"][0]["documents"][0]) >= {"source", "shard", "key", "task"}
+    assert all(item["targets"] > 0 and item["text"] for item in again["sequences"])
+    with pytest.raises(ValueError, match="world_size is 3"):
+        commands.show(made / "recipe.yaml", batch_size=4, world_size=3)
+
+
+def test_verifying_names_what_is_broken(made, tmp_path):
+    assert commands.verify(made / "s", made / "tok") == {"documents": 24 * 5 + 8, "broken": 0, "errors": []}
+    broken_copy(made, tmp_path, 2)
+    told = commands.verify(tmp_path, made / "tok")
+    assert told["broken"] == 2 and "caption-000000.tar:c_0" in told["errors"][0]
+
+
+def clip_batches(root, **changes):
+    data = ClipDataModule(str(root / "s" / "caption-*.tar"), root / "tok", **{"batch_size": 8, **changes})
+    return list(data.train_dataloader())
+
+
+def test_clip_pairs(made):
+    batches = clip_batches(made, context_length=10)
+    assert len(batches) == 3
+    images, ids = batches[0]
+    assert images.shape == (8, 3, 16, 16) and images.dtype == torch.uint8 and ids.shape == (8, 10)
+    folder = TokenizerFolder.load(made / "tok")
+    assert ((ids == folder.id("<|end|>")).sum(1) == 1).all()
+    assert len({tuple(row.tolist()) for _, ids in clip_batches(made) for row in ids}) >= 23
+    for workers in (0, 2):
+        again = clip_batches(made, context_length=10, num_workers=workers)
+        assert all(
+            torch.equal(a, b) for one, two in zip(batches, again, strict=True) for a, b in zip(one, two, strict=True)
+        )
+    moved = clip_batches(made, min_scale=0.5, flip=True)
+    assert not torch.equal(moved[0][0], images) and moved[0][0].dtype == torch.uint8
+
+
+def test_equal_captions_are_kept_apart(tmp_path):
+    make_folder(tmp_path / "tok")
+    write_picture(tmp_path / "a.png", np.random.default_rng(0))
+    texts = ["red"] * 6 + ["blue"] * 6 + [f"two {n}" for n in range(36)]
+    path = write_manifest(tmp_path, [{"id": str(n), "image": "a.png", "text": text} for n, text in enumerate(texts)])
+    commands.build(path, tmp_path / "s")
+    repeats = sum(8 - len({tuple(row.tolist()) for row in ids}) for _, ids in clip_batches(tmp_path))
+    assert repeats <= 2  # shuffled at random, about ten
+
+
+def test_sound_crops_and_whole_clips(made):
+    shards = str(made / "s" / "audio-*.tar")
+    crops = list(AudioDataModule(shards, 8000, seconds=0.25, batch_size=4).train_dataloader())
+    again = list(AudioDataModule(shards, 8000, seconds=0.25, batch_size=4, num_workers=1).train_dataloader())
+    assert crops[0].shape == (4, 1, 2000) and all(torch.equal(a, b) for a, b in zip(crops, again, strict=True))
+    assert (crops[0].abs().amax(dim=2) > 0.05).all()
+    waves, texts = next(iter(AudioDataModule(shards, 16000, seconds=0.5, batch_size=4, texts=True).train_dataloader()))
+    assert waves.shape == (4, 1, 8000) and len(texts) == 4 and all(texts)
+    cut = next(iter(AudioDataModule(shards, 8000, seconds=0.05, batch_size=4, texts=True).train_dataloader()))
+    assert cut[1] == [""] * 4
+    data = AudioDataModule(shards, 8000, 0.25, 4)
+    loader = data.train_dataloader()
+    stream = [batch for _ in range(2) for batch in loader]
+    resumed = AudioDataModule(shards, 8000, 0.25, 4).train_dataloader()
+    resumed.load_state_dict({"step": len(stream) - 2})
+    assert all(torch.equal(a, b) for a, b in zip(list(resumed), stream[-2:], strict=True))
+
+
+def test_data_modules_refuse_nonsense(made):
+    with pytest.raises(ValueError, match="batch_size"):
+        PackedDataModule(made / "recipe.yaml", batch_size=0)
+    with pytest.raises(ValueError, match="min_scale"):
+        ClipDataModule("x", "y", min_scale=0.0)
+    with pytest.raises(ValueError, match="gain_db"):
+        AudioDataModule("x", 8000, gain_db=-1)
+    with pytest.raises(ValueError, match="no samples are left"):
+        AudioDataModule(str(made / "s" / "audio-*.tar"), 8000, filter="speaker == 'carl'").train_dataloader()

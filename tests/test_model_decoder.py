@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmllm.model.attention import PackedLayout
+from mmllm.model.decoder import Decoder, DecoderConfig
+from mmllm.model.moe import MoEConfig
+
+LENGTHS = [[40, 3, 1, 20], [7, 33, 5], [64], [64]]
+"""Documents of four packed sequences of 64 positions; the second ends in padding."""
+DENSE = DecoderConfig(vocab_size=50, width=32, num_layers=3, num_heads=4, num_kv_heads=2, mlp_width=40, qk_norm=True)
+SPARSE = DecoderConfig(
+    vocab_size=50, width=32, num_layers=3, num_heads=4, num_kv_heads=2, mlp_width=40, moe=MoEConfig(4, 2, 24),
+    moe_layers=(1, 2),
+)  # fmt: skip
+
+
+def _decoder(config: DecoderConfig, dtype: torch.dtype = torch.float64) -> Decoder:
+    torch.manual_seed(0)
+    decoder = Decoder(config).to(dtype)
+    for parameter in decoder.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return decoder
+
+
+def _packed(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    positions_BT = torch.zeros(4, 64, dtype=torch.int64)
+    documents_BT = torch.full((4, 64), -1)
+    for b, lengths in enumerate(LENGTHS):
+        for d, (start, length) in enumerate(
+            zip(torch.tensor([0, *lengths[:-1]]).cumsum(0).tolist(), lengths, strict=True)
+        ):
+            positions_BT[b, start : start + length] = torch.arange(length)
+            documents_BT[b, start : start + length] = d
+    x_BTD = torch.randn(4, 64, 32, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    return x_BTD, positions_BT, documents_BT
+
+
+@pytest.mark.parametrize("config", [DENSE, SPARSE])
+def test_packed_equals_unpacked(config):
+    decoder = _decoder(config)
+    x_BTD, positions_BT, documents_BT = _packed()
+    hidden_BTD, stats = decoder(x_BTD, positions_BT, documents_BT)
+    probability_sums, counts = 0, 0
+    for b in range(4):
+        for d in range(len(LENGTHS[b])):
+            mask = documents_BT[b] == d
+            alone, alone_stats = decoder(x_BTD[b, mask][None], positions_BT[b, mask][None], torch.zeros(1, mask.sum()))
+            torch.testing.assert_close(hidden_BTD[b, mask], alone[0], rtol=1e-10, atol=1e-10)
+            probability_sums = probability_sums + alone_stats.probability_sums_LE
+            counts = counts + alone_stats.counts_LE
+    assert hidden_BTD[documents_BT < 0].abs().max() == 0
+    if config.moe is not None:
+        torch.testing.assert_close(stats.probability_sums_LE, probability_sums, rtol=1e-10, atol=1e-10)
+        assert torch.equal(stats.counts_LE, counts)
+        assert stats.counts_LE.sum(dim=1).tolist() == [2 * (documents_BT >= 0).sum()] * 2
+
+
+@pytest.mark.parametrize("config", [DENSE, SPARSE])
+def test_no_gradient_flows_between_documents(config):
+    decoder = _decoder(config, torch.float32)
+    x_BTD, positions_BT, documents_BT = _packed(torch.float32)
+    x_BTD.requires_grad_()
+    hidden_BTD, _ = decoder(x_BTD, positions_BT, documents_BT)
+    for b, d in [(0, 0), (0, 1), (0, 2), (0, 3), (1, 1), (2, 0)]:
+        (grad,) = torch.autograd.grad(hidden_BTD[b][documents_BT[b] == d].square().sum(), x_BTD, retain_graph=True)
+        inside = torch.zeros_like(documents_BT, dtype=torch.bool)
+        inside[b] = documents_BT[b] == d
+        assert grad[~inside].abs().max() == 0
+        assert (grad[inside].abs().sum(dim=-1) > 0).all()
+
+
+@pytest.mark.parametrize(("config", "tolerance"), [(DENSE, 0.0), (SPARSE, 1e-6)])
+def test_changing_one_document_leaves_the_others(config, tolerance):
+    decoder = _decoder(config, torch.float32)
+    x_BTD, positions_BT, documents_BT = _packed(torch.float32)
+    changed_BTD = x_BTD.clone()
+    changed = torch.zeros_like(documents_BT, dtype=torch.bool)
+    changed[0] = documents_BT[0] == 0
+    changed_BTD[changed] = torch.randn_like(changed_BTD[changed])
+    before = decoder.head(decoder(x_BTD, positions_BT, documents_BT)[0])
+    after = decoder.head(decoder(changed_BTD, positions_BT, documents_BT)[0])
+    assert (before[changed] - after[changed]).abs().max() > 0.01
+    scale = before[~changed].abs().max()
+    assert (before[~changed] - after[~changed]).abs().max() <= tolerance * scale
+
+
+@pytest.mark.parametrize("config", [DENSE, SPARSE])
+def test_attention_is_causal(config):
+    decoder = _decoder(config)
+    x_BTD, positions_BT, documents_BT = _packed()
+    x_BTD.requires_grad_()
+    hidden_BTD, _ = decoder(x_BTD, positions_BT, documents_BT)
+    (grad,) = torch.autograd.grad(hidden_BTD[2, 30].sum(), x_BTD)
+    assert grad[2, 31:].abs().max() == 0
+    assert (grad[2, :31].abs().sum(dim=-1) > 0).all()
+
+
+@pytest.mark.parametrize("config", [DENSE, SPARSE])
+def test_cached_equals_uncached_with_left_padding(config):
+    decoder = _decoder(config)
+    lengths, total, prompt = [20, 13, 20], 20, 11
+    x_BTD = torch.randn(3, total, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    documents_BT = torch.zeros(3, total, dtype=torch.int64)
+    documents_BT[1, : total - lengths[1]] = -1
+    positions_BT = (torch.arange(total) - torch.tensor(lengths)[:, None].neg() - total).clamp(min=0)
+    whole, _ = decoder(x_BTD, positions_BT, documents_BT)
+    cache = decoder.make_cache(batch_size=3, max_length=total)
+    pieces = [slice(0, prompt), slice(prompt, prompt + 3)] + [slice(t, t + 1) for t in range(prompt + 3, total)]
+    cached = torch.cat([decoder(x_BTD[:, s], positions_BT[:, s], documents_BT[:, s], cache)[0] for s in pieces], dim=1)
+    real = documents_BT >= 0
+    torch.testing.assert_close(cached[real], whole[real], rtol=1e-10, atol=1e-10)
+    assert cache.length == total
+    with pytest.raises(ValueError, match="room for 20 positions, 20 are used and 1 more"):
+        decoder(x_BTD[:, :1], positions_BT[:, :1], documents_BT[:, :1], cache)
+    with pytest.raises(ValueError, match="holds 3 rows but the batch has 1"):
+        decoder(x_BTD[:1, :1], positions_BT[:1, :1], documents_BT[:1, :1], cache)
+
+
+def test_layout_finds_every_token_once():
+    _, _, documents_BT = _packed()
+    layout = PackedLayout.build(documents_BT)
+    assert torch.equal(layout.gather_P[layout.scatter_N], torch.arange(layout.tokens_N.numel()))
+    assert layout.scatter_N.unique().numel() == layout.tokens_N.numel() == int((documents_BT >= 0).sum())
+    assert sum(count * length for count, length in layout.blocks) == layout.gather_P.numel()
+    assert len(layout.blocks) == 2  # up to 32 positions, and up to 64
+
+
+def test_a_batch_of_padding_alone_is_zeros():
+    decoder = _decoder(SPARSE)
+    x_BTD, positions_BT, documents_BT = _packed()
+    hidden_BTD, stats = decoder(x_BTD.requires_grad_(), positions_BT, torch.full_like(documents_BT, -1))
+    assert hidden_BTD.abs().max() == 0
+    (hidden_BTD.sum() + stats.balance_loss() + stats.z_loss()).backward()
+    assert stats.num_tokens == 0
+
+
+def test_auxiliary_losses_by_hand_and_padding_left_out():
+    decoder = _decoder(SPARSE)
+    x_BTD, positions_BT, documents_BT = _packed()
+    _, stats = decoder(x_BTD, positions_BT, documents_BT)
+    changed = x_BTD.clone()
+    changed[documents_BT < 0] = 1e3
+    _, again = decoder(changed, positions_BT, documents_BT, modality_BT=torch.full_like(documents_BT, 2))
+    assert stats.balance_loss() == again.balance_loss()
+    assert stats.z_loss() == again.z_loss()
+    assert again.counts_LME is not None
+    assert torch.equal(again.counts_LME[:, 2], again.counts_LE)
+    shares = stats.counts_LE / stats.counts_LE.sum(dim=1, keepdim=True)
+    expected = (4 * shares * stats.probability_sums_LE / stats.num_tokens).sum(dim=1).mean()
+    torch.testing.assert_close(stats.balance_loss(), expected.to(torch.float64), rtol=1e-6, atol=0)
+
+
+def test_balance_loss_is_one_when_balanced_and_ranks_add_up():
+    decoder = _decoder(SPARSE)
+    for block in (decoder.blocks[1], decoder.blocks[2]):
+        block.mlp.router_ED.data.zero_()
+    x_BTD, positions_BT, documents_BT = _packed()
+    assert abs(decoder(x_BTD, positions_BT, documents_BT)[1].balance_loss().item() - 1) < 1e-9
+    decoder = _decoder(SPARSE)
+    whole = decoder(x_BTD, positions_BT, documents_BT)[1]
+    parts = [decoder(x_BTD[b, None], positions_BT[b, None], documents_BT[b, None])[1] for b in range(4)]
+    sums = sum(part.balance_loss(whole.counts_LE, whole.num_tokens) for part in parts)
+    torch.testing.assert_close(sums, whole.balance_loss(), rtol=1e-12, atol=0)
+    sums = sum(part.z_loss(whole.num_tokens) for part in parts)
+    torch.testing.assert_close(sums, whole.z_loss(), rtol=1e-12, atol=0)
+
+
+def test_initial_weights_and_meta_device():
+    torch.manual_seed(0)
+    decoder = Decoder(SPARSE)
+    assert abs(decoder.embedding.weight.std().item() - 0.02) < 1e-3
+    assert abs(decoder.blocks[1].mlp.down_EDI.std().item() - 0.02 / 6**0.5) < 1e-3
+    assert abs(decoder.blocks[0].attention.out.weight.std().item() - 0.02 / 6**0.5) < 1e-3
+    with torch.device("meta"):
+        large = Decoder(DecoderConfig(vocab_size=50000, width=2048, num_layers=16, num_heads=16, num_kv_heads=4,
+                                      moe=MoEConfig(64, 8, 512)))  # fmt: skip
+    assert all(parameter.is_meta for parameter in large.parameters())
+    assert 3e9 < sum(parameter.numel() for parameter in large.parameters()) < 4e9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 30}, "width is 30, which 4 heads do not divide"),
+        ({"head_width": 7}, "head_width is 7"),
+        ({"num_kv_heads": 3}, "num_kv_heads, 3, does not divide"),
+        ({"moe_layers": (0, 3)}, "names layer 3; layers are 0 to 2"),
+    ],
+)
+def test_bad_configs_are_named(changes, message):
+    values = {"vocab_size": 50, "width": 32, "num_layers": 3, "num_heads": 4} | changes
+    with pytest.raises(ValueError, match=message):
+        DecoderConfig(**values)
+    with pytest.raises(ValueError, match="top_k is 5"):
+        MoEConfig(num_experts=4, top_k=5)

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmllm.model.projectors import (
+    AudioProjector,
+    AudioProjectorConfig,
+    CodeEmbedding,
+    ImageProjector,
+    ImageProjectorConfig,
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "num_tokens"),
+    [
+        (ImageProjectorConfig("linear"), 12),
+        (ImageProjectorConfig("mlp", hidden_width=7), 12),
+        (ImageProjectorConfig("average", num_tokens=6), 6),
+        (ImageProjectorConfig("attention", num_tokens=5), 5),
+    ],
+)
+def test_image_projectors_see_content_and_place(config, num_tokens):
+    torch.manual_seed(0)
+    projector = ImageProjector(config, grid=(3, 4), feature_width=16, width=10)
+    features_NSC = torch.randn(2, 12, 16)
+    out_NOD = projector(features_NSC)
+    assert out_NOD.shape == (2, num_tokens, 10)
+    assert projector.num_tokens == num_tokens
+    torch.testing.assert_close(projector(features_NSC[1:]), out_NOD[1:])
+    assert not torch.allclose(projector(features_NSC.flip(1)).flip(1), out_NOD, atol=1e-3)  # places are told apart
+
+
+def test_average_pooling_is_over_the_grid():
+    projector = ImageProjector(ImageProjectorConfig("average", num_tokens=4), grid=(4, 4), feature_width=8, width=6)
+    features_NSC = torch.randn(1, 16, 8)
+    changed = features_NSC.clone()
+    changed[0, 0] += torch.randn(8)  # the feature of the top left corner
+    moved = (projector(changed) != projector(features_NSC)).any(dim=-1)
+    assert moved.tolist() == [[True, False, False, False]]
+
+
+def test_impossible_image_projectors_are_named():
+    with pytest.raises(ValueError, match=r"needs image_projector.num_tokens"):
+        ImageProjectorConfig("average")
+    with pytest.raises(ValueError, match="num_tokens is 5 but the tower gives 12 features"):
+        ImageProjector(ImageProjectorConfig("mlp", num_tokens=5), (3, 4), 16, 10)
+    with pytest.raises(ValueError, match="no such grid fits into 3 x 4"):
+        ImageProjector(ImageProjectorConfig("average", num_tokens=7), (3, 4), 16, 10)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "conv"])
+@pytest.mark.parametrize("pool", [1, 3])
+def test_clips_do_not_depend_on_their_neighbours(kind, pool):
+    torch.manual_seed(0)
+    embedding = CodeEmbedding(2, 9, 12).double()
+    projector = AudioProjector(AudioProjectorConfig(kind, pool=pool, num_layers=3, kernel=5), 12, 16).double().eval()
+    codes_CFK = torch.full((3, 17, 2), -1)
+    lengths = [5, 17, 1]
+    for c, length in enumerate(lengths):
+        codes_CFK[c, :length] = torch.randint(0, 9, (length, 2))
+    together = projector(codes_CFK, embedding)
+    assert together.shape == (3, -(-17 // pool), 16)
+    for c, length in enumerate(lengths):
+        alone = projector(codes_CFK[c : c + 1, :length], embedding)[0]
+        torch.testing.assert_close(together[c, : len(alone)], alone, rtol=1e-10, atol=1e-12)
+
+
+def test_code_embedding_sums_and_skips():
+    embedding = CodeEmbedding(3, 4, 6)
+    table_KVD = embedding.table.weight.view(3, 5, 6)
+    codes = torch.tensor([[[1, -1, 4], [0, 2, 3]], [[-1, -1, -1], [3, 3, 3]]])
+    out = embedding(codes)
+    torch.testing.assert_close(out[0, 0], table_KVD[0, 1] + table_KVD[2, 4])
+    torch.testing.assert_close(out[0, 1], table_KVD[0, 0] + table_KVD[1, 2] + table_KVD[2, 3])
+    assert out[1, 0].abs().max() == 0
+
+
+def test_training_masks_frames_and_codebooks_only_in_training():
+    torch.manual_seed(0)
+    embedding = CodeEmbedding(4, 9, 12)
+    config = AudioProjectorConfig("linear", pool=1, frame_mask=0.3, mask_span=5, code_dropout=0.5)
+    projector = AudioProjector(config, 12, 16)
+    codes_CFK = torch.randint(0, 9, (200, 100, 4))
+    share = projector._hidden_frames(codes_CFK).float().mean().item()
+    assert abs(share - 0.3) < 0.03
+    dropped = projector._drop_codebooks(codes_CFK) < 0
+    assert not dropped[..., 0].any()
+    assert abs(dropped[:, 0, 3].float().mean().item() - 0.5) < 0.12
+    assert torch.equal(dropped[:, 0], dropped[:, -1])
+    assert torch.equal(projector.eval()(codes_CFK, embedding), projector(codes_CFK, embedding))
+    assert not torch.equal(projector.train()(codes_CFK, embedding), projector(codes_CFK, embedding))
+
+
+def test_bad_audio_projectors_are_named():
+    for values, message in [
+        ({"pool": 0}, "pool is 0"),
+        ({"kernel": 4}, "must be odd"),
+        ({"frame_mask": 1.0}, r"\[0, 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            AudioProjectorConfig(**values)

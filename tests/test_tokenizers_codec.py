@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.nn.functional import l1_loss
+
+from mmllm_tokenizers.codec import Codec, CodecConfig, ResidualQuantiser, fused
+from mmllm_tokenizers.kmeans import kmeans
+
+TINY = CodecConfig(
+    num_filters=4,
+    ratios=(4, 8),
+    dimension=16,
+    num_codebooks=4,
+    codebook_size=16,
+    warmup_batches=10,
+    quantiser_dropout=0.3,
+)
+
+
+def tones(num_clips: int, num_samples: int, generator: torch.Generator) -> torch.Tensor:
+    """Sine waves [N, T] of random pitch, phase and loudness at 8 kHz."""
+    pitch_N1 = 100 + 300 * torch.rand(num_clips, 1, generator=generator)
+    phase_N1 = 2 * math.pi * torch.rand(num_clips, 1, generator=generator)
+    loudness_N1 = 0.1 + 0.4 * torch.rand(num_clips, 1, generator=generator)
+    time_T = torch.arange(num_samples) / 8000
+    return loudness_N1 * torch.sin(2 * math.pi * pitch_N1 * time_T + phase_N1)
+
+
+@pytest.fixture(scope="module")
+def trained() -> Codec:
+    """A tiny codec after some hundred steps on tones."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        codec = Codec(TINY).train()
+        optimiser = torch.optim.AdamW(codec.parameters(), lr=5e-3, betas=(0.8, 0.99))
+        for _ in range(120):
+            wave_NT = tones(8, 512, generator)
+            output = codec(wave_NT)
+            loss = l1_loss(output.wave, wave_NT) + 0.1 * output.commit_loss
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    return codec.eval()
+
+
+def test_more_codebooks_reconstruct_better(trained):
+    wave_NT = tones(64, 1024, torch.Generator().manual_seed(1))
+    codes_NKF = trained.encode(wave_NT)
+    errors = [float(l1_loss(trained.decode(codes_NKF[:, :k]), wave_NT)) for k in range(1, 5)]
+    silence = float(wave_NT.abs().mean())
+    assert errors[0] < 0.9 * silence
+    assert errors == sorted(errors, reverse=True), errors
+    assert errors[3] < 0.8 * errors[0], errors
+
+
+def test_training_uses_the_codebooks(trained):
+    codes_NKF = trained.encode(tones(64, 1024, torch.Generator().manual_seed(1)))
+    for codebook in range(4):
+        assert len(codes_NKF[:, codebook].unique()) >= 8
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("ratios", "lstm_layers"), [((4, 8), 0), ((5, 3), 0), ((2, 4, 5), 1)])
+@pytest.mark.parametrize("num_samples", [1, 2, 31, 32, 33, 777])
+def test_frames_are_samples_over_hop_rounded_up(causal, ratios, lstm_layers, num_samples):
+    config = dataclasses.replace(TINY, ratios=ratios, causal=causal, lstm_layers=lstm_layers)
+    codec = Codec(config).eval()
+    wave_NT = torch.randn(2, num_samples)
+    codes_NKF = codec.encode(wave_NT)
+    num_frames = math.ceil(num_samples / math.prod(ratios))
+    assert codes_NKF.shape == (2, 4, num_frames)
+    assert codec.num_frames(num_samples) == num_frames
+    assert codec.decode(codes_NKF).shape == (2, num_frames * math.prod(ratios))
+    assert codec(wave_NT).wave.shape == wave_NT.shape
+    assert codec.frame_rate == 8000 / math.prod(ratios)
+
+
+def test_forward_and_encode_give_the_same_codes(trained):
+    wave_NT = tones(4, 999, torch.Generator().manual_seed(2))
+    output = trained(wave_NT)
+    codes_NKF = trained.encode(wave_NT)
+    assert torch.equal(output.codes, codes_NKF)
+    torch.testing.assert_close(trained.quantiser.decode(codes_NKF), output.quantised)
+    torch.testing.assert_close(trained.decode(codes_NKF)[:, :999], output.wave)
+
+
+def test_quantiser_is_straight_through_once_and_commits_every_codebook():
+    """The `encodec` package's fault (issue 25) leaves all commitment gradients but the first codebook's zero."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, quantiser_dropout=0.0, decay=0.0, warmup_batches=0)
+    quantiser = ResidualQuantiser(config).train()
+    quantiser.num_batches += 1  # as after the first batch: the random codebooks stay
+    codebooks_KVD = quantiser.codebooks_KVD.clone()
+    latents_NDF = torch.randn(3, 16, 7, requires_grad=True)
+    weight_NDF = torch.randn(3, 16, 7)
+    output = quantiser(latents_NDF)
+
+    (gradient_NDF,) = torch.autograd.grad((output.quantised_NDF * weight_NDF).sum(), latents_NDF, retain_graph=True)
+    assert torch.equal(gradient_NDF, weight_NDF)  # identity on the sum, not once for each codebook
+
+    residual_NDF = latents_NDF.detach().clone()
+    expected_NDF = torch.zeros_like(residual_NDF)
+    loss = 0.0
+    for codebook_VD, codes_NF in zip(codebooks_KVD, output.codes_NKF.unbind(1), strict=True):
+        residual_NDF -= codebook_VD[codes_NF].transpose(1, 2)
+        loss += float(residual_NDF.square().mean()) / 4
+        expected_NDF += 2 * residual_NDF / residual_NDF.numel() / 4
+    (gradient_NDF,) = torch.autograd.grad(output.commit_loss, latents_NDF)
+    torch.testing.assert_close(gradient_NDF, expected_NDF, rtol=1e-5, atol=1e-8)
+    assert output.commit_loss.item() == pytest.approx(loss, rel=1e-5)
+
+
+def test_codebooks_follow_their_vectors():
+    """With decay 0 a code becomes the mean of the vectors that chose it."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, num_codebooks=1, decay=0.0, warmup_batches=0)
+    quantiser = ResidualQuantiser(config).train()
+    quantiser.num_batches += 1
+    latents_NDF = torch.randn(4, 16, 50)
+    codes_R = quantiser(latents_NDF).codes_NKF[:, 0].reshape(-1)
+    vectors_RD = latents_NDF.transpose(1, 2).reshape(-1, 16)
+    for code in codes_R.unique().tolist():
+        torch.testing.assert_close(quantiser.codebooks_KVD[0, code], vectors_RD[codes_R == code].mean(0))
+
+
+def test_dead_codes_come_back():
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, num_codebooks=1, warmup_batches=0, dead_code_batches=3)
+    quantiser = ResidualQuantiser(config).train()
+    quantiser.num_batches += 1
+    quantiser.codebooks_KVD[0, 8:] = 1e3  # half of the codes are far from everything
+    quantiser.sums_KVD.copy_(quantiser.codebooks_KVD)
+    for _ in range(4):
+        quantiser(torch.randn(8, 16, 20))
+    assert float(quantiser.codebooks_KVD.abs().max()) < 10
+    assert len(quantiser.encode(torch.randn(8, 16, 50)).unique()) > 8
+
+
+def test_warmup_passes_latents_then_kmeans_sets_the_codebooks():
+    torch.manual_seed(0)
+    quantiser = ResidualQuantiser(dataclasses.replace(TINY, warmup_batches=2, quantiser_dropout=0.0)).train()
+    latents_NDF = torch.randn(4, 16, 50)
+    before_KVD = quantiser.codebooks_KVD.clone()
+    for _ in range(2):
+        assert torch.equal(quantiser(latents_NDF).quantised_NDF, latents_NDF)
+    assert torch.equal(quantiser.codebooks_KVD, before_KVD)
+    error = float((quantiser(latents_NDF).quantised_NDF - latents_NDF).square().mean())
+    assert error < 0.5
+    assert not torch.equal(quantiser.codebooks_KVD, before_KVD)
+
+
+def test_quantiser_dropout_keeps_a_prefix_of_codebooks():
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, quantiser_dropout=1.0, warmup_batches=0, decay=0.999999)
+    quantiser = ResidualQuantiser(config).train()
+    quantiser.num_batches += 1
+    output = quantiser(torch.randn(32, 16, 5))
+    depths = set()
+    for clip in range(32):
+        sums = [quantiser.decode(output.codes_NKF[clip : clip + 1, :k])[0] for k in range(1, 5)]
+        close = [torch.allclose(output.quantised_NDF[clip], total, atol=1e-3) for total in sums]
+        assert sum(close) == 1
+        depths.add(close.index(True))
+    assert len(depths) == 4
+
+
+def test_evaluation_changes_nothing_and_training_repeats():
+    def run() -> Codec:
+        torch.manual_seed(3)
+        codec = Codec(dataclasses.replace(TINY, warmup_batches=1)).train()
+        for _ in range(3):
+            codec(torch.randn(4, 640))
+        return codec
+
+    first, second = run(), run()
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+    first.eval()(torch.randn(4, 640))
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+def test_fused_weights_are_the_same_function(trained):
+    wave_NT = tones(4, 1000, torch.Generator().manual_seed(4))
+    codes_NKF, wave = trained.encode(wave_NT), trained.decode(trained.encode(wave_NT))
+    random_state = torch.random.get_rng_state()
+    copy = fused(trained)
+    assert torch.equal(torch.random.get_rng_state(), random_state)
+    assert (copy.config.norm, trained.config.norm) == ("none", "weight_norm")
+    assert "encoder.model.0.conv.conv.weight" in copy.state_dict()
+    for codec in (copy, fused(copy), trained):  # the original still works
+        assert torch.equal(codec.encode(wave_NT), codes_NKF)
+        torch.testing.assert_close(codec.decode(codes_NKF), wave)
+
+
+def test_wrong_configurations_and_inputs_are_named(trained):
+    with pytest.raises(ValueError, match="codebook_size is 0"):
+        dataclasses.replace(TINY, codebook_size=0)
+    with pytest.raises(ValueError, match="ratios are"):
+        dataclasses.replace(TINY, ratios=(1, 4))
+    with pytest.raises(ValueError, match="norm is 'batch'"):
+        dataclasses.replace(TINY, norm="batch")
+    with pytest.raises(ValueError, match=r"wave has shape \[5\]"):
+        trained.encode(torch.zeros(5))
+    with pytest.raises(ValueError, match=r"wave has shape \[2, 0\]"):
+        trained.encode(torch.zeros(2, 0))
+    with pytest.raises(ValueError, match=r"codes lie in \[0, 16\]"):
+        trained.decode(torch.tensor([[[0, 16]]]))
+    with pytest.raises(ValueError, match=r"codes have shape \[1, 5, 2\]"):
+        trained.decode(torch.zeros(1, 5, 2, dtype=torch.int64))
+
+
+def test_kmeans_finds_clusters_and_repeats():
+    generator = torch.Generator().manual_seed(0)
+    centres_VD = torch.tensor([[0.0, 0.0], [100.0, 0.0], [0.0, 100.0], [100.0, 100.0]])
+    x_TD = centres_VD.repeat_interleave(50, 0) + torch.randn(200, 2, generator=generator)
+    centroids_VD, counts_V = kmeans(x_TD, 4, seed=3)
+    distance_VV = torch.cdist(centres_VD, centroids_VD)
+    assert float(distance_VV.min(1).values.max()) < 0.6
+    assert counts_V.tolist() == [50, 50, 50, 50]
+    assert torch.equal(kmeans(x_TD, 4, seed=3)[0], centroids_VD)
+    few_VD, counts_V = kmeans(x_TD[:3], 8)
+    assert few_VD.shape == (8, 2)
+    assert int(counts_V.sum()) == 3
+    with pytest.raises(ValueError, match="got 0 vectors"):
+        kmeans(x_TD[:0], 4)

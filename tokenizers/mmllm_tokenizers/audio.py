@@ -1,0 +1,45 @@
+"""Everything that others need about sound: reading it, and the three audio tokenizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmllm_tokenizers.audio_tokenizer import AudioTokenizer, read_tokenizer_folder
+from mmllm_tokenizers.encodec_tokenizer import EncodecTokenizer
+from mmllm_tokenizers.small_codec import SmallCodec
+from mmllm_tokenizers.sound import AudioSource, load_audio, resample, to_channels, to_mono
+from mmllm_tokenizers.units import KMeansConfig, KMeansUnits, deduplicate, repeat_units
+
+__all__ = [
+    "AudioSource",
+    "AudioTokenizer",
+    "EncodecTokenizer",
+    "KMeansConfig",
+    "KMeansUnits",
+    "SmallCodec",
+    "deduplicate",
+    "load_audio",
+    "load_audio_tokenizer",
+    "repeat_units",
+    "resample",
+    "to_channels",
+    "to_mono",
+]
+
+
+def load_audio_tokenizer(folder: str | Path) -> AudioTokenizer:
+    """The audio tokenizer that `save` wrote into a folder, of whichever kind.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the folder is damaged, foreign or of a newer release.
+    """
+    config, _ = read_tokenizer_folder(folder)
+    match config["kind"]:
+        case "codec":
+            return SmallCodec.load(folder)
+        case "encodec":
+            return EncodecTokenizer.load(folder)
+        case "kmeans":
+            return KMeansUnits.load(folder)
+    raise ValueError(f"{folder} holds an audio tokenizer of unknown kind {config['kind']!r}; upgrade mmllm")

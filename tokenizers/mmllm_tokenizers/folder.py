@@ -1,0 +1,271 @@
+"""The tokenizer folder: all that fixes how text, images and sound become positions.
+
+    tokenizer.json         text tokens
+    templates.json         how each task is written
+    tokenizer_config.json  `TokenizerConfig`
+    codec/                 the audio tokenizer, where there is sound
+
+A model, an index and a plan's state store its `hash` and refuse another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mmllm_tokenizers.audio import AudioTokenizer, load_audio_tokenizer
+from mmllm_tokenizers.patterns import PATTERNS, apply_pattern, invert_pattern, num_positions
+from mmllm_tokenizers.text import TextTokenizer
+from mmllm_tokenizers.vocab import TEMPLATES, Vocabulary
+
+FORMAT_VERSION = 1
+TEXT_FILE = "tokenizer.json"
+TEMPLATES_FILE = "templates.json"
+CONFIG_FILE = "tokenizer_config.json"
+CODEC_FOLDER = "codec"
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How images and sound become positions. What only a codec knows is filled in by `TokenizerFolder`."""
+
+    image_tokens: int = 16
+    """`<|image|>` slots an image."""
+    image_size: int = 64
+    """Pixels, both sides."""
+    audio_pool: int = 2
+    """Frames an `<|audio|>` slot."""
+    pattern: str = "delay"
+    """Codebook pattern of predicted units: parallel, delay or flatten."""
+    num_codebooks: int = 0
+    """K in use; 0 takes all that the codec has."""
+    codebook_size: int = 0
+    frame_rate: float = 0.0
+    sample_rate: int = 0
+    codec: str | None = None
+    """Folder of the audio tokenizer, relative to this one."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_tokens", "image_size", "audio_pool"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("num_codebooks", "codebook_size", "sample_rate", "frame_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.pattern not in PATTERNS:
+            raise ValueError(f"pattern is {self.pattern!r}; it must be one of {', '.join(PATTERNS)}")
+
+
+class TokenizerFolder:
+    """A tokenizer folder in memory.
+
+    Args:
+        text: the text tokenizer.
+        audio: the audio tokenizer, or None for a model without sound.
+        config: how images and sound become positions.
+        templates: how each task is written.
+
+    Raises:
+        ValueError: the configuration asks for more codebooks than the audio tokenizer has.
+    """
+
+    def __init__(
+        self,
+        text: TextTokenizer,
+        audio: AudioTokenizer | None = None,
+        config: TokenizerConfig | None = None,
+        templates: Mapping[str, Mapping[str, str]] = TEMPLATES,
+    ) -> None:
+        config = config or TokenizerConfig()
+        if audio is None:
+            config = dataclasses.replace(
+                config, num_codebooks=0, codebook_size=0, frame_rate=0.0, sample_rate=0, codec=None
+            )
+        else:
+            num_codebooks = config.num_codebooks or audio.num_codebooks
+            audio.use_codebooks(num_codebooks)
+            config = dataclasses.replace(
+                config,
+                num_codebooks=num_codebooks,
+                codebook_size=audio.codebook_size,
+                frame_rate=audio.frame_rate,
+                sample_rate=audio.sample_rate,
+                codec=CODEC_FOLDER,
+            )
+        self._init(text, audio, config, templates, None)
+
+    def _init(
+        self,
+        text: TextTokenizer,
+        audio: AudioTokenizer | None,
+        config: TokenizerConfig,
+        templates: Mapping[str, Mapping[str, str]],
+        folder: Path | None,
+    ) -> None:
+        self.text = text
+        self.config = config
+        self.templates = {task: dict(parts) for task, parts in templates.items()}
+        self._audio = audio
+        self._folder = folder
+        self._hash: str | None = None
+
+    @classmethod
+    def load(cls, folder: str | Path) -> TokenizerFolder:
+        """Reads a folder; the audio tokenizer is read when it is first used.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged, foreign or of a newer release.
+        """
+        folder = Path(folder)
+        config = _read_json(folder / CONFIG_FILE)
+        version = config.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{folder} has format version {version}; this release reads {FORMAT_VERSION}")
+        known = {field.name for field in dataclasses.fields(TokenizerConfig)}
+        if set(config) != known:
+            wrong = ", ".join(sorted(set(config) ^ known))
+            raise ValueError(f"{folder / CONFIG_FILE} has unknown or missing keys: {wrong}; build the folder again")
+        templates = _read_json(folder / TEMPLATES_FILE)
+        new = cls.__new__(cls)
+        new._init(TextTokenizer.load(folder / TEXT_FILE), None, TokenizerConfig(**config), templates, folder)
+        if new.config.codec is not None and not (folder / new.config.codec).is_dir():
+            raise FileNotFoundError(f"{folder / new.config.codec} does not exist; the tokenizer's codec is missing")
+        return new
+
+    def save(self, folder: str | Path) -> None:
+        """Writes all files."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        audio = self.audio  # read before its folder may be overwritten
+        self.text.save(folder / TEXT_FILE)
+        _write_json(folder / TEMPLATES_FILE, self.templates)
+        _write_json(folder / CONFIG_FILE, {"format_version": FORMAT_VERSION, **dataclasses.asdict(self.config)})
+        if audio is not None and self.config.codec is not None:
+            audio.save(folder / self.config.codec)
+
+    @property
+    def audio(self) -> AudioTokenizer | None:
+        """The audio tokenizer, limited to `config.num_codebooks`; None without sound."""
+        if self._audio is None and self.config.codec is not None and self._folder is not None:
+            audio = load_audio_tokenizer(self._folder / self.config.codec)
+            found, expected = (audio.sample_rate, audio.codebook_size), (self.sample_rate, self.config.codebook_size)
+            if found != expected:
+                raise ValueError(
+                    f"{self._folder / self.config.codec} has sample rate and codebook size {found}, the folder's "
+                    f"configuration says {expected}; the codec belongs to another tokenizer"
+                )
+            audio.use_codebooks(self.config.num_codebooks)
+            self._audio = audio
+        return self._audio
+
+    def require_audio(self) -> AudioTokenizer:
+        """The audio tokenizer.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.audio is None:
+            raise ValueError(
+                "this tokenizer has no codec, so its model neither hears nor speaks; build one with a codec"
+            )
+        return self.audio
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The id space. A flat stream (pattern flatten) is one codebook of K times the size."""
+        num_codebooks, size = self.config.num_codebooks, self.config.codebook_size
+        if self.config.pattern == "flatten" and num_codebooks:
+            num_codebooks, size = 1, num_codebooks * size
+        return Vocabulary(self.text.vocab_size, num_codebooks, size)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the contents: text tokens, templates, configuration, codec. Not of the path."""
+        if self._hash is None:
+            parts: dict[str, Any] = {
+                "text": self.text.hash,
+                "templates": self.templates,
+                "config": dataclasses.asdict(self.config),
+                "audio": None if self.audio is None else self.audio.hash,
+            }
+            self._hash = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return self._hash
+
+    @property
+    def num_image_tokens(self) -> int:
+        """`<|image|>` slots an image."""
+        return self.config.image_tokens
+
+    @property
+    def image_size(self) -> int:
+        """Pixels, both sides."""
+        return self.config.image_size
+
+    @property
+    def audio_pool(self) -> int:
+        """Frames an `<|audio|>` slot."""
+        return self.config.audio_pool
+
+    @property
+    def pattern(self) -> str:
+        """Codebook pattern of predicted units."""
+        return self.config.pattern
+
+    @property
+    def num_codebooks(self) -> int:
+        """K in use; 0 without sound."""
+        return self.config.num_codebooks
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames a second; 0 without sound."""
+        return self.config.frame_rate
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples a second that the codec works on; 0 without sound."""
+        return self.config.sample_rate
+
+    def id(self, token: str) -> int:
+        """Id of a token such as `"<|image|>"`; ValueError if there is none."""
+        return self.text.id(token)
+
+    def num_audio_slots(self, num_frames: int) -> int:
+        """`<|audio|>` slots of a sound that is heard."""
+        return -(-num_frames // self.audio_pool)
+
+    def num_unit_positions(self, num_frames: int) -> int:
+        """Positions of a sound that is spoken, under the pattern."""
+        return num_positions(num_frames, self.num_codebooks, self.pattern)
+
+    def apply_pattern(self, codes_KF: Tensor) -> Tensor:
+        """Codes as the positions that the decoder predicts: [K, P], or [1, P] when flat."""
+        return apply_pattern(codes_KF, self.pattern, self.vocabulary.filler)
+
+    def invert_pattern(self, patterned_KP: Tensor) -> Tensor:
+        """Codes [K, F] of predicted positions."""
+        return invert_pattern(patterned_KP, self.pattern, self.vocabulary.filler, self.num_codebooks)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; a tokenizer folder needs it")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,60 @@
+"""The trained `Codec` as an audio tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmllm_tokenizers.audio_tokenizer import AudioTokenizer, check_codes, load_weights, read_tokenizer_folder
+from mmllm_tokenizers.codec import Codec, CodecConfig, fused
+
+
+class SmallCodec(AudioTokenizer):
+    """A codec of `mmllm fit` (configs/*/codec.yaml) that encodes and decodes.
+
+    Args:
+        codec: copied to the CPU in evaluation mode with its weight normalisation fused, so that later
+            training changes nothing here.
+    """
+
+    def __init__(self, codec: Codec) -> None:
+        config = codec.config
+        super().__init__(config.sample_rate, config.hop_samples, config.num_codebooks, config.codebook_size)
+        self.codec = fused(codec)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SmallCodec:
+        """Reads what `save` wrote."""
+        config, weights = read_tokenizer_folder(folder, "codec")
+        try:
+            codec = Codec(CodecConfig(**config["codec"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{folder} has a codec configuration that this release does not know: {error}") from error
+        load_weights(codec, weights, str(folder))
+        return cls(codec)
+
+    def _encode_equal(self, waves_NCT: Tensor) -> Tensor:
+        return self.codec.encode(waves_NCT[:, 0])[:, : self.num_codebooks]
+
+    @torch.inference_mode()
+    def _decode(self, codes_KF: Tensor) -> Tensor:
+        return self.codec.decode(codes_KF[None])[0]
+
+    def decode(self, codes_KF: Tensor) -> Tensor:
+        """Sound float32 [F * hop] of codes of all codebooks, or of the first few."""
+        check_codes(codes_KF, self.codec.config.num_codebooks, self.codebook_size)
+        return self._decode(codes_KF).clone()
+
+    def _all_codebooks_KVD(self) -> Tensor:
+        return self.codec.codebooks_KVD
+
+    def _config(self) -> dict[str, Any]:
+        return {"kind": "codec", "codec": dataclasses.asdict(self.codec.config)}
+
+    def _weights(self) -> Mapping[str, Tensor]:
+        return self.codec.state_dict()

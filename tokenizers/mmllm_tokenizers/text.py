@@ -1,0 +1,161 @@
+"""Byte-level BPE text tokens: lossless for any Unicode text, with special tokens that no user text can forge."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+
+from mmllm_tokenizers.vocab import SPECIAL_TOKENS
+from tokenizers import Tokenizer
+
+MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
+"""The special tokens and one token for each byte."""
+
+
+def train_text_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains byte-level BPE; the result depends on the texts alone.
+
+    Args:
+        texts: training text, one document an item.
+        vocab_size: upper bound of the number of tokens, special tokens included; a small text may
+            have fewer pairs worth merging.
+
+    Raises:
+        ValueError: `vocab_size` leaves no room for the special tokens and the 256 bytes.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size is {vocab_size}; it must be at least {MIN_VOCAB_SIZE} "
+            f"({len(SPECIAL_TOKENS)} special tokens and 256 bytes)"
+        )
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=True)  # type: ignore[assignment]
+    tokenizer.decoder = ByteLevelDecoder()  # type: ignore[assignment]
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((_valid_unicode(text) for text in texts), trainer)
+    return tokenizer
+
+
+class TextTokenizer:
+    """A text tokenizer whose first ids are `SPECIAL_TOKENS`.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer, of `train_text_tokenizer` or of a `tokenizer.json`.
+
+    Raises:
+        ValueError: the tokenizer's first ids are not `SPECIAL_TOKENS`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        for token_id, token in enumerate(SPECIAL_TOKENS):
+            if tokenizer.token_to_id(token) != token_id:
+                raise ValueError(
+                    f"special token {token} has id {tokenizer.token_to_id(token)} in this tokenizer and must have "
+                    f"{token_id}; train it with `mmllm tokenizer train-text`"
+                )
+        # Two objects of one model: whether special tokens are looked for is a switch of the object.
+        serialised = tokenizer.to_str()
+        self._template = Tokenizer.from_str(serialised)
+        self._plain = Tokenizer.from_str(serialised)
+        self._plain.encode_special_tokens = True  # i.e. encode their characters, as of any other text
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+        """A tokenizer trained on `texts`; see `train_text_tokenizer`."""
+        return cls(train_text_tokenizer(texts, vocab_size))
+
+    @classmethod
+    def load(cls, path: str | Path) -> TextTokenizer:
+        """Reads a `tokenizer.json`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no Hugging Face tokenizer, or one with other special tokens.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; `mmllm tokenizer train-text` writes it")
+        try:
+            tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises bare Exception on bad JSON
+            raise ValueError(f"{path} is not a Hugging Face tokenizer: {error}") from error
+        try:
+            return cls(tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Writes a `tokenizer.json`."""
+        Path(path).write_text(self._template.to_str(pretty=True), encoding="utf-8")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+        return self._template.get_vocab_size()
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of what decides the ids: vocabulary, merges, special tokens and splitting."""
+        content = json.loads(self._template.to_str())
+        parts = {
+            "vocab": content["model"]["vocab"],
+            "merges": content["model"]["merges"],
+            "added": [[token["id"], token["content"]] for token in content["added_tokens"]],
+            "normalizer": content.get("normalizer"),
+            "pre_tokenizer": content.get("pre_tokenizer"),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a user's text. No text gives a special token: `"<|end|>"` is seven characters here.
+
+        Raises:
+            ValueError: the text holds half of a surrogate pair, which no Unicode text has.
+        """
+        return self._plain.encode(_valid_unicode(text), add_special_tokens=False).ids
+
+    def encode_template(self, text: str) -> list[int]:
+        """Ids of our own text, in which special tokens count. Never give it what a user wrote."""
+        return self._template.encode(_valid_unicode(text), add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; special tokens and ids beyond the text (audio units) are dropped.
+
+        Bytes that are no UTF-8 (a character cut in two) become U+FFFD.
+        """
+        first, end = len(SPECIAL_TOKENS), self.vocab_size
+        return self._template.decode([int(i) for i in ids if first <= int(i) < end], skip_special_tokens=False)
+
+    def id(self, token: str) -> int:
+        """Id of one token, such as `"<|image|>"`.
+
+        Raises:
+            ValueError: there is no such token.
+        """
+        token_id = self._template.token_to_id(token)
+        if token_id is None:
+            raise ValueError(f"there is no token {token!r}; special tokens are {' '.join(SPECIAL_TOKENS)}")
+        return token_id
+
+
+def _valid_unicode(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text is not valid Unicode at character {error.start} (half of a surrogate pair, "
+            f"{text[error.start]!r}); repair it, e.g. with text.encode('utf-16', 'surrogatepass').decode('utf-16')"
+        ) from error
+    return text
