@@ -12,6 +12,7 @@ import yaml
 
 from mmllm.batch import IGNORE, PackedBatch
 from mmllm.data import commands
+from mmllm.data.augment import AugmentConfig
 from mmllm.data.datamodule import AudioDataModule, ClipDataModule, PackedDataModule
 from mmllm.data.decode import ImageTransform
 from mmllm.data.loader import PackedLoader, StepDataset
@@ -87,6 +88,31 @@ def test_epochs_go_on_where_the_last_ended(made):
     wanted = [rows(batch) for batch in loader_of(made, 12)]
     loader = loader_of(made, 4)
     assert [rows(batch) for _ in range(3) for batch in loader] == wanted and len(loader) == 4
+
+
+def test_augmented_pictures_depend_on_step_and_document_alone(made):
+    recipe = recipe_dict(made / "s", made / "tok", mixture={"on_exhausted": "renormalize"})
+    recipe["sources"] = [{**recipe["sources"][0], "max_epochs": 1}]
+
+    def batches(rank: int, world_size: int, augment: AugmentConfig | None) -> list[list[str]]:
+        folder = TokenizerFolder.load(made / "tok")
+        plan = open_plan(recipe_from_dict(recipe), 4, folder)
+        dataset = StepDataset(plan, folder, ImageTransform(folder.image_size), 0, augment)
+        return [rows(batch) for batch in PackedLoader(plan, dataset, 100, rank, world_size)]
+
+    config = AugmentConfig(min_scale=0.5, flip=True)
+    whole, ranks = batches(0, 1, config), [batches(rank, 2, config) for rank in range(2)]
+    assert whole == [[row for pair in zip(*step, strict=True) for row in pair] for step in zip(*ranks, strict=True)]
+    assert whole != batches(0, 1, None)
+
+
+def test_a_stream_that_ended_says_so(made):
+    recipe = recipe_dict(made / "s", made / "tok")
+    recipe["sources"] = [{**recipe["sources"][0], "max_epochs": 1}]
+    loader = loader_of(made, 100, recipe=recipe)
+    assert 0 < len(list(loader)) < 100
+    with pytest.raises(ValueError, match="used up after step"):
+        list(loader)
 
 
 def test_a_batch_size_that_ranks_cannot_share_is_refused(made):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -312,3 +314,27 @@ def test_scanning_agrees_with_tarfile(made):
         ]
         with tarfile.open(shard) as tar:
             assert ours == [(member.name, member.offset_data, member.size) for member in tar]
+
+
+def test_shipped_recipes_can_be_read():
+    paths = sorted((Path(__file__).parent.parent / "data_recipes").rglob("*.yaml"))
+    assert paths
+    for path in paths:
+        assert load_recipe(path).sources
+
+
+@pytest.mark.skipif("MMLLM_DATA" not in os.environ, reason="MMLLM_DATA names no folder of real data")
+def test_real_data_goes_the_whole_way(made, tmp_path):
+    root = Path(os.environ["MMLLM_DATA"])
+    sources = []
+    for name, kind in (("fsdd", "audio"), ("cifar10", "caption"), ("emoji", "caption"), ("shakespeare", "text")):
+        rows = [json.loads(line) for line in (root / name / "manifest.jsonl").read_text().splitlines()[::100]]
+        for row in rows:
+            row |= {key: str(root / name / row[key]) for key in ("image", "audio") if key in row}
+        manifest = write_manifest(tmp_path, rows, f"{name}.jsonl")
+        told = commands.build(manifest, tmp_path / name, made / "tok", perturb=1)
+        assert told["num_bad"] == 0 and told["num_samples"] == len(rows) * (2 if kind == "audio" else 1)
+        assert commands.verify(tmp_path / name, made / "tok")["broken"] == 0
+        sources.append({"name": name, "kind": kind, "shards": str(tmp_path / name / "*.tar")})
+    plan = plan_of(made, sources=sources, sequence_length=512)
+    assert all(len(step.sequences) == 4 for step in islice(plan.steps(), 20))

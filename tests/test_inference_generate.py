@@ -191,6 +191,16 @@ def test_pad_left_holds_what_pack_documents_holds(model):
             assert torch.equal(getattr(padded, field.name), getattr(packed, field.name)), field.name
 
 
+def test_pad_left_restarts_positions_behind_the_padding(model):
+    long, short = (build_prompt("speak", model.tokenizer, text=text) for text in ("a red circle above", "one"))
+    batch = pad_left([long, short])
+    padding = long.num_tokens - short.num_tokens
+    assert padding > 0
+    assert batch.document_ids_BT[1].tolist() == [-1] * padding + [0] * short.num_tokens
+    assert batch.positions_BT[1].tolist() == [0] * padding + list(range(short.num_tokens))
+    assert batch.token_ids_BT[1, padding:].tolist() == short.token_ids_T.tolist()
+
+
 def test_draw_follows_the_probabilities():
     logits_BV = torch.tensor([[0.1, 0.2, 0.4, 0.3, 0.0]]).log().expand(20_000, -1)
     uniforms_B = torch.rand(20_000, generator=torch.Generator().manual_seed(0))

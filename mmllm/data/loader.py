@@ -103,16 +103,17 @@ class StepDataset(Dataset[PackedBatch]):
         batch = pack_documents(sequences, self._plan.recipe.sequence_length, sources, state)
         if self._augment.is_on and len(batch.images_NCHW):
             draws = [
-                self._draws(step.step, items, sum(len(d.images) for d in documents if isinstance(d, Document)))
+                self._draws(step.step, item, len(document.images))
                 for items, documents in zip(step.sequences, sequences, strict=True)
+                for item, document in zip(items, documents, strict=True)
+                if isinstance(document, Document) and document.images
             ]
             batch.images_NCHW = augment(batch.images_NCHW, np.concatenate(draws), self._augment)
         return batch
 
-    def _draws(self, step: int, items: tuple[Item, ...], num_images: int) -> np.ndarray:
-        """Random numbers of a sequence's pictures: they depend on step and sequence, not on rank or worker."""
-        first = items[0]
-        seed = [self._plan.recipe.seed, 4, step, first.source, first.shard, first.row]
+    def _draws(self, step: int, item: Item, num_images: int) -> np.ndarray:
+        """Random numbers of a document's pictures: they depend on step and document, not on rank or worker."""
+        seed = [self._plan.recipe.seed, 4, step, item.source, item.shard, item.row]
         return np.random.default_rng(seed).random((num_images, NUM_DRAWS), dtype=np.float32)
 
     def _document(self, item: Item, errors: list[str]) -> Document | Gap:
@@ -210,12 +211,19 @@ class PackedLoader:
             prefetch_factor=4 if self._num_workers else None,
             collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]
         )
+        is_empty = True
         for batch in loader:
+            is_empty = False
             self._count(batch)
             self._state = {key: value for key, value in batch.state.items() if key != "errors"}
             self._position += 1
             batch.state = {**batch.state, "position": self._position}
             yield batch
+        if is_empty:  # silence would let a trainer count empty epochs for ever
+            raise ValueError(
+                f"the recipe's documents are used up after step {self._state['step']}; train for fewer steps, raise "
+                f"max_epochs, or set mixture.on_exhausted to repeat"
+            )
 
     def _rank_steps(self, count: int) -> Iterator[StepPlan]:
         for step in islice(self._plan.steps(self._state), count):

@@ -172,7 +172,6 @@ class CaptionPairs(Dataset[tuple[Tensor, Tensor]]):
         return augment(images_B3HW, draws[numbers], self._augment)
 
 
-
 class SoundCrops(Dataset[Any]):
     """Steps of waves float32 [B, 1, T], or with `texts` of (whole clips [B, 1, T], their texts).
 

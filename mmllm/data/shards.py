@@ -38,7 +38,6 @@ _logger = logging.getLogger(__name__)
 _CHUNK = 128
 _KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _MAX_KEY = 80
-_RESERVED = ("id", "segments", "width", "height", "duration", "sample_rate", "perturbed")
 
 
 @dataclass(frozen=True)
@@ -237,7 +236,7 @@ def safe_key(name: str) -> str:
 
 
 def _read(row: Row, config: ShardsConfig) -> list[_Record]:
-    metadata = {key: value for key, value in row.metadata.items() if key not in _RESERVED}
+    metadata = row.metadata
     match row.kind:
         case "text":
             return [_Record(row, row.id, {"txt": row.text.encode()}, metadata)]

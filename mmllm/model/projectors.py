@@ -110,6 +110,8 @@ class AudioProjectorConfig:
         code_dropout: in training, chance that a clip is heard with only its first few codebooks.
         frame_mask: in training, share of frames that are hidden in spans (as SpecAugment, arXiv 1904.08779).
         mask_span: frames a span.
+        clip_norm: normalise each channel over the frames of a clip, as cepstral mean and variance normalisation
+            does: what stays the same throughout a clip (voice, microphone) is taken out. False: LayerNorm a frame.
     """
 
     kind: Literal["linear", "mlp", "conv"] = "conv"
@@ -121,6 +123,7 @@ class AudioProjectorConfig:
     code_dropout: float = 0.0
     frame_mask: float = 0.0
     mask_span: int = 8
+    clip_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.pool < 1:
@@ -192,6 +195,14 @@ class ConvBlock(nn.Module):
         return x_CFW + self.mlp(self.norm(mixed_CFW)) * mask_CF1
 
 
+def _over_frames(x_CFW: Tensor, mask_CF1: Tensor, floor: float = 0.05) -> Tensor:
+    """Zero mean and unit variance for each channel of each clip; `floor` keeps a clip of silence from being amplified."""
+    count_C11 = mask_CF1.sum(dim=1, keepdim=True).clamp(min=1)
+    centred_CFW = x_CFW - (x_CFW * mask_CF1).sum(dim=1, keepdim=True) / count_C11
+    variance_C1W = (centred_CFW.square() * mask_CF1).sum(dim=1, keepdim=True) / count_C11
+    return centred_CFW * (variance_C1W + floor).rsqrt()
+
+
 class AudioProjector(nn.Module):
     """Clips that are heard: code embeddings, convolutions over time if any, `pool` frames to a slot."""
 
@@ -199,7 +210,7 @@ class AudioProjector(nn.Module):
         super().__init__()
         self.config = config
         inner = config.width or width
-        self.frame_norm = nn.LayerNorm(latent_width)
+        self.frame_norm = None if config.clip_norm else nn.LayerNorm(latent_width)
         self.mask_embedding = nn.Parameter(torch.zeros(latent_width))
         if config.kind == "conv":
             self.stem = nn.Linear(latent_width, inner)
@@ -218,7 +229,8 @@ class AudioProjector(nn.Module):
         mask_CF1 = (codes_CFK[..., :1] >= 0).to(embedding.table.weight.dtype)
         if self.training:
             codes_CFK = self._drop_codebooks(codes_CFK)
-        x_CFW = self.frame_norm(embedding(codes_CFK))
+        x_CFW = embedding(codes_CFK)
+        x_CFW = _over_frames(x_CFW, mask_CF1) if self.frame_norm is None else self.frame_norm(x_CFW)
         hidden_CF1 = self._hidden_frames(codes_CFK) if self.training and self.config.frame_mask else None
         if hidden_CF1 is not None:
             x_CFW = torch.where(hidden_CF1, self.mask_embedding.to(x_CFW.dtype), x_CFW)

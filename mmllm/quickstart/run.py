@@ -281,6 +281,7 @@ class _Run:
         }
         if "caption" not in contents.kinds:
             overrides["model.init_args.clip"] = None
+            overrides["model.init_args.vision"] = None
         if not contents.has_images:
             overrides["model.init_args.image_projector"] = None
         if not contents.has_sounds:

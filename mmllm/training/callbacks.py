@@ -135,7 +135,7 @@ class Samples(pl.Callback):
     def __init__(
         self, manifests: list[str], directory: str, num_samples: int = 8, every_steps: int = 500, num_shown: int = 2
     ) -> None:
-        """Reads the rows.
+        """Keeps the settings; the rows are read when training starts.
 
         Args:
             manifests: of validation data; the first rows with a picture, and the first with a sound, are taken.
@@ -145,18 +145,27 @@ class Samples(pl.Callback):
             num_shown: of each kind, on the terminal.
 
         Raises:
-            ValueError: a number is below 1, or a manifest can't be used.
+            ValueError: a number is below 1.
         """
         if min(num_samples, every_steps) < 1:
             raise ValueError(f"Samples needs num_samples {num_samples} and every_steps {every_steps} of at least 1")
         self.directory = Path(directory)
         self.every_steps = every_steps
         self.num_shown = num_shown
-        rows = [row for manifest in manifests for row in read_manifest(manifest)]
-        self.rows = {
-            kind: [row for row in rows if row.kind == kind][:num_samples] for kind in ("caption", "audio")
-        }
+        self.manifests = manifests
+        self.num_samples = num_samples
+        self.rows: dict[str, list[Row]] = {"caption": [], "audio": []}
         self._last_step = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Reads the rows.
+
+        Raises:
+            ValueError: a manifest can't be used.
+        """
+        if stage == "fit" and trainer.is_global_zero:
+            rows = [row for manifest in self.manifests for row in read_manifest(manifest)]
+            self.rows = {kind: [row for row in rows if row.kind == kind][: self.num_samples] for kind in self.rows}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -33,6 +33,8 @@ _EXPECTED_WARNINGS = (
     r".*Experiment logs directory .* exists and is not empty.*",
     r".*The number of training batches .* is smaller than the logging interval.*",
     r".*does not have many workers.*",
+    r"\s+By default only one JsonargparseDeprecationWarning.*",
+    r"\s+\S+( parameter)? was deprecated in v[\d.]+ and will be removed in v5.*",
 )
 
 

@@ -1,0 +1,41 @@
+# make demo    from an empty machine to a trained model and its report
+# make test    lint, types, import rule, all tests
+# make proofs  what takes too long for `make test`; results go to docs/RESULTS.md
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test lint types imports proofs wheel clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/mmllm quickstart --out runs/demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+imports: setup
+	$(BIN)/lint-imports
+
+test: lint types imports
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not proof' -n 2 --dist loadfile
+
+proofs: setup
+	$(BIN)/python -m pytest -m proof
+
+wheel: setup
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean:
+	rm -rf $(VENV) dist build

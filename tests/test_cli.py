@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmllm.arguments import TASKS
+from mmllm.cli import main
+from mmllm.paths import config_path, copy_config, list_configs
+from mmllm.training.lightning_cli import one_line
+
+DECODER = str(config_path("quickstart/decoder"))
+
+
+def _error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 2, arguments
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("mmllm: error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        (["--model.init_args.decoder.moe.num_expert", "3"], "num_expert"),
+        (["--model.init_args.decoder.widht", "3"], "decoder.widht"),
+        (["--trainer.max_step", "3"], "trainer.max_step"),
+        (["--model.init_args.decoder.width", "wide"], "decoder.width"),
+        (["--model.init_args.optimiser.lr", "-1"], "optimiser.lr is -1.0"),
+        (["--model.init_args.decoder.moe.top_k", "99"], "moe.top_k is 99"),
+        (["--data.init_args.batch", "4"], "batch"),
+        (["--model.class_path", "mmllm.training.Nothing"], "mmllm.training.Nothing"),
+        (["--modle", "4"], "modle"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_in_one_line(
+    capsys: pytest.CaptureFixture[str], options: list[str], key: str
+) -> None:
+    message = _error(capsys, "fit", "-c", DECODER, *options)
+    assert key in message
+    assert "Union" not in message and "NoneType" not in message
+
+
+def test_a_wrong_key_in_yaml_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(Path(DECODER).read_text().replace("num_experts: 8", "num_expert: 8"))
+    assert "num_expert" in _error(capsys, "fit", "-c", str(path))
+
+
+def test_abbreviations_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--trainer.max_st" in _error(capsys, "fit", "-c", DECODER, "--trainer.max_st", "3")
+    assert "--toke" in _error(capsys, "data", "index", "shards", "--tokenizer", "folder", "--toke", "x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["fit", "-c", "nowhere.yaml"], "nowhere.yaml"),
+        (["fit"], "-c FILE"),
+        (["walk"], "walk"),
+        (["data"], "ACTION"),
+        (["data", "build", "nowhere.jsonl", "--out", "x"], "nowhere.jsonl"),
+        (["tokenizer", "train-text", "nowhere.jsonl", "--out", "x"], "nowhere.jsonl"),
+        (["tokenizer", "assemble", "--text", "nowhere", "--out", "x"], "nowhere"),
+        (["caption", "a.png", "--model", "nowhere"], "nowhere"),
+        (["eval", "--model", "nowhere", "--task", "caption", "--manifest", "m.jsonl"], "nowhere"),
+        (["eval", "--model", "nowhere", "--task", "sing", "--manifest", "m.jsonl"], "sing"),
+        (["export", "--model", "nowhere", "--out", "x"], "nowhere"),
+        (["import", "nowhere", "--out", "x"], "nowhere"),
+        (["configs", "cp", "nothing"], "nothing"),
+        (["quickstart"], "--out"),
+    ],
+)
+def test_what_the_user_can_mend_exits_with_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said in _error(capsys, *arguments)
+
+
+def test_debug_shows_the_stack(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        main(["fit", "--debug", "-c", str(tmp_path / "nowhere.yaml")])
+
+
+def test_a_fault_of_ours_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("mmllm.paths.list_configs", lambda: 1 / 0)
+    assert main(["configs", "ls"]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_configs_are_listed_and_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["configs", "ls"]) == 0
+    assert capsys.readouterr().out.split() == list_configs()
+    assert copy_config("quickstart/codec", tmp_path).read_text() == config_path("quickstart/codec.yaml").read_text()
+    with pytest.raises(FileExistsError, match="exists"):
+        copy_config("quickstart/codec", tmp_path)
+
+
+@pytest.mark.parametrize("command", ["fit", "data", "tokenizer", "caption", "speak", "eval", "quickstart", "export"])
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert main([command, "--help"]) == 0
+    assert command in capsys.readouterr().out
+    assert len(TASKS) == 5
+
+
+def test_a_failed_fit_leaves_the_process_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    def state() -> tuple[Any, ...]:
+        names = sorted(name for name in os.environ if name.startswith("PL_"))
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        return names, handlers, logging.getLogger("lightning.pytorch").level, torch.is_grad_enabled()
+
+    before = state()
+    for _ in range(2):
+        assert main(["fit", "-c", DECODER, "--trainer.logger", "false", "--trainer.callbacks", "null"]) == 2
+        assert "runs/demo" in capsys.readouterr().err, "the demo's files aren't here"
+        assert state() == before
+
+
+def test_help_needs_nothing_heavy() -> None:
+    code = "import sys, mmllm.cli; mmllm.cli.main(['--help']); print(sorted({'torch', 'lightning'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_one_line_keeps_the_keys_and_what_is_wrong() -> None:
+    message = """Parser key "model":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'A'>, <class 'NoneType'>]
+  Errors:
+    - decoder.moe: Does not validate against any of the Union subtypes
+      Errors:
+        - Option 'num_expert' is not accepted
+        - Expected a <class 'NoneType'>
+  Given value type: <class 'dict'>"""
+    assert one_line(message) == "model: decoder.moe: Option 'num_expert' is not accepted"

@@ -1,0 +1,127 @@
+"""Every shipped config is found, parsed and built; those for a CPU run their stages on data made here."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+from mmllm import paths
+from mmllm.cli import main
+from mmllm.model.multimodal import MultimodalModel
+from mmllm.training.clip_module import ClipModule, with_text_tokens
+from mmllm.training.codec_module import CodecModule
+from mmllm.training.decoder_module import DecoderModule
+from mmllm.training.lightning_cli import build_cli, quiet_lightning
+
+CONFIGS = sorted(path for path in paths.configs_dir().rglob("*.yaml"))
+MILLION_PARAMETERS = {"one_gpu/decoder_1b.yaml": (1044, 339), "eight_gpus/decoder_7b.yaml": (6982, 1547)}
+"""In all and active."""
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(paths.configs_dir()).as_posix()
+
+
+def _built(path: Path, *extra: str) -> Any:
+    on_cpu = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto"]
+    with quiet_lightning():
+        return build_cli(["-c", str(path), *on_cpu, "--trainer.logger", "false", *extra], run=False)
+
+
+def test_all_configs_are_found() -> None:
+    names = {_name(path) for path in CONFIGS}
+    assert {f"quickstart/{stage}.yaml" for stage in ("codec", "clip", "decoder")} | set(MILLION_PARAMETERS) <= names
+    assert len(CONFIGS) == len(names) >= 5
+    assert names <= set(paths.list_configs())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=_name)
+def test_a_config_says_what_it_needs_and_gives_and_is_short(path: Path) -> None:
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    text = " ".join(header)
+    assert "Hardware:" in text and "Time:" in text and "Expected result:" in text
+    assert len(path.read_text().splitlines()) < 80
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=_name)
+def test_a_config_builds(path: Path) -> None:
+    module = _built(path).model
+    with torch.device("meta"):
+        match module:
+            case DecoderModule():
+                module.tokenizer = module.clip = None
+                if module.audio is not None and module.audio.num_codebooks == 0:
+                    pytest.skip("its sizes come from a tokenizer: built by test_the_quickstart_configs_step")
+                model = MultimodalModel(module.resolved_config())
+                total, active = MILLION_PARAMETERS[_name(path)]
+                assert round(model.num_parameters() / 1e6) == total
+                assert round(model.num_active_parameters() / 1e6) == active
+            case ClipModule():
+                config = with_text_tokens(module.clip_config, 512, 1, 0)
+                assert isinstance(config.open_clip, dict) and config.open_clip["text_cfg"]["vocab_size"] == 512
+            case CodecModule():
+                assert math.prod(module.codec_config.ratios) == 160
+
+
+def test_the_quickstart_configs_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    _write_data(tmp_path / "runs/demo/data")
+    for stage in ("codec", "clip", "decoder"):
+        assert main(["configs", "cp", f"quickstart/{stage}.yaml", f"{stage}.yaml"]) == 0
+    demo = "runs/demo"
+    image = ["--image_tokens", "16", "--image_size", "64"]
+    short = ["--trainer.max_steps", "2", "--trainer.log_every_n_steps", "1"]
+    _run("data", "build", f"{demo}/data/train.jsonl", "--out", f"{demo}/shards")
+    _run("tokenizer", "train-text", f"{demo}/data/train.jsonl", "--out", f"{demo}/text_tokenizer", "--vocab_size", "300")
+    sounds, pictures = f"{demo}/shards/audio-*.tar", f"{demo}/shards/caption-*.tar"
+    options = ["--data.init_args.shards", sounds, "--data.init_args.val_shards", sounds]
+    _run("fit", "-c", "codec.yaml", *short, *options, "--data.init_args.batch_size", "2")
+    _run(
+        "tokenizer", "assemble", "--text", f"{demo}/text_tokenizer", "--codec", f"{demo}/codec",
+        "--out", f"{demo}/tokenizer", *image,
+    )  # fmt: skip
+    _run("data", "index", f"{demo}/shards", "--tokenizer", f"{demo}/tokenizer")
+    options = ["--data.init_args.shards", pictures, "--data.init_args.val_shards", pictures]
+    _run("fit", "-c", "clip.yaml", *short, *options, "--data.init_args.batch_size", "4")
+    for recipe in ("recipe", "recipe_val"):
+        Path(f"{demo}/{recipe}.yaml").write_text(RECIPE)
+    size = ["--data.init_args.batch_size", "1", "--trainer.val_check_interval", "1", "--trainer.callbacks", "null"]
+    _run("fit", "-c", "decoder.yaml", *short, *size)
+    for written in ("codec/model.safetensors", "clip/model.safetensors", "model/config.json"):
+        assert Path(demo, written).is_file(), written
+    for stage, column in (("codec", "train/mel"), ("clip", "train/loss"), ("decoder", "val/loss")):
+        assert column in Path(f"{demo}/logs/{stage}/metrics.csv").read_text().splitlines()[0], stage
+    assert not any(line.startswith("mmllm: error") for line in capsys.readouterr().err.splitlines())
+
+
+RECIPE = """
+tokenizer: runs/demo/tokenizer
+sequence_length: 192
+sources:
+  - {name: pictures, kind: caption, shards: "runs/demo/shards/caption-*.tar"}
+  - {name: sounds, kind: audio, shards: "runs/demo/shards/audio-*.tar"}
+"""
+
+
+def _run(*arguments: str) -> None:
+    assert main(list(arguments)) == 0, arguments
+
+
+def _write_data(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    rows = []
+    for number, colour in enumerate(("red", "green", "blue", "white")):
+        Image.new("RGB", (64, 64), colour).save(folder / f"{number}.png")
+        rows.append({"id": f"picture-{number}", "image": f"{number}.png", "text": f"a {colour} square"})
+        wave = 0.3 * np.sin(np.arange(9000) * 0.05 * (number + 1)) + 0.01 * np.cos(np.arange(9000) * 1.7)
+        soundfile.write(folder / f"{number}.wav", wave, 8000)
+        rows.append({"id": f"sound-{number}", "audio": f"{number}.wav", "text": f"tone {number}"})
+    (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
