@@ -49,12 +49,11 @@ def _add_data(actions: Any) -> None:
     def build(args: argparse.Namespace) -> Iterable[str]:
         from mmllm.data import commands
 
-        return _as_json(
-            commands.build(
-                args.manifest, args.out, args.tokenizer, args.perturb, args.holdout, args.part, args.samples_per_shard,
-                args.max_seconds, args.max_image_side, args.max_bad_fraction, args.seed,
-            )  # fmt: skip
-        )
+        written = commands.build(
+            args.manifest, args.out, args.tokenizer, args.perturb, args.holdout, args.part, args.samples_per_shard,
+            args.max_seconds, args.max_image_side, args.max_bad_fraction, args.seed,
+        )  # fmt: skip
+        return _as_json(written)
 
     parser = _command(actions, "build", "manifests to shards", build)
     parser.add_argument("manifest", nargs="+", help="JSONL manifests; kinds may be mixed")
@@ -96,7 +95,8 @@ def _add_data(actions: Any) -> None:
 
         found = commands.verify(args.shards, args.tokenizer)
         if found["broken"]:
-            raise ValueError(f"{found['broken']} of {found['documents']} samples are broken: {'; '.join(found['errors'])}")
+            errors = "; ".join(found["errors"])
+            raise ValueError(f"{found['broken']} of {found['documents']} samples are broken: {errors}")
         return _as_json(found)
 
     parser = _command(actions, "verify", "read, decode and tokenise every sample", verify)
@@ -324,7 +324,7 @@ def _add_quickstart(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
     parser = _command(commands, "quickstart", "the whole way on one machine, from data to report", run)
-    parser.add_argument("--train", action="append", default=[], metavar="MANIFEST", help="your own data; may be repeated")
+    parser.add_argument("--train", action="append", default=[], metavar="MANIFEST", help="your data; may be repeated")
     parser.add_argument("--test", action="append", default=[], metavar="MANIFEST", help="may be repeated")
     parser.add_argument("--holdout", metavar="KEY=VALUE", help="rows to hold out where there is no --test")
     parser.add_argument("--minutes", type=float, metavar="N", help="wall time at most, evaluation included")

@@ -1,6 +1,7 @@
 """The command line. Each command's code is imported when it is run; only this file prints.
 
-Exit codes: 0 done, 1 a fault of ours, 2 something in the user's hands (bad input, key or file), 130 interrupted.
+Exit codes: 0 done, 1 a fault of ours, 2 something in the user's hands (bad input, key or file), 130 interrupted,
+143 terminated.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
@@ -39,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code. Nothing is raised and the process is not left, so that a program can call this many times.
     """
+    # Idle OpenMP threads sleep instead of spinning: beside any other busy process, spinning made a training step with
+    # two threads four times slower (docs/RESULTS.md). OpenMP reads this when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -141,8 +146,11 @@ def _complain(message: str, code: int) -> int:
 def _exit_code(leaving: SystemExit) -> int:
     if isinstance(leaving.code, str):
         return _complain(leaving.code, 1)
-    interrupted = isinstance(leaving.__context__, KeyboardInterrupt)
-    return 130 if interrupted else int(leaving.code or 0)
+    if type(leaving).__name__ == "SIGTERMException":  # Lightning's, without a code
+        return _complain("terminated", 143)
+    if isinstance(leaving.__context__, KeyboardInterrupt):  # Lightning turns it into an exit
+        return _complain("interrupted", 130)
+    return int(leaving.code or 0)
 
 
 @contextlib.contextmanager

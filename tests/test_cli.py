@@ -97,6 +97,25 @@ def test_a_fault_of_ours_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
+def _interrupted_by_lightning(*_: Any) -> None:
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        sys.exit(1)
+
+
+def _terminated(*_: Any) -> None:
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    raise SIGTERMException
+
+
+@pytest.mark.parametrize(("run", "code"), [(_interrupted_by_lightning, 130), (_terminated, 143)])
+def test_a_stopped_run_is_no_success(monkeypatch: pytest.MonkeyPatch, run: Any, code: int) -> None:
+    monkeypatch.setattr("mmllm.training.lightning_cli.run_lightning", run)
+    assert main(["fit", "-c", DECODER]) == code
+
+
 def test_configs_are_listed_and_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["configs", "ls"]) == 0
     assert capsys.readouterr().out.split() == list_configs()

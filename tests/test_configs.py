@@ -21,6 +21,8 @@ from mmllm.training.codec_module import CodecModule
 from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.lightning_cli import build_cli, quiet_lightning
 
+torch.set_num_threads(1)
+
 CONFIGS = sorted(path for path in paths.configs_dir().rglob("*.yaml"))
 MILLION_PARAMETERS = {"one_gpu/decoder_1b.yaml": (1044, 339), "eight_gpus/decoder_7b.yaml": (6982, 1547)}
 """In all and active."""
@@ -80,7 +82,8 @@ def test_the_quickstart_configs_step(tmp_path: Path, monkeypatch: pytest.MonkeyP
     image = ["--image_tokens", "16", "--image_size", "64"]
     short = ["--trainer.max_steps", "2", "--trainer.log_every_n_steps", "1"]
     _run("data", "build", f"{demo}/data/train.jsonl", "--out", f"{demo}/shards")
-    _run("tokenizer", "train-text", f"{demo}/data/train.jsonl", "--out", f"{demo}/text_tokenizer", "--vocab_size", "300")
+    text = ["--out", f"{demo}/text_tokenizer", "--vocab_size", "300"]
+    _run("tokenizer", "train-text", f"{demo}/data/train.jsonl", *text)
     sounds, pictures = f"{demo}/shards/audio-*.tar", f"{demo}/shards/caption-*.tar"
     options = ["--data.init_args.shards", sounds, "--data.init_args.val_shards", sounds]
     _run("fit", "-c", "codec.yaml", *short, *options, "--data.init_args.batch_size", "2")
@@ -93,9 +96,11 @@ def test_the_quickstart_configs_step(tmp_path: Path, monkeypatch: pytest.MonkeyP
     _run("fit", "-c", "clip.yaml", *short, *options, "--data.init_args.batch_size", "4")
     for recipe in ("recipe", "recipe_val"):
         Path(f"{demo}/{recipe}.yaml").write_text(RECIPE)
-    size = ["--data.init_args.batch_size", "1", "--trainer.val_check_interval", "1", "--trainer.callbacks", "null"]
+    size = ["--data.init_args.batch_size", "1", "--trainer.val_check_interval", "1"]
     _run("fit", "-c", "decoder.yaml", *short, *size)
-    for written in ("codec/model.safetensors", "clip/model.safetensors", "model/config.json"):
+    logs = ("routing.json", "routing.csv", "samples.csv", "metrics.csv")
+    models = ("codec/model.safetensors", "clip/model.safetensors", "model/config.json")
+    for written in (*models, *(f"logs/decoder/{name}" for name in logs)):
         assert Path(demo, written).is_file(), written
     for stage, column in (("codec", "train/mel"), ("clip", "train/loss"), ("decoder", "val/loss")):
         assert column in Path(f"{demo}/logs/{stage}/metrics.csv").read_text().splitlines()[0], stage
@@ -125,3 +130,8 @@ def _write_data(folder: Path) -> None:
         soundfile.write(folder / f"{number}.wav", wave, 8000)
         rows.append({"id": f"sound-{number}", "audio": f"{number}.wav", "text": f"tone {number}"})
     (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    looked_at = folder.parent / "manifests" / "val.jsonl"
+    looked_at.parent.mkdir()
+    for row in rows:
+        row |= {kind: f"../{folder.name}/{row[kind]}" for kind in ("image", "audio") if kind in row}
+    looked_at.write_text("\n".join(json.dumps(row) for row in rows))

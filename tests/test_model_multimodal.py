@@ -305,3 +305,19 @@ def test_large_model_builds_on_the_meta_device():
     assert all(parameter.is_meta for parameter in model.parameters())
     assert model.num_parameters() > 1e9
     assert model.num_active_parameters() < 0.5e9
+
+
+def test_bf16_autocast_is_close_to_fp32():
+    model = _model(dtype=torch.float32)
+    batch = pack(_mixed(), 48)
+    exact = model(batch).loss(model.loss_weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(batch).loss(model.loss_weights)
+        cache = model.decoder.make_cache(batch_size=2, max_length=48)
+        cached = model.hidden(batch, cache)
+    assert rounded.dtype == torch.float32
+    assert abs(rounded.item() - exact.item()) < 0.03 * exact.item()
+    real = batch.document_ids_BT >= 0
+    torch.testing.assert_close(cached[real].float(), model.hidden(batch)[real], rtol=0.1, atol=0.2)
+    rounded.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

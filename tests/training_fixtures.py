@@ -79,7 +79,8 @@ def _row(generator: torch.Generator, text_only: bool) -> dict[str, torch.Tensor]
     num_tokens = int(torch.randint(26, LENGTH, (), generator=generator))
     token_ids = torch.randint(14, NUM_TEXT, (LENGTH,), generator=generator)
     labels = torch.full((LENGTH,), IGNORE)
-    labels[5:9], labels[13:16], labels[22 : num_tokens - 1] = token_ids[6:10], token_ids[14:17], token_ids[23:num_tokens]
+    labels[5:9], labels[13:16] = token_ids[6:10], token_ids[14:17]
+    labels[22 : num_tokens - 1] = token_ids[23:num_tokens]
     modality = torch.zeros(LENGTH, dtype=torch.long)
     codes = torch.full((LENGTH, NUM_CODEBOOKS), -1)
     code_labels = torch.full((LENGTH, NUM_CODEBOOKS), IGNORE)
@@ -222,7 +223,12 @@ def train_rank(rank: int, port: int, out: str) -> None:
     module = tiny_module()
     with quiet_lightning():
         trainer = quiet_trainer(
-            recorder, max_steps=4, strategy="ddp", devices=2, plugins=[TorchElasticEnvironment()], use_distributed_sampler=False
+            recorder,
+            max_steps=4,
+            strategy="ddp",
+            devices=2,
+            plugins=[TorchElasticEnvironment()],
+            use_distributed_sampler=False,
         )
         trainer.fit(module, datamodule=ListData(mixed_pairs()))
     torch.save({"losses": recorder.losses, "weights": module.state_dict()}, f"{out}/rank{rank}.pt")

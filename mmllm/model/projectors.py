@@ -196,7 +196,7 @@ class ConvBlock(nn.Module):
 
 
 def _over_frames(x_CFW: Tensor, mask_CF1: Tensor, floor: float = 0.05) -> Tensor:
-    """Zero mean and unit variance for each channel of each clip; `floor` keeps a clip of silence from being amplified."""
+    """Zero mean, unit variance for each channel of each clip; `floor` keeps silence from being amplified."""
     count_C11 = mask_CF1.sum(dim=1, keepdim=True).clamp(min=1)
     centred_CFW = x_CFW - (x_CFW * mask_CF1).sum(dim=1, keepdim=True) / count_C11
     variance_C1W = (centred_CFW.square() * mask_CF1).sum(dim=1, keepdim=True) / count_C11

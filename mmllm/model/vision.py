@@ -190,7 +190,7 @@ class VisionTower(nn.Module):
         mean = torch.tensor(self.mean, device=images_N3HW.device).view(3, 1, 1) * 255
         std = torch.tensor(self.std, device=images_N3HW.device).view(3, 1, 1) * 255
         pixels = ((images_N3HW - mean) / std).to(dtype)
-        if isinstance(self.visual, ModifiedResNet):  # a third faster on a CPU
+        if isinstance(self.visual, ModifiedResNet):  # about a fifth faster on CPUs
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(self.config.trainable and torch.is_grad_enabled()):
             return self._spatial(pixels).flatten(2).transpose(1, 2)

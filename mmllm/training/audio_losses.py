@@ -37,10 +37,10 @@ class MultiScaleMelLoss(nn.Module):
 
     def __init__(self, sample_rate: int, num_mels: int = 64, min_window: int = 64, max_window: int | None = None):
         super().__init__()
-        max_window = max_window or 2 ** int(math.log2(sample_rate / 8))
-        if max_window < min_window:
-            raise ValueError(f"max_window is {max_window} samples; it must be at least min_window, {min_window}")
-        self.windows = [2**i for i in range(int(math.log2(min_window)), int(math.log2(max_window)) + 1)]
+        longest = 2 ** int(math.log2(sample_rate / 8)) if max_window is None else max_window
+        if longest < min_window:
+            raise ValueError(f"max_window is {longest} samples; it must be at least min_window, {min_window}")
+        self.windows = [2**i for i in range(int(math.log2(min_window)), int(math.log2(longest)) + 1)]
         for window in self.windows:
             filters_MW = mel_filters(sample_rate, window, min(num_mels, window // 8))
             self.register_buffer(f"filters_{window}", filters_MW, persistent=False)
@@ -69,6 +69,9 @@ class Balancer(nn.Module):
     EnCodec's loss balancer (section 3.4 there): loss i's gradient g_i is scaled to wᵢ / Σw ÷ mean(‖gᵢ‖), the mean
     being exponential. The means are buffers, so that a resumed run goes on as if it had not stopped.
     """
+
+    norm_sums: Tensor
+    num_averaged: Tensor
 
     def __init__(self, weights: dict[str, float], decay: float = 0.999):
         super().__init__()

@@ -81,4 +81,5 @@ def load_decoder(directory: str | Path, decoder: Decoder) -> None:
             log.warning("%s stays random: the imported vocabulary has another size", name)
         else:
             got = "is missing" if found is None else f"has shape {list(found.shape)}"
-            raise ValueError(f"{name} {got} in {path}; the decoder wants {list(tensor.shape)}: use the sizes in {CONFIG}")
+            wanted = f"the decoder wants {list(tensor.shape)}: use the sizes in {CONFIG}"
+            raise ValueError(f"{name} {got} in {path}; {wanted}")

@@ -70,7 +70,8 @@ class StagedModule(pl.LightningModule):
     @property
     def progress(self) -> float:
         """Share of the run that is done, 0 to 1."""
-        by_steps = self.trainer.global_step / self._num_steps() if self._num_steps() else 0.0
+        num_steps = self._num_steps()
+        by_steps = self.trainer.global_step / num_steps if num_steps else 0.0
         by_seconds = self.elapsed_seconds / self.max_seconds if self.max_seconds else 0.0
         return min(max(by_steps, by_seconds), 1.0)
 
@@ -104,8 +105,9 @@ class StagedModule(pl.LightningModule):
         self._last_tick = now
         if self.max_seconds is not None and self._shared(self.elapsed_seconds) >= self.max_seconds:
             self.trainer.should_stop = True
-        step = self.trainer.global_step
-        if step and step % self.trainer.log_every_n_steps == 0 and self.window.num_batches:
+        trainer: Any = self.trainer  # `log_every_n_steps` is declared nowhere
+        step = trainer.global_step
+        if step and step % trainer.log_every_n_steps == 0 and self.window.num_batches:
             self._write_metrics(step)
 
     def _shared_progress(self) -> float:

@@ -1,0 +1,84 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmllm.data.augment import NUM_DRAWS, AugmentConfig, augment
+from mmllm.data.manifest import ManifestError, read_manifest
+from mmllm.data.split import split
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    rows = [{"id": f"t{i}", "text": f"text {i}", "speaker": "bob" if i % 4 == 0 else "ann"} for i in range(100)]
+    segments = [{"text": "a picture"}, {"image": "a.png"}]
+    rows.append({"id": "s", "segments": segments, "question": "what?", "answer": "red", "speaker": "ann"})
+    return write(tmp_path / "own" / ".." / "m.jsonl", rows)
+
+
+def test_split_by_key_keeps_every_row_once_and_its_files(manifest, tmp_path):
+    counts = split([manifest], tmp_path / "out", holdout="speaker=bob", num_val=2)
+    assert counts["train"] == {"interleaved": 1, "text": 73}
+    assert counts["val"] == {"text": 1}
+    assert counts["test"] == {"text": 25}
+    names = ("train-interleaved", "train-text", "val", "test")
+    parts = {name: read_manifest(tmp_path / "out" / f"{name}.jsonl") for name in names}
+    ids = [row.id for rows in parts.values() for row in rows]
+    assert sorted(ids) == sorted(row.id for row in read_manifest(manifest))
+    (document,) = parts["train-interleaved"]
+    assert document.segments[1]["image"].is_file()
+    assert document.metadata["answer"] == "red"
+    assert all(row.metadata["speaker"] == "bob" for row in parts["test"])
+    assert not Path(json.loads((tmp_path / "out" / "train-interleaved.jsonl").read_text())["segments"][1]["image"]).root
+
+
+def test_split_by_default_holds_a_tenth_out_the_same_each_time(manifest, tmp_path):
+    first = split([manifest], tmp_path / "a")
+    split([manifest], tmp_path / "b")
+    assert 2 <= sum(first["test"].values()) <= 25
+    assert (tmp_path / "a" / "test.jsonl").read_bytes() == (tmp_path / "b" / "test.jsonl").read_bytes()
+
+
+def test_split_refuses_test_rows_that_are_trained_on(manifest, tmp_path):
+    test = write(tmp_path / "test.jsonl", [{"id": "other-id", "text": "text 7"}])
+    with pytest.raises(ManifestError, match=r"1 test rows are also training rows, such as .*test.jsonl:1"):
+        split([manifest], tmp_path / "out", test=[test])
+
+
+def test_split_names_bad_rows(manifest, tmp_path):
+    broken = write(tmp_path / "broken.jsonl", [{"id": "x", "image": "no.png", "text": "a"}])
+    with pytest.raises(ManifestError, match=r"broken.jsonl:1.*no\.png"):
+        split([broken], tmp_path / "out")
+
+
+def test_augment_crops_and_flips_by_its_draws():
+    images = torch.arange(2 * 3 * 8 * 8).reshape(2, 3, 8, 8).remainder(251).to(torch.uint8)
+    draws = np.zeros((2, NUM_DRAWS), dtype=np.float32)
+    assert augment(images, draws, AugmentConfig()) is images
+    flipped = augment(images, draws, AugmentConfig(flip=True))
+    assert torch.equal(flipped, images.flip(3))
+    draws[1, 3] = 0.9
+    assert torch.equal(augment(images, draws, AugmentConfig(flip=True))[1], images[1])
+    whole = augment(images, np.full((2, NUM_DRAWS), 0.999999, dtype=np.float32), AugmentConfig(min_scale=0.5))
+    assert (whole.int() - images.int()).abs().max() <= 1
+    corner = np.zeros((2, NUM_DRAWS), dtype=np.float32)
+    cropped = augment(images, corner, AugmentConfig(min_scale=0.25))
+    assert torch.equal(cropped[:, :, 0, 0], images[:, :, 0, 0])
+    assert not torch.equal(cropped, images)
+    assert len(augment(images[:0], draws[:0], AugmentConfig(flip=True))) == 0
+
+
+@pytest.mark.parametrize("value", [0.0, 1.5])
+def test_augment_config_names_a_bad_scale(value):
+    with pytest.raises(ValueError, match="min_scale"):
+        AugmentConfig(min_scale=value)

@@ -1,0 +1,82 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from mmllm.cli import main
+from mmllm.data.manifest import read_manifest
+from mmllm.quickstart.plan import Contents, choose, recipe_dict
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230)}
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    """Sixty rows of somebody's own: captions, sounds, texts and documents with questions."""
+    folder = tmp_path_factory.mktemp("own")
+    rows = []
+    for i in range(24):
+        colour = list(COLOURS)[i % 3]
+        Image.new("RGB", (20 + i, 20), COLOURS[colour]).save(folder / f"{i}.png")
+        rows.append({"id": f"c{i}", "image": f"{i}.png", "text": f"a {colour} square"})
+        seconds = np.arange(2000 + 40 * i) / 8000
+        soundfile.write(folder / f"{i}.wav", 0.3 * np.sin(2 * math.pi * (200 + 50 * (i % 3)) * seconds), 8000)
+        rows.append({"id": f"a{i}", "audio": f"{i}.wav", "text": colour, "speaker": "bob" if i % 4 else "ann"})
+        rows.append({"id": f"t{i}", "text": f"Number {i} is {colour}."})
+        segments = [{"text": "See:"}, {"image": f"{i}.png"}]
+        rows.append({"id": f"i{i}", "segments": segments, "question": "which colour?", "answer": colour})
+    path = folder / "manifest.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_quickstart_goes_the_whole_way_and_continues(manifest, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = ["quickstart", "--train", str(manifest), "--out", str(out), "--max_steps", "2", "--holdout", "0.3"]
+    assert main(command) == 0, capsys.readouterr().err
+    report = json.loads((out / "report.json").read_text())
+    assert {"caption", "transcribe", "speak", "interleaved", "text", "train", "routing", "recipe_hash"} <= set(report)
+    assert report["caption"]["n"] >= 4
+    assert 0 <= report["caption"]["exact_match"] <= 1
+    assert report["train"]["peak_rss_bytes"] > 1e8
+    assert report["train"]["tokens_per_second"] > 0
+    page = (out / "report.html").read_text()
+    assert "data:image/" in page
+    assert "data:audio/" in page
+    assert (out / "recipe.yaml").is_file()
+    assert {path.name for path in (out / "configs").iterdir()} == {"codec.yaml", "clip.yaml", "decoder.yaml"}
+    assert "$ mmllm fit -c" in capsys.readouterr().out
+    before = (out / "model" / "model.safetensors").read_bytes()
+    assert main(command) == 0
+    assert "done before: mmllm fit -c" in capsys.readouterr().out
+    assert (out / "model" / "model.safetensors").read_bytes() == before
+    assert main([*command, "--seed", "5"]) == 2
+    assert "other settings (seed differ)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--holdout", "speaker=bob"], "need --train"),
+        (["--minutes", "0"], "--minutes is 0"),
+        (["--train", "nowhere.jsonl"], "nowhere.jsonl: no such manifest"),
+    ],
+)
+def test_quickstart_says_what_is_wrong(arguments, message, tmp_path, capsys):
+    assert main(["quickstart", "--out", str(tmp_path / "run"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_choices_follow_the_rows(manifest, tmp_path):
+    contents = Contents.of(read_manifest(manifest))
+    assert contents.kinds == ("audio", "caption", "interleaved", "text")
+    assert contents.has_images
+    assert contents.has_sounds
+    assert contents.is_single_words
+    assert not contents.names_sides
+    recipe = recipe_dict(tmp_path, contents, choose(contents, is_demo=False), seed=3, curriculum_steps=10)
+    assert [source["name"] for source in recipe["sources"]] == ["caption", "interleaved", "text", "heard", "spoken"]
+    assert "curriculum" not in recipe

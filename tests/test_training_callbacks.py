@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from mmllm.training.ema import EMA
+from mmllm.training.lightning_cli import quiet_lightning
+from mmllm.training.progress import Progress
+from mmllm.training.staged import MetricWindow
+from mmllm.training.tokenizer_commands import assemble, train_text
+from mmllm_tokenizers.folder import TokenizerConfig, TokenizerFolder
+from tests.training_fixtures import TinyData, quiet_trainer, tiny_module
+
+
+class _KeepWeights(pl.Callback):
+    """The trained weights after each step, before anything takes their place."""
+
+    def __init__(self) -> None:
+        self.history: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        self.history.append(pl_module.model.decoder.norm.weight.detach().clone())
+
+
+def test_ema_is_the_average_that_its_formula_says_and_is_what_is_left_at_the_end() -> None:
+    module, kept = tiny_module(), _KeepWeights()
+    module.configure_model()
+    assert module.model is not None
+    average = module.model.decoder.norm.weight.detach().clone()
+    with quiet_lightning():
+        quiet_trainer(kept, EMA(0.8), max_steps=6).fit(module, datamodule=TinyData())
+    for step, weight in enumerate(kept.history, start=1):
+        decay = min(0.8, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * weight
+    assert torch.allclose(module.model.decoder.norm.weight, average, atol=1e-6)
+    assert not torch.allclose(kept.history[-1], average, atol=1e-6)
+
+
+def test_ema_takes_its_place_in_validation_and_gives_it_back() -> None:
+    module, ema = tiny_module(), EMA(0.5)
+    module.configure_model()
+    with torch.no_grad():
+        trained = [p.clone() for p in module.parameters()]
+        ema._average = [torch.zeros_like(p) for p in module.parameters()]
+        trainer: Any = None
+        for _ in range(2):
+            ema.on_validation_start(trainer, module)
+            assert all((p == 0).all() for p in module.parameters())
+            ema.on_validation_end(trainer, module)
+            assert all(torch.equal(p, old) for p, old in zip(module.parameters(), trained, strict=True))
+
+
+def test_progress_writes_plain_lines_to_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with quiet_lightning():
+        trainer = quiet_trainer(Progress(file_seconds=0.0), max_steps=3, enable_progress_bar=True)
+        trainer.fit(tiny_module(), datamodule=TinyData())
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "step 3" in lines[-1] and "100%" in lines[-1] and "loss" in lines[-1]
+    assert "\r" not in "".join(lines)
+
+
+def test_a_windows_means_are_sums_over_counts() -> None:
+    window = MetricWindow()
+    window.add({"a": 2.0, "b": torch.tensor(3.0)}, {"a": 1.0, "b": 2.0})
+    window.add({"a": 4.0, "b": 5.0, "c": 0.0}, {"a": 1.0, "b": 2.0, "c": 0.0})
+    assert window.means() == {"a": 3.0, "b": 2.0}
+    window.reset()
+    assert window.means() == {} and window.num_batches == 0
+
+
+def test_train_text_reads_manifests_and_writes_a_folder(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"id": "a", "text": "one fish"},
+        {"id": "b", "segments": [{"text": "two fish"}], "question": "which?", "answer": "red fish"},
+    ]
+    manifest = tmp_path / "rows.jsonl"
+    manifest.write_text("\n".join(json.dumps(row) for row in rows))
+    config = TokenizerConfig(image_tokens=9, image_size=24)
+    counted = train_text([str(manifest)], str(tmp_path / "folder"), vocab_size=280, config=config)
+    assert (counted["documents"], counted["characters"]) == (4, 8 + 8 + 6 + 8)
+    folder = TokenizerFolder.load(tmp_path / "folder")
+    assert (folder.num_image_tokens, folder.image_size, folder.hash) == (9, 24, counted["hash"])
+    again = assemble(str(tmp_path / "again"), str(tmp_path / "folder"), config=config)
+    assert again["hash"] == counted["hash"]

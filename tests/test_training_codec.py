@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from mmllm.training.audio_losses import Balancer, MultiScaleMelLoss, mel_filters
+from mmllm.training.codec_module import CodecLossConfig, CodecModule, character_ctc, si_sdr_db
+from mmllm.training.lightning_cli import quiet_lightning
+from mmllm.training.optimisers import OptimiserConfig
+from mmllm_tokenizers.audio import load_audio_tokenizer
+from mmllm_tokenizers.codec import CodecConfig
+from tests.training_fixtures import quiet_trainer
+
+TINY = CodecConfig(sample_rate=2000, num_filters=4, ratios=(2, 4, 5), dimension=8, num_codebooks=2, codebook_size=16)
+
+
+class Waves(pl.LightningDataModule):
+    """Chords; each batch depends on its number alone."""
+
+    def __init__(self, with_texts: bool = False) -> None:
+        super().__init__()
+        self.with_texts = with_texts
+
+    def train_dataloader(self) -> WaveLoader:
+        return WaveLoader(self.with_texts)
+
+
+class WaveLoader:
+    def __init__(self, with_texts: bool) -> None:
+        self.with_texts, self.position = with_texts, 0
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __iter__(self) -> Any:
+        while True:
+            self.position += 1
+            waves = chords(self.position)[:, None]
+            yield (waves, ["ab", "", "c", "de"]) if self.with_texts else waves
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def chords(seed: int, num_samples: int = 1200) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    hz_N21 = torch.rand(4, 2, 1, generator=generator) * 300 + 80
+    return (torch.sin(hz_N21 * torch.arange(num_samples) * 2 * torch.pi / 2000) * 0.25).sum(dim=1)
+
+
+def _module(**settings: Any) -> CodecModule:
+    torch.manual_seed(0)
+    return CodecModule(TINY, optimiser=OptimiserConfig(lr=3e-3, warmup=0.05), **settings)
+
+
+def _fit(module: CodecModule, steps: int, *callbacks: pl.Callback, data: Waves | None = None, **settings: Any) -> None:
+    with quiet_lightning():
+        trainer = quiet_trainer(*callbacks, max_steps=steps, **settings)
+        trainer.fit(module, datamodule=data or Waves(), weights_only=True)
+
+
+def test_a_few_steps_make_the_sound_better_and_the_export_is_the_same_codec(tmp_path: Path) -> None:
+    module = _module(out=str(tmp_path / "codec"))
+    wave = chords(10_000)
+    loss = module.mel_loss
+    module.eval()
+    with torch.no_grad():
+        before = float(loss(module.codec(wave).wave, wave))
+    module.train()
+    _fit(module, 60)
+    module.eval()
+    with torch.no_grad():
+        codes = module.codec.encode(wave)
+        after = float(loss(module.codec(wave).wave, wave))
+    assert after < 0.8 * before
+    assert torch.equal(load_audio_tokenizer(tmp_path / "codec").encode(wave[0], 2000), codes[0])
+
+
+def test_resuming_a_codec_equals_not_stopping(tmp_path: Path) -> None:
+    def run(steps: int, name: str, ckpt: Any = None) -> CodecModule:
+        module = _module()
+        saving = ModelCheckpoint(tmp_path / name, save_last=True, save_top_k=0, every_n_train_steps=1)
+        with quiet_lightning():
+            trainer = quiet_trainer(saving, _StopAfter(steps), max_steps=6, enable_checkpointing=True)
+            trainer.fit(module, datamodule=Waves(), ckpt_path=ckpt, weights_only=True)
+        return module
+
+    whole = run(6, "whole")
+    run(3, "cut")
+    resumed = run(6, "cut", tmp_path / "cut" / "last.ckpt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+class _StopAfter(pl.Callback):
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.steps
+
+
+def test_the_ctc_head_learns_and_needs_texts() -> None:
+    module = _module(losses=CodecLossConfig(ctc=1.0, ctc_width=16))
+    _fit(module, 3, data=Waves(with_texts=True))
+    assert module.ctc_head is not None
+    with pytest.raises(ValueError, match=r"losses.ctc is set but the data gives no texts"):
+        _fit(_module(losses=CodecLossConfig(ctc=1.0)), 1)
+
+
+def test_character_ctc_is_a_mean_over_characters_of_clips_with_text() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 257, 12)
+    both, alone = character_ctc(logits, ["abc", ""]), character_ctc(logits[:1], ["abc"])
+    assert both == pytest.approx(float(alone))
+    log_probs = logits[:1].log_softmax(1).permute(2, 0, 1)
+    targets = torch.tensor([[b + 1 for b in b"abc"]])
+    expected = torch.nn.functional.ctc_loss(log_probs, targets, [12], [3], reduction="sum") / 3
+    assert float(alone) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_mel_loss_is_zero_for_equal_waves_and_grows_with_noise() -> None:
+    loss, wave = MultiScaleMelLoss(2000), chords(1)
+    assert float(loss(wave, wave)) == 0
+    noise = torch.randn(wave.shape, generator=torch.Generator().manual_seed(0))
+    small, large = float(loss(wave + 0.001 * noise, wave)), float(loss(wave + 0.1 * noise, wave))
+    assert 0 < small < large
+
+
+@pytest.mark.parametrize(("rate", "window", "mels"), [(8000, 64, 8), (8000, 1024, 64), (24000, 256, 32), (2000, 64, 8)])
+def test_mel_filters_cover_every_band(rate: int, window: int, mels: int) -> None:
+    filters_MW = mel_filters(rate, window, mels)
+    assert filters_MW.shape == (mels, window // 2 + 1)
+    assert (filters_MW >= 0).all() and (filters_MW.sum(dim=1) > 0).all()
+    centres = filters_MW.argmax(dim=1)
+    assert (centres.diff() >= 0).all()
+
+
+def test_the_balancer_gives_each_loss_its_share_whatever_its_scale() -> None:
+    output = torch.randn(3, 50, requires_grad=True)
+    target = torch.randn(3, 50)
+    balancer = Balancer({"a": 1.0, "b": 3.0, "off": 0.0})
+    losses = {"a": 1000 * (output - target).abs().sum(), "b": 1e-4 * output.square().sum()}
+    (got,) = torch.autograd.grad(balancer(losses, output), output)
+    grads = {key: torch.autograd.grad(loss, output, retain_graph=True)[0] for key, loss in losses.items()}
+    norms = {key: grad.norm(dim=1).mean() for key, grad in grads.items()}
+    expected = 0.25 * grads["a"] / norms["a"] + 0.75 * grads["b"] / norms["b"]
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_si_sdr_ignores_scale() -> None:
+    wave = chords(2)
+    assert (si_sdr_db(0.1 * wave, wave) > 60).all()
+    assert (si_sdr_db(torch.flip(wave, dims=[0]), wave) < 20).all()
+
+
+def test_bad_losses_are_named() -> None:
+    with pytest.raises(ValueError, match=r"losses\.mel is -1"):
+        CodecLossConfig(mel=-1)
+    with pytest.raises(ValueError, match="both 0"):
+        CodecLossConfig(l1=0, mel=0)

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mmllm.training.optimisers import (
+    MuonAdamW,
+    OptimiserConfig,
+    build_optimiser,
+    learning_rate_factor,
+    orthogonalise,
+    parameter_groups,
+)
+from tests.training_fixtures import tiny_module
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (3, 8, 5), (2, 5, 8), (1, 1, 7)])
+def test_orthogonalise_pulls_singular_values_to_one_and_keeps_directions(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(shape)
+    out = orthogonalise(matrices, 5)
+    assert out.shape == shape
+    values = torch.linalg.svdvals(out)
+    assert (values > 0.4).all() and (values < 1.3).all()
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    turned = left.mT @ out @ right.mT
+    assert (turned - torch.diag_embed(turned.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-3
+
+
+def test_orthogonalise_of_zero_is_zero() -> None:
+    assert orthogonalise(torch.zeros(2, 3, 4)).abs().max() == 0
+
+
+def test_a_stack_moves_like_its_matrices() -> None:
+    torch.manual_seed(0)
+    config = OptimiserConfig(lr=0.1, muon=True)
+    stack = nn.Parameter(torch.randn(3, 6, 4))
+    singles = [nn.Parameter(matrix.clone()) for matrix in stack.data]
+    together = MuonAdamW([{"params": [stack], "use_muon": True}], config)
+    apart = MuonAdamW([{"params": singles, "use_muon": True}], config)
+    for _ in range(3):
+        grad = torch.randn(3, 6, 4)
+        stack.grad = grad
+        for parameter, part in zip(singles, grad, strict=True):
+            parameter.grad = part.clone()
+        together.step()
+        apart.step()
+    assert torch.allclose(stack.data, torch.stack([p.data for p in singles]), atol=1e-5)
+
+
+def test_muon_follows_torch_where_both_apply() -> None:
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.arange(24.0).view(6, 4) / 24) for _ in range(2))
+    config = OptimiserConfig(lr=0.05, weight_decay=0.1, muon=True)
+    mine = MuonAdamW([{"params": [ours], "use_muon": True}], config)
+    reference = torch.optim.Muon([theirs], lr=0.05, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        ours.grad = torch.randn(6, 4)
+        theirs.grad = ours.grad.clone()
+        mine.step()
+        reference.step()
+    assert torch.allclose(ours.data, theirs.data, atol=5e-3), "theirs iterates in bf16"
+
+
+def test_the_adamw_half_is_adamw() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    twin = copy.deepcopy(model)
+    config = OptimiserConfig(lr=0.02, weight_decay=0.1, betas=(0.8, 0.9), muon=True)
+    mine = MuonAdamW([{"params": list(model.parameters()), "use_muon": False}], config)
+    reference = torch.optim.AdamW(twin.parameters(), lr=0.02, weight_decay=0.1, betas=(0.8, 0.9))
+    for _ in range(4):
+        x = torch.randn(5, 4)
+        for net, optimiser in ((model, mine), (twin, reference)):
+            optimiser.zero_grad()
+            net(x).square().sum().backward()
+            optimiser.step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_state_survives_a_state_dict() -> None:
+    torch.manual_seed(0)
+    config = OptimiserConfig(lr=0.1, muon=True)
+
+    def build() -> tuple[nn.Linear, MuonAdamW]:
+        torch.manual_seed(1)
+        model = nn.Linear(4, 4)
+        groups = [{"params": [model.weight], "use_muon": True}, {"params": [model.bias], "use_muon": False}]
+        return model, MuonAdamW(groups, config)
+
+    def step(model: nn.Linear, optimiser: MuonAdamW, seed: int) -> None:
+        optimiser.zero_grad()
+        model(torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
+        optimiser.step()
+
+    model, optimiser = build()
+    step(model, optimiser, 0)
+    twin, restored = build()
+    twin.load_state_dict(model.state_dict())
+    restored.load_state_dict(copy.deepcopy(optimiser.state_dict()))
+    step(model, optimiser, 1)
+    step(twin, restored, 1)
+    assert torch.equal(model.weight, twin.weight) and torch.equal(model.bias, twin.bias)
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_groups_hold_every_parameter_once_with_the_right_rate_and_decay(muon: bool) -> None:
+    config = OptimiserConfig(lr=1.0, tower_lr=0.1, projector_lr=0.5, weight_decay=0.3, muon=muon)
+    module = tiny_module(optimiser=config)
+    module.configure_model()
+    groups = parameter_groups(module, config, module.tower_of)
+    names = {id(p): name for name, p in module.named_parameters()}
+    placed = {names[id(p)]: group for group in groups for p in group["params"]}
+    assert sorted(placed) == sorted(names.values())
+    assert placed["model.decoder.embedding.weight"]["weight_decay"] == 0
+    assert placed["model.decoder.norm.weight"]["weight_decay"] == 0
+    experts = placed["model.decoder.blocks.1.mlp.gate_up_E2ID"]
+    assert (experts["lr"], experts["weight_decay"], experts["use_muon"]) == (1.0, 0.3, muon)
+    assert not placed["model.decoder.blocks.1.mlp.router_ED"]["use_muon"]
+    rates = {name.split(".")[1]: group["lr"] for name, group in placed.items()}
+    assert rates["vision"] == 0.1 and rates["clip_projector"] == 0.5 and rates["decoder"] == 1.0
+    for group in groups:
+        group.pop("peak_lr")
+    assert isinstance(build_optimiser(groups, config), MuonAdamW if muon else torch.optim.AdamW)
+
+
+def test_the_schedule_warms_up_and_falls_to_its_floor() -> None:
+    config = OptimiserConfig(warmup=0.1, min_lr_ratio=0.2)
+    assert learning_rate_factor(0.0, config) == 0.0
+    assert learning_rate_factor(0.05, config) == pytest.approx(0.5)
+    assert learning_rate_factor(0.1, config) == 1.0
+    assert learning_rate_factor(0.55, config) == pytest.approx(0.6)
+    assert learning_rate_factor(1.0, config) == learning_rate_factor(7.0, config) == pytest.approx(0.2)
+    assert not math.isnan(learning_rate_factor(0.0, OptimiserConfig(warmup=0.0)))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"lr": 0.0}, "lr"),
+        ({"tower_lr": -1.0}, "tower_lr"),
+        ({"warmup": 1.0}, "warmup"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+    ],
+)
+def test_bad_settings_are_named(values: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        OptimiserConfig(**values)
