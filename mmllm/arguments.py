@@ -109,7 +109,7 @@ def _add_data(actions: Any) -> None:
         return _as_json(commands.stats(args.recipe, args.steps, args.batch_size))
 
     parser = _command(actions, "stats", "the realised mixture of a recipe's first steps", stats)
-    parser.add_argument("recipe", help="YAML")
+    parser.add_argument("--recipe", required=True, metavar="FILE", help="YAML")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=8, help="sequences a step")
 
@@ -121,7 +121,7 @@ def _add_data(actions: Any) -> None:
         )
 
     parser = _command(actions, "show", "exactly what a step holds", show)
-    parser.add_argument("recipe", help="YAML")
+    parser.add_argument("--recipe", required=True, metavar="FILE", help="YAML")
     parser.add_argument("--step", type=int, default=0, help="from 0")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences a step")
     parser.add_argument("--text", action="store_true", help="also the text of each sequence")

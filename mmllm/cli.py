@@ -25,6 +25,7 @@ LIGHTNING = {
     "predict": "run a module's predict step: -c FILE --ckpt_path CKPT",
 }
 
+
 class _Parser(argparse.ArgumentParser):
     """Raises ValueError on bad usage instead of leaving the process."""
 
@@ -41,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code. Nothing is raised and the process is not left, so that a program can call this many times.
     """
-    # Idle OpenMP threads sleep instead of spinning: beside any other busy process, spinning made a training step with
-    # two threads four times slower (docs/RESULTS.md). OpenMP reads this when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Idle OpenMP threads spin briefly, then sleep. With the default, another busy process on the machine made a
+    # training step with two threads four times slower (docs/RESULTS.md). Read when torch is first imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]

@@ -16,7 +16,9 @@ def installed(tmp_path_factory):
     run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder / "dist")], ROOT)
     (wheel,) = (folder / "dist").glob("mmllm-*.whl")
     target = folder / "site"
-    run([sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)], folder)
+    run(
+        [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)], folder
+    )
     return target
 
 

@@ -1,7 +1,8 @@
 """From image features and audio codes to the decoder's width.
 
 Shapes: N images, S features an image, O slots an image, C clips, F frames a clip, K codebooks,
-V codes a codebook (filler included), D decoder width, W inner width, P pooled frames.
+V codes a codebook (filler included), D decoder width, W inner width, P places of clips laid end to end,
+R of them slots.
 """
 
 from __future__ import annotations
@@ -100,16 +101,19 @@ class AudioProjectorConfig:
     """How the frames of a clip that is heard become slots.
 
     Attributes:
-        kind: "linear" or "mlp" of each `pool` frames, or "conv": residual convolution blocks over time
-            (not causal) before it.
+        kind: "linear" or "mlp" of each `pool` frames, or "conv": residual convolution blocks over the slots
+            (not causal) after it.
         pool: frames a slot; the tokenizer folder's `audio_pool`.
         width: inner width; None: the decoder's.
         num_layers: convolution blocks.
-        kernel: frames that a block sees; odd.
+        kernel: slots that a block sees; odd.
         dropout: inside the blocks, in training.
         code_dropout: in training, chance that a clip is heard with only its first few codebooks.
         frame_mask: in training, share of frames that are hidden in spans (as SpecAugment, arXiv 1904.08779).
         mask_span: frames a span.
+        spectrum: leading channels of the codes' embeddings that are a spectrum (a codec trained with
+            `losses.spectrum`): two layers of two-dimensional convolution over time and frequency come first, and the
+            other channels are left out; 0: there is none. A voice's resonances move along frequency.
         clip_norm: normalise each channel over the frames of a clip, as cepstral mean and variance normalisation
             does: what stays the same throughout a clip (voice, microphone) is taken out. False: LayerNorm a frame.
     """
@@ -123,6 +127,7 @@ class AudioProjectorConfig:
     code_dropout: float = 0.0
     frame_mask: float = 0.0
     mask_span: int = 8
+    spectrum: int = 0
     clip_norm: bool = False
 
     def __post_init__(self) -> None:
@@ -130,6 +135,11 @@ class AudioProjectorConfig:
             raise ValueError(f"audio projector.pool is {self.pool}; it must be at least 1 frame a slot")
         if self.kernel % 2 == 0:
             raise ValueError(f"audio projector.kernel is {self.kernel}; it must be odd")
+        if self.spectrum % 4 or (self.spectrum and self.kind != "conv"):
+            raise ValueError(
+                f"audio projector.spectrum is {self.spectrum} with kind {self.kind!r}; it must be a multiple of 4, and "
+                f"needs kind 'conv'"
+            )
         if not 0 <= self.frame_mask < 1:
             raise ValueError(f"audio projector.frame_mask is {self.frame_mask}; it must be in [0, 1)")
 
@@ -189,10 +199,38 @@ class ConvBlock(nn.Module):
             nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * width, width)
         )
 
-    def forward(self, x_CFW: Tensor, mask_CF1: Tensor) -> Tensor:
-        """Frames behind a clip's end stay zero, so a clip's result does not depend on its neighbours."""
-        mixed_CFW = self.conv(x_CFW.transpose(1, 2)).transpose(1, 2)
-        return x_CFW + self.mlp(self.norm(mixed_CFW)) * mask_CF1
+    def forward(self, x_PW: Tensor, is_slot_P1: Tensor) -> Tensor:
+        """Positions between clips stay zero, so a clip's result does not depend on its neighbours."""
+        mixed_PW = self.conv(x_PW.T[None])[0].T
+        return x_PW + self.mlp(self.norm(mixed_PW)) * is_slot_P1
+
+
+class SpectrumStem(nn.Module):
+    """Two convolutions over time and frequency, each followed by the larger of two neighbouring bands."""
+
+    CHANNELS = (16, 32)
+
+    def __init__(self, num_bands: int):
+        super().__init__()
+        self.num_bands = num_bands
+        first, second = self.CHANNELS
+        self.first = nn.Conv2d(1, first, 3, padding=1)
+        self.second = nn.Conv2d(first, second, 3, padding=1)
+        self.norm = nn.LayerNorm(second * num_bands // 4)
+
+    @property
+    def width(self) -> int:
+        """Channels a frame."""
+        return self.CHANNELS[1] * self.num_bands // 4
+
+    def forward(self, x_PBL: Tensor, is_slot_P1: Tensor) -> Tensor:
+        """[P, B, width] of B frames a place; zero between clips, before each convolution as after."""
+        num_frames = x_PBL.shape[0] * x_PBL.shape[1]
+        is_frame = is_slot_P1.repeat_interleave(x_PBL.shape[1], dim=0).view(1, 1, num_frames, 1)
+        x_1CFM = x_PBL.flatten(0, 1)[:, : self.num_bands][None, None]
+        x_1CFM = F.max_pool2d(F.gelu(self.first(x_1CFM)), (1, 2)) * is_frame
+        x_1CFM = F.max_pool2d(F.gelu(self.second(x_1CFM)), (1, 2))
+        return self.norm(x_1CFM[0].transpose(0, 1).flatten(1)).unflatten(0, x_PBL.shape[:2])
 
 
 def _over_frames(x_CFW: Tensor, mask_CF1: Tensor, floor: float = 0.05) -> Tensor:
@@ -213,38 +251,62 @@ class AudioProjector(nn.Module):
         self.frame_norm = None if config.clip_norm else nn.LayerNorm(latent_width)
         self.mask_embedding = nn.Parameter(torch.zeros(latent_width))
         if config.kind == "conv":
-            self.stem = nn.Linear(latent_width, inner)
+            if config.spectrum > latent_width:
+                raise ValueError(
+                    f"audio projector.spectrum is {config.spectrum}; the codes' embeddings have {latent_width} channels"
+                )
+            self.picture = SpectrumStem(config.spectrum) if config.spectrum else None
+            frame_width = self.picture.width if self.picture is not None else latent_width
+            self.stem = nn.Linear(frame_width * config.pool, inner)
             self.blocks = nn.ModuleList(
                 ConvBlock(inner, config.kernel, config.dropout) for _ in range(config.num_layers)
             )
             self.norm = nn.LayerNorm(inner)
-        frame_width = inner if config.kind == "conv" else latent_width
         if config.kind == "mlp":
-            self.project: nn.Module = _mlp(frame_width * config.pool, inner, width)
+            self.project: nn.Module = _mlp(latent_width * config.pool, inner, width)
         else:
-            self.project = nn.Linear(frame_width * config.pool, width)
+            self.project = nn.Linear(inner if config.kind == "conv" else latent_width * config.pool, width)
 
     def forward(self, codes_CFK: Tensor, embedding: CodeEmbedding) -> Tensor:
         """[C, ceil(F / pool), D]; -1 codes pad a clip's end."""
         mask_CF1 = (codes_CFK[..., :1] >= 0).to(embedding.table.weight.dtype)
         if self.training:
             codes_CFK = self._drop_codebooks(codes_CFK)
-        x_CFW = embedding(codes_CFK)
-        x_CFW = _over_frames(x_CFW, mask_CF1) if self.frame_norm is None else self.frame_norm(x_CFW)
+        x_CFL = embedding(codes_CFK)
+        x_CFL = _over_frames(x_CFL, mask_CF1) if self.frame_norm is None else self.frame_norm(x_CFL)
         hidden_CF1 = self._hidden_frames(codes_CFK) if self.training and self.config.frame_mask else None
         if hidden_CF1 is not None:
-            x_CFW = torch.where(hidden_CF1, self.mask_embedding.to(x_CFW.dtype), x_CFW)
+            x_CFL = torch.where(hidden_CF1, self.mask_embedding.to(x_CFL.dtype), x_CFL)
         else:
-            x_CFW = x_CFW + self.mask_embedding.sum() * 0.0
-        x_CFW = x_CFW * mask_CF1
-        if self.config.kind == "conv":
-            x_CFW = self.stem(x_CFW) * mask_CF1
-            for block in self.blocks:
-                x_CFW = block(x_CFW, mask_CF1)
-            x_CFW = self.norm(x_CFW) * mask_CF1
+            x_CFL = x_CFL + self.mask_embedding.sum() * 0.0
         pool = self.config.pool
-        x_CFW = F.pad(x_CFW, (0, 0, 0, -x_CFW.shape[1] % pool))
-        return self.project(x_CFW.unflatten(1, (-1, pool)).flatten(2))
+        x_CFL = F.pad(x_CFL * mask_CF1, (0, 0, 0, -x_CFL.shape[1] % pool))
+        if self.config.kind != "conv":
+            return self.project(x_CFL.unflatten(1, (-1, pool)).flatten(2))
+        num_slots_C = -(-mask_CF1.sum(dim=(1, 2)).long() // pool)
+        return self.project(self._convolved(x_CFL.unflatten(1, (-1, pool)), num_slots_C))
+
+    def _convolved(self, x_CSBL: Tensor, num_slots_C: Tensor) -> Tensor:
+        """Convolves the clips laid end to end, zeros between them: padding short clips to the longest costs more."""
+        gap = self.config.kernel // 2
+        slots_S = torch.arange(x_CSBL.shape[1], device=x_CSBL.device)
+        is_real_CS = slots_S < num_slots_C[:, None]
+        starts_C = (num_slots_C + gap).cumsum(0) - num_slots_C - gap
+        places_R = (starts_C[:, None] + slots_S)[is_real_CS]
+        num_places = int(num_slots_C.sum()) + gap * len(num_slots_C)
+        x_RBL = x_CSBL[is_real_CS]
+        is_slot_P1 = x_RBL.new_zeros(num_places, 1).index_fill(0, places_R, 1.0)
+        if self.picture is not None:
+            x_PBL = x_RBL.new_zeros(num_places, *x_RBL.shape[1:]).index_copy(0, places_R, x_RBL)
+            x_RBL = self.picture(x_PBL, is_slot_P1)[places_R]
+        x_RW = self.stem(x_RBL.flatten(1))
+        x_PW = x_RW.new_zeros(num_places, x_RW.shape[1]).index_copy(0, places_R, x_RW)
+        for block in self.blocks:
+            x_PW = block(x_PW, is_slot_P1)
+        x_RW = self.norm(x_PW[places_R])
+        rows_R = is_real_CS.flatten().nonzero().squeeze(1)
+        x_NW = x_RW.new_zeros(is_real_CS.numel(), x_RW.shape[1]).index_copy(0, rows_R, x_RW)
+        return x_NW.unflatten(0, is_real_CS.shape)
 
     def _drop_codebooks(self, codes_CFK: Tensor) -> Tensor:
         num_codebooks = codes_CFK.shape[2]

@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 class DemoSizes:
     """How many rows of each kind."""
 
-    scenes: int = 20_000
-    words: int = 2_500
-    phrases: int = 2_500
-    sentences: int = 4_000
+    scenes: int = 16_000
+    words: int = 1_500
+    phrases: int = 1_500
+    sentences: int = 3_000
     interleaved: int = 3_000
     test: int = 504
     """Of each task, and of each set that is scored apart."""
@@ -61,7 +61,7 @@ def make_demo_data(out: str | Path, seed: int = 0, sizes: DemoSizes | None = Non
                 sizes.test,
                 seed,
                 sizes.sample_rate,
-            )  # fmt: skip
+            )
         )
     except ModuleNotFoundError as error:
         with_speech = False

@@ -16,13 +16,13 @@ from mmllm.paths import config_path
 TEMPLATE_DIR = "runs/demo"
 """The folder that the shipped quickstart configs name; it is replaced by the run's."""
 
-DEMO_STEPS = {"codec": 700, "clip": 450, "decoder": 1500}
+DEMO_STEPS = {"codec": 400, "clip": 250, "decoder": 1000}
 """Training steps of the demo on its own data. Fixed, so that everybody's demo is the same run."""
 
 STAGE_SHARES = {"codec": 0.2, "clip": 0.25}
 """With `--minutes`: share of what is left that a stage before the decoder may take."""
 
-EVALUATION_SECONDS = {"caption": 0.05, "transcribe": 0.04, "speak": 0.25, "interleaved": 0.08, "text": 0.06}
+EVALUATION_SECONDS = {"caption": 0.04, "transcribe": 0.03, "speak": 0.12, "interleaved": 0.06, "text": 0.05}
 """About what one row costs, all controls included."""
 
 
@@ -76,21 +76,35 @@ class Choices:
     perturb: int
     sequence_length: int
     batch_size: int
+    decoder: dict[str, Any]
+    """Keys of the decoder's config that differ from the shipped one."""
     image_tokens: int = 16
     image_size: int = 64
     audio_pool: int = 2
 
 
+SMALL_DECODER = {"width": 128, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1}
+SMALL_MOE = {"num_experts": 8, "top_k": 2, "expert_width": 128}
+TEXT_DECODER = {"width": 256, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "dropout": 0.15}
+TEXT_MOE = {"num_experts": 8, "top_k": 2, "expert_width": 256}
+
+
 def choose(contents: Contents, is_demo: bool) -> Choices:
     """Sizes for the demo or for somebody's rows.
 
-    The vocabulary grows with the text; few sounds get more altered copies.
+    The vocabulary grows with the text; few sounds get more altered copies; captions and transcripts need less of a
+    decoder than prose does, and gain from the steps that a smaller one has time for.
     """
     vocab_size = 640 if contents.num_characters < 400_000 else 1024
-    perturb = 0
-    if contents.has_sounds:
-        perturb = 1 if is_demo else int(min(10, max(1, 8000 // max(contents.audio_seconds, 1.0))))
-    return Choices(vocab_size=vocab_size, perturb=perturb, sequence_length=512, batch_size=8)
+    if is_demo:
+        return Choices(vocab_size=vocab_size, perturb=0, sequence_length=512, batch_size=8, decoder={})
+    perturb = int(min(10, max(1, 4000 // max(contents.audio_seconds, 1.0)))) if contents.has_sounds else 0
+    decoder: dict[str, Any] = {}
+    if contents.kinds == ("text",):
+        decoder = {**TEXT_DECODER, "moe": TEXT_MOE}
+    elif "text" not in contents.kinds and "interleaved" not in contents.kinds:
+        decoder = {**SMALL_DECODER, "moe": SMALL_MOE}
+    return Choices(vocab_size=vocab_size, perturb=perturb, sequence_length=512, batch_size=4, decoder=decoder)
 
 
 def recipe_dict(out: Path, contents: Contents, choices: Choices, seed: int, curriculum_steps: int) -> dict[str, Any]:
@@ -104,8 +118,8 @@ def recipe_dict(out: Path, contents: Contents, choices: Choices, seed: int, curr
             )
     if contents.has_sounds:
         speech = {"kind": "audio", "shards": f"{shards}/train/audio-*.tar"}
-        sources.append({"name": "heard", **speech, "weight": 0.26, "tasks": ["transcribe"]})
-        sources.append({"name": "spoken", **speech, "weight": 0.16, "tasks": ["speak"], "filter": "not perturbed"})
+        sources.append({"name": "heard", **speech, "weight": 0.30, "tasks": ["transcribe"]})
+        sources.append({"name": "spoken", **speech, "weight": 0.12, "tasks": ["speak"], "filter": "not perturbed"})
     recipe: dict[str, Any] = {
         "seed": seed,
         "tokenizer": str(out / "tokenizer"),

@@ -41,6 +41,9 @@ RunCommand = Callable[[Sequence[str]], int]
 STATE_FILE = "quickstart.json"
 FORMAT_VERSION = 1
 MIN_TRAINING_SECONDS = 5.0
+MIN_EVALUATED = 20
+"""Rows of each set, however little time is left."""
+REPORT_SECONDS = 8.0
 
 
 class StageFailed(ValueError):
@@ -246,8 +249,8 @@ class _Run:
         minutes = self.settings["minutes"]
         contents = read_contents(self.out / "manifests")
         tasks = evaluation_tasks(self.out / "manifests" / "test.jsonl", contents)
-        wanted = 10 + sum(EVALUATION_SECONDS[task] * count for task, count in tasks.items())
-        return min(wanted, 0.25 * 60 * minutes)
+        wanted = sum(EVALUATION_SECONDS[task] * count for task, count in tasks.items())
+        return min(wanted + REPORT_SECONDS, 0.25 * 60 * minutes)
 
     def _fit_codec(self) -> None:
         self._fit("codec", {"data.init_args.shards": f"{self.out}/shards/sound/audio-*.tar"})
@@ -271,6 +274,7 @@ class _Run:
             write_yaml(self.out / "recipe.yaml", recipe, "Written by `mmllm quickstart`. See what it holds: "
                        f"mmllm data show --recipe {self.out / 'recipe.yaml'} --step 0")  # fmt: skip
         overrides: dict[str, Any] = {
+            **{f"model.init_args.decoder.{key}": value for key, value in choices.decoder.items()},
             "data.init_args.batch_size": choices.batch_size,
             "data.init_args.min_scale": 0.6 if is_few else 0.85,
             "data.init_args.flip": not contents.names_sides,
@@ -292,19 +296,17 @@ class _Run:
     def _evaluate(self, contents: Contents) -> list[str]:
         tasks = evaluation_tasks(self.out / "manifests" / "test.jsonl", contents)
         costs = {task: EVALUATION_SECONDS[task] * count for task, count in tasks.items()}
-        for task, count in tasks.items():
+        for place, (task, count) in enumerate(tasks.items()):
             limit: list[str] = []
             if (left := self.seconds_left) is not None:
-                share = (left - 8) * costs[task] / max(sum(costs.values()), 1e-9)
-                affordable = max(20, int(share / EVALUATION_SECONDS[task]))
-                limit = ["--limit", str(affordable)] if affordable < count else []
-            del costs[task]
+                cost_to_come = sum(list(costs.values())[place:])
+                affordable = int(count * (left - REPORT_SECONDS) / cost_to_come)
+                limit = ["--limit", str(max(MIN_EVALUATED, affordable))] if affordable < count else []
             self.stage(
                 f"eval {task}", "eval", "--model", str(self.out / "model"), "--task", task,
                 "--manifest", str(self.out / "manifests" / "test.jsonl"),
                 "--json", str(self.out / "eval" / f"{task}.json"), *limit,
             )  # fmt: skip
-            costs = {name: cost for name, cost in costs.items()}
         return list(tasks)
 
     def _report(self, contents: Contents, tasks: Sequence[str]) -> dict[str, Any]:

@@ -7,13 +7,13 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from mmllm_tokenizers.vocab import SPECIAL_TOKENS
-from tokenizers import Tokenizer
 
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 """The special tokens and one token for each byte."""
