@@ -19,7 +19,7 @@ TASKS = ("caption", "transcribe", "speak", "text", "interleaved")
 def add_commands(commands: Any) -> None:
     """Adds all commands to the subparsers of `mmllm`."""
     _add_data(_group(commands, "data", "manifests to shards, indices, and what a recipe draws from them"))
-    _add_tokenizer(_group(commands, "tokenizer", "train the text tokenizer, put a tokenizer folder together"))
+    _add_tokenizer(_group(commands, "tokenizer", "make text and audio tokenizers, put a tokenizer folder together"))
     _add_inference(commands)
     _add_eval(commands)
     _add_interop(commands)
@@ -146,9 +146,44 @@ def _add_tokenizer(actions: Any) -> None:
 
         return _as_json(tokenizer_commands.assemble(args.out, args.text, args.codec, _tokenizer_config(args)))
 
-    parser = _command(actions, "assemble", "a tokenizer folder from text tokens and a codec", assemble)
+    parser = _command(actions, "assemble", "a tokenizer folder from text tokens and an audio tokenizer", assemble)
     parser.add_argument("--text", required=True, help="tokenizer.json, or the folder that holds it")
     _add_tokenizer_options(parser)
+    _add_audio_tokenizers(actions)
+
+
+def _add_audio_tokenizers(actions: Any) -> None:
+    def encodec(args: argparse.Namespace) -> Iterable[str]:
+        from mmllm.training import tokenizer_commands
+
+        return _as_json(tokenizer_commands.encodec(args.name, args.out, args.weights, args.num_codebooks))
+
+    parser = _command(actions, "encodec", "an audio tokenizer from one of Meta's EnCodec models", encodec)
+    parser.add_argument("name", help="encodec_24khz or encodec_48khz")
+    parser.add_argument(
+        "--weights", metavar="FILE", help="the published .th file, or its folder; else torch hub's cache"
+    )
+    parser.add_argument("--num_codebooks", type=int, default=8, help="codebooks in use")
+    parser.add_argument("--out", required=True, metavar="DIR", help="what `assemble --codec DIR` takes")
+
+    def kmeans(args: argparse.Namespace) -> Iterable[str]:
+        from mmllm.training import tokenizer_commands
+        from mmllm_tokenizers.audio import KMeansConfig
+
+        config = KMeansConfig(
+            args.sample_rate, args.hop_samples, args.num_clusters, window_samples=5 * args.hop_samples // 2,
+            seed=args.seed,
+        )  # fmt: skip
+        return _as_json(tokenizer_commands.kmeans(args.inputs, args.out, config, args.max_minutes))
+
+    parser = _command(actions, "kmeans", "an audio tokenizer of k-means units, which hears but can't speak", kmeans)
+    parser.add_argument("inputs", nargs="+", help="manifests (.jsonl) or shards with sound")
+    parser.add_argument("--num_clusters", type=int, default=256, help="units")
+    parser.add_argument("--sample_rate", type=int, default=8000, help="sounds are resampled to it")
+    parser.add_argument("--hop_samples", type=int, default=160, help="samples a frame; windows are 2.5 times as long")
+    parser.add_argument("--max_minutes", type=float, default=60.0, help="at most so much sound, drawn at random")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", required=True, metavar="DIR", help="what `assemble --codec DIR` takes")
 
 
 def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:

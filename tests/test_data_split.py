@@ -28,7 +28,7 @@ def manifest(tmp_path):
 
 def test_split_by_key_keeps_every_row_once_and_its_files(manifest, tmp_path):
     counts = split([manifest], tmp_path / "out", holdout="speaker=bob", num_val=2)
-    assert counts["train"] == {"interleaved": 1, "text": 73}
+    assert counts["train"] == {"interleaved": 1, "text": 74}
     assert counts["val"] == {"text": 1}
     assert counts["test"] == {"text": 25}
     names = ("train-interleaved", "train-text", "val", "test")
@@ -49,10 +49,46 @@ def test_split_by_default_holds_a_tenth_out_the_same_each_time(manifest, tmp_pat
     assert (tmp_path / "a" / "test.jsonl").read_bytes() == (tmp_path / "b" / "test.jsonl").read_bytes()
 
 
-def test_split_refuses_test_rows_that_are_trained_on(manifest, tmp_path):
-    test = write(tmp_path / "test.jsonl", [{"id": "other-id", "text": "text 7"}])
-    with pytest.raises(ManifestError, match=r"1 test rows are also training rows, such as .*test.jsonl:1"):
-        split([manifest], tmp_path / "out", test=[test])
+def test_split_leaves_out_training_rows_that_a_test_row_repeats(manifest, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "copy.png")
+    rows = [
+        {"id": "other-id", "text": "text 7"},
+        {"id": "s2", "segments": [{"text": "a picture"}, {"image": "copy.png"}], "question": "what?", "answer": "red"},
+    ]
+    test = write(tmp_path / "test.jsonl", rows)
+    counts = split([manifest], tmp_path / "out", test=[test], num_val=0)
+    assert counts["repeated"] == 2
+    assert counts["train"] == {"text": 99}
+    assert "text 7" not in {row.text for row in read_manifest(tmp_path / "out" / "train-text.jsonl")}
+
+
+def test_split_refuses_to_test_on_all_that_is_trained_on(manifest, tmp_path):
+    with pytest.raises(ManifestError, match="all 101 training rows are test rows"):
+        split([manifest], tmp_path / "out", test=[manifest])
+
+
+def test_rows_of_one_picture_stay_together(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    Image.new("RGB", (5, 4)).save(tmp_path / "b.png")
+    rows = [{"id": f"{name}{i}", "image": f"{name}.png", "text": f"words {i}"} for name in "ab" for i in range(30)]
+    path = write(tmp_path / "m.jsonl", rows)
+    for seed in range(20):
+        try:
+            counts = split([path], tmp_path / "out", holdout="0.5", num_val=0, seed=seed)
+        except ManifestError:
+            continue  # both on one side
+        assert counts["train"] == counts["test"] == {"caption": 30}
+        return
+    raise AssertionError("no seed parted the two pictures")
+
+
+def test_bad_rows_count_against_their_own_manifest(tmp_path):
+    def rows(prefix: str, num_bad: int) -> list[dict]:
+        return [{"id": f"{prefix}{i}", "text": "" if i < num_bad else f"{prefix} {i}"} for i in range(200)]
+
+    first, second = write(tmp_path / "1.jsonl", rows("a", 9)), write(tmp_path / "2.jsonl", rows("b", 9))
+    small = write(tmp_path / "3.jsonl", [{"id": "c", "text": "c"}, {"id": "d", "text": "d"}])
+    assert len(split([first, second, small], tmp_path / "out", holdout="0.2")["skipped"]) == 18
 
 
 def test_split_names_bad_rows(manifest, tmp_path):

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
 import json
-import socket
-import sys
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.multiprocessing
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mmllm.model.multimodal import LossConfig
@@ -23,6 +20,7 @@ from tests.training_fixtures import (
     merge,
     mixed_pairs,
     quiet_trainer,
+    run_two_ranks,
     tiny_batch,
     tiny_module,
     train_rank,
@@ -75,12 +73,7 @@ class _StopAfter(pl.Callback):
 def test_two_ranks_give_the_losses_and_weights_of_one_also_when_one_has_text_alone(tmp_path: Path) -> None:
     alone = tiny_module()
     losses = _fit(alone, ListData([merge(list(pair)) for pair in mixed_pairs()]), max_steps=4)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    method = "fork" if sys.platform == "linux" else "spawn"  # forking saves two imports of torch and Lightning
-    torch.multiprocessing.start_processes(train_rank, args=(port, str(tmp_path)), nprocs=2, start_method=method)
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    ranks = run_two_ranks(train_rank, tmp_path)
     for rank in ranks:
         assert rank["losses"] == pytest.approx(losses, rel=1e-5)
         for name, weight in alone.state_dict().items():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -208,6 +209,13 @@ def mixed_pairs() -> list[tuple[PackedBatch, PackedBatch]]:
 
 
 def train_rank(rank: int, port: int, out: str) -> None:
+    """One of two gloo processes on the mixed pairs; see `fit_rank`."""
+    fit_rank(rank, port, out, tiny_module(), ListData(mixed_pairs()), max_steps=4)
+
+
+def fit_rank(
+    rank: int, port: int, out: str, module: DecoderModule, data: pl.LightningDataModule, max_steps: int
+) -> None:
     """One of two gloo processes; writes the losses and weights that it ends with."""
     import os
 
@@ -220,15 +228,29 @@ def train_rank(rank: int, port: int, out: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
     torch.set_num_threads(1)
     recorder = LossRecorder()
-    module = tiny_module()
     with quiet_lightning():
         trainer = quiet_trainer(
             recorder,
-            max_steps=4,
+            max_steps=max_steps,
             strategy="ddp",
             devices=2,
             plugins=[TorchElasticEnvironment()],
             use_distributed_sampler=False,
         )
-        trainer.fit(module, datamodule=ListData(mixed_pairs()))
+        trainer.fit(module, datamodule=data)
     torch.save({"losses": recorder.losses, "weights": module.state_dict()}, f"{out}/rank{rank}.pt")
+
+
+def run_two_ranks(function: Callable[..., None], out: Path, *args: Any) -> list[dict[str, Any]]:
+    """Runs `function(rank, port, out, *args)` in two processes; gives what each saved."""
+    import socket
+    import sys
+
+    import torch.multiprocessing
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    method = "fork" if sys.platform == "linux" else "spawn"  # forking saves two imports of torch and Lightning
+    torch.multiprocessing.start_processes(function, args=(port, str(out), *args), nprocs=2, start_method=method)
+    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]

@@ -7,10 +7,10 @@ is metadata.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,20 +62,22 @@ class BadRows:
         _logger.warning("skipped %s", message)
         self.reasons.append(message)
 
-    def check(self, num_rows: int, name: str) -> None:
+    def check(self, num_rows: int, name: str, since: int = 0) -> None:
         """Refuse a manifest of which too many rows were skipped.
 
         Args:
             num_rows: How many rows were looked at, bad ones included.
             name: The manifest.
+            since: Only the bad rows from this one on are the manifest's.
 
         Raises:
             ManifestError: More than `max_fraction` of the rows (rounded up), or all of them, are bad.
         """
-        num_bad = len(self.reasons)
+        reasons = self.reasons[since:]
+        num_bad = len(reasons)
         allowed = math.ceil(self.max_fraction * num_rows)
         if num_bad and (num_bad > allowed or num_bad >= num_rows):
-            shown = "; ".join(self.reasons[:_SHOWN]) + ("; …" if num_bad > _SHOWN else "")
+            shown = "; ".join(reasons[:_SHOWN]) + ("; …" if num_bad > _SHOWN else "")
             raise ManifestError(
                 f"{name}: {num_bad} of {num_rows} rows can't be used, at most {min(allowed, num_rows - 1)} may be: "
                 f"{shown}. Mend them, or raise max_bad_fraction (now {self.max_fraction})"
@@ -95,6 +97,7 @@ def read_manifest(path: str | Path, bad: BadRows | None = None) -> list[Row]:
     """
     path = Path(path)
     own = bad if bad is not None else BadRows(0.0)
+    since = len(own.reasons)
     rows: list[Row] = []
     num_lines = 0
     for number, line in _lines(path):
@@ -106,7 +109,7 @@ def read_manifest(path: str | Path, bad: BadRows | None = None) -> list[Row]:
             own.add(where, error)
     if not num_lines:
         raise ManifestError(f"{path}: the manifest is empty; it needs one JSON object a line")
-    own.check(num_lines, str(path))
+    own.check(num_lines, str(path), since)
     return rows
 
 
@@ -205,13 +208,27 @@ def _segments(value: dict[str, Any], folder: Path) -> tuple[dict[str, Any], ...]
     return tuple(segments)
 
 
+def even_hash(text: str) -> float:
+    """A number in [0, 1) from a text. CRC won't do: texts that differ in one letter get numbers that hardly differ."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def _shown(row: Row) -> str:
+    """What rows of one picture, one sound or one text have in common: never parted by a split."""
+    if row.segments:
+        return row.id
+    media = row.image or row.audio
+    return media.name if media is not None else row.text
+
+
 def split_rows(rows: Sequence[Row], holdout: str | float, seed: int = 0) -> tuple[list[Row], list[Row]]:
     """Rows to train on and rows held out.
 
     Args:
         rows: The rows.
         holdout: `KEY=VALUE` holds out the rows whose metadata has that value; a number holds out that
-            fraction of them, chosen by the hash of their ids (so that adding rows moves none).
+            fraction of them, chosen by the hash of what they show (so that adding rows moves none, and rows of one
+            picture, one sound or one text stay together).
         seed: Changes the choice by fraction.
 
     Returns:
@@ -228,7 +245,7 @@ def split_rows(rows: Sequence[Row], holdout: str | float, seed: int = 0) -> tupl
             fraction = float(holdout)
         except ValueError as error:
             raise ManifestError(f"holdout is {holdout!r}; give KEY=VALUE or a fraction") from error
-        mask = [zlib.crc32(f"{seed}:{row.id}".encode()) / 2**32 < fraction for row in rows]
+        mask = [even_hash(f"{seed}:{_shown(row)}") < fraction for row in rows]
     train = [row for row, out in zip(rows, mask, strict=True) if not out]
     heldout = [row for row, out in zip(rows, mask, strict=True) if out]
     if not heldout or not train:

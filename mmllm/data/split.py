@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmllm.data.manifest import KINDS, BadRows, ManifestError, Row, read_manifest, split_rows
+from mmllm.data.manifest import KINDS, BadRows, ManifestError, Row, even_hash, read_manifest, split_rows
+
+log = logging.getLogger(__name__)
 
 DEFAULT_HOLDOUT = "0.1"
 """Share of the rows that is held out where neither test manifests nor `holdout` are given."""
@@ -37,7 +40,8 @@ def split(
         seed: Of the draws by fraction.
 
     Returns:
-        `train`, `val`, `test`: rows by kind; `skipped`: unusable rows.
+        `train`, `val`, `test`: rows by kind; `repeated`: training rows left out because a test row shows the same;
+        `skipped`: unusable rows.
 
     Raises:
         FileNotFoundError, ManifestError: A manifest can't be used, or a part would be empty.
@@ -45,10 +49,21 @@ def split(
     bad = BadRows(max_bad_fraction)
     train_rows = [row for path in train for row in read_manifest(path, bad)]
     test_rows = [row for path in test for row in read_manifest(path, bad)]
+    if test_rows and holdout is not None and "=" not in holdout:
+        raise ManifestError(f"holdout is {holdout}, a fraction, beside test manifests; give one of the two")
     if not test_rows or holdout is not None:
         train_rows, heldout = split_rows(train_rows, holdout or DEFAULT_HOLDOUT, seed)
         test_rows = test_rows or heldout
-    _check_no_overlap(train_rows, test_rows)
+    num_before = len(train_rows)
+    train_rows = _without(train_rows, test_rows)
+    num_repeated = num_before - len(train_rows)
+    if num_repeated:
+        log.warning("%d training rows are left out: what they show is in the test rows as well", num_repeated)
+    if not train_rows:
+        raise ManifestError(
+            f"all {num_before} training rows are test rows as well; give other --test manifests, or hold rows out with "
+            f"--holdout KEY=VALUE"
+        )
     by_kind = {kind: [row for row in train_rows if row.kind == kind] for kind in KINDS}
     val_rows: list[Row] = []
     for kind, rows in by_kind.items():
@@ -67,6 +82,7 @@ def split(
         "train": {kind: len(rows) for kind, rows in by_kind.items() if rows},
         "val": _count(val_rows),
         "test": _count(test_rows),
+        "repeated": num_repeated,
         "skipped": bad.reasons,
     }
 
@@ -96,7 +112,7 @@ def write_manifest(rows: Sequence[Row], path: Path) -> None:
 
 
 def _draw(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
-    return sorted(rows, key=lambda row: zlib.crc32(f"val {seed}:{row.id}".encode()))[:count]
+    return sorted(rows, key=lambda row: even_hash(f"val {seed}:{row.id}"))[:count]
 
 
 def _count(rows: Sequence[Row]) -> dict[str, int]:
@@ -104,12 +120,26 @@ def _count(rows: Sequence[Row]) -> dict[str, int]:
     return {kind: count for kind, count in counts.items() if count}
 
 
-def _check_no_overlap(train_rows: Sequence[Row], test_rows: Sequence[Row]) -> None:
-    """Scores of rows that were trained on are no results."""
-    seen = {row.image or row.audio or row.text for row in train_rows if not row.segments}
-    both = [row for row in test_rows if not row.segments and (row.image or row.audio or row.text) in seen]
-    if both:
-        raise ManifestError(
-            f"{len(both)} test rows are also training rows, such as {both[0].where} ({both[0].id!r}); "
-            f"take them out of one, or hold rows out with --holdout KEY=VALUE"
-        )
+def _without(train_rows: Sequence[Row], test_rows: Sequence[Row]) -> list[Row]:
+    """The training rows that no test row repeats: scores of rows that were trained on are no results.
+
+    Rows are told by what is in their files, wherever those lie. A document with segments repeats another with the same
+    files and texts; single pictures of it may occur elsewhere.
+    """
+    digests: dict[Path, str] = {}
+
+    def content(row: Row) -> tuple[str, ...]:
+        if row.segments:
+            parts = [next(iter(segment.values())) for segment in row.segments]
+            return tuple(_digest(part, digests) if isinstance(part, Path) else str(part) for part in parts)
+        media = row.image or row.audio
+        return ("text", row.text) if media is None else (_digest(media, digests),)
+
+    tested = {content(row) for row in test_rows}
+    return [row for row in train_rows if content(row) not in tested]
+
+
+def _digest(path: Path, digests: dict[Path, str]) -> str:
+    if path not in digests:
+        digests[path] = hashlib.sha1(path.read_bytes(), usedforsecurity=False).hexdigest()
+    return digests[path]

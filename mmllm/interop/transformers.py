@@ -5,10 +5,16 @@ Only the decoder travels: token ids in, logits out. Images and sounds are this p
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mmllm.model.decoder import Decoder, DecoderConfig
@@ -16,6 +22,9 @@ from mmllm.model.moe import MoEConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+TOKENIZER_KEY = "mmllm_tokenizer"
+"""In an exported config.json: the hash of the tokenizer folder."""
 
 
 def export_family(config: DecoderConfig) -> str:
@@ -100,33 +109,101 @@ def to_transformers(decoder: Decoder, max_positions: int = 32768) -> PreTrainedM
     return model.eval()
 
 
-def to_mixtral(decoder: Decoder, folder: str | Path) -> str:
-    """Writes the decoder as a transformers checkpoint; gives the family, "mixtral" or "qwen3_moe"."""
+def to_mixtral(decoder: Decoder, folder: str | Path, tokenizer: str | None = None) -> str:
+    """Writes the decoder as a transformers checkpoint.
+
+    Args:
+        decoder: what to write.
+        folder: where to.
+        tokenizer: hash of the tokenizer folder that the ids belong to; kept in config.json.
+
+    Returns:
+        The family, "mixtral" or "qwen3_moe".
+    """
     model = to_transformers(decoder)
-    model.save_pretrained(str(folder))
+    if tokenizer is not None:
+        setattr(model.config, TOKENIZER_KEY, tokenizer)
+    with _quiet(_transformers()):
+        model.save_pretrained(str(folder))
     return str(model.config.model_type)
+
+
+def tokenizer_of(folder: str | Path) -> str | None:
+    """Hash of the tokenizer folder that a checkpoint's ids belong to; None where mmllm didn't write it."""
+    path = Path(folder) / "config.json"
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")).get(TOKENIZER_KEY)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no checkpoint's config: {error}") from error
+    return None if value is None else str(value)
 
 
 def from_mixtral(source: PreTrainedModel | str | Path) -> Decoder:
     """A decoder with the weights of a Mixtral or Qwen3-MoE model, or of the folder of one.
 
     Raises:
-        ValueError: for another family, or a variant that this decoder does not compute.
+        ValueError: for another family, a variant that this decoder does not compute, or a damaged checkpoint.
         FileNotFoundError: for a folder that does not exist.
         ModuleNotFoundError: without transformers.
     """
-    if isinstance(source, (str, Path)):
-        if not Path(source).is_dir():
-            raise FileNotFoundError(f"{source} is no folder; give the folder of a Mixtral or Qwen3-MoE checkpoint")
-        family = _transformers().AutoConfig.from_pretrained(str(source), local_files_only=True).model_type
-        _check_family(family)
-        model: Any = _transformers().AutoModelForCausalLM.from_pretrained(str(source), local_files_only=True)
-    else:
-        model = source
+    model: Any = _read(Path(source)) if isinstance(source, (str, Path)) else source
     decoder = Decoder(decoder_config(model.config))
     decoder.to(next(iter(model.parameters())).dtype)
     decoder.load_state_dict(_to_ours(decoder, model.state_dict()))
     return decoder
+
+
+def _read(folder: Path) -> Any:
+    """The model of a folder. What transformers would fill in at random, or leave out, is an error here."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder; give the folder of a Mixtral or Qwen3-MoE checkpoint")
+    transformers = _transformers()
+    with _quiet(transformers) as reports:
+        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        decoder_config(config)  # refuses what can't be imported before gigabytes are read
+        try:
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                str(folder), local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        except (SafetensorError, RuntimeError, KeyError) as error:
+            named = re.findall(r"^(\S+) *\|.*CONVERSION", "\n".join(reports), re.MULTILINE)
+            what = f": weights are missing in {', '.join(named[:3])}" if named else f" can't be read: {error}"
+            raise ValueError(f"the weights in {folder}{what}; copy the checkpoint again") from error
+    problems = {
+        "lacks": found["missing_keys"],
+        "has the unknown": found["unexpected_keys"],
+        "has the wrong shape for": [key[0] for key in found["mismatched_keys"]],
+    }
+    for problem, names in problems.items():
+        if names:
+            shown = ", ".join(sorted(names)[:3])
+            raise ValueError(f"{folder} {problem} weights {shown} ({len(names)} in all); it isn't what its config says")
+    return model
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[list[str]]:
+    """Without its bars; what it would log is given. What matters in that is raised."""
+    bars, logger = transformers.utils.logging, logging.getLogger("transformers")
+    had_bars, handlers, propagate = bars.is_progress_bar_enabled(), logger.handlers, logger.propagate
+    collector = _Collector()
+    bars.disable_progress_bar()
+    logger.handlers, logger.propagate = [collector], False
+    try:
+        yield collector.messages
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+        if had_bars:
+            bars.enable_progress_bar()
+
+
+class _Collector(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
 
 
 def decoder_config(config: Any) -> DecoderConfig:

@@ -140,6 +140,8 @@ class AudioProjectorConfig:
                 f"audio projector.spectrum is {self.spectrum} with kind {self.kind!r}; it must be a multiple of 4, and "
                 f"needs kind 'conv'"
             )
+        if self.mask_span < 1:
+            raise ValueError(f"audio projector.mask_span is {self.mask_span}; it must be at least 1 frame")
         if not 0 <= self.frame_mask < 1:
             raise ValueError(f"audio projector.frame_mask is {self.frame_mask}; it must be in [0, 1)")
 
@@ -223,10 +225,9 @@ class SpectrumStem(nn.Module):
         """Channels a frame."""
         return self.CHANNELS[1] * self.num_bands // 4
 
-    def forward(self, x_PBL: Tensor, is_slot_P1: Tensor) -> Tensor:
-        """[P, B, width] of B frames a place; zero between clips, before each convolution as after."""
-        num_frames = x_PBL.shape[0] * x_PBL.shape[1]
-        is_frame = is_slot_P1.repeat_interleave(x_PBL.shape[1], dim=0).view(1, 1, num_frames, 1)
+    def forward(self, x_PBL: Tensor, is_frame_PB: Tensor) -> Tensor:
+        """[P, B, width] of B frames a place; both convolutions see zeros where there is no frame."""
+        is_frame = is_frame_PB.view(1, 1, -1, 1)
         x_1CFM = x_PBL.flatten(0, 1)[:, : self.num_bands][None, None]
         x_1CFM = F.max_pool2d(F.gelu(self.first(x_1CFM)), (1, 2)) * is_frame
         x_1CFM = F.max_pool2d(F.gelu(self.second(x_1CFM)), (1, 2))
@@ -280,17 +281,19 @@ class AudioProjector(nn.Module):
         else:
             x_CFL = x_CFL + self.mask_embedding.sum() * 0.0
         pool = self.config.pool
-        x_CFL = F.pad(x_CFL * mask_CF1, (0, 0, 0, -x_CFL.shape[1] % pool))
+        missing = -x_CFL.shape[1] % pool
+        x_CFL = F.pad(x_CFL * mask_CF1, (0, 0, 0, missing))
         if self.config.kind != "conv":
             return self.project(x_CFL.unflatten(1, (-1, pool)).flatten(2))
-        num_slots_C = -(-mask_CF1.sum(dim=(1, 2)).long() // pool)
-        return self.project(self._convolved(x_CFL.unflatten(1, (-1, pool)), num_slots_C))
+        is_frame_CSB = F.pad(mask_CF1[..., 0], (0, missing)).unflatten(1, (-1, pool))
+        return self.project(self._convolved(x_CFL.unflatten(1, (-1, pool)), is_frame_CSB))
 
-    def _convolved(self, x_CSBL: Tensor, num_slots_C: Tensor) -> Tensor:
+    def _convolved(self, x_CSBL: Tensor, is_frame_CSB: Tensor) -> Tensor:
         """Convolves the clips laid end to end, zeros between them: padding short clips to the longest costs more."""
-        gap = self.config.kernel // 2
+        gap = max(self.config.kernel // 2, 1)
         slots_S = torch.arange(x_CSBL.shape[1], device=x_CSBL.device)
-        is_real_CS = slots_S < num_slots_C[:, None]
+        is_real_CS = is_frame_CSB[..., 0] > 0
+        num_slots_C = is_real_CS.sum(dim=1)
         starts_C = (num_slots_C + gap).cumsum(0) - num_slots_C - gap
         places_R = (starts_C[:, None] + slots_S)[is_real_CS]
         num_places = int(num_slots_C.sum()) + gap * len(num_slots_C)
@@ -298,7 +301,8 @@ class AudioProjector(nn.Module):
         is_slot_P1 = x_RBL.new_zeros(num_places, 1).index_fill(0, places_R, 1.0)
         if self.picture is not None:
             x_PBL = x_RBL.new_zeros(num_places, *x_RBL.shape[1:]).index_copy(0, places_R, x_RBL)
-            x_RBL = self.picture(x_PBL, is_slot_P1)[places_R]
+            is_frame_PB = x_RBL.new_zeros(num_places, x_RBL.shape[1]).index_copy(0, places_R, is_frame_CSB[is_real_CS])
+            x_RBL = self.picture(x_PBL, is_frame_PB)[places_R]
         x_RW = self.stem(x_RBL.flatten(1))
         x_PW = x_RW.new_zeros(num_places, x_RW.shape[1]).index_copy(0, places_R, x_RW)
         for block in self.blocks:

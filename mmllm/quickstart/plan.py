@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import soundfile
 import yaml
 
 from mmllm.data.manifest import Row, read_manifest
+from mmllm.evaluation.tasks import KIND_OF_TASK
 from mmllm.paths import config_path
 
 TEMPLATE_DIR = "runs/demo"
 """The folder that the shipped quickstart configs name; it is replaced by the run's."""
 
-DEMO_STEPS = {"codec": 400, "clip": 250, "decoder": 1000}
+DEMO_STEPS = {"codec": 300, "clip": 120, "decoder": 800}
 """Training steps of the demo on its own data. Fixed, so that everybody's demo is the same run."""
 
 STAGE_SHARES = {"codec": 0.2, "clip": 0.25}
@@ -37,30 +41,46 @@ class Contents:
     num_characters: int
     audio_seconds: float
     names_sides: bool
-    """Captions say left or right, so pictures may not be mirrored."""
+    """Some text says left or right, so pictures may not be mirrored."""
     is_single_words: bool
     """Every transcript is one word."""
     num_captions: int
 
     @classmethod
     def of(cls, rows: list[Row]) -> Contents:
-        """Looks through the rows; reads no media."""
+        """Looks through the rows, and at the sounds' headers.
+
+        Raises:
+            ValueError: documents hold sounds, but no row is a sound with its text.
+        """
         kinds = tuple(sorted({row.kind for row in rows}))
         spoken = [row for row in rows if row.kind == "audio"]
-        captions = [row.text.lower() for row in rows if row.kind == "caption"]
         segments = [segment for row in rows for segment in row.segments]
         texts = [row.text for row in rows] + [segment["text"] for segment in segments if "text" in segment]
+        if not spoken and any("audio" in segment for segment in segments):
+            raise ValueError(
+                "interleaved rows hold sounds, but no row is a sound with its text, from which the codec is learnt; "
+                "add rows with `audio` and `text`"
+            )
         return cls(
             kinds=kinds,
             has_images="caption" in kinds or any("image" in segment for segment in segments),
             has_sounds="audio" in kinds,
             num_rows=len(rows),
             num_characters=sum(len(text) for text in texts),
-            audio_seconds=sum(float(row.metadata.get("duration", 1.0)) for row in spoken),
-            names_sides=any(side in caption.split() for caption in captions for side in ("left", "right")),
+            audio_seconds=sum(_seconds(row) for row in spoken),
+            names_sides=any(re.search(r"\b(left|right)\b", text, re.IGNORECASE) for text in texts),
             is_single_words=bool(spoken) and all(len(row.text.split()) == 1 for row in spoken),
-            num_captions=len(captions),
+            num_captions=sum(row.kind == "caption" for row in rows),
         )
+
+
+def _seconds(row: Row) -> float:
+    """A sound's length by its header; 0 where that can't be read (the build names such rows)."""
+    try:
+        return float(soundfile.info(str(row.audio)).duration)
+    except (OSError, RuntimeError):
+        return 0.0
 
 
 def read_contents(folder: Path) -> Contents:
@@ -107,9 +127,19 @@ def choose(contents: Contents, is_demo: bool) -> Choices:
     return Choices(vocab_size=vocab_size, perturb=perturb, sequence_length=512, batch_size=4, decoder=decoder)
 
 
-def recipe_dict(out: Path, contents: Contents, choices: Choices, seed: int, curriculum_steps: int) -> dict[str, Any]:
-    """The recipe over the run's shards."""
-    shards, sources = out / "shards", []
+def recipe_dict(
+    out: Path, contents: Contents, choices: Choices, seed: int, curriculum_steps: int | None
+) -> dict[str, Any]:
+    """The recipe over the run's shards.
+
+    Args:
+        out: the run's folder.
+        contents: what the rows hold.
+        choices: sizes.
+        seed: of the order.
+        curriculum_steps: when the longest documents are in; None (a run bounded by the clock): from the start.
+    """
+    shards, sources = glob.escape(str(out / "shards")), []
     weights = {"caption": 0.40, "interleaved": 0.12, "text": 0.06}
     for kind in ("caption", "interleaved", "text"):
         if kind in contents.kinds:
@@ -128,7 +158,7 @@ def recipe_dict(out: Path, contents: Contents, choices: Choices, seed: int, curr
         "sources": sources,
         "packing": {"algorithm": "best_fit", "window": 1024, "long_documents": "split"},
     }
-    if contents.has_sounds and not contents.is_single_words:
+    if contents.has_sounds and not contents.is_single_words and curriculum_steps is not None:
         recipe["curriculum"] = {"metric": "num_tokens", "pacing": "root", "start": 0.3, "steps": curriculum_steps}
     return recipe
 
@@ -148,8 +178,7 @@ def stage_config(stage: str, out: Path, overrides: Mapping[str, Any]) -> dict[st
         out: the run's folder.
         overrides: dotted keys to values; None removes the key.
     """
-    text = config_path(f"quickstart/{stage}.yaml").read_text(encoding="utf-8")
-    config = yaml.safe_load(text.replace(TEMPLATE_DIR, str(out)))
+    config = _moved(yaml.safe_load(config_path(f"quickstart/{stage}.yaml").read_text(encoding="utf-8")), str(out))
     for dotted, value in overrides.items():
         *parents, last = dotted.split(".")
         place = config
@@ -162,27 +191,34 @@ def stage_config(stage: str, out: Path, overrides: Mapping[str, Any]) -> dict[st
     return config
 
 
-def remove_callbacks(config: dict[str, Any], *names: str) -> None:
-    """Takes callbacks out of a config by the last part of their class path."""
-    trainer = config["trainer"]
-    trainer["callbacks"] = [
-        callback for callback in trainer["callbacks"] if callback["class_path"].rsplit(".", 1)[-1] not in names
-    ]
+def _moved(value: Any, out: str) -> Any:
+    """A config with the template's folder replaced; in globs what `out` holds stands for itself."""
+    if isinstance(value, dict):
+        return {key: _moved(item, out) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_moved(item, out) for item in value]
+    if isinstance(value, str) and value.startswith(f"{TEMPLATE_DIR}/"):
+        return (glob.escape(out) if "*" in value else out) + value.removeprefix(TEMPLATE_DIR)
+    return value
 
 
-def evaluation_tasks(test: Path, contents: Contents) -> dict[str, int]:
-    """Tasks that the test rows allow, with their number of rows."""
+def evaluation_tasks(test: Path, contents: Contents) -> dict[str, list[int]]:
+    """Tasks that the test rows allow, with the number of rows of each set that is scored apart."""
     rows = read_manifest(test)
-    counts = {
-        "caption": sum(row.kind == "caption" for row in rows) if contents.has_images else 0,
-        "transcribe": sum(row.kind == "audio" for row in rows) if contents.has_sounds else 0,
-        "interleaved": sum(row.kind == "interleaved" and "question" in row.metadata for row in rows),
-        "text": sum(row.kind == "text" for row in rows) if "text" in contents.kinds else 0,
-    }
-    counts["speak"] = counts["transcribe"]
-    if "interleaved" not in contents.kinds:
-        counts["interleaved"] = 0
-    return {task: counts[task] for task in EVALUATION_SECONDS if counts[task]}
+    kinds = {"caption": contents.has_images, "transcribe": contents.has_sounds, "speak": contents.has_sounds,
+             "interleaved": "interleaved" in contents.kinds, "text": "text" in contents.kinds}  # fmt: skip
+    tasks = {}
+    for task in EVALUATION_SECONDS:
+        chosen = [row for row in rows if kinds[task] and row.kind == KIND_OF_TASK[task]]
+        if task == "interleaved":
+            chosen = [row for row in chosen if "question" in row.metadata]
+        apart = [row for row in chosen if row.metadata.get("heldout_pairs") or row.metadata.get("heldout_voice")]
+        sets = [len(chosen) - len(apart), len(apart)]
+        if task == "speak" and sets[0]:
+            sets = sets[:1]
+        if any(sets):
+            tasks[task] = [count for count in sets if count]
+    return tasks
 
 
 def read_json(path: Path) -> dict[str, Any]:

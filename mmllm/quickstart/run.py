@@ -5,19 +5,22 @@ A stage that is done is noted in `DIR/quickstart.json`; run again, quickstart go
 
 from __future__ import annotations
 
-import csv
 import json
+import os
 import platform
+import shlex
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from mmllm.evaluation.report import ReportInfo, Stage, write_report
+from mmllm.evaluation.charts import Points
+from mmllm.evaluation.curves import read_curves
+from mmllm.evaluation.report import ReportInfo, Stage, now, write_report
 from mmllm.evaluation.results import load_result
 from mmllm.evaluation.routing import load_routing
 from mmllm.quickstart.monitor import MemoryMonitor
@@ -32,7 +35,6 @@ from mmllm.quickstart.plan import (
     read_contents,
     read_json,
     recipe_dict,
-    remove_callbacks,
     stage_config,
     write_yaml,
 )
@@ -40,6 +42,7 @@ from mmllm.quickstart.plan import (
 RunCommand = Callable[[Sequence[str]], int]
 STATE_FILE = "quickstart.json"
 FORMAT_VERSION = 1
+OUTPUT_OF_STAGE = {"codec": "codec", "clip": "clip", "decoder": "model"}
 MIN_TRAINING_SECONDS = 5.0
 MIN_EVALUATED = 20
 """Rows of each set, however little time is left."""
@@ -100,7 +103,7 @@ class _Run:
         self.memory: MemoryMonitor | None = None
         out.mkdir(parents=True, exist_ok=True)
         saved = read_json(out / STATE_FILE)
-        if saved and saved["settings"] != settings:
+        if saved.get("stages") and saved["settings"] != settings:
             changed = [key for key in settings if saved["settings"].get(key) != settings[key]]
             raise ValueError(
                 f"{out} holds a run with other settings ({', '.join(changed)} differ); give another --out, or remove it"
@@ -134,19 +137,26 @@ class _Run:
             "peak_rss_bytes": max(peak, self.peak_before),
             "stages": self.stages,
         }
-        (self.out / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        new = self.out / f"{STATE_FILE}.new"
+        new.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        os.replace(new, self.out / STATE_FILE)
 
     # ------------------------------------------------------------------------------------------------------ stages
     def is_done(self, name: str) -> bool:
         return any(stage["name"] == name for stage in self.stages)
 
-    def stage(self, name: str, *command: str) -> None:
+    def stage(self, name: str, *command: str, makes: Path | None = None) -> None:
         """Runs a command unless it is done.
+
+        Args:
+            name: of the stage.
+            command: the command line.
+            makes: what must be there when it is done.
 
         Raises:
             StageFailed: it ended with an error.
         """
-        line = "mmllm " + " ".join(command)
+        line = shlex.join(["mmllm", *command])
         if self.is_done(name):
             self.console.print(f"[dim]done before: {line}[/dim]")
             return
@@ -160,6 +170,11 @@ class _Run:
         if code:
             raise StageFailed(f"the stage {name!r} failed; mend what it says above and run quickstart again, or run "
                               f"`{line}` alone")  # fmt: skip
+        if makes is not None and not makes.exists():
+            raise StageFailed(
+                f"the stage {name!r} ended without writing {makes}; remove {self.out / 'checkpoints'} and run "
+                f"quickstart again"
+            )
         self.stages.append({"name": name, "seconds": time.monotonic() - begun, "command": line})
         self.save()
 
@@ -220,17 +235,20 @@ class _Run:
         self.stage("index", "data", "index", shards, "--tokenizer", str(self.out / "tokenizer"))
 
     # ---------------------------------------------------------------------------------------------------- training
-    def _fit(self, stage: str, overrides: dict[str, Any], remove: Sequence[str] = ()) -> None:
-        """Writes a stage's config once and fits it; a second call resumes from its last checkpoint."""
+    def _fit(self, stage: str, overrides: dict[str, Any]) -> None:
+        """Writes a stage's config and fits it; a second call resumes from the stage's last checkpoint."""
         path = self.out / "configs" / f"{stage}.yaml"
-        if not self.is_done(f"fit {stage}"):
-            config = stage_config(stage, self.out, {**self._length(stage), **overrides})
-            config["seed_everything"] = self.settings["seed"]
-            remove_callbacks(config, *remove)
-            write_yaml(path, config, f"Written by `mmllm quickstart`. Run again: mmllm fit -c {path}")
         checkpoint = self.out / "checkpoints" / stage / "last.ckpt"
         resume = ["--ckpt_path", str(checkpoint)] if checkpoint.is_file() else []
-        self.stage(f"fit {stage}", "fit", "-c", str(path), *resume)
+        if not self.is_done(f"fit {stage}"):
+            length = self._length(stage)
+            if resume and length["model.init_args.max_seconds"] is not None:
+                length["model.init_args.max_seconds"] += _trained_seconds(checkpoint)
+            config = stage_config(stage, self.out, {**length, **overrides})
+            config["seed_everything"] = self.settings["seed"]
+            write_yaml(path, config, f"Written by `mmllm quickstart`. Run again: mmllm fit -c {path}")
+            _keep_curves(self.out / "logs" / stage / "metrics.csv")
+        self.stage(f"fit {stage}", "fit", "-c", str(path), *resume, makes=self.out / OUTPUT_OF_STAGE[stage])
 
     def _length(self, stage: str) -> dict[str, Any]:
         """How long a stage trains: fixed steps in the demo, seconds where `--minutes` bounds the run."""
@@ -249,7 +267,7 @@ class _Run:
         minutes = self.settings["minutes"]
         contents = read_contents(self.out / "manifests")
         tasks = evaluation_tasks(self.out / "manifests" / "test.jsonl", contents)
-        wanted = sum(EVALUATION_SECONDS[task] * count for task, count in tasks.items())
+        wanted = sum(EVALUATION_SECONDS[task] * sum(sets) for task, sets in tasks.items())
         return min(wanted + REPORT_SECONDS, 0.25 * 60 * minutes)
 
     def _fit_codec(self) -> None:
@@ -268,7 +286,7 @@ class _Run:
     def _fit_decoder(self, contents: Contents, choices: Choices) -> None:
         is_few = contents.num_captions < 10_000
         length = self._length("decoder")
-        steps = max(1, (length["trainer.max_steps"] if length["trainer.max_steps"] > 0 else 600) // 2)
+        steps = max(1, length["trainer.max_steps"] // 2) if length["trainer.max_steps"] > 0 else None
         if not self.is_done("fit decoder"):
             recipe = recipe_dict(self.out, contents, choices, self.settings["seed"], steps)
             write_yaml(self.out / "recipe.yaml", recipe, "Written by `mmllm quickstart`. See what it holds: "
@@ -285,9 +303,11 @@ class _Run:
         }
         if "caption" not in contents.kinds:
             overrides["model.init_args.clip"] = None
-            overrides["model.init_args.vision"] = None
+            clip = stage_config("clip", self.out, {})["model"]["init_args"]["clip"]["open_clip"]
+            overrides["model.init_args.vision.open_clip"] = clip
         if not contents.has_images:
-            overrides["model.init_args.image_projector"] = None
+            overrides = {key: value for key, value in overrides.items() if ".vision" not in key}
+            overrides["model.init_args.vision"] = overrides["model.init_args.image_projector"] = None
         if not contents.has_sounds:
             overrides["model.init_args.audio"] = None
         self._fit("decoder", overrides)
@@ -295,23 +315,27 @@ class _Run:
     # -------------------------------------------------------------------------------------------------- evaluation
     def _evaluate(self, contents: Contents) -> list[str]:
         tasks = evaluation_tasks(self.out / "manifests" / "test.jsonl", contents)
-        costs = {task: EVALUATION_SECONDS[task] * count for task, count in tasks.items()}
-        for place, (task, count) in enumerate(tasks.items()):
+        speed = 1.0
+        for place, (task, sets) in enumerate(tasks.items()):
             limit: list[str] = []
             if (left := self.seconds_left) is not None:
-                cost_to_come = sum(list(costs.values())[place:])
-                affordable = int(count * (left - REPORT_SECONDS) / cost_to_come)
-                limit = ["--limit", str(max(MIN_EVALUATED, affordable))] if affordable < count else []
+                to_come = sum(EVALUATION_SECONDS[name] * sum(tasks[name]) for name in list(tasks)[place:])
+                share = (left - REPORT_SECONDS) / (speed * to_come)
+                if share < 1:
+                    limit = ["--limit", str(max(MIN_EVALUATED, int(share * max(sets))))]
+            begun = time.monotonic()
             self.stage(
                 f"eval {task}", "eval", "--model", str(self.out / "model"), "--task", task,
                 "--manifest", str(self.out / "manifests" / "test.jsonl"),
                 "--json", str(self.out / "eval" / f"{task}.json"), *limit,
             )  # fmt: skip
+            if not limit:
+                speed = max(speed, (time.monotonic() - begun) / (EVALUATION_SECONDS[task] * sum(sets)))
         return list(tasks)
 
     def _report(self, contents: Contents, tasks: Sequence[str]) -> dict[str, Any]:
         results = [load_result(self.out / "eval" / f"{task}.json") for task in tasks]
-        curves = {name: self.out / "logs" / name / "metrics.csv" for name in ("codec", "clip", "decoder")}
+        curves = {name: _curves(self.out / "logs" / name) for name in OUTPUT_OF_STAGE}
         routing_file = self.out / "logs" / "decoder" / "routing.json"
         routing = load_routing(routing_file) if routing_file.is_file() else None
         card = read_json(self.out / "model" / "config.json")
@@ -319,10 +343,11 @@ class _Run:
         info = ReportInfo(
             summary=f"{contents.num_rows:,} training rows of {', '.join(contents.kinds)}",
             seconds=round(self.seconds, 1),
-            tokens_per_second=_tokens_per_second(curves["decoder"]),
+            tokens_per_second=_tokens_per_second(curves.get("decoder", {})),
             peak_rss_bytes=peak,
             recipe_hash=card.get("info", {}).get("recipe_hash") or _recipe_hash(self.out / "recipe.yaml"),
             commit=_commit(),
+            made_at=now(),
             machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
             stages=tuple(Stage(stage["name"], stage["seconds"], stage["command"]) for stage in self.stages),
         )
@@ -339,14 +364,32 @@ class _Run:
         return report
 
 
-def _tokens_per_second(path: Path) -> float | None:
+def _trained_seconds(checkpoint: Path) -> float:
+    """How long a stage had trained when it was saved."""
+    return float(torch.load(checkpoint, map_location="cpu", weights_only=True).get("mmllm_elapsed_seconds", 0.0))
+
+
+def _keep_curves(path: Path) -> None:
+    """Moves the curves of an interrupted run aside: Lightning's CSVLogger deletes them when it resumes."""
+    if path.is_file():
+        number = len(list(path.parent.glob("metrics.*.csv")))
+        path.rename(path.with_name(f"metrics.{number}.csv"))
+
+
+def _curves(folder: Path) -> dict[str, Points]:
+    """A stage's curves, all parts of an interrupted run together."""
+    merged: dict[str, Points] = {}
+    for path in [*sorted(folder.glob("metrics.*.csv")), folder / "metrics.csv"]:
+        if path.is_file():
+            for name, points in read_curves(path).items():
+                merged.setdefault(name, []).extend(points)
+    return merged
+
+
+def _tokens_per_second(curves: Mapping[str, Points]) -> float | None:
     """The median of the decoder's log."""
-    if not path.is_file():
-        return None
-    with path.open(encoding="utf-8", newline="") as file:
-        values = [float(row["train/tokens_per_second"]) for row in csv.DictReader(file)
-                  if row.get("train/tokens_per_second")]  # fmt: skip
-    return round(sorted(values)[len(values) // 2], 1) if values else None
+    values = sorted(value for _, value in curves.get("train/tokens_per_second", ()))
+    return round(values[len(values) // 2], 1) if values else None
 
 
 def _recipe_hash(path: Path) -> str:
@@ -358,7 +401,9 @@ def _recipe_hash(path: Path) -> str:
 
 def _commit() -> str | None:
     """The checkout's commit; None outside one."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     except OSError:

@@ -73,8 +73,8 @@ class DecoderModule(StagedModule):
             loss: weights of the losses.
             tokenizer: tokenizer folder; None: the model's sizes are all given and nothing is exported.
             clip: folder of a trained `ClipModule`: the tower's config and weights.
-            init_from: folder that `mmllm import` wrote: the decoder starts with its weights, embeddings only where
-                the vocabularies are equally large.
+            init_from: folder that `mmllm import` wrote: the decoder starts with its weights; with its embeddings and
+                head only where they were exported from a model of this very tokenizer.
             optimiser: rates and decay; `tower_lr: 0` freezes the tower.
             max_seconds: training ends after this long; None: `trainer.max_steps` alone ends it.
             out: model folder to write when training ends.
@@ -140,7 +140,8 @@ class DecoderModule(StagedModule):
             _check_image_slots(self.model, self.folder)
         self.model.load_pretrained()
         if self.init_from is not None:
-            load_decoder(self.init_from, self.model.decoder)
+            tokenizer = None if self.folder is None else self.folder.hash
+            load_decoder(self.init_from, self.model.decoder, tokenizer)
         if self.folder is not None and config.audio is not None and self.folder.audio is not None:
             self.model.initialise_audio(codebooks_of(self.folder))
         if self.device_mesh is not None:

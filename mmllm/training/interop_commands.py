@@ -5,22 +5,31 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from mmllm.inference.folder import load_model
-from mmllm.interop.transformers import from_mixtral, to_mixtral
-from mmllm.model.config import config_to_dict
-from mmllm.model.decoder import Decoder
+from mmllm.interop.transformers import from_mixtral, to_mixtral, tokenizer_of
+from mmllm.model.config import config_from_dict, config_to_dict
+from mmllm.model.decoder import Decoder, DecoderConfig
 
 log = logging.getLogger(__name__)
 
 WEIGHTS = "decoder.safetensors"
 CONFIG = "decoder.json"
 
+_VOCABULARY = ("embedding.", "output.")
+_COMPUTED = ("width", "num_layers", "num_heads", "kv_heads", "head_channels", "rope_theta", "norm_eps", "qk_norm")
+_COMPUTED_BY_EXPERTS = ("num_experts", "top_k", "expert_width", "renormalise")
+
 
 def export(model_dir: str, out: str) -> str:
     """Writes a model's decoder as a transformers checkpoint.
+
+    Its config.json names the tokenizer folder's hash: what the ids mean is known when it is imported again.
 
     Args:
         model_dir: model folder.
@@ -33,7 +42,8 @@ def export(model_dir: str, out: str) -> str:
         ValueError: no family of transformers computes this decoder; the message names the layer.
         FileNotFoundError: no such model.
     """
-    family = to_mixtral(load_model(model_dir).model.decoder, out)
+    loaded = load_model(model_dir)
+    family = to_mixtral(loaded.model.decoder, out, loaded.tokenizer.hash)
     return f"{out}: the decoder as {family}; image tower, projectors and codec stay with mmllm"
 
 
@@ -48,38 +58,82 @@ def import_decoder(source: str, out: str) -> str:
         A line to print.
 
     Raises:
-        ValueError: another family, or a variant that this decoder doesn't compute.
+        ValueError: another family, a variant that this decoder doesn't compute, or a damaged checkpoint.
         FileNotFoundError: no such checkpoint.
     """
     decoder = from_mixtral(source)
+    tokenizer = tokenizer_of(source)
     directory = Path(out)
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().contiguous().clone() for name, tensor in decoder.state_dict().items()}
-    save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
-    values = json.dumps(config_to_dict(decoder.config), indent=2)
-    (directory / CONFIG).write_text(values + "\n", encoding="utf-8")
-    return f"{out}: train on with model.init_args.init_from={out} and the sizes in {directory / CONFIG}"
+    metadata = {"format": "pt"} if tokenizer is None else {"format": "pt", "tokenizer": tokenizer}
+    save_file(state, directory / WEIGHTS, metadata=metadata)
+    sizes = {**config_to_dict(decoder.config), "vocab_size": 0}  # the tokenizer's, wherever it is trained on
+    (directory / CONFIG).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
+    return f"{out}: train on with model.init_args.init_from={out} and the decoder of {directory / CONFIG}"
 
 
-def load_decoder(directory: str | Path, decoder: Decoder) -> None:
-    """Copies the weights that `import_decoder` wrote; embeddings of another vocabulary stay random.
+def load_decoder(directory: str | Path, decoder: Decoder, tokenizer: str | None = None) -> None:
+    """Copies the weights that `import_decoder` wrote.
+
+    Embeddings and head are copied only where the ids mean the same: where the checkpoint was exported from a model
+    of this very tokenizer folder. Otherwise they stay random, also in vocabularies that happen to be equally large.
+
+    Args:
+        directory: what `import_decoder` wrote.
+        decoder: takes the weights.
+        tokenizer: hash of the tokenizer folder that gives `decoder` its ids.
 
     Raises:
-        FileNotFoundError: the folder lacks them.
-        ValueError: a weight has another shape; the message names it.
+        FileNotFoundError: the folder lacks a file.
+        ValueError: a file is damaged, or the decoder computes something else; the message names key or weight.
     """
-    path = Path(directory) / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} doesn't exist; `mmllm import` writes it")
-    weights, own = load_file(path), decoder.state_dict()
+    path, config_path = Path(directory) / WEIGHTS, Path(directory) / CONFIG
+    for wanted in (path, config_path):
+        if not wanted.is_file():
+            raise FileNotFoundError(f"{wanted} doesn't exist; `mmllm import` writes it")
+    _check_config(config_path, decoder.config)
+    weights, made_for = _read(path)
+    knows_ids = tokenizer is not None and made_for == tokenizer
+    if not knows_ids:
+        log.warning("embeddings and head stay random: the ids of %s aren't those of this tokenizer", directory)
+    own = decoder.state_dict()
+    for name in weights.keys() - own.keys():
+        if knows_ids or not name.startswith(_VOCABULARY):
+            raise ValueError(f"{path} has {name}, which the decoder lacks; use the values of {config_path}")
     for name, tensor in own.items():
-        is_vocabulary = name.startswith(("embedding.", "output."))
+        if name.startswith(_VOCABULARY) and not knows_ids:
+            continue
         found = weights.get(name)
-        if found is not None and found.shape == tensor.shape:
-            tensor.copy_(found)
-        elif is_vocabulary:
-            log.warning("%s stays random: the imported vocabulary has another size", name)
-        else:
+        if found is None or found.shape != tensor.shape:
             got = "is missing" if found is None else f"has shape {list(found.shape)}"
-            wanted = f"the decoder wants {list(tensor.shape)}: use the sizes in {CONFIG}"
-            raise ValueError(f"{name} {got} in {path}; {wanted}")
+            raise ValueError(f"{name} {got} in {path}; the decoder wants {list(tensor.shape)}: import it again")
+        tensor.copy_(found)
+
+
+def _check_config(path: Path, wanted: DecoderConfig) -> None:
+    """Refuses a decoder that would compute another function with the same weights."""
+    try:
+        found = config_from_dict(DecoderConfig, json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path} is no imported decoder's config: {error}; import it again") from error
+    pairs: dict[str, tuple[Any, Any]] = {key: (getattr(wanted, key), getattr(found, key)) for key in _COMPUTED}
+    for layer in range(min(wanted.num_layers, found.num_layers)):
+        pairs[f"has_experts({layer})"] = wanted.has_experts(layer), found.has_experts(layer)
+    if not all(wanted.has_experts(layer) for layer in range(wanted.num_layers)):
+        pairs["mlp_width"] = wanted.mlp_width, found.mlp_width
+    if wanted.moe is not None and found.moe is not None:
+        for key in _COMPUTED_BY_EXPERTS:
+            pairs[f"moe.{key}"] = getattr(wanted.moe, key), getattr(found.moe, key)
+    for key, (got, own) in pairs.items():
+        if got != own:
+            raise ValueError(f"decoder.{key} is {got} but the imported decoder has {own}; use the values of {path}")
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Weights, and the hash of the tokenizer folder that their ids belong to, if it is known."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get("tokenizer")  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} can't be read: {error}; import it again") from error

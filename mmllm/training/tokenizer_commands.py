@@ -1,21 +1,43 @@
-"""What `mmllm tokenizer` does: trains the text tokenizer, and puts text tokens and codec into one folder."""
+"""What `mmllm tokenizer` does: makes text and audio tokenizers, and puts both into one folder.
+
+Shapes: C channels, T samples.
+"""
 
 from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmllm.data.manifest import read_manifest
+import numpy as np
+from torch import Tensor
+
+from mmllm.data.index import AUDIO_ENDINGS
+from mmllm.data.manifest import BadRows, read_manifest
 from mmllm.data.recipe import load_recipe
 from mmllm.data.shards import shard_paths
-from mmllm_tokenizers.audio import load_audio_tokenizer
+from mmllm.data.tars import Member, scan_tar
+from mmllm_tokenizers.audio import (
+    AudioTokenizer,
+    EncodecTokenizer,
+    KMeansConfig,
+    KMeansUnits,
+    load_audio,
+    load_audio_tokenizer,
+    resample,
+    to_mono,
+)
 from mmllm_tokenizers.folder import TokenizerConfig, TokenizerFolder
 from mmllm_tokenizers.text import TextTokenizer
 
 DEFAULT_VOCAB_SIZE = 4096
+
+_MAX_BAD_FRACTION = 0.05
+_Sound = tuple[str, Callable[[], tuple[Tensor, int]]]
+"""What errors call it, and how to read it: (wave [C, T], sample rate)."""
 
 
 def train_text(
@@ -71,6 +93,99 @@ def assemble(out: str, text: str, codec: str | None = None, config: TokenizerCon
     """
     path = Path(text)
     return _write(TextTokenizer.load(path / "tokenizer.json" if path.is_dir() else path), out, codec, config)
+
+
+def encodec(name: str, out: str, weights: str | None = None, num_codebooks: int = 8) -> dict[str, Any]:
+    """Writes an audio tokenizer folder with one of Meta's EnCodec models.
+
+    Args:
+        name: "encodec_24khz" or "encodec_48khz".
+        out: audio tokenizer folder, for `assemble(codec=…)`.
+        weights: the published `.th` file, or a folder that holds it; None: torch hub's cache. Nothing is downloaded.
+        num_codebooks: how many codebooks are used unless `assemble` says otherwise.
+
+    Returns:
+        `out`, `sample_rate`, `frame_rate`, `num_codebooks`, `codebook_size`, `hash`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such model, or a file that isn't its weights.
+    """
+    return _save_audio(EncodecTokenizer.from_pretrained(name, weights, num_codebooks=num_codebooks), out)
+
+
+def kmeans(
+    inputs: list[str], out: str, config: KMeansConfig | None = None, max_minutes: float = 60.0
+) -> dict[str, Any]:
+    """Clusters the frames of sounds and writes an audio tokenizer folder of k-means units.
+
+    Args:
+        inputs: manifests (`.jsonl`) or shards (`.tar`, globs, folders); of interleaved documents, their sounds.
+        out: audio tokenizer folder, for `assemble(codec=…)`.
+        config: what the units are made of.
+        max_minutes: at most this much sound is used, drawn at random from all.
+
+    Returns:
+        `out`, `sample_rate`, `frame_rate`, `num_codebooks`, `codebook_size`, `hash`, `sounds`, `minutes`, `bad`.
+
+    Raises:
+        FileNotFoundError, ValueError: an input can't be used, too many sounds are broken, or there are too few frames.
+    """
+    config = config or KMeansConfig()
+    if not max_minutes > 0:
+        raise ValueError(f"max_minutes is {max_minutes}; it must be above 0")
+    bad = BadRows(_MAX_BAD_FRACTION)
+    sounds = list(_sounds(inputs, bad))
+    if not sounds:
+        raise ValueError(f"there is no sound in {', '.join(inputs)}; give manifests or shards with sound")
+    waves: list[Tensor] = []
+    num_samples, num_looked_at = 0, len(bad.reasons)
+    for place in np.random.default_rng(config.seed).permutation(len(sounds)):
+        where, read = sounds[place]
+        num_looked_at += 1
+        try:
+            wave_CT, rate = read()
+        except (ValueError, OSError) as error:
+            bad.add(where, error)
+            continue
+        left = max(1, int(max_minutes * 60 * config.sample_rate)) - num_samples
+        waves.append(resample(to_mono(wave_CT), rate, config.sample_rate)[:left])
+        num_samples += len(waves[-1])
+        if len(waves[-1]) == left:
+            break
+    bad.check(num_looked_at, ", ".join(inputs))
+    facts = {"sounds": len(waves), "minutes": round(num_samples / config.sample_rate / 60, 3), "bad": bad.reasons}
+    return {**_save_audio(KMeansUnits.fit(waves, config), out), **facts}
+
+
+def _save_audio(audio: AudioTokenizer, out: str) -> dict[str, Any]:
+    audio.save(out)
+    names = ("sample_rate", "frame_rate", "num_codebooks", "codebook_size", "hash")
+    return {"out": out, **{name: getattr(audio, name) for name in names}}
+
+
+def _sounds(inputs: list[str], bad: BadRows) -> Iterator[_Sound]:
+    for name in inputs:
+        if name.endswith(".jsonl"):
+            for row in read_manifest(name, bad):
+                paths = [row.audio, *(segment.get("audio") for segment in row.segments)]
+                yield from ((row.where, partial(load_audio, path)) for path in paths if path is not None)
+        else:
+            for shard in shard_paths(f"{name}/*.tar" if Path(name).is_dir() else name):
+                yield from _shard_sounds(shard)
+
+
+def _shard_sounds(shard: Path) -> Iterator[_Sound]:
+    for span in scan_tar(shard):
+        for member in span.members:
+            if member.ending.rpartition(".")[2] in AUDIO_ENDINGS:
+                where = f"{shard}:{span.key}.{member.ending}"
+                yield where, partial(_read_sound, shard, member, where)
+
+
+def _read_sound(shard: Path, member: Member, where: str) -> tuple[Tensor, int]:
+    with shard.open("rb") as stream:
+        stream.seek(member.offset)
+        return load_audio(stream.read(member.size), name=where)
 
 
 def _write(text: TextTokenizer, out: str, codec: str | None, config: TokenizerConfig | None) -> dict[str, Any]:

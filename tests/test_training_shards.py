@@ -1,0 +1,180 @@
+"""Training from real shards: stopping and resuming, two ranks, and the scores of a checkpoint."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from mmllm.cli import main
+from mmllm.data import commands
+from mmllm.data.datamodule import PackedDataModule
+from mmllm.model.decoder import DecoderConfig
+from mmllm.model.moe import MoEConfig
+from mmllm.model.multimodal import LossConfig
+from mmllm.training.decoder_module import DecoderModule
+from mmllm.training.lightning_cli import quiet_lightning
+from mmllm.training.optimisers import OptimiserConfig
+from mmllm_tokenizers.folder import TokenizerConfig, TokenizerFolder
+from mmllm_tokenizers.text import TextTokenizer
+from tests.data_fixtures import WORDS, words, write_manifest, write_picture
+from tests.training_fixtures import CLIP_CONFIG, IMAGE_SIZE, LossRecorder, fit_rank, quiet_trainer, run_two_ranks
+
+NUM_STEPS = 6
+DECODER: dict[str, Any] = {"width": 16, "num_layers": 2, "num_heads": 2, "mlp_width": 32, "moe_layers": [1]}
+MOE: dict[str, Any] = {"num_experts": 4, "top_k": 2, "expert_width": 16}
+
+
+class StopsBefore(pl.Callback):
+    """Ctrl-C, just before a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer, shards of captions and texts, and recipes for training and validation."""
+    folder = tmp_path_factory.mktemp("shards")
+    text = TextTokenizer.train([" ".join(WORDS)] * 4, vocab_size=300)
+    TokenizerFolder(text, None, TokenizerConfig(image_tokens=4, image_size=IMAGE_SIZE)).save(folder / "tokenizer")
+    rng = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for number in range(16):
+        write_picture(folder / f"{number}.png", rng, IMAGE_SIZE + number)
+        rows.append({"id": f"c{number}", "text": words(rng), "image": f"{number}.png"})
+        rows.append({"id": f"t{number}", "text": words(rng, 5, 40)})
+    for part, chosen in (("train", rows[:24]), ("val", rows[24:])):
+        manifest = write_manifest(folder, chosen, f"{part}.jsonl")
+        commands.build(manifest, folder / part)
+        commands.index(folder / part, folder / "tokenizer")
+        sources = [
+            {"name": f"{kind}s", "kind": kind, "shards": f"{folder / part}/{kind}-*.tar"}
+            for kind in ("caption", "text")
+        ]
+        recipe = {"tokenizer": str(folder / "tokenizer"), "sequence_length": 64, "seed": 3, "sources": sources}
+        (folder / f"{part}.yaml").write_text(yaml.safe_dump({**recipe, "packing": {"window": 8}}))
+    return folder
+
+
+def write_config(folder: Path, name: str) -> Path:
+    """What `mmllm fit` reads; everything that it writes goes to `folder / name`."""
+    out = folder / name
+    saving = {"dirpath": f"{out}/checkpoints", "save_last": True, "save_top_k": 0, "every_n_train_steps": 1}
+    value = {
+        "seed_everything": 5,
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": NUM_STEPS,
+            "gradient_clip_val": 1.0,
+            "log_every_n_steps": 1,
+            "val_check_interval": 2,
+            "check_val_every_n_epoch": None,
+            "enable_progress_bar": False,
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.CSVLogger",
+                "init_args": {"save_dir": str(out), "name": "log", "version": ""},
+            },
+            "callbacks": [
+                {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saving},
+                {"class_path": "mmllm.training.ema.EMA", "init_args": {"decay": 0.9}},
+            ],
+        },
+        "model": {
+            "class_path": "mmllm.training.decoder_module.DecoderModule",
+            "init_args": {
+                "tokenizer": f"{folder}/tokenizer",
+                "decoder": {"vocab_size": 0, **DECODER, "moe": MOE, "dropout": 0.1},
+                "vision": {"open_clip": CLIP_CONFIG},
+                "image_projector": {"kind": "mlp"},
+                "loss": {"word_dropout": 0.2},
+                "optimiser": {"lr": 1e-2, "warmup": 0.2},
+                "out": f"{out}/model",
+            },
+        },
+        "data": {
+            "class_path": "mmllm.data.datamodule.PackedDataModule",
+            "init_args": {
+                "recipe": f"{folder}/train.yaml",
+                "val_recipe": f"{folder}/val.yaml",
+                "batch_size": 2,
+                "steps_per_epoch": 4,  # the stop lies within an epoch, the end in the next
+                "min_scale": 0.7,
+            },
+        },
+    }
+    path = folder / f"{name}.config.yaml"
+    path.write_text(yaml.safe_dump(value))
+    return path
+
+
+def losses_of(out: Path) -> dict[int, str]:
+    """Loss by step, as the CSV logger wrote it."""
+    with (out / "log" / "metrics.csv").open(newline="") as file:
+        return {int(row["step"]): row["train/loss/text"] for row in csv.DictReader(file) if row["train/loss/text"]}
+
+
+def test_resuming_equals_not_stopping(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "-c", str(write_config(run, "whole"))]) == 0
+    config = str(write_config(run, "cut"))
+    stops = json.dumps([{"class_path": "tests.test_training_shards.StopsBefore", "init_args": {"step": 3}}])
+    assert main(["fit", "-c", config, "--trainer.callbacks+", stops]) == 130
+    first = losses_of(run / "cut")
+    assert not (run / "cut" / "model").exists()
+    assert main(["fit", "-c", config, "--ckpt_path", "last"]) == 0, capsys.readouterr().err
+    whole, second = losses_of(run / "whole"), losses_of(run / "cut")
+    assert sorted(whole) == [1, 2, 3, 4, 5, 6]
+    assert len(set(whole.values())) == NUM_STEPS
+    assert first == {step: whole[step] for step in (1, 2, 3)}
+    assert {step: second[step] for step in (4, 5, 6)} == {step: whole[step] for step in (4, 5, 6)}
+    weights, resumed = (load_file(run / name / "model" / "model.safetensors") for name in ("whole", "cut"))
+    assert weights.keys() == resumed.keys()
+    assert [name for name in weights if not torch.equal(weights[name], resumed[name])] == []
+
+
+def make_module(run: Path) -> DecoderModule:
+    from mmllm.model.projectors import ImageProjectorConfig
+    from mmllm.model.vision import VisionConfig
+
+    torch.manual_seed(1)
+    return DecoderModule(
+        decoder=DecoderConfig(vocab_size=0, **DECODER, moe=MoEConfig(**MOE)),
+        vision=VisionConfig(open_clip=CLIP_CONFIG),
+        image_projector=ImageProjectorConfig(kind="mlp"),
+        loss=LossConfig(),
+        optimiser=OptimiserConfig(lr=1e-2, warmup=0.1),
+        tokenizer=str(run / "tokenizer"),
+    )
+
+
+def make_data(run: Path) -> PackedDataModule:
+    return PackedDataModule(str(run / "train.yaml"), batch_size=2, min_scale=0.7)
+
+
+def fit_shards_rank(rank: int, port: int, out: str, run: str) -> None:
+    """One of two ranks that train from the shards."""
+    fit_rank(rank, port, out, make_module(Path(run)), make_data(Path(run)), max_steps=4)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_two_ranks_give_the_losses_of_one(run: Path, tmp_path: Path) -> None:
+    alone, recorder = make_module(run), LossRecorder()
+    with quiet_lightning():
+        quiet_trainer(recorder, max_steps=4).fit(alone, datamodule=make_data(run))
+    assert len(recorder.losses) == 4
+    for rank in run_two_ranks(fit_shards_rank, tmp_path, str(run)):
+        assert rank["losses"] == pytest.approx(recorder.losses, rel=1e-5)
+        for name, weight in alone.state_dict().items():
+            assert torch.allclose(rank["weights"][name], weight, atol=2e-5), name
