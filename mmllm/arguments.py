@@ -193,7 +193,7 @@ def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image_size", type=int, default=64, help="pixels, both sides")
     parser.add_argument("--audio_pool", type=int, default=2, help="frames an <|audio|> slot")
     parser.add_argument("--pattern", choices=("parallel", "delay", "flatten"), default="delay")
-    parser.add_argument("--num_codebooks", type=int, default=0, help="codebooks in use; 0: all that the codec has")
+    parser.add_argument("--num_codebooks", type=int, default=0, help="codebooks in use; 0: as in the codec folder")
 
 
 def _tokenizer_config(args: argparse.Namespace) -> Any:

@@ -22,8 +22,12 @@ LIGHTNING = {
     "fit": "train a codec, a CLIP tower or a decoder: -c FILE",
     "validate": "validation losses of a checkpoint: -c FILE --ckpt_path CKPT",
     "test": "test losses of a checkpoint: -c FILE --ckpt_path CKPT",
-    "predict": "run a module's predict step: -c FILE --ckpt_path CKPT",
 }
+
+_NO_PREDICT = (
+    "mmllm has no predict: caption, transcribe, speak, generate and chat run a model folder, "
+    "eval writes predictions for a manifest"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     if arguments and arguments[0] in LIGHTNING:
         return _lightning(arguments)
+    if arguments[:1] == ["predict"]:
+        raise ValueError(_NO_PREDICT)
     parser = _parser()
     parsed = parser.parse_args([_underscored(argument) for argument in arguments])
     if not hasattr(parsed, "run"):

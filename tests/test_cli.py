@@ -66,6 +66,7 @@ def test_abbreviations_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
         (["fit", "-c", "nowhere.yaml"], "nowhere.yaml"),
         (["fit"], "-c FILE"),
         (["walk"], "walk"),
+        (["predict", "-c", DECODER], "caption, transcribe, speak"),
         (["data"], "ACTION"),
         (["data", "build", "nowhere.jsonl", "--out", "x"], "nowhere.jsonl"),
         (["tokenizer", "train-text", "nowhere.jsonl", "--out", "x"], "nowhere.jsonl"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from mmllm.data.datamodule import PackedDataModule
 from mmllm.model.decoder import DecoderConfig
 from mmllm.model.moe import MoEConfig
 from mmllm.model.multimodal import LossConfig
+from mmllm.model.projectors import ImageProjectorConfig
+from mmllm.model.vision import VisionConfig
 from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.lightning_cli import quiet_lightning
 from mmllm.training.optimisers import OptimiserConfig
@@ -120,34 +123,59 @@ def write_config(folder: Path, name: str) -> Path:
     return path
 
 
-def losses_of(out: Path) -> dict[int, str]:
-    """Loss by step, as the CSV logger wrote it."""
-    with (out / "log" / "metrics.csv").open(newline="") as file:
-        return {int(row["step"]): row["train/loss/text"] for row in csv.DictReader(file) if row["train/loss/text"]}
-
-
-def test_resuming_equals_not_stopping(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def whole(run: Path) -> Path:
+    """The output of a run that wasn't stopped."""
     assert main(["fit", "-c", str(write_config(run, "whole"))]) == 0
-    config = str(write_config(run, "cut"))
+    return run / "whole"
+
+
+def metrics_of(out: Path) -> list[dict[str, str]]:
+    """The rows that the CSV logger wrote."""
+    with (out / "log" / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses_of(out: Path) -> dict[int, str]:
+    """Training loss by step."""
+    return {int(row["step"]): row["train/loss/text"] for row in metrics_of(out) if row["train/loss/text"]}
+
+
+def test_resuming_equals_not_stopping(run: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, cut = str(write_config(run, "cut")), run / "cut"
     stops = json.dumps([{"class_path": "tests.test_training_shards.StopsBefore", "init_args": {"step": 3}}])
     assert main(["fit", "-c", config, "--trainer.callbacks+", stops]) == 130
-    first = losses_of(run / "cut")
-    assert not (run / "cut" / "model").exists()
+    first = losses_of(cut)
+    assert not (cut / "model").exists()
     assert main(["fit", "-c", config, "--ckpt_path", "last"]) == 0, capsys.readouterr().err
-    whole, second = losses_of(run / "whole"), losses_of(run / "cut")
-    assert sorted(whole) == [1, 2, 3, 4, 5, 6]
-    assert len(set(whole.values())) == NUM_STEPS
-    assert first == {step: whole[step] for step in (1, 2, 3)}
-    assert {step: second[step] for step in (4, 5, 6)} == {step: whole[step] for step in (4, 5, 6)}
-    weights, resumed = (load_file(run / name / "model" / "model.safetensors") for name in ("whole", "cut"))
+    expected, second = losses_of(whole), losses_of(cut)
+    assert sorted(expected) == [1, 2, 3, 4, 5, 6]
+    assert len(set(expected.values())) == NUM_STEPS
+    assert first == {step: expected[step] for step in (1, 2, 3)}
+    assert second == expected, "the curve goes on where it stopped"
+    validated = [[(row["step"], row["val/loss"]) for row in metrics_of(out) if row["val/loss"]] for out in (whole, cut)]
+    assert len(validated[0]) == 3 and validated[0] == validated[1]
+    weights, resumed = (load_file(out / "model" / "model.safetensors") for out in (whole, cut))
     assert weights.keys() == resumed.keys()
     assert [name for name in weights if not torch.equal(weights[name], resumed[name])] == []
 
 
-def make_module(run: Path) -> DecoderModule:
-    from mmllm.model.projectors import ImageProjectorConfig
-    from mmllm.model.vision import VisionConfig
+@pytest.mark.parametrize(("command", "split"), [("validate", "val"), ("test", "test")])
+def test_a_checkpoint_scores_as_it_did_in_training(
+    run: Path, whole: Path, capsys: pytest.CaptureFixture[str], command: str, split: str
+) -> None:
+    (last,) = [row for row in metrics_of(whole) if row["val/loss"] and int(row["step"]) == NUM_STEPS - 1]
+    before = (whole / "log" / "metrics.csv").read_bytes()
+    capsys.readouterr()
+    assert main([command, "-c", str(write_config(run, "whole")), "--ckpt_path", "last"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("loss", "text", "text_accuracy"):
+        (value,) = re.findall(rf"{split}/{name}\W+([\d.]+)", printed)
+        assert float(value) == pytest.approx(float(last[f"val/{name}"]), rel=1e-5)
+    assert (whole / "log" / "metrics.csv").read_bytes() == before
 
+
+def make_module(run: Path) -> DecoderModule:
     torch.manual_seed(1)
     return DecoderModule(
         decoder=DecoderConfig(vocab_size=0, **DECODER, moe=MoEConfig(**MOE)),

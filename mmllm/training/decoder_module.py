@@ -191,17 +191,28 @@ class DecoderModule(StagedModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the means over all validation data of all ranks."""
+        self._log_means("val")
+
+    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """As in validation."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the same means as validation, as `test/…`."""
+        self._log_means("test")
+
+    def _log_means(self, split: str) -> None:
         sums, self._val_sums = self._val_sums, {}
         if not sums:
             return
         means = {key: sums[f"{key}_sum"] / sums[f"{key}_count"].clamp(min=1) for key in TASK_LOSSES}
-        present = {f"val/{key}": mean for key, mean in means.items() if sums[f"{key}_count"] > 0}
+        present = {key: mean for key, mean in means.items() if sums[f"{key}_count"] > 0}
         total = sum((sums[f"{key}_sum"] for key in TASK_LOSSES), start=torch.zeros(()))
         count = sum((sums[f"{key}_count"] for key in TASK_LOSSES), start=torch.zeros(()))
-        present["val/loss"] = total / count.clamp(min=1)
+        present["loss"] = total / count.clamp(min=1)
         if sums["text_count"] > 0:
-            present["val/text_accuracy"] = sums["num_correct"] / sums["text_count"]
-        self.log_dict({name: value.float() for name, value in present.items()})
+            present["text_accuracy"] = sums["num_correct"] / sums["text_count"]
+        self.log_dict({f"{split}/{name}": value.float() for name, value in present.items()})
 
     def _loss(self, output: ModelOutput, totals: GlobalTotals) -> Tensor:
         """This rank's part of the global loss."""

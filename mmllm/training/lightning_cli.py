@@ -1,8 +1,9 @@
-"""`mmllm fit / validate / test / predict`: LightningCLI on YAML, quiet, with one-line errors."""
+"""`mmllm fit / validate / test`: LightningCLI on YAML, quiet, with one-line errors."""
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import itertools
 import logging
 import os
@@ -15,9 +16,10 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
-SUBCOMMANDS = ("fit", "validate", "test", "predict")
+SUBCOMMANDS = ("fit", "validate", "test")
 
 TRAINER_DEFAULTS: dict[str, Any] = {"max_epochs": -1, "num_sanity_val_steps": 0, "enable_model_summary": False}
 """A run ends by steps or seconds, not by epochs."""
@@ -54,6 +56,21 @@ class _Parser(LightningArgumentParser):
 class MmllmCLI(LightningCLI):
     """LightningCLI that takes its arguments as a list and reads checkpoints without unpickling."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Without `predict`: inference works on model folders."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in SUBCOMMANDS}
+
+    def before_instantiate_classes(self) -> None:
+        """Scores are printed alone: Lightning would delete the training's metrics.csv and write its config anew."""
+        if self.subcommand in ("validate", "test"):
+            self.config[self.subcommand].trainer.logger = False
+            self.save_config_callback = None
+
+    def before_fit(self) -> None:
+        """Resumed runs keep their metrics."""
+        self.trainer.callbacks.insert(0, _KeepMetrics(self.trainer))  # pyright: ignore[reportAttributeAccessIssue]
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses `args` alone; `sys.argv` is another program's when this runs in-process."""
         self.config = parser.parse_args(args)
@@ -63,6 +80,34 @@ class MmllmCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+
+
+class _KeepMetrics(pl.Callback):
+    """Lightning's CSV logger deletes an earlier metrics.csv; a resumed run goes on with its rows instead."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        """Reads the rows; Lightning starts its loggers before any hook."""
+        self._earlier: dict[Path, list[dict[str, str]]] = {}
+        for logger in _csv_loggers(trainer):
+            path = Path(logger.log_dir) / "metrics.csv"
+            if path.is_file():
+                with path.open(newline="", encoding="utf-8") as file:
+                    self._earlier[path] = list(csv.DictReader(file))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes those up to the checkpoint's step; a run that starts at step 0 has none."""
+        if not trainer.global_step:
+            return
+        for logger in _csv_loggers(trainer):
+            path, writer = Path(logger.log_dir) / "metrics.csv", logger.experiment
+            rows = [row for row in self._earlier.get(path, []) if float(row.get("step") or 0) <= trainer.global_step]
+            if rows:
+                writer.metrics = [*rows, *writer.metrics]
+                writer.save()
+
+
+def _csv_loggers(trainer: pl.Trainer) -> list[CSVLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, CSVLogger) and trainer.is_global_zero]
 
 
 def build_cli(argv: list[str], run: bool = True) -> MmllmCLI:
@@ -95,7 +140,7 @@ def build_cli(argv: list[str], run: bool = True) -> MmllmCLI:
 
 
 def run_lightning(argv: list[str]) -> MmllmCLI:
-    """Runs `fit`, `validate`, `test` or `predict` and leaves the process as it was.
+    """Runs `fit`, `validate` or `test` and leaves the process as it was.
 
     Args:
         argv: the subcommand and its options.

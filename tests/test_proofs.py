@@ -1,0 +1,94 @@
+"""Quickstart on real data within ten minutes, as `make proofs` runs it. Results go to docs/RESULTS.md."""
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from mmllm.cli import main
+
+SKIN_TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")
+MINUTES = 10
+
+pytestmark = [pytest.mark.proof, pytest.mark.timeout(60 * (MINUTES + 5)), pytest.mark.filterwarnings("default")]
+
+
+@pytest.fixture
+def data():
+    if "MMLLM_DATA" not in os.environ:
+        pytest.skip("MMLLM_DATA is not set: it names the folder with fsdd/, cifar10/, emoji/ and shakespeare/")
+    return Path(os.environ["MMLLM_DATA"])
+
+
+def quickstart(out: Path, *options: str) -> dict:
+    started = time.monotonic()
+    assert main(["quickstart", "--out", str(out), "--minutes", str(MINUTES), *options]) == 0
+    seconds = time.monotonic() - started
+    report = json.loads((out / "report.json").read_text())
+    assert seconds < 60 * MINUTES + 15
+    return report
+
+
+def parts(manifest: Path, folder: Path, is_test) -> list[str]:
+    """Options that train on the rows of a manifest and test on those that `is_test` chooses."""
+    lines = {"--train": [], "--test": []}
+    for row in map(json.loads, manifest.read_text().splitlines()):
+        if "image" in row:
+            row["image"] = str(manifest.parent / row["image"])
+        lines["--test" if is_test(row) else "--train"].append(json.dumps(row) + "\n")
+    options = []
+    for option, rows in lines.items():
+        path = folder / f"{option[2:]}.jsonl"
+        path.write_text("".join(rows))
+        options += [option, str(path)]
+    return options
+
+
+def drawn(text: str, one_in: int) -> bool:
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % one_in == 0
+
+
+@pytest.mark.parametrize("speaker", ["george", "jackson", "lucas", "nicolas"])
+def test_digits_of_a_speaker_never_heard(data, tmp_path, speaker):
+    report = quickstart(tmp_path, "--train", str(data / "fsdd" / "manifest.jsonl"), "--holdout", f"speaker={speaker}")
+    assert 1 - report["transcribe"]["wer"] >= 0.45  # the mean over speakers is to be 0.60
+
+
+def test_photos_never_seen(data, tmp_path):
+    options = parts(data / "cifar10" / "manifest.jsonl", tmp_path, lambda row: drawn(row["id"], 8))
+    assert quickstart(tmp_path / "run", *options)["caption"]["exact_match"] >= 0.40
+
+
+def test_drawings_in_a_skin_tone_never_seen(data, tmp_path):
+    def is_test(row: dict) -> bool:
+        parts = row["id"].split("_")
+        tones = [part for part in parts if part in SKIN_TONES]
+        base = "_".join(part for part in parts if part not in SKIN_TONES)
+        return len(tones) == 1 and SKIN_TONES.index(tones[0]) == sum(base.encode()) % len(SKIN_TONES)
+
+    options = parts(data / "emoji" / "manifest.jsonl", tmp_path, is_test)
+    assert quickstart(tmp_path / "run", *options)["caption"]["exact_match"] >= 0.10
+
+
+def test_plays_never_read(data, tmp_path):
+    report = quickstart(tmp_path, "--train", str(data / "shakespeare" / "manifest.jsonl"))
+    assert report["text"]["bits_per_byte"] <= 2.6
+
+
+def test_the_demo(tmp_path):
+    started = time.monotonic()
+    assert main(["quickstart", "--out", str(tmp_path)]) == 0
+    assert time.monotonic() - started < 40 * 60
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["caption"]["exact_match"] >= 0.40
+    assert report["caption"]["attribute_accuracy"] >= 0.88
+    assert report["caption"]["heldout_pairs_accuracy"] >= 0.25
+    assert report["transcribe"]["wer"] <= 0.35
+    assert report["transcribe"]["heldout_voices_wer"] <= 0.55
+    assert report["interleaved"]["answer_accuracy"] > report["interleaved"]["shuffled_accuracy"] + 0.1
+
+
+test_the_demo = pytest.mark.timeout(45 * 60)(test_the_demo)
