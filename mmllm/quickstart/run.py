@@ -247,7 +247,6 @@ class _Run:
             config = stage_config(stage, self.out, {**length, **overrides})
             config["seed_everything"] = self.settings["seed"]
             write_yaml(path, config, f"Written by `mmllm quickstart`. Run again: mmllm fit -c {path}")
-            _keep_curves(self.out / "logs" / stage / "metrics.csv")
         self.stage(f"fit {stage}", "fit", "-c", str(path), *resume, makes=self.out / OUTPUT_OF_STAGE[stage])
 
     def _length(self, stage: str) -> dict[str, Any]:
@@ -335,7 +334,8 @@ class _Run:
 
     def _report(self, contents: Contents, tasks: Sequence[str]) -> dict[str, Any]:
         results = [load_result(self.out / "eval" / f"{task}.json") for task in tasks]
-        curves = {name: _curves(self.out / "logs" / name) for name in OUTPUT_OF_STAGE}
+        logs = {name: self.out / "logs" / name / "metrics.csv" for name in OUTPUT_OF_STAGE}
+        curves = {name: read_curves(path) for name, path in logs.items() if path.is_file()}
         routing_file = self.out / "logs" / "decoder" / "routing.json"
         routing = load_routing(routing_file) if routing_file.is_file() else None
         card = read_json(self.out / "model" / "config.json")
@@ -367,23 +367,6 @@ class _Run:
 def _trained_seconds(checkpoint: Path) -> float:
     """How long a stage had trained when it was saved."""
     return float(torch.load(checkpoint, map_location="cpu", weights_only=True).get("mmllm_elapsed_seconds", 0.0))
-
-
-def _keep_curves(path: Path) -> None:
-    """Moves the curves of an interrupted run aside: Lightning's CSVLogger deletes them when it resumes."""
-    if path.is_file():
-        number = len(list(path.parent.glob("metrics.*.csv")))
-        path.rename(path.with_name(f"metrics.{number}.csv"))
-
-
-def _curves(folder: Path) -> dict[str, Points]:
-    """A stage's curves, all parts of an interrupted run together."""
-    merged: dict[str, Points] = {}
-    for path in [*sorted(folder.glob("metrics.*.csv")), folder / "metrics.csv"]:
-        if path.is_file():
-            for name, points in read_curves(path).items():
-                merged.setdefault(name, []).extend(points)
-    return merged
 
 
 def _tokens_per_second(curves: Mapping[str, Points]) -> float | None:
