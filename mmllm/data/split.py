@@ -18,6 +18,9 @@ DEFAULT_HOLDOUT = "0.1"
 """Share of the rows that is held out where neither test manifests nor `holdout` are given."""
 
 
+MIN_ROWS_FOR_VAL = 4
+
+
 def split(
     train: Sequence[str | Path],
     out: str | Path,
@@ -35,7 +38,7 @@ def split(
         test: Manifests of held-out rows; without them, `holdout` decides.
         holdout: `KEY=VALUE` or a fraction of the training rows to hold out; with `test`, `KEY=VALUE` rows are
             left out of training as well.
-        num_val: Rows of each kind for `val.jsonl`; at most a fiftieth of the kind.
+        num_val: Rows of each kind for `val.jsonl`; at most a fiftieth of the kind, or one.
         max_bad_fraction: More unusable rows than this are an error.
         seed: Of the draws by fraction.
 
@@ -67,7 +70,8 @@ def split(
     by_kind = {kind: [row for row in train_rows if row.kind == kind] for kind in KINDS}
     val_rows: list[Row] = []
     for kind, rows in by_kind.items():
-        chosen = {id(row) for row in _draw(rows, min(num_val, len(rows) // 50), seed)}
+        count = max(len(rows) // 50, int(len(rows) >= MIN_ROWS_FOR_VAL))
+        chosen = {id(row) for row in _draw(rows, min(num_val, count), seed)}
         val_rows += [row for row in rows if id(row) in chosen]
         by_kind[kind] = [row for row in rows if id(row) not in chosen]
     out = Path(out)
