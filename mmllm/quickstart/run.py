@@ -258,7 +258,7 @@ class _Run:
             length = self._length(stage)
             if resume and length["model.init_args.max_seconds"] is not None:
                 length["model.init_args.max_seconds"] += _trained_seconds(checkpoint)
-            ranks = {"trainer.devices": self.num_processes}
+            ranks: dict[str, Any] = {"trainer.devices": self.num_processes}
             if self.num_processes > 1:
                 ranks["trainer.strategy"] = "ddp"
             config = stage_config(stage, self.out, {**length, **ranks, **overrides})
