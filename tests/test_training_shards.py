@@ -176,8 +176,7 @@ def test_a_checkpoint_scores_as_it_did_in_training(
 
 
 def make_module(run: Path) -> DecoderModule:
-    torch.manual_seed(1)
-    return DecoderModule(
+    module = DecoderModule(
         decoder=DecoderConfig(vocab_size=0, **DECODER, moe=MoEConfig(**MOE)),
         vision=VisionConfig(open_clip=CLIP_CONFIG),
         image_projector=ImageProjectorConfig(kind="mlp"),
@@ -185,6 +184,9 @@ def make_module(run: Path) -> DecoderModule:
         optimiser=OptimiserConfig(lr=1e-2, warmup=0.1),
         tokenizer=str(run / "tokenizer"),
     )
+    torch.manual_seed(1)
+    module.configure_model()  # here, since what fit does before it may draw random numbers
+    return module
 
 
 def make_data(run: Path) -> PackedDataModule:
