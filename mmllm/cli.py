@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code. Nothing is raised and the process is not left, so that a program can call this many times.
     """
-    # Idle OpenMP threads spin briefly, then sleep. With the default, another busy process on the machine made a
-    # training step with two threads four times slower (docs/RESULTS.md). Read when torch is first imported.
+    # Idle OpenMP threads spin briefly, then sleep. Unbounded, beside another busy process, a training step with two
+    # threads took four times as long as without spinning (docs/RESULTS.md). Read when torch is first imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in arguments

@@ -35,7 +35,6 @@ _EXPECTED_WARNINGS = (
     r".*Experiment logs directory .* exists and is not empty.*",
     r".*The number of training batches .* is smaller than the logging interval.*",
     r".*does not have many workers.*",
-    r".*Total length of `list` across ranks is zero.*",
     r"Total length of `list` across ranks is zero.*",  # no val_recipe
     r"\s+By default only one JsonargparseDeprecationWarning.*",
     r"\s+\S+( parameter)? was deprecated in v[\d.]+ and will be removed in v5.*",
