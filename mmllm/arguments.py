@@ -10,6 +10,8 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from mmllm.ticker import ticker
+
 Run = Callable[[argparse.Namespace], Iterable[str]]
 """Runs a command and gives the lines to print."""
 
@@ -51,7 +53,7 @@ def _add_data(actions: Any) -> None:
 
         written = commands.build(
             args.manifest, args.out, args.tokenizer, args.perturb, args.holdout, args.part, args.samples_per_shard,
-            args.max_seconds, args.max_image_side, args.max_bad_fraction, args.seed,
+            args.max_seconds, args.max_image_side, args.max_bad_fraction, args.seed, args.workers, ticker("rows"),
         )  # fmt: skip
         return _as_json(written)
 
@@ -67,6 +69,7 @@ def _add_data(actions: Any) -> None:
     parser.add_argument("--max_image_side", type=int, default=1024, help="larger pictures are scaled down")
     parser.add_argument("--max_bad_fraction", type=float, default=0.05, help="more unusable rows are an error")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0, help="processes that read and encode; 0: this one alone")
 
     def split(args: argparse.Namespace) -> Iterable[str]:
         from mmllm.data.split import split as split_manifests

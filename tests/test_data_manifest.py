@@ -97,6 +97,15 @@ def test_building_is_reproducible_to_the_byte(tmp_path):
         assert hashlib.sha256((tmp_path / "a" / name).read_bytes()).hexdigest() == info["sha256"]
 
 
+def test_workers_write_the_same_shards(tmp_path):
+    manifest = mixed_manifest(tmp_path / "m", num=80)  # 320 rows: three chunks
+    (tmp_path / "m" / "7.png").write_bytes(b"no picture")
+    make_folder(tmp_path / "tok")
+    alone = commands.build(manifest, tmp_path / "a", tmp_path / "tok", perturb=1)
+    together = commands.build(manifest, tmp_path / "b", tmp_path / "tok", perturb=1, workers=2)
+    assert alone == together and len(alone["bad"]) == 2
+
+
 def test_what_a_shard_holds(tmp_path):
     make_folder(tmp_path / "tok")
     commands.build(mixed_manifest(tmp_path / "m", num=2), tmp_path / "s", tmp_path / "tok", perturb=1)

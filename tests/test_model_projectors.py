@@ -101,3 +101,33 @@ def test_bad_audio_projectors_are_named():
     ]:
         with pytest.raises(ValueError, match=message):
             AudioProjectorConfig(**values)
+
+
+def test_bands_are_stretched_moved_and_hidden_in_training_alone() -> None:
+    torch.manual_seed(0)
+    config = AudioProjectorConfig(spectrum=20, warp=0.2, band_mask=4)
+    projector = AudioProjector(config, latent_width=24, width=8)
+    ramp_CFL = torch.arange(1.0, 25.0).expand(64, 3, 24)
+    out_CFL = projector._altered_bands(ramp_CFL)
+    assert torch.equal(out_CFL[..., 20:], ramp_CFL[..., 20:])  # what is no spectrum stays
+    bands_CFM = out_CFL[..., :20]
+    assert torch.equal(bands_CFM, bands_CFM[:, :1].expand_as(bands_CFM))  # all frames of a clip alike
+    is_hidden_CM = bands_CFM[:, 0] == 0
+    assert set(is_hidden_CM.sum(dim=1).tolist()) == {0, 1, 2, 3, 4}
+    steps_CM = bands_CFM[:, 0].diff(dim=1)
+    inside_CM = (
+        ~is_hidden_CM[:, 1:] & ~is_hidden_CM[:, :-1] & (bands_CFM[:, 0, 1:] < 19.9) & (bands_CFM[:, 0, :-1] > 1.1)
+    )
+    stretch = steps_CM[inside_CM]  # a ramp's slope is how far it is stretched
+    assert stretch.min() > 0.79 and stretch.max() < 1.21 and stretch.std() > 0.05
+    codes_CFK = torch.randint(0, 4, (2, 6, 2))
+    embedding = CodeEmbedding(2, 4, 24)
+    projector.eval()
+    assert torch.equal(projector(codes_CFK, embedding), projector(codes_CFK, embedding))
+
+
+def test_band_changes_need_a_spectrum() -> None:
+    with pytest.raises(ValueError, match="need spectrum"):
+        AudioProjectorConfig(warp=0.1)
+    with pytest.raises(ValueError, match=r"warp is 0\.7"):
+        AudioProjectorConfig(spectrum=20, warp=0.7)

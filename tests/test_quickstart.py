@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import soundfile
+import yaml
 from PIL import Image
 
 from mmllm.cli import main
@@ -55,6 +56,19 @@ def test_quickstart_goes_the_whole_way_and_continues(manifest, tmp_path, capsys)
     assert (out / "model" / "model.safetensors").read_bytes() == before
     assert main([*command, "--seed", "5"]) == 2
     assert "other settings (seed differ)" in capsys.readouterr().err
+
+
+def test_quickstart_within_a_minute_on_two_ranks(tmp_path):
+    """Without --max_steps trainings run as two DDP ranks, in processes of their own."""
+    rows = [{"id": f"t{i}", "text": f"Row {i} says that {i} and {i} make {2 * i}."} for i in range(120)]
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "run"
+    assert main(["quickstart", "--train", str(manifest), "--out", str(out), "--minutes", "0.7"]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["text"]["n"] >= 4
+    config = yaml.safe_load((out / "configs" / "decoder.yaml").read_text())
+    assert (config["trainer"]["devices"], config["trainer"]["strategy"]) == (2, "ddp")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from mmllm.training.optimisers import (
     orthogonalise,
     parameter_groups,
 )
-from tests.training_fixtures import tiny_module
+from tests.training_fixtures import run_two_ranks, tiny_module
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 4), (3, 8, 5), (2, 5, 8), (1, 1, 7)])
@@ -50,6 +51,48 @@ def test_a_stack_moves_like_its_matrices() -> None:
         together.step()
         apart.step()
     assert torch.allclose(stack.data, torch.stack([p.data for p in singles]), atol=1e-5)
+
+
+def test_filters_move_like_matrices_with_a_row_an_output() -> None:
+    torch.manual_seed(0)
+    config = OptimiserConfig(lr=0.1, muon=True)
+    filters = nn.Parameter(torch.randn(6, 2, 3, 3).to(memory_format=torch.channels_last))
+    matrix = nn.Parameter(filters.data.reshape(6, 18).clone())
+    optimisers = [MuonAdamW([{"params": [p], "use_muon": True}], config) for p in (filters, matrix)]
+    for _ in range(3):
+        filters.grad = torch.randn(6, 2, 3, 3)
+        matrix.grad = filters.grad.reshape(6, 18).clone()
+        for optimiser in optimisers:
+            optimiser.step()
+    assert torch.allclose(filters.data.reshape(6, 18), matrix.data, atol=1e-5)
+
+
+MATRICES = ((5, 6, 4), (4, 4), (6, 4), (8, 2, 3, 3), (3, 7), (2, 9))
+"""Shapes of which two ranks get uneven shares: six and five matrices of one shape, and single ones."""
+
+
+def _three_muon_steps(num_replicas: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in MATRICES]
+    optimiser = MuonAdamW([{"params": parameters, "use_muon": True}], OptimiserConfig(lr=0.1, muon=True), num_replicas)
+    for _ in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimiser.step()
+    return {str(number): parameter.data for number, parameter in enumerate(parameters)}
+
+
+def _muon_rank(rank: int, port: int, out: str) -> None:
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.save(_three_muon_steps(num_replicas=2), f"{out}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_replicas_share_the_work_and_move_alike(tmp_path: Path) -> None:
+    alone = _three_muon_steps(num_replicas=1)
+    for weights in run_two_ranks(_muon_rank, tmp_path):
+        for name, weight in alone.items():
+            assert torch.allclose(weights[name], weight, atol=1e-6), name
 
 
 def test_muon_follows_torch_where_both_apply() -> None:

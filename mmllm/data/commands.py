@@ -36,6 +36,7 @@ def build(
     max_image_side: int = 1024,
     max_bad_fraction: float = 0.05,
     seed: int = 0,
+    workers: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Manifests to shards.
@@ -52,6 +53,7 @@ def build(
         max_image_side: Larger pictures are scaled down.
         max_bad_fraction: More unusable rows than this are an error.
         seed: Of the altered copies, and of a holdout by fraction.
+        workers: Processes that read and encode; 0: this one does. The shards are the same.
         progress: Called with the number of rows done.
 
     Returns:
@@ -73,7 +75,7 @@ def build(
         train, heldout = split_rows(rows, holdout, seed)
         rows = train if part == "train" else heldout
     folder = TokenizerFolder.load(tokenizer) if tokenizer is not None else None
-    return write_shards(rows, out, config, folder, bad, progress)
+    return write_shards(rows, out, config, folder, bad, progress, workers)
 
 
 def index(

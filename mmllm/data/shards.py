@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +23,7 @@ import soundfile
 import torch
 from braceexpand import braceexpand
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from webdataset.writer import ShardWriter
 
 from mmllm.data.decode import decode_image
@@ -89,6 +90,7 @@ def write_shards(
     folder: TokenizerFolder | None = None,
     bad: BadRows | None = None,
     progress: Callable[[int], None] | None = None,
+    workers: int = 0,
 ) -> dict[str, Any]:
     """Writes `out/<kind>-000000.tar`, … and `out/shards.json`, and returns what that file holds.
 
@@ -99,6 +101,7 @@ def write_shards(
         folder: With an audio tokenizer, each sound's codes are stored beside it.
         bad: Takes the rows whose files can't be read; by default a fresh one with the config's bound.
         progress: Called with the number of rows done so far.
+        workers: Processes that read and encode; 0: this one does. The shards are the same.
 
     Raises:
         ManifestError: Too many rows are bad, or all.
@@ -110,17 +113,14 @@ def write_shards(
     out.mkdir(parents=True, exist_ok=True)
     _remove_earlier(out)
     writers = _Writers(out, config)
+    chunks = _Chunks(rows, config, folder)
+    loader = DataLoader(chunks, batch_size=None, num_workers=min(workers, len(chunks)), collate_fn=_same)
     num_rows, where = 0, str(out)
     try:
-        for chunk in _chunks(rows, _CHUNK):
-            records = []
-            for row in chunk:
-                where = row.where.rpartition(":")[0] or where
-                try:
-                    records.extend(_read(row, config))
-                except (ValueError, OSError) as error:
-                    bad.add(row.where, error)
-            _add_codes(records, folder)
+        for chunk, (records, errors) in zip(chunks.rows, loader, strict=True):
+            where = chunk[-1].where.rpartition(":")[0] or where
+            for row, error in errors:
+                bad.add(row.where, error)
             for record in records:
                 writers.write(record)
             num_rows += len(chunk)
@@ -160,15 +160,34 @@ def _remove_earlier(out: Path) -> None:
     path.unlink()
 
 
-def _chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    chunk: list[Row] = []
-    for row in rows:
-        chunk.append(row)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+class _Chunks(Dataset):
+    """Rows by the chunk, read and encoded when asked for: as a `Dataset`, so that a loader's workers may do it."""
+
+    def __init__(self, rows: Iterable[Row], config: ShardsConfig, folder: TokenizerFolder | None) -> None:
+        given = list(rows)
+        self.rows = [given[start : start + _CHUNK] for start in range(0, len(given), _CHUNK)]
+        self._config, self._folder = config, folder
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[list[_Record], list[tuple[Row, str]]]:
+        """What the chunk's rows became, and those that can't be read with the reason."""
+        records: list[_Record] = []
+        errors: list[tuple[Row, str]] = []
+        for row in self.rows[index]:
+            try:
+                records.extend(_read(row, self._config))
+            except (ValueError, OSError) as error:
+                errors.append((row, str(error)))
+        _add_codes(records, self._folder)
+        for record in records:
+            record.sounds.clear()  # encoded: not to be sent to another process
+        return records, errors
+
+
+def _same(item: Any) -> Any:
+    return item
 
 
 def _digest(path: Path) -> dict[str, Any]:

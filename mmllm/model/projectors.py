@@ -114,6 +114,10 @@ class AudioProjectorConfig:
         spectrum: leading channels of the codes' embeddings that are a spectrum (a codec trained with
             `losses.spectrum`): two layers of two-dimensional convolution over time and frequency come first, and the
             other channels are left out; 0: there is none. A voice's resonances move along frequency.
+        warp: in training, by up to this share the bands of each clip are stretched and moved along frequency, as a
+            shorter or longer vocal tract would (Jaitly and Hinton 2013); needs `spectrum`.
+        band_mask: in training, up to this many neighbouring bands of each clip are hidden (as SpecAugment); needs
+            `spectrum`.
         clip_norm: normalise each channel over the frames of a clip, as cepstral mean and variance normalisation
             does: what stays the same throughout a clip (voice, microphone) is taken out. False: LayerNorm a frame.
     """
@@ -128,6 +132,8 @@ class AudioProjectorConfig:
     frame_mask: float = 0.0
     mask_span: int = 8
     spectrum: int = 0
+    warp: float = 0.0
+    band_mask: int = 0
     clip_norm: bool = False
 
     def __post_init__(self) -> None:
@@ -140,6 +146,13 @@ class AudioProjectorConfig:
                 f"audio projector.spectrum is {self.spectrum} with kind {self.kind!r}; it must be a multiple of 4, and "
                 f"needs kind 'conv'"
             )
+        if not 0 <= self.warp < 0.5 or not 0 <= self.band_mask <= max(self.spectrum, 0):
+            raise ValueError(
+                f"audio projector.warp is {self.warp} and band_mask {self.band_mask}; they must be in [0, 0.5) and in "
+                f"[0, spectrum], here {self.spectrum}"
+            )
+        if (self.warp or self.band_mask) and not self.spectrum:
+            raise ValueError("audio projector.warp and band_mask need spectrum: bands are what they change")
         if self.mask_span < 1:
             raise ValueError(f"audio projector.mask_span is {self.mask_span}; it must be at least 1 frame")
         if not 0 <= self.frame_mask < 1:
@@ -275,6 +288,8 @@ class AudioProjector(nn.Module):
             codes_CFK = self._drop_codebooks(codes_CFK)
         x_CFL = embedding(codes_CFK)
         x_CFL = _over_frames(x_CFL, mask_CF1) if self.frame_norm is None else self.frame_norm(x_CFL)
+        if self.training:
+            x_CFL = self._altered_bands(x_CFL)
         hidden_CF1 = self._hidden_frames(codes_CFK) if self.training and self.config.frame_mask else None
         if hidden_CF1 is not None:
             x_CFL = torch.where(hidden_CF1, self.mask_embedding.to(x_CFL.dtype), x_CFL)
@@ -321,6 +336,30 @@ class AudioProjector(nn.Module):
         kept_C = torch.where(torch.rand(len(kept_C), device=device) < self.config.code_dropout, kept_C, num_codebooks)
         dropped_CK = torch.arange(num_codebooks, device=device) >= kept_C[:, None]
         return codes_CFK.masked_fill(dropped_CK[:, None], -1)
+
+    def _altered_bands(self, x_CFL: Tensor) -> Tensor:
+        """The spectrum of each clip stretched and moved along frequency, and some of its bands hidden."""
+        num_bands, (num_clips, num_frames) = self.config.spectrum, x_CFL.shape[:2]
+        if not self.config.warp and not self.config.band_mask:
+            return x_CFL
+        x_CFM, rest = x_CFL[..., :num_bands], x_CFL[..., num_bands:]
+        bands_M = torch.arange(num_bands, device=x_CFL.device, dtype=x_CFL.dtype)
+        if self.config.warp:
+            amounts_C2 = self.config.warp * (2 * torch.rand(num_clips, 2, 1, device=x_CFL.device) - 1)
+            middle = (num_bands - 1) / 2
+            places_CM = (bands_M - middle) * (1 + amounts_C2[:, 0]) + middle + amounts_C2[:, 1] * num_bands / 2
+            places_CM = places_CM.clamp(0, num_bands - 1)
+            below_CM = places_CM.floor()
+            share_C1M = (places_CM - below_CM)[:, None]
+            below_CFM = below_CM.long()[:, None].expand(-1, num_frames, -1)
+            above_CFM = (below_CFM + 1).clamp(max=num_bands - 1)
+            x_CFM = x_CFM.gather(2, below_CFM) * (1 - share_C1M) + x_CFM.gather(2, above_CFM) * share_C1M
+        if self.config.band_mask:
+            width_C1 = torch.randint(0, self.config.band_mask + 1, (num_clips, 1), device=x_CFL.device)
+            first_C1 = torch.rand(num_clips, 1, device=x_CFL.device) * (num_bands - width_C1)
+            is_hidden_CM = (bands_M >= first_C1.floor()) & (bands_M < first_C1.floor() + width_C1)
+            x_CFM = x_CFM.masked_fill(is_hidden_CM[:, None], 0.0)
+        return torch.cat([x_CFM, rest], dim=-1)
 
     def _hidden_frames(self, codes_CFK: Tensor) -> Tensor:
         """Spans start at random so that about `frame_mask` of the frames are hidden, bool [C, F, 1]."""

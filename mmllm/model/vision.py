@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
@@ -36,6 +36,9 @@ class VisionConfig:
         layer: index of a block of a ViT or of a stage of a timm trunk (negative: from the end), or
             "layer1" to "layer4" of a ModifiedResNet (-1 is "layer4").
         trainable: whether gradients flow into the tower.
+        batch_norm: in training, BatchNorm uses its "stored" statistics, or the "batch"'s own. A pretrained tower
+            needs the first: batches of a few images would ruin what it stores. A tower that is learnt from nothing
+            needs the second, and tens of images a batch.
     """
 
     open_clip: str | dict[str, Any]
@@ -43,6 +46,7 @@ class VisionConfig:
     checkpoint: str | None = None
     layer: int | str = -1
     trainable: bool = True
+    batch_norm: Literal["stored", "batch"] = "stored"
 
     def __post_init__(self) -> None:
         if self.pretrained and self.checkpoint:
@@ -131,8 +135,7 @@ def _weights_path(config: VisionConfig) -> str | None:
 class VisionTower(nn.Module):
     """A CLIP image encoder up to the chosen layer; what lies behind it is cut off.
 
-    Weights are random until `load_pretrained`, `from_clip` or `load_state_dict`. BatchNorm always uses
-    its stored statistics: a decoder's batches of a few images would ruin them.
+    Weights are random until `load_pretrained`, `from_clip` or `load_state_dict`.
     """
 
     def __init__(self, config: VisionConfig):
@@ -147,10 +150,11 @@ class VisionTower(nn.Module):
         self.std: tuple[float, ...] = tuple(tag.get("std") or OPENAI_DATASET_STD)
         self.visual = _cut(visual, config.layer)
         self.requires_grad_(config.trainable)
-        self.train()
+        self.eval()
         with torch.no_grad():
             device = next(self.visual.parameters()).device
             probe = self._spatial(torch.zeros(1, 3, self.image_size, self.image_size, device=device))
+        self.train()
         self.width = probe.shape[1]
         self.grid: tuple[int, int] = (probe.shape[2], probe.shape[3])
 
@@ -167,10 +171,10 @@ class VisionTower(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> VisionTower:
-        """As `nn.Module.train`, but BatchNorm, and a frozen tower, stay in evaluation mode."""
+        """As `nn.Module.train`, but a frozen tower, and BatchNorm with "stored", stay in evaluation mode."""
         super().train(mode and self.config.trainable)
         for module in self.modules():
-            if isinstance(module, _BATCH_NORMS):
+            if isinstance(module, _BATCH_NORMS) and self.config.batch_norm == "stored":
                 module.eval()
         return self
 

@@ -12,8 +12,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,8 @@ MIN_TRAINING_SECONDS = 5.0
 MIN_EVALUATED = 20
 """Rows of each set, however little time is left."""
 REPORT_SECONDS = 8.0
+START_SECONDS = 6.0
+"""What a command's process needs before it works."""
 
 
 class StageFailed(ValueError):
@@ -91,9 +96,26 @@ def quickstart(
     settings = {"train": list(train), "test": list(test), "holdout": holdout, "minutes": minutes, "seed": seed,
                 "max_steps": max_steps}  # fmt: skip
     run = _Run(Path(out), settings, run_command)
-    with MemoryMonitor() as memory:
+    with MemoryMonitor() as memory, _terminated_as_interrupt():
         run.memory = memory
         return run.all_stages()
+
+
+@contextmanager
+def _terminated_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends the run as Ctrl-C does, so that no stage's process is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_signal: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Run:
@@ -114,6 +136,8 @@ class _Run:
         self.seconds_before = float(saved.get("seconds", 0.0))
         self.peak_before = int(saved.get("peak_rss_bytes", 0))
         self.started = time.monotonic()
+        self.children: list[subprocess.Popen[bytes]] = []
+        self.lock = threading.Lock()
 
     # ------------------------------------------------------------------------------------------------------- clock
     @property
@@ -148,21 +172,23 @@ class _Run:
             "stages": self.stages,
         }
         new = self.out / f"{STATE_FILE}.new"
-        new.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        os.replace(new, self.out / STATE_FILE)
+        with self.lock:
+            new.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+            os.replace(new, self.out / STATE_FILE)
 
     # ------------------------------------------------------------------------------------------------------ stages
     def is_done(self, name: str) -> bool:
         return any(stage["name"] == name for stage in self.stages)
 
-    def stage(self, name: str, *command: str, makes: Path | None = None, is_process: bool = False) -> None:
+    def stage(self, name: str, *command: str, makes: Path | None = None, num_threads: int = 0) -> None:
         """Runs a command unless it is done.
 
         Args:
             name: of the stage.
             command: the command line.
             makes: what must be there when it is done.
-            is_process: run it as a process of its own: one that starts others (DDP) runs its own command line again.
+            num_threads: run it as a process of its own with so many threads; 0: run it in this process. Under DDP
+                it must be one of its own, since it runs its own command line again for the other ranks.
 
         Raises:
             StageFailed: it ended with an error.
@@ -175,10 +201,7 @@ class _Run:
         clock = f"{_clock(self.seconds)} gone" + (f", {_clock(left)} left" if left is not None else "")
         self.console.print(f"\n[bold]{name}[/bold] [dim]({clock})[/dim]\n[green]$ {line}[/green]")
         begun = time.monotonic()
-        if is_process:
-            code = subprocess.run([sys.executable, "-m", "mmllm.cli", *command], check=False).returncode
-        else:
-            code = self.run_command(command)
+        code = self._run_process(command, num_threads) if num_threads else self.run_command(command)
         if code in (130, -signal.SIGINT):
             raise KeyboardInterrupt
         if code:
@@ -191,6 +214,24 @@ class _Run:
             )
         self.stages.append({"name": name, "seconds": time.monotonic() - begun, "command": line})
         self.save()
+
+    def _run_process(self, command: Sequence[str], num_threads: int) -> int:
+        """Runs a command as a process, which does not outlive this one. Gives its exit code."""
+        environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
+        process = subprocess.Popen([sys.executable, "-m", "mmllm.cli", *command], env=environment)
+        self.children.append(process)
+        try:
+            return process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+            self.children.remove(process)
+
+    def end_children(self) -> None:
+        """Ends the processes that run for this one."""
+        for process in list(self.children):
+            process.terminate()
 
     def all_stages(self) -> dict[str, Any]:
         """Everything, in order."""
@@ -245,7 +286,7 @@ class _Run:
         seed, shards = str(self.settings["seed"]), str(self.out / "shards" / "train")
         perturb = ["--perturb", str(choices.perturb)] if choices.perturb else []
         self.stage("shards", "data", "build", *manifests, "--out", shards, "--tokenizer", str(self.out / "tokenizer"),
-                   *perturb, "--seed", seed)  # fmt: skip
+                   *perturb, "--seed", seed, "--workers", str(os.cpu_count() or 1))  # fmt: skip
         self.stage("index", "data", "index", shards, "--tokenizer", str(self.out / "tokenizer"))
 
     # ---------------------------------------------------------------------------------------------------- training
@@ -268,7 +309,8 @@ class _Run:
                 config["trainer"]["callbacks"] = [c for c in callbacks if not c["class_path"].endswith(".Samples")]
             write_yaml(path, config, f"Written by `mmllm quickstart`. Run again: mmllm fit -c {path}")
         makes = self.out / OUTPUT_OF_STAGE[stage]
-        self.stage(f"fit {stage}", "fit", "-c", str(path), *resume, makes=makes, is_process=self.num_processes > 1)
+        num_threads = 1 if self.num_processes > 1 else 0
+        self.stage(f"fit {stage}", "fit", "-c", str(path), *resume, makes=makes, num_threads=num_threads)
 
     def _length(self, stage: str) -> dict[str, Any]:
         """How long a stage trains: fixed steps in the demo, seconds where `--minutes` bounds the run."""
@@ -334,23 +376,36 @@ class _Run:
 
     # -------------------------------------------------------------------------------------------------- evaluation
     def _evaluate(self, contents: Contents) -> list[str]:
+        """Evaluates the tasks, the longest first, as many at once as there are ranks in training."""
         tasks = evaluation_tasks(self.out / "manifests" / "test.jsonl", contents)
-        speed = 1.0
-        for place, (task, sets) in enumerate(tasks.items()):
+        costs = {task: EVALUATION_SECONDS[task] * sum(sets) for task, sets in tasks.items()}
+        num_lanes = min(self.num_processes, len(tasks))
+        waiting = sorted(tasks, key=lambda task: -costs[task])
+
+        def evaluate(task: str) -> None:
             limit: list[str] = []
+            with self.lock:
+                to_come = sum(costs[name] for name in waiting)
+                waiting.remove(task)
             if (left := self.seconds_left) is not None:
-                to_come = sum(EVALUATION_SECONDS[name] * sum(tasks[name]) for name in list(tasks)[place:])
-                share = (left - REPORT_SECONDS) / (speed * to_come)
+                share = (left - REPORT_SECONDS - num_lanes * START_SECONDS) / (to_come / num_lanes)
                 if share < 1:
-                    limit = ["--limit", str(max(MIN_EVALUATED, int(share * max(sets))))]
-            begun = time.monotonic()
+                    limit = ["--limit", str(max(MIN_EVALUATED, int(share * max(tasks[task]))))]
             self.stage(
                 f"eval {task}", "eval", "--model", str(self.out / "model"), "--task", task,
                 "--manifest", str(self.out / "manifests" / "test.jsonl"),
                 "--json", str(self.out / "eval" / f"{task}.json"), *limit,
+                num_threads=1 if num_lanes > 1 else 0,
             )  # fmt: skip
-            if not limit:
-                speed = max(speed, (time.monotonic() - begun) / (EVALUATION_SECONDS[task] * sum(sets)))
+
+        with ThreadPoolExecutor(num_lanes) as lanes:
+            try:
+                for done in [lanes.submit(evaluate, task) for task in list(waiting)]:
+                    done.result()
+            except BaseException:
+                lanes.shutdown(wait=False, cancel_futures=True)
+                self.end_children()
+                raise
         return list(tasks)
 
     def _report(self, contents: Contents, tasks: Sequence[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from mmllm.training.optimisers import OptimiserConfig, build_optimiser, learning_rate_factor, parameter_groups
@@ -65,7 +66,8 @@ class StagedModule(pl.LightningModule):
         """Groups by tower; the rate is set before each batch by `on_train_batch_start`."""
         groups = parameter_groups(self, self.optimiser, self.tower_of)
         self._peak_lrs = [group.pop("peak_lr") for group in groups]
-        return build_optimiser(groups, self.optimiser)
+        is_replicated = self._trainer is not None and isinstance(self.trainer.strategy, DDPStrategy)
+        return build_optimiser(groups, self.optimiser, self.trainer.world_size if is_replicated else 1)
 
     @property
     def progress(self) -> float:
