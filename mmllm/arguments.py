@@ -215,7 +215,7 @@ def _add_eval(commands: Any) -> None:
 
         result = evaluation.run_eval(
             args.model, args.task, args.manifest, args.json, args.limit, args.batch_size, args.seed, args.media,
-            device=args.device,
+            args.sequence_length, args.device,
         )  # fmt: skip
         return evaluation.score_lines(result)
 
@@ -225,6 +225,7 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--manifest", required=True, metavar="FILE", help="JSONL of held-out rows")
     parser.add_argument("--json", metavar="OUT", help="where scores and predictions go")
     parser.add_argument("--limit", type=int, help="at most so many rows, drawn at random")
+    parser.add_argument("--sequence_length", type=int, default=512, help="of text: the length of training's sequences")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--media", metavar="DIR", help="folder for what is spoken")
     parser.add_argument("--device", default="auto")

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -94,3 +95,10 @@ def test_choices_follow_the_rows(manifest, tmp_path):
     recipe = recipe_dict(tmp_path, contents, choose(contents, is_demo=False), seed=3, curriculum_steps=10)
     assert [source["name"] for source in recipe["sources"]] == ["caption", "interleaved", "text", "heard", "spoken"]
     assert "curriculum" not in recipe
+
+
+@pytest.mark.parametrize(("seconds", "length", "batch"), [(2.0, 512, 4), (12.0, 1024, 2), (300.0, 2048, 2)])
+def test_sequences_are_as_long_as_the_speech_that_they_hold(manifest, seconds, length, batch):
+    contents = dataclasses.replace(Contents.of(read_manifest(manifest)), long_seconds=seconds)
+    choices = choose(contents, is_demo=False)
+    assert (choices.sequence_length, choices.batch_size) == (length, batch)

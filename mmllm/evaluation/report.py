@@ -45,8 +45,6 @@ class ReportInfo:
     commit: str | None = None
     machine: str = ""
     made_at: str = ""
-    facts: tuple[tuple[str, str], ...] = ()
-    """More (name, value) pairs for the head of the page: parameters, training rows."""
     stages: tuple[Stage, ...] = ()
 
 
@@ -197,7 +195,6 @@ def _facts(info: ReportInfo) -> list[tuple[str, str, bool]]:
         facts.append(("peak memory", f"{info.peak_rss_bytes / 2**30:.1f} GiB", False))
     if info.tokens_per_second is not None:
         facts.append(("training speed", f"{info.tokens_per_second:,.0f} tokens/s", False))
-    facts += [(name, value, False) for name, value in info.facts]
     if info.recipe_hash:
         facts.append(("recipe", info.recipe_hash[:12], True))
     if info.commit:

@@ -8,7 +8,6 @@ right") and the word "with" (`W`). What the sentence means then follows from its
 
 from __future__ import annotations
 
-import itertools
 import random
 import re
 from collections.abc import Mapping
@@ -66,24 +65,6 @@ class ParsedScene:
         """The scene that a manifest row's `objects` and `relations` describe."""
         objects = [SceneObject(o["size"], o["colour"], o["shape"]) for o in row["objects"]]
         return ParsedScene.of(objects, [(first, relation, second) for first, relation, second in row["relations"]])
-
-
-def count_right_attributes(predicted: ParsedScene | None, reference: ParsedScene) -> tuple[int, int]:
-    """How many sizes, colours and shapes are right, of how many.
-
-    The predicted objects are matched to the reference's as favourably as possible. Objects too many count as three
-    wrong attributes each, so naming more than there is gains nothing.
-    """
-    objects = predicted.objects if predicted is not None else ()
-    total = 3 * max(len(objects), len(reference.objects))
-    if not objects:
-        return 0, total
-    few, many = sorted((objects[:6], reference.objects), key=len)
-    best = max(
-        sum((a.size == b.size) + (a.colour == b.colour) + (a.shape == b.shape) for a, b in zip(few, order, strict=True))
-        for order in itertools.permutations(many, len(few))
-    )
-    return best, total
 
 
 def names_pair(predicted: ParsedScene | None, shape: str, colour: str) -> bool:

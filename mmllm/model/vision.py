@@ -149,6 +149,8 @@ class VisionTower(nn.Module):
         self.mean: tuple[float, ...] = tuple(tag.get("mean") or OPENAI_DATASET_MEAN)
         self.std: tuple[float, ...] = tuple(tag.get("std") or OPENAI_DATASET_STD)
         self.visual = _cut(visual, config.layer)
+        if isinstance(self.visual, ModifiedResNet):  # about a fifth faster on CPUs, weights and gradients laid alike
+            self.visual.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.requires_grad_(config.trainable)
         self.eval()
         with torch.no_grad():
@@ -194,7 +196,7 @@ class VisionTower(nn.Module):
         mean = torch.tensor(self.mean, device=images_N3HW.device).view(3, 1, 1) * 255
         std = torch.tensor(self.std, device=images_N3HW.device).view(3, 1, 1) * 255
         pixels = ((images_N3HW - mean) / std).to(dtype)
-        if isinstance(self.visual, ModifiedResNet):  # about a fifth faster on CPUs
+        if isinstance(self.visual, ModifiedResNet):
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(self.config.trainable and torch.is_grad_enabled()):
             return self._spatial(pixels).flatten(2).transpose(1, 2)

@@ -20,10 +20,10 @@ from mmllm.paths import config_path
 TEMPLATE_DIR = "runs/demo"
 """The folder that the shipped quickstart configs name; it is replaced by the run's."""
 
-DEMO_STEPS = {"codec": 300, "clip": 250, "decoder": 1100}
+DEMO_STEPS = {"codec": 300, "clip": 60, "decoder": 1000}
 """Training steps of the demo on its own data. Fixed, so that everybody's demo is the same run."""
 
-STAGE_SHARES = {"codec": 0.2, "clip": 0.25}
+STAGE_SHARES = {"codec": 0.2, "clip": 0.08}
 """With `--minutes`: share of what is left that a stage before the decoder may take."""
 
 EVALUATION_SECONDS = {"caption": 0.04, "transcribe": 0.03, "speak": 0.12, "interleaved": 0.06, "text": 0.05}
@@ -45,6 +45,8 @@ class Contents:
     is_single_words: bool
     """Every transcript is one word."""
     num_captions: int
+    long_seconds: float
+    """Nineteen sounds in twenty are no longer than this."""
 
     @classmethod
     def of(cls, rows: list[Row]) -> Contents:
@@ -55,6 +57,7 @@ class Contents:
         """
         kinds = tuple(sorted({row.kind for row in rows}))
         spoken = [row for row in rows if row.kind == "audio"]
+        lengths = sorted(_seconds(row) for row in spoken)
         segments = [segment for row in rows for segment in row.segments]
         texts = [row.text for row in rows] + [segment["text"] for segment in segments if "text" in segment]
         if not spoken and any("audio" in segment for segment in segments):
@@ -68,10 +71,11 @@ class Contents:
             has_sounds="audio" in kinds,
             num_rows=len(rows),
             num_characters=sum(len(text) for text in texts),
-            audio_seconds=sum(_seconds(row) for row in spoken),
+            audio_seconds=sum(lengths),
             names_sides=any(re.search(r"\b(left|right)\b", text, re.IGNORECASE) for text in texts),
             is_single_words=bool(spoken) and all(len(row.text.split()) == 1 for row in spoken),
             num_captions=sum(row.kind == "caption" for row in rows),
+            long_seconds=lengths[int(0.95 * len(lengths))] if lengths else 0.0,
         )
 
 
@@ -103,10 +107,15 @@ class Choices:
     audio_pool: int = 2
 
 
-SMALL_DECODER = {"width": 128, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1}
+FRAME_RATE = 50
+"""Of the quickstart codec, frames a second: as many positions does speech take."""
+ROOM_FOR_TEXT = 62
+MAX_SEQUENCE = 2048
+
+SMALL_DECODER = {"width": 128, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1, "dropout": 0.1}
 SMALL_MOE = {"num_experts": 8, "top_k": 2, "expert_width": 128}
 TEXT_DECODER = {"width": 256, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "dropout": 0.15}
-TEXT_MOE = {"num_experts": 8, "top_k": 2, "expert_width": 256}
+TEXT_MOE = {"num_experts": 4, "top_k": 2, "expert_width": 256}
 
 
 def choose(contents: Contents, is_demo: bool) -> Choices:
@@ -124,7 +133,11 @@ def choose(contents: Contents, is_demo: bool) -> Choices:
         decoder = {**TEXT_DECODER, "moe": TEXT_MOE}
     elif "text" not in contents.kinds and "interleaved" not in contents.kinds:
         decoder = {**SMALL_DECODER, "moe": SMALL_MOE}
-    return Choices(vocab_size=vocab_size, perturb=perturb, sequence_length=512, batch_size=4, decoder=decoder)
+    sequence_length = 512
+    while sequence_length < min(MAX_SEQUENCE, FRAME_RATE * contents.long_seconds + ROOM_FOR_TEXT):
+        sequence_length *= 2
+    batch_size = 8 if contents.kinds == ("text",) else max(2, 4 * 512 // sequence_length)
+    return Choices(vocab_size, perturb, sequence_length, batch_size, decoder)
 
 
 def recipe_dict(

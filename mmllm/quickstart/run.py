@@ -48,12 +48,16 @@ RunCommand = Callable[[Sequence[str]], int]
 STATE_FILE = "quickstart.json"
 FORMAT_VERSION = 1
 OUTPUT_OF_STAGE = {"codec": "codec", "clip": "clip", "decoder": "model"}
+CODEC_COPIES = 3
+"""Altered copies of each sound, at most, from which the codec learns voices other than the few that there are."""
 MIN_TRAINING_SECONDS = 5.0
 MIN_EVALUATED = 20
 """Rows of each set, however little time is left."""
 REPORT_SECONDS = 8.0
 START_SECONDS = 6.0
 """What a command's process needs before it works."""
+FIT_START_SECONDS = 20.0
+"""What a training's processes need before their first step, and for the export."""
 
 
 class StageFailed(ValueError):
@@ -244,7 +248,7 @@ class _Run:
             if "caption" in contents.kinds:
                 self._fit_clip(contents, choices)
             self._fit_decoder(contents, choices)
-            tasks = self._evaluate(contents)
+            tasks = self._evaluate(contents, choices)
             return self._report(contents, tasks)
         finally:
             self.save()
@@ -275,7 +279,10 @@ class _Run:
         codec = []
         if contents.has_sounds:
             manifest = str(self.out / "manifests" / "train-audio.jsonl")
-            self.stage("sound shards", "data", "build", manifest, "--out", str(self.out / "shards" / "sound"))
+            copies = min(choices.perturb, CODEC_COPIES)
+            perturb = ["--perturb", str(copies), "--seed", str(self.settings["seed"])] if copies else []
+            self.stage("sound shards", "data", "build", manifest, "--out", str(self.out / "shards" / "sound"), *perturb,
+                       "--workers", str(os.cpu_count() or 1))  # fmt: skip
             self._fit_codec()
             codec = ["--codec", str(self.out / "codec")]
         self.stage("tokenizer", "tokenizer", "assemble", "--text", str(self.out / "text_tokenizer"), *codec,
@@ -320,7 +327,7 @@ class _Run:
         if left is None:
             steps = DEMO_STEPS[stage] if self.is_demo else 2 * DEMO_STEPS[stage]
             return {"trainer.max_steps": steps, "model.init_args.max_seconds": None}
-        spare = left - self._evaluation_seconds()
+        spare = left - self._evaluation_seconds() - FIT_START_SECONDS
         seconds = spare * STAGE_SHARES[stage] if stage in STAGE_SHARES else spare - 0.03 * 60 * self.settings["minutes"]
         return {"trainer.max_steps": -1, "model.init_args.max_seconds": round(max(MIN_TRAINING_SECONDS, seconds), 1)}
 
@@ -375,7 +382,7 @@ class _Run:
         self._fit("decoder", overrides)
 
     # -------------------------------------------------------------------------------------------------- evaluation
-    def _evaluate(self, contents: Contents) -> list[str]:
+    def _evaluate(self, contents: Contents, choices: Choices) -> list[str]:
         """Evaluates the tasks, the longest first, as many at once as there are ranks in training."""
         tasks = evaluation_tasks(self.out / "manifests" / "test.jsonl", contents)
         costs = {task: EVALUATION_SECONDS[task] * sum(sets) for task, sets in tasks.items()}
@@ -383,18 +390,18 @@ class _Run:
         waiting = sorted(tasks, key=lambda task: -costs[task])
 
         def evaluate(task: str) -> None:
-            limit: list[str] = []
+            options = ["--sequence_length", str(choices.sequence_length)] if task == "text" else []
             with self.lock:
                 to_come = sum(costs[name] for name in waiting)
                 waiting.remove(task)
             if (left := self.seconds_left) is not None:
                 share = (left - REPORT_SECONDS - num_lanes * START_SECONDS) / (to_come / num_lanes)
                 if share < 1:
-                    limit = ["--limit", str(max(MIN_EVALUATED, int(share * max(tasks[task]))))]
+                    options += ["--limit", str(max(MIN_EVALUATED, int(share * max(tasks[task]))))]
             self.stage(
                 f"eval {task}", "eval", "--model", str(self.out / "model"), "--task", task,
                 "--manifest", str(self.out / "manifests" / "test.jsonl"),
-                "--json", str(self.out / "eval" / f"{task}.json"), *limit,
+                "--json", str(self.out / "eval" / f"{task}.json"), *options,
                 num_threads=1 if num_lanes > 1 else 0,
             )  # fmt: skip
 
