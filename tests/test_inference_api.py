@@ -86,6 +86,14 @@ def test_lists_equal_one_by_one(model):
     assert model.caption([]) == model.transcribe([]) == model.speak([]) == []
 
 
+@pytest.mark.parametrize("pattern", ["delay", "parallel", "flatten"])
+def test_sounds_are_heard_and_spoken_under_every_pattern(pattern):
+    hearing = make(pattern, 3)
+    noise = 0.1 * np.random.default_rng(0).standard_normal(RATE // 2).astype(np.float32)
+    assert isinstance(hearing.transcribe((noise, RATE), max_new_tokens=4), str)
+    assert hearing.speak("red", max_seconds=0.1).codes_KF.shape[0] == 3
+
+
 def test_speech_is_written(model, tmp_path):
     waveform = model.speak("one two", tmp_path / "new" / "out.wav", seed=3)
     samples, rate = soundfile.read(tmp_path / "new" / "out.wav")

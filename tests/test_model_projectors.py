@@ -131,3 +131,17 @@ def test_band_changes_need_a_spectrum() -> None:
         AudioProjectorConfig(warp=0.1)
     with pytest.raises(ValueError, match=r"warp is 0\.7"):
         AudioProjectorConfig(spectrum=20, warp=0.7)
+
+
+def test_a_flat_table_embeds_a_frame_as_separate_ones_do() -> None:
+    torch.manual_seed(0)
+    codebooks_KVD = torch.randn(3, 5, 8)
+    separate, flat = CodeEmbedding(3, 5, 8), CodeEmbedding(1, 15, 8)
+    separate.initialise(codebooks_KVD)
+    flat.initialise(codebooks_KVD.reshape(1, 15, 8))
+    codes_CFK = torch.randint(-1, 5, (2, 7, 3))
+    ratio = flat(codes_CFK) / separate(codes_CFK)  # each is scaled to unit variance as a whole
+    told = (codes_CFK >= 0).any(dim=-1)
+    assert torch.allclose(ratio[told], ratio[told][0, 0].expand_as(ratio[told]), rtol=1e-3)
+    position = torch.tensor([[2 * 5 + 4]])  # in the stream: unit 4 of codebook 2
+    assert torch.allclose(flat(position)[0], flat(torch.tensor([[-1, -1, 4]]))[0])

@@ -190,15 +190,21 @@ class CodeEmbedding(nn.Module):
             table_KVD[:, -1] = 0
 
     def forward(self, codes: Tensor) -> Tensor:
-        """[..., K] codes to [..., latent width]."""
-        offsets_K = torch.arange(self.num_codebooks, device=codes.device) * (self.codebook_size + 1)
-        ids = codes.clamp(min=0) + offsets_K
+        """[..., K] codes to [..., latent width].
+
+        A single table takes one code a position, or (a flat stream's clips, which are heard whole) one of each of K
+        codebooks, whose units it holds one after another.
+        """
+        num_codes = codes.shape[-1]
+        is_flat = self.num_codebooks == 1 and num_codes > 1
+        size = self.codebook_size // num_codes if is_flat else self.codebook_size + 1
+        ids = codes.clamp(min=0) + torch.arange(num_codes, device=codes.device) * size
         weights = (codes >= 0).to(self.table.weight.dtype)
         flat = F.embedding_bag(
-            ids.reshape(-1, self.num_codebooks),
+            ids.reshape(-1, num_codes),
             self.table.weight,
             mode="sum",
-            per_sample_weights=weights.reshape(-1, self.num_codebooks),
+            per_sample_weights=weights.reshape(-1, num_codes),
         )
         return flat.view(*codes.shape[:-1], -1)
 
