@@ -2,16 +2,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mmllm.model.vision import VisionConfig, VisionTower
-from mmllm.training.clip_module import ClipModule, load_clip_config, with_text_tokens
+from mmllm.training.clip_module import ClipModule, contrastive_loss, load_clip_config, with_text_tokens
 from mmllm.training.lightning_cli import quiet_lightning
 from mmllm.training.optimisers import OptimiserConfig
 from mmllm_tokenizers.folder import TokenizerFolder
 from mmllm_tokenizers.text import TextTokenizer
-from tests.training_fixtures import CLIP_CONFIG, ListData, quiet_trainer
+from tests.training_fixtures import CLIP_CONFIG, ListData, LossRecorder, fit_rank, quiet_trainer, run_two_ranks
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 
@@ -55,6 +57,51 @@ def test_clip_learns_colours_and_its_tower_goes_to_the_decoder(tmp_path: Path) -
     expected = VisionTower(config).from_clip(module.clip)
     images = _batch(tokenizer, 5)[0]
     assert torch.equal(tower.eval()(images), expected.eval()(images))
+
+
+def test_the_loss_is_clips_where_all_captions_differ() -> None:
+    torch.manual_seed(0)
+    image_NC, text_NC = (F.normalize(torch.randn(5, 8), dim=1) for _ in range(2))
+    scale = torch.tensor(7.0)
+    loss = contrastive_loss(image_NC, text_NC, image_NC, text_NC, scale, torch.eye(5, dtype=torch.bool))
+    assert loss == pytest.approx(float(open_clip.ClipLoss()(image_NC, text_NC, scale)), rel=1e-5)
+
+
+def test_pairs_with_the_same_caption_are_not_told_apart() -> None:
+    classes = torch.tensor([0, 1, 0, 2, 1])
+    directions = torch.eye(3)[classes]
+    same_NM = classes[:, None] == classes
+    apart = contrastive_loss(directions, directions, directions, directions, torch.tensor(50.0), same_NM)
+    assert float(apart) == pytest.approx(0.0, abs=1e-5)
+    told = contrastive_loss(directions, directions, directions, directions, torch.tensor(50.0), torch.eye(5) > 0)
+    assert float(told) > 0.5
+
+
+def _fit_clip_rank(rank: int, port: int, out: str, folder: str) -> None:
+    tokenizer = TokenizerFolder.load(folder)
+    batches = [_batch(tokenizer, seed) for seed in range(3)]
+    pairs = [tuple((images[part], tokens[part]) for part in (slice(0, 2), slice(2, 4))) for images, tokens in batches]
+    fit_rank(rank, port, out, _clip_module(folder), ListData(pairs), max_steps=3)
+
+
+def _clip_module(folder: str) -> ClipModule:
+    torch.manual_seed(0)
+    return ClipModule(VisionConfig(CLIP_CONFIG), folder, OptimiserConfig(lr=1e-3))
+
+
+def test_two_ranks_compare_with_all_pairs(tmp_path: Path) -> None:
+    folder = str(tmp_path / "tokenizer")
+    tokenizer = _tokenizer(tmp_path / "tokenizer")
+    alone, recorder = _clip_module(folder), LossRecorder()
+    with quiet_lightning():
+        data = ListData([_batch(tokenizer, seed) for seed in range(3)])
+        quiet_trainer(recorder, max_steps=3).fit(alone, datamodule=data)
+    ranks = run_two_ranks(_fit_clip_rank, tmp_path, folder)
+    mean = [(a + b) / 2 for a, b in zip(*(rank["losses"] for rank in ranks), strict=True)]
+    assert mean == pytest.approx(recorder.losses, rel=1e-4)
+    weights = {name: weight for name, weight in alone.state_dict().items() if not name.endswith("in_proj_bias")}
+    for name, weight in weights.items():  # (the keys' bias changes nothing: its gradient is rounding)
+        assert torch.allclose(ranks[0]["weights"][name], weight, atol=1e-4), name
 
 
 def test_the_text_tower_takes_the_tokenizer() -> None:

@@ -214,7 +214,7 @@ def train_rank(rank: int, port: int, out: str) -> None:
 
 
 def fit_rank(
-    rank: int, port: int, out: str, module: DecoderModule, data: pl.LightningDataModule, max_steps: int
+    rank: int, port: int, out: str, module: pl.LightningModule, data: pl.LightningDataModule, max_steps: int
 ) -> None:
     """One of two gloo processes; writes the losses and weights that it ends with."""
     import os

@@ -23,7 +23,7 @@ TEMPLATE_DIR = "runs/demo"
 DEMO_STEPS = {"codec": 300, "clip": 60, "decoder": 1000}
 """Training steps of the demo on its own data. Fixed, so that everybody's demo is the same run."""
 
-STAGE_SHARES = {"codec": 0.2, "clip": 0.08}
+STAGE_SHARES = {"codec": 0.2, "clip": 0.15}
 """With `--minutes`: share of what is left that a stage before the decoder may take."""
 
 EVALUATION_SECONDS = {"caption": 0.04, "transcribe": 0.03, "speak": 0.12, "interleaved": 0.06, "text": 0.05}

@@ -1,6 +1,6 @@
 """Trains a CLIP model from nothing or from a checkpoint: `class_path: mmllm.training.clip_module.ClipModule`.
 
-Shapes: N pairs, L text tokens, C channels of the shared space, H and W pixels.
+Shapes: N pairs of this rank, M pairs of all ranks, L text tokens, C channels of the shared space, H and W pixels.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.loss import gather_features
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,7 +32,7 @@ MAX_LOGIT_SCALE = math.log(100.0)
 
 
 class ClipModule(StagedModule):
-    """Images and captions into one space, with open_clip's model and its `ClipLoss`.
+    """Images and captions into one space, with open_clip's model.
 
     The text tower reads this project's own text tokens: `text_cfg` gets the tokenizer's vocabulary size, and pools
     at `<|end|>`.
@@ -84,13 +85,16 @@ class ClipModule(StagedModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """One batch of uint8 images [N, 3, H, W] and token ids [N, L]; the loss of all ranks' pairs together."""
         image_NC, text_NC, scale = self._features(batch)
-        contrastive = open_clip.ClipLoss(
-            local_loss=True,
-            gather_with_grad=True,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-        )
-        loss = contrastive(image_NC, text_NC, scale)
+        tokens_NL = batch[1]
+        all_image_MC, all_text_MC, all_tokens_ML = image_NC, text_NC, tokens_NL
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        if world_size > 1:
+            all_image_MC, all_text_MC = gather_features(image_NC, text_NC, True, True, rank, world_size)
+            gathered = self.all_gather(tokens_NL)
+            assert isinstance(gathered, Tensor)
+            all_tokens_ML = gathered.flatten(0, 1)
+        same_NM = (tokens_NL[:, None] == all_tokens_ML[None]).all(dim=-1)
+        loss = contrastive_loss(image_NC, text_NC, all_image_MC, all_text_MC, scale, same_NM)
         self.window.add({"loss": loss, "logit_scale": scale})
         self.log("loss", loss, prog_bar=True, logger=False)
         return loss
@@ -123,6 +127,30 @@ class ClipModule(StagedModule):
         image_NC = self.clip.encode_image(pixels, normalize=True)
         text_NC = self.clip.encode_text(tokens_NL, normalize=True)
         return image_NC, text_NC, self.clip.logit_scale.exp()
+
+
+def contrastive_loss(
+    image_NC: Tensor, text_NC: Tensor, all_image_MC: Tensor, all_text_MC: Tensor, scale: Tensor, same_NM: Tensor
+) -> Tensor:
+    """CLIP's loss of N pairs among M, in which every caption of the same words is right (UniCL, arXiv 2204.03610).
+
+    With captions that all differ it is open_clip's `ClipLoss`. Where classes are captions ("a photo of a cat"), other
+    pictures of the same class are no wrong answers. It is 0 where all right answers are equally likely and certain.
+
+    Args:
+        image_NC: this rank's images, normalised.
+        text_NC: their captions, normalised.
+        all_image_MC: those of all ranks.
+        all_text_MC: those of all ranks.
+        scale: what cosines are multiplied by.
+        same_NM: bool, which of all captions have the words of this rank's.
+    """
+    targets_NM = same_NM.to(image_NC.dtype)
+    targets_NM = targets_NM / targets_NM.sum(dim=1, keepdim=True)
+    to_text = F.cross_entropy(scale * image_NC @ all_text_MC.T, targets_NM)
+    to_image = F.cross_entropy(scale * text_NC @ all_image_MC.T, targets_NM)
+    entropy = torch.special.entr(targets_NM).sum(dim=1).mean()
+    return (to_text + to_image) / 2 - entropy
 
 
 def with_text_tokens(config: VisionConfig, vocab_size: int, end_id: int, pad_id: int) -> VisionConfig:
