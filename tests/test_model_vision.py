@@ -133,12 +133,11 @@ def test_what_is_not_there_is_named(tmp_path, monkeypatch):
         VisionTower(VisionConfig(VIT))(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
-def test_batch_norm_of_a_tower_learnt_from_nothing_follows_the_batch() -> None:
+def test_group_norm_keeps_pictures_apart() -> None:
     torch.manual_seed(0)
-    tower = VisionTower(VisionConfig(RESNET, batch_norm="batch"))
+    tower = VisionTower(VisionConfig(RESNET, norm="group")).train()
+    assert not [module for module in tower.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     images = torch.randint(0, 256, (6, 3, tower.image_size, tower.image_size), dtype=torch.uint8)
-    before = {name: value.clone() for name, value in tower.named_buffers() if name.endswith("running_mean")}
-    tower(images)
-    assert all(not torch.equal(value, before[name]) for name, value in tower.named_buffers() if name in before)
-    tower.eval()
     assert torch.allclose(tower(images)[:2], tower(images[:2]), atol=1e-5)
+    clip = build_clip(VisionConfig(RESNET, norm="group"))
+    assert torch.allclose(tower.from_clip(clip)(images), tower(images))

@@ -76,6 +76,11 @@ class PackedDataModule(L.LightningDataModule):
         return self._folder
 
     @property
+    def image_transform(self) -> ImageTransform:
+        """How pictures become the tower's squares."""
+        return ImageTransform(self.folder.image_size, mode=self._image_mode)
+
+    @property
     def plan(self) -> Plan:
         """The training plan; `plan.hash` is the recipe hash."""
         if self._plan is None:
@@ -126,8 +131,9 @@ class PackedDataModule(L.LightningDataModule):
         return self.val_dataloader()
 
     def _loader(self, plan: Plan, num_steps: int, restarts: bool) -> PackedLoader:
-        transform = ImageTransform(self.folder.image_size, mode=self._image_mode)
-        dataset = StepDataset(plan, self.folder, transform, self._cache_bytes, None if restarts else self._augment)
+        dataset = StepDataset(
+            plan, self.folder, self.image_transform, self._cache_bytes, None if restarts else self._augment
+        )
         rank, world_size = rank_of(self)
         return PackedLoader(plan, dataset, num_steps, rank, world_size, self._num_workers, on_gpu(self), restarts)
 

@@ -351,7 +351,7 @@ class AudioProjector(nn.Module):
         x_CFM, rest = x_CFL[..., :num_bands], x_CFL[..., num_bands:]
         bands_M = torch.arange(num_bands, device=x_CFL.device, dtype=x_CFL.dtype)
         if self.config.warp:
-            amounts_C2 = self.config.warp * (2 * torch.rand(num_clips, 2, 1, device=x_CFL.device) - 1)
+            amounts_C2 = self.config.warp * (2 * torch.rand(num_clips, 2, 1, device=x_CFL.device).to(x_CFL) - 1)
             middle = (num_bands - 1) / 2
             places_CM = (bands_M - middle) * (1 + amounts_C2[:, 0]) + middle + amounts_C2[:, 1] * num_bands / 2
             places_CM = places_CM.clamp(0, num_bands - 1)
@@ -362,7 +362,7 @@ class AudioProjector(nn.Module):
             x_CFM = x_CFM.gather(2, below_CFM) * (1 - share_C1M) + x_CFM.gather(2, above_CFM) * share_C1M
         if self.config.band_mask:
             width_C1 = torch.randint(0, self.config.band_mask + 1, (num_clips, 1), device=x_CFL.device)
-            first_C1 = torch.rand(num_clips, 1, device=x_CFL.device) * (num_bands - width_C1)
+            first_C1 = torch.rand(num_clips, 1, device=x_CFL.device) * (num_bands - width_C1 + 1)
             is_hidden_CM = (bands_M >= first_C1.floor()) & (bands_M < first_C1.floor() + width_C1)
             x_CFM = x_CFM.masked_fill(is_hidden_CM[:, None], 0.0)
         return torch.cat([x_CFM, rest], dim=-1)

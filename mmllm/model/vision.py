@@ -6,6 +6,7 @@ Shapes: N images, S features an image (rows first), C channels, H and W pixels.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+NORM_GROUPS = 8
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -36,9 +38,9 @@ class VisionConfig:
         layer: index of a block of a ViT or of a stage of a timm trunk (negative: from the end), or
             "layer1" to "layer4" of a ModifiedResNet (-1 is "layer4").
         trainable: whether gradients flow into the tower.
-        batch_norm: in training, BatchNorm uses its "stored" statistics, or the "batch"'s own. A pretrained tower
-            needs the first: batches of a few images would ruin what it stores. A tower that is learnt from nothing
-            needs the second, and tens of images a batch.
+        norm: "batch" keeps BatchNorm where the model has it, with the statistics that it stores: right for pretrained
+            weights. "group" puts GroupNorm in its place, so that a tower can be learnt from nothing without one
+            packed document's pictures changing another's.
     """
 
     open_clip: str | dict[str, Any]
@@ -46,7 +48,7 @@ class VisionConfig:
     checkpoint: str | None = None
     layer: int | str = -1
     trainable: bool = True
-    batch_norm: Literal["stored", "batch"] = "stored"
+    norm: Literal["batch", "group"] = "batch"
 
     def __post_init__(self) -> None:
         if self.pretrained and self.checkpoint:
@@ -87,6 +89,8 @@ def build_clip(config: VisionConfig, load: bool = True) -> nn.Module:
     if "multimodal_cfg" in model_config:
         raise ValueError(f"vision.open_clip is {name!r}, a CoCa model; choose a CLIP or SigLIP model")
     model = (CustomTextCLIP if custom_text else open_clip.CLIP)(**model_config)
+    if config.norm == "group":
+        _use_group_norm(model)
     if path is not None:
         try:
             open_clip.load_checkpoint(model, path, strict=True, weights_only=True)  # pyright: ignore
@@ -94,6 +98,15 @@ def build_clip(config: VisionConfig, load: bool = True) -> nn.Module:
             last = str(error).splitlines()[-1].strip()
             raise ValueError(f"{path} does not hold weights of vision.open_clip {name!r}: {last}") from error
     return model
+
+
+def _use_group_norm(module: nn.Module) -> None:
+    """Replaces BatchNorm by GroupNorm (arXiv 1803.08494), in place."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, nn.GroupNorm(math.gcd(NORM_GROUPS, child.num_features), child.num_features))
+        else:
+            _use_group_norm(child)
 
 
 def _weights_path(config: VisionConfig) -> str | None:
@@ -135,7 +148,8 @@ def _weights_path(config: VisionConfig) -> str | None:
 class VisionTower(nn.Module):
     """A CLIP image encoder up to the chosen layer; what lies behind it is cut off.
 
-    Weights are random until `load_pretrained`, `from_clip` or `load_state_dict`.
+    Weights are random until `load_pretrained`, `from_clip` or `load_state_dict`. BatchNorm always uses
+    its stored statistics: a decoder's batches of a few images would ruin them, and would mix documents.
     """
 
     def __init__(self, config: VisionConfig):
@@ -152,11 +166,10 @@ class VisionTower(nn.Module):
         if isinstance(self.visual, ModifiedResNet):  # about a fifth faster on CPUs, weights and gradients laid alike
             self.visual.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.requires_grad_(config.trainable)
-        self.eval()
+        self.train()
         with torch.no_grad():
             device = next(self.visual.parameters()).device
             probe = self._spatial(torch.zeros(1, 3, self.image_size, self.image_size, device=device))
-        self.train()
         self.width = probe.shape[1]
         self.grid: tuple[int, int] = (probe.shape[2], probe.shape[3])
 
@@ -173,10 +186,10 @@ class VisionTower(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> VisionTower:
-        """As `nn.Module.train`, but a frozen tower, and BatchNorm with "stored", stay in evaluation mode."""
+        """As `nn.Module.train`, but BatchNorm, and a frozen tower, stay in evaluation mode."""
         super().train(mode and self.config.trainable)
         for module in self.modules():
-            if isinstance(module, _BATCH_NORMS) and self.config.batch_norm == "stored":
+            if isinstance(module, _BATCH_NORMS):
                 module.eval()
         return self
 

@@ -50,6 +50,7 @@ FORMAT_VERSION = 1
 OUTPUT_OF_STAGE = {"codec": "codec", "clip": "clip", "decoder": "model"}
 CODEC_COPIES = 3
 """Altered copies of each sound, at most, from which the codec learns voices other than the few that there are."""
+MAX_WORKERS = 4
 MIN_TRAINING_SECONDS = 5.0
 MIN_EVALUATED = 20
 """Rows of each set, however little time is left."""
@@ -282,7 +283,7 @@ class _Run:
             copies = min(choices.perturb, CODEC_COPIES)
             perturb = ["--perturb", str(copies), "--seed", str(self.settings["seed"])] if copies else []
             self.stage("sound shards", "data", "build", manifest, "--out", str(self.out / "shards" / "sound"), *perturb,
-                       "--workers", str(os.cpu_count() or 1))  # fmt: skip
+                       "--workers", str(num_workers()))  # fmt: skip
             self._fit_codec()
             codec = ["--codec", str(self.out / "codec")]
         self.stage("tokenizer", "tokenizer", "assemble", "--text", str(self.out / "text_tokenizer"), *codec,
@@ -293,7 +294,7 @@ class _Run:
         seed, shards = str(self.settings["seed"]), str(self.out / "shards" / "train")
         perturb = ["--perturb", str(choices.perturb)] if choices.perturb else []
         self.stage("shards", "data", "build", *manifests, "--out", shards, "--tokenizer", str(self.out / "tokenizer"),
-                   *perturb, "--seed", seed, "--workers", str(os.cpu_count() or 1))  # fmt: skip
+                   *perturb, "--seed", seed, "--workers", str(num_workers()))  # fmt: skip
         self.stage("index", "data", "index", shards, "--tokenizer", str(self.out / "tokenizer"))
 
     # ---------------------------------------------------------------------------------------------------- training
@@ -340,13 +341,15 @@ class _Run:
         return min(wanted + REPORT_SECONDS, 0.25 * 60 * minutes)
 
     def _fit_codec(self) -> None:
-        self._fit("codec", {"data.init_args.shards": f"{self.out}/shards/sound/audio-*.tar"})
+        shards = f"{self.out}/shards/sound/audio-*.tar"
+        self._fit("codec", {"data.init_args.shards": shards, "data.init_args.seed": self.settings["seed"]})
 
     def _fit_clip(self, contents: Contents, choices: Choices) -> None:
         is_few = contents.num_captions < 10_000
         overrides = {
             "data.init_args.shards": f"{self.out}/shards/train/caption-*.tar",
             "data.init_args.image_size": choices.image_size,
+            "data.init_args.seed": self.settings["seed"],
             "data.init_args.min_scale": 0.6 if is_few else 0.85,
             "data.init_args.flip": not contents.names_sides,
         }
@@ -358,17 +361,14 @@ class _Run:
         steps = max(1, length["trainer.max_steps"] // 2) if length["trainer.max_steps"] > 0 else None
         if not self.is_done("fit decoder"):
             recipe = recipe_dict(self.out, contents, choices, self.settings["seed"], steps)
-            write_yaml(self.out / "recipe.yaml", recipe, "Written by `mmllm quickstart`. See what it holds: "
-                       f"mmllm data show --recipe {self.out / 'recipe.yaml'} --step 0")  # fmt: skip
+            path = self.out / "recipe.yaml"
+            show = f"mmllm data show --recipe {path} --batch_size {choices.batch_size} --step 0"
+            write_yaml(path, recipe, f"Written by `mmllm quickstart`. See what it holds: {show}")
         overrides: dict[str, Any] = {
             **{f"model.init_args.decoder.{key}": value for key, value in choices.decoder.items()},
             "data.init_args.batch_size": choices.batch_size,
             "data.init_args.min_scale": 0.6 if is_few else 0.85,
             "data.init_args.flip": not contents.names_sides,
-            "data.init_args.val_recipe": None,
-            "data.init_args.num_val_sequences": None,
-            "trainer.val_check_interval": None,
-            "trainer.limit_val_batches": 0,
         }
         if "caption" not in contents.kinds:
             overrides["model.init_args.clip"] = None
@@ -386,18 +386,19 @@ class _Run:
         """Evaluates the tasks, the longest first, as many at once as there are ranks in training."""
         tasks = evaluation_tasks(self.out / "manifests" / "test.jsonl", contents)
         costs = {task: EVALUATION_SECONDS[task] * sum(sets) for task, sets in tasks.items()}
+        if not tasks:
+            self.console.print("[yellow]no test row can be scored: interleaved rows need a question[/yellow]")
+            return []
         num_lanes = min(self.num_processes, len(tasks))
-        waiting = sorted(tasks, key=lambda task: -costs[task])
+        share = 1.0
+        if (left := self.seconds_left) is not None:
+            starts = START_SECONDS * -(-len(tasks) // num_lanes)
+            share = (left - REPORT_SECONDS - starts) / max(sum(costs.values()) / num_lanes, *costs.values())
 
         def evaluate(task: str) -> None:
             options = ["--sequence_length", str(choices.sequence_length)] if task == "text" else []
-            with self.lock:
-                to_come = sum(costs[name] for name in waiting)
-                waiting.remove(task)
-            if (left := self.seconds_left) is not None:
-                share = (left - REPORT_SECONDS - num_lanes * START_SECONDS) / (to_come / num_lanes)
-                if share < 1:
-                    options += ["--limit", str(max(MIN_EVALUATED, int(share * max(tasks[task]))))]
+            if share < 1:
+                options += ["--limit", str(max(MIN_EVALUATED, int(share * max(tasks[task]))))]
             self.stage(
                 f"eval {task}", "eval", "--model", str(self.out / "model"), "--task", task,
                 "--manifest", str(self.out / "manifests" / "test.jsonl"),
@@ -407,7 +408,7 @@ class _Run:
 
         with ThreadPoolExecutor(num_lanes) as lanes:
             try:
-                for done in [lanes.submit(evaluate, task) for task in list(waiting)]:
+                for done in [lanes.submit(evaluate, task) for task in sorted(tasks, key=lambda task: -costs[task])]:
                     done.result()
             except BaseException:
                 lanes.shutdown(wait=False, cancel_futures=True)
@@ -445,6 +446,12 @@ class _Run:
                     self.console.print(f"  {result.task + '.' + key:<44}{shown:>10}")
         self.console.print(f"\nReport: [bold]{page}[/bold]\nModel:  [bold]{self.out / 'model'}[/bold]")
         return report
+
+
+def num_workers() -> int:
+    """Processes that build data: as many as this process may use cores, four at most."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(available, MAX_WORKERS)
 
 
 def _trained_seconds(checkpoint: Path) -> float:

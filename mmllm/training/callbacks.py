@@ -6,6 +6,7 @@ Shapes: L layers with experts, M modalities, E experts.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -17,10 +18,12 @@ import torch
 import torch.distributed as dist
 
 from mmllm.batch import Modality
+from mmllm.data.decode import decode_image
 from mmllm.data.manifest import Row, read_manifest
 from mmllm.evaluation.metrics import error_rate, exact_match, word_edits
 from mmllm.evaluation.routing import load_by_modality, routing_summary
 from mmllm.inference.api import Model
+from mmllm.inference.inputs import as_audio
 from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.progress import Progress
 
@@ -165,7 +168,9 @@ class Samples(pl.Callback):
         """
         if stage == "fit" and trainer.is_global_zero:
             rows = [row for manifest in self.manifests for row in read_manifest(manifest)]
-            self.rows = {kind: [row for row in rows if row.kind == kind][: self.num_samples] for kind in self.rows}
+            for kind, chosen in self.rows.items():
+                readable = (row for row in rows if row.kind == kind and _is_readable(row))
+                chosen[:] = itertools.islice(readable, self.num_samples)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -177,9 +182,8 @@ class Samples(pl.Callback):
             self._look(trainer, pl_module, step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Looks a last time, at the weights that are exported."""
-        if trainer.global_step != self._last_step:
-            self._look(trainer, pl_module, trainer.global_step)
+        """Looks a last time: a callback that stands before this one may have changed the weights for the export."""
+        self._look(trainer, pl_module, trainer.global_step)
 
     @torch.no_grad()
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
@@ -187,7 +191,7 @@ class Samples(pl.Callback):
             return
         if not trainer.is_global_zero or pl_module.device_mesh is not None:
             return
-        model = Model(pl_module.model, pl_module.folder)
+        model = Model(pl_module.model, pl_module.folder, pl_module.image_transform)
         config = pl_module.model.config
         metrics: dict[str, float] = {}
         if config.vision is not None and self.rows["caption"]:
@@ -219,3 +223,16 @@ class Samples(pl.Callback):
             for row, prediction in list(zip(rows, predictions, strict=True))[: self.num_shown]:
                 bar.message(f"  {kind} {row.id}: {prediction!r}  (wanted {row.text!r})")
         return [(prediction, row.text) for row, prediction in zip(rows, predictions, strict=True)]
+
+
+def _is_readable(row: Row) -> bool:
+    """Whether a row's picture or sound can be read; says so where it can't."""
+    try:
+        if row.image is not None:
+            decode_image(row.image)
+        if row.audio is not None:
+            as_audio(row.audio)
+    except (OSError, ValueError) as error:
+        log.warning("%s is not looked at while training: %s", row.where, error)
+        return False
+    return True

@@ -183,7 +183,8 @@ def save_clip(directory: str | Path, clip: torch.nn.Module, config: VisionConfig
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in clip.state_dict().items()}
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
-    (directory / CONFIG).write_text(json.dumps({"open_clip": config.open_clip}, indent=2) + "\n", encoding="utf-8")
+    values = {"open_clip": config.open_clip, "norm": config.norm}
+    (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def load_clip_config(directory: str | Path, config: VisionConfig | None) -> VisionConfig:
@@ -200,6 +201,9 @@ def load_clip_config(directory: str | Path, config: VisionConfig | None) -> Visi
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} lacks {name}; give the `out` folder of a finished ClipModule run")
-    values = json.loads((directory / CONFIG).read_text(encoding="utf-8"))["open_clip"]
-    base = config or VisionConfig(open_clip=values)
-    return dataclasses.replace(base, open_clip=values, pretrained=None, checkpoint=str(directory / WEIGHTS))
+    values = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    base = config or VisionConfig(open_clip=values["open_clip"])
+    weights = str(directory / WEIGHTS)
+    return dataclasses.replace(
+        base, open_clip=values["open_clip"], norm=values["norm"], pretrained=None, checkpoint=weights
+    )

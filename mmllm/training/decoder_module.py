@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmllm.batch import PackedBatch
+from mmllm.data.decode import ImageTransform
 from mmllm.inference.card import ModelInfo
 from mmllm.inference.folder import save_model
 from mmllm.model.decoder import DecoderConfig
@@ -270,7 +271,14 @@ class DecoderModule(StagedModule):
         """Writes the model folder."""
         if self.folder is None:
             raise ValueError("`out` is set but `tokenizer` is not; a model folder needs its tokenizer")
-        save_model(directory, self._whole or self._built(), self.folder, self._info())
+        model = self._whole or self._built()
+        save_model(directory, model, self.folder, self._info(), image_transform=self.image_transform)
+
+    @property
+    def image_transform(self) -> ImageTransform | None:
+        """How the data module makes pictures square, which inference has to do as well; None: the default."""
+        data: Any = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        return getattr(data, "image_transform", None) if self._built().vision is not None else None
 
     def _info(self) -> ModelInfo:
         data: Any = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None

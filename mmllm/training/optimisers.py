@@ -20,6 +20,12 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Quintic coefficients of Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/)."""
 
 
+EMBEDDINGS = ("embedding", "position", "rows_HC", "columns_WC", "queries_OC")
+"""In the names of parameters that are looked up or added, not multiplied by: neither decay nor Muon."""
+HEADS = ("head", "decoder.output", "router", "logit")
+"""In the names of matrices whose outputs are choices: AdamW moves them (and open_clip's heads)."""
+
+
 @dataclass(frozen=True)
 class OptimiserConfig:
     """How weights move.
@@ -104,10 +110,10 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         tower = tower_of(name)
-        is_embedding = id(parameter) in embeddings or "embedding" in name or "position" in name
+        is_embedding = id(parameter) in embeddings or any(word in name for word in EMBEDDINGS)
         is_matrix = parameter.ndim >= 2 and not is_embedding
         is_stack = parameter.ndim != 3 or parameter.shape[1] > 1  # else a depthwise convolution: one row a filter
-        is_hidden = is_matrix and parameter.ndim <= 4 and is_stack and "head" not in name and "router" not in name
+        is_hidden = is_matrix and parameter.ndim <= 4 and is_stack and not any(word in name for word in HEADS)
         use_muon = config.muon and is_hidden
         key = f"{tower}/{'muon' if use_muon else 'adamw'}/{'decay' if is_matrix else 'no_decay'}"
         group = groups.setdefault(
