@@ -153,7 +153,7 @@ def recipe_dict(
         curriculum_steps: when the longest documents are in; None (a run bounded by the clock): from the start.
     """
     shards, sources = glob.escape(str(out / "shards")), []
-    weights = {"caption": 0.40, "interleaved": 0.12, "text": 0.06}
+    weights = {"caption": 0.42, "interleaved": 0.14, "text": 0.04}
     for kind in ("caption", "interleaved", "text"):
         if kind in contents.kinds:
             sources.append(
@@ -161,7 +161,7 @@ def recipe_dict(
             )
     if contents.has_sounds:
         speech = {"kind": "audio", "shards": f"{shards}/train/audio-*.tar"}
-        sources.append({"name": "heard", **speech, "weight": 0.30, "tasks": ["transcribe"]})
+        sources.append({"name": "heard", **speech, "weight": 0.28, "tasks": ["transcribe"]})
         sources.append({"name": "spoken", **speech, "weight": 0.12, "tasks": ["speak"], "filter": "not perturbed"})
     recipe: dict[str, Any] = {
         "seed": seed,
