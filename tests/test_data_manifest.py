@@ -84,6 +84,18 @@ def test_holdouts(tmp_path):
             split_rows(rows, wrong)
 
 
+def test_files_of_one_name_in_many_folders_are_not_one_file(tmp_path):
+    rows = []
+    for number in range(40):
+        (tmp_path / f"utt_{number}").mkdir()
+        write_sound(tmp_path / f"utt_{number}" / "audio.wav", np.random.default_rng(number))
+        rows.append({"id": f"r{number}", "text": "word", "audio": f"utt_{number}/audio.wav"})
+    rows.append({**rows[0], "id": "again", "text": "another word"})
+    _, heldout = split_rows(read_manifest(write_manifest(tmp_path, rows)), 0.3)
+    assert 5 <= len(heldout) <= 20
+    assert ("r0" in {row.id for row in heldout}) == ("again" in {row.id for row in heldout})
+
+
 def test_building_is_reproducible_to_the_byte(tmp_path):
     manifest = mixed_manifest(tmp_path / "m", num=4)
     make_folder(tmp_path / "tok")

@@ -217,6 +217,18 @@ def test_no_gradient_from_a_loss_to_another_documents_image():
     assert grad[1].abs().max() == 0
 
 
+def test_another_documents_picture_changes_nothing_in_a_tower_that_learns():
+    """As `configs/quickstart` has it: a ResNet learnt from nothing, in training."""
+    resnet = {**CLIP, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32}}
+    vision = VisionConfig(resnet, layer="layer3", norm="group")
+    model = _model(dataclasses.replace(CONFIG, vision=vision, loss=LossConfig()), torch.float32).train()
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    before = model.image_embedding(images)
+    images[1] = 255 - images[1]
+    after = model.image_embedding(images)
+    assert torch.equal(before[0], after[0]) and not torch.allclose(before[1], after[1])
+
+
 def test_slots_hold_images_and_clips_in_order():
     model = _model()
     batch = pack(_mixed(), 48)

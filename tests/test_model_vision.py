@@ -3,6 +3,7 @@ from __future__ import annotations
 import open_clip
 import pytest
 import torch
+from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
 
 from mmllm.model.vision import VisionConfig, VisionTower, build_clip
@@ -110,6 +111,13 @@ def test_weights_are_read_from_a_checkpoint(tmp_path, suffix):
     other = VIT | {"vision_cfg": VIT["vision_cfg"] | {"width": 48}}
     with pytest.raises(ValueError, match=r"does not hold weights of vision.open_clip"):
         build_clip(VisionConfig(other, checkpoint=str(path)))
+
+
+def test_a_tags_activation_is_the_models():
+    for tag, activation in (("openai", QuickGELU), ("laion2b_e16", torch.nn.GELU)):
+        clip = build_clip(VisionConfig("ViT-B-32", pretrained=tag), load=False)
+        block = clip.visual.transformer.resblocks[0]
+        assert type(block.mlp.gelu) is activation
 
 
 def test_what_is_not_there_is_named(tmp_path, monkeypatch):

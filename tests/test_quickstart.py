@@ -59,6 +59,21 @@ def test_quickstart_goes_the_whole_way_and_continues(manifest, tmp_path, capsys)
     assert "other settings (seed differ)" in capsys.readouterr().err
 
 
+def test_documents_with_pictures_but_no_captions_and_no_questions(tmp_path, capsys):
+    rows = []
+    for i, colour in enumerate(list(COLOURS) * 10):
+        Image.new("RGB", (16, 16), COLOURS[colour]).save(tmp_path / f"{i}.png")
+        rows.append(
+            {"id": f"i{i}", "segments": [{"text": "See:"}, {"image": f"{i}.png"}, {"text": f"It is {colour}."}]}
+        )
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "run"
+    assert main(["quickstart", "--train", str(manifest), "--out", str(out), "--max_steps", "1"]) == 0
+    assert "no test row can be scored" in capsys.readouterr().out
+    assert (out / "model" / "model.safetensors").is_file() and (out / "report.html").is_file()
+
+
 def test_quickstart_within_a_minute_on_two_ranks(tmp_path):
     """Without --max_steps trainings run as two DDP ranks, in processes of their own."""
     rows = [{"id": f"t{i}", "text": f"Row {i} says that {i} and {i} make {2 * i}."} for i in range(120)]

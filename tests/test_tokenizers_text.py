@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,13 @@ TEXTS = ["two red squares above a blue circle", "a small green star, left of a l
 @pytest.fixture(scope="module")
 def tokenizer() -> TextTokenizer:
     return TextTokenizer.train(TEXTS, MIN_VOCAB_SIZE + 50)
+
+
+def test_a_pickled_tokenizer_takes_no_special_tokens_from_users() -> None:
+    tokenizer = TextTokenizer.train(["a red circle"] * 3, vocab_size=300)
+    twin = pickle.loads(pickle.dumps(tokenizer))
+    assert twin.encode("<|end|>") == tokenizer.encode("<|end|>") and len(twin.encode("<|end|>")) > 1
+    assert twin.hash == tokenizer.hash
 
 
 def test_special_tokens_have_the_first_ids(tokenizer):

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,12 +214,22 @@ def even_hash(text: str) -> float:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
 
 
-def _shown(row: Row) -> str:
-    """What rows of one picture, one sound or one text have in common: never parted by a split."""
-    if row.segments:
-        return row.id
-    media = row.image or row.audio
-    return media.name if media is not None else row.text
+def _shown(rows: Sequence[Row]) -> list[str]:
+    """What rows of one picture, one sound or one text have in common: never parted by a split.
+
+    A file's name stands for it, wherever the data lies; its path where several files have one name.
+    """
+    files = {media for row in rows if (media := row.image or row.audio) is not None}
+    is_named = len({path.name for path in files}) == len(files)
+    root = Path(os.path.commonpath(files)) if files and not is_named else None
+    shown = []
+    for row in rows:
+        media = row.image or row.audio
+        if row.segments or media is None:
+            shown.append(row.id if row.segments else row.text)
+        else:
+            shown.append(media.name if root is None else media.relative_to(root).as_posix())
+    return shown
 
 
 def split_rows(rows: Sequence[Row], holdout: str | float, seed: int = 0) -> tuple[list[Row], list[Row]]:
@@ -245,7 +256,7 @@ def split_rows(rows: Sequence[Row], holdout: str | float, seed: int = 0) -> tupl
             fraction = float(holdout)
         except ValueError as error:
             raise ManifestError(f"holdout is {holdout!r}; give KEY=VALUE or a fraction") from error
-        mask = [even_hash(f"{seed}:{_shown(row)}") < fraction for row in rows]
+        mask = [even_hash(f"{seed}:{shown}") < fraction for shown in _shown(rows)]
     train = [row for row, out in zip(rows, mask, strict=True) if not out]
     heldout = [row for row, out in zip(rows, mask, strict=True) if out]
     if not heldout or not train:

@@ -82,6 +82,9 @@ def build_clip(config: VisionConfig, load: bool = True) -> nn.Module:
             )
     else:
         model_config = copy.deepcopy(name)
+    tag = get_pretrained_cfg(name, config.pretrained) if isinstance(name, str) and config.pretrained else None
+    if tag:  # weights of one activation fit into a model of the other, and give wrong features
+        model_config["quick_gelu"] = tag.get("quick_gelu", False)
     model_config["vision_cfg"] = dict(model_config["vision_cfg"])
     if "timm_model_name" in model_config["vision_cfg"]:
         model_config["vision_cfg"]["timm_model_pretrained"] = False

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -70,6 +71,14 @@ class TextTokenizer:
         self._template = Tokenizer.from_str(serialised)
         self._plain = Tokenizer.from_str(serialised)
         self._plain.encode_special_tokens = True  # i.e. encode their characters, as of any other text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its JSON: the library's own pickle forgets the switch, and users could write special tokens."""
+        return type(self)._from_json, (self._template.to_str(),)
+
+    @classmethod
+    def _from_json(cls, serialised: str) -> TextTokenizer:
+        return cls(Tokenizer.from_str(serialised))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> TextTokenizer:
