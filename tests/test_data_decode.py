@@ -56,6 +56,7 @@ def test_arrays_and_tensors_mean_the_same():
     assert (pixels(array) == array).all()
     assert (pixels(torch.from_numpy(array.transpose(2, 0, 1).copy())) == array).all()
     assert (pixels(array.astype(np.float32) / 255) == array).all()
+    assert (pixels(np.full((3, 3, 3), 200, dtype=np.uint16)) == 1).all()  # almost black, however dark the rest is
 
 
 @pytest.mark.parametrize("mode", ["squash", "pad", "crop"])
@@ -83,9 +84,10 @@ def test_crop_equals_open_clips_transform():
         (encoded(Image.new("RGB", (9000, 9000))), "more than"),
         (np.zeros((3, 0, 3), dtype=np.uint8), "shape"),
         (np.full((3, 3), np.nan, dtype=np.float32), "NaN"),
+        (np.linspace(-1, 1, 9, dtype=np.float32).reshape(3, 3), r"holds -1; give uint8"),
         (17, "int"),
     ],
-    ids=["empty", "nonsense", "truncated", "bomb", "no pixels", "nan", "type"],
+    ids=["empty", "nonsense", "truncated", "bomb", "no pixels", "nan", "negative", "type"],
 )
 def test_what_is_no_picture_is_named(source, message):
     with pytest.raises(ValueError, match=message) as caught:

@@ -125,9 +125,13 @@ def _to_uint8(array: np.ndarray, name: str) -> np.ndarray:
     values = array.astype(np.float32)
     if not np.isfinite(values).all():
         raise ValueError(f"{name}: the array holds NaN or infinite values")
-    if array.dtype.kind == "f" and values.min() >= 0 and values.max() <= 1:
+    if values.min() < 0:
+        raise ValueError(f"{name}: the array holds {values.min():g}; give uint8, uint16, or floats in [0, 1]")
+    if array.dtype == np.uint16:
+        values = values / 257
+    elif array.dtype.kind == "f" and values.max() <= 1:
         values = values * 255
-    elif values.max() > 255:  # 16-bit grey
+    elif values.max() > 255:  # 16-bit grey that PIL gives as 32-bit
         values = values / 257 if values.max() <= 65535 else values * (255 / values.max())
     return values.clip(0, 255).round().astype(np.uint8)
 
