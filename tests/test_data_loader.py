@@ -233,6 +233,7 @@ def test_validation_is_the_same_each_time_and_holds_each_document_once(made, tmp
     num_documents = sum(int((batch.document_ids_BT.amax(1) + 1).sum()) for batch in loader)
     assert num_documents == 24 * 5  # sounds are two documents each
     assert data.source_names == ["caption", "interleaved", "text", "audio"] and len(data.plan.hash) == 64
+    assert data.voices == ("ann", "bob")
 
 
 def test_cached_documents_are_the_same(made):

@@ -15,6 +15,7 @@ import mmllm
 from mmllm.inference import commands
 from mmllm.inference.folder import save_model
 from mmllm.inference.inputs import parse_parts
+from mmllm.inference.settings import GenerationConfig
 from tests.inference_fixtures import RATE, images, make, make_model, make_tokenizer, sounds
 
 
@@ -109,6 +110,17 @@ def test_speech_is_written(model, tmp_path):
         model.speak("one", tmp_path / "1.doc")
     with pytest.raises(ValueError, match="max_seconds is 0"):
         model.speak("one", max_seconds=0)
+
+
+def test_a_voice_that_training_never_heard_is_refused(tmp_path):
+    tokenizer = make_tokenizer()
+    generation = GenerationConfig(max_seconds=0.1, voices=("ann", "bob"))
+    save_model(tmp_path / "m", make_model(tokenizer), tokenizer, generation=generation)
+    speaking = mmllm.load(tmp_path / "m")
+    assert speaking.generation.voices == ("ann", "bob")
+    assert len(speaking.speak(["one", "two"], voice=["bob", None])) == 2
+    with pytest.raises(ValueError, match="no voice 'carl'; training heard ann, bob"):
+        speaking.speak("one", voice="carl")
 
 
 def test_slots_are_filled_in_order(model):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from mmllm.model.vision import VisionConfig
 from mmllm.training.optimisers import (
     MuonAdamW,
     OptimiserConfig,
@@ -16,7 +18,9 @@ from mmllm.training.optimisers import (
     orthogonalise,
     parameter_groups,
 )
-from tests.training_fixtures import run_two_ranks, tiny_module
+from tests.training_fixtures import CLIP_CONFIG, run_two_ranks, tiny_module
+
+RESNET = {**CLIP_CONFIG, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32}}
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 4), (3, 8, 5), (2, 5, 8), (1, 1, 7)])
@@ -194,3 +198,20 @@ def test_the_schedule_warms_up_and_falls_to_its_floor() -> None:
 def test_bad_settings_are_named(values: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         OptimiserConfig(**values)
+
+
+def test_muon_moves_hidden_matrices_alone() -> None:
+    config = OptimiserConfig(muon=True)
+    module = tiny_module(optimiser=config, vision=VisionConfig(RESNET, layer="layer3", norm="group"))
+    module.decoder = dataclasses.replace(module.decoder, tie_embeddings=False)
+    module.configure_model()
+    groups = parameter_groups(module, config, module.tower_of)
+    names = {id(p): name.removeprefix("model.") for name, p in module.named_parameters()}
+    by_muon = {names[id(p)] for group in groups if group["use_muon"] for p in group["params"]}
+    undecayed = {names[id(p)] for group in groups if not group["weight_decay"] for p in group["params"]}
+    assert {"decoder.blocks.1.mlp.gate_up_E2ID", "decoder.blocks.0.attention.out.weight"} < by_muon
+    assert "vision.visual.layer2.0.conv2.weight" in by_muon
+    others = {"decoder.output.weight", "decoder.embedding.weight", "decoder.blocks.1.mlp.router_ED"}
+    others |= {"image_projector.rows_HC", "image_projector.columns_WC", "ctc_head.1.weight"}
+    assert not others & by_muon
+    assert {"image_projector.rows_HC", "image_projector.columns_WC", "decoder.embedding.weight"} < undecayed

@@ -45,7 +45,7 @@ def tiny_module(seed: int = 0, **settings: Any) -> DecoderModule:
             moe=MoEConfig(num_experts=4, top_k=2, expert_width=16),
             moe_layers=(1,),
         ),
-        vision=VisionConfig(open_clip=CLIP_CONFIG),
+        vision=settings.pop("vision", VisionConfig(open_clip=CLIP_CONFIG)),
         image_projector=ImageProjectorConfig(kind="mlp"),
         audio=AudioConfig(
             NUM_CODEBOOKS, CODEBOOK_SIZE, latent_width=8, projector=AudioProjectorConfig("conv", pool=2, num_layers=1)

@@ -88,6 +88,16 @@ class PackedDataModule(L.LightningDataModule):
         return self._plan
 
     @property
+    def voices(self) -> tuple[str, ...]:
+        """Speakers of the documents that are spoken, by name."""
+        names: set[str] = set()
+        for source in self.plan.sources:
+            if "speak" in source.config.task_names:
+                for index in source.indices:
+                    names.update(str(name) for name in index.columns.get("speaker", ()) if name)
+        return tuple(sorted(names))
+
+    @property
     def source_names(self) -> list[str]:
         """The training recipe's sources, in the order of `source_BT`."""
         return [source.name for source in _recipe(self._recipe).sources]

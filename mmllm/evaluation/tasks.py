@@ -265,7 +265,7 @@ def _edits(texts: Sequence[str], references: Sequence[str]) -> list[Edits]:
 def evaluate_speech(
     model: Model, rows: Sequence[Row], batch_size: int, seed: int, media_dir: Path | None
 ) -> TaskResult:
-    """Speaks each row's text in its speaker's voice and transcribes that back with the same model.
+    """Speaks each row's text in its speaker's voice, where training heard it, and transcribes that back.
 
     Controls: `shuffled_wer` scores the same transcripts against other rows' texts; `resynthesis_wer` transcribes the
     real speech after it went through the codec and back. Rows of held-out voices are left out where there are
@@ -273,7 +273,9 @@ def evaluate_speech(
     """
     rows = [row for row in rows if _group(row) != "heldout_voices"] or list(rows)
     texts = [row.text for row in rows]
-    voices = cast("list[str | None]", [row.metadata.get("speaker") for row in rows])
+    known = model.generation.voices
+    speakers = cast("list[str | None]", [row.metadata.get("speaker") for row in rows])
+    voices = [speaker if not known or speaker in known else None for speaker in speakers]
     sounds = [as_audio(cast("Path", row.audio)) for row in rows]
     longest = max(len(sound.wave_T) / sound.sample_rate for sound in sounds)
     max_seconds = min(model.generation.max_seconds, max(SPEECH_MARGIN * longest, MIN_SPEECH_SECONDS))

@@ -216,7 +216,8 @@ class Model:
             **settings: see `SpeechSettings`.
 
         Raises:
-            ValueError: the model does not speak, or texts, voices and files differ in number.
+            ValueError: the model does not speak, training heard no such voice, or texts, voices and files differ in
+                number.
         """
         _check_settings(settings, SpeechSettings)
         self._need(self.model.config.audio, "speak", "texts to be spoken")
@@ -224,6 +225,10 @@ class Model:
         audio = self.tokenizer.require_audio()
         many = _as_list(texts)
         voices = voice if isinstance(voice, list) else [voice] * len(many)
+        unknown = {one for one in voices if one is not None and defaults.voices and one not in defaults.voices}
+        if unknown:
+            known = ", ".join(defaults.voices[:8]) + (", …" if len(defaults.voices) > 8 else "")
+            raise ValueError(f"there is no voice {sorted(unknown)[0]!r}; training heard {known}, or leave voice out")
         paths = [None] * len(many) if out is None else _as_list(out)
         for noun, given in (("voices", voices), ("files", paths)):
             if len(given) != len(many):

@@ -41,6 +41,8 @@ class GenerationConfig:
     """Prompts that are answered at once."""
     text: Sampling = Sampling()
     speech: Sampling = Sampling(temperature=0.7, top_k=50)
+    voices: tuple[str, ...] = ()
+    """Speakers that training heard by name and that can be asked for; empty: not known."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "max_seconds", "batch_size"):
@@ -64,6 +66,8 @@ class GenerationConfig:
             if name in values:
                 _check_keys(Sampling, values[name], f"{name}.")
                 values[name] = Sampling(**values[name])
+        if "voices" in values:
+            values["voices"] = tuple(values["voices"])
         return cls(**values)
 
 

@@ -20,7 +20,7 @@ from mmllm.paths import config_path
 TEMPLATE_DIR = "runs/demo"
 """The folder that the shipped quickstart configs name; it is replaced by the run's."""
 
-DEMO_STEPS = {"codec": 300, "clip": 60, "decoder": 1000}
+DEMO_STEPS = {"codec": 300, "clip": 60, "decoder": 650}
 """Training steps of the demo on its own data. Fixed, so that everybody's demo is the same run."""
 
 STAGE_SHARES = {"codec": 0.2, "clip": 0.15}

@@ -18,6 +18,7 @@ from mmllm.batch import PackedBatch
 from mmllm.data.decode import ImageTransform
 from mmllm.inference.card import ModelInfo
 from mmllm.inference.folder import save_model
+from mmllm.inference.settings import GenerationConfig
 from mmllm.model.decoder import DecoderConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, ModelOutput, MultimodalModel
 from mmllm.model.projectors import ImageProjectorConfig
@@ -271,8 +272,10 @@ class DecoderModule(StagedModule):
         """Writes the model folder."""
         if self.folder is None:
             raise ValueError("`out` is set but `tokenizer` is not; a model folder needs its tokenizer")
+        data: Any = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        generation = GenerationConfig(voices=getattr(data, "voices", ()))
         model = self._whole or self._built()
-        save_model(directory, model, self.folder, self._info(), image_transform=self.image_transform)
+        save_model(directory, model, self.folder, self._info(), self.image_transform, generation)
 
     @property
     def image_transform(self) -> ImageTransform | None:

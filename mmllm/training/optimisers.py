@@ -22,8 +22,9 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 EMBEDDINGS = ("embedding", "position", "rows_HC", "columns_WC", "queries_OC")
 """In the names of parameters that are looked up or added, not multiplied by: neither decay nor Muon."""
-HEADS = ("head", "decoder.output", "router", "logit")
-"""In the names of matrices whose outputs are choices: AdamW moves them (and open_clip's heads)."""
+HEADS = ("head", "decoder.output", "router", "attnpool", "text_projection")
+"""In the names of matrices that end a network: AdamW moves them. (open_clip's attention pool is also so wide that
+orthogonalising it would take longer than the rest of a small CLIP's step.)"""
 
 
 @dataclass(frozen=True)
