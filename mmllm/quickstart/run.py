@@ -16,10 +16,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 
@@ -51,6 +52,8 @@ OUTPUT_OF_STAGE = {"codec": "codec", "clip": "clip", "decoder": "model"}
 CODEC_COPIES = 3
 """Altered copies of each sound, at most, from which the codec learns voices other than the few that there are."""
 MAX_WORKERS = 4
+GRACE_SECONDS = 20.0
+"""How long a stage's process that is told to end may take: the ranks of a training can wait for one another."""
 MIN_TRAINING_SECONDS = 5.0
 MIN_EVALUATED = 20
 """Rows of each set, however little time is left."""
@@ -229,14 +232,13 @@ class _Run:
             return process.wait()
         finally:
             if process.poll() is None:
-                process.terminate()
-                process.wait()
+                _end(process)
             self.children.remove(process)
 
     def end_children(self) -> None:
         """Ends the processes that run for this one."""
         for process in list(self.children):
-            process.terminate()
+            _end(process)
 
     def all_stages(self) -> dict[str, Any]:
         """Everything, in order."""
@@ -446,6 +448,21 @@ class _Run:
                     self.console.print(f"  {result.task + '.' + key:<44}{shown:>10}")
         self.console.print(f"\nReport: [bold]{page}[/bold]\nModel:  [bold]{self.out / 'model'}[/bold]")
         return report
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and those that it started (DDP's other ranks): politely, then not."""
+    try:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.terminate()
+    for member in psutil.wait_procs(family, timeout=GRACE_SECONDS)[1]:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
 
 
 def num_workers() -> int:
