@@ -112,6 +112,11 @@ def test_the_text_tower_takes_the_tokenizer() -> None:
     assert CLIP_CONFIG["text_cfg"]["vocab_size"] == 40, "the given config is left alone"
 
 
+def test_pretrained_weights_are_the_decoders_affair() -> None:
+    with pytest.raises(ValueError, match=r"weights 'openai', but both towers are trained from nothing"):
+        ClipModule(VisionConfig("RN50", pretrained="openai"), "tokenizer")
+
+
 def test_bad_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="ViT-Z-99"):
         with_text_tokens(VisionConfig("ViT-Z-99"), 300, 1, 0)

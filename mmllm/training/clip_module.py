@@ -1,4 +1,4 @@
-"""Trains a CLIP model from nothing or from a checkpoint: `class_path: mmllm.training.clip_module.ClipModule`.
+"""Trains a CLIP model from nothing: `class_path: mmllm.training.clip_module.ClipModule`.
 
 Shapes: N pairs of this rank, M pairs of all ranks, L text tokens, C channels of the shared space, H and W pixels.
 """
@@ -56,6 +56,11 @@ class ClipModule(StagedModule):
             out: folder for `model.safetensors` and `config.json`, which `DecoderModule(clip=…)` reads.
         """
         super().__init__(optimiser, max_seconds)
+        if clip.pretrained or clip.checkpoint:
+            raise ValueError(
+                f"clip names the weights {clip.pretrained or clip.checkpoint!r}, but both towers are trained from "
+                f"nothing here, the text tower on this tokenizer; give a pretrained tower to DecoderModule as `vision`"
+            )
         self.clip_config = clip
         self.tokenizer = tokenizer
         self.out = out
