@@ -10,7 +10,8 @@ from PIL import Image
 
 from mmllm.cli import main
 from mmllm.data.manifest import read_manifest
-from mmllm.quickstart.plan import Contents, choose, recipe_dict
+from mmllm.quickstart.plan import EVALUATION_SECONDS, Contents, choose, recipe_dict
+from mmllm.quickstart.run import START_SECONDS, _Run
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230)}
 
@@ -117,3 +118,18 @@ def test_sequences_are_as_long_as_the_speech_that_they_hold(manifest, seconds, l
     contents = dataclasses.replace(Contents.of(read_manifest(manifest)), long_seconds=seconds)
     choices = choose(contents, is_demo=False)
     assert (choices.sequence_length, choices.batch_size) == (length, batch)
+
+
+def test_evaluations_run_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    settings = {"train": ["x"], "max_steps": None, "minutes": 10.0}
+    run = _Run(tmp_path / "run", settings, lambda command: 0)
+    tasks = {"transcribe": [500], "speak": [500], "caption": [100, 100]}
+    costs = [
+        EVALUATION_SECONDS["transcribe"] * 500,
+        EVALUATION_SECONDS["speak"] * 500,
+        EVALUATION_SECONDS["caption"] * 200,
+    ]
+    assert run._scoring_seconds(tasks) == pytest.approx(max(sum(costs) / 2, costs[1]))
+    assert run._scoring_seconds({"caption": [100]}) == pytest.approx(EVALUATION_SECONDS["caption"] * 100)
+    assert run._overhead_seconds(tasks) - run._overhead_seconds({"caption": [100]}) == pytest.approx(START_SECONDS)

@@ -339,8 +339,20 @@ class _Run:
         minutes = self.settings["minutes"]
         contents = read_contents(self.out / "manifests")
         tasks = evaluation_tasks(self.out / "manifests" / "test.jsonl", contents)
-        wanted = sum(EVALUATION_SECONDS[task] * sum(sets) for task, sets in tasks.items())
-        return min(wanted + REPORT_SECONDS, 0.25 * 60 * minutes)
+        return min(self._scoring_seconds(tasks) + self._overhead_seconds(tasks), 0.25 * 60 * minutes)
+
+    def _num_lanes(self, tasks: Mapping[str, list[int]]) -> int:
+        """How many tasks are evaluated at once."""
+        return max(1, min(self.num_processes, len(tasks)))
+
+    def _scoring_seconds(self, tasks: Mapping[str, list[int]]) -> float:
+        """About how long all rows of the tasks take."""
+        costs = [EVALUATION_SECONDS[task] * sum(sets) for task, sets in tasks.items()]
+        return max(sum(costs) / self._num_lanes(tasks), *costs, 0.0)
+
+    def _overhead_seconds(self, tasks: Mapping[str, list[int]]) -> float:
+        """The starts of the evaluations' processes, and the report."""
+        return REPORT_SECONDS + START_SECONDS * -(-len(tasks) // self._num_lanes(tasks))
 
     def _fit_codec(self) -> None:
         shards = f"{self.out}/shards/sound/audio-*.tar"
@@ -387,15 +399,12 @@ class _Run:
     def _evaluate(self, contents: Contents, choices: Choices) -> list[str]:
         """Evaluates the tasks, the longest first, as many at once as there are ranks in training."""
         tasks = evaluation_tasks(self.out / "manifests" / "test.jsonl", contents)
-        costs = {task: EVALUATION_SECONDS[task] * sum(sets) for task, sets in tasks.items()}
         if not tasks:
             self.console.print("[yellow]no test row can be scored: interleaved rows need a question[/yellow]")
             return []
-        num_lanes = min(self.num_processes, len(tasks))
-        share = 1.0
+        num_lanes, share = self._num_lanes(tasks), 1.0
         if (left := self.seconds_left) is not None:
-            starts = START_SECONDS * -(-len(tasks) // num_lanes)
-            share = (left - REPORT_SECONDS - starts) / max(sum(costs.values()) / num_lanes, *costs.values())
+            share = (left - self._overhead_seconds(tasks)) / self._scoring_seconds(tasks)
 
         def evaluate(task: str) -> None:
             options = ["--sequence_length", str(choices.sequence_length)] if task == "text" else []
@@ -410,7 +419,8 @@ class _Run:
 
         with ThreadPoolExecutor(num_lanes) as lanes:
             try:
-                for done in [lanes.submit(evaluate, task) for task in sorted(tasks, key=lambda task: -costs[task])]:
+                longest_first = sorted(tasks, key=lambda task: -EVALUATION_SECONDS[task] * sum(tasks[task]))
+                for done in [lanes.submit(evaluate, task) for task in longest_first]:
                     done.result()
             except BaseException:
                 lanes.shutdown(wait=False, cancel_futures=True)
