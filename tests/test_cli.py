@@ -132,7 +132,11 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str
     assert len(TASKS) == 5
 
 
-def test_a_failed_fit_leaves_the_process_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_fit_leaves_the_process_as_it_was(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the demo may have been run in the checkout
+
     def state() -> tuple[Any, ...]:
         names = sorted(name for name in os.environ if name.startswith("PL_"))
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

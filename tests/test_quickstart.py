@@ -70,7 +70,9 @@ def test_documents_with_pictures_but_no_captions_and_no_questions(tmp_path, caps
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "run"
-    assert main(["quickstart", "--train", str(manifest), "--out", str(out), "--max_steps", "1"]) == 0
+    assert (
+        main(["quickstart", "--train", str(manifest), "--out", str(out), "--max_steps", "1", "--holdout", "0.3"]) == 0
+    )
     assert "no test row can be scored" in capsys.readouterr().out
     assert (out / "model" / "model.safetensors").is_file() and (out / "report.html").is_file()
 
