@@ -84,6 +84,13 @@ def test_holdouts(tmp_path):
             split_rows(rows, wrong)
 
 
+def test_of_few_rows_one_is_held_out_at_least(tmp_path):
+    for count in range(2, 12):
+        rows = [{"id": f"r{number}", "text": f"row {number} of {count}"} for number in range(count)]
+        train, heldout = split_rows(read_manifest(write_manifest(tmp_path, rows)), 0.01)
+        assert len(heldout) == 1 and len(train) == count - 1
+
+
 def test_files_of_one_name_in_many_folders_are_not_one_file(tmp_path):
     rows = []
     for number in range(40):

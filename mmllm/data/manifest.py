@@ -256,7 +256,9 @@ def split_rows(rows: Sequence[Row], holdout: str | float, seed: int = 0) -> tupl
             fraction = float(holdout)
         except ValueError as error:
             raise ManifestError(f"holdout is {holdout!r}; give KEY=VALUE or a fraction") from error
-        mask = [even_hash(f"{seed}:{shown}") < fraction for shown in _shown(rows)]
+        hashes = [even_hash(f"{seed}:{shown}") for shown in _shown(rows)]
+        least = min(hashes, default=0.0) if fraction > 0 else 0.0
+        mask = [value < fraction or value == least for value in hashes]  # of few rows one at least
     train = [row for row, out in zip(rows, mask, strict=True) if not out]
     heldout = [row for row, out in zip(rows, mask, strict=True) if out]
     if not heldout or not train:
