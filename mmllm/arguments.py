@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from mmllm.ticker import ticker
+from mmllm.ticker import end_line, ticker
 
 Run = Callable[[argparse.Namespace], Iterable[str]]
 """Runs a command and gives the lines to print."""
@@ -55,6 +55,7 @@ def _add_data(actions: Any) -> None:
             args.manifest, args.out, args.tokenizer, args.perturb, args.holdout, args.part, args.samples_per_shard,
             args.max_seconds, args.max_image_side, args.max_bad_fraction, args.seed, args.workers, ticker("rows"),
         )  # fmt: skip
+        end_line()
         return _as_json(written)
 
     parser = _command(actions, "build", "manifests to shards", build)

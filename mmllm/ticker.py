@@ -1,10 +1,11 @@
-"""A line on stderr, now and then, that says how far a command is."""
+"""Lines on stderr that say how far a command is."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable
+from typing import TextIO
 
 TERMINAL_SECONDS = 0.5
 FILE_SECONDS = 20.0
@@ -26,9 +27,24 @@ def ticker(what: str) -> Callable[[int], None]:
         if now - drawn_at < period:
             return
         drawn_at = now
-        minutes, seconds = divmod(round(now - began), 60)
-        line = f"{num_done:,} {what}  {minutes}:{seconds:02d} gone"
-        sys.stderr.write(f"\r\033[K{line}\r" if is_terminal else f"{line}\n")
-        sys.stderr.flush()
+        draw_line(sys.stderr, f"{num_done:,} {what}  {clock(now - began)} gone", is_terminal)
 
     return tick
+
+
+def end_line() -> None:
+    """Takes the line off a terminal, before anything else is printed."""
+    if sys.stderr.isatty():
+        draw_line(sys.stderr, "", True)
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds: "3:07"."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes}:{seconds:02d}"
+
+
+def draw_line(stream: TextIO, line: str, is_terminal: bool) -> None:
+    """Redraws the line on a terminal; appends it elsewhere."""
+    stream.write(f"\r\033[K{line}" if is_terminal else f"{line}\n")
+    stream.flush()

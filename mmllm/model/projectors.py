@@ -146,7 +146,7 @@ class AudioProjectorConfig:
                 f"audio projector.spectrum is {self.spectrum} with kind {self.kind!r}; it must be a multiple of 4, and "
                 f"needs kind 'conv'"
             )
-        if not 0 <= self.warp < 0.5 or not 0 <= self.band_mask <= max(self.spectrum, 0):
+        if not 0 <= self.warp < 0.5 or not 0 <= self.band_mask <= self.spectrum:
             raise ValueError(
                 f"audio projector.warp is {self.warp} and band_mask {self.band_mask}; they must be in [0, 0.5) and in "
                 f"[0, spectrum], here {self.spectrum}"

@@ -11,16 +11,13 @@ import platform
 import shlex
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 
@@ -44,6 +41,8 @@ from mmllm.quickstart.plan import (
     stage_config,
     write_yaml,
 )
+from mmllm.quickstart.processes import Processes, terminated_as_interrupt
+from mmllm.ticker import clock
 
 RunCommand = Callable[[Sequence[str]], int]
 STATE_FILE = "quickstart.json"
@@ -52,8 +51,6 @@ OUTPUT_OF_STAGE = {"codec": "codec", "clip": "clip", "decoder": "model"}
 CODEC_COPIES = 3
 """Altered copies of each sound, at most, from which the codec learns voices other than the few that there are."""
 MAX_WORKERS = 4
-GRACE_SECONDS = 20.0
-"""How long a stage's process that is told to end may take: the ranks of a training can wait for one another."""
 MIN_TRAINING_SECONDS = 5.0
 MIN_EVALUATED = 20
 """Rows of each set, however little time is left."""
@@ -104,26 +101,9 @@ def quickstart(
     settings = {"train": list(train), "test": list(test), "holdout": holdout, "minutes": minutes, "seed": seed,
                 "max_steps": max_steps}  # fmt: skip
     run = _Run(Path(out), settings, run_command)
-    with MemoryMonitor() as memory, _terminated_as_interrupt():
+    with MemoryMonitor() as memory, terminated_as_interrupt():
         run.memory = memory
         return run.all_stages()
-
-
-@contextmanager
-def _terminated_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does, so that no stage's process is left behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(_signal: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Run:
@@ -144,7 +124,8 @@ class _Run:
         self.seconds_before = float(saved.get("seconds", 0.0))
         self.peak_before = int(saved.get("peak_rss_bytes", 0))
         self.started = time.monotonic()
-        self.children: list[subprocess.Popen[bytes]] = []
+        self.processes = Processes()
+        self.tasks: dict[str, list[int]] = {}
         self.lock = threading.Lock()
 
     # ------------------------------------------------------------------------------------------------------- clock
@@ -206,10 +187,10 @@ class _Run:
             self.console.print(f"[dim]done before: {line}[/dim]")
             return
         left = self.seconds_left
-        clock = f"{_clock(self.seconds)} gone" + (f", {_clock(left)} left" if left is not None else "")
-        self.console.print(f"\n[bold]{name}[/bold] [dim]({clock})[/dim]\n[green]$ {line}[/green]")
+        times = f"{clock(self.seconds)} gone" + (f", {clock(left)} left" if left is not None else "")
+        self.console.print(f"\n[bold]{name}[/bold] [dim]({times})[/dim]\n[green]$ {line}[/green]")
         begun = time.monotonic()
-        code = self._run_process(command, num_threads) if num_threads else self.run_command(command)
+        code = self.processes.run(command, num_threads) if num_threads else self.run_command(command)
         if code in (130, -signal.SIGINT):
             raise KeyboardInterrupt
         if code:
@@ -223,36 +204,20 @@ class _Run:
         self.stages.append({"name": name, "seconds": time.monotonic() - begun, "command": line})
         self.save()
 
-    def _run_process(self, command: Sequence[str], num_threads: int) -> int:
-        """Runs a command as a process, which does not outlive this one. Gives its exit code."""
-        environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
-        process = subprocess.Popen([sys.executable, "-m", "mmllm.cli", *command], env=environment)
-        self.children.append(process)
-        try:
-            return process.wait()
-        finally:
-            if process.poll() is None:
-                _end(process)
-            self.children.remove(process)
-
-    def end_children(self) -> None:
-        """Ends the processes that run for this one."""
-        for process in list(self.children):
-            _end(process)
-
     def all_stages(self) -> dict[str, Any]:
         """Everything, in order."""
         try:
             self._data()
             contents = read_contents(self.out / "manifests")
             choices = choose(contents, self.is_demo)
+            self.tasks = evaluation_tasks(self.out / "manifests" / "test.jsonl", contents)
             self._tokenizers(contents, choices)
             self._shards(contents, choices)
             if "caption" in contents.kinds:
                 self._fit_clip(contents, choices)
             self._fit_decoder(contents, choices)
-            tasks = self._evaluate(contents, choices)
-            return self._report(contents, tasks)
+            self._evaluate(choices)
+            return self._report(contents)
         finally:
             self.save()
 
@@ -337,9 +302,7 @@ class _Run:
     def _evaluation_seconds(self) -> float:
         """What is kept back for evaluation and report."""
         minutes = self.settings["minutes"]
-        contents = read_contents(self.out / "manifests")
-        tasks = evaluation_tasks(self.out / "manifests" / "test.jsonl", contents)
-        return min(self._scoring_seconds(tasks) + self._overhead_seconds(tasks), 0.25 * 60 * minutes)
+        return min(self._scoring_seconds(self.tasks) + self._overhead_seconds(self.tasks), 0.25 * 60 * minutes)
 
     def _num_lanes(self, tasks: Mapping[str, list[int]]) -> int:
         """How many tasks are evaluated at once."""
@@ -396,12 +359,12 @@ class _Run:
         self._fit("decoder", overrides)
 
     # -------------------------------------------------------------------------------------------------- evaluation
-    def _evaluate(self, contents: Contents, choices: Choices) -> list[str]:
+    def _evaluate(self, choices: Choices) -> None:
         """Evaluates the tasks, the longest first, as many at once as there are ranks in training."""
-        tasks = evaluation_tasks(self.out / "manifests" / "test.jsonl", contents)
+        tasks = self.tasks
         if not tasks:
             self.console.print("[yellow]no test row can be scored: interleaved rows need a question[/yellow]")
-            return []
+            return
         num_lanes, share = self._num_lanes(tasks), 1.0
         if (left := self.seconds_left) is not None:
             share = (left - self._overhead_seconds(tasks)) / self._scoring_seconds(tasks)
@@ -424,24 +387,22 @@ class _Run:
                     done.result()
             except BaseException:
                 lanes.shutdown(wait=False, cancel_futures=True)
-                self.end_children()
+                self.processes.end_all()
                 raise
-        return list(tasks)
 
-    def _report(self, contents: Contents, tasks: Sequence[str]) -> dict[str, Any]:
-        results = [load_result(self.out / "eval" / f"{task}.json") for task in tasks]
+    def _report(self, contents: Contents) -> dict[str, Any]:
+        results = [load_result(self.out / "eval" / f"{task}.json") for task in self.tasks]
         logs = {name: self.out / "logs" / name / "metrics.csv" for name in OUTPUT_OF_STAGE}
         curves = {name: read_curves(path) for name, path in logs.items() if path.is_file()}
         routing_file = self.out / "logs" / "decoder" / "routing.json"
         routing = load_routing(routing_file) if routing_file.is_file() else None
-        card = read_json(self.out / "model" / "config.json")
         peak = max(self.memory.peak_rss_bytes if self.memory is not None else 0, self.peak_before)
         info = ReportInfo(
             summary=f"{contents.num_rows:,} training rows of {', '.join(contents.kinds)}",
             seconds=round(self.seconds, 1),
             tokens_per_second=_tokens_per_second(curves.get("decoder", {})),
             peak_rss_bytes=peak,
-            recipe_hash=card.get("info", {}).get("recipe_hash") or _recipe_hash(self.out / "recipe.yaml"),
+            recipe_hash=_recipe_hash(self.out / "recipe.yaml"),
             commit=_commit(),
             made_at=now(),
             machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
@@ -449,7 +410,7 @@ class _Run:
         )
         page = write_report(self.out, results, curves, routing, info)
         report = read_json(self.out / "report.json")
-        self.console.print(f"\n[bold]Scores[/bold] on held-out rows ({_clock(self.seconds)}, "
+        self.console.print(f"\n[bold]Scores[/bold] on held-out rows ({clock(self.seconds)}, "
                            f"{peak / 2**30:.1f} GiB at the most)")  # fmt: skip
         for result in results:
             for key, value in result.scores.items():
@@ -458,21 +419,6 @@ class _Run:
                     self.console.print(f"  {result.task + '.' + key:<44}{shown:>10}")
         self.console.print(f"\nReport: [bold]{page}[/bold]\nModel:  [bold]{self.out / 'model'}[/bold]")
         return report
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and those that it started (DDP's other ranks): politely, then not."""
-    try:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    for member in family:
-        with suppress(psutil.NoSuchProcess):
-            member.terminate()
-    for member in psutil.wait_procs(family, timeout=GRACE_SECONDS)[1]:
-        with suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.wait()
 
 
 def num_workers() -> int:
@@ -509,7 +455,3 @@ def _commit() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

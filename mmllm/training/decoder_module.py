@@ -151,9 +151,8 @@ class DecoderModule(StagedModule):
 
     def on_fit_start(self) -> None:
         """Checks that the data was made with this tokenizer, and asks for its sources' names."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        self._source_names = list(getattr(data, "source_names", None) or [])
-        data_folder = getattr(data, "folder", None)
+        self._source_names = list(getattr(self._data, "source_names", None) or [])
+        data_folder = getattr(self._data, "folder", None)
         if self.folder is not None and data_folder is not None and data_folder.hash != self.folder.hash:
             raise ValueError(
                 f"the recipe's tokenizer folder is {data_folder.hash[:12]} but the model's, {self.tokenizer}, is "
@@ -272,20 +271,22 @@ class DecoderModule(StagedModule):
         """Writes the model folder."""
         if self.folder is None:
             raise ValueError("`out` is set but `tokenizer` is not; a model folder needs its tokenizer")
-        data: Any = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
-        generation = GenerationConfig(voices=getattr(data, "voices", ()))
+        generation = GenerationConfig(voices=getattr(self._data, "voices", ()))
         model = self._whole or self._built()
         save_model(directory, model, self.folder, self._info(), self.image_transform, generation)
 
     @property
     def image_transform(self) -> ImageTransform | None:
         """How the data module makes pictures square, which inference has to do as well; None: the default."""
-        data: Any = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
-        return getattr(data, "image_transform", None) if self._built().vision is not None else None
+        return getattr(self._data, "image_transform", None) if self._built().vision is not None else None
+
+    @property
+    def _data(self) -> Any:
+        """The data module; None without one, or without a trainer."""
+        return getattr(self._trainer, "datamodule", None)
 
     def _info(self) -> ModelInfo:
-        data: Any = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
-        plan = getattr(data, "plan", None)
+        plan = getattr(self._data, "plan", None)
         return ModelInfo(name=self.name, recipe_hash=getattr(plan, "hash", None), data=tuple(self._source_names))
 
     def on_train_end(self) -> None:

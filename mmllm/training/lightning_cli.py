@@ -35,7 +35,7 @@ _EXPECTED_WARNINGS = (
     r".*Experiment logs directory .* exists and is not empty.*",
     r".*The number of training batches .* is smaller than the logging interval.*",
     r".*does not have many workers.*",
-    r".*functional\.all_gather is deprecated.*",  # open_clip's ClipLoss calls it
+    r".*functional\.all_gather is deprecated.*",  # open_clip's gather_features calls it
     r"Total length of `list` across ranks is zero.*",  # no val_recipe
     r"\s+By default only one JsonargparseDeprecationWarning.*",
     r"\s+\S+( parameter)? was deprecated in v[\d.]+ and will be removed in v5.*",

@@ -113,8 +113,8 @@ def parameter_groups(
         tower = tower_of(name)
         is_embedding = id(parameter) in embeddings or any(word in name for word in EMBEDDINGS)
         is_matrix = parameter.ndim >= 2 and not is_embedding
-        is_stack = parameter.ndim != 3 or parameter.shape[1] > 1  # else a depthwise convolution: one row a filter
-        is_hidden = is_matrix and parameter.ndim <= 4 and is_stack and not any(word in name for word in HEADS)
+        is_depthwise = parameter.ndim == 3 and parameter.shape[1] == 1  # a convolution with one row a filter
+        is_hidden = is_matrix and parameter.ndim <= 4 and not is_depthwise and not any(word in name for word in HEADS)
         use_muon = config.muon and is_hidden
         key = f"{tower}/{'muon' if use_muon else 'adamw'}/{'decay' if is_matrix else 'no_decay'}"
         group = groups.setdefault(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks.progress import ProgressBar
 
+from mmllm.ticker import FILE_SECONDS, TERMINAL_SECONDS, clock, draw_line
 from mmllm.training.staged import StagedModule
 
 BAR_WIDTH = 24
@@ -20,7 +21,7 @@ class Progress(ProgressBar):
     Unlike Lightning's bars it knows the end of a run that is bounded by seconds.
     """
 
-    def __init__(self, terminal_seconds: float = 0.5, file_seconds: float = 20.0) -> None:
+    def __init__(self, terminal_seconds: float = TERMINAL_SECONDS, file_seconds: float = FILE_SECONDS) -> None:
         """Keeps the settings.
 
         Args:
@@ -56,12 +57,12 @@ class Progress(ProgressBar):
         now = time.monotonic()
         if self._enabled and now - self._drawn_at >= (self.terminal_seconds if is_terminal else self.file_seconds):
             self._drawn_at = now
-            _write(sys.stderr, self._line(trainer, pl_module), is_terminal)
+            draw_line(sys.stderr, self._line(trainer, pl_module), is_terminal)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draws the last state and ends the line."""
         if self._enabled:
-            _write(sys.stderr, self._line(trainer, pl_module), sys.stderr.isatty())
+            draw_line(sys.stderr, self._line(trainer, pl_module), sys.stderr.isatty())
             if sys.stderr.isatty():
                 sys.stderr.write("\n")
 
@@ -77,25 +78,15 @@ class Progress(ProgressBar):
         done = _progress(pl_module)
         seconds = time.monotonic() - self._began
         gained = done - self._began_progress
-        left = f"{_clock(seconds / gained * (1 - done))} left" if gained > 0 else ""
+        left = f"{clock(seconds / gained * (1 - done))} left" if gained > 0 else ""
         filled = round(done * BAR_WIDTH)
         metrics = self.get_metrics(trainer, pl_module)
         values = "  ".join(
             f"{name} {value:.3f}" for name, value in metrics.items() if isinstance(value, float) and name != "v_num"
         )
         bar = "#" * filled + "-" * (BAR_WIDTH - filled)
-        return f"[{bar}] {done:4.0%}  step {trainer.global_step}  {_clock(seconds)} gone  {left}  {values}".rstrip()
+        return f"[{bar}] {done:4.0%}  step {trainer.global_step}  {clock(seconds)} gone  {left}  {values}".rstrip()
 
 
 def _progress(module: pl.LightningModule) -> float:
     return module.progress if isinstance(module, StagedModule) else 0.0
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes}:{seconds:02d}"
-
-
-def _write(stream: TextIO, line: str, is_terminal: bool) -> None:
-    stream.write(f"\r\033[K{line}" if is_terminal else f"{line}\n")
-    stream.flush()
