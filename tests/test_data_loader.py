@@ -12,7 +12,9 @@ import yaml
 
 from mmllm.batch import IGNORE, PackedBatch
 from mmllm.data import commands
+from mmllm.data import loader as loader_module
 from mmllm.data.augment import AugmentConfig
+from mmllm.data.balance import FRAME_COST, IMAGE_COST
 from mmllm.data.datamodule import AudioDataModule, ClipDataModule, PackedDataModule
 from mmllm.data.decode import ImageTransform
 from mmllm.data.loader import PackedLoader, StepDataset
@@ -56,18 +58,42 @@ def rows(batch: PackedBatch) -> list[str]:
     return digests
 
 
+def together(ranks: list[list]) -> list[list[str]]:
+    """The sequences of all ranks, step by step: which rank takes which is the loader's affair."""
+    return [sorted(digest for batch in step for digest in rows(batch)) for step in zip(*ranks, strict=True)]
+
+
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 1), (1, 2), (2, 0), (2, 2), (4, 0)])
 def test_ranks_and_workers_change_nothing(made, world_size, num_workers):
-    wanted = [rows(batch) for batch in loader_of(made, 6)]
+    wanted = together([list(loader_of(made, 6))])
     ranks = [list(loader_of(made, 6, rank, world_size, num_workers)) for rank in range(world_size)]
-    found = [[digest for group in zip(*map(rows, step), strict=True) for digest in group] for step in zip(*ranks)]  # noqa: B905
+    found = together(ranks)
     assert found == wanted
     states = [{key: value for key, value in step[0].state.items()} for step in zip(*ranks)]  # noqa: B905
     assert states == [batch.state for batch in loader_of(made, 6)]
 
 
+def test_ranks_have_about_equal_work(made, monkeypatch):
+    """Pictures and sounds are dear; taken by turns, one rank may have most of them."""
+
+    def difference() -> float:
+        loaders = [loader_of(made, 40, rank, 2) for rank in range(2)]
+        work = np.array([[work_of(batch) for batch in loader] for loader in loaders])
+        return float(np.abs(work[0] - work[1]).mean())
+
+    def work_of(batch: PackedBatch) -> float:
+        num_tokens, num_frames = (batch.document_ids_BT >= 0).sum(), (batch.clip_codes_CFK[..., 0] >= 0).sum()
+        return float(num_tokens + IMAGE_COST * len(batch.images_NCHW) + FRAME_COST * num_frames)
+
+    balanced = difference()
+    monkeypatch.setattr(
+        loader_module, "shares", lambda costs, ranks: [range(r, len(costs), ranks) for r in range(ranks)]
+    )
+    assert balanced < 0.6 * difference()
+
+
 def test_a_state_is_what_was_consumed_and_continues_elsewhere(made):
-    wanted = [rows(batch) for batch in loader_of(made, 12)]
+    wanted = together([list(loader_of(made, 12))])
     loader = loader_of(made, 12, num_workers=2)  # prefetching workers are ahead of what was consumed
     for number, _ in enumerate(loader):
         if number == 4:
@@ -80,7 +106,7 @@ def test_a_state_is_what_was_consumed_and_continues_elsewhere(made):
         resumed.load_state_dict(state)
         ranks.append(list(resumed))
     assert len(ranks[0]) == 7
-    found = [[digest for group in zip(*map(rows, step), strict=True) for digest in group] for step in zip(*ranks)]  # noqa: B905
+    found = together(ranks)
     assert found == wanted[5:]
 
 
@@ -102,7 +128,9 @@ def test_augmented_pictures_depend_on_step_and_document_alone(made):
 
     config = AugmentConfig(min_scale=0.5, flip=True)
     whole, ranks = batches(0, 1, config), [batches(rank, 2, config) for rank in range(2)]
-    assert whole == [[row for pair in zip(*step, strict=True) for row in pair] for step in zip(*ranks, strict=True)]
+    assert [sorted(step) for step in whole] == [
+        sorted(row for share in step for row in share) for step in zip(*ranks, strict=True)
+    ]
     assert whole != batches(0, 1, None)
 
 

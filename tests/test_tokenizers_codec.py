@@ -9,6 +9,7 @@ from torch.nn.functional import l1_loss
 
 from mmllm_tokenizers.codec import Codec, CodecConfig, ResidualQuantiser, fused
 from mmllm_tokenizers.kmeans import kmeans
+from mmllm_tokenizers.spectrum import FrameSpectrum
 
 TINY = CodecConfig(
     num_filters=4,
@@ -46,6 +47,31 @@ def trained() -> Codec:
             loss.backward()
             optimiser.step()
     return codec.eval()
+
+
+def test_the_first_channels_are_the_spectrum_and_the_encoder_learns_the_others() -> None:
+    config = dataclasses.replace(TINY, num_bands=12)
+    codec = Codec(config)
+    wave_NT = tones(3, 500, torch.Generator().manual_seed(0))  # no multiple of the hop
+    latents_NDF = codec.latents(wave_NT)
+    assert latents_NDF.shape == (3, config.dimension, codec.num_frames(500))
+    expected_NMF = FrameSpectrum(config.sample_rate, config.hop_samples, 12)(wave_NT)
+    torch.testing.assert_close(latents_NDF[:, :12], expected_NMF, rtol=0, atol=1e-6)
+    gradients = torch.autograd.grad(latents_NDF.square().sum(), list(codec.encoder.parameters()))
+    assert any(bool(gradient.abs().sum() > 0) for gradient in gradients)
+    same = fused(codec).latents(wave_NT)
+    torch.testing.assert_close(same, latents_NDF, rtol=1e-4, atol=1e-5)
+    learnt = {name for name in codec.state_dict() if "spectrum" in name}
+    assert not learnt, "the spectrum is computed: nothing of it belongs into a saved codec"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"num_bands": 16}, r"num_bands is 16; it must lie in \[0, 15\]"), ({"num_bands": 8, "causal": True}, "causal")],
+)
+def test_impossible_bands_are_refused(options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **options)
 
 
 def test_more_codebooks_reconstruct_better(trained):

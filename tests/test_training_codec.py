@@ -9,12 +9,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from mmllm.training.audio_losses import Balancer, MultiScaleMelLoss, mel_filters
+from mmllm.training.audio_losses import Balancer, MultiScaleMelLoss
 from mmllm.training.codec_module import CodecLossConfig, CodecModule, character_ctc, si_sdr_db
 from mmllm.training.lightning_cli import quiet_lightning
 from mmllm.training.optimisers import OptimiserConfig
 from mmllm_tokenizers.audio import load_audio_tokenizer
 from mmllm_tokenizers.codec import CodecConfig
+from mmllm_tokenizers.spectrum import mel_filters
 from tests.training_fixtures import quiet_trainer
 
 TINY = CodecConfig(sample_rate=2000, num_filters=4, ratios=(2, 4, 5), dimension=8, num_codebooks=2, codebook_size=16)

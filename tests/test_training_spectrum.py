@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from mmllm.model.projectors import AudioProjector, AudioProjectorConfig, CodeEmbedding
-from mmllm.training.audio_losses import FrameSpectrum, mel_filters
+from mmllm_tokenizers.spectrum import FrameSpectrum, mel_filters
 
 
 @pytest.mark.parametrize("num_samples", [1, 160, 161, 1000, 1600])

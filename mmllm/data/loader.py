@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmllm.batch import PackedBatch
 from mmllm.data.augment import NUM_DRAWS, AugmentConfig, augment
+from mmllm.data.balance import FRAME_COST, IMAGE_COST, shares
 from mmllm.data.collate import Gap, pack_documents
 from mmllm.data.decode import ImageTransform
 from mmllm.data.documents import Document, Sample, build_document, part_bounds
@@ -161,7 +162,7 @@ class PackedLoader:
         plan: The plan.
         dataset: Steps to batches.
         num_steps: Length of an epoch.
-        rank: This rank; it takes sequences `rank::world_size` of each step.
+        rank: This rank; it takes its share of each step's sequences (see `mmllm.data.balance`).
         world_size: Number of ranks; it must divide the batch size.
         num_workers: Processes that read and decode; 0: this one.
         pin_memory: For GPUs.
@@ -227,8 +228,15 @@ class PackedLoader:
 
     def _rank_steps(self, count: int) -> Iterator[StepPlan]:
         for step in islice(self._plan.steps(self._state), count):
-            mine = step.sequences[self._rank :: self._world_size]
+            costs = [sum(map(self._cost, sequence)) for sequence in step.sequences]
+            mine = tuple(step.sequences[number] for number in shares(costs, self._world_size)[self._rank])
             yield StepPlan(step.step, mine, step.state, step.num_global_sequences)
+
+    def _cost(self, item: Item) -> float:
+        """About how much work a document is, in tokens."""
+        index = self._plan.sources[item.source].indices[item.shard]
+        num_frames = 0 if item.task == "speak" else int(index.num_frames_N[item.row])
+        return item.num_tokens + IMAGE_COST * int(index.num_images_N[item.row]) + FRAME_COST * num_frames
 
     def _count(self, batch: PackedBatch) -> None:
         errors = batch.state.get("errors", ())

@@ -6,7 +6,7 @@ import glob
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ TEMPLATE_DIR = "runs/demo"
 DEMO_STEPS = {"codec": 300, "clip": 60, "decoder": 650}
 """Training steps of the demo on its own data. Fixed, so that everybody's demo is the same run."""
 
-STAGE_SHARES = {"codec": 0.2, "clip": 0.15}
+CODEC_SHARE, CLIP_SHARE = 0.2, 0.15
 """With `--minutes`: share of what is left that a stage before the decoder may take."""
+CLASS_CLIP_SHARE = 0.4
+"""The CLIP stage's, where captions are classes: it learns nearly all that there is to be seen, in cheaper steps."""
 
 EVALUATION_SECONDS = {"caption": 0.04, "transcribe": 0.03, "speak": 0.12, "interleaved": 0.06, "text": 0.05}
 """About what one row costs, all controls included."""
@@ -45,6 +47,7 @@ class Contents:
     is_single_words: bool
     """Every transcript is one word."""
     num_captions: int
+    num_distinct_captions: int
     long_seconds: float
     """Nineteen sounds in twenty are no longer than this."""
 
@@ -65,6 +68,7 @@ class Contents:
                 "interleaved rows hold sounds, but no row is a sound with its text, from which the codec is learnt; "
                 "add rows with `audio` and `text`"
             )
+        captions = [row.text for row in rows if row.kind == "caption"]
         return cls(
             kinds=kinds,
             has_images="caption" in kinds or any("image" in segment for segment in segments),
@@ -74,9 +78,15 @@ class Contents:
             audio_seconds=sum(lengths),
             names_sides=any(re.search(r"\b(left|right)\b", text, re.IGNORECASE) for text in texts),
             is_single_words=bool(spoken) and all(len(row.text.split()) == 1 for row in spoken),
-            num_captions=sum(row.kind == "caption" for row in rows),
+            num_captions=len(captions),
+            num_distinct_captions=len(set(captions)),
             long_seconds=lengths[int(0.95 * len(lengths))] if lengths else 0.0,
         )
+
+    @property
+    def captions_are_classes(self) -> bool:
+        """Each caption stands under many pictures, as in a labelled data set."""
+        return 0 < self.num_distinct_captions <= self.num_captions / 20
 
 
 def _seconds(row: Row) -> float:
@@ -102,6 +112,8 @@ class Choices:
     batch_size: int
     decoder: dict[str, Any]
     """Keys of the decoder's config that differ from the shipped one."""
+    weights: dict[str, float] = field(default_factory=lambda: WEIGHTS)
+    """Of the recipe's sources; those that the rows lack are left out."""
     image_tokens: int = 16
     image_size: int = 64
     audio_pool: int = 2
@@ -118,6 +130,11 @@ TEXT_DECODER = {"width": 256, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2
 TEXT_MOE = {"num_experts": 4, "top_k": 2, "expert_width": 256}
 
 
+WEIGHTS = {"caption": 0.42, "interleaved": 0.14, "text": 0.04, "heard": 0.28, "spoken": 0.12}
+DEMO_WEIGHTS = {"caption": 0.44, "interleaved": 0.14, "text": 0.04, "heard": 0.16, "spoken": 0.22}
+"""Synthetic speech is easily heard, and what is said of scenes is long: it takes more of the tokens to speak."""
+
+
 def choose(contents: Contents, is_demo: bool) -> Choices:
     """Sizes for the demo or for somebody's rows.
 
@@ -126,7 +143,7 @@ def choose(contents: Contents, is_demo: bool) -> Choices:
     """
     vocab_size = 640 if contents.num_characters < 400_000 else 1024
     if is_demo:
-        return Choices(vocab_size=vocab_size, perturb=0, sequence_length=512, batch_size=8, decoder={})
+        return Choices(vocab_size, perturb=0, sequence_length=512, batch_size=8, decoder={}, weights=DEMO_WEIGHTS)
     perturb = int(min(10, max(1, 4000 // max(contents.audio_seconds, 1.0)))) if contents.has_sounds else 0
     decoder: dict[str, Any] = {}
     if contents.kinds == ("text",):
@@ -153,7 +170,7 @@ def recipe_dict(
         curriculum_steps: when the longest documents are in; None (a run bounded by the clock): from the start.
     """
     shards, sources = glob.escape(str(out / "shards")), []
-    weights = {"caption": 0.42, "interleaved": 0.14, "text": 0.04}
+    weights = choices.weights
     for kind in ("caption", "interleaved", "text"):
         if kind in contents.kinds:
             sources.append(
@@ -161,8 +178,9 @@ def recipe_dict(
             )
     if contents.has_sounds:
         speech = {"kind": "audio", "shards": f"{shards}/train/audio-*.tar"}
-        sources.append({"name": "heard", **speech, "weight": 0.28, "tasks": ["transcribe"]})
-        sources.append({"name": "spoken", **speech, "weight": 0.12, "tasks": ["speak"], "filter": "not perturbed"})
+        sources.append({"name": "heard", **speech, "weight": weights["heard"], "tasks": ["transcribe"]})
+        spoken = {"name": "spoken", **speech, "weight": weights["spoken"], "tasks": ["speak"]}
+        sources.append({**spoken, "filter": "not perturbed"})
     recipe: dict[str, Any] = {
         "seed": seed,
         "tokenizer": str(out / "tokenizer"),

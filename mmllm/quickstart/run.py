@@ -28,9 +28,11 @@ from mmllm.evaluation.results import load_result
 from mmllm.evaluation.routing import load_routing
 from mmllm.quickstart.monitor import MemoryMonitor
 from mmllm.quickstart.plan import (
+    CLASS_CLIP_SHARE,
+    CLIP_SHARE,
+    CODEC_SHARE,
     DEMO_STEPS,
     EVALUATION_SECONDS,
-    STAGE_SHARES,
     Choices,
     Contents,
     choose,
@@ -265,13 +267,19 @@ class _Run:
         self.stage("index", "data", "index", shards, "--tokenizer", str(self.out / "tokenizer"))
 
     # ---------------------------------------------------------------------------------------------------- training
-    def _fit(self, stage: str, overrides: dict[str, Any]) -> None:
-        """Writes a stage's config and fits it; a second call resumes from the stage's last checkpoint."""
+    def _fit(self, stage: str, overrides: dict[str, Any], share: float | None = None) -> None:
+        """Writes a stage's config and fits it; a second call resumes from the stage's last checkpoint.
+
+        Args:
+            stage: its name.
+            overrides: see `stage_config`.
+            share: of the time that is left, with `--minutes`; None: all.
+        """
         path = self.out / "configs" / f"{stage}.yaml"
         checkpoint = self.out / "checkpoints" / stage / "last.ckpt"
         resume = ["--ckpt_path", str(checkpoint)] if checkpoint.is_file() else []
         if not self.is_done(f"fit {stage}"):
-            length = self._length(stage)
+            length = self._length(stage, share)
             if resume and length["model.init_args.max_seconds"] is not None:
                 length["model.init_args.max_seconds"] += _trained_seconds(checkpoint)
             ranks: dict[str, Any] = {"trainer.devices": self.num_processes}
@@ -287,8 +295,8 @@ class _Run:
         num_threads = 1 if self.num_processes > 1 else 0
         self.stage(f"fit {stage}", "fit", "-c", str(path), *resume, makes=makes, num_threads=num_threads)
 
-    def _length(self, stage: str) -> dict[str, Any]:
-        """How long a stage trains: fixed steps in the demo, seconds where `--minutes` bounds the run."""
+    def _length(self, stage: str, share: float | None = None) -> dict[str, Any]:
+        """How long a stage trains: fixed steps in the demo, seconds where `--minutes` bounds the run. See `_fit`."""
         steps, left = self.settings["max_steps"], self.seconds_left
         if steps is not None:
             return {"trainer.max_steps": steps, "model.init_args.max_seconds": None, "trainer.log_every_n_steps": 1}
@@ -296,7 +304,7 @@ class _Run:
             steps = DEMO_STEPS[stage] if self.is_demo else 2 * DEMO_STEPS[stage]
             return {"trainer.max_steps": steps, "model.init_args.max_seconds": None}
         spare = left - self._evaluation_seconds() - FIT_START_SECONDS
-        seconds = spare * STAGE_SHARES[stage] if stage in STAGE_SHARES else spare - 0.03 * 60 * self.settings["minutes"]
+        seconds = spare - 0.03 * 60 * self.settings["minutes"] if share is None else spare * share
         return {"trainer.max_steps": -1, "model.init_args.max_seconds": round(max(MIN_TRAINING_SECONDS, seconds), 1)}
 
     def _evaluation_seconds(self) -> float:
@@ -319,7 +327,8 @@ class _Run:
 
     def _fit_codec(self) -> None:
         shards = f"{self.out}/shards/sound/audio-*.tar"
-        self._fit("codec", {"data.init_args.shards": shards, "data.init_args.seed": self.settings["seed"]})
+        overrides = {"data.init_args.shards": shards, "data.init_args.seed": self.settings["seed"]}
+        self._fit("codec", overrides, CODEC_SHARE)
 
     def _fit_clip(self, contents: Contents, choices: Choices) -> None:
         is_few = contents.num_captions < 10_000
@@ -330,7 +339,7 @@ class _Run:
             "data.init_args.min_scale": 0.6 if is_few else 0.85,
             "data.init_args.flip": not contents.names_sides,
         }
-        self._fit("clip", overrides)
+        self._fit("clip", overrides, CLASS_CLIP_SHARE if contents.captions_are_classes else CLIP_SHARE)
 
     def _fit_decoder(self, contents: Contents, choices: Choices) -> None:
         is_few = contents.num_captions < 10_000

@@ -1,6 +1,6 @@
 """Trains the small audio codec: `mmllm fit` with `class_path: mmllm.training.codec_module.CodecModule`.
 
-Shapes: N clips, T samples, F frames, K codebooks, D latent width, M mel bands, L characters.
+Shapes: N clips, T samples, F frames, K codebooks, D latent width, L characters.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmllm.training.audio_losses import Balancer, FrameSpectrum, MultiScaleMelLoss
+from mmllm.training.audio_losses import Balancer, MultiScaleMelLoss
 from mmllm.training.optimisers import OptimiserConfig
 from mmllm.training.staged import StagedModule
 from mmllm_tokenizers.audio import SmallCodec
@@ -35,11 +35,6 @@ class CodecLossConfig:
         ctc: weight of a character CTC loss on the quantised latents, which makes the codes tell words apart;
             0: no such head. Needs data that gives whole clips with their text.
         ctc_width: channels of the CTC head.
-        spectrum: weight of the squared error between the first `num_mels` channels of the quantised latents and the
-            frame's log-mel spectrum; 0: none. Codes then say what was heard in a form that a few samples suffice to
-            learn from (the idea of distilling features into the codes: SpeechTokenizer, arXiv 2308.16692, where the
-            teacher is a speech model).
-        num_mels: M, bands of that spectrum; at most the codec's dimension.
     """
 
     l1: float = 0.1
@@ -47,11 +42,9 @@ class CodecLossConfig:
     commitment: float = 1.0
     ctc: float = 0.0
     ctc_width: int = 128
-    spectrum: float = 0.0
-    num_mels: int = 40
 
     def __post_init__(self) -> None:
-        for name in ("l1", "mel", "commitment", "ctc", "spectrum"):
+        for name in ("l1", "mel", "commitment", "ctc"):
             if getattr(self, name) < 0:
                 raise ValueError(f"losses.{name} is {getattr(self, name)}; a weight is 0 or more")
         if self.l1 == self.mel == 0:
@@ -85,13 +78,6 @@ class CodecModule(StagedModule):
         self.codec = Codec(codec)
         self.mel_loss = MultiScaleMelLoss(codec.sample_rate)
         self.balancer = Balancer({"l1": self.losses.l1, "mel": self.losses.mel})
-        self.spectrum = None
-        if self.losses.spectrum:
-            if self.losses.num_mels > codec.dimension:
-                raise ValueError(
-                    f"losses.num_mels is {self.losses.num_mels}; it must be at most codec.dimension, {codec.dimension}"
-                )
-            self.spectrum = FrameSpectrum(codec.sample_rate, codec.hop_samples, self.losses.num_mels)
         self.ctc_head = _ctc_head(codec.dimension, self.losses.ctc_width) if self.losses.ctc else None
 
     @property
@@ -113,10 +99,6 @@ class CodecModule(StagedModule):
             "commit": output.commit_loss,
         }
         total = self.balancer(losses, output.wave) + self.losses.commitment * output.commit_loss
-        if self.spectrum is not None:
-            found_NMF = output.quantised[:, : self.losses.num_mels]
-            losses["spectrum"] = F.mse_loss(found_NMF, self.spectrum(wave_NT))
-            total = total + self.losses.spectrum * losses["spectrum"]
         if self.ctc_head is not None:
             losses["ctc"] = character_ctc(self.ctc_head(output.quantised), texts)
             total = total + self.losses.ctc * losses["ctc"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as distributed
@@ -21,6 +22,7 @@ from torch.nn.utils import parametrizations
 
 from mmllm_kernels import nearest_code
 from mmllm_tokenizers.kmeans import kmeans
+from mmllm_tokenizers.spectrum import FrameSpectrum
 
 _INIT_GAIN = 1.1
 """Makes up for what ELU takes off a signal's variance."""
@@ -44,6 +46,10 @@ class CodecConfig:
     """The decoder's upsampling; the product is the hop, in samples a frame."""
     dimension: int = 64
     """D, the width of latents and codebooks."""
+    num_bands: int = 0
+    """So many of the latents' channels, the first, are the frame's log-mel spectrum; the encoder learns the others.
+    Codes then say what was heard in a form that a few sounds suffice to learn from, and an encoder that has seen
+    few voices does not decide what is kept of a new one. 0: the encoder learns all, as EnCodec's does."""
     num_codebooks: int = 4
     """K."""
     codebook_size: int = 512
@@ -74,6 +80,12 @@ class CodecConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if not self.ratios or min(self.ratios) < 2:
             raise ValueError(f"ratios are {self.ratios}; give at least one, each 2 or more")
+        if not 0 <= self.num_bands < self.dimension:
+            raise ValueError(
+                f"num_bands is {self.num_bands}; it must lie in [0, {self.dimension - 1}], below dimension"
+            )
+        if self.num_bands and self.causal:
+            raise ValueError("num_bands needs causal: false; a frame's spectrum reaches into its neighbours")
         if self.norm not in ("weight_norm", "none"):
             raise ValueError(f"norm is {self.norm!r}; it must be 'weight_norm' or 'none'")
         if not 0.0 <= self.decay < 1.0:
@@ -240,7 +252,7 @@ class CodecOutput:
     codes: Tensor
     """int64 [N, K, F]."""
     latents: Tensor
-    """[N, D, F], the encoder's output before quantisation."""
+    """[N, D, F], before quantisation."""
     quantised: Tensor
     """[N, D, F], after it; gradients pass to `latents` unchanged."""
     commit_loss: Tensor
@@ -260,7 +272,7 @@ class Codec(nn.Module):
         super().__init__()
         self.config = config
         # The package's own weight_norm is deprecated in torch: build without, then parametrise.
-        shape = {
+        shape: dict[str, Any] = {
             "channels": 1,
             "dimension": config.dimension,
             "n_filters": config.num_filters,
@@ -271,7 +283,10 @@ class Codec(nn.Module):
             "lstm": config.lstm_layers,
             "pad_mode": "constant",  # reflection costs a fifth of a training step on the CPU
         }
-        self.encoder = SEANetEncoder(**shape)
+        self.encoder = SEANetEncoder(**{**shape, "dimension": config.dimension - config.num_bands})
+        self.spectrum = None
+        if config.num_bands:
+            self.spectrum = FrameSpectrum(config.sample_rate, config.hop_samples, config.num_bands)
         self.decoder = SEANetDecoder(**shape)
         self.quantiser = ResidualQuantiser(config)
         _initialise_convolutions(self)
@@ -294,7 +309,7 @@ class Codec(nn.Module):
         return -(-num_samples // self.config.hop_samples)
 
     def latents(self, wave_NT: Tensor) -> Tensor:
-        """The encoder's output [N, D, F] before quantisation; zeros fill the last frame.
+        """[N, D, F] before quantisation: the spectrum's bands, if any, then the encoder's; zeros fill the last frame.
 
         Raises:
             ValueError: the wave is not [N, T] with T >= 1.
@@ -303,7 +318,10 @@ class Codec(nn.Module):
             raise ValueError(f"wave has shape {list(wave_NT.shape)}; it must be [clips, samples], 1 sample or more")
         num_frames = self.num_frames(wave_NT.shape[1])
         missing = num_frames * self.config.hop_samples - wave_NT.shape[1]
-        latents_NDF = self.encoder(F.pad(wave_NT, (0, missing))[:, None])
+        wave_NT = F.pad(wave_NT, (0, missing))
+        latents_NDF = self.encoder(wave_NT[:, None])
+        if self.spectrum is not None:
+            latents_NDF = torch.cat([self.spectrum(wave_NT).to(latents_NDF), latents_NDF], dim=1)
         assert latents_NDF.shape[2] == num_frames, (latents_NDF.shape, num_frames)
         return latents_NDF
 
