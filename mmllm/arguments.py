@@ -216,8 +216,9 @@ def _add_eval(commands: Any) -> None:
 
         result = evaluation.run_eval(
             args.model, args.task, args.manifest, args.json, args.limit, args.batch_size, args.seed, args.media,
-            args.sequence_length, args.device,
+            args.sequence_length, args.device, ticker(f"prompts of {args.task}"),
         )  # fmt: skip
+        end_line()
         return evaluation.score_lines(result)
 
     parser = _command(commands, "eval", "scores on held-out rows, with intervals and the blind baseline", run)
@@ -255,65 +256,61 @@ def _add_interop(commands: Any) -> None:
 
 def _add_inference(commands: Any) -> None:
     def caption(args: argparse.Namespace) -> Iterable[str]:
-        from mmllm.inference import commands as inference
-
-        return inference.caption(args.model, args.images, **_sampling(args))
+        return _loaded(args).caption(args.images, **_settings(args))
 
     parser = _command(commands, "caption", "say what is in pictures", caption)
     parser.add_argument("images", nargs="+", help="image files")
-    _add_sampling(parser)
+    _add_text_settings(parser)
 
     def transcribe(args: argparse.Namespace) -> Iterable[str]:
-        from mmllm.inference import commands as inference
-
-        return inference.transcribe(args.model, args.sounds, **_sampling(args))
+        return _loaded(args).transcribe(args.sounds, **_settings(args))
 
     parser = _command(commands, "transcribe", "write down what is said in recordings", transcribe)
     parser.add_argument("sounds", nargs="+", help="sound files")
-    _add_sampling(parser)
+    _add_text_settings(parser)
 
     def speak(args: argparse.Namespace) -> Iterable[str]:
-        from mmllm.inference import commands as inference
-
-        settings = _sampling(args)
-        del settings["max_new_tokens"]
-        return [inference.speak(args.model, args.text, args.out, args.voice, args.max_seconds, **settings)]
+        said = _loaded(args).speak(args.text, args.out, voice=args.voice, **_settings(args))
+        units = " x ".join(str(size) for size in reversed(said.codes_KF.shape))
+        return [f"{args.out}: {said.seconds:.2f} s at {said.sample_rate} Hz, {units} units"]
 
     parser = _command(commands, "speak", "say a text", speak)
     parser.add_argument("text")
     parser.add_argument("--out", required=True, metavar="WAV", help="the file to write, .wav or .flac")
     parser.add_argument("--voice", help="a speaker of the training data")
     parser.add_argument("--max_seconds", type=float, help="at most so long")
-    _add_sampling(parser)
+    _add_settings(parser)
 
     def generate(args: argparse.Namespace) -> Iterable[str]:
-        from mmllm.inference import commands as inference
-
-        return [inference.generate(args.model, args.parts, args.image, args.audio, **_sampling(args))]
+        images, sounds = args.image or (), args.audio or ()
+        return [_loaded(args).generate(args.parts, images=images, sounds=sounds, **_settings(args))]
 
     parser = _command(commands, "generate", "continue any order of text, pictures and sounds", generate)
     parser.add_argument("parts", nargs="+", help="text, and files that are told by their suffix")
     parser.add_argument("--image", action="append", help="fills an <|image|> slot of the text; may be repeated")
     parser.add_argument("--audio", action="append", help="fills an <|audio|> slot of the text; may be repeated")
-    _add_sampling(parser)
+    _add_text_settings(parser)
 
     def chat(args: argparse.Namespace) -> Iterable[str]:
-        from mmllm.inference import commands as inference
-
-        return [inference.chat(args.model, args.parts, args.system, **_sampling(args))]
+        messages = [{"role": "system", "content": args.system}] if args.system else []
+        return [_loaded(args).chat([*messages, {"role": "user", "content": args.parts}], **_settings(args))]
 
     parser = _command(commands, "chat", "answer a message of text, pictures and sounds", chat)
     parser.add_argument("parts", nargs="+", help="text, and files that are told by their suffix")
     parser.add_argument("--system", help="text before the conversation")
-    _add_sampling(parser)
+    _add_text_settings(parser)
 
 
-_SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "device")
+_SETTINGS = ("max_new_tokens", "max_seconds", "temperature", "top_k", "top_p", "seed")
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="model folder")
+def _add_text_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_new_tokens", type=int, help="at most so many tokens")
+    _add_settings(parser)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="model folder")
     parser.add_argument("--temperature", type=float, help="0 takes the most probable")
     parser.add_argument("--top_k", type=int, help="draw among so many")
     parser.add_argument("--top_p", type=float, help="draw among the fewest of this probability")
@@ -321,8 +318,16 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
 
-def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in _SAMPLING if hasattr(args, name)}
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given: the rest is the model's own."""
+    given = {name: getattr(args, name, None) for name in _SETTINGS}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _loaded(args: argparse.Namespace) -> Any:
+    from mmllm.inference.api import load
+
+    return load(args.model, args.device)
 
 
 # --- configs and quickstart ---------------------------------------------------------------------------------------

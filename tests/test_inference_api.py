@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import mmllm
-from mmllm.inference import commands
+from mmllm.cli import main
+from mmllm.inference.api import Model
 from mmllm.inference.folder import save_model
 from mmllm.inference.inputs import parse_parts
 from mmllm.inference.settings import GenerationConfig
@@ -228,16 +229,43 @@ def test_unknown_setting_is_named(model):
         model.caption(images(1)[0], batch_size=0)
 
 
-def test_commands(model, files, tmp_path):
+def test_commands(model, files, tmp_path, capsys):
     folder = str(save_model(tmp_path / "model", model.model, model.tokenizer, generation=model.generation))
     picture, sound = str(files / "a picture.png"), str(files / "a sound.wav")
-    assert commands.caption(folder, [picture, picture]) == [model.caption(picture)] * 2
-    assert commands.transcribe(folder, [sound]) == [model.transcribe(sound)]
-    assert commands.generate(folder, ["see ", picture]) == model.generate(["see ", picture])
-    assert commands.chat(folder, ["two?", picture]) == model.chat([{"role": "user", "content": ["two?", picture]}])
-    message = commands.speak(folder, "one", str(tmp_path / "out.wav"))
-    assert "out.wav" in message and "units" in message
-    assert soundfile.info(io.BytesIO((tmp_path / "out.wav").read_bytes())).samplerate == RATE
+
+    def said(*command: str) -> str:
+        assert main([*command, "--model", folder]) == 0
+        return capsys.readouterr().out.removesuffix("\n")
+
+    assert said("caption", picture, picture) == "\n".join([model.caption(picture)] * 2)
+    assert said("caption", picture, "--max_new_tokens", "1") == model.caption(picture, max_new_tokens=1)
+    assert said("transcribe", sound) == model.transcribe(sound)
+    assert said("generate", "see ", picture) == model.generate(["see ", picture])
+    drawn = ["--temperature", "2", "--top_k", "40", "--top_p", "0.9", "--seed", "3"]
+    settings = {"temperature": 2.0, "top_k": 40, "top_p": 0.9, "seed": 3}
+    assert said("generate", "see <|image|>", "--image", picture, *drawn) == model.generate(
+        ["see ", Path(picture)], **settings
+    )
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": ["two?", picture]}]
+    assert said("chat", "two?", picture, "--system", "be kind") == model.chat(messages)
+    message = said("speak", "one", "--out", str(tmp_path / "out.wav"), "--max_seconds", "0.2")
+    assert "out.wav" in message and message.endswith(f"{model.tokenizer.num_codebooks} units")
+    info = soundfile.info(io.BytesIO((tmp_path / "out.wav").read_bytes()))
+    assert info.samplerate == RATE and info.duration <= 0.2 + 1e-6
+
+
+def test_blind_prompts_that_are_alike_are_answered_once(model, files):
+    counts = []
+    model = Model(model.model, model.tokenizer, model.image_transform, model.generation)
+    model.progress = counts.append
+    picture = files / "a picture.png"
+    assert (
+        model.caption([picture] * 3, blind=True, temperature=0.0)
+        == [model.caption(picture, blind=True, temperature=0.0)] * 3
+    )
+    assert counts == [1, 1]
+    model.caption([picture] * 3, blind=True, temperature=1.0)
+    assert counts == [1, 1, 3]  # each row draws for itself
 
 
 def test_import_stays_light():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -176,7 +177,29 @@ def rank_of(module: L.LightningDataModule) -> tuple[int, int]:
     return module.trainer.global_rank, module.trainer.world_size
 
 
-class ClipDataModule(L.LightningDataModule):
+class _ShardDataModule(L.LightningDataModule, ABC):
+    """Shards in a shuffled stream to train on, and others in their order to validate."""
+
+    def __init__(self, shards: str | list[str], val_shards: str | list[str] | None) -> None:
+        super().__init__()
+        self._shards, self._val_shards = shards, val_shards
+        self._train_loader: StepLoader | None = None
+
+    def train_dataloader(self) -> StepLoader:
+        """What this rank trains on; the same loader whenever it is asked for, since it keeps its place."""
+        if self._train_loader is None:
+            self._train_loader = self._loader(self._shards, shuffles=True)
+        return self._train_loader
+
+    def val_dataloader(self) -> StepLoader | list[StepLoader]:
+        """What this rank validates on, in the shards' order."""
+        return [] if self._val_shards is None else self._loader(self._val_shards, shuffles=False)
+
+    @abstractmethod
+    def _loader(self, shards: str | list[str], shuffles: bool) -> StepLoader: ...
+
+
+class ClipDataModule(_ShardDataModule):
     """Pairs for CLIP: (images uint8 [B, 3, H, W], token ids [B, L] with `<|end|>` and padding).
 
     Args:
@@ -211,28 +234,17 @@ class ClipDataModule(L.LightningDataModule):
         seed: int = 0,
         cache_mb: int = 1024,
     ) -> None:
-        super().__init__()
+        super().__init__(shards, val_shards)
         if batch_size < 1 or context_length < 2 or not 0 < min_scale <= 1:
             raise ValueError(
                 f"batch_size is {batch_size}, context_length {context_length}, min_scale {min_scale}; they must be "
                 f">= 1, >= 2 and in (0, 1]"
             )
-        self._shards, self._val_shards, self._tokenizer = shards, val_shards, tokenizer
-        self._batch_size, self._context_length, self._image_size = batch_size, context_length, image_size
+        self._tokenizer, self._batch_size = tokenizer, batch_size
+        self._context_length, self._image_size = context_length, image_size
         self._min_scale, self._flip, self._filter = min_scale, flip, filter
         self._image_mode: Literal["squash", "pad", "crop"] = image_mode
         self._num_workers, self._seed, self._cache_bytes = num_workers, seed, cache_mb * 2**20
-        self._train_loader: StepLoader | None = None
-
-    def train_dataloader(self) -> StepLoader:
-        """The training pairs of this rank."""
-        if self._train_loader is None:
-            self._train_loader = self._loader(self._shards, shuffles=True)
-        return self._train_loader
-
-    def val_dataloader(self) -> StepLoader | list[StepLoader]:
-        """The validation pairs of this rank, in the shards' order."""
-        return [] if self._val_shards is None else self._loader(self._val_shards, shuffles=False)
 
     def _loader(self, shards: str | list[str], shuffles: bool) -> StepLoader:
         rank, world_size = _check_ranks(self, self._batch_size)
@@ -245,7 +257,7 @@ class ClipDataModule(L.LightningDataModule):
         return StepLoader(pairs, pairs.num_steps, self._num_workers, on_gpu(self), restarts=not shuffles)
 
 
-class AudioDataModule(L.LightningDataModule):
+class AudioDataModule(_ShardDataModule):
     """Sound for the codec: waves [B, 1, T], or with `texts` (whole clips [B, 1, T], list of B texts).
 
     Args:
@@ -276,28 +288,16 @@ class AudioDataModule(L.LightningDataModule):
         seed: int = 0,
         cache_mb: int = 1024,
     ) -> None:
-        super().__init__()
+        super().__init__(shards, val_shards)
         self._num_samples = round(seconds * sample_rate)
         if batch_size < 1 or self._num_samples < 1 or gain_db < 0:
             raise ValueError(
                 f"batch_size is {batch_size}, {seconds} s at {sample_rate} Hz, gain_db {gain_db}; give at least one "
                 f"row and one sample, and gain_db >= 0"
             )
-        self._shards, self._val_shards = shards, val_shards
         self._sample_rate, self._batch_size, self._texts = sample_rate, batch_size, texts
         self._gain_db, self._filter = gain_db, filter
         self._num_workers, self._seed, self._cache_bytes = num_workers, seed, cache_mb * 2**20
-        self._train_loader: StepLoader | None = None
-
-    def train_dataloader(self) -> StepLoader:
-        """The training rows of this rank."""
-        if self._train_loader is None:
-            self._train_loader = self._loader(self._shards, shuffles=True)
-        return self._train_loader
-
-    def val_dataloader(self) -> StepLoader | list[StepLoader]:
-        """The validation rows of this rank, in the shards' order."""
-        return [] if self._val_shards is None else self._loader(self._val_shards, shuffles=False)
 
     def _loader(self, shards: str | list[str], shuffles: bool) -> StepLoader:
         rank, world_size = _check_ranks(self, self._batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def run_eval(
     media_dir: str | None = None,
     sequence_length: int = 512,
     device: str = "auto",
+    progress: Callable[[int], None] | None = None,
 ) -> TaskResult:
     """Scores a model on held-out rows, with intervals and the blind baseline.
 
@@ -35,6 +37,7 @@ def run_eval(
         media_dir: Folder for the WAVs of `speak`; by default `spoken/` beside `json_out`.
         sequence_length: For `text`, the length of training's sequences.
         device: "cpu", "cuda", or "auto".
+        progress: Called with the number of prompts answered so far, those of the controls included.
 
     Returns:
         What `json_out` holds.
@@ -47,10 +50,24 @@ def run_eval(
         raise ValueError(f"json_out is {json_out}, a folder; name a file in it, such as {Path(json_out) / 'eval.json'}")
     if media_dir is None and json_out is not None and task == "speak":
         media_dir = str(Path(json_out).parent / "spoken")
-    result = evaluate(load(model_dir, device), task, manifest, batch_size, limit, seed, media_dir, sequence_length)
+    model = load(model_dir, device)
+    model.progress = _summed(progress) if progress else None
+    result = evaluate(model, task, manifest, batch_size, limit, seed, media_dir, sequence_length)
     if json_out is not None:
         save_result(result, json_out)
     return result
+
+
+def _summed(progress: Callable[[int], None]) -> Callable[[int], None]:
+    """Takes what was done since the last call, and gives what was done so far."""
+    total = 0
+
+    def add(count: int) -> None:
+        nonlocal total
+        total += count
+        progress(total)
+
+    return add
 
 
 def score_lines(result: TaskResult) -> list[str]:

@@ -6,7 +6,7 @@ Shapes: K codebooks, F frames, T samples.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
@@ -133,6 +133,8 @@ class Model:
         self.tokenizer = tokenizer
         self.image_transform = image_transform or default_transform(tokenizer)
         self.generation = generation or GenerationConfig()
+        self.progress: Callable[[int], None] | None = None
+        """Called with the number of prompts of each batch that is answered."""
 
     @overload
     def caption(self, images: list[ImageInput], **settings: Unpack[TextSettings]) -> list[str]: ...
@@ -244,6 +246,7 @@ class Model:
             _sampling(settings, defaults.speech),
             max(1, round(max_seconds * self.tokenizer.frame_rate)),
             settings.get("batch_size", defaults.batch_size),
+            self.progress,
         )
         waveforms = []
         for codes_KF in sounds:
@@ -421,6 +424,7 @@ class Model:
             settings.get("max_new_tokens", defaults.max_new_tokens),
             settings.get("batch_size", defaults.batch_size),
             settings.get("blind", False),
+            self.progress,
         )
         return [self.tokenizer.text.decode(ids) for ids in answers]
 

@@ -8,7 +8,7 @@ Shapes: B rows, T positions, D width, V ids, K codebooks, F frames, P positions 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,7 @@ def generate_text(
     max_new_tokens: int,
     batch_size: int = 64,
     blind: bool = False,
+    progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Text ids that continue each prompt, up to its end (which is left out).
 
@@ -74,12 +75,16 @@ def generate_text(
         max_new_tokens: at most so many, the end included.
         batch_size: rows at once; prompts of like length go together.
         blind: images and sounds are zeros: what the words alone give away.
+        progress: called with the number of prompts of each batch that is done.
 
     Returns:
         A list of ids for each prompt, in order.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    places = list(range(len(prompts)))
+    if blind and sampling.temperature == 0:  # many are alike once nothing is seen
+        prompts, places = _distinct(prompts)
     end = tokenizer.id(END)
     vocabulary = tokenizer.vocabulary
     allowed_V = torch.zeros(vocabulary.num_text, dtype=torch.bool)
@@ -91,7 +96,16 @@ def generate_text(
         for rows in _batches(prompts, batch_size):
             decoding = _Decoding(model, [prompts[row] for row in rows], max_new_tokens, blind)
             _continue_text(decoding, rows, allowed_V, end, sampling, uniforms_NP, answers)
-    return answers
+            if progress:
+                progress(len(rows))
+    return [list(answers[place]) for place in places]
+
+
+def _distinct(prompts: Sequence[Document]) -> tuple[list[Document], list[int]]:
+    """Prompts of unlike tokens, and where among them each prompt is."""
+    kept: dict[bytes, tuple[int, Document]] = {}
+    places = [kept.setdefault(prompt.token_ids_T.tobytes(), (len(kept), prompt))[0] for prompt in prompts]
+    return [prompt for _, prompt in kept.values()], places
 
 
 def _continue_text(
@@ -129,6 +143,7 @@ def generate_units(
     sampling: Sampling,
     max_frames: int,
     batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
     """Codes of the speech that follows each prompt.
 
@@ -154,6 +169,8 @@ def generate_units(
         for rows in _batches(prompts, batch_size):
             decoding = _Decoding(model, [prompts[row] for row in rows], rules.max_positions, blind=False)
             _continue_units(decoding, rows, rules, sampling, uniforms_NPK, sounds)
+            if progress:
+                progress(len(rows))
     return sounds
 
 
