@@ -38,7 +38,13 @@ def test_rows_of_each_kind(tmp_path):
         ('{"id": "a", "segments": []}', "at least one"),
         ('{"id": "a", "segments": [{"video": "x"}]}', "segment 0"),
         ('{"id": "a", "segments": [{"text": "x"}], "question": "q"}', "go together"),
-        ('{"id": "a", "text": "\\ud800"}', "surrogate"),
+        ('{"id": "a", "text": "\\ud800"}', "'text' holds half a surrogate"),
+        ('{"id": "a", "text": "x", "by": ["\\ud83d"]}', "'by' holds half a surrogate"),
+        ('{"id": "\\udc00", "text": "x"}', "'id' holds half a surrogate"),
+        ('{"id": "a", "text": "x", "\\ud800": 1}', "surrogate"),
+        ('{"id": "a", "segments": [{"text": "\\ud800"}]}', "'segments' holds half a surrogate"),
+        ('{"id": "a", "segments": [{"text": "x", "image": "y.png"}]}', "segment 0 has the keys text, image"),
+        ('{"id": "a", "segments": [{"text": "x"}], "image": "y.png"}', "'image' beside 'segments'"),
     ],
 )
 def test_bad_rows_name_file_and_row(tmp_path, line, message):
@@ -158,10 +164,11 @@ def test_keys_are_safe_and_unlike():
 
 
 def test_rows_with_one_id_get_keys_of_their_own(tmp_path):
-    manifest = write_manifest(tmp_path, [{"id": "same", "text": str(n)} for n in range(3)])
+    ids = ["same", "same", "same", "same-1", "same-2", "same"]
+    manifest = write_manifest(tmp_path, [{"id": name, "text": str(n)} for n, name in enumerate(ids)])
     commands.build(manifest, tmp_path / "s")
     with tarfile.open(tmp_path / "s" / "text-000000.tar") as tar:
-        assert len({name.partition(".")[0] for name in tar.getnames()}) == 3
+        assert len({name.partition(".")[0] for name in tar.getnames()}) == len(ids)
 
 
 def test_odd_pictures_are_stored_so_that_any_reader_sees_them(tmp_path):

@@ -63,7 +63,7 @@ def test_split_leaves_out_training_rows_that_a_test_row_repeats(manifest, tmp_pa
 
 
 def test_split_refuses_to_test_on_all_that_is_trained_on(manifest, tmp_path):
-    with pytest.raises(ManifestError, match="all 101 training rows are test rows"):
+    with pytest.raises(ManifestError, match="each of the 101 training rows shows"):
         split([manifest], tmp_path / "out", test=[manifest])
 
 
@@ -80,6 +80,41 @@ def test_rows_of_one_picture_stay_together(tmp_path):
         assert counts["train"] == counts["test"] == {"caption": 30}
         return
     raise AssertionError("no seed parted the two pictures")
+
+
+def test_a_picture_is_never_on_both_sides(tmp_path):
+    """Captions, and documents that hold the same pictures: under other names too, by fraction and by --test."""
+    for i in range(20):
+        Image.new("RGB", (4 + i, 4)).save(tmp_path / f"{i}.png")
+        Image.new("RGB", (4 + i, 4)).save(tmp_path / f"copy{i}.png")
+    captions = [{"id": f"c{i}", "image": f"{i}.png", "text": f"picture {i}"} for i in range(20)]
+    documents = [
+        {
+            "id": f"d{i}-{k}",
+            "segments": [{"text": "see"}, {"image": f"copy{i}.png"}],
+            "question": f"{k}?",
+            "answer": "yes",
+        }
+        for i in range(20)
+        for k in range(5)
+    ]
+    path = write(tmp_path / "m.jsonl", captions + documents)
+    counts = split([path], tmp_path / "out", holdout="0.3", num_val=0)
+    assert counts["repeated"] == 0 and counts["test"]["interleaved"] == 5 * counts["test"]["caption"]
+    shown = {
+        part: {
+            (tmp_path / "out" / value).read_bytes()
+            for file in (tmp_path / "out").glob(f"{part}*.jsonl")
+            for row in map(json.loads, file.read_text().splitlines())
+            for value in [row.get("image"), *(segment.get("image") for segment in row.get("segments", []))]
+            if value
+        }
+        for part in ("train", "test")
+    }
+    assert shown["train"] and shown["test"] and not shown["train"] & shown["test"]
+    test = write(tmp_path / "t.jsonl", captions[:3])
+    counts = split([write(tmp_path / "d.jsonl", documents)], tmp_path / "out2", test=[test], num_val=0)
+    assert counts["repeated"] == 15 and counts["train"] == {"interleaved": 85}
 
 
 def test_bad_rows_count_against_their_own_manifest(tmp_path):

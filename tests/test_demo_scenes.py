@@ -41,6 +41,13 @@ def scenes(tmp_path_factory):
     return make_scenes(tmp_path_factory.mktemp("scenes"), 600, 60, 60, seed=3)
 
 
+def test_no_test_scene_is_trained_on(scenes):
+    """However it is drawn and worded: a scene is its objects and how they lie."""
+    meanings = {split: {ParsedScene.from_row(row) for row in rows_of(scenes[split])} for split in ("train", "test")}
+    assert not meanings["train"] & meanings["test"]
+    assert {len(scene.objects) for scene in meanings["test"]} == {1, 2, 3}
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(objects, min_size=1, max_size=3, unique=True), st.integers(0, 2**32), st.data())
 def test_every_wording_of_a_scene_is_parsed_to_that_scene(things, seed, data):

@@ -116,6 +116,8 @@ def test_captions_of_scenes(tmp_path: Path):
     assert scores["attribute_accuracy"] == 7 / 8 and scores["blind_attribute_accuracy"] == 7 / 8
     assert scores["heldout_pairs_accuracy"] == 0.5 and scores["blind_heldout_pairs_accuracy"] == 0
     assert scores["heldout_pairs_exact_match"] == 0
+    # the other's caption: "red" said of blue is wrong by its colour, and so is the wrong "red" of red right
+    assert scores["shuffled_exact_match"] == 0.5 and scores["shuffled_attribute_accuracy"] == 7 / 8
     assert scores["exact_match_ci"] == [0.0, 1.0]
     assert [p.correct for p in result.predictions] == [True, False, False, False]
     assert [p.group for p in result.predictions] == ["test", "test", "heldout_pairs", "heldout_pairs"]
@@ -141,7 +143,7 @@ def test_transcripts_score_heldout_voices_apart(tmp_path: Path):
     assert scores["wer"] == 1 / 6 and scores["n"] == 2
     assert scores["cer"] == pytest.approx(5 / (7 + 19))
     assert scores["exact_match"] == 0.5
-    assert scores["blind_wer"] == 1.0
+    assert scores["blind_wer"] == 1.0 and scores["shuffled_wer"] > 0.9
     assert scores["heldout_voices_wer"] == 1.0 and scores["heldout_voices_n"] == 1
     assert scores["wer_ci"] == [0.0, 0.25]
 

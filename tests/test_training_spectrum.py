@@ -61,9 +61,54 @@ def test_clip_norm_takes_out_what_stays_the_same():
     torch.testing.assert_close(projector(codes_CFK, embedding), before, rtol=0, atol=1e-4)
 
 
+def test_bands_under_the_range_are_raised_to_its_floor() -> None:
+    """A clip's codes decode to decibels: what lies 30 dB below the loudest band, and more, becomes the same."""
+    torch.manual_seed(0)
+    num_bands, num_codes = 4, 50
+    decibels_VM = 80 * torch.rand(num_codes, num_bands) - 60
+    codebook_KVD = torch.cat([decibels_VM / FrameSpectrum.DECIBELS, torch.randn(num_codes, 2)], dim=1)[None]
+    embedding = CodeEmbedding(1, num_codes, num_bands + 2)
+    embedding.initialise(codebook_KVD)
+    projector = AudioProjector(AudioProjectorConfig(spectrum=num_bands, range_db=30.0), num_bands + 2, 8).eval()
+    codes_CFK = torch.randint(0, num_codes, (2, 7, 1))
+    codes_CFK[1, 3:] = -1
+    mask_CF1 = (codes_CFK >= 0).float()
+    found_CFL = projector._within_range(embedding(codes_CFK), mask_CF1, embedding.scale)
+    found_dB = found_CFL[..., :num_bands] * embedding.scale * FrameSpectrum.DECIBELS
+    for clip, length in enumerate((7, 3)):
+        wanted_FM = decibels_VM[codes_CFK[clip, :length, 0]]
+        wanted_FM = wanted_FM.clamp(min=float(wanted_FM.max()) - 30)
+        torch.testing.assert_close(found_dB[clip, :length], wanted_FM, rtol=0, atol=1e-3)
+    assert torch.equal(found_CFL[..., num_bands:], embedding(codes_CFK)[..., num_bands:])  # what is no band stays
+
+
+def test_quiet_noise_is_not_heard_within_the_range() -> None:
+    """Two recorders of one sound, one with noise 40 dB down and one with noise 60 dB down, sound alike."""
+    sound_FM, noise_FM = torch.zeros(9, 4), torch.full((9, 4), -60.0)
+    noise_FM[:5] = sound_FM[:5]
+    louder_FM = noise_FM.clamp(min=-40.0)
+    torch.manual_seed(0)
+    projector = AudioProjector(
+        AudioProjectorConfig(spectrum=4, range_db=30.0, clip_norm=True, num_layers=1), 4, 8
+    ).eval()
+    heard = []
+    for spectrum_FM in (noise_FM, louder_FM):
+        embedding = CodeEmbedding(1, 9, 4)
+        with torch.no_grad():
+            embedding.table.weight[:9] = spectrum_FM / FrameSpectrum.DECIBELS
+        heard.append(projector(torch.arange(9)[None, :, None], embedding))
+    torch.testing.assert_close(heard[0], heard[1])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"spectrum": 6}, "multiple of 4"), ({"spectrum": 8, "kind": "mlp"}, "kind 'conv'"), ({"mask_span": 0}, "span")],
+    [
+        ({"range_db": 30.0}, "need spectrum"),
+        ({"spectrum": 8, "range_db": -1.0}, "range_db is -1"),
+        ({"spectrum": 6}, "multiple of 4"),
+        ({"spectrum": 8, "kind": "mlp"}, "kind 'conv'"),
+        ({"mask_span": 0}, "span"),
+    ],
 )
 def test_bad_projector_settings_are_named(options, message):
     with pytest.raises(ValueError, match=message):

@@ -283,9 +283,9 @@ def _add_text(
         loader = PackedLoader(plan, dataset, found.step + 1, rank, world_size, num_workers)
         loader.load_state_dict({**before, "position": found.step})
         batch = next(iter(loader))
-        for row in range(batch.token_ids_BT.shape[0]):
+        for row, number in enumerate(loader.share(found)):
             is_text_T = (batch.modality_BT[row] == Modality.TEXT) & (batch.document_ids_BT[row] >= 0)
-            shown["sequences"][row * world_size + rank] |= {
+            shown["sequences"][number] |= {
                 "text": folder.text.decode(batch.token_ids_BT[row][is_text_T].tolist()),
                 "targets": int((batch.labels_BT[row] != IGNORE).sum()),
                 "errors": list(batch.state.get("errors", ())),

@@ -95,7 +95,7 @@ class PackedDataModule(L.LightningDataModule):
         for source in self.plan.sources:
             if "speak" in source.config.task_names:
                 for index in source.indices:
-                    names.update(str(name) for name in index.columns.get("speaker", ()) if name)
+                    names.update(str(name) for name in index.columns.get("speaker", ()) if name not in (None, ""))
         return tuple(sorted(names))
 
     @property

@@ -73,7 +73,7 @@ def _from_file(stream: io.BytesIO, name: str) -> Image.Image:
         raise ValueError(f"{name}: not a picture that can be read; give JPEG, PNG, WebP, GIF or the like") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: {error}") from error
-    except (OSError, SyntaxError, EOFError, IndexError, TypeError, NotImplementedError) as error:
+    except (OSError, SyntaxError, EOFError, IndexError, TypeError, RuntimeError) as error:
         raise ValueError(f"{name}: the picture is broken or truncated: {error}") from error
 
 

@@ -342,11 +342,12 @@ def _segment_length(segment: str | int | None, folder: TokenizerFolder) -> int:
     return len(folder.text.encode(segment))
 
 
-def spoken_voice(key: str, metadata: dict[str, Any]) -> str:
-    """The voice as the `speak` template renders it: "" for one document in `VOICE_DROP`, by its key."""
-    if zlib.crc32(key.encode()) % VOICE_DROP == 0:
+def spoken_voice(key: str | None, metadata: dict[str, Any]) -> str:
+    """The voice as the `speak` template renders it: "" for one document in `VOICE_DROP`, by its key if it has one."""
+    if key is not None and zlib.crc32(key.encode()) % VOICE_DROP == 0:
         return ""
-    return str(metadata.get("speaker") or "")
+    speaker = metadata.get("speaker")
+    return "" if speaker is None else str(speaker)
 
 
 def encode_audio(audio: AudioInput, folder: TokenizerFolder, name: str = "audio") -> np.ndarray:
@@ -420,8 +421,8 @@ class _Fields:
                 writer.units(self._codes(), is_target)
             case "voice":
                 metadata = sample.metadata
-                voice = spoken_voice(sample.key, metadata) if self.drops_voice else metadata.get("speaker") or ""
-                writer.ids(folder.text.encode(str(voice)), is_target)
+                key = sample.key if self.drops_voice else None
+                writer.ids(folder.text.encode(spoken_voice(key, metadata)), is_target)
             case "segments":
                 self._segments(writer, is_target)
             case _:

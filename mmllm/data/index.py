@@ -68,6 +68,11 @@ def index_path(shard: Path) -> Path:
     return shard.with_name(shard.name + ".index.npz")
 
 
+def jsonl_lines(text: str) -> list[str]:
+    """The lines of JSONL. `splitlines` won't do: it also cuts at U+0085 and U+2028, which JSON strings may hold."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def read_sample(files: dict[str, bytes], key: str, name: str, line: int = -1, codec: str | None = None) -> Sample:
     """A sample from its files by ending, as the schemas of shards have them.
 
@@ -84,7 +89,7 @@ def read_sample(files: dict[str, bytes], key: str, name: str, line: int = -1, co
     try:
         metadata = json.loads(files["json"]) if "json" in files else {}
         if line >= 0:
-            row = json.loads(files["jsonl"].decode().splitlines()[line])
+            row = json.loads(jsonl_lines(files["jsonl"].decode())[line])
             return Sample(f"{key}-{line}", row["text"], metadata={k: v for k, v in row.items() if k != "text"})
         text = files["txt"].decode() if "txt" in files else None
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
@@ -210,7 +215,7 @@ def _span_samples(stream: Any, span: Span, shard: Path, codec: str | None) -> li
     stream.seek(span.offset)
     _, files = read_members(stream.read(span.size), name)
     if "jsonl" in files:
-        count = len(files["jsonl"].decode("utf-8", "replace").splitlines())
+        count = len(jsonl_lines(files["jsonl"].decode("utf-8", "replace")))
         return [(line, read_sample(files, span.key, name, line), "text") for line in range(count)]
     sample = read_sample(files, span.key, name, codec=codec)
     return [(-1, sample, _kind(files, sample))]

@@ -228,9 +228,13 @@ class PackedLoader:
 
     def _rank_steps(self, count: int) -> Iterator[StepPlan]:
         for step in islice(self._plan.steps(self._state), count):
-            costs = [sum(map(self._cost, sequence)) for sequence in step.sequences]
-            mine = tuple(step.sequences[number] for number in shares(costs, self._world_size)[self._rank])
+            mine = tuple(step.sequences[number] for number in self.share(step))
             yield StepPlan(step.step, mine, step.state, step.num_global_sequences)
+
+    def share(self, step: StepPlan) -> list[int]:
+        """Which of a whole step's sequences are this rank's, in the order of its batch."""
+        costs = [sum(map(self._cost, sequence)) for sequence in step.sequences]
+        return shares(costs, self._world_size)[self._rank]
 
     def _cost(self, item: Item) -> float:
         """About how much work a document is, in tokens."""

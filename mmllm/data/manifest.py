@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,9 +144,13 @@ def parse_row(line: str, folder: Path, where: str) -> Row:
         raise ManifestError(f"not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ManifestError(f"a row must be a JSON object, got {type(value).__name__}")
+    _check_unicode(value)
     metadata = {key: item for key, item in value.items() if key not in _OWN_KEYS}
     name = str(value.get("id") or f"row{where.rpartition(':')[2]}")
     if "segments" in value:
+        beside = [key for key in ("text", "image", "audio") if key in value]
+        if beside:
+            raise ManifestError(f"a row has {beside[0]!r} beside 'segments'; put it into a segment, where it belongs")
         return Row(name, "interleaved", where, segments=_segments(value, folder), metadata=metadata)
     if "image" in value and "audio" in value:
         raise ManifestError("a row has both 'image' and 'audio'; give one, or 'segments'")
@@ -166,9 +169,16 @@ def _text(value: Any, key: str) -> str:
         raise ManifestError(f"{key!r} must be a string, got {type(value).__name__}")
     if not value.strip():
         raise ManifestError(f"{key!r} is empty")
-    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in value):
-        raise ManifestError(f"{key!r} holds half a surrogate pair, which is no Unicode text")
     return value
+
+
+def _check_unicode(value: dict[str, Any]) -> None:
+    """Refuses half surrogate pairs, which no file could hold, wherever they stand."""
+    for key, item in value.items():
+        try:
+            json.dumps([key, item], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ManifestError(f"{key!a} holds half a surrogate pair, which is no Unicode text") from error
 
 
 def _file(value: Any, folder: Path, key: str) -> Path:
@@ -192,6 +202,10 @@ def _segments(value: dict[str, Any], folder: Path) -> tuple[dict[str, Any], ...]
         raise ManifestError("'segments' must be a list with at least one segment")
     segments = []
     for number, item in enumerate(items):
+        if isinstance(item, dict) and len(item) > 1:
+            raise ManifestError(
+                f"segment {number} has the keys {', '.join(map(str, item))}; give each a segment of its own"
+            )
         match item:
             case {"text": str() as text} if text:
                 segments.append({"text": text})
@@ -209,30 +223,45 @@ def _segments(value: dict[str, Any], folder: Path) -> tuple[dict[str, Any], ...]
     return tuple(segments)
 
 
+def row_files(row: Row) -> list[Path]:
+    """The pictures and sounds of a row, in order."""
+    own = [path for path in (row.image, row.audio) if path is not None]
+    return own + [value for segment in row.segments for value in segment.values() if isinstance(value, Path)]
+
+
 def even_hash(text: str) -> float:
     """A number in [0, 1) from a text. CRC won't do: texts that differ in one letter get numbers that hardly differ."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
 
 
-def _shown(rows: Sequence[Row]) -> list[str]:
+class Digests:
+    """What is in files, told by a hash: each is read once."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, str] = {}
+
+    def __call__(self, path: Path) -> str:
+        """The SHA-1 of a file."""
+        if path not in self._known:
+            with path.open("rb") as stream:
+                self._known[path] = hashlib.file_digest(stream, "sha1").hexdigest()
+        return self._known[path]
+
+
+def _shown(row: Row, digests: Digests) -> str:
     """What rows of one picture, one sound or one text have in common: never parted by a split.
 
-    A file's name stands for it, wherever the data lies; its path where several files have one name.
+    Files are told by what is in them, wherever they lie and whatever they are called; a document goes with its first.
     """
-    files = {media for row in rows if (media := row.image or row.audio) is not None}
-    is_named = len({path.name for path in files}) == len(files)
-    root = Path(os.path.commonpath(files)) if files and not is_named else None
-    shown = []
-    for row in rows:
-        media = row.image or row.audio
-        if row.segments or media is None:
-            shown.append(row.id if row.segments else row.text)
-        else:
-            shown.append(media.name if root is None else media.relative_to(root).as_posix())
-    return shown
+    files = row_files(row)
+    if files:
+        return digests(files[0])
+    return row.id if row.segments else row.text
 
 
-def split_rows(rows: Sequence[Row], holdout: str | float, seed: int = 0) -> tuple[list[Row], list[Row]]:
+def split_rows(
+    rows: Sequence[Row], holdout: str | float, seed: int = 0, digests: Digests | None = None
+) -> tuple[list[Row], list[Row]]:
     """Rows to train on and rows held out.
 
     Args:
@@ -241,6 +270,7 @@ def split_rows(rows: Sequence[Row], holdout: str | float, seed: int = 0) -> tupl
             fraction of them, chosen by the hash of what they show (so that adding rows moves none, and rows of one
             picture, one sound or one text stay together).
         seed: Changes the choice by fraction.
+        digests: Of files that were read before.
 
     Returns:
         `(train, heldout)`, each in the rows' order.
@@ -256,7 +286,8 @@ def split_rows(rows: Sequence[Row], holdout: str | float, seed: int = 0) -> tupl
             fraction = float(holdout)
         except ValueError as error:
             raise ManifestError(f"holdout is {holdout!r}; give KEY=VALUE or a fraction") from error
-        hashes = [even_hash(f"{seed}:{shown}") for shown in _shown(rows)]
+        digests = digests or Digests()
+        hashes = [even_hash(f"{seed}:{_shown(row, digests)}") for row in rows]
         least = min(hashes, default=0.0) if fraction > 0 else 0.0
         mask = [value < fraction or value == least for value in hashes]  # of few rows one at least
     train = [row for row, out in zip(rows, mask, strict=True) if not out]

@@ -178,7 +178,7 @@ class _Chunks(Dataset):
         for row in self.rows[index]:
             try:
                 records.extend(_read(row, self._config))
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, RuntimeError) as error:  # a decoder may raise what it likes
                 errors.append((row, str(error)))
         _add_codes(records, self._folder)
         for record in records:
@@ -202,7 +202,7 @@ class _Writers:
         self._out, self._config = out, config
         self._writers: dict[str, ShardWriter] = {}
         self._open: dict[str, BinaryIO] = {}
-        self._keys: dict[str, int] = {}
+        self._keys: set[str] = set()
         self.shards: dict[str, dict[str, Any]] = {}
 
     def write(self, record: _Record) -> None:
@@ -235,10 +235,13 @@ class _Writers:
             self._open.pop(kind).close()
 
     def _key(self, name: str) -> str:
-        key = safe_key(name)
-        count = self._keys.get(key, 0)
-        self._keys[key] = count + 1
-        return f"{key}-{count}" if count else key
+        key = base = safe_key(name)
+        count = 0
+        while key in self._keys:
+            count += 1
+            key = f"{base}-{count}"
+        self._keys.add(key)
+        return key
 
     def close(self) -> None:
         for kind, writer in self._writers.items():

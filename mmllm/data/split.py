@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -10,7 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmllm.data.manifest import KINDS, BadRows, ManifestError, Row, even_hash, read_manifest, split_rows
+from mmllm.data.manifest import (
+    KINDS,
+    BadRows,
+    Digests,
+    ManifestError,
+    Row,
+    even_hash,
+    read_manifest,
+    row_files,
+    split_rows,
+)
 
 log = logging.getLogger(__name__)
 
@@ -43,29 +52,29 @@ def split(
         seed: Of the draws by fraction.
 
     Returns:
-        `train`, `val`, `test`: rows by kind; `repeated`: training rows left out because a test row shows the same;
+        `train`, `val`, `test`: rows by kind; `repeated`: training rows left out since test rows show some of the same;
         `skipped`: unusable rows.
 
     Raises:
         FileNotFoundError, ManifestError: A manifest can't be used, or a part would be empty.
     """
-    bad = BadRows(max_bad_fraction)
+    bad, digests = BadRows(max_bad_fraction), Digests()
     train_rows = [row for path in train for row in read_manifest(path, bad)]
     test_rows = [row for path in test for row in read_manifest(path, bad)]
     if test_rows and holdout is not None and "=" not in holdout:
         raise ManifestError(f"holdout is {holdout}, a fraction, beside test manifests; give one of the two")
     if not test_rows or holdout is not None:
-        train_rows, heldout = split_rows(train_rows, holdout or DEFAULT_HOLDOUT, seed)
+        train_rows, heldout = split_rows(train_rows, holdout or DEFAULT_HOLDOUT, seed, digests)
         test_rows = test_rows or heldout
     num_before = len(train_rows)
-    train_rows = _without(train_rows, test_rows)
+    train_rows = _without(train_rows, test_rows, digests)
     num_repeated = num_before - len(train_rows)
     if num_repeated:
         log.warning("%d training rows are left out: what they show is in the test rows as well", num_repeated)
     if not train_rows:
         raise ManifestError(
-            f"all {num_before} training rows are test rows as well; give other --test manifests, or hold rows out with "
-            f"--holdout KEY=VALUE"
+            f"each of the {num_before} training rows shows a picture, a sound or a text of the test rows; give other "
+            f"--test manifests, or hold rows out with --holdout KEY=VALUE"
         )
     by_kind = {kind: [row for row in train_rows if row.kind == kind] for kind in KINDS}
     val_rows: list[Row] = []
@@ -124,26 +133,17 @@ def _count(rows: Sequence[Row]) -> dict[str, int]:
     return {kind: count for kind, count in counts.items() if count}
 
 
-def _without(train_rows: Sequence[Row], test_rows: Sequence[Row]) -> list[Row]:
-    """The training rows that no test row repeats: scores of rows that were trained on are no results.
+def _without(train_rows: Sequence[Row], test_rows: Sequence[Row], digests: Digests) -> list[Row]:
+    """The training rows that show nothing of what test rows show: scores of what was trained on are no results.
 
-    Rows are told by what is in their files, wherever those lie. A document with segments repeats another with the same
-    files and texts; single pictures of it may occur elsewhere.
+    Files are told by what is in them, wherever they lie: a training row goes if any of its pictures or sounds is in a
+    test row, be it a caption's or a document's. Rows without files are told by their text.
     """
-    digests: dict[Path, str] = {}
 
-    def content(row: Row) -> tuple[str, ...]:
-        if row.segments:
-            parts = [next(iter(segment.values())) for segment in row.segments]
-            return tuple(_digest(part, digests) if isinstance(part, Path) else str(part) for part in parts)
-        media = row.image or row.audio
-        return ("text", row.text) if media is None else (_digest(media, digests),)
+    def contents(row: Row) -> set[str]:
+        files = {digests(path) for path in row_files(row)}
+        texts = [segment["text"] for segment in row.segments] if not files else []
+        return files or {"\0".join(["text", row.text, *texts])}
 
-    tested = {content(row) for row in test_rows}
-    return [row for row in train_rows if content(row) not in tested]
-
-
-def _digest(path: Path, digests: dict[Path, str]) -> str:
-    if path not in digests:
-        digests[path] = hashlib.sha1(path.read_bytes(), usedforsecurity=False).hexdigest()
-    return digests[path]
+    tested = set[str]().union(*map(contents, test_rows))
+    return [row for row in train_rows if tested.isdisjoint(contents(row))]

@@ -7,17 +7,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmllm.evaluation.metrics import exact_match
-from mmllm.evaluation.scenes import ParsedScene, SceneObject, names_pair, parse_caption
+from mmllm.evaluation.scenes import COLOURS, SHAPES, SIZES, ParsedScene, SceneObject, names_pair, parse_caption
 
 
 def reference_scene(metadata: Mapping[str, Any]) -> ParsedScene | None:
-    """The scene that a row's `objects` and `relations` describe; None where it has none in our form."""
-    if "objects" not in metadata:
+    """The scene that a row's `objects` and `relations` describe; None where they are none of the grammar's."""
+    if not metadata.get("objects"):
         return None
     try:
-        return ParsedScene.from_row({"relations": [], **metadata})
+        scene = ParsedScene.from_row({"relations": [], **metadata})
+        known = all(o.size in SIZES and o.colour in COLOURS and o.shape in SHAPES for o in scene.objects)
     except (KeyError, TypeError, ValueError, IndexError):
         return None
+    return scene if known else None
 
 
 def caption_matches(prediction: str, reference: str, scene: ParsedScene | None) -> bool:

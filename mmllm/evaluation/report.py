@@ -66,19 +66,21 @@ class Measure:
 
 _BLIND_PICTURE = "no picture"
 _BLIND_SOUND = "no sound"
+_OTHER_PICTURE = "other pictures"
 MEASURES: dict[str, tuple[Measure, ...]] = {
     "caption": (
         Measure("exact_match", "Exact match", "all of the scene, or all words", controls=(
-            ("blind_exact_match", _BLIND_PICTURE),)),
+            ("blind_exact_match", _BLIND_PICTURE), ("shuffled_exact_match", _OTHER_PICTURE))),
         Measure("attribute_accuracy", "Attributes right", "size, colour, shape, place", controls=(
-            ("blind_attribute_accuracy", _BLIND_PICTURE),)),
+            ("blind_attribute_accuracy", _BLIND_PICTURE), ("shuffled_attribute_accuracy", _OTHER_PICTURE))),
         Measure("cider", "CIDEr-D", "n-grams shared with the reference, 0 to 10", "number", controls=(
-            ("blind_cider", _BLIND_PICTURE),)),
+            ("blind_cider", _BLIND_PICTURE), ("shuffled_cider", _OTHER_PICTURE))),
         Measure("heldout_pairs_accuracy", "Pairs never trained on", "shape and colour both right", controls=(
             ("blind_heldout_pairs_accuracy", _BLIND_PICTURE),), rows="heldout_pairs_n"),
     ),
     "transcribe": (
-        Measure("wer", "Word error rate", "over all words", "percent", False, (("blind_wer", _BLIND_SOUND),)),
+        Measure("wer", "Word error rate", "over all words", "percent", False, (
+            ("blind_wer", _BLIND_SOUND), ("shuffled_wer", "other sounds"))),
         Measure("cer", "Character error rate", "over all characters", "percent", False, (
             ("blind_cer", _BLIND_SOUND),)),
         Measure("exact_match", "Exact match", "all words of a row", controls=(

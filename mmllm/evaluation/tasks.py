@@ -164,7 +164,7 @@ def evaluate_captions(model: Model, rows: Sequence[Row], batch_size: int, seed: 
     A row with `objects` is matched when the caption says the same scene; another row when the normalised texts are
     equal. `attribute_accuracy` is all right attributes over all attributes of the rows that have `objects` (see
     `mmllm.evaluation.captions.count_attributes`), `heldout_pairs_accuracy` the share of the held-out rows that
-    name the held-out object's shape and colour both right.
+    name the held-out object's shape and colour both right. `shuffled_` scores are other pictures' captions.
     """
     images = cast("list[Any]", [row.image for row in rows])
     max_new_tokens = _max_new_tokens(model, [row.text for row in rows])
@@ -178,6 +178,9 @@ def evaluate_captions(model: Model, rows: Sequence[Row], batch_size: int, seed: 
         scores |= _caption_scores([rows[i] for i in test], [said[i] for i in test], seed, "")
         scores["n"] = len(test)
         scores |= _caption_scores([rows[i] for i in test], [blind[i] for i in test], seed, "blind_")
+        if len(test) > 1:
+            others = [said[test[i]] for i in derangement(len(test), seed)]
+            scores |= _caption_scores([rows[i] for i in test], others, seed, "shuffled_")
     heldout = [place for place in range(len(rows)) if place not in set(test)]
     if heldout:
         for prefix, texts in (("", said), ("blind_", blind)):
@@ -215,7 +218,10 @@ def _caption_prediction(row: Row, said: str, blind: str) -> Prediction:
 
 # ------------------------------------------------------------------------------------------------------ transcripts
 def evaluate_transcripts(model: Model, rows: Sequence[Row], batch_size: int, seed: int) -> TaskResult:
-    """WER and CER over all words and characters, and rows without an error; `heldout_voice` rows apart."""
+    """WER and CER over all words and characters, and rows without an error; `heldout_voice` rows apart.
+
+    `shuffled_wer` is that of other sounds' transcripts.
+    """
     sounds = cast("list[Any]", [row.audio for row in rows])
     settings = _transcription_settings(model, rows, batch_size)
     said = model.transcribe(sounds, **settings)
@@ -236,6 +242,9 @@ def evaluate_transcripts(model: Model, rows: Sequence[Row], batch_size: int, see
             scores |= _mean_scores("exact_match", [e.errors == 0 for e in edits], seed)
             scores["n"] = len(places)
             scores |= _rate_scores("blind_wer", blind_edits, seed)
+            if len(places) > 1:
+                others = [said[places[i]] for i in derangement(len(places), seed)]
+                scores |= _rate_scores("shuffled_wer", _edits(others, references), seed)
             scores["blind_cer"] = error_rate(blind_letters)
             scores["blind_exact_match"] = float(np.mean([e.errors == 0 for e in blind_edits]))
         else:
@@ -274,7 +283,8 @@ def evaluate_speech(
     rows = [row for row in rows if _group(row) != "heldout_voices"] or list(rows)
     texts = [row.text for row in rows]
     known = model.generation.voices
-    speakers = cast("list[str | None]", [row.metadata.get("speaker") for row in rows])
+    named = [row.metadata.get("speaker") for row in rows]
+    speakers = [None if speaker is None else str(speaker) for speaker in named]
     voices = [speaker if not known or speaker in known else None for speaker in speakers]
     sounds = [as_audio(cast("Path", row.audio)) for row in rows]
     longest = max(len(sound.wave_T) / sound.sample_rate for sound in sounds)

@@ -96,7 +96,7 @@ class TextSettings(_Settings, total=False):
 
     `temperature` 0 takes the most probable token, `top_k` and `top_p` draw among fewer, the same `seed`
     gives the same text; `batch_size` prompts are answered at once. `max_new_tokens` bounds the answer. `blind`
-    hides images and sounds from the model: the baseline of what words alone give.
+    shows a grey picture for each image and silence for each sound: the baseline of what words alone give.
     """
 
     max_new_tokens: int

@@ -8,8 +8,10 @@ Shapes: B rows, T positions, D width, V ids, K codebooks, F frames, P positions 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +25,8 @@ from mmllm_tokenizers.folder import TokenizerFolder
 from mmllm_tokenizers.patterns import invert_pattern, num_positions
 from mmllm_tokenizers.vocab import AUDIO_END, END, SPECIAL_TOKENS
 
+GREY = 128
+SILENT_FRAMES = 32
 _COMPACT_SHARE = 0.75
 """Rows leave the cache when this share or less still goes on: copying it for each costs more than it saves."""
 
@@ -74,7 +78,7 @@ def generate_text(
         sampling: how ids are drawn.
         max_new_tokens: at most so many, the end included.
         batch_size: rows at once; prompts of like length go together.
-        blind: images and sounds are zeros: what the words alone give away.
+        blind: a grey picture stands for each image and silence for each sound: what the words alone give away.
         progress: called with the number of prompts of each batch that is done.
 
     Returns:
@@ -83,8 +87,10 @@ def generate_text(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     places = list(range(len(prompts)))
-    if blind and sampling.temperature == 0:  # many are alike once nothing is seen
-        prompts, places = _distinct(prompts)
+    if blind:
+        prompts = _hidden(prompts, tokenizer)
+        if sampling.temperature == 0:  # many are alike once nothing is seen
+            prompts, places = _distinct(prompts)
     end = tokenizer.id(END)
     vocabulary = tokenizer.vocabulary
     allowed_V = torch.zeros(vocabulary.num_text, dtype=torch.bool)
@@ -94,11 +100,34 @@ def generate_text(
     answers: list[list[int]] = [[] for _ in prompts]
     with _Evaluating(model):
         for rows in _batches(prompts, batch_size):
-            decoding = _Decoding(model, [prompts[row] for row in rows], max_new_tokens, blind)
+            decoding = _Decoding(model, [prompts[row] for row in rows], max_new_tokens)
             _continue_text(decoding, rows, allowed_V, end, sampling, uniforms_NP, answers)
             if progress:
                 progress(len(rows))
     return [list(answers[place]) for place in places]
+
+
+def _hidden(prompts: Sequence[Document], tokenizer: TokenizerFolder) -> list[Document]:
+    """The prompts with grey pictures and silence of the same length: inputs that say nothing, of a kind that is known.
+
+    (Zeros in the slots, which training never shows, would get nonsense for an answer, and flatter what is beside it.)
+    """
+    silence_K = np.zeros(0, dtype=np.int64)
+    if any(prompt.clips for prompt in prompts):
+        audio = tokenizer.require_audio()
+        silence = torch.zeros(SILENT_FRAMES * audio.hop_samples)
+        codes_KF = audio.encode(silence, audio.sample_rate)[: tokenizer.num_codebooks]
+        silence_K = codes_KF[:, codes_KF.shape[1] // 2].numpy()  # away from the ends
+    hidden = []
+    for prompt in prompts:
+        images = tuple(
+            dataclasses.replace(picture, pixels_3HW=np.full_like(picture.pixels_3HW, GREY)) for picture in prompt.images
+        )
+        clips = tuple(
+            dataclasses.replace(clip, codes_FK=np.broadcast_to(silence_K, clip.codes_FK.shape)) for clip in prompt.clips
+        )
+        hidden.append(dataclasses.replace(prompt, images=images, clips=clips))
+    return hidden
 
 
 def _distinct(prompts: Sequence[Document]) -> tuple[list[Document], list[int]]:
@@ -167,7 +196,7 @@ def generate_units(
     sounds: list[Tensor] = [torch.empty(0)] * len(prompts)
     with _Evaluating(model):
         for rows in _batches(prompts, batch_size):
-            decoding = _Decoding(model, [prompts[row] for row in rows], rules.max_positions, blind=False)
+            decoding = _Decoding(model, [prompts[row] for row in rows], rules.max_positions)
             _continue_units(decoding, rows, rules, sampling, uniforms_NPK, sounds)
             if progress:
                 progress(len(rows))
@@ -275,15 +304,12 @@ def _draw_column(
 class _Decoding:
     """Rows that are being continued: their cache, and the hidden state from which the next id is drawn."""
 
-    def __init__(self, model: MultimodalModel, prompts: list[Document], num_new: int, blind: bool) -> None:
+    def __init__(self, model: MultimodalModel, prompts: list[Document], num_new: int) -> None:
         self.model = model
         self.device = model.decoder.head_weight_VD.device
         batch = pad_left(prompts).to(self.device)
         self.num_codebooks = batch.audio_codes_BTK.shape[-1]
         x_BTD = model.splice(batch)
-        if blind:
-            is_sense_BT = (batch.modality_BT == Modality.IMAGE) | (batch.modality_BT == Modality.AUDIO)
-            x_BTD = x_BTD.masked_fill(is_sense_BT[..., None], 0.0)
         num_rows, num_positions = batch.token_ids_BT.shape
         self.cache = model.decoder.make_cache(num_rows, num_positions + num_new)
         hidden_BTD, _ = model.decoder(x_BTD, batch.positions_BT, batch.document_ids_BT, self.cache)

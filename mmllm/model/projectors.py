@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmllm_tokenizers.spectrum import FrameSpectrum
+
 POSITION_STD = 0.2
 
 
@@ -111,9 +113,12 @@ class AudioProjectorConfig:
         code_dropout: in training, chance that a clip is heard with only its first few codebooks.
         frame_mask: in training, share of frames that are hidden in spans (as SpecAugment, arXiv 1904.08779).
         mask_span: frames a span.
-        spectrum: leading channels of the codes' embeddings that are a spectrum (a codec trained with
-            `losses.spectrum`): two layers of two-dimensional convolution over time and frequency come first, and the
+        spectrum: leading channels of the codes' embeddings that are a spectrum (those of a codec's `num_bands`): two
+            layers of two-dimensional convolution over time and frequency come first, and the
             other channels are left out; 0: there is none. A voice's resonances move along frequency.
+        range_db: bands quieter than this below the clip's loudest are raised to it: speech is understood from its
+            upper 30 dB (ANSI S3.5-1997), and what lies below is the room and the recorder, unlike those of training.
+            Needs `spectrum`; 0: all is kept.
         warp: in training, by up to this share the bands of each clip are stretched and moved along frequency, as a
             shorter or longer vocal tract would (Jaitly and Hinton 2013); needs `spectrum`.
         band_mask: in training, up to this many neighbouring bands of each clip are hidden (as SpecAugment); needs
@@ -132,6 +137,7 @@ class AudioProjectorConfig:
     frame_mask: float = 0.0
     mask_span: int = 8
     spectrum: int = 0
+    range_db: float = 0.0
     warp: float = 0.0
     band_mask: int = 0
     clip_norm: bool = False
@@ -151,8 +157,10 @@ class AudioProjectorConfig:
                 f"audio projector.warp is {self.warp} and band_mask {self.band_mask}; they must be in [0, 0.5) and in "
                 f"[0, spectrum], here {self.spectrum}"
             )
-        if (self.warp or self.band_mask) and not self.spectrum:
-            raise ValueError("audio projector.warp and band_mask need spectrum: bands are what they change")
+        if self.range_db < 0:
+            raise ValueError(f"audio projector.range_db is {self.range_db}; it must be 0 (all) or more decibels")
+        if (self.warp or self.band_mask or self.range_db) and not self.spectrum:
+            raise ValueError("audio projector.warp, band_mask and range_db need spectrum: bands are what they change")
         if self.mask_span < 1:
             raise ValueError(f"audio projector.mask_span is {self.mask_span}; it must be at least 1 frame")
         if not 0 <= self.frame_mask < 1:
@@ -162,10 +170,14 @@ class AudioProjectorConfig:
 class CodeEmbedding(nn.Module):
     """Sum of the embeddings of a frame's codes; code -1 adds nothing."""
 
+    scale: Tensor
+    """By which the codec's codebooks were divided."""
+
     def __init__(self, num_codebooks: int, codebook_size: int, latent_width: int):
         super().__init__()
         self.num_codebooks, self.codebook_size = num_codebooks, codebook_size
         self.table = nn.Embedding(num_codebooks * (codebook_size + 1), latent_width)
+        self.register_buffer("scale", torch.ones(()))
         nn.init.normal_(self.table.weight, std=latent_width**-0.5)
 
     def initialise(self, codebooks_KVD: Tensor) -> None:
@@ -186,7 +198,8 @@ class CodeEmbedding(nn.Module):
         variance = codebooks_KVD.var(dim=1).sum(dim=0).mean().clamp(min=1e-12)
         with torch.no_grad():
             table_KVD = self.table.weight.view(self.num_codebooks, self.codebook_size + 1, width)
-            table_KVD[:, :-1] = (codebooks_KVD / variance.sqrt()).to(table_KVD)
+            self.scale.copy_(variance.sqrt())
+            table_KVD[:, :-1] = (codebooks_KVD / self.scale).to(table_KVD)
             table_KVD[:, -1] = 0
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -293,6 +306,8 @@ class AudioProjector(nn.Module):
         if self.training:
             codes_CFK = self._drop_codebooks(codes_CFK)
         x_CFL = embedding(codes_CFK)
+        if self.config.range_db:
+            x_CFL = self._within_range(x_CFL, mask_CF1, embedding.scale)
         x_CFL = _over_frames(x_CFL, mask_CF1) if self.frame_norm is None else self.frame_norm(x_CFL)
         if self.training:
             x_CFL = self._altered_bands(x_CFL)
@@ -342,6 +357,13 @@ class AudioProjector(nn.Module):
         kept_C = torch.where(torch.rand(len(kept_C), device=device) < self.config.code_dropout, kept_C, num_codebooks)
         dropped_CK = torch.arange(num_codebooks, device=device) >= kept_C[:, None]
         return codes_CFK.masked_fill(dropped_CK[:, None], -1)
+
+    def _within_range(self, x_CFL: Tensor, mask_CF1: Tensor, scale: Tensor) -> Tensor:
+        """The spectrum with a floor `range_db` below the loudest band of each clip."""
+        x_CFM, rest = x_CFL.tensor_split([self.config.spectrum], dim=-1)
+        loudest_C11 = x_CFM.masked_fill(mask_CF1 == 0, -torch.inf).amax(dim=(1, 2), keepdim=True)
+        floor_C11 = loudest_C11 - self.config.range_db / (FrameSpectrum.DECIBELS * scale)
+        return torch.cat([torch.maximum(x_CFM, floor_C11), rest], dim=-1)
 
     def _altered_bands(self, x_CFL: Tensor) -> Tensor:
         """The spectrum of each clip stretched and moved along frequency, and some of its bands hidden."""

@@ -137,7 +137,7 @@ def _make_document(
     for number, letter in enumerate(document.order):
         path = f"{'images' if letter == 'p' else 'audio'}/{split}/{split}_{i:06d}_{number}"
         if letter == "p":
-            image_HW3, row = draw_row(rng, pairs, pairs, 1, 64)
+            image_HW3, row = draw_row(rng, pairs, pairs, 1, 64, is_test=split == "test")
             write_png(out_dir / f"{path}.png", image_HW3)
             document.pictures.append({**row, "image": f"{path}.png"})
         else:
@@ -164,7 +164,8 @@ def make_interleaved(
 ) -> dict[str, Path]:
     """Writes `train.jsonl` and `test.jsonl` of documents of two or three pictures and sounds, with their files.
 
-    Pictures are single-object scenes of training's (shape, colour) pairs, sounds are words and phrases by voices of
+    Pictures are single-object scenes of training's (shape, colour) pairs, those of testing scenes that no training
+    picture shows; sounds are words and phrases by voices of
     training. Every test row has `question` and `answer`; `asks` says what it asks for. Equal arguments, but for
     `num_processes`, give equal bytes.
 

@@ -20,7 +20,7 @@ from mmllm.paths import config_path
 TEMPLATE_DIR = "runs/demo"
 """The folder that the shipped quickstart configs name; it is replaced by the run's."""
 
-DEMO_STEPS = {"codec": 300, "clip": 60, "decoder": 650}
+DEMO_STEPS = {"codec": 300, "clip": 60, "decoder": 750}
 """Training steps of the demo on its own data. Fixed, so that everybody's demo is the same run."""
 
 CODEC_SHARE, CLIP_SHARE = 0.2, 0.15
@@ -63,6 +63,7 @@ class Contents:
         lengths = sorted(_seconds(row) for row in spoken)
         segments = [segment for row in rows for segment in row.segments]
         texts = [row.text for row in rows] + [segment["text"] for segment in segments if "text" in segment]
+        texts += [str(row.metadata[key]) for row in rows for key in ("question", "answer") if key in row.metadata]
         if not spoken and any("audio" in segment for segment in segments):
             raise ValueError(
                 "interleaved rows hold sounds, but no row is a sound with its text, from which the codec is learnt; "
@@ -131,7 +132,7 @@ TEXT_MOE = {"num_experts": 4, "top_k": 2, "expert_width": 256}
 
 
 WEIGHTS = {"caption": 0.42, "interleaved": 0.14, "text": 0.04, "heard": 0.28, "spoken": 0.12}
-DEMO_WEIGHTS = {"caption": 0.44, "interleaved": 0.14, "text": 0.04, "heard": 0.16, "spoken": 0.22}
+DEMO_WEIGHTS = {"caption": 0.44, "interleaved": 0.14, "text": 0.04, "heard": 0.2, "spoken": 0.18}
 """Synthetic speech is easily heard, and what is said of scenes is long: it takes more of the tokens to speak."""
 
 

@@ -9,6 +9,7 @@ Shapes: H, W pixels of a picture; S side of a mask in pixels.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -226,12 +227,30 @@ def sample_scene(rng: random.Random, num_objects: int, pairs: list[Pair], first_
     return things
 
 
+TEST_SHARE = 6
+"""One scene in so many is kept for testing: whatever it is drawn and called like, training shows none such."""
+
+
+def is_test_scene(things: list[SceneObject], relation: str) -> bool:
+    """Whether a scene, told by its objects and how they lie, is one of those that training never shows."""
+    meaning = f"{relation}: {', '.join(f'{o.size} {o.colour} {o.shape}' for o in things)}"
+    return hashlib.blake2b(meaning.encode(), digest_size=8).digest()[0] % TEST_SHARE == 0
+
+
 def draw_row(
-    rng: random.Random, pairs: list[Pair], first_pairs: list[Pair], num_objects: int, image_size: int
+    rng: random.Random,
+    pairs: list[Pair],
+    first_pairs: list[Pair],
+    num_objects: int,
+    image_size: int,
+    is_test: bool | None = None,
 ) -> tuple[NDArray[np.uint8], dict[str, Any]]:
-    """A picture, uint8 [H, W, 3], and its `text`, `objects` and `relations`."""
-    things = sample_scene(rng, num_objects, pairs, first_pairs)
-    relation = rng.choice(POSITIONS if num_objects == 1 else ("left of", "above"))
+    """A picture, uint8 [H, W, 3], and its `text`, `objects` and `relations`: of a test scene or not; None: any."""
+    while True:
+        things = sample_scene(rng, num_objects, pairs, first_pairs)
+        relation = rng.choice(POSITIONS if num_objects == 1 else ("left of", "above"))
+        if is_test is None or is_test_scene(things, relation) == is_test:
+            break
     image_HW3 = draw_scene(_place(things, relation, rng), rng, image_size)
     objects = [{"shape": o.shape, "colour": o.colour, "size": o.size} for o in things]
     relations = [[0, AT, relation]] if num_objects == 1 else [[i, relation, i + 1] for i in range(num_objects - 1)]
@@ -252,12 +271,13 @@ def make_scenes(
     """Draws scenes and writes `train.jsonl`, `test.jsonl` and `heldout.jsonl` with their pictures as PNG.
 
     A third of the rows has one object, a third two, a third three. Each row of `heldout.jsonl` shows exactly one
-    (shape, colour) pair that no other file shows, and lists it in `heldout_pairs`. Equal arguments give equal bytes.
+    (shape, colour) pair that no other file shows, and lists it in `heldout_pairs`. No scene of `test.jsonl` is in
+    `train.jsonl`, drawn or worded otherwise. Equal arguments give equal bytes.
 
     Args:
         out_dir: Folder to write to; made where it is missing.
         num_train: Rows to train on.
-        num_test: Rows of new scenes whose (shape, colour) pairs occur in training.
+        num_test: Rows of scenes that training never shows, whose (shape, colour) pairs it does show.
         num_heldout: Rows of new scenes with a held-out pair.
         seed: Chooses everything.
         image_size: Side of the pictures in pixels.
@@ -277,7 +297,8 @@ def make_scenes(
         for i in range(num_rows):
             rng = random.Random(f"scenes {seed} {split} {i}")
             first_pairs = heldout if split == "heldout" else pairs
-            image_HW3, row = draw_row(rng, pairs, first_pairs, 1 + i % 3, image_size)
+            is_test = None if split == "heldout" else split == "test"
+            image_HW3, row = draw_row(rng, pairs, first_pairs, 1 + i % 3, image_size, is_test)
             name = f"{split}_{i:06d}"
             write_png(folder / f"{name}.png", image_HW3)
             row = {"id": f"scene_{name}", "image": f"images/{split}/{name}.png", **row}

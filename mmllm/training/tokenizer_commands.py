@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mmllm.data.index import AUDIO_ENDINGS
+from mmllm.data.index import AUDIO_ENDINGS, jsonl_lines
 from mmllm.data.manifest import BadRows, read_manifest
 from mmllm.data.recipe import load_recipe
 from mmllm.data.shards import shard_paths
@@ -222,7 +222,7 @@ def _shard_texts(shard: Path) -> Iterator[str]:
                 if suffix == "txt":
                     yield content
                 else:
-                    for line in content.splitlines() if suffix == "jsonl" else [content]:
+                    for line in jsonl_lines(content) if suffix == "jsonl" else [content]:
                         yield from _document_texts(json.loads(line), own=suffix == "jsonl")
     except (tarfile.TarError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{shard} can't be read: {error}; `mmllm data verify` names every bad sample") from error

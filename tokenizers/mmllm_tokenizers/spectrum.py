@@ -37,6 +37,8 @@ class FrameSpectrum(nn.Module):
     """
 
     FLOOR, MEAN, STD = 1e-3, -2.0, 2.0
+    DECIBELS = 20 * STD / math.log(10)
+    """One unit of the scaled spectrum."""
 
     def __init__(self, sample_rate: int, hop_samples: int, num_mels: int):
         super().__init__()
