@@ -75,7 +75,11 @@ def _add_data(actions: Any) -> None:
     def split(args: argparse.Namespace) -> Iterable[str]:
         from mmllm.data.split import split as split_manifests
 
-        return _as_json(split_manifests(args.manifest, args.out, args.test, args.holdout, args.num_val, seed=args.seed))
+        return _as_json(
+            split_manifests(
+                args.manifest, args.out, args.test, args.holdout, args.num_val, args.max_bad_fraction, args.seed
+            )
+        )
 
     parser = _command(actions, "split", "manifests for training, looking and testing", split)
     parser.add_argument("manifest", nargs="+", help="JSONL manifests to train on; kinds may be mixed")
@@ -83,6 +87,7 @@ def _add_data(actions: Any) -> None:
     parser.add_argument("--test", action="append", default=[], help="manifest of held-out rows; may be repeated")
     parser.add_argument("--holdout", metavar="KEY=VALUE", help="rows to hold out: KEY=VALUE or a fraction")
     parser.add_argument("--num_val", type=int, default=16, help="rows of each kind to look at during training")
+    parser.add_argument("--max_bad_fraction", type=float, default=0.05, help="more unusable rows are an error")
     parser.add_argument("--seed", type=int, default=0)
 
     def index(args: argparse.Namespace) -> Iterable[str]:
@@ -216,7 +221,7 @@ def _add_eval(commands: Any) -> None:
 
         result = evaluation.run_eval(
             args.model, args.task, args.manifest, args.json, args.limit, args.batch_size, args.seed, args.media,
-            args.sequence_length, args.device, ticker(f"prompts of {args.task}"),
+            args.sequence_length, args.device, args.max_bad_fraction, ticker(f"prompts of {args.task}"),
         )  # fmt: skip
         end_line()
         return evaluation.score_lines(result)
@@ -230,6 +235,7 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--sequence_length", type=int, default=512, help="of text: the length of training's sequences")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--media", metavar="DIR", help="folder for what is spoken")
+    parser.add_argument("--max_bad_fraction", type=float, default=0.05, help="more unusable rows are an error")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
 
@@ -355,7 +361,10 @@ def _add_quickstart(commands: Any) -> None:
         from mmllm.cli import main
         from mmllm.quickstart.run import quickstart
 
-        quickstart(main, args.out, args.train, args.test, args.holdout, args.minutes, args.seed, args.max_steps)
+        quickstart(
+            main, args.out, args.train, args.test, args.holdout, args.minutes, args.seed, args.max_steps,
+            args.max_bad_fraction,
+        )  # fmt: skip
         return []
 
     def demo_data(args: argparse.Namespace) -> Iterable[str]:
@@ -374,5 +383,6 @@ def _add_quickstart(commands: Any) -> None:
     parser.add_argument("--holdout", metavar="KEY=VALUE", help="rows to hold out where there is no --test")
     parser.add_argument("--minutes", type=float, metavar="N", help="wall time at most, evaluation included")
     parser.add_argument("--max_steps", type=int, metavar="N", help="steps of each training at most")
+    parser.add_argument("--max_bad_fraction", type=float, default=0.05, help="more unusable rows are an error")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--out", required=True, metavar="DIR", help="where everything goes")

@@ -117,6 +117,22 @@ def test_a_picture_is_never_on_both_sides(tmp_path):
     assert counts["repeated"] == 15 and counts["train"] == {"interleaved": 85}
 
 
+def test_broken_test_files_are_found_before_training(tmp_path):
+    """Scoring would stumble over them when all is trained."""
+    for i in range(40):
+        Image.new("RGB", (4 + i, 4)).save(tmp_path / f"{i}.png")
+    rows = [{"id": str(i), "image": f"{i}.png", "text": f"picture {i}"} for i in range(40)]
+    train, test = write(tmp_path / "train.jsonl", rows[:20]), write(tmp_path / "test.jsonl", rows[20:])
+    (tmp_path / "25.png").write_bytes(b"broken")
+    counts = split([train], tmp_path / "out", test=[test])
+    assert counts["test"] == {"caption": 19} and "test.jsonl:6" in counts["skipped"][0]
+    for i in range(25, 30):
+        (tmp_path / f"{i}.png").write_bytes(b"broken")
+    with pytest.raises(ManifestError, match=r"the test rows: 5 of 20 rows .* raise --max_bad_fraction \(now 0.05\)"):
+        split([train], tmp_path / "out", test=[test])
+    assert split([train], tmp_path / "out", test=[test], max_bad_fraction=0.3)["test"] == {"caption": 15}
+
+
 def test_bad_rows_count_against_their_own_manifest(tmp_path):
     def rows(prefix: str, num_bad: int) -> list[dict]:
         return [{"id": f"{prefix}{i}", "text": "" if i < num_bad else f"{prefix} {i}"} for i in range(200)]

@@ -67,12 +67,13 @@ def test_bands_under_the_range_are_raised_to_its_floor() -> None:
     num_bands, num_codes = 4, 50
     decibels_VM = 80 * torch.rand(num_codes, num_bands) - 60
     codebook_KVD = torch.cat([decibels_VM / FrameSpectrum.DECIBELS, torch.randn(num_codes, 2)], dim=1)[None]
-    embedding = CodeEmbedding(1, num_codes, num_bands + 2)
+    embedding = CodeEmbedding(1, num_codes, num_bands + 2, keeps_scale=True)
     embedding.initialise(codebook_KVD)
     projector = AudioProjector(AudioProjectorConfig(spectrum=num_bands, range_db=30.0), num_bands + 2, 8).eval()
     codes_CFK = torch.randint(0, num_codes, (2, 7, 1))
     codes_CFK[1, 3:] = -1
     mask_CF1 = (codes_CFK >= 0).float()
+    assert embedding.scale is not None
     found_CFL = projector._within_range(embedding(codes_CFK), mask_CF1, embedding.scale)
     found_dB = found_CFL[..., :num_bands] * embedding.scale * FrameSpectrum.DECIBELS
     for clip, length in enumerate((7, 3)):
@@ -93,7 +94,7 @@ def test_quiet_noise_is_not_heard_within_the_range() -> None:
     ).eval()
     heard = []
     for spectrum_FM in (noise_FM, louder_FM):
-        embedding = CodeEmbedding(1, 9, 4)
+        embedding = CodeEmbedding(1, 9, 4, keeps_scale=True)
         with torch.no_grad():
             embedding.table.weight[:9] = spectrum_FM / FrameSpectrum.DECIBELS
         heard.append(projector(torch.arange(9)[None, :, None], embedding))

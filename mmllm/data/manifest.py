@@ -80,7 +80,7 @@ class BadRows:
             shown = "; ".join(reasons[:_SHOWN]) + ("; …" if num_bad > _SHOWN else "")
             raise ManifestError(
                 f"{name}: {num_bad} of {num_rows} rows can't be used, at most {min(allowed, num_rows - 1)} may be: "
-                f"{shown}. Mend them, or raise max_bad_fraction (now {self.max_fraction})"
+                f"{shown}. Mend them, or raise --max_bad_fraction (now {self.max_fraction})"
             )
 
 
@@ -223,10 +223,15 @@ def _segments(value: dict[str, Any], folder: Path) -> tuple[dict[str, Any], ...]
     return tuple(segments)
 
 
+def row_media(row: Row) -> list[tuple[str, Path]]:
+    """The pictures and sounds of a row, in order, each with "image" or "audio"."""
+    own = [(kind, path) for kind, path in (("image", row.image), ("audio", row.audio)) if path is not None]
+    return own + [item for segment in row.segments for item in segment.items() if isinstance(item[1], Path)]
+
+
 def row_files(row: Row) -> list[Path]:
-    """The pictures and sounds of a row, in order."""
-    own = [path for path in (row.image, row.audio) if path is not None]
-    return own + [value for segment in row.segments for value in segment.values() if isinstance(value, Path)]
+    """The files of `row_media`."""
+    return [path for _, path in row_media(row)]
 
 
 def even_hash(text: str) -> float:

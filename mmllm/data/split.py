@@ -20,6 +20,7 @@ from mmllm.data.manifest import (
     row_files,
     split_rows,
 )
+from mmllm.data.media import readable_rows
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def split(
     if not test_rows or holdout is not None:
         train_rows, heldout = split_rows(train_rows, holdout or DEFAULT_HOLDOUT, seed, digests)
         test_rows = test_rows or heldout
+    test_rows = readable_rows(test_rows, bad, "the test rows")  # now, not when all is trained
     num_before = len(train_rows)
     train_rows = _without(train_rows, test_rows, digests)
     num_repeated = num_before - len(train_rows)

@@ -22,6 +22,7 @@ def run_eval(
     media_dir: str | None = None,
     sequence_length: int = 512,
     device: str = "auto",
+    max_bad_fraction: float = 0.05,
     progress: Callable[[int], None] | None = None,
 ) -> TaskResult:
     """Scores a model on held-out rows, with intervals and the blind baseline.
@@ -37,6 +38,7 @@ def run_eval(
         media_dir: Folder for the WAVs of `speak`; by default `spoken/` beside `json_out`.
         sequence_length: For `text`, the length of training's sequences.
         device: "cpu", "cuda", or "auto".
+        max_bad_fraction: More unusable rows than this are an error.
         progress: Called with the number of prompts answered so far, those of the controls included.
 
     Returns:
@@ -52,7 +54,7 @@ def run_eval(
         media_dir = str(Path(json_out).parent / "spoken")
     model = load(model_dir, device)
     model.progress = _summed(progress) if progress else None
-    result = evaluate(model, task, manifest, batch_size, limit, seed, media_dir, sequence_length)
+    result = evaluate(model, task, manifest, batch_size, limit, seed, media_dir, sequence_length, max_bad_fraction)
     if json_out is not None:
         save_result(result, json_out)
     return result

@@ -14,8 +14,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from mmllm.data.decode import decode_image
 from mmllm.data.manifest import BadRows, ManifestError, Row, read_manifest
+from mmllm.data.media import readable_rows
 from mmllm.evaluation.captions import caption_matches, count_attributes, names_heldout_pairs, reference_scene
 from mmllm.evaluation.metrics import (
     Edits,
@@ -36,8 +36,6 @@ _logger = logging.getLogger(__name__)
 KIND_OF_TASK = {
     "caption": "caption", "transcribe": "audio", "speak": "audio", "interleaved": "interleaved", "text": "text",
 }  # fmt: skip
-MAX_BAD_FRACTION = 0.05
-"""More rows than this that can't be read are an error; fewer are named, counted and left out."""
 SPEECH_MARGIN = 1.5
 """Synthesis is stopped at this many times the length of the longest real sound of the rows."""
 MIN_SPEECH_SECONDS = 2.0
@@ -54,6 +52,7 @@ def evaluate(
     seed: int = 0,
     media_dir: str | Path | None = None,
     sequence_length: int = 512,
+    max_bad_fraction: float = 0.05,
 ) -> TaskResult:
     """Scores a model on one task.
 
@@ -66,6 +65,7 @@ def evaluate(
         seed: of that draw, of the shuffled controls, of sampling and of the bootstrap.
         media_dir: where the WAVs of "speak" are written; None writes none and scores them from memory.
         sequence_length: for "text", the window in which tokens are predicted: the length of training's sequences.
+        max_bad_fraction: more unusable rows than this are an error; fewer are named, counted and left out.
 
     Returns:
         Scores under the keys of report.json, and one record a row.
@@ -78,7 +78,7 @@ def evaluate(
         raise ValueError(f"task is {task!r}; choose one of {', '.join(TASKS)}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1, or None for all rows")
-    bad = BadRows(MAX_BAD_FRACTION)
+    bad = BadRows(max_bad_fraction)
     is_manifest = isinstance(rows_or_manifest, str | Path)
     name = str(rows_or_manifest) if is_manifest else "the rows"
     rows = read_manifest(cast("str | Path", rows_or_manifest), bad) if is_manifest else list(rows_or_manifest)
@@ -89,8 +89,8 @@ def evaluate(
         wanted = "rows with segments, a question and an answer" if task == "interleaved" else (
             f"{KIND_OF_TASK[task]} rows")  # fmt: skip
         raise ManifestError(f"{name} has no {wanted}, which the task {task!r} needs; give another manifest or task")
-    unreadable = BadRows(MAX_BAD_FRACTION)
-    rows = _readable(_limited(rows, limit, seed), unreadable, name)
+    unreadable = BadRows(max_bad_fraction)
+    rows = readable_rows(_limited(rows, limit, seed), unreadable, name)
     match task:
         case "caption":
             result = evaluate_captions(model, rows, batch_size, seed)
@@ -124,22 +124,6 @@ def _limited(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
         places = [place for place, row in enumerate(rows) if _group(row) == group]
         kept.update(random.Random(f"limit {seed} {group}").sample(places, min(limit, len(places))))
     return [rows[place] for place in sorted(kept)]
-
-
-def _readable(rows: list[Row], bad: BadRows, name: str) -> list[Row]:
-    """The rows whose pictures and sounds can be read; the others are named in `bad`, and bounded."""
-    good = []
-    for row in rows:
-        media = [segment for segment in row.segments if "text" not in segment]
-        media += [{"image": row.image}] if row.image else [{"audio": row.audio}] if row.audio else []
-        try:
-            for item in media:
-                decode_image(item["image"]) if "image" in item else as_audio(item["audio"])
-            good.append(row)
-        except (OSError, ValueError) as error:
-            bad.add(row.where, error)
-    bad.check(len(rows), name)
-    return good
 
 
 def _max_new_tokens(model: Model, references: Sequence[str]) -> int:
@@ -287,7 +271,7 @@ def evaluate_speech(
     speakers = [None if speaker is None else str(speaker) for speaker in named]
     voices = [speaker if not known or speaker in known else None for speaker in speakers]
     sounds = [as_audio(cast("Path", row.audio)) for row in rows]
-    longest = max(len(sound.wave_T) / sound.sample_rate for sound in sounds)
+    longest = max(sound.seconds for sound in sounds)
     max_seconds = min(model.generation.max_seconds, max(SPEECH_MARGIN * longest, MIN_SPEECH_SECONDS))
     spoken = model.speak(texts, voice=voices, max_seconds=max_seconds, seed=seed, batch_size=batch_size)
     written: list[str | None] = [None] * len(rows)
@@ -321,7 +305,7 @@ def evaluate_speech(
 def _resynthesise(model: Model, sound: AudioPart) -> Any:
     """A real sound after the codec: (samples, rate), with the codebooks that the model uses."""
     audio = model.tokenizer.require_audio()
-    codes_KF = audio.encode(sound.wave_T, sound.sample_rate)[: model.tokenizer.num_codebooks]
+    codes_KF = audio.encode(sound.wave_CT, sound.sample_rate)[: model.tokenizer.num_codebooks]
     return audio.decode(codes_KF).reshape(-1), audio.sample_rate
 
 

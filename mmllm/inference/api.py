@@ -411,7 +411,7 @@ class Model:
         if not sounds:
             return []
         audio = self.tokenizer.require_audio()
-        return audio.encode_batch([audio.prepare(sound.wave_T, sound.sample_rate) for sound in sounds])
+        return audio.encode_batch([audio.prepare(sound.wave_CT, sound.sample_rate) for sound in sounds])
 
     def _write(self, prompts: list[Document], settings: TextSettings) -> list[str]:
         _check_settings(settings, TextSettings)

@@ -47,10 +47,15 @@ class ImagePart:
 
 @dataclass(frozen=True)
 class AudioPart:
-    """A sound at its place in a prompt: mono, float32 [T] at `sample_rate` Hz."""
+    """A sound at its place in a prompt: float32 [C, T] at `sample_rate` Hz; the audio tokenizer mixes what it needs."""
 
-    wave_T: Tensor
+    wave_CT: Tensor
     sample_rate: int
+
+    @property
+    def seconds(self) -> float:
+        """How long it lasts."""
+        return self.wave_CT.shape[1] / self.sample_rate
 
 
 def as_image(value: ImageInput) -> Image.Image:
@@ -68,7 +73,7 @@ def as_image(value: ImageInput) -> Image.Image:
 
 
 def as_audio(value: AudioInput) -> AudioPart:
-    """Any sound as a mono wave.
+    """Any sound as a wave.
 
     Raises:
         FileNotFoundError: the path does not exist.
@@ -89,7 +94,7 @@ def as_audio(value: AudioInput) -> AudioPart:
             f"a sound is given as {type(value).__name__}; wanted a path, bytes, (samples, sample_rate) or mmllm.Audio"
         )
     wave_CT, sample_rate = load_audio(value)
-    return AudioPart(wave_CT.mean(dim=0), int(sample_rate))
+    return AudioPart(wave_CT, int(sample_rate))
 
 
 def parse_parts(

@@ -142,7 +142,10 @@ class MultimodalModel(nn.Module):
         self.code_embedding = self.clip_projector = self.unit_projector = self.ctc_head = None
         if config.audio is not None:
             audio = config.audio
-            self.code_embedding = CodeEmbedding(audio.num_codebooks, audio.codebook_size, audio.latent_width)
+            keeps_scale = audio.projector.range_db > 0
+            self.code_embedding = CodeEmbedding(
+                audio.num_codebooks, audio.codebook_size, audio.latent_width, keeps_scale
+            )
             self.clip_projector = AudioProjector(audio.projector, audio.latent_width, width)
             self.unit_projector = nn.Sequential(
                 nn.Linear(audio.latent_width, width), nn.GELU(), nn.Linear(width, width)

@@ -168,16 +168,22 @@ class AudioProjectorConfig:
 
 
 class CodeEmbedding(nn.Module):
-    """Sum of the embeddings of a frame's codes; code -1 adds nothing."""
+    """Sum of the embeddings of a frame's codes; code -1 adds nothing.
 
-    scale: Tensor
-    """By which the codec's codebooks were divided."""
+    Args:
+        num_codebooks: K.
+        codebook_size: codes a codebook, the filler left out.
+        latent_width: of an embedding.
+        keeps_scale: remember by what the codec's codebooks are divided, for a projector that counts in decibels.
+    """
 
-    def __init__(self, num_codebooks: int, codebook_size: int, latent_width: int):
+    scale: Tensor | None
+
+    def __init__(self, num_codebooks: int, codebook_size: int, latent_width: int, keeps_scale: bool = False):
         super().__init__()
         self.num_codebooks, self.codebook_size = num_codebooks, codebook_size
         self.table = nn.Embedding(num_codebooks * (codebook_size + 1), latent_width)
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("scale", torch.ones(()) if keeps_scale else None)
         nn.init.normal_(self.table.weight, std=latent_width**-0.5)
 
     def initialise(self, codebooks_KVD: Tensor) -> None:
@@ -198,8 +204,9 @@ class CodeEmbedding(nn.Module):
         variance = codebooks_KVD.var(dim=1).sum(dim=0).mean().clamp(min=1e-12)
         with torch.no_grad():
             table_KVD = self.table.weight.view(self.num_codebooks, self.codebook_size + 1, width)
-            self.scale.copy_(variance.sqrt())
-            table_KVD[:, :-1] = (codebooks_KVD / self.scale).to(table_KVD)
+            if self.scale is not None:
+                self.scale.copy_(variance.sqrt())
+            table_KVD[:, :-1] = (codebooks_KVD / variance.sqrt()).to(table_KVD)
             table_KVD[:, -1] = 0
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -307,6 +314,8 @@ class AudioProjector(nn.Module):
             codes_CFK = self._drop_codebooks(codes_CFK)
         x_CFL = embedding(codes_CFK)
         if self.config.range_db:
+            if embedding.scale is None:
+                raise ValueError("audio projector.range_db needs a CodeEmbedding with keeps_scale")
             x_CFL = self._within_range(x_CFL, mask_CF1, embedding.scale)
         x_CFL = _over_frames(x_CFL, mask_CF1) if self.frame_norm is None else self.frame_norm(x_CFL)
         if self.training:

@@ -76,6 +76,7 @@ def quickstart(
     minutes: float | None = None,
     seed: int = 0,
     max_steps: int | None = None,
+    max_bad_fraction: float = 0.05,
 ) -> dict[str, Any]:
     """The whole way on one machine.
 
@@ -88,6 +89,7 @@ def quickstart(
         minutes: wall time at most, evaluation included; None: the demo's fixed steps.
         seed: of data, order and weights.
         max_steps: of each training at most (with a small demo data set): for trying the whole way out.
+        max_bad_fraction: more unusable rows of a manifest than this are an error.
 
     Returns:
         What report.json holds.
@@ -101,7 +103,7 @@ def quickstart(
     if minutes is not None and minutes <= 0:
         raise ValueError(f"--minutes is {minutes}; give a positive number")
     settings = {"train": list(train), "test": list(test), "holdout": holdout, "minutes": minutes, "seed": seed,
-                "max_steps": max_steps}  # fmt: skip
+                "max_steps": max_steps, "max_bad_fraction": max_bad_fraction}  # fmt: skip
     run = _Run(Path(out), settings, run_command)
     with MemoryMonitor() as memory, terminated_as_interrupt():
         run.memory = memory
@@ -134,6 +136,12 @@ class _Run:
     @property
     def is_demo(self) -> bool:
         return not self.settings["train"]
+
+    @property
+    def bad_rows(self) -> list[str]:
+        """The option that bounds unusable rows, where it isn't the commands' own default."""
+        bound = self.settings["max_bad_fraction"]
+        return [] if bound == 0.05 else ["--max_bad_fraction", str(bound)]
 
     @property
     def num_processes(self) -> int:
@@ -238,7 +246,7 @@ class _Run:
             command += ["--test", manifest]
         if self.settings["holdout"] is not None:
             command += ["--holdout", self.settings["holdout"]]
-        self.stage("split", *command, "--out", str(self.out / "manifests"), "--seed", seed)
+        self.stage("split", *command, "--out", str(self.out / "manifests"), "--seed", seed, *self.bad_rows)
 
     def _tokenizers(self, contents: Contents, choices: Choices) -> None:
         manifests = [str(self.out / "manifests" / f"train-{kind}.jsonl") for kind in contents.kinds]
@@ -252,7 +260,7 @@ class _Run:
             copies = min(choices.perturb, CODEC_COPIES)
             perturb = ["--perturb", str(copies), "--seed", str(self.settings["seed"])] if copies else []
             self.stage("sound shards", "data", "build", manifest, "--out", str(self.out / "shards" / "sound"), *perturb,
-                       "--workers", str(num_workers()))  # fmt: skip
+                       "--workers", str(num_workers()), *self.bad_rows)  # fmt: skip
             self._fit_codec()
             codec = ["--codec", str(self.out / "codec")]
         self.stage("tokenizer", "tokenizer", "assemble", "--text", str(self.out / "text_tokenizer"), *codec,
@@ -263,7 +271,7 @@ class _Run:
         seed, shards = str(self.settings["seed"]), str(self.out / "shards" / "train")
         perturb = ["--perturb", str(choices.perturb)] if choices.perturb else []
         self.stage("shards", "data", "build", *manifests, "--out", shards, "--tokenizer", str(self.out / "tokenizer"),
-                   *perturb, "--seed", seed, "--workers", str(num_workers()))  # fmt: skip
+                   *perturb, "--seed", seed, "--workers", str(num_workers()), *self.bad_rows)  # fmt: skip
         self.stage("index", "data", "index", shards, "--tokenizer", str(self.out / "tokenizer"))
 
     # ---------------------------------------------------------------------------------------------------- training
