@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import subprocess
 import sys
@@ -252,6 +253,17 @@ def test_commands(model, files, tmp_path, capsys):
     assert "out.wav" in message and message.endswith(f"{model.tokenizer.num_codebooks} units")
     info = soundfile.info(io.BytesIO((tmp_path / "out.wav").read_bytes()))
     assert info.samplerate == RATE and info.duration <= 0.2 + 1e-6
+
+
+def test_a_sound_that_no_sequence_could_hold_is_refused(model, files):
+    wave, rate = sounds(1)[0]
+    generation = dataclasses.replace(model.generation, max_heard_seconds=len(wave) / rate)
+    short = Model(model.model, model.tokenizer, model.image_transform, generation)
+    assert short.transcribe((wave, rate)) == model.transcribe((wave, rate))
+    with pytest.raises(ValueError, match=r"sound 2 of 2 lasts .* hears .* at once"):
+        short.transcribe([(wave, rate), (np.concatenate([wave, wave]), rate)])
+    with pytest.raises(ValueError, match="max_heard_seconds is 0"):
+        GenerationConfig(max_heard_seconds=0)
 
 
 def test_blind_prompts_that_are_alike_are_answered_once(model, files):

@@ -89,6 +89,13 @@ class PackedDataModule(L.LightningDataModule):
         return self._plan
 
     @property
+    def max_heard_seconds(self) -> float | None:
+        """The longest sound for which a sequence has slots; None without an audio tokenizer."""
+        if self.folder.audio is None:
+            return None
+        return round(self.plan.recipe.sequence_length * self.folder.audio_pool / self.folder.frame_rate, 3)
+
+    @property
     def voices(self) -> tuple[str, ...]:
         """Speakers of the documents that are spoken, by name."""
         names: set[str] = set()

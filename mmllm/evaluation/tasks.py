@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from mmllm.data.manifest import BadRows, ManifestError, Row, read_manifest
+from mmllm.data.manifest import BadRows, ManifestError, Row, read_manifest, row_media
 from mmllm.data.media import readable_rows
 from mmllm.evaluation.captions import caption_matches, count_attributes, names_heldout_pairs, reference_scene
 from mmllm.evaluation.metrics import (
@@ -91,6 +91,7 @@ def evaluate(
         raise ManifestError(f"{name} has no {wanted}, which the task {task!r} needs; give another manifest or task")
     unreadable = BadRows(max_bad_fraction)
     rows = readable_rows(_limited(rows, limit, seed), unreadable, name)
+    rows = _short_enough(rows, model.generation.max_heard_seconds, unreadable, name)
     match task:
         case "caption":
             result = evaluate_captions(model, rows, batch_size, seed)
@@ -124,6 +125,21 @@ def _limited(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
         places = [place for place, row in enumerate(rows) if _group(row) == group]
         kept.update(random.Random(f"limit {seed} {group}").sample(places, min(limit, len(places))))
     return [rows[place] for place in sorted(kept)]
+
+
+def _short_enough(rows: list[Row], max_seconds: float | None, bad: BadRows, name: str) -> list[Row]:
+    """The rows whose sounds the model can hear; the others are named in `bad`."""
+    if max_seconds is None:
+        return rows
+    kept, since = [], len(bad.reasons)
+    for row in rows:
+        longest = max((as_audio(path).seconds for kind, path in row_media(row) if kind == "audio"), default=0.0)
+        if longest <= max_seconds:
+            kept.append(row)
+        else:
+            bad.add(row.where, f"its sound lasts {longest:.1f} s; the model hears {max_seconds:g} s at once")
+    bad.check(len(rows), name, since)
+    return kept
 
 
 def _max_new_tokens(model: Model, references: Sequence[str]) -> int:
@@ -272,7 +288,9 @@ def evaluate_speech(
     voices = [speaker if not known or speaker in known else None for speaker in speakers]
     sounds = [as_audio(cast("Path", row.audio)) for row in rows]
     longest = max(sound.seconds for sound in sounds)
-    max_seconds = min(model.generation.max_seconds, max(SPEECH_MARGIN * longest, MIN_SPEECH_SECONDS))
+    generation = model.generation
+    bound = min(generation.max_seconds, generation.max_heard_seconds or generation.max_seconds)
+    max_seconds = min(bound, max(SPEECH_MARGIN * longest, MIN_SPEECH_SECONDS))
     spoken = model.speak(texts, voice=voices, max_seconds=max_seconds, seed=seed, batch_size=batch_size)
     written: list[str | None] = [None] * len(rows)
     if media_dir is not None:

@@ -410,6 +410,13 @@ class Model:
         """Codes [K, F] of each sound, encoded in batches."""
         if not sounds:
             return []
+        longest = self.generation.max_heard_seconds
+        for number, sound in enumerate(sounds, start=1):
+            if longest is not None and sound.seconds > longest + 1 / self.tokenizer.frame_rate:
+                raise ValueError(
+                    f"sound {number} of {len(sounds)} lasts {sound.seconds:.1f} s; this model hears {longest:g} s at "
+                    f"once, which is what training's sequences held; cut it into pieces"
+                )
         audio = self.tokenizer.require_audio()
         return audio.encode_batch([audio.prepare(sound.wave_CT, sound.sample_rate) for sound in sounds])
 

@@ -41,6 +41,8 @@ class GenerationConfig:
     """Prompts that are answered at once."""
     text: Sampling = Sampling()
     speech: Sampling = Sampling(temperature=0.7, top_k=50)
+    max_heard_seconds: float | None = None
+    """Longer sounds are refused: training's sequences held no such; None: not known."""
     voices: tuple[str, ...] = ()
     """Speakers that training heard by name and that can be asked for; empty: not known."""
 
@@ -48,6 +50,8 @@ class GenerationConfig:
         for name in ("max_new_tokens", "max_seconds", "batch_size"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if self.max_heard_seconds is not None and not self.max_heard_seconds > 0:
+            raise ValueError(f"max_heard_seconds is {self.max_heard_seconds}; it must be positive, or null")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON keeps it."""

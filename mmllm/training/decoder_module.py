@@ -271,7 +271,9 @@ class DecoderModule(StagedModule):
         """Writes the model folder."""
         if self.folder is None:
             raise ValueError("`out` is set but `tokenizer` is not; a model folder needs its tokenizer")
-        generation = GenerationConfig(voices=getattr(self._data, "voices", ()))
+        generation = GenerationConfig(
+            max_heard_seconds=getattr(self._data, "max_heard_seconds", None), voices=getattr(self._data, "voices", ())
+        )
         model = self._whole or self._built()
         save_model(directory, model, self.folder, self._info(), self.image_transform, generation)
 
