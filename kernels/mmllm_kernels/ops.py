@@ -22,7 +22,7 @@ from mmllm_kernels.sorted_tokens import Routing, Weights
 def _module(backend: str, x: Tensor, others: tuple[Tensor, ...], num_groups: int = 1) -> ModuleType:
     """Where this backend's functions are; both modules have the same ones."""
     if backends.use_triton(backend, x, others, num_groups):
-        from mmllm_kernels.gpu import launch  # pyright: ignore[reportMissingImports]
+        from mmllm_kernels.gpu import launch
 
         return launch
     return sorted_tokens
@@ -91,10 +91,8 @@ def moe_backward(
     weights = Weights(*(w.contiguous() for w in (w_gate_up, w_down, shared_gate_up, shared_down)))
     module = _module(backend, x, (router_logits, *weights), _num_groups(w_gate_up, shared_gate_up))
     routing = Routing(gates, experts, counts, order, inverse)
-    grad_x, gate_dots, grads = module.backward(grad_out.contiguous(), x.contiguous(), h, weights, routing, weight_grads)
-    top_k = gates.shape[1] - shared_gate_up.shape[0]
-    grad_logits = module.router_gradient(
-        gate_dots[:, :top_k], gates[:, :top_k], experts[:, :top_k], router_logits, renormalise
+    grad_x, grad_logits, grads = module.backward(
+        grad_out.contiguous(), x.contiguous(), h, router_logits, weights, routing, renormalise, weight_grads
     )
     return (grad_x, grad_logits, *grads)
 

@@ -103,11 +103,18 @@ def forward(x_TD: Tensor, weights: Weights, routing: Routing, save_h: bool) -> t
 
 
 def backward(
-    grad_out_TD: Tensor, x_TD: Tensor, h_P2N: Tensor, weights: Weights, routing: Routing, weight_grads: bool
+    grad_out_TD: Tensor,
+    x_TD: Tensor,
+    h_P2N: Tensor,
+    router_logits_TE: Tensor,
+    weights: Weights,
+    routing: Routing,
+    renormalise: bool,
+    weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Weights]:
-    """Gradients of the tokens, of the gates times the gates [T, J] (see `router_gradient`), and of the weights.
+    """Gradients of the tokens, of the router's logits, and of the weights (empty without `weight_grads`).
 
-    Where h_P2N is empty it is computed again. Without `weight_grads` those come back empty.
+    Where h_P2N is empty it is computed again.
     """
     (T, J), D = routing.gates_TJ.shape, x_TD.shape[1]
     gates_P = routing.gates_TJ.flatten().index_select(0, routing.order_P).to(x_TD.dtype)
@@ -137,10 +144,13 @@ def backward(
                 torch.mm(grad_h_R2N[rows].T, x_RD[rows], out=grad_pairs[e][0])
                 torch.mm(grad_y_RD[rows].T, a_RN[rows], out=grad_pairs[e][1])
     gate_dots_TJ = gate_dots_P.index_select(0, routing.inverse_TJ.flatten()).view(T, J)
-    return _weighted_sum(grad_x_PD, routing.inverse_TJ, None, x_TD.dtype), gate_dots_TJ, grads
+    top_k = J - len(weights.shared_gate_up_S2ND)
+    dots_TK, gates_TK, experts_TK = (t[:, :top_k] for t in (gate_dots_TJ, routing.gates_TJ, routing.experts_TJ))
+    grad_logits_TE = _router_gradient(dots_TK, gates_TK, experts_TK, router_logits_TE, renormalise)
+    return _weighted_sum(grad_x_PD, routing.inverse_TJ, None, x_TD.dtype), grad_logits_TE, grads
 
 
-def router_gradient(
+def _router_gradient(
     gate_dots_TK: Tensor, gates_TK: Tensor, experts_TK: Tensor, router_logits_TE: Tensor, renormalise: bool
 ) -> Tensor:
     """Gradient of the router's logits from gₖ·∂L/∂gₖ, which is what the experts' backward gives.
