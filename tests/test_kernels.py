@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import mmllm_kernels
-from mmllm_kernels import backends, ops, reference
+from mmllm_kernels import backends, ops, reference, sorted_tokens
 from tests.kernel_fixtures import (
     CASES,
     TOLERANCE,
@@ -199,6 +200,22 @@ def test_nearest_code_of_strided_vectors_that_require_gradients():
     x = torch.randn(6, 40, requires_grad=True).T
     codebook = torch.randn(12, 6)[::2]
     assert torch.equal(mmllm_kernels.nearest_code(x, codebook), reference.nearest_code(x, codebook))
+
+
+class _LargestOutput(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.numel = max(self.numel, result.numel() if torch.is_tensor(result) else 0)
+        return result
+
+
+def test_nearest_code_makes_no_matrix_of_all_distances():
+    x, codebook = torch.randn(5000, 4), torch.randn(512, 4)
+    with _LargestOutput() as largest:
+        sorted_tokens.nearest_code(x, codebook)
+    assert 5000 * 4 <= largest.numel < 5000 * 512 / 10
 
 
 def test_what_triton_cannot_take_falls_back_with_one_warning():

@@ -39,13 +39,18 @@ def no_fallback():
         yield
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", [*CASES, MANY_BLOCKS], ids=str)
+BOTH = [torch.float32, torch.bfloat16]
+LARGE = [pytest.param(CASES[-1], torch.bfloat16, marks=pytest.mark.proof), (CASES[-1], torch.float32)]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*((case, dtype) for case in [*CASES[:-1], MANY_BLOCKS] for dtype in BOTH), *LARGE], ids=str
+)
 def test_outputs_and_gradients_equal_the_reference(case, dtype):
     assert_like_reference(case, dtype, "triton", DEVICE)
 
 
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_shape_equals_the_reference(data):
     draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
@@ -78,7 +83,7 @@ def test_undefined_logits_stay_in_bounds():
 
 
 def test_two_runs_give_equal_bits():
-    first, second = (run(make(MANY_BLOCKS, torch.bfloat16, DEVICE), MANY_BLOCKS, "triton") for _ in range(2))
+    first, second = (run(make(MANY_BLOCKS, torch.float32, DEVICE), MANY_BLOCKS, "triton") for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -100,7 +105,7 @@ def test_without_weight_gradients_none_is_computed():
     assert all(tensor.numel() == 0 for tensor in grads[1][2])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize(
     ("num_tokens", "width", "num_codes"), [(0, 6, 17), (1, 6, 17), (70, 40, 17), (130, 3, 150), (5, 4, 1)]
 )

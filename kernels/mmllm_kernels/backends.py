@@ -43,7 +43,7 @@ def interpreted() -> bool:
 
 
 def _why_not_triton(x: Tensor, others: tuple[Tensor, ...], num_groups: int) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_installed():
         return "need the package triton (pip install 'mmllm[kernels]'), which is not installed"
     if x.device.type != "cuda" and not interpreted():
         return f"need a GPU (or TRITON_INTERPRET=1), but the tensors are on {x.device.type}"
@@ -55,6 +55,11 @@ def _why_not_triton(x: Tensor, others: tuple[Tensor, ...], num_groups: int) -> s
     if num_groups > MAX_TRITON_GROUPS:
         return f"take up to {MAX_TRITON_GROUPS} experts, not {num_groups}"
     return None
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

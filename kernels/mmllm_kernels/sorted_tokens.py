@@ -92,13 +92,12 @@ def forward(x_TD: Tensor, weights: Weights, routing: Routing, save_h: bool) -> t
     for block in _blocks(routing, N2):
         x_RD = x_TD.index_select(0, routing.order_P[block.rows] // J)
         h_R2N = h_P2N[block.rows] if save_h else x_TD.new_empty(len(x_RD), N2)
-        for rows, e in block.runs:
-            _product(x_RD[rows], pairs[e][0], h_R2N[rows])
+        for e, x, h in block.by_expert(x_RD, h_R2N):
+            _product(x, pairs[e][0], h)
         gate_RN, up_RN = h_R2N.chunk(2, dim=-1)
         a_RN = F.silu(gate_RN).mul_(up_RN)
-        y_RD = y_PD[block.rows]
-        for rows, e in block.runs:
-            _product(a_RN[rows], pairs[e][1], y_RD[rows])
+        for e, a, y in block.by_expert(a_RN, y_PD[block.rows]):
+            _product(a, pairs[e][1], y)
     return _weighted_sum(y_PD, routing.inverse_TJ, routing.gates_TJ, x_TD.dtype), h_P2N
 
 
@@ -132,17 +131,18 @@ def backward(
         grad_y_RD.mul_(gates_P[block.rows, None])
         h_R2N = h_P2N[block.rows] if len(h_P2N) else x_TD.new_empty(len(x_RD), h_P2N.shape[1])
         grad_a_RN = x_TD.new_empty(len(x_RD), h_P2N.shape[1] // 2)
-        for rows, e in block.runs:
+        for e, x, h, grad_y, grad_a in block.by_expert(x_RD, h_R2N, grad_y_RD, grad_a_RN):
             if not len(h_P2N):
-                _product(x_RD[rows], pairs[e][0], h_R2N[rows])
-            torch.mm(grad_y_RD[rows], pairs[e][1], out=grad_a_RN[rows])
+                _product(x, pairs[e][0], h)
+            torch.mm(grad_y, pairs[e][1], out=grad_a)
         a_RN, grad_h_R2N = _swiglu_backward(h_R2N, grad_a_RN, gate_dots_P[block.rows])
-        grad_x_RD = grad_x_PD[block.rows]
-        for rows, e in block.runs:
-            torch.mm(grad_h_R2N[rows], pairs[e][0], out=grad_x_RD[rows])
+        for e, x, grad_x, grad_h in block.by_expert(x_RD, grad_x_PD[block.rows], grad_h_R2N):
+            torch.mm(grad_h, pairs[e][0], out=grad_x)
             if weight_grads:
-                torch.mm(grad_h_R2N[rows].T, x_RD[rows], out=grad_pairs[e][0])
-                torch.mm(grad_y_RD[rows].T, a_RN[rows], out=grad_pairs[e][1])
+                torch.mm(grad_h.T, x, out=grad_pairs[e][0])
+        if weight_grads:
+            for e, grad_y, a in block.by_expert(grad_y_RD, a_RN):
+                torch.mm(grad_y.T, a, out=grad_pairs[e][1])
     gate_dots_TJ = gate_dots_P.index_select(0, routing.inverse_TJ.flatten()).view(T, J)
     top_k = J - len(weights.shared_gate_up_S2ND)
     dots_TK, gates_TK, experts_TK = (t[:, :top_k] for t in (gate_dots_TJ, routing.gates_TJ, routing.experts_TJ))
@@ -194,22 +194,29 @@ class _Block(NamedTuple):
     """Experts that follow one another, few enough that their activations stay in the cache together."""
 
     rows: slice
-    runs: list[tuple[slice, int]]
-    """Rows within the block, and whose they are."""
+    experts: list[int]
+    counts: list[int]
+    """Rows of each."""
+
+    def by_expert(self, *tensors: Tensor) -> Iterator[tuple]:
+        """Each expert with its rows of the tensors [R, ·]: views, made in one call a tensor."""
+        return zip(self.experts, *(tensor.split(self.counts) for tensor in tensors), strict=True)
 
 
 def _blocks(routing: Routing, width: int) -> Iterator[_Block]:
     """Every expert with rows, in order: small ones share a block, so that few calls serve them all."""
-    start, runs, stop = 0, [], 0
+    start = stop = 0
+    experts, counts = [], []
     for e, count in enumerate(routing.counts_G.tolist()):
-        if runs and (stop - start + count) * width > _BLOCK_ELEMENTS:
-            yield _Block(slice(start, stop), runs)
-            start, runs = stop, []
+        if counts and (stop - start + count) * width > _BLOCK_ELEMENTS:
+            yield _Block(slice(start, stop), experts, counts)
+            start, experts, counts = stop, [], []
         if count:
-            runs.append((slice(stop - start, stop - start + count), e))
+            experts.append(e)
+            counts.append(count)
             stop += count
-    if runs:
-        yield _Block(slice(start, stop), runs)
+    if counts:
+        yield _Block(slice(start, stop), experts, counts)
 
 
 def _product(x_RD: Tensor, w_ND: Tensor, out_RN: Tensor) -> None:

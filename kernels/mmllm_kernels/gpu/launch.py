@@ -184,7 +184,7 @@ class _Call:
     def weighted_sum(self, y_PD: Tensor, weighted: bool) -> Tensor:
         out_TD = torch.empty_like(self.x)
         BLOCK_D = min(triton.next_power_of_2(self.D), 512)
-        BLOCK_T = max(2048 // BLOCK_D, 1) if self.T > 512 else 1
+        BLOCK_T = max(2048 // BLOCK_D, 1) if self.T > 512 or interpreted() else 1
         products.weighted_sum_kernel[(triton.cdiv(self.T, BLOCK_T), triton.cdiv(self.D, BLOCK_D))](
             y_PD, self.routing.inverse_TJ, self.routing.gates_TJ, out_TD, self.T,
             D=self.D, J=self.J, WEIGHTED=weighted, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D,
@@ -252,7 +252,7 @@ def _dot_dtype(x: Tensor) -> tl.dtype:
 
 
 def _precision(x: Tensor) -> str:
-    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager:

@@ -56,8 +56,9 @@ def load_block(ptrs, ok_rows, ok_columns, MASK_ROWS: tl.constexpr, MASK_COLUMNS:
 @triton.jit
 def tile_rows(tiles_ptr, num_tiles, tile, BLOCK_M: tl.constexpr):
     """A tile's rows, int64, and which of them are its expert's; the others repeat its last one."""
-    rows = tl.load(tiles_ptr + num_tiles + tile.to(tl.int64)) + tl.arange(0, BLOCK_M)
-    end = tl.load(tiles_ptr + 2 * num_tiles + tile.to(tl.int64))
+    at = tile.to(tl.int64) + num_tiles
+    rows = tl.load(tiles_ptr + at) + tl.arange(0, BLOCK_M)
+    end = tl.load(tiles_ptr + (at + num_tiles))
     return tl.minimum(rows, end - 1).to(tl.int64), rows < end
 
 

@@ -66,7 +66,7 @@ def choose_kernel(
     j = tl.arange(0, BLOCK_J)
     ok = t < T
     logits_TE = tl.load(
-        logits_ptr + t.to(tl.int64)[:, None] * E + e[None, :], mask=ok[:, None] & (e < E)[None, :], other=0.0
+        logits_ptr + (t.to(tl.int64)[:, None] * E + e[None, :]), mask=ok[:, None] & (e < E)[None, :], other=0.0
     ).to(tl.float32)
     keys_TE = _descending_keys(logits_TE, e, E)
     taken_TE = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.int32)
@@ -99,7 +99,7 @@ def choose_kernel(
         first_row_E = tl.cumsum(counts_E, axis=0) - counts_E
         _scatter(order_ptr, inverse_ptr, expert_TJ, first_row_E, taken_TE, t, e, j, T, K, S)
     else:
-        tl.store(block_counts_ptr + e.to(tl.int64) * num_blocks + block, counts_E, mask=e < E)
+        tl.store(block_counts_ptr + (e.to(tl.int64) * num_blocks + block), counts_E, mask=e < E)
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def place_kernel(
     ok_TJ = (t < T)[:, None] & (j < K)[None, :]
     expert_TJ = tl.load(experts_ptr + (t.to(tl.int64)[:, None] * J + j[None, :]), mask=ok_TJ, other=-1).to(tl.int32)
     counts_E = tl.load(counts_ptr + e.to(tl.int64), mask=e < E, other=0).to(tl.int32)
-    earlier_E = tl.load(block_counts_ptr + e.to(tl.int64) * num_blocks + block, mask=e < E, other=0)
+    earlier_E = tl.load(block_counts_ptr + (e.to(tl.int64) * num_blocks + block), mask=e < E, other=0)
     taken_TE = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.int32)
     for k in tl.static_range(K):
         chosen = tl.sum(tl.where(j[None, :] == k, expert_TJ, 0), axis=1)
@@ -166,8 +166,8 @@ def tiles_kernel(
     ok = i < num_tiles
     at = i.to(tl.int64)
     tl.store(tiles_ptr + at, tl.where(expert < G, expert, -1), mask=ok)
-    tl.store(tiles_ptr + num_tiles + at, start, mask=ok)
-    tl.store(tiles_ptr + 2 * num_tiles + at, end, mask=ok)
+    tl.store(tiles_ptr + (at + num_tiles), start, mask=ok)
+    tl.store(tiles_ptr + (at + num_tiles + num_tiles), end, mask=ok)
 
 
 @triton.jit
@@ -191,11 +191,8 @@ def router_gradient_kernel(
     for k in tl.static_range(K):
         pair = t.to(tl.int64) * J + k
         row = tl.load(inverse_ptr + pair, mask=ok, other=0).to(tl.int64)
-        parts = tl.load(
-            dots_ptr + row[:, None] * NUM_PARTS + part[None, :],
-            mask=ok[:, None] & (part < NUM_PARTS)[None, :],
-            other=0.0,
-        )
+        ok_parts = ok[:, None] & (part < NUM_PARTS)[None, :]
+        parts = tl.load(dots_ptr + (row[:, None] * NUM_PARTS + part[None, :]), mask=ok_parts, other=0.0)
         here_TE = e[None, :] == tl.load(experts_ptr + pair, mask=ok, other=-1).to(tl.int32)[:, None]
         grad_TE += tl.where(here_TE, tl.sum(parts, axis=1)[:, None], 0.0)
         gate_TE += tl.where(here_TE, tl.load(gates_ptr + pair, mask=ok, other=0.0)[:, None], 0.0)
