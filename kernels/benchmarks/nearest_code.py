@@ -100,7 +100,7 @@ def main() -> None:
         with torch.no_grad():
             report.add_times("forward", case, measure.interleaved_ms(functions, arguments.rounds, device), "ms", float)
             memory = {name: peak_bytes(function, device) / 2**20 for name, function in functions.items()}
-        report.add("extra memory", case, "MiB", memory.pop("ours"), memory)
+        report.add("forward", f"{case} extra memory", "MiB", memory.pop("ours"), memory)
         agreement = (functions["ours"]() == found["torch.cdist"]()).float().mean()
         print(f"same codes as torch.cdist: {agreement:.6f}")
     report.finish(arguments.json)
