@@ -1,6 +1,9 @@
 """Plain PyTorch: the definition of correct. Every other backend is tested against this file.
 
-Shapes: T tokens, D model width, E experts, K experts a token, N expert inner width, V codes.
+Written to be read, not to be fast: every expert sees every token, and its gate, mostly zero, weighs
+what it says.
+
+Shapes: T tokens, D model width, E experts, K experts a token, N expert inner width, S shared experts, V codes.
 """
 
 from __future__ import annotations
@@ -23,18 +26,30 @@ class MoEOutput(NamedTuple):
 
 
 def route(router_logits_TE: Tensor, top_k: int, renormalise: bool = True) -> tuple[Tensor, Tensor]:
-    """Softmax over the experts in at least float32, then the best K of each token.
+    """The K experts of the largest logits (of equal ones the lowest index) and their softmax gates.
+
+    Args:
+        router_logits_TE: unnormalised scores; an expert at −inf gets the gate 0, and is taken only if fewer
+            than K others are left. A token needs at least one finite logit.
+        top_k: K.
+        renormalise: gates are the softmax over the K chosen logits (their sum is 1); otherwise over all E.
 
     Returns:
-        gates_TK (their sum is 1 if `renormalise`) and experts_TK (int64).
+        gates_TK, in at least float32, and experts_TK (int64).
     """
     if not 1 <= top_k <= router_logits_TE.shape[-1]:
         raise ValueError(f"top_k is {top_k}; it must be between 1 and the {router_logits_TE.shape[-1]} experts")
-    dtype = torch.promote_types(router_logits_TE.dtype, torch.float32)
-    gates_TK, experts_TK = router_logits_TE.softmax(dim=-1, dtype=dtype).topk(top_k, dim=-1)
+    logits_TE = router_logits_TE.to(torch.promote_types(router_logits_TE.dtype, torch.float32))
+    experts_TK = torch.sort(logits_TE.detach(), dim=-1, descending=True, stable=True).indices[:, :top_k]
     if renormalise:
-        gates_TK = gates_TK / gates_TK.sum(dim=-1, keepdim=True)
-    return gates_TK, experts_TK
+        return logits_TE.gather(1, experts_TK).softmax(dim=-1), experts_TK
+    return logits_TE.softmax(dim=-1).gather(1, experts_TK), experts_TK
+
+
+def swiglu_expert(x_TD: Tensor, w_gate_up_2ND: Tensor, w_down_DN: Tensor) -> Tensor:
+    """One expert (arXiv 2002.05202): down · (silu(gate · x) ⊙ (up · x)), for each token."""
+    gate_TN, up_TN = (x_TD @ w_gate_up_2ND.T).chunk(2, dim=-1)
+    return (F.silu(gate_TN) * up_TN) @ w_down_DN.T
 
 
 def moe(
@@ -44,25 +59,33 @@ def moe(
     w_down_EDN: Tensor,
     top_k: int,
     renormalise: bool = True,
+    shared_gate_up_S2ND: Tensor | None = None,
+    shared_down_SDN: Tensor | None = None,
 ) -> MoEOutput:
-    """Dropless mixture of SwiGLU experts: every expert sees every token, weighted by its gate.
+    """Dropless mixture of SwiGLU experts: each token's output is the gate-weighted sum over its K experts.
 
     Args:
         x_TD: tokens.
-        router_logits_TE: unnormalised routing scores.
+        router_logits_TE: unnormalised routing scores; see `route`.
         w_gate_up_E2ND: rows [0, N) are the gate's, rows [N, 2N) the up projection's.
         w_down_EDN: the down projections.
         top_k: experts a token.
         renormalise: divide the chosen gates by their sum (Mixtral's way, arXiv 2401.04088).
+        shared_gate_up_S2ND: experts that every token takes with the gate 1 (DeepSeekMoE, arXiv 2401.06066).
+        shared_down_SDN: their down projections.
     """
     gates_TK, experts_TK = route(router_logits_TE, top_k, renormalise)
     num_experts = router_logits_TE.shape[-1]
     gates_TE = torch.zeros_like(router_logits_TE, dtype=gates_TK.dtype).scatter(1, experts_TK, gates_TK)
-    out_TD = torch.zeros_like(x_TD)
+    # The weighted sum is taken in at least float32, whatever the experts compute in.
+    out_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
     for e in range(num_experts):
-        gate_TN, up_TN = (x_TD @ w_gate_up_E2ND[e].T).chunk(2, dim=-1)
-        out_TD = out_TD + (F.silu(gate_TN) * up_TN) @ w_down_EDN[e].T * gates_TE[:, e, None].to(x_TD.dtype)
-    return MoEOutput(out_TD, torch.bincount(experts_TK.flatten(), minlength=num_experts), experts_TK)
+        out_TD = out_TD + gates_TE[:, e, None] * swiglu_expert(x_TD, w_gate_up_E2ND[e], w_down_EDN[e])
+    if shared_gate_up_S2ND is not None and shared_down_SDN is not None:
+        for w_gate_up_2ND, w_down_DN in zip(shared_gate_up_S2ND, shared_down_SDN, strict=True):
+            out_TD = out_TD + swiglu_expert(x_TD, w_gate_up_2ND, w_down_DN)
+    counts_E = torch.bincount(experts_TK.flatten(), minlength=num_experts)
+    return MoEOutput(out_TD.to(x_TD.dtype), counts_E, experts_TK)
 
 
 def nearest_code(x_TD: Tensor, codebook_VD: Tensor) -> Tensor:

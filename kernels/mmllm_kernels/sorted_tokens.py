@@ -1,95 +1,249 @@
-"""The fast path for CPUs (and GPUs without a kernel of ours): tokens sorted by expert, one GEMM an expert.
+"""The path for CPUs (and for what the Triton path cannot take): tokens sorted by expert, one GEMM an expert.
 
-The formulation is SonicMoE's (arXiv 2512.14080): backward saves only the tokens and the
-pre-activations, and the router's gradient comes from the activations, without the expert outputs.
+The formulation is SonicMoE's (arXiv 2512.14080): backward needs only the tokens and the pre-activations,
+because dO · Y = ⟨dA', A⟩ gives the router's gradient without the experts' outputs Y. Written anew for
+the CPU: one expert at a time, so that what lies between its products stays in the cache; its elementwise
+passes are counted; a gather and a weighted sum are one `embedding_bag`.
 
-Shapes: T tokens, D model width, E experts, K experts a token, N expert inner width, V codes,
-P = T·K (token, choice) pairs in expert order.
+Shapes: T tokens, D model width, E experts, S shared experts, G = E + S groups, K experts a token,
+J = K + S slots a token (a shared expert is one that every token takes with the gate 1), N expert inner
+width, V codes, P = T·J pairs (token, slot) in expert order, R the rows of one expert.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmllm_kernels.reference import MoEOutput, route
+_BLOCK_ELEMENTS = 1 << 18
+"""Pre-activations that are worked on at once: one MiB in float32."""
+_CHUNK_ELEMENTS = 1 << 17
+"""Distances that `nearest_code` holds at once: half a MiB in float32 stays in the second cache."""
 
 
-def moe(
+class Routing(NamedTuple):
+    """Who goes where. `inverse` is the permutation that undoes `order`."""
+
+    gates_TJ: Tensor
+    """At least float32."""
+    experts_TJ: Tensor
+    """int64; the shared experts' indices begin at E."""
+    counts_G: Tensor
+    """int64: rows an expert."""
+    order_P: Tensor
+    """int32: in expert order, t·J + j of each pair."""
+    inverse_TJ: Tensor
+    """int32: the row of each pair."""
+
+
+class Weights(NamedTuple):
+    """The routed experts' weights and the shared experts' (S may be 0)."""
+
+    gate_up_E2ND: Tensor
+    down_EDN: Tensor
+    shared_gate_up_S2ND: Tensor
+    shared_down_SDN: Tensor
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """(gate and up, down) of each group."""
+        gate_ups = [*self.gate_up_E2ND.unbind(), *self.shared_gate_up_S2ND.unbind()]
+        return list(zip(gate_ups, [*self.down_EDN.unbind(), *self.shared_down_SDN.unbind()], strict=True))
+
+
+def choose(router_logits_TE: Tensor, top_k: int, renormalise: bool, num_shared: int) -> tuple[Tensor, Tensor]:
+    """Gates and experts [T, J] as in `mmllm_kernels.reference.route`; ties are rare, so sorting is the exception."""
+    num_tokens, num_experts = router_logits_TE.shape
+    logits_TE = router_logits_TE.to(torch.promote_types(router_logits_TE.dtype, torch.float32))
+    if num_tokens > 1:
+        best, experts = logits_TE.topk(min(top_k + 1, num_experts), dim=-1)
+        # topk leaves the order of equal values open.
+        tied = bool((best[:, 1:] == best[:, :-1]).any())
+    if num_tokens <= 1 or tied:
+        best, experts = torch.sort(logits_TE, dim=-1, descending=True, stable=True)
+    best_TK, experts_TK = best[:, :top_k], experts[:, :top_k]
+    gates_TK = best_TK.softmax(dim=-1) if renormalise else logits_TE.softmax(dim=-1).gather(1, experts_TK)
+    if not num_shared:
+        return gates_TK, experts_TK.contiguous()
+    shared_TS = torch.arange(num_experts, num_experts + num_shared, device=experts.device).expand(num_tokens, -1)
+    return F.pad(gates_TK, (0, num_shared), value=1.0), torch.cat([experts_TK, shared_TS], dim=1)
+
+
+def route(router_logits_TE: Tensor, top_k: int, renormalise: bool, num_shared: int) -> Routing:
+    """The choice of experts and its counting sort."""
+    gates_TJ, experts_TJ = choose(router_logits_TE, top_k, renormalise, num_shared)
+    counts_G = torch.bincount(experts_TJ.flatten(), minlength=router_logits_TE.shape[1] + num_shared)
+    order_P = experts_TJ.flatten().argsort(stable=True).to(torch.int32)
+    inverse_P = torch.empty_like(order_P)
+    inverse_P[order_P] = torch.arange(len(order_P), dtype=torch.int32, device=order_P.device)
+    return Routing(gates_TJ, experts_TJ, counts_G, order_P, inverse_P.view_as(experts_TJ))
+
+
+def forward(x_TD: Tensor, weights: Weights, routing: Routing, save_h: bool) -> tuple[Tensor, Tensor]:
+    """Outputs [T, D] and, if `save_h`, the pre-activations [P, 2N] in expert order (otherwise [0, 2N])."""
+    (T, J), D = routing.gates_TJ.shape, x_TD.shape[1]
+    N2 = weights.gate_up_E2ND.shape[1]
+    y_PD = x_TD.new_empty(T * J, D)
+    h_P2N = x_TD.new_empty(T * J if save_h else 0, N2)
+    pairs = weights.pairs()
+    for block in _blocks(routing, N2):
+        x_RD = x_TD.index_select(0, routing.order_P[block.rows] // J)
+        h_R2N = h_P2N[block.rows] if save_h else x_TD.new_empty(len(x_RD), N2)
+        for e, x, h in block.by_expert(x_RD, h_R2N):
+            _product(x, pairs[e][0], h)
+        gate_RN, up_RN = h_R2N.chunk(2, dim=-1)
+        a_RN = F.silu(gate_RN).mul_(up_RN)
+        for e, a, y in block.by_expert(a_RN, y_PD[block.rows]):
+            _product(a, pairs[e][1], y)
+    return _weighted_sum(y_PD, routing.inverse_TJ, routing.gates_TJ, x_TD.dtype), h_P2N
+
+
+def backward(
+    grad_out_TD: Tensor,
     x_TD: Tensor,
+    h_P2N: Tensor,
     router_logits_TE: Tensor,
-    w_gate_up_E2ND: Tensor,
-    w_down_EDN: Tensor,
-    top_k: int,
-    renormalise: bool = True,
-) -> MoEOutput:
-    """The same function as `mmllm_kernels.reference.moe`, at the speed of its matrix products."""
-    gates_TK, experts_TK = route(router_logits_TE, top_k, renormalise)
-    counts_E = torch.bincount(experts_TK.flatten(), minlength=router_logits_TE.shape[-1])
-    order_P = experts_TK.flatten().argsort(stable=True)
-    out_TD = _SortedExperts.apply(x_TD, gates_TK.to(x_TD.dtype), order_P, counts_E, w_gate_up_E2ND, w_down_EDN)
-    return MoEOutput(out_TD, counts_E, experts_TK)  # pyright: ignore[reportArgumentType]
+    weights: Weights,
+    routing: Routing,
+    renormalise: bool,
+    weight_grads: bool,
+) -> tuple[Tensor, Tensor, Weights]:
+    """Gradients of the tokens, of the router's logits, and of the weights (empty without `weight_grads`).
+
+    Where h_P2N is empty it is computed again.
+    """
+    (T, J), D = routing.gates_TJ.shape, x_TD.shape[1]
+    gates_P = routing.gates_TJ.flatten().index_select(0, routing.order_P).to(x_TD.dtype)
+    grad_x_PD = x_TD.new_empty(T * J, D)
+    gate_dots_P = gates_P.new_empty(T * J, dtype=routing.gates_TJ.dtype)
+    grads = Weights(*(torch.empty_like(w) if weight_grads else w.new_empty(0) for w in weights))
+    pairs, grad_pairs = weights.pairs(), grads.pairs() if weight_grads else []
+    for e, count in enumerate(routing.counts_G.tolist() if weight_grads else []):
+        if not count:
+            grad_pairs[e][0].zero_()
+            grad_pairs[e][1].zero_()
+    for block in _blocks(routing, weights.gate_up_E2ND.shape[1]):
+        tokens = routing.order_P[block.rows] // J
+        x_RD, grad_y_RD = x_TD.index_select(0, tokens), grad_out_TD.index_select(0, tokens)
+        grad_y_RD.mul_(gates_P[block.rows, None])
+        h_R2N = h_P2N[block.rows] if len(h_P2N) else x_TD.new_empty(len(x_RD), h_P2N.shape[1])
+        grad_a_RN = x_TD.new_empty(len(x_RD), h_P2N.shape[1] // 2)
+        for e, x, h, grad_y, grad_a in block.by_expert(x_RD, h_R2N, grad_y_RD, grad_a_RN):
+            if not len(h_P2N):
+                _product(x, pairs[e][0], h)
+            torch.mm(grad_y, pairs[e][1], out=grad_a)
+        a_RN, grad_h_R2N = _swiglu_backward(h_R2N, grad_a_RN, gate_dots_P[block.rows])
+        for e, x, grad_x, grad_h in block.by_expert(x_RD, grad_x_PD[block.rows], grad_h_R2N):
+            torch.mm(grad_h, pairs[e][0], out=grad_x)
+            if weight_grads:
+                torch.mm(grad_h.T, x, out=grad_pairs[e][0])
+        if weight_grads:
+            for e, grad_y, a in block.by_expert(grad_y_RD, a_RN):
+                torch.mm(grad_y.T, a, out=grad_pairs[e][1])
+    gate_dots_TJ = gate_dots_P.index_select(0, routing.inverse_TJ.flatten()).view(T, J)
+    top_k = J - len(weights.shared_gate_up_S2ND)
+    dots_TK, gates_TK, experts_TK = (t[:, :top_k] for t in (gate_dots_TJ, routing.gates_TJ, routing.experts_TJ))
+    grad_logits_TE = _router_gradient(dots_TK, gates_TK, experts_TK, router_logits_TE, renormalise)
+    return _weighted_sum(grad_x_PD, routing.inverse_TJ, None, x_TD.dtype), grad_logits_TE, grads
 
 
-def nearest_code(x_TD: Tensor, codebook_VD: Tensor, chunk_size: int = 4096) -> Tensor:
-    """The same as `mmllm_kernels.reference.nearest_code` by one matrix product a chunk of tokens."""
+def _router_gradient(
+    gate_dots_TK: Tensor, gates_TK: Tensor, experts_TK: Tensor, router_logits_TE: Tensor, renormalise: bool
+) -> Tensor:
+    """Gradient of the router's logits from gₖ·∂L/∂gₖ, which is what the experts' backward gives.
+
+    With g a softmax, ∂L/∂lₖ = gₖ·∂L/∂gₖ − gₖ·Σⱼ gⱼ·∂L/∂gⱼ: no division by a gate that may be 0. Under
+    `renormalise` the logits' values are not read, only their shape.
+    """
+    sums_T1 = gate_dots_TK.sum(dim=1, keepdim=True)
+    if renormalise:
+        grad_TE = torch.zeros(router_logits_TE.shape, dtype=gates_TK.dtype, device=gates_TK.device)
+        return grad_TE.scatter_(1, experts_TK, gate_dots_TK - gates_TK * sums_T1).to(router_logits_TE.dtype)
+    grad_TE = router_logits_TE.to(gates_TK.dtype).softmax(dim=-1).mul_(-sums_T1)
+    return grad_TE.scatter_add_(1, experts_TK, gate_dots_TK).to(router_logits_TE.dtype)
+
+
+def decode(x_TD: Tensor, weights: Weights, gates_TJ: Tensor, experts_TJ: Tensor) -> Tensor:
+    """One token: matrix-vector products with the weights of its experts and nothing else."""
+    pairs = weights.pairs() if len(weights.shared_gate_up_S2ND) else None
+    x_D = x_TD[0]
+    ys_JD = x_TD.new_empty(gates_TJ.shape[1], x_TD.shape[1])
+    for y_D, e in zip(ys_JD, experts_TJ[0].tolist(), strict=True):
+        w_gate_up, w_down = pairs[e] if pairs else (weights.gate_up_E2ND[e], weights.down_EDN[e])
+        gate_N, up_N = torch.mv(w_gate_up, x_D).chunk(2)
+        torch.mv(w_down, F.silu(gate_N).mul_(up_N), out=y_D)
+    return (gates_TJ @ ys_JD.to(gates_TJ.dtype)).to(x_TD.dtype)
+
+
+def nearest_code(x_TD: Tensor, codebook_VD: Tensor) -> Tensor:
+    """The same as `mmllm_kernels.reference.nearest_code` by matrix products of chunks that stay in the cache."""
     squares_V = (codebook_VD**2).sum(dim=-1)
-    chunks = [torch.addmm(squares_V, x, codebook_VD.T, alpha=-2).argmin(dim=-1) for x in x_TD.split(chunk_size)]
-    return torch.cat(chunks) if chunks else torch.zeros(0, dtype=torch.int64, device=x_TD.device)
+    codes_T = torch.empty(len(x_TD), dtype=torch.int64, device=x_TD.device)
+    chunk_size = max(_CHUNK_ELEMENTS // len(codebook_VD), 32)
+    distances = x_TD.new_empty(min(chunk_size, len(x_TD)), len(codebook_VD))
+    for x, codes in zip(x_TD.split(chunk_size), codes_T.split(chunk_size), strict=True):
+        torch.addmm(squares_V, x, codebook_VD.T, alpha=-2, out=distances[: len(x)])
+        torch.argmin(distances[: len(x)], dim=-1, out=codes)
+    return codes_T
 
 
-class _SortedExperts(torch.autograd.Function):
-    """One expert at a time, so that what lies between its matrix products stays in the cache."""
+class _Block(NamedTuple):
+    """Experts that follow one another, few enough that their activations stay in the cache together."""
 
-    @staticmethod
-    def forward(ctx, x_TD, gates_TK, order_P, counts_E, w_gate_up_E2ND, w_down_EDN):
-        (T, K), D = gates_TK.shape, x_TD.shape[1]
-        counts = counts_E.tolist()
-        tokens_P = order_P // K
-        inverse_P = torch.empty_like(order_P)
-        inverse_P[order_P] = torch.arange(T * K, device=order_P.device)
-        h_P2N = x_TD.new_empty(T * K, w_gate_up_E2ND.shape[1])
-        y_PD = x_TD.new_empty(T * K, D)
-        runs = zip(*(t.split(counts) for t in (tokens_P, h_P2N, y_PD)), w_gate_up_E2ND, w_down_EDN, strict=True)
-        for tokens, h, y, w_gate_up, w_down in runs:
-            torch.mm(x_TD.index_select(0, tokens), w_gate_up.T, out=h)
-            gate, up = h.chunk(2, dim=-1)
-            torch.mm(F.silu(gate).mul_(up), w_down.T, out=y)
-        ctx.save_for_backward(x_TD, gates_TK, order_P, inverse_P, h_P2N, w_gate_up_E2ND, w_down_EDN)
-        ctx.counts = counts
-        return torch.bmm(gates_TK[:, None], y_PD.index_select(0, inverse_P).view(T, K, D)).squeeze(1)
+    rows: slice
+    experts: list[int]
+    counts: list[int]
+    """Rows of each."""
 
-    @staticmethod
-    def backward(ctx, grad_out_TD):
-        x_TD, gates_TK, order_P, inverse_P, h_P2N, w_gate_up_E2ND, w_down_EDN = ctx.saved_tensors
-        (T, K), D = gates_TK.shape, x_TD.shape[1]
-        gates_P = gates_TK.flatten().index_select(0, order_P)
-        grad_x_PD, grad_gates_P = x_TD.new_empty(T * K, D), torch.empty_like(gates_P)
-        grad_w_gate_up_E2ND, grad_w_down_EDN = torch.empty_like(w_gate_up_E2ND), torch.empty_like(w_down_EDN)
-        runs = zip(
-            *(t.split(ctx.counts) for t in (order_P // K, gates_P, h_P2N, grad_x_PD, grad_gates_P)),
-            *(w_gate_up_E2ND, w_down_EDN, grad_w_gate_up_E2ND, grad_w_down_EDN),
-            strict=True,
-        )
-        for tokens, gates, h, grad_x, grad_gates, w_gate_up, w_down, grad_w_gate_up, grad_w_down in runs:
-            grad_y = grad_out_TD.index_select(0, tokens)
-            grad_a = grad_y @ w_down  # before the token's gate
-            gate, up = h.chunk(2, dim=-1)
-            sigmoid = gate.sigmoid()
-            silu = gate * sigmoid
-            a = silu * up
-            torch.sum(a * grad_a, dim=-1, out=grad_gates)
-            grad_a.mul_(gates[:, None])
-            torch.mm(grad_y.T, a.mul_(gates[:, None]), out=grad_w_down)
-            grad_h = torch.empty_like(h)
-            grad_gate, grad_up = grad_h.chunk(2, dim=-1)
-            torch.mul(grad_a, silu, out=grad_up)
-            # silu'(g) = sigmoid(g) + silu(g) (1 - sigmoid(g))
-            slope = torch.addcmul(silu, silu, sigmoid, value=-1).add_(sigmoid)
-            torch.mul(grad_a.mul_(up), slope, out=grad_gate)
-            torch.mm(grad_h.T, x_TD.index_select(0, tokens), out=grad_w_gate_up)
-            torch.mm(grad_h, w_gate_up, out=grad_x)
-        grad_x_TD = grad_x_PD.index_select(0, inverse_P).view(T, K, D).sum(dim=1)
-        grad_gates_TK = grad_gates_P.index_select(0, inverse_P).view(T, K)
-        return grad_x_TD, grad_gates_TK, None, None, grad_w_gate_up_E2ND, grad_w_down_EDN
+    def by_expert(self, *tensors: Tensor) -> Iterator[tuple]:
+        """Each expert with its rows of the tensors [R, ·]: views, made in one call a tensor."""
+        return zip(self.experts, *(tensor.split(self.counts) for tensor in tensors), strict=True)
+
+
+def _blocks(routing: Routing, width: int) -> Iterator[_Block]:
+    """Every expert with rows, in order: small ones share a block, so that few calls serve them all."""
+    start = stop = 0
+    experts, counts = [], []
+    for e, count in enumerate(routing.counts_G.tolist()):
+        if counts and (stop - start + count) * width > _BLOCK_ELEMENTS:
+            yield _Block(slice(start, stop), experts, counts)
+            start, experts, counts = stop, [], []
+        if count:
+            experts.append(e)
+            counts.append(count)
+            stop += count
+    if counts:
+        yield _Block(slice(start, stop), experts, counts)
+
+
+def _product(x_RD: Tensor, w_ND: Tensor, out_RN: Tensor) -> None:
+    """Writes x · wᵀ; of a single row as a matrix-vector product, which reads w at the memory's speed."""
+    if len(x_RD) == 1:
+        torch.mv(w_ND, x_RD[0], out=out_RN[0])
+    else:
+        torch.mm(x_RD, w_ND.T, out=out_RN)
+
+
+def _swiglu_backward(h_R2N: Tensor, grad_a_RN: Tensor, gate_dots_R: Tensor) -> tuple[Tensor, Tensor]:
+    """The activations and the gradient of h; writes ⟨a, grad_a⟩ and uses grad_a up."""
+    gate_RN, up_RN = h_R2N.chunk(2, dim=-1)
+    silu_RN = F.silu(gate_RN)
+    a_RN = silu_RN * up_RN
+    torch.sum(a_RN * grad_a_RN, dim=-1, dtype=gate_dots_R.dtype, out=gate_dots_R)
+    grad_h_R2N = torch.empty_like(h_R2N)
+    grad_gate_RN, grad_up_RN = grad_h_R2N.chunk(2, dim=-1)
+    torch.mul(grad_a_RN, silu_RN, out=grad_up_RN)
+    torch.ops.aten.silu_backward.grad_input(grad_a_RN.mul_(up_RN), gate_RN, grad_input=grad_gate_RN)
+    return a_RN, grad_h_R2N
+
+
+def _weighted_sum(y_PD: Tensor, inverse_TJ: Tensor, gates_TJ: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Each token's J rows of y, weighted, summed in at least float32."""
+    if not inverse_TJ.numel() or not y_PD.shape[1]:
+        return y_PD.new_zeros(len(inverse_TJ), y_PD.shape[1], dtype=dtype)
+    y_PD = y_PD.to(torch.promote_types(y_PD.dtype, torch.float32))
+    gates_TJ = None if gates_TJ is None else gates_TJ.to(y_PD.dtype)
+    return F.embedding_bag(inverse_TJ, y_PD, mode="sum", per_sample_weights=gates_TJ).to(dtype)

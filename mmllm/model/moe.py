@@ -7,14 +7,13 @@ L layers with experts, M modalities.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mmllm_kernels
-from mmllm_kernels import MoEOutput
+from mmllm_kernels import Backend, MoEOutput
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class MoEConfig:
     balance_weight: float = 0.01
     z_weight: float = 0.001
     renormalise: bool = True
-    backend: Literal["auto", "reference", "cpu"] = "auto"
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.num_experts:
