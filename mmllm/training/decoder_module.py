@@ -165,7 +165,7 @@ class DecoderModule(StagedModule):
         """The loss of one packed batch; also counts routing by modality."""
         output = self._built()(batch, num_sources=self._num_sources)
         totals = GlobalTotals.of(output, batch)
-        loss = self._loss(output, totals)
+        loss = totals.loss(output, self._built().loss_weights)
         self._accumulate(totals.num_targets)
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches * totals.num_targets
         self._record(output, totals)
@@ -214,19 +214,6 @@ class DecoderModule(StagedModule):
         if sums["text_count"] > 0:
             present["text_accuracy"] = sums["num_correct"] / sums["text_count"]
         self.log_dict({f"{split}/{name}": value.float() for name, value in present.items()})
-
-    def _loss(self, output: ModelOutput, totals: GlobalTotals) -> Tensor:
-        """This rank's part of the global loss."""
-        weights, sums = self._built().loss_weights, output.loss_sums
-        loss = sum(weights[key] * sums[key] for key in TASK_LOSSES) / max(totals.num_targets, 1.0)
-        if weights["ctc"]:
-            loss = loss + weights["ctc"] * sums["ctc"] / totals.counts["ctc"].clamp(min=1).to(sums["ctc"])
-        if output.routing.layers:
-            counts_LE, num_tokens = totals.counts_LE, totals.num_tokens.clamp(min=1).float()
-            loss = loss + weights["balance"] * output.routing.balance_loss(counts_LE, num_tokens)
-            loss = loss + weights["z"] * output.routing.z_loss(num_tokens)
-        assert isinstance(loss, Tensor)
-        return loss
 
     def _accumulate(self, num_targets: float) -> None:
         num_targets = max(num_targets, 1.0)
@@ -339,6 +326,19 @@ class GlobalTotals:
             num_positions=positions[0],
             num_targets=float(sum((by_key[key] for key in TASK_LOSSES), start=torch.zeros(()))),
         )
+
+    def loss(self, output: ModelOutput, weights: dict[str, float]) -> Tensor:
+        """This rank's part of the global loss, differentiable; see `DecoderModule`."""
+        sums = output.loss_sums
+        loss = sum(weights[key] * sums[key] for key in TASK_LOSSES) / max(self.num_targets, 1.0)
+        if weights["ctc"]:
+            loss = loss + weights["ctc"] * sums["ctc"] / self.counts["ctc"].clamp(min=1).to(sums["ctc"])
+        if output.routing.layers:
+            num_tokens = self.num_tokens.clamp(min=1).float()
+            loss = loss + weights["balance"] * output.routing.balance_loss(self.counts_LE, num_tokens)
+            loss = loss + weights["z"] * output.routing.z_loss(num_tokens)
+        assert isinstance(loss, Tensor)
+        return loss
 
     def task_loss(self, weights: dict[str, float]) -> float:
         """The weighted loss over text and unit targets."""
