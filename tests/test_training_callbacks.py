@@ -3,14 +3,14 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from mmllm.training.callbacks import RoutingLog, keep_rows
+from mmllm.training.callbacks import RoutingLog, Samples, keep_rows
 from mmllm.training.ema import EMA
 from mmllm.training.lightning_cli import quiet_lightning
 from mmllm.training.progress import Progress
@@ -89,6 +89,14 @@ def test_rows_are_kept_up_to_a_step(tmp_path: Path) -> None:
     assert path.read_text().splitlines() == lines[:4]
     keep_rows(path, 0)
     assert not path.exists()
+
+
+def test_samples_say_that_a_sharded_model_is_not_looked_at(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module, trainer = tiny_module(), quiet_trainer()
+    samples = Samples([str(tmp_path / "nowhere.jsonl")], str(tmp_path))
+    module._device_mesh = cast(Any, object())
+    samples.setup(trainer, module, "fit")
+    assert [record.getMessage() for record in caplog.records if "sharded model" in record.getMessage()] != []
 
 
 def test_progress_writes_plain_lines_to_a_file(capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,7 +134,7 @@ class RoutingLog(pl.Callback):
 
 
 class Samples(pl.Callback):
-    """Captions and transcripts of a fixed few rows, scored and shown while training.
+    """Captions and transcripts of a fixed few rows, scored and shown while training; not of a sharded model.
 
     Exact matches and word error rates go to the loggers as `samples/…`, the texts to `samples.csv` and, through the
     `Progress` line, to the terminal.
@@ -171,7 +171,11 @@ class Samples(pl.Callback):
         Raises:
             ValueError: a manifest can't be used.
         """
-        if stage == "fit" and trainer.is_global_zero:
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        if pl_module.device_mesh is not None:
+            log.warning("Samples are not looked at while training: no rank has the whole of a sharded model")
+        else:
             rows = [row for manifest in self.manifests for row in read_manifest(manifest)]
             for kind, chosen in self.rows.items():
                 readable = (row for row in rows if row.kind == kind and _is_readable(row))

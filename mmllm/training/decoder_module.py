@@ -277,9 +277,11 @@ class DecoderModule(StagedModule):
         return ModelInfo(name=self.name, recipe_hash=getattr(plan, "hash", None), data=tuple(self._source_names))
 
     def on_train_end(self) -> None:
-        """Exports; a sharded model is gathered on all ranks first."""
-        self._whole = _gathered(self._built()) if self.export_dir and self.device_mesh is not None else None
+        """Exports; all ranks gather a sharded model first."""
+        if self.export_dir and self.device_mesh is not None:
+            self._whole = _gathered(self._built())
         super().on_train_end()
+        self._whole = None
 
 
 @dataclasses.dataclass
@@ -408,12 +410,13 @@ def _shard(model: MultimodalModel, mesh: Any) -> None:
     fully_shard(model, mesh=mesh["data_parallel"])
 
 
-def _gathered(model: MultimodalModel) -> MultimodalModel:
-    """A whole copy of a sharded model on the CPU; a collective call."""
+def _gathered(model: MultimodalModel) -> MultimodalModel | None:
+    """A whole copy of a sharded model on rank 0's CPU, None elsewhere; a collective call."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not state:  # as on every rank but the first
+        return None
     full = MultimodalModel(model.config)
-    if state:
-        full.load_state_dict(state)
+    full.load_state_dict(state)
     return full
