@@ -78,8 +78,3 @@ class PackedBatch:
     def _map(self, function) -> PackedBatch:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return PackedBatch(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
-
-    @property
-    def num_targets(self) -> int:
-        """How many positions are targets."""
-        return int((self.labels_BT != IGNORE).sum())

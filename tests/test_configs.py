@@ -73,6 +73,13 @@ def test_a_config_builds(path: Path) -> None:
                 assert math.prod(module.codec_config.ratios) == 160
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=_name)
+def test_a_config_keeps_a_few_checkpoints(path: Path) -> None:
+    (saving,) = _built(path).trainer.checkpoint_callbacks
+    assert saving.save_last and 0 <= saving.save_top_k <= 2
+    assert saving.save_top_k == 0 or (saving.monitor, saving.mode) == ("step", "max")
+
+
 def test_the_quickstart_configs_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     _write_data(tmp_path / "runs/demo/data")

@@ -18,6 +18,7 @@ from mmllm.data.balance import FRAME_COST, IMAGE_COST
 from mmllm.data.datamodule import AudioDataModule, ClipDataModule, PackedDataModule
 from mmllm.data.decode import ImageTransform
 from mmllm.data.loader import PackedLoader, StepDataset
+from mmllm.data.pairs import CaptionPairs
 from mmllm.data.plan import open_plan
 from mmllm.data.recipe import recipe_from_dict
 from mmllm.data.tars import scan_tar
@@ -309,6 +310,24 @@ def test_clip_pairs(made):
         )
     moved = clip_batches(made, min_scale=0.5, flip=True)
     assert not torch.equal(moved[0][0], images) and moved[0][0].dtype == torch.uint8
+
+
+def test_validation_shows_each_caption_once_and_leaves_no_rank_without(tmp_path):
+    folder = make_folder(tmp_path / "tok")
+    write_picture(tmp_path / "a.png", np.random.default_rng(0))
+    path = write_manifest(tmp_path, [{"id": str(n), "image": "a.png", "text": f"one {n}"} for n in range(9)])
+    commands.build(path, tmp_path / "s")
+    shards, transform = sorted((tmp_path / "s").glob("*.tar")), ImageTransform(folder.image_size)
+    for batch_size, world_size, num_steps in ((4, 1, 3), (4, 2, 2), (4, 4, 2), (6, 2, 2), (6, 6, 1), (32, 2, 1)):
+        seen = []
+        for rank in range(world_size):
+            ranks = {"rank": rank, "world_size": world_size, "shuffles": False}
+            pairs = CaptionPairs(shards, folder, transform, batch_size, 10, **ranks)
+            assert pairs.num_steps == num_steps
+            steps = [pairs[step] for step in range(num_steps)]
+            assert all(len(images) == len(ids) > 0 for images, ids in steps)
+            seen += [tuple(row.tolist()) for _, ids in steps for row in ids]
+        assert len(seen) == len(set(seen)) == 9
 
 
 def test_equal_captions_are_kept_apart(tmp_path):

@@ -167,6 +167,19 @@ def test_balance_loss_is_one_when_balanced_and_ranks_add_up():
     torch.testing.assert_close(sums, whole.z_loss(), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+def test_the_router_is_exact_in_bf16(autocast):
+    decoder = _decoder(SPARSE, torch.float32)
+    moe = decoder.blocks[1].mlp.to(torch.float32 if autocast else torch.bfloat16)
+    x_ND = torch.randn(50, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out_ND, logits_NE, routed = moe(x_ND)
+    exact_NE = x_ND.float() @ moe.router_ED.float().T
+    assert (out_ND.dtype, logits_NE.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(logits_NE, exact_NE, rtol=1e-5, atol=1e-6)
+    assert torch.equal(routed.experts_TK, exact_NE.topk(2).indices)
+
+
 def test_initial_weights_and_meta_device():
     torch.manual_seed(0)
     decoder = Decoder(SPARSE)

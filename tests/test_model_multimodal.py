@@ -12,6 +12,7 @@ from mmllm.model.moe import MoEConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
 from mmllm.model.projectors import AudioProjectorConfig, ImageProjectorConfig
 from mmllm.model.vision import VisionConfig
+from mmllm.training.decoder_module import GlobalTotals
 from mmllm_tokenizers.vocab import AUDIO_END, SPECIAL_TOKENS
 
 CLIP = {
@@ -39,6 +40,12 @@ def _model(config: ModelConfig = CONFIG, dtype: torch.dtype = torch.float64) -> 
     for parameter in model.decoder.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
     return model
+
+
+def _loss(model: MultimodalModel, batch: PackedBatch) -> torch.Tensor:
+    """What training minimises."""
+    output = model(batch)
+    return GlobalTotals.of(output, batch).loss(output, model.loss_weights)
 
 
 class Documents:
@@ -185,12 +192,14 @@ def test_losses_by_hand():
     assert output.routing.counts_LME is not None
     by_modality = output.routing.counts_LME.sum(dim=(0, 2)).tolist()
     assert by_modality == [2 * (10 + 6), 0, 0, 2 * 6]
+    targets = 9 + 6 - 2 / K + 1
+    auxiliary = 0.01 * output.routing.balance_loss() + 0.001 * output.routing.z_loss()
+    torch.testing.assert_close(_loss(model, batch), (text + 0.5 * units) / targets + auxiliary, rtol=1e-6, atol=1e-6)
 
 
 def test_a_text_batch_touches_every_parameter():
     model = _model(dataclasses.replace(CONFIG, loss=LossConfig(ctc=0.3, word_dropout=0.5)), torch.float32).train()
-    output = model(pack([[Documents(1).text(20)]], 24))
-    output.loss(model.loss_weights).backward()
+    _loss(model, pack([[Documents(1).text(20)]], 24)).backward()
     untouched = [name for name, p in model.named_parameters() if p.grad is None]
     assert not untouched
     assert all(p.grad.abs().max() == 0 for p in model.vision.parameters())
@@ -201,7 +210,7 @@ def test_a_mixed_batch_trains_every_parameter():
     audio = dataclasses.replace(CONFIG.audio.projector, frame_mask=0.8, code_dropout=0.5)
     config = dataclasses.replace(config, audio=dataclasses.replace(config.audio, projector=audio))
     model = _model(config, torch.float32).train()
-    model(pack(_mixed(), 48)).loss(model.loss_weights).backward()
+    _loss(model, pack(_mixed(), 48)).backward()
     still = [name for name, p in model.named_parameters() if not p.grad.abs().max() > 0]
     assert not still
 
@@ -322,9 +331,9 @@ def test_large_model_builds_on_the_meta_device():
 def test_bf16_autocast_is_close_to_fp32():
     model = _model(dtype=torch.float32)
     batch = pack(_mixed(), 48)
-    exact = model(batch).loss(model.loss_weights)
+    exact = _loss(model, batch)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = model(batch).loss(model.loss_weights)
+        rounded = _loss(model, batch)
         cache = model.decoder.make_cache(batch_size=2, max_length=48)
         cached = model.hidden(batch, cache)
     assert rounded.dtype == torch.float32

@@ -77,7 +77,7 @@ def test_documents_with_pictures_but_no_captions_and_no_questions(tmp_path, caps
     assert (out / "model" / "model.safetensors").is_file() and (out / "report.html").is_file()
 
 
-def test_quickstart_within_a_minute_on_two_ranks(tmp_path):
+def test_a_quickstart_by_minutes_trains_as_two_ranks(tmp_path):
     """Without --max_steps trainings run as two DDP ranks, in processes of their own."""
     rows = [{"id": f"t{i}", "text": f"Row {i} says that {i} and {i} make {2 * i}."} for i in range(120)]
     manifest = tmp_path / "manifest.jsonl"

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from mmllm.training.callbacks import RoutingLog, Samples, keep_rows
 from mmllm.training.ema import EMA
 from mmllm.training.lightning_cli import quiet_lightning
 from mmllm.training.progress import Progress
@@ -53,6 +56,47 @@ def test_ema_takes_its_place_in_validation_and_gives_it_back() -> None:
             assert all((p == 0).all() for p in module.parameters())
             ema.on_validation_end(trainer, module)
             assert all(torch.equal(p, old) for p, old in zip(module.parameters(), trained, strict=True))
+
+
+def test_routing_rows_are_this_runs_alone_and_each_step_is_there_once(tmp_path: Path) -> None:
+    def fit(steps: int, name: str, ckpt: Any = None) -> list[dict[str, str]]:
+        saving = ModelCheckpoint(tmp_path / name, "{step}", save_top_k=-1, every_n_train_steps=2)
+        settings = {"enable_checkpointing": True, "limit_train_batches": 100, "max_steps": steps}
+        with quiet_lightning():
+            trainer = quiet_trainer(saving, RoutingLog(str(tmp_path), every_steps=1), **settings)
+            trainer.fit(tiny_module(), datamodule=TinyData(), ckpt_path=ckpt, weights_only=True)
+        with (tmp_path / "routing.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def steps_of(rows: list[dict[str, str]]) -> list[str]:
+        assert len({(row["step"], row["modality"], row["expert"]) for row in rows}) == len(rows)
+        return list(dict.fromkeys(row["step"] for row in rows))
+
+    assert steps_of(fit(4, "first")) == ["1", "2", "3", "4"]
+    assert steps_of(fit(3, "second")) == ["1", "2", "3"], "another run in the folder starts anew"
+    assert steps_of(fit(5, "second", tmp_path / "second" / "step=2.ckpt")) == ["1", "2", "3", "4", "5"], (
+        "none is repeated"
+    )
+
+
+def test_rows_are_kept_up_to_a_step(tmp_path: Path) -> None:
+    path = tmp_path / "samples.csv"
+    keep_rows(path, 5)
+    assert not path.exists()
+    lines = ["step,text", '2,"a', 'b, c"', "5,d", "6,e", ""]
+    path.write_text("\n".join(lines))
+    keep_rows(path, 5)
+    assert path.read_text().splitlines() == lines[:4]
+    keep_rows(path, 0)
+    assert not path.exists()
+
+
+def test_samples_say_that_a_sharded_model_is_not_looked_at(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module, trainer = tiny_module(), quiet_trainer()
+    samples = Samples([str(tmp_path / "nowhere.jsonl")], str(tmp_path))
+    module._device_mesh = cast(Any, object())
+    samples.setup(trainer, module, "fit")
+    assert [record.getMessage() for record in caplog.records if "sharded model" in record.getMessage()] != []
 
 
 def test_progress_writes_plain_lines_to_a_file(capsys: pytest.CaptureFixture[str]) -> None:

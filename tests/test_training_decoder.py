@@ -61,6 +61,28 @@ def test_resuming_equals_not_stopping(tmp_path: Path, muon: bool) -> None:
     assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
 
 
+def test_a_checkpoint_that_is_first_saved_at_the_end_holds_the_trained_weights(tmp_path: Path) -> None:
+    def run(steps: int, saving: ModelCheckpoint, ckpt: Any = None) -> tuple[list[float], dict[str, torch.Tensor]]:
+        module = tiny_module(seed=3)
+        torch.manual_seed(3)
+        settings = {"enable_checkpointing": True, "limit_train_batches": 100}
+        module.optimiser = OptimiserConfig(lr=1e-2, warmup=0.0, min_lr_ratio=1.0)  # `steps` changes no rate
+        losses = _fit(module, TinyData(), saving, EMA(0.9), ckpt=ckpt, max_steps=steps, **settings)
+        return losses, module.state_dict()
+
+    def rarely(name: str) -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / name, save_last=True, save_top_k=0, every_n_train_steps=100)
+
+    whole, weights = run(6, rarely("whole"))
+    first, averaged = run(3, rarely("cut"))
+    saved = torch.load(tmp_path / "cut" / "last.ckpt", weights_only=True)["state_dict"]
+    assert saved.keys() == averaged.keys()
+    assert not all(torch.equal(saved[name], averaged[name]) for name in saved), "the average is what is exported"
+    second, extended = run(6, rarely("cut"), ckpt=tmp_path / "cut" / "last.ckpt")
+    assert first + second == whole
+    assert all(torch.equal(weights[name], extended[name]) for name in weights)
+
+
 class _StopAfter(pl.Callback):
     def __init__(self, steps: int) -> None:
         self.steps = steps

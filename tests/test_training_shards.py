@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from mmllm.cli import main
 from mmllm.data import commands
@@ -23,7 +25,7 @@ from mmllm.model.moe import MoEConfig
 from mmllm.model.multimodal import LossConfig
 from mmllm.model.projectors import ImageProjectorConfig
 from mmllm.model.vision import VisionConfig
-from mmllm.training.decoder_module import DecoderModule
+from mmllm.training.decoder_module import DecoderModule, _gathered
 from mmllm.training.lightning_cli import quiet_lightning
 from mmllm.training.optimisers import OptimiserConfig
 from mmllm_tokenizers.folder import TokenizerConfig, TokenizerFolder
@@ -175,7 +177,7 @@ def test_a_checkpoint_scores_as_it_did_in_training(
     assert (whole / "log" / "metrics.csv").read_bytes() == before
 
 
-def make_module(run: Path) -> DecoderModule:
+def make_module(run: Path, out: Path | None = None, builds: bool = True) -> DecoderModule:
     module = DecoderModule(
         decoder=DecoderConfig(vocab_size=0, **DECODER, moe=MoEConfig(**MOE)),
         vision=VisionConfig(open_clip=CLIP_CONFIG),
@@ -183,9 +185,11 @@ def make_module(run: Path) -> DecoderModule:
         loss=LossConfig(),
         optimiser=OptimiserConfig(lr=1e-2, warmup=0.1),
         tokenizer=str(run / "tokenizer"),
+        out=None if out is None else str(out),
     )
-    torch.manual_seed(1)
-    module.configure_model()  # here, since what fit does before it may draw random numbers
+    if builds:
+        torch.manual_seed(1)
+        module.configure_model()  # here, since what fit does before it may draw random numbers
     return module
 
 
@@ -208,3 +212,36 @@ def test_two_ranks_give_the_losses_of_one(run: Path, tmp_path: Path) -> None:
         assert rank["losses"] == pytest.approx(recorder.losses, rel=1e-5)
         for name, weight in alone.state_dict().items():
             assert torch.allclose(rank["weights"][name], weight, atol=2e-5), name
+
+
+class SeedsTheBuild(pl.Callback):
+    """A sharded model is built by `fit`, right after this."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        torch.manual_seed(1)
+
+
+def fit_sharded_rank(rank: int, port: int, out: str, run: str) -> None:
+    """One of two ranks that hold a half of the model each."""
+    module = make_module(Path(run), Path(out, f"model{rank}"), builds=False)
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    settings = {"strategy": strategy, "max_steps": 4, "gradient_clip_val": 0.5}
+    fit_rank(rank, port, out, module, make_data(Path(run)), SeedsTheBuild(), **settings)
+    assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
+    assert module.model is not None
+    assert (_gathered(module.model) is None) == (rank > 0), "only the rank that exports builds the whole model"
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_sharded_ranks_give_the_losses_and_the_model_of_one(run: Path, tmp_path: Path) -> None:
+    alone, recorder = make_module(run, tmp_path / "alone"), LossRecorder()
+    with quiet_lightning():
+        quiet_trainer(recorder, max_steps=4, gradient_clip_val=0.5).fit(alone, datamodule=make_data(run))
+    for rank in run_two_ranks(fit_sharded_rank, tmp_path, str(run)):
+        assert rank["losses"] == pytest.approx(recorder.losses, rel=1e-5)
+        for name, weight in alone.state_dict().items():
+            assert torch.allclose(rank["weights"][name], weight, atol=2e-5), name
+    wanted, written = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "model0"))
+    assert wanted.keys() == written.keys()
+    assert [name for name in wanted if not torch.allclose(wanted[name], written[name], atol=2e-5)] == []
+    assert not (tmp_path / "model1").exists()

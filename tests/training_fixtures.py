@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch.distributed.tensor import DTensor
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
 from mmllm.model.decoder import DecoderConfig
@@ -214,9 +215,15 @@ def train_rank(rank: int, port: int, out: str) -> None:
 
 
 def fit_rank(
-    rank: int, port: int, out: str, module: pl.LightningModule, data: pl.LightningDataModule, max_steps: int
+    rank: int,
+    port: int,
+    out: str,
+    module: pl.LightningModule,
+    data: pl.LightningDataModule,
+    *callbacks: pl.Callback,
+    **settings: Any,
 ) -> None:
-    """One of two gloo processes; writes the losses and weights that it ends with."""
+    """One of two gloo processes; writes the losses and (whole) weights that it ends with."""
     import os
 
     from lightning.pytorch.plugins.environments import TorchElasticEnvironment
@@ -231,14 +238,15 @@ def fit_rank(
     with quiet_lightning():
         trainer = quiet_trainer(
             recorder,
-            max_steps=max_steps,
-            strategy="ddp",
+            *callbacks,
             devices=2,
             plugins=[TorchElasticEnvironment()],
             use_distributed_sampler=False,
+            **{"strategy": "ddp", **settings},
         )
         trainer.fit(module, datamodule=data)
-    torch.save({"losses": recorder.losses, "weights": module.state_dict()}, f"{out}/rank{rank}.pt")
+    weights = {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in module.state_dict().items()}
+    torch.save({"losses": recorder.losses, "weights": weights}, f"{out}/rank{rank}.pt")
 
 
 def run_two_ranks(function: Callable[..., None], out: Path, *args: Any) -> list[dict[str, Any]]:

@@ -104,7 +104,7 @@ class CaptionPairs(Dataset[tuple[Tensor, Tensor]]):
         self._transform, self._seed, self._shuffles = transform, seed, shuffles
         self._batch_size = min(batch_size, len(self._places) - len(self._places) % world_size)
         self._augment = AugmentConfig(min_scale, flip)
-        self._mine = slice(rank, None, world_size)
+        self._mine, self._world_size = slice(rank, None, world_size), world_size
         if self._batch_size < world_size:
             raise ValueError(f"{len(self._places)} caption rows are too few for {world_size} ranks")
         ids = [folder.text.encode(place.text)[: context_length - 1] for place in self._places]
@@ -121,16 +121,19 @@ class CaptionPairs(Dataset[tuple[Tensor, Tensor]]):
 
     @property
     def num_steps(self) -> int:
-        """Steps an epoch; what is left over is shuffled into the next."""
-        if not self._shuffles:
-            return -(-len(self._places) // self._batch_size)
-        return max(1, len(self._places) // self._batch_size)
+        """Steps an epoch; what is left over is shuffled into the next.
+
+        In validation it is a step of its own, or part of the last one where there is no row for every rank.
+        """
+        num_whole, num_left = divmod(len(self._places), self._batch_size)
+        return num_whole + (not self._shuffles and num_left >= self._world_size)
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         """The rows of this rank at a global step."""
         epoch, place = divmod(step, self.num_steps)
         order_N = self._order(epoch)
-        rows = order_N[place * self._batch_size : (place + 1) * self._batch_size]
+        ends = not self._shuffles and place + 1 == self.num_steps
+        rows = order_N[place * self._batch_size : None if ends else (place + 1) * self._batch_size]
         numbers = np.arange(len(rows))[self._mine]
         images = torch.from_numpy(np.stack([self._picture(int(row)) for row in rows[self._mine]]))
         return self._augmented(images, step, numbers), self._ids_NL[rows[self._mine]]

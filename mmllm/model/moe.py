@@ -56,8 +56,10 @@ class MoE(nn.Module):
         self.down_EDI = nn.Parameter(torch.empty(config.num_experts, width, config.expert_width))
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, MoEOutput]:
-        """Outputs [N, D], router logits [N, E] and how the kernel routed."""
-        logits_NE = F.linear(x_ND, self.router_ED)
+        """Outputs [N, D], router logits [N, E] (float32 or wider, also under autocast) and how the kernel routed."""
+        dtype = torch.promote_types(torch.promote_types(x_ND.dtype, self.router_ED.dtype), torch.float32)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            logits_NE = F.linear(x_ND.to(dtype), self.router_ED.to(dtype))
         result = mmllm_kernels.moe(
             x_ND,
             logits_NE,

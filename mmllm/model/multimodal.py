@@ -120,12 +120,6 @@ class ModelOutput:
     num_correct: Tensor
     """Text targets whose logit is the largest."""
 
-    def loss(self, weights: dict[str, float], counts: dict[str, Tensor] | None = None) -> Tensor:
-        """Weighted sum of the losses, each divided by its own count (or a global one)."""
-        counts = self.counts if counts is None else counts
-        terms = [weight * self.loss_sums[key] / counts[key].clamp(min=1) for key, weight in weights.items() if weight]
-        return torch.stack(terms).sum()
-
 
 class MultimodalModel(nn.Module):
     """Sees, hears, reads, writes and speaks. Weights are random: see `load_pretrained`, `initialise_audio`."""
@@ -158,7 +152,7 @@ class MultimodalModel(nn.Module):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """What `ModelOutput.loss` takes: the configured weight of each loss."""
+        """The configured weight of each loss; `mmllm.training` puts them together."""
         loss, moe = self.config.loss, self.config.decoder.moe
         weights = {"text": loss.text, "units": loss.units, "ctc": loss.ctc}
         return weights | {"balance": moe.balance_weight if moe else 0.0, "z": moe.z_weight if moe else 0.0}

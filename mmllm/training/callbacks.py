@@ -55,6 +55,11 @@ class RoutingLog(pl.Callback):
         self._last: torch.Tensor | None = None
         self._last_step = 0
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Drops the rows of another run, or after the checkpoint."""
+        if trainer.is_global_zero:
+            keep_rows(self.directory / "routing.csv", trainer.global_step)
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -129,7 +134,7 @@ class RoutingLog(pl.Callback):
 
 
 class Samples(pl.Callback):
-    """Captions and transcripts of a fixed few rows, scored and shown while training.
+    """Captions and transcripts of a fixed few rows, scored and shown while training; not of a sharded model.
 
     Exact matches and word error rates go to the loggers as `samples/…`, the texts to `samples.csv` and, through the
     `Progress` line, to the terminal.
@@ -166,11 +171,20 @@ class Samples(pl.Callback):
         Raises:
             ValueError: a manifest can't be used.
         """
-        if stage == "fit" and trainer.is_global_zero:
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        if pl_module.device_mesh is not None:
+            log.warning("Samples are not looked at while training: no rank has the whole of a sharded model")
+        else:
             rows = [row for manifest in self.manifests for row in read_manifest(manifest)]
             for kind, chosen in self.rows.items():
                 readable = (row for row in rows if row.kind == kind and _is_readable(row))
                 chosen[:] = itertools.islice(readable, self.num_samples)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Drops the rows of another run, or after the checkpoint."""
+        if trainer.is_global_zero:
+            keep_rows(self.directory / "samples.csv", trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -223,6 +237,19 @@ class Samples(pl.Callback):
             for row, prediction in list(zip(rows, predictions, strict=True))[: self.num_shown]:
                 bar.message(f"  {kind} {row.id}: {prediction!r}  (wanted {row.text!r})")
         return [(prediction, row.text) for row, prediction in zip(rows, predictions, strict=True)]
+
+
+def keep_rows(path: Path, last_step: int) -> None:
+    """Cuts a CSV file whose first column is the step to the rows up to `last_step`; at step 0 the file goes."""
+    if not last_step or not path.exists():
+        path.unlink(missing_ok=True)
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    kept = [row for row in rows if int(row[0]) <= last_step]
+    if len(kept) < len(rows):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *kept])
 
 
 def _is_readable(row: Row) -> bool:

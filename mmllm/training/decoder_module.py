@@ -165,7 +165,7 @@ class DecoderModule(StagedModule):
         """The loss of one packed batch; also counts routing by modality."""
         output = self._built()(batch, num_sources=self._num_sources)
         totals = GlobalTotals.of(output, batch)
-        loss = self._loss(output, totals)
+        loss = totals.loss(output, self._built().loss_weights)
         self._accumulate(totals.num_targets)
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches * totals.num_targets
         self._record(output, totals)
@@ -214,19 +214,6 @@ class DecoderModule(StagedModule):
         if sums["text_count"] > 0:
             present["text_accuracy"] = sums["num_correct"] / sums["text_count"]
         self.log_dict({f"{split}/{name}": value.float() for name, value in present.items()})
-
-    def _loss(self, output: ModelOutput, totals: GlobalTotals) -> Tensor:
-        """This rank's part of the global loss."""
-        weights, sums = self._built().loss_weights, output.loss_sums
-        loss = sum(weights[key] * sums[key] for key in TASK_LOSSES) / max(totals.num_targets, 1.0)
-        if weights["ctc"]:
-            loss = loss + weights["ctc"] * sums["ctc"] / totals.counts["ctc"].clamp(min=1).to(sums["ctc"])
-        if output.routing.layers:
-            counts_LE, num_tokens = totals.counts_LE, totals.num_tokens.clamp(min=1).float()
-            loss = loss + weights["balance"] * output.routing.balance_loss(counts_LE, num_tokens)
-            loss = loss + weights["z"] * output.routing.z_loss(num_tokens)
-        assert isinstance(loss, Tensor)
-        return loss
 
     def _accumulate(self, num_targets: float) -> None:
         num_targets = max(num_targets, 1.0)
@@ -292,9 +279,11 @@ class DecoderModule(StagedModule):
         return ModelInfo(name=self.name, recipe_hash=getattr(plan, "hash", None), data=tuple(self._source_names))
 
     def on_train_end(self) -> None:
-        """Exports; a sharded model is gathered on all ranks first."""
-        self._whole = _gathered(self._built()) if self.export_dir and self.device_mesh is not None else None
+        """Exports; all ranks gather a sharded model first."""
+        if self.export_dir and self.device_mesh is not None:
+            self._whole = _gathered(self._built())
         super().on_train_end()
+        self._whole = None
 
 
 @dataclasses.dataclass
@@ -341,6 +330,19 @@ class GlobalTotals:
             num_positions=positions[0],
             num_targets=float(sum((by_key[key] for key in TASK_LOSSES), start=torch.zeros(()))),
         )
+
+    def loss(self, output: ModelOutput, weights: dict[str, float]) -> Tensor:
+        """This rank's part of the global loss, differentiable; see `DecoderModule`."""
+        sums = output.loss_sums
+        loss = sum(weights[key] * sums[key] for key in TASK_LOSSES) / max(self.num_targets, 1.0)
+        if weights["ctc"]:
+            loss = loss + weights["ctc"] * sums["ctc"] / self.counts["ctc"].clamp(min=1).to(sums["ctc"])
+        if output.routing.layers:
+            num_tokens = self.num_tokens.clamp(min=1).float()
+            loss = loss + weights["balance"] * output.routing.balance_loss(self.counts_LE, num_tokens)
+            loss = loss + weights["z"] * output.routing.z_loss(num_tokens)
+        assert isinstance(loss, Tensor)
+        return loss
 
     def task_loss(self, weights: dict[str, float]) -> float:
         """The weighted loss over text and unit targets."""
@@ -410,12 +412,13 @@ def _shard(model: MultimodalModel, mesh: Any) -> None:
     fully_shard(model, mesh=mesh["data_parallel"])
 
 
-def _gathered(model: MultimodalModel) -> MultimodalModel:
-    """A whole copy of a sharded model on the CPU; a collective call."""
+def _gathered(model: MultimodalModel) -> MultimodalModel | None:
+    """A whole copy of a sharded model on rank 0's CPU, None elsewhere; a collective call."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not state:  # as on every rank but the first
+        return None
     full = MultimodalModel(model.config)
-    if state:
-        full.load_state_dict(state)
+    full.load_state_dict(state)
     return full

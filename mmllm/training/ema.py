@@ -77,9 +77,20 @@ class EMA(pl.Callback):
         self.on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leaves the average in the module, for the export that follows."""
-        if self._average is not None:
-            torch._foreach_copy_(_weights(pl_module), self._average)
+        """Puts the average in place, for the export that follows; checkpoints that are still saved hold both."""
+        self.on_validation_start(trainer, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leaves the average in the module."""
+        self._trained = None
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Saves the trained weights also while the average is in their place."""
+        if self._trained is not None:
+            names = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
+            checkpoint["state_dict"] |= dict(zip(names, self._trained, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """The average."""

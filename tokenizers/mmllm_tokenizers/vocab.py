@@ -72,7 +72,3 @@ class Vocabulary:
         if not 0 <= codebook < self.num_codebooks:
             raise ValueError(f"codebook is {codebook}; this vocabulary has {self.num_codebooks}")
         return self.num_text + codebook * (self.codebook_size + 1)
-
-    def is_unit(self, token_id: int) -> bool:
-        """Whether an id is an audio unit or filler."""
-        return self.num_text <= token_id < self.size
