@@ -15,6 +15,7 @@ from mmllm.data import commands
 from mmllm.data.augment import AugmentConfig
 from mmllm.data.datamodule import AudioDataModule, ClipDataModule, PackedDataModule
 from mmllm.data.decode import ImageTransform
+from mmllm.data.index import index_path, sidecar_path
 from mmllm.data.loader import PackedLoader, StepDataset
 from mmllm.data.plan import open_plan
 from mmllm.data.recipe import recipe_from_dict
@@ -128,8 +129,8 @@ def broken_copy(made, tmp_path, num_broken: int):
         (picture,) = [member for member in span.members if member.ending == "png"]
         data[picture.offset : picture.offset + picture.size] = b"\0" * picture.size
     shard.write_bytes(bytes(data))
-    index = made / "s" / (shard.name + ".index.npz")
-    (tmp_path / index.name).write_bytes(index.read_bytes())
+    for path in (index_path(made / "s" / shard.name), sidecar_path(made / "s" / shard.name)):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
     recipe = recipe_dict(made / "s", made / "tok")
     recipe["sources"][0]["shards"] = str(shard)
     return recipe

@@ -12,12 +12,13 @@ from typing import Any
 from mmllm.batch import IGNORE, Modality
 from mmllm.data.decode import ImageTransform
 from mmllm.data.documents import build_document
-from mmllm.data.index import ShardIndex, index_path, write_indices
+from mmllm.data.index import ShardIndex, index_path, sidecar_path, write_indices
 from mmllm.data.loader import PackedLoader, SampleReader, StepDataset
 from mmllm.data.manifest import BadRows, read_manifest, split_rows
 from mmllm.data.plan import Plan, Source, StepPlan, open_plan
 from mmllm.data.recipe import Recipe, SourceConfig, load_recipe
-from mmllm.data.shards import ShardsConfig, shard_paths, write_shards
+from mmllm.data.shards import ShardsConfig, find_shards, write_shards
+from mmllm.data.storage import Shard, is_remote
 from mmllm_tokenizers.folder import TokenizerFolder
 
 _logger = logging.getLogger(__name__)
@@ -99,9 +100,9 @@ def index(
     return {"tokenizer": folder.hash, **_totals(indices)}
 
 
-def _all_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
-    specs = [shards] if isinstance(shards, str | Path) else list(shards)
-    return shard_paths([f"{spec}/*.tar" if Path(spec).is_dir() else str(spec) for spec in specs])
+def _all_shards(shards: str | Path | Sequence[str | Path]) -> list[Shard]:
+    specs = [str(spec) for spec in ([shards] if isinstance(shards, str | Path) else shards)]
+    return find_shards([f"{spec}/*.tar" if not is_remote(spec) and Path(spec).is_dir() else spec for spec in specs])
 
 
 def _totals(indices: Sequence[ShardIndex]) -> dict[str, Any]:
@@ -305,8 +306,9 @@ def remove_indices(shards: str | Path | Sequence[str | Path]) -> int:
     Args:
         shards: Paths, globs, brace ranges, or folders of shards.
     """
-    paths = [index_path(path) for path in _all_shards(shards)]
-    existing = [path for path in paths if path.is_file()]
-    for path in existing:
-        path.unlink()
-    return len(existing)
+    found = _all_shards(shards)
+    num_existing = sum(index_path(shard).is_file() for shard in found)
+    for shard in found:
+        index_path(shard).unlink(missing_ok=True)
+        sidecar_path(shard).unlink(missing_ok=True)
+    return num_existing

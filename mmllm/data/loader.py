@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +20,9 @@ from mmllm.data.augment import NUM_DRAWS, AugmentConfig, augment
 from mmllm.data.collate import Gap, pack_documents
 from mmllm.data.decode import ImageTransform
 from mmllm.data.documents import Document, Sample, build_document, part_bounds
-from mmllm.data.index import read_sample
 from mmllm.data.plan import Item, Plan, StepPlan
+from mmllm.data.samples import read_sample
+from mmllm.data.storage import ShardReader
 from mmllm.data.tars import read_members
 from mmllm_tokenizers.folder import TokenizerFolder
 
@@ -36,10 +35,7 @@ class SampleReader:
 
     def __init__(self, plan: Plan, codec: str | None) -> None:
         self._plan, self._codec = plan, codec
-        self._files: dict[Path, int] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
+        self._reader = ShardReader()
 
     def __call__(self, item: Item) -> Sample:
         """The sample of a plan item.
@@ -48,12 +44,10 @@ class SampleReader:
             ValueError, OSError: It can't be read, or isn't what was indexed.
         """
         index = self._plan.sources[item.source].indices[item.shard]
-        key, line = index.keys[item.row], int(index.lines_N[item.row])
+        key = index.keys[item.row]
+        offset, size, line = index.place(item.row)
         name = f"{index.path}:{key}"
-        if index.path not in self._files:
-            self._files[index.path] = os.open(index.path, os.O_RDONLY)
-        size = int(index.sizes_N[item.row])
-        span = os.pread(self._files[index.path], size, int(index.offsets_N[item.row]))
+        span = self._reader.read(index.path, offset, size)
         if len(span) < size:
             raise ValueError(f"{name}: the shard ends {size - len(span)} bytes early; it changed since it was indexed")
         found, files = read_members(span, name)
@@ -63,9 +57,7 @@ class SampleReader:
 
     def close(self) -> None:
         """Close the files."""
-        for file in self._files.values():
-            os.close(file)
-        self._files.clear()
+        self._reader.close()
 
 
 class StepDataset(Dataset[PackedBatch]):

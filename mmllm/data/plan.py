@@ -25,7 +25,7 @@ from mmllm.data.documents import num_parts
 from mmllm.data.filters import compile_filter
 from mmllm.data.index import ShardIndex, load_index
 from mmllm.data.recipe import CurriculumConfig, Recipe, SourceConfig, recipe_hash
-from mmllm.data.shards import shard_paths
+from mmllm.data.shards import find_shards
 from mmllm_tokenizers.folder import TokenizerFolder
 
 STATE_VERSION = 1
@@ -139,9 +139,8 @@ class Source:
                 case "num_frames":
                     values_N = index.num_frames_N
                 case _:
-                    column = index.columns.get(metric, [None] * index.num_documents)
-                    numbers = [value if isinstance(value, int | float) else np.inf for value in column]
-                    values_N = np.array(numbers, dtype=np.float64)
+                    column = index.columns.get(metric)
+                    values_N = np.full(index.num_documents, np.inf) if column is None else column.numbers()
             per_shard.append(values_N)
         starts = np.cumsum([0, *(len(values) for values in per_shard)])[:-1]
         return np.concatenate(per_shard)[starts[self.shard_M] + self.row_M]
@@ -359,7 +358,7 @@ class Plan:
     def describe(self, item: Item) -> dict[str, Any]:
         """An item by name: source, shard, key, task, part, tokens."""
         index = self.sources[item.source].indices[item.shard]
-        line = int(index.lines_N[item.row])
+        _, _, line = index.place(item.row)
         return {
             "source": self.sources[item.source].config.name,
             "shard": index.path.name,
@@ -386,7 +385,7 @@ def open_sources(recipe: Recipe, tokenizer_hash: str) -> list[Source]:
     base = Path(recipe.folder) if recipe.folder is not None else None
     for number, config in enumerate(recipe.sources):
         try:
-            indices = [load_index(path, tokenizer_hash) for path in shard_paths(config.shards, base)]
+            indices = [load_index(path, tokenizer_hash) for path in find_shards(config.shards, base)]
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"source {config.name!r}: {error}") from error
         sources.append(Source(config, number, indices, recipe))

@@ -29,6 +29,7 @@ from webdataset.writer import ShardWriter
 from mmllm.data.decode import decode_image
 from mmllm.data.manifest import BadRows, Kind, Row
 from mmllm.data.perturb import perturb
+from mmllm.data.storage import RemoteShard, Shard, expand_remote, is_remote
 from mmllm_tokenizers.audio import load_audio
 from mmllm_tokenizers.folder import TokenizerFolder
 
@@ -155,7 +156,7 @@ def _remove_earlier(out: Path) -> None:
         names = []
     for name in names:
         if re.fullmatch(r"(caption|interleaved|text|audio)-\d{6,}\.tar", name):
-            for target in (out / name, out / f"{name}.index.npz"):
+            for target in (out / name, out / f"{name}.index", out / f"{name}.index.npz"):
                 target.unlink(missing_ok=True)
     path.unlink()
 
@@ -381,7 +382,7 @@ def unpack_codes(data: bytes, codec: str, name: str) -> np.ndarray:
 
 
 def shard_paths(spec: str | Sequence[str], folder: Path | None = None) -> list[Path]:
-    """The shards that a path, a glob, or brace ranges such as `{00000..00999}` name, in order.
+    """The local shards that a path, a glob, or brace ranges such as `{00000..00999}` name, in order.
 
     Args:
         spec: One or several.
@@ -389,9 +390,27 @@ def shard_paths(spec: str | Sequence[str], folder: Path | None = None) -> list[P
 
     Raises:
         FileNotFoundError: Nothing matches one of them.
+        ValueError: One is an address, not a path.
     """
     found: list[Path] = []
+    for shard in find_shards(spec, folder):
+        if isinstance(shard, RemoteShard):
+            raise ValueError(f"{shard}: only recipes' sources may be remote; copy the shard to a local folder")
+        found.append(shard)
+    return found
+
+
+def find_shards(spec: str | Sequence[str], folder: Path | None = None) -> list[Shard]:
+    """As `shard_paths`, and addresses that fsspec opens: `s3://bucket/{000..099}.tar`.
+
+    Raises:
+        FileNotFoundError: Nothing matches one of them.
+    """
+    found: list[Shard] = []
     for item in [spec] if isinstance(spec, str) else spec:
+        if is_remote(item):
+            found.extend(expand_remote(item))
+            continue
         matches = _expand(item)
         if not any(match.is_file() for match in matches) and folder is not None and not Path(item).is_absolute():
             matches = _expand(f"{folder}{os.sep}{item}") or matches
