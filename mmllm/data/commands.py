@@ -278,7 +278,7 @@ def show(
 def _add_text(
     shown: dict[str, Any], plan: Plan, folder: TokenizerFolder, found: StepPlan, world_size: int, num_workers: int
 ) -> None:
-    before = _state_before(plan, found.step)
+    before = plan.state_before(found.step)
     for rank in range(world_size):
         dataset = StepDataset(plan, folder, ImageTransform(folder.image_size))
         loader = PackedLoader(plan, dataset, found.step + 1, rank, world_size, num_workers)
@@ -291,13 +291,6 @@ def _add_text(
                 "targets": int((batch.labels_BT[row] != IGNORE).sum()),
                 "errors": list(batch.state.get("errors", ())),
             }
-
-
-def _state_before(plan: Plan, step: int) -> dict[str, Any]:
-    state = plan.initial_state()
-    for item in islice(plan.steps(), step):
-        state = item.state
-    return state
 
 
 def remove_indices(shards: str | Path | Sequence[str | Path]) -> int:

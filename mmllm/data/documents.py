@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import string
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from os import PathLike
@@ -194,7 +194,11 @@ def default_transform(folder: TokenizerFolder) -> ImageTransform:
 
 
 def build_document(
-    sample: Sample, task: str, folder: TokenizerFolder, transform: ImageTransform | None = None
+    sample: Sample,
+    task: str,
+    folder: TokenizerFolder,
+    transform: ImageTransform | None = None,
+    template: Mapping[str, str] | None = None,
 ) -> Document:
     """The training document of one sample: the task's template, prompt and target.
 
@@ -205,6 +209,7 @@ def build_document(
         task: A key of the folder's templates.
         folder: Tokenizers and templates.
         transform: Pictures to pixels; by default what the folder implies.
+        template: `prompt` and `target` instead of the folder's.
 
     Raises:
         ValueError: The task is unknown, or the sample lacks what its template asks for, or can't be read.
@@ -217,10 +222,28 @@ def build_document(
     if task == "chat" and any(segment.role for segment in sample.segments):
         fields.conversation(writer)
         return writer.finish()
-    template = _template(task, folder)
+    template = template or _template(task, folder)
     fields.render(writer, template["prompt"], False)
     fields.render(writer, template["target"], True)
     return writer.finish()
+
+
+def template_tokens(task: str, template: Mapping[str, str], folder: TokenizerFolder) -> int:
+    """How many tokens more than by the folder's template a document has.
+
+    Raises:
+        ValueError: The template has other fields, so that token counts don't tell.
+    """
+    counts, fields = [], []
+    for parts in (_template(task, folder), template):
+        pieces = _parse(parts["prompt"] + parts["target"])
+        fields.append(sorted(name for _, name in pieces if name is not None))
+        counts.append(
+            sum(len(_literal_ids(folder.text, text)) for part in parts.values() for text, _ in _parse(part) if text)
+        )
+    if fields[0] != fields[1]:
+        raise ValueError(f"its template for {task} has the fields {fields[1]}; it must have {fields[0]}, each once")
+    return counts[1] - counts[0]
 
 
 def chat_pieces(roles: Sequence[str | None], folder: TokenizerFolder) -> list[tuple[str, int]]:

@@ -132,7 +132,8 @@ class StepDataset(Dataset[PackedBatch]):
         place = (item.source, item.shard, item.row, item.task)
         document = self._cache.get(place)
         if document is None:
-            document = build_document(self._read(item), item.task, self._folder, self._transform)
+            template = (self._plan.sources[item.source].config.templates or {}).get(item.task)
+            document = build_document(self._read(item), item.task, self._folder, self._transform, template)
             self._keep(place, document)
         return document
 

@@ -1,8 +1,8 @@
 """Manifests: one JSON object a line, naming a text, a picture, a sound, or a document of segments.
 
 A row has `id`, and `text` with `image` or `audio` (paths relative to the manifest), or `segments`: a list of
-`{"text": …}`, `{"image": path}`, `{"audio": path}`, with `question` and `answer` if there is one. Any other key
-is metadata.
+`{"text": …}`, `{"image": path}`, `{"audio": path}`, with `question` and `answer` if there is one. Segments with a
+`role` (`user`, `assistant`) are a conversation. Any other key is metadata.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 Kind = Literal["caption", "interleaved", "text", "audio"]
 KINDS: tuple[Kind, ...] = ("caption", "interleaved", "text", "audio")
+
+ROLES = ("user", "assistant")
 
 _logger = logging.getLogger(__name__)
 _OWN_KEYS = ("id", "text", "image", "audio", "segments")
@@ -41,7 +43,7 @@ class Row:
     image: Path | None = None
     audio: Path | None = None
     segments: tuple[dict[str, Any], ...] = ()
-    """Each with one key: `text` (str), `image` or `audio` (Path)."""
+    """Each with one key: `text` (str), `image` or `audio` (Path); in a conversation also `role`."""
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
@@ -194,13 +196,18 @@ def _segments(value: dict[str, Any], folder: Path) -> tuple[dict[str, Any], ...]
     for number, item in enumerate(items):
         match item:
             case {"text": str() as text} if text:
-                segments.append({"text": text})
+                segment: dict[str, Any] = {"text": text}
             case {"image": path}:
-                segments.append({"image": _file(path, folder, f"segment {number} image")})
+                segment = {"image": _file(path, folder, f"segment {number} image")}
             case {"audio": path}:
-                segments.append({"audio": _file(path, folder, f"segment {number} audio")})
+                segment = {"audio": _file(path, folder, f"segment {number} audio")}
             case _:
                 raise ManifestError(f"segment {number} is {item!r}; give one of 'text', 'image' or 'audio', not empty")
+        if (role := item.get("role")) is not None:
+            if role not in ROLES:
+                raise ManifestError(f"segment {number} has the role {role!r}; it must be one of {', '.join(ROLES)}")
+            segment["role"] = role
+        segments.append(segment)
     if ("question" in value) != ("answer" in value):
         raise ManifestError("'question' and 'answer' go together; one is missing")
     if "question" in value:

@@ -326,15 +326,16 @@ def _interleaved_record(row: Row, metadata: dict[str, Any], config: ShardsConfig
     sounds, segments = [], []
     for segment in row.segments:
         number = len(files)
+        role = {"role": segment["role"]} if "role" in segment else {}
         if "image" in segment:
             ending, data, _ = _picture(segment["image"], config)
             files[f"{number}.{ending}"] = data
-            segments.append({"image": f"{number}.{ending}"})
+            segments.append({"image": f"{number}.{ending}", **role})
         elif "audio" in segment:
             wave_CT, rate = _wave(segment["audio"], config)
             files[f"{number}.flac"] = _flac(wave_CT, rate, str(segment["audio"]))
             sounds.append(_Sound(wave_CT, rate, f"{number}.codec.npz"))
-            segments.append({"audio": f"{number}.flac"})
+            segments.append({"audio": f"{number}.flac", **role})
         else:
             segments.append(segment)
     return _Record(row, row.id, files, {**metadata, "segments": segments}, sounds)
