@@ -9,15 +9,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mmllm.batch import IGNORE, Modality
-from mmllm.data.decode import ImageTransform
-from mmllm.data.documents import build_document
+from mmllm.data.checking import verify_shards
+from mmllm.data.importers import read_rows
 from mmllm.data.index import ShardIndex, index_path, sidecar_path, write_indices
-from mmllm.data.loader import PackedLoader, SampleReader, StepDataset
-from mmllm.data.manifest import BadRows, read_manifest, split_rows
-from mmllm.data.plan import Plan, Source, StepPlan, open_plan
-from mmllm.data.recipe import Recipe, SourceConfig, load_recipe
+from mmllm.data.manifest import BadRows, split_rows
+from mmllm.data.pages import stats_page
+from mmllm.data.plan import Plan, open_plan
+from mmllm.data.recipe import load_recipe
 from mmllm.data.shards import ShardsConfig, find_shards, write_shards
+from mmllm.data.showing import show_step, write_step_page
 from mmllm.data.storage import Shard, is_remote
 from mmllm_tokenizers.folder import TokenizerFolder
 
@@ -39,11 +39,13 @@ def build(
     seed: int = 0,
     workers: int = 0,
     progress: Progress | None = None,
+    form: str = "auto",
+    media: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Manifests to shards.
+    """Manifests, and other people's data, to shards.
 
     Args:
-        manifest: One manifest or several; kinds may be mixed.
+        manifest: One input or several, of any form that `importers.FORMS` reads; kinds may be mixed.
         out: Folder of the shards: `caption-000000.tar`, `audio-000000.tar`, … and `shards.json`.
         tokenizer: With a tokenizer folder that has a codec, each sound's codes are stored with it.
         perturb: Altered copies of each sound row, marked `"perturbed": true`.
@@ -56,6 +58,8 @@ def build(
         seed: Of the altered copies, and of a holdout by fraction.
         workers: Processes that read and encode; 0: this one does. The shards are the same.
         progress: Called with the number of rows done.
+        form: Of the inputs; `auto`: told from each.
+        media: What their paths are relative to; by default each input's folder.
 
     Returns:
         What `shards.json` holds.
@@ -71,7 +75,7 @@ def build(
     )  # fmt: skip
     bad = BadRows(max_bad_fraction)
     manifests = [manifest] if isinstance(manifest, str | Path) else list(manifest)
-    rows = [row for path in manifests for row in read_manifest(path, bad)]
+    rows = [row for path in manifests for row in read_rows(path, bad, form, media)]
     if holdout is not None:
         train, heldout = split_rows(rows, holdout, seed)
         rows = train if part == "train" else heldout
@@ -119,13 +123,21 @@ def _totals(indices: Sequence[ShardIndex]) -> dict[str, Any]:
     }
 
 
-def verify(shards: str | Path | Sequence[str | Path], tokenizer: str | Path, max_named: int = 20) -> dict[str, Any]:
+def verify(
+    shards: str | Path | Sequence[str | Path],
+    tokenizer: str | Path,
+    max_named: int = 20,
+    workers: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """Reads, decodes and tokenises every sample of every task.
 
     Args:
         shards: Paths, globs, brace ranges, or folders of shards.
         tokenizer: The tokenizer folder.
         max_named: How many broken samples are named.
+        workers: Processes that read; 0: this one does.
+        progress: Called with the number of documents done.
 
     Returns:
         `documents`, `broken` (a count) and `errors` (messages naming shard and key).
@@ -133,51 +145,17 @@ def verify(shards: str | Path | Sequence[str | Path], tokenizer: str | Path, max
     Raises:
         FileNotFoundError: A shard is missing.
     """
-    folder = TokenizerFolder.load(tokenizer)
-    transform = ImageTransform(folder.image_size)
-    num_documents, num_broken, errors = 0, 0, []
-    for path in _all_shards(shards):
-        try:
-            (indexed,) = write_indices([path], folder)
-        except ValueError as error:
-            num_broken += 1
-            errors.append(str(error))
-            continue
-        for message in _broken(indexed, folder, transform):
-            num_documents += 1
-            if message:
-                num_broken += 1
-                errors.append(message)
-    return {"documents": num_documents, "broken": num_broken, "errors": errors[:max_named]}
+    return verify_shards(_all_shards(shards), TokenizerFolder.load(tokenizer), max_named, workers, progress)
 
 
-def _broken(indexed: ShardIndex, folder: TokenizerFolder, transform: ImageTransform) -> list[str]:
-    """For each document, what is wrong with it, or ""."""
-    tasks = list(indexed.lengths)
-    config = SourceConfig("verify", indexed.kind, str(indexed.path), tasks=tasks)  # pyright: ignore[reportArgumentType]
-    recipe = Recipe("", 2**40, [config])
-    plan = Plan(recipe, [Source(config, 0, [indexed], recipe)], 1, folder.hash)
-    read = SampleReader(plan, folder.audio.hash if folder.audio is not None else None)
-    messages = []
-    for number in range(plan.sources[0].num_items):
-        item = plan.sources[0].item(number)
-        try:
-            found = build_document(read(item), item.task, folder, transform).num_tokens
-            wrong = f"{found} tokens, indexed as {item.num_tokens}" if found != item.num_tokens else ""
-        except (ValueError, OSError) as error:
-            wrong = str(error)
-        messages.append(f"{indexed.path}:{indexed.keys[item.row]} as {item.task}: {wrong}" if wrong else "")
-    read.close()
-    return messages
-
-
-def stats(recipe: str | Path, steps: int = 100, batch_size: int = 8) -> dict[str, Any]:
+def stats(recipe: str | Path, steps: int = 100, batch_size: int = 8, html: str | Path | None = None) -> dict[str, Any]:
     """The realised mixture of a recipe's first steps, without reading the documents.
 
     Args:
         recipe: The YAML.
         steps: How many steps are planned.
         batch_size: Sequences a step.
+        html: Also write them as a page of plots.
 
     Returns:
         The recipe hash; tokens, documents and share by source; padding; lengths; repeats.
@@ -190,20 +168,25 @@ def stats(recipe: str | Path, steps: int = 100, batch_size: int = 8) -> dict[str
     documents: Counter[str] = Counter()
     tasks: Counter[str] = Counter()
     seen: Counter[tuple[int, int, int, str, int]] = Counter()
+    lengths: dict[str, list[int]] = {}
+    fill_by_step: list[float] = []
     num_steps = num_sequences = 0
     for step in islice(plan.steps(), steps):
         num_steps += 1
+        used = sum(item.num_tokens for sequence in step.sequences for item in sequence)
+        fill_by_step.append(round(used / (len(step.sequences) * plan.recipe.sequence_length), 4))
         for sequence in step.sequences:
             num_sequences += 1
             for item in sequence:
                 name = plan.sources[item.source].config.name
                 tokens[name] += item.num_tokens
                 documents[name] += 1
+                lengths.setdefault(name, []).append(item.num_tokens)
                 tasks[item.task] += item.num_tokens
                 seen[item.source, item.shard, item.row, item.task, item.part] += 1
     total = sum(tokens.values())
     room = num_sequences * plan.recipe.sequence_length
-    return {
+    told = {
         "recipe_hash": plan.hash,
         "steps": num_steps,
         "tokens": dict(tokens),
@@ -215,10 +198,23 @@ def stats(recipe: str | Path, steps: int = 100, batch_size: int = 8) -> dict[str
         "mean_document_tokens": total / max(1, sum(documents.values())),
         "repeated_documents": sum(1 for count in seen.values() if count > 1),
         "left_out": {
-            source.config.name: {"filtered": source.num_filtered, "too_long": source.num_too_long}
+            source.config.name: {
+                "filtered": source.num_filtered, "too_long": source.num_too_long, "over_budget": source.num_over_budget,
+            }
             for source in plan.sources
         },
-    }
+        "lengths": {name: _histogram(values) for name, values in lengths.items()},
+        "fill_by_step": fill_by_step,
+    }  # fmt: skip
+    if html is not None:
+        Path(html).write_text(stats_page(told), encoding="utf-8")
+    return told
+
+
+def _histogram(values: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(from, to, count) by powers of two."""
+    counts = Counter(value.bit_length() for value in values)
+    return [(1 << bits - 1, (1 << bits) - 1, counts[bits]) for bits in sorted(counts) if bits]
 
 
 def _wanted(plan: Plan, names: list[str]) -> list[float]:
@@ -233,6 +229,7 @@ def show(
     text: bool = False,
     world_size: int = 1,
     num_workers: int = 0,
+    html: str | Path | None = None,
 ) -> dict[str, Any]:
     """What a step holds, without training: exactly what every rank together would be given.
 
@@ -241,8 +238,9 @@ def show(
         step: Which step, from 0.
         batch_size: Sequences a step.
         text: Also read the documents, and give the text of each sequence and its number of targets.
-        world_size: With `text`, read through that many ranks' loaders.
-        num_workers: With `text`, workers of each loader.
+        world_size: Read through that many ranks' loaders.
+        num_workers: Read through loaders with that many workers each.
+        html: Also write the step as a page, with texts, pictures and sounds.
 
     Returns:
         `step`, `global_batch`, and `sequences`: `hash`, `tokens`, `documents`.
@@ -250,47 +248,17 @@ def show(
     Raises:
         FileNotFoundError, ValueError: The recipe can't be used, or has no such step.
     """
-    if step < 0:
-        raise ValueError(f"step is {step}; it must not be negative")
-    folder = TokenizerFolder.load(load_recipe(recipe).tokenizer_folder())
-    plan = open_plan(load_recipe(recipe), batch_size, folder)
-    if batch_size % world_size:
-        raise ValueError(f"world_size is {world_size}, which doesn't divide the global batch of {batch_size}")
-    found = plan.at(step)
-    shown: dict[str, Any] = {
-        "step": step,
-        "global_batch": batch_size,
-        "recipe_hash": plan.hash,
-        "sequences": [
-            {
-                "hash": plan.sequence_hash(sequence),
-                "tokens": sum(item.num_tokens for item in sequence),
-                "documents": [plan.describe(item) for item in sequence],
-            }
-            for sequence in found.sequences
-        ],
-    }
-    if text:
-        _add_text(shown, plan, folder, found, world_size, num_workers)
+    if step < 0 or world_size < 1 or num_workers < 0:
+        raise ValueError(
+            f"step is {step}, world_size {world_size}, num_workers {num_workers}; they must be >= 0, >= 1 and >= 0"
+        )
+    read = load_recipe(recipe)
+    folder = TokenizerFolder.load(read.tokenizer_folder())
+    plan = open_plan(read, batch_size, folder)
+    shown = show_step(plan, folder, step, text, world_size, num_workers)
+    if html is not None:
+        write_step_page(shown, plan, folder, html)
     return shown
-
-
-def _add_text(
-    shown: dict[str, Any], plan: Plan, folder: TokenizerFolder, found: StepPlan, world_size: int, num_workers: int
-) -> None:
-    before = plan.state_before(found.step)
-    for rank in range(world_size):
-        dataset = StepDataset(plan, folder, ImageTransform(folder.image_size))
-        loader = PackedLoader(plan, dataset, found.step + 1, rank, world_size, num_workers)
-        loader.load_state_dict({**before, "position": found.step})
-        batch = next(iter(loader))
-        for row in range(batch.token_ids_BT.shape[0]):
-            is_text_T = (batch.modality_BT[row] == Modality.TEXT) & (batch.document_ids_BT[row] >= 0)
-            shown["sequences"][row * world_size + rank] |= {
-                "text": folder.text.decode(batch.token_ids_BT[row][is_text_T].tolist()),
-                "targets": int((batch.labels_BT[row] != IGNORE).sum()),
-                "errors": list(batch.state.get("errors", ())),
-            }
 
 
 def remove_indices(shards: str | Path | Sequence[str | Path]) -> int:

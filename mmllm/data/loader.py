@@ -69,6 +69,7 @@ class StepDataset(Dataset[PackedBatch]):
         transform: Pictures to pixels.
         cache_bytes: Documents kept once they are built, at most this much memory a process.
         augment: How pictures are altered; the same step always sees the same pictures.
+        hashes: Also give each sequence's hash, in `state["hashes"]`.
     """
 
     def __init__(
@@ -78,8 +79,9 @@ class StepDataset(Dataset[PackedBatch]):
         transform: ImageTransform,
         cache_bytes: int = 0,
         augment: AugmentConfig | None = None,
+        hashes: bool = False,
     ) -> None:
-        self._augment = augment or AugmentConfig()
+        self._augment, self._hashes = augment or AugmentConfig(), hashes
         self._plan, self._folder, self._transform = plan, folder, transform
         codec = folder.audio.hash if folder.audio is not None else None
         self._read = SampleReader(plan, codec)
@@ -89,9 +91,11 @@ class StepDataset(Dataset[PackedBatch]):
     def __getitem__(self, step: StepPlan) -> PackedBatch:
         """The batch of a step. `state["errors"]` names its documents that failed, if any."""
         errors: list[str] = []
-        sequences = [[self._document(item, errors) for item in sequence] for sequence in step.sequences]
+        sequences = [[self.document(item, errors) for item in sequence] for sequence in step.sequences]
         sources = [[item.source for item in sequence] for sequence in step.sequences]
         state = {**step.state, "errors": errors} if errors else step.state
+        if self._hashes:
+            state = {**state, "hashes": [self._plan.sequence_hash(sequence) for sequence in step.sequences]}
         batch = pack_documents(sequences, self._plan.recipe.sequence_length, sources, state)
         if self._augment.is_on and len(batch.images_NCHW):
             draws = [
@@ -108,7 +112,8 @@ class StepDataset(Dataset[PackedBatch]):
         seed = [self._plan.recipe.seed, 4, step, item.source, item.shard, item.row]
         return np.random.default_rng(seed).random((num_images, NUM_DRAWS), dtype=np.float32)
 
-    def _document(self, item: Item, errors: list[str]) -> Document | Gap:
+    def document(self, item: Item, errors: list[str]) -> Document | Gap:
+        """The document of an item, or where it fails a gap of its length, with the reason added to `errors`."""
         try:
             document = self._whole(item)
             if item.part >= 0:
@@ -208,7 +213,7 @@ class PackedLoader:
         for batch in loader:
             is_empty = False
             self._count(batch)
-            self._state = {key: value for key, value in batch.state.items() if key != "errors"}
+            self._state = {key: value for key, value in batch.state.items() if key not in ("errors", "hashes")}
             self._position += 1
             batch.state = {**batch.state, "position": self._position}
             yield batch

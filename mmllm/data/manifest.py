@@ -145,6 +145,20 @@ def parse_row(line: str, folder: Path, where: str) -> Row:
         value = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ManifestError(f"not JSON: {error}") from error
+    return row_from_dict(value, folder, where)
+
+
+def row_from_dict(value: Any, folder: Path, where: str) -> Row:
+    """A checked row from what its line holds.
+
+    Args:
+        value: The row.
+        folder: What its paths are relative to.
+        where: `file:line`.
+
+    Raises:
+        ManifestError: A key or file is missing, empty or of the wrong type.
+    """
     if not isinstance(value, dict):
         raise ManifestError(f"a row must be a JSON object, got {type(value).__name__}")
     metadata = {key: item for key, item in value.items() if key not in _OWN_KEYS}
