@@ -53,11 +53,14 @@ def _as_json(values: Any) -> list[str]:
 def _add_data(actions: Any) -> None:
     def build(args: argparse.Namespace) -> Iterable[str]:
         from mmllm.data import commands
+        from mmllm.data.cleaning import CleaningConfig
 
+        options = dict(item.partition("=")[::2] for item in args.executor_option)
         written = commands.build(
             args.manifest, args.out, args.tokenizer, args.perturb, args.holdout, args.part, args.samples_per_shard,
             args.max_seconds, args.max_image_side, args.max_bad_fraction, args.seed, args.workers, ticker("rows"),
-            args.format, args.media,
+            args.format, args.media, CleaningConfig(args.dedup, args.threshold, args.quality), args.executor, options,
+            args.work,
         )  # fmt: skip
         end_line()
         return _as_json(written)
@@ -68,6 +71,14 @@ def _add_data(actions: Any) -> None:
     parser.add_argument(
         "--format", choices=("auto", *DATA_FORMS), default="auto", help="of the inputs; auto: told from each"
     )
+    parser.add_argument("--dedup", choices=("none", "exact", "minhash"), default="none", help="leave out repeated rows")
+    parser.add_argument("--threshold", type=float, default=0.8, help="similarity from which minhash leaves one out")
+    parser.add_argument("--quality", metavar="FILTER", help="which rows are kept, e.g. 'words >= 5 and symbols < 0.3'")
+    parser.add_argument(
+        "--executor", choices=("local", "datatrove", "slurm", "ray"), default="local", help="where rows are measured"
+    )
+    parser.add_argument("--executor_option", action="append", default=[], metavar="KEY=VALUE", help="of datatrove's")
+    parser.add_argument("--work", metavar="DIR", help="datatrove's tasks; by default OUT-work")
     parser.add_argument("--media", metavar="DIR", help="what paths are relative to; by default each input's folder")
     parser.add_argument("--tokenizer", help="tokenizer folder; stores each sound's codes with it")
     parser.add_argument("--perturb", type=int, default=0, help="altered copies of each sound row")

@@ -186,7 +186,7 @@ def test_common_voice(tmp_path):
 
 def test_obelics(tmp_path):
     url = "https://example.org/x/photo.png?size=9"
-    picture(tmp_path / "media" / hashlib.sha256(url.encode()).hexdigest())
+    picture(tmp_path / "media" / "a.png").rename(tmp_path / "media" / hashlib.sha256(url.encode()).hexdigest())
     picture(tmp_path / "media" / "b.png")
     record = {
         "texts": [None, "first", None, "second", None],

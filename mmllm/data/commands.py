@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mmllm.data.checking import verify_shards
+from mmllm.data.cleaning import CleaningConfig, choose
+from mmllm.data.executors import measure_rows
 from mmllm.data.importers import read_rows
 from mmllm.data.index import ShardIndex, index_path, sidecar_path, write_indices
 from mmllm.data.manifest import BadRows, split_rows
@@ -41,6 +43,10 @@ def build(
     progress: Progress | None = None,
     form: str = "auto",
     media: str | Path | None = None,
+    cleaning: CleaningConfig | None = None,
+    executor: str = "local",
+    executor_options: dict[str, Any] | None = None,
+    work: str | Path | None = None,
 ) -> dict[str, Any]:
     """Manifests, and other people's data, to shards.
 
@@ -60,9 +66,13 @@ def build(
         progress: Called with the number of rows done.
         form: Of the inputs; `auto`: told from each.
         media: What their paths are relative to; by default each input's folder.
+        cleaning: Which rows are left out, before the holdout is drawn: by quality, and repeated ones.
+        executor: Where cleaning measures the rows: `executors.EXECUTORS`.
+        executor_options: Of datatrove's executor.
+        work: Folder of datatrove's tasks; by default `out`'s name with `-work`.
 
     Returns:
-        What `shards.json` holds.
+        What `shards.json` holds; with cleaning, `left_out` counts rows by stage.
 
     Raises:
         FileNotFoundError, ValueError: The input can't be used; the message names file and row.
@@ -76,11 +86,15 @@ def build(
     bad = BadRows(max_bad_fraction)
     manifests = [manifest] if isinstance(manifest, str | Path) else list(manifest)
     rows = [row for path in manifests for row in read_rows(path, bad, form, media)]
+    left_out = None
+    if cleaning is not None and cleaning.is_on:
+        measures = measure_rows(rows, cleaning, executor, workers, work or f"{out}-work", executor_options)
+        rows, left_out = choose(rows, measures, cleaning)
     if holdout is not None:
         train, heldout = split_rows(rows, holdout, seed)
         rows = train if part == "train" else heldout
     folder = TokenizerFolder.load(tokenizer) if tokenizer is not None else None
-    return write_shards(rows, out, config, folder, bad, progress, workers)
+    return write_shards(rows, out, config, folder, bad, progress, workers, left_out)
 
 
 def index(
