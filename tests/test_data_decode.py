@@ -66,15 +66,6 @@ def test_any_size_becomes_a_square(mode, size):
     assert out.shape == (3, 16, 16) and out.dtype == np.uint8
 
 
-@pytest.mark.parametrize("options", [{}, {"quality": 95, "subsampling": 0}, {"progressive": True}, {"quality": 20}])
-@pytest.mark.parametrize("size", [(500, 375), (17, 33), (8, 8), (1, 9)])
-def test_plain_jpegs_have_pillows_very_pixels(size, options):
-    rng = np.random.default_rng(0)
-    data = encoded(Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)), "JPEG", **options)
-    with Image.open(io.BytesIO(data)) as picture:
-        assert (pixels(data) == np.asarray(picture)).all()
-
-
 @pytest.mark.parametrize("size", [(500, 375), (33, 47), (400, 51), (136, 128)])
 def test_squashing_is_pillows_within_a_level(size):
     rng = np.random.default_rng(0)

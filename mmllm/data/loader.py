@@ -210,7 +210,7 @@ class PackedLoader:
             collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]
         )
         is_empty = True
-        for batch in loader:
+        for batch in self._living(iter(loader)):
             is_empty = False
             self._count(batch)
             self._state = {key: value for key, value in batch.state.items() if key not in ("errors", "hashes")}
@@ -222,6 +222,20 @@ class PackedLoader:
                 f"the recipe's documents are used up after step {self._state['step']}; train for fewer steps, raise "
                 f"max_epochs, or set mixture.on_exhausted to repeat"
             )
+
+    def _living(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+        """The batches; where a worker is gone, an error that says so, in whatever way its pipe broke."""
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (EOFError, ConnectionError) as error:
+                raise RuntimeError(
+                    f"a DataLoader worker was killed or exited after step {self._state['step']} (out of memory?); "
+                    f"resume from the last checkpoint, with a smaller cache_mb or fewer num_workers"
+                ) from error
+            yield batch
 
     def _rank_steps(self, count: int) -> Iterator[StepPlan]:
         for step in islice(self._plan.steps(self._state), count):

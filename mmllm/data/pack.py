@@ -17,7 +17,7 @@ import numpy as np
 
 from mmllm.data.pairing import paired
 
-GAPS = 0.01
+GAPS = 0.02
 """Share of all positions, the last sequence's apart."""
 FULL = 0.9
 LEAST_OF_WINDOW = 0.75

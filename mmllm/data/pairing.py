@@ -91,9 +91,12 @@ class _Pool:
         self._queue = deque(np.random.default_rng(seed).permutation(tokens_M).tolist())
         self._spent = [0] * (length + 1)  # of each length, how many in the queue are gone already
         self.num_left, self.tokens_left = len(tokens_M), int(tokens_M.sum())
-        self._refresh()
+        self._is_stale = True
 
     def _refresh(self) -> None:
+        if not self._is_stale:
+            return
+        self._is_stale = False
         self._sizes_U = np.flatnonzero(self._counts)
         self._floor = np.zeros(self._length + 1, dtype=np.int64)  # the largest length that is left, up to this one
         self._floor[self._sizes_U] = self._sizes_U
@@ -115,8 +118,7 @@ class _Pool:
         self._counts[size] += 1
         self.num_left += 1
         self.tokens_left += size
-        if self._counts[size] == 1:
-            self._refresh()
+        self._is_stale |= self._counts[size] == 1
 
     def take(self, size: int) -> None:
         """One of a length, wherever it is in the queue."""
@@ -127,15 +129,16 @@ class _Pool:
         self._counts[size] -= 1
         self.num_left -= 1
         self.tokens_left -= size
-        if not self._counts[size]:
-            self._refresh()
+        self._is_stale |= not self._counts[size]
 
     def largest(self, room: int) -> int:
         """The largest length left that fits, or 0."""
+        self._refresh()
         return int(self._floor[room])
 
     def best_pair(self, room: int) -> list[int]:
         """Two lengths that are left and fill the room best (or one, or none)."""
+        self._refresh()
         first_U = self._sizes_U[: np.searchsorted(self._sizes_U, room, side="right")]
         if not len(first_U):
             return []

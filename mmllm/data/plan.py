@@ -31,6 +31,8 @@ from mmllm_tokenizers.folder import TokenizerFolder
 __all__ = ["Item", "Plan", "Source", "StepPlan", "open_plan", "open_sources"]
 
 STATE_VERSION = 2
+AHEAD = 32
+"""Sequences among which the next one is chosen."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ class Plan:
             if drawn is None:
                 return
             items = self._named(drawn)
-            order = np.random.default_rng([self.recipe.seed, 1, window]).permutation(len(drawn.bins)).tolist()
+            order = self._order(drawn, window)
             for number in range(offset, len(order)):
                 done = number + 1 == len(order)
                 yield (
@@ -189,6 +191,19 @@ class Plan:
                 )
             cursors = drawn.after
             first, offset, window = first + len(order), 0, window + 1
+
+    def _order(self, drawn: _Window, window: int) -> list[int]:
+        """The sequences of a window, shuffled, but always that one of the next few which keeps the shares best."""
+        rng = np.random.default_rng([self.recipe.seed, 1, window])
+        order = rng.permutation(len(drawn.bins)).tolist()
+        if len(self.sources) == 1:
+            return order
+        rows = np.repeat(np.arange(len(drawn.bins)), [len(documents) for documents in drawn.bins])
+        places = np.concatenate(drawn.bins)
+        tokens_BS = np.zeros((len(drawn.bins), len(self.sources)))
+        np.add.at(tokens_BS, (rows, drawn.sources[places]), drawn.tokens[places])
+        over_BS = tokens_BS - tokens_BS.sum(axis=1, keepdims=True) * (tokens_BS.sum(axis=0) / tokens_BS.sum())
+        return balanced(over_BS[order], order)
 
     def _named(self, window: _Window) -> list[Item]:
         items: list[Item | None] = [None] * len(window.items)
@@ -320,6 +335,34 @@ class Plan:
         """Names a sequence by what it holds: equal for equal documents in equal order, wherever they lie."""
         text = "\n".join("\t".join(str(value) for value in self.describe(item).values()) for item in sequence)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def balanced(over_BS: np.ndarray, names: list[int]) -> list[int]:
+    """Names in an order in which every beginning has about the shares of the whole.
+
+    Args:
+        over_BS: What each row has too much of each source; the columns sum to 0.
+        names: Of the rows.
+    """
+    pool = list(range(min(AHEAD, len(names))))
+    waiting_PS = over_BS[pool].copy()
+    coming = len(pool)
+    total_S = np.zeros(over_BS.shape[1])
+    order = []
+    while pool:
+        sums_PS = waiting_PS[: len(pool)] + total_S
+        best = int(np.einsum("ps,ps->p", sums_PS, sums_PS).argmin())
+        total_S = sums_PS[best]
+        order.append(names[pool[best]])
+        if coming < len(names):
+            pool[best] = coming
+            waiting_PS[best] = over_BS[coming]
+            coming += 1
+        else:
+            pool[best] = pool[-1]
+            waiting_PS[best] = waiting_PS[len(pool) - 1]
+            pool.pop()
+    return order
 
 
 def open_sources(recipe: Recipe, tokenizer_hash: str, folder: TokenizerFolder | None = None) -> list[Source]:
