@@ -24,7 +24,7 @@ from mmllm.data.loader import PackedLoader, StepDataset
 from mmllm.data.plan import open_plan
 from mmllm.data.recipe import load_recipe
 from mmllm_tokenizers.folder import TokenizerFolder
-from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict
+from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict, write_manifest
 from tests.data_ranks import rows
 
 STEPS, BATCH = 16, 4
@@ -169,3 +169,42 @@ def test_lightning_resumes_with_prefetch_and_accumulation(made, wanted, tmp_path
     first = fit(stopped_at)
     assert len(first.seen) == 2 * stopped_at
     assert first.seen + fit(8, tmp_path / "last.ckpt").seen == wanted
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif("MMLLM_DATA" not in os.environ, reason="MMLLM_DATA names no folder of real data")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec:FutureWarning")
+def test_four_real_sets_are_built_shown_trained_on_and_resumed(tmp_path):
+    make_folder(tmp_path / "tok")
+    sources = []
+    for name, kind, share in (
+        ("fsdd", "audio", 20), ("cifar10", "caption", 40), ("emoji", "caption", 20), ("shakespeare", "text", 8),
+    ):  # fmt: skip
+        root = Path(os.environ["MMLLM_DATA"]) / name
+        rows_ = [json.loads(line) for line in (root / "manifest.jsonl").read_text().splitlines()[::share]]
+        for row in rows_:
+            row |= {key: str(root / row[key]) for key in ("image", "audio") if key in row}
+        commands.build(write_manifest(tmp_path, rows_, f"{name}.jsonl"), tmp_path / name, tmp_path / "tok")
+        commands.index(tmp_path / name, tmp_path / "tok")
+        sources.append({"name": name, "kind": kind, "shards": str(tmp_path / name / "*.tar")})
+    recipe = {"tokenizer": str(tmp_path / "tok"), "sequence_length": 256, "sources": sources}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    shown = commands.show(path, step=150, batch_size=2, text=True)
+    assert {document["source"] for s in shown["sequences"] for document in s["documents"]} > {"shakespeare"}
+
+    def fit(max_steps: int, ckpt: Path | None = None) -> list[list[str]]:
+        module = Reader()
+        trainer = L.Trainer(
+            accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=tmp_path, enable_checkpointing=False, max_steps=max_steps,
+        )  # fmt: skip
+        data = PackedDataModule(path, batch_size=2, num_workers=1, steps_per_epoch=70)
+        trainer.fit(module, data, ckpt_path=ckpt)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return module.seen
+
+    whole = fit(200)
+    assert len(whole) == 200
+    assert fit(123) + fit(200, tmp_path / "last.ckpt") == whole
