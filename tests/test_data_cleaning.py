@@ -110,7 +110,7 @@ def test_facts_of_texts():
 def test_wrong_settings_are_named(tmp_path):
     for wrong, said in (({"dedup": "some"}, "dedup"), ({"threshold": 0}, "threshold"), ({"quality": "a("}, "filter")):
         with pytest.raises(ValueError, match=said):
-            CleaningConfig(**wrong)
+            CleaningConfig(**wrong)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="executor is 'cloud'"):
         measure_rows([], CleaningConfig("exact"), "cloud")
 

@@ -262,8 +262,8 @@ class Plan:
                 if found.is_all:
                     places = np.flatnonzero(merged.sources == number)
                     stop = min(stop, int(places[-1]) + 1 if len(places) else 0)
-        columns = (merged.sources, merged.items, merged.tokens, merged.costs)
-        return _Draw(*(column[:stop] for column in columns), drawn, shares)
+        sources, items, tokens = merged.sources[:stop], merged.items[:stop], merged.tokens[:stop]
+        return _Draw(sources, items, tokens, merged.costs[:stop], drawn, shares)
 
     def _limit(self, source: Source) -> int | None:
         return None if self.recipe.mixture.on_exhausted == "repeat" else source.limit
