@@ -15,6 +15,9 @@ from mmllm.ticker import end_line, ticker
 Run = Callable[[argparse.Namespace], Iterable[str]]
 """Runs a command and gives the lines to print."""
 
+DATA_FORMS = (
+    "manifest", "csv", "folder", "llava", "coco", "librispeech", "commonvoice", "obelics", "mmc4", "text",
+)  # fmt: skip
 TASKS = ("caption", "transcribe", "speak", "text", "interleaved")
 
 
@@ -50,17 +53,33 @@ def _as_json(values: Any) -> list[str]:
 def _add_data(actions: Any) -> None:
     def build(args: argparse.Namespace) -> Iterable[str]:
         from mmllm.data import commands
+        from mmllm.data.cleaning import CleaningConfig
 
+        options = dict(item.partition("=")[::2] for item in args.executor_option)
         written = commands.build(
             args.manifest, args.out, args.tokenizer, args.perturb, args.holdout, args.part, args.samples_per_shard,
             args.max_seconds, args.max_image_side, args.max_bad_fraction, args.seed, args.workers, ticker("rows"),
+            args.format, args.media, CleaningConfig(args.dedup, args.threshold, args.quality), args.executor, options,
+            args.work,
         )  # fmt: skip
         end_line()
         return _as_json(written)
 
     parser = _command(actions, "build", "manifests to shards", build)
-    parser.add_argument("manifest", nargs="+", help="JSONL manifests; kinds may be mixed")
+    parser.add_argument("manifest", nargs="+", help="JSONL manifests, or data of other forms; kinds may be mixed")
     parser.add_argument("--out", required=True, help="folder of the shards")
+    parser.add_argument(
+        "--format", choices=("auto", *DATA_FORMS), default="auto", help="of the inputs; auto: told from each"
+    )
+    parser.add_argument("--dedup", choices=("none", "exact", "minhash"), default="none", help="leave out repeated rows")
+    parser.add_argument("--threshold", type=float, default=0.8, help="similarity from which minhash leaves one out")
+    parser.add_argument("--quality", metavar="FILTER", help="which rows are kept, e.g. 'words >= 5 and symbols < 0.3'")
+    parser.add_argument(
+        "--executor", choices=("local", "datatrove", "slurm", "ray"), default="local", help="where rows are measured"
+    )
+    parser.add_argument("--executor_option", action="append", default=[], metavar="KEY=VALUE", help="of datatrove's")
+    parser.add_argument("--work", metavar="DIR", help="datatrove's tasks; by default OUT-work")
+    parser.add_argument("--media", metavar="DIR", help="what paths are relative to; by default each input's folder")
     parser.add_argument("--tokenizer", help="tokenizer folder; stores each sound's codes with it")
     parser.add_argument("--perturb", type=int, default=0, help="altered copies of each sound row")
     parser.add_argument("--holdout", metavar="KEY=VALUE", help="rows that are held out: KEY=VALUE or a fraction")
@@ -102,7 +121,8 @@ def _add_data(actions: Any) -> None:
     def verify(args: argparse.Namespace) -> Iterable[str]:
         from mmllm.data import commands
 
-        found = commands.verify(args.shards, args.tokenizer)
+        found = commands.verify(args.shards, args.tokenizer, workers=args.workers, progress=ticker("documents"))
+        end_line()
         if found["broken"]:
             errors = "; ".join(found["errors"])
             raise ValueError(f"{found['broken']} of {found['documents']} samples are broken: {errors}")
@@ -111,22 +131,26 @@ def _add_data(actions: Any) -> None:
     parser = _command(actions, "verify", "read, decode and tokenise every sample", verify)
     parser.add_argument("shards", nargs="+", help="paths, globs, brace ranges or folders")
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read; 0: this one alone")
 
     def stats(args: argparse.Namespace) -> Iterable[str]:
         from mmllm.data import commands
 
-        return _as_json(commands.stats(args.recipe, args.steps, args.batch_size))
+        return _as_json(commands.stats(args.recipe, args.steps, args.batch_size, args.html))
 
     parser = _command(actions, "stats", "the realised mixture of a recipe's first steps", stats)
     parser.add_argument("--recipe", required=True, metavar="FILE", help="YAML")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=8, help="sequences a step")
+    parser.add_argument("--html", metavar="FILE", help="also write them as plots")
 
     def show(args: argparse.Namespace) -> Iterable[str]:
         from mmllm.data import commands
 
         return _as_json(
-            commands.show(args.recipe, args.step, args.batch_size, args.text, args.world_size, args.num_workers)
+            commands.show(
+                args.recipe, args.step, args.batch_size, args.text, args.world_size, args.num_workers, args.html
+            )
         )
 
     parser = _command(actions, "show", "exactly what a step holds", show)
@@ -134,8 +158,10 @@ def _add_data(actions: Any) -> None:
     parser.add_argument("--step", type=int, default=0, help="from 0")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences a step")
     parser.add_argument("--text", action="store_true", help="also the text of each sequence")
-    parser.add_argument("--world_size", type=int, default=1)
-    parser.add_argument("--num_workers", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print JSON, which is what is printed anyway")
+    parser.add_argument("--html", metavar="FILE", help="also write a page with texts, pictures and sounds")
+    parser.add_argument("--world_size", type=int, default=1, help="read through so many ranks' loaders")
+    parser.add_argument("--num_workers", type=int, default=0, help="workers of each loader")
 
 
 def _add_tokenizer(actions: Any) -> None:

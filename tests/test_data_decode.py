@@ -66,6 +66,24 @@ def test_any_size_becomes_a_square(mode, size):
     assert out.shape == (3, 16, 16) and out.dtype == np.uint8
 
 
+@pytest.mark.parametrize("size", [(500, 375), (33, 47), (400, 51), (136, 128)])
+def test_squashing_is_pillows_within_a_level(size):
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+    photo = noise.resize((size[0] // 8, size[1] // 8)).resize(size, Image.Resampling.BICUBIC)
+    for side in (16, 22, 34, 224):
+        for picture, share in ((photo, 1.0), (noise, 0.99)):  # noise overshoots, and is clipped elsewhere
+            theirs = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+            assert (np.abs(ImageTransform(side)(picture).astype(int) - theirs) <= 1).mean() >= share
+
+
+def test_a_cut_jpeg_is_named():
+    data = encoded(Image.effect_noise((64, 64), 90).convert("RGB"), "JPEG")
+    for size in (len(data) // 2, len(data) - 40):
+        with pytest.raises(ValueError, match="broken or truncated"):
+            decode_image(data[:size], "row 7")
+
+
 def test_crop_equals_open_clips_transform():
     from open_clip.transform import image_transform
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 
@@ -17,6 +16,7 @@ from mmllm.data.augment import AugmentConfig
 from mmllm.data.balance import FRAME_COST, IMAGE_COST
 from mmllm.data.datamodule import AudioDataModule, ClipDataModule, PackedDataModule
 from mmllm.data.decode import ImageTransform
+from mmllm.data.index import index_path, sidecar_path
 from mmllm.data.loader import PackedLoader, StepDataset
 from mmllm.data.pairs import CaptionPairs
 from mmllm.data.plan import open_plan
@@ -24,6 +24,7 @@ from mmllm.data.recipe import recipe_from_dict
 from mmllm.data.tars import scan_tar
 from mmllm_tokenizers.folder import TokenizerFolder
 from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict, write_manifest, write_picture
+from tests.data_ranks import rows
 
 
 @pytest.fixture(scope="module")
@@ -41,22 +42,6 @@ def loader_of(root, num_steps=12, rank=0, world_size=1, num_workers=0, recipe=No
     plan = open_plan(recipe_from_dict(recipe or recipe_dict(root / "s", root / "tok")), batch_size, folder)
     dataset = StepDataset(plan, folder, ImageTransform(folder.image_size))
     return PackedLoader(plan, dataset, num_steps, rank, world_size, num_workers)
-
-
-def rows(batch: PackedBatch) -> list[str]:
-    """A hash of all that each row holds."""
-    digests = []
-    length = batch.token_ids_BT.shape[1]
-    for row in range(batch.token_ids_BT.shape[0]):
-        parts = [tensor[row] for name, tensor in vars(batch).items() if "_BT" in name]
-        for slots, values in (
-            (batch.image_slots_NS, batch.images_NCHW),
-            (batch.clip_slots_CS, batch.clip_codes_CFK),
-        ):
-            here = (slots[:, 0] // length == row) if len(slots) else torch.zeros(0, dtype=torch.bool)
-            parts += [value[value >= 0] for value in values[here]]
-        digests.append(hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest())
-    return digests
 
 
 def together(ranks: list[list]) -> list[list[str]]:
@@ -157,8 +142,8 @@ def broken_copy(made, tmp_path, num_broken: int):
         (picture,) = [member for member in span.members if member.ending == "png"]
         data[picture.offset : picture.offset + picture.size] = b"\0" * picture.size
     shard.write_bytes(bytes(data))
-    index = made / "s" / (shard.name + ".index.npz")
-    (tmp_path / index.name).write_bytes(index.read_bytes())
+    for path in (index_path(made / "s" / shard.name), sidecar_path(made / "s" / shard.name)):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
     recipe = recipe_dict(made / "s", made / "tok")
     recipe["sources"][0]["shards"] = str(shard)
     return recipe
@@ -279,8 +264,36 @@ def test_showing_a_step(made):
     assert [item["hash"] for item in told["sequences"]] == [item["hash"] for item in again["sequences"]]
     assert told["global_batch"] == 4 and set(told["sequences"][0]["documents"][0]) >= {"source", "shard", "key", "task"}
     assert all(item["targets"] > 0 and item["text"] for item in again["sequences"])
+    for world_size, num_workers in ((1, 1), (4, 0)):
+        real = commands.show(made / "recipe.yaml", 5, 4, world_size=world_size, num_workers=num_workers)
+        assert real == told
     with pytest.raises(ValueError, match="world_size is 3"):
         commands.show(made / "recipe.yaml", batch_size=4, world_size=3)
+
+
+def test_a_step_as_a_page(made, tmp_path):
+    told = commands.show(made / "recipe.yaml", step=3, batch_size=4, html=tmp_path / "step.html")
+    page = (tmp_path / "step.html").read_text()
+    for sequence in told["sequences"]:
+        assert sequence["hash"] in page
+        for document in sequence["documents"]:
+            assert f"{document['shard']}:{document['key']} at byte {document['offset']}" in page
+    assert page.count("<section>") == sum(len(sequence["documents"]) for sequence in told["sequences"])
+    assert "data:image/jpeg;base64," in page and "data:audio/flac;base64," in page and "<mark>" in page
+    recipe = made / "broken.yaml"
+    recipe.write_text(yaml.safe_dump(broken_copy(made, tmp_path, 20)))
+    commands.show(recipe, step=0, batch_size=4, html=tmp_path / "broken.html")
+    assert 'class="error"' in (tmp_path / "broken.html").read_text()
+
+
+def test_statistics_as_plots(made, tmp_path):
+    told = commands.stats(made / "recipe.yaml", steps=9, batch_size=4, html=tmp_path / "stats.html")
+    page = (tmp_path / "stats.html").read_text()
+    assert page.count("<svg") == 3 + len(told["lengths"]) and told["recipe_hash"] in page
+    assert len(told["fill_by_step"]) == 9
+    for name, rows_ in told["lengths"].items():
+        assert sum(count for _, _, count in rows_) == told["documents"][name]
+        assert all(low <= high for low, high, _ in rows_)
 
 
 def test_verifying_names_what_is_broken(made, tmp_path):
@@ -288,6 +301,7 @@ def test_verifying_names_what_is_broken(made, tmp_path):
     broken_copy(made, tmp_path, 2)
     told = commands.verify(tmp_path, made / "tok")
     assert told["broken"] == 2 and "caption-000000.tar:c_0" in told["errors"][0]
+    assert commands.verify(tmp_path, made / "tok", workers=2) == told
 
 
 def clip_batches(root, **changes):

@@ -9,15 +9,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mmllm.batch import IGNORE, Modality
-from mmllm.data.decode import ImageTransform
-from mmllm.data.documents import build_document
-from mmllm.data.index import ShardIndex, index_path, write_indices
-from mmllm.data.loader import PackedLoader, SampleReader, StepDataset
-from mmllm.data.manifest import BadRows, read_manifest, split_rows
-from mmllm.data.plan import Plan, Source, StepPlan, open_plan
-from mmllm.data.recipe import Recipe, SourceConfig, load_recipe
-from mmllm.data.shards import ShardsConfig, shard_paths, write_shards
+from mmllm.data.checking import verify_shards
+from mmllm.data.cleaning import CleaningConfig, choose
+from mmllm.data.executors import measure_rows
+from mmllm.data.importers import read_rows
+from mmllm.data.index import ShardIndex, index_path, sidecar_path, write_indices
+from mmllm.data.manifest import BadRows, split_rows
+from mmllm.data.pages import stats_page
+from mmllm.data.plan import Plan, open_plan
+from mmllm.data.recipe import load_recipe
+from mmllm.data.shards import ShardsConfig, find_shards, write_shards
+from mmllm.data.showing import show_step, write_step_page
+from mmllm.data.storage import Shard, is_remote
 from mmllm_tokenizers.folder import TokenizerFolder
 
 _logger = logging.getLogger(__name__)
@@ -38,11 +41,17 @@ def build(
     seed: int = 0,
     workers: int = 0,
     progress: Progress | None = None,
+    form: str = "auto",
+    media: str | Path | None = None,
+    cleaning: CleaningConfig | None = None,
+    executor: str = "local",
+    executor_options: dict[str, Any] | None = None,
+    work: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Manifests to shards.
+    """Manifests, and other people's data, to shards.
 
     Args:
-        manifest: One manifest or several; kinds may be mixed.
+        manifest: One input or several, of any form that `importers.FORMS` reads; kinds may be mixed.
         out: Folder of the shards: `caption-000000.tar`, `audio-000000.tar`, … and `shards.json`.
         tokenizer: With a tokenizer folder that has a codec, each sound's codes are stored with it.
         perturb: Altered copies of each sound row, marked `"perturbed": true`.
@@ -55,9 +64,15 @@ def build(
         seed: Of the altered copies, and of a holdout by fraction.
         workers: Processes that read and encode; 0: this one does. The shards are the same.
         progress: Called with the number of rows done.
+        form: Of the inputs; `auto`: told from each.
+        media: What their paths are relative to; by default each input's folder.
+        cleaning: Which rows are left out, before the holdout is drawn: by quality, and repeated ones.
+        executor: Where cleaning measures the rows: `executors.EXECUTORS`.
+        executor_options: Of datatrove's executor.
+        work: Folder of datatrove's tasks; by default `out`'s name with `-work`.
 
     Returns:
-        What `shards.json` holds.
+        What `shards.json` holds; with cleaning, `left_out` counts rows by stage.
 
     Raises:
         FileNotFoundError, ValueError: The input can't be used; the message names file and row.
@@ -70,12 +85,16 @@ def build(
     )  # fmt: skip
     bad = BadRows(max_bad_fraction)
     manifests = [manifest] if isinstance(manifest, str | Path) else list(manifest)
-    rows = [row for path in manifests for row in read_manifest(path, bad)]
+    rows = [row for path in manifests for row in read_rows(path, bad, form, media)]
+    left_out = None
+    if cleaning is not None and cleaning.is_on:
+        measures = measure_rows(rows, cleaning, executor, workers, work or f"{out}-work", executor_options)
+        rows, left_out = choose(rows, measures, cleaning)
     if holdout is not None:
         train, heldout = split_rows(rows, holdout, seed)
         rows = train if part == "train" else heldout
     folder = TokenizerFolder.load(tokenizer) if tokenizer is not None else None
-    return write_shards(rows, out, config, folder, bad, progress, workers)
+    return write_shards(rows, out, config, folder, bad, progress, workers, left_out)
 
 
 def index(
@@ -99,9 +118,9 @@ def index(
     return {"tokenizer": folder.hash, **_totals(indices)}
 
 
-def _all_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
-    specs = [shards] if isinstance(shards, str | Path) else list(shards)
-    return shard_paths([f"{spec}/*.tar" if Path(spec).is_dir() else str(spec) for spec in specs])
+def _all_shards(shards: str | Path | Sequence[str | Path]) -> list[Shard]:
+    specs = [str(spec) for spec in ([shards] if isinstance(shards, str | Path) else shards)]
+    return find_shards([f"{spec}/*.tar" if not is_remote(spec) and Path(spec).is_dir() else spec for spec in specs])
 
 
 def _totals(indices: Sequence[ShardIndex]) -> dict[str, Any]:
@@ -118,13 +137,21 @@ def _totals(indices: Sequence[ShardIndex]) -> dict[str, Any]:
     }
 
 
-def verify(shards: str | Path | Sequence[str | Path], tokenizer: str | Path, max_named: int = 20) -> dict[str, Any]:
+def verify(
+    shards: str | Path | Sequence[str | Path],
+    tokenizer: str | Path,
+    max_named: int = 20,
+    workers: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """Reads, decodes and tokenises every sample of every task.
 
     Args:
         shards: Paths, globs, brace ranges, or folders of shards.
         tokenizer: The tokenizer folder.
         max_named: How many broken samples are named.
+        workers: Processes that read; 0: this one does.
+        progress: Called with the number of documents done.
 
     Returns:
         `documents`, `broken` (a count) and `errors` (messages naming shard and key).
@@ -132,51 +159,17 @@ def verify(shards: str | Path | Sequence[str | Path], tokenizer: str | Path, max
     Raises:
         FileNotFoundError: A shard is missing.
     """
-    folder = TokenizerFolder.load(tokenizer)
-    transform = ImageTransform(folder.image_size)
-    num_documents, num_broken, errors = 0, 0, []
-    for path in _all_shards(shards):
-        try:
-            (indexed,) = write_indices([path], folder)
-        except ValueError as error:
-            num_broken += 1
-            errors.append(str(error))
-            continue
-        for message in _broken(indexed, folder, transform):
-            num_documents += 1
-            if message:
-                num_broken += 1
-                errors.append(message)
-    return {"documents": num_documents, "broken": num_broken, "errors": errors[:max_named]}
+    return verify_shards(_all_shards(shards), TokenizerFolder.load(tokenizer), max_named, workers, progress)
 
 
-def _broken(indexed: ShardIndex, folder: TokenizerFolder, transform: ImageTransform) -> list[str]:
-    """For each document, what is wrong with it, or ""."""
-    tasks = list(indexed.lengths)
-    config = SourceConfig("verify", indexed.kind, str(indexed.path), tasks=tasks)  # pyright: ignore[reportArgumentType]
-    recipe = Recipe("", 2**40, [config])
-    plan = Plan(recipe, [Source(config, 0, [indexed], recipe)], 1, folder.hash)
-    read = SampleReader(plan, folder.audio.hash if folder.audio is not None else None)
-    messages = []
-    for number in range(plan.sources[0].num_items):
-        item = plan.sources[0].item(number)
-        try:
-            found = build_document(read(item), item.task, folder, transform).num_tokens
-            wrong = f"{found} tokens, indexed as {item.num_tokens}" if found != item.num_tokens else ""
-        except (ValueError, OSError) as error:
-            wrong = str(error)
-        messages.append(f"{indexed.path}:{indexed.keys[item.row]} as {item.task}: {wrong}" if wrong else "")
-    read.close()
-    return messages
-
-
-def stats(recipe: str | Path, steps: int = 100, batch_size: int = 8) -> dict[str, Any]:
+def stats(recipe: str | Path, steps: int = 100, batch_size: int = 8, html: str | Path | None = None) -> dict[str, Any]:
     """The realised mixture of a recipe's first steps, without reading the documents.
 
     Args:
         recipe: The YAML.
         steps: How many steps are planned.
         batch_size: Sequences a step.
+        html: Also write them as a page of plots.
 
     Returns:
         The recipe hash; tokens, documents and share by source; padding; lengths; repeats.
@@ -189,20 +182,25 @@ def stats(recipe: str | Path, steps: int = 100, batch_size: int = 8) -> dict[str
     documents: Counter[str] = Counter()
     tasks: Counter[str] = Counter()
     seen: Counter[tuple[int, int, int, str, int]] = Counter()
+    lengths: dict[str, list[int]] = {}
+    fill_by_step: list[float] = []
     num_steps = num_sequences = 0
     for step in islice(plan.steps(), steps):
         num_steps += 1
+        used = sum(item.num_tokens for sequence in step.sequences for item in sequence)
+        fill_by_step.append(round(used / (len(step.sequences) * plan.recipe.sequence_length), 4))
         for sequence in step.sequences:
             num_sequences += 1
             for item in sequence:
                 name = plan.sources[item.source].config.name
                 tokens[name] += item.num_tokens
                 documents[name] += 1
+                lengths.setdefault(name, []).append(item.num_tokens)
                 tasks[item.task] += item.num_tokens
                 seen[item.source, item.shard, item.row, item.task, item.part] += 1
     total = sum(tokens.values())
     room = num_sequences * plan.recipe.sequence_length
-    return {
+    told = {
         "recipe_hash": plan.hash,
         "steps": num_steps,
         "tokens": dict(tokens),
@@ -214,10 +212,23 @@ def stats(recipe: str | Path, steps: int = 100, batch_size: int = 8) -> dict[str
         "mean_document_tokens": total / max(1, sum(documents.values())),
         "repeated_documents": sum(1 for count in seen.values() if count > 1),
         "left_out": {
-            source.config.name: {"filtered": source.num_filtered, "too_long": source.num_too_long}
+            source.config.name: {
+                "filtered": source.num_filtered, "too_long": source.num_too_long, "over_budget": source.num_over_budget,
+            }
             for source in plan.sources
         },
-    }
+        "lengths": {name: _histogram(values) for name, values in lengths.items()},
+        "fill_by_step": fill_by_step,
+    }  # fmt: skip
+    if html is not None:
+        Path(html).write_text(stats_page(told), encoding="utf-8")
+    return told
+
+
+def _histogram(values: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(from, to, count) by powers of two."""
+    counts = Counter(value.bit_length() for value in values)
+    return [(1 << bits - 1, (1 << bits) - 1, counts[bits]) for bits in sorted(counts) if bits]
 
 
 def _wanted(plan: Plan, names: list[str]) -> list[float]:
@@ -232,6 +243,7 @@ def show(
     text: bool = False,
     world_size: int = 1,
     num_workers: int = 0,
+    html: str | Path | None = None,
 ) -> dict[str, Any]:
     """What a step holds, without training: exactly what every rank together would be given.
 
@@ -240,8 +252,9 @@ def show(
         step: Which step, from 0.
         batch_size: Sequences a step.
         text: Also read the documents, and give the text of each sequence and its number of targets.
-        world_size: With `text`, read through that many ranks' loaders.
-        num_workers: With `text`, workers of each loader.
+        world_size: Read through that many ranks' loaders.
+        num_workers: Read through loaders with that many workers each.
+        html: Also write the step as a page, with texts, pictures and sounds.
 
     Returns:
         `step`, `global_batch`, and `sequences`: `hash`, `tokens`, `documents`.
@@ -249,54 +262,17 @@ def show(
     Raises:
         FileNotFoundError, ValueError: The recipe can't be used, or has no such step.
     """
-    if step < 0:
-        raise ValueError(f"step is {step}; it must not be negative")
-    folder = TokenizerFolder.load(load_recipe(recipe).tokenizer_folder())
-    plan = open_plan(load_recipe(recipe), batch_size, folder)
-    if batch_size % world_size:
-        raise ValueError(f"world_size is {world_size}, which doesn't divide the global batch of {batch_size}")
-    found = plan.at(step)
-    shown: dict[str, Any] = {
-        "step": step,
-        "global_batch": batch_size,
-        "recipe_hash": plan.hash,
-        "sequences": [
-            {
-                "hash": plan.sequence_hash(sequence),
-                "tokens": sum(item.num_tokens for item in sequence),
-                "documents": [plan.describe(item) for item in sequence],
-            }
-            for sequence in found.sequences
-        ],
-    }
-    if text:
-        _add_text(shown, plan, folder, found, world_size, num_workers)
+    if step < 0 or world_size < 1 or num_workers < 0:
+        raise ValueError(
+            f"step is {step}, world_size {world_size}, num_workers {num_workers}; they must be >= 0, >= 1 and >= 0"
+        )
+    read = load_recipe(recipe)
+    folder = TokenizerFolder.load(read.tokenizer_folder())
+    plan = open_plan(read, batch_size, folder)
+    shown = show_step(plan, folder, step, text, world_size, num_workers)
+    if html is not None:
+        write_step_page(shown, plan, folder, html)
     return shown
-
-
-def _add_text(
-    shown: dict[str, Any], plan: Plan, folder: TokenizerFolder, found: StepPlan, world_size: int, num_workers: int
-) -> None:
-    before = _state_before(plan, found.step)
-    for rank in range(world_size):
-        dataset = StepDataset(plan, folder, ImageTransform(folder.image_size))
-        loader = PackedLoader(plan, dataset, found.step + 1, rank, world_size, num_workers)
-        loader.load_state_dict({**before, "position": found.step})
-        batch = next(iter(loader))
-        for row, number in enumerate(loader.share(found)):
-            is_text_T = (batch.modality_BT[row] == Modality.TEXT) & (batch.document_ids_BT[row] >= 0)
-            shown["sequences"][number] |= {
-                "text": folder.text.decode(batch.token_ids_BT[row][is_text_T].tolist()),
-                "targets": int((batch.labels_BT[row] != IGNORE).sum()),
-                "errors": list(batch.state.get("errors", ())),
-            }
-
-
-def _state_before(plan: Plan, step: int) -> dict[str, Any]:
-    state = plan.initial_state()
-    for item in islice(plan.steps(), step):
-        state = item.state
-    return state
 
 
 def remove_indices(shards: str | Path | Sequence[str | Path]) -> int:
@@ -305,8 +281,9 @@ def remove_indices(shards: str | Path | Sequence[str | Path]) -> int:
     Args:
         shards: Paths, globs, brace ranges, or folders of shards.
     """
-    paths = [index_path(path) for path in _all_shards(shards)]
-    existing = [path for path in paths if path.is_file()]
-    for path in existing:
-        path.unlink()
-    return len(existing)
+    found = _all_shards(shards)
+    num_existing = sum(index_path(shard).is_file() for shard in found)
+    for shard in found:
+        index_path(shard).unlink(missing_ok=True)
+        sidecar_path(shard).unlink(missing_ok=True)
+    return num_existing

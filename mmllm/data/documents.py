@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import string
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from os import PathLike
@@ -34,7 +34,7 @@ VOICE_DROP = 5
 
 KIND_TASKS = {
     "caption": ("caption",),
-    "interleaved": ("interleaved", "question"),
+    "interleaved": ("interleaved", "question", "chat"),
     "text": ("text",),
     "audio": ("transcribe", "speak"),
 }
@@ -48,6 +48,8 @@ class Segment:
     text: str | None = None
     image: ImageInput | None = None
     audio: AudioInput = None
+    role: str | None = None
+    """Of a conversation: `user` or `assistant`."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,11 @@ def default_transform(folder: TokenizerFolder) -> ImageTransform:
 
 
 def build_document(
-    sample: Sample, task: str, folder: TokenizerFolder, transform: ImageTransform | None = None
+    sample: Sample,
+    task: str,
+    folder: TokenizerFolder,
+    transform: ImageTransform | None = None,
+    template: Mapping[str, str] | None = None,
 ) -> Document:
     """The training document of one sample: the task's template, prompt and target.
 
@@ -203,6 +209,7 @@ def build_document(
         task: A key of the folder's templates.
         folder: Tokenizers and templates.
         transform: Pictures to pixels; by default what the folder implies.
+        template: `prompt` and `target` instead of the folder's.
 
     Raises:
         ValueError: The task is unknown, or the sample lacks what its template asks for, or can't be read.
@@ -212,10 +219,57 @@ def build_document(
     if task == "interleaved" and "question" in sample.metadata:
         fields.render(writer, "{segments}<|question|>{question}<|answer|>{answer}<|end|>", True)
         return writer.finish()
-    template = _template(task, folder)
+    if task == "chat" and any(segment.role for segment in sample.segments):
+        fields.conversation(writer)
+        return writer.finish()
+    template = template or _template(task, folder)
     fields.render(writer, template["prompt"], False)
     fields.render(writer, template["target"], True)
     return writer.finish()
+
+
+def template_tokens(task: str, template: Mapping[str, str], folder: TokenizerFolder) -> int:
+    """How many tokens more than by the folder's template a document has.
+
+    Raises:
+        ValueError: The template has other fields, so that token counts don't tell.
+    """
+    counts, fields = [], []
+    for parts in (_template(task, folder), template):
+        pieces = _parse(parts["prompt"] + parts["target"])
+        fields.append(sorted(name for _, name in pieces if name is not None))
+        counts.append(
+            sum(len(_literal_ids(folder.text, text)) for part in parts.values() for text, _ in _parse(part) if text)
+        )
+    if fields[0] != fields[1]:
+        raise ValueError(f"its template for {task} has the fields {fields[1]}; it must have {fields[0]}, each once")
+    return counts[1] - counts[0]
+
+
+def chat_pieces(roles: Sequence[str | None], folder: TokenizerFolder) -> list[tuple[str, int]]:
+    """A conversation as the chat template writes it: template text, or "" and the number of a segment.
+
+    The assistant's segments stand where the template has `{text}`, everybody else's where it has `{segments}`.
+    Each run of one role is a turn; a conversation that begins with the assistant begins with an empty question.
+    """
+    template = _template("chat", folder)
+    asked, _, before = template["prompt"].partition("{segments}")
+    _, _, ended = template["target"].partition("{text}")
+    pieces: list[tuple[str, int]] = []
+    is_open, last = False, None
+    for number, role in enumerate(roles):
+        answers = role == "assistant"
+        if answers != last:
+            if not answers:
+                pieces += [(ended, -1)] * (last is True) + [(asked, -1)]
+                is_open = True
+            else:
+                pieces += [] if is_open else [(asked, -1)]
+                pieces.append((before, -1))
+                is_open = False
+            last = answers
+        pieces.append(("", number))
+    return [*pieces, (ended if last else before, -1)]
 
 
 def build_prompt(
@@ -288,10 +342,11 @@ def document_length(
     folder: TokenizerFolder,
     *,
     key: str = "",
-    text: str | None = None,
+    text: str | int | None = None,
     num_frames: int = 0,
     segments: Sequence[str | int | None] = (),
     metadata: dict[str, Any] | None = None,
+    roles: Sequence[str | None] = (),
 ) -> int:
     """Tokens that `build_document` will give, without a picture or a sound at hand.
 
@@ -299,12 +354,16 @@ def document_length(
         task: A key of the folder's templates.
         folder: Tokenizers and templates.
         key: The sample's key (it decides whether the voice is dropped).
-        text: The sample's text.
+        text: The sample's text, or how many tokens it has.
         num_frames: Frames of its sound.
         segments: Of an interleaved sample, in order: text as `str`, a picture as `None`, a sound as its frames.
         metadata: The row's other keys.
+        roles: Of a conversation, who says each segment.
     """
     metadata = metadata or {}
+    if task == "chat" and roles:
+        total = sum(len(_literal_ids(folder.text, piece)) for piece, _ in chat_pieces(roles, folder))
+        return total + sum(_segment_length(segment, folder) for segment in segments)
     if task == "interleaved" and "question" in metadata:
         rendered = "{segments}<|question|>{question}<|answer|>{answer}<|end|>"
     else:
@@ -317,7 +376,7 @@ def document_length(
             case None:
                 pass
             case "text":
-                total += len(folder.text.encode(text or ""))
+                total += text if isinstance(text, int) else len(folder.text.encode(text or ""))
             case "image":
                 total += folder.num_image_tokens
             case "audio":
@@ -430,13 +489,29 @@ class _Fields:
                 writer.ids(folder.text.encode(str(value)), is_target)
 
     def _segments(self, writer: DocumentWriter, is_target: bool) -> None:
-        for number, segment in enumerate(self.sample.segments):
-            if segment.image is not None:
-                writer.image(self.transform(segment.image, f"{self.sample.key} segment {number}"))
-            elif segment.audio is not None:
-                writer.clip(encode_audio(segment.audio, self.folder, f"{self.sample.key} segment {number}"))
-            else:
-                writer.ids(self.folder.text.encode(segment.text or ""), is_target)
+        for number in range(len(self.sample.segments)):
+            self._segment(writer, number, is_target)
+
+    def _segment(self, writer: DocumentWriter, number: int, is_target: bool) -> None:
+        segment = self.sample.segments[number]
+        if segment.image is not None:
+            writer.image(self.transform(segment.image, f"{self.sample.key} segment {number}"))
+        elif segment.audio is not None:
+            writer.clip(encode_audio(segment.audio, self.folder, f"{self.sample.key} segment {number}"))
+        else:
+            writer.ids(self.folder.text.encode(segment.text or ""), is_target)
+
+    def conversation(self, writer: DocumentWriter) -> None:
+        """All turns of a conversation; what the assistant says, and the end of it, is to be predicted."""
+        roles = [segment.role for segment in self.sample.segments]
+        answers = False
+        for literal, number in chat_pieces(roles, self.folder):
+            if number < 0:
+                writer.ids(_literal_ids(self.folder.text, literal), answers)
+                answers = False  # of what follows an answer only its end is said by the assistant
+                continue
+            answers = roles[number] == "assistant"
+            self._segment(writer, number, answers)
 
     def _codes(self) -> np.ndarray:
         source = self.sample.codes_KF if self.sample.codes_KF is not None else self.sample.audio

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 _Row = Mapping[str, Any]
 _Value = Callable[[_Row], Any]
+_MAX_KNOWN = 100_000
 
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
@@ -102,3 +103,32 @@ def _comparison(operands: list[ast.expr], ops: list[ast.cmpop], expression: str)
         return all(function(left, right) for function, left, right in zip(functions, values, values[1:], strict=False))
 
     return compare
+
+
+def filter_names(expression: str) -> list[str]:
+    """The metadata keys that an expression reads."""
+    tree = ast.parse(expression.strip(), mode="eval")
+    return sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)})
+
+
+def kept_rows(expression: str, columns: Mapping[str, Iterable[Any]], count: int) -> list[bool]:
+    """For each row whether it is kept; equal rows are looked at once.
+
+    Args:
+        expression: As `compile_filter`.
+        columns: The rows' values by key; a key that is missing here is `None` in all rows.
+        count: Number of rows.
+    """
+    keeps = compile_filter(expression)
+    names = [name for name in filter_names(expression) if name in columns]
+    rows = zip(*(columns[name] for name in names), strict=True) if names else ((),) * count
+    known: dict[tuple[Any, ...], bool] = {}
+    kept = []
+    for row in rows:
+        answer = known.get(row)
+        if answer is None:
+            answer = keeps(dict(zip(names, row, strict=True)))
+            if len(known) < _MAX_KNOWN:
+                known[row] = answer
+        kept.append(answer)
+    return kept

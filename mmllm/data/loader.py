@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +21,9 @@ from mmllm.data.balance import FRAME_COST, IMAGE_COST, shares
 from mmllm.data.collate import Gap, pack_documents
 from mmllm.data.decode import ImageTransform
 from mmllm.data.documents import Document, Sample, build_document, part_bounds
-from mmllm.data.index import read_sample
 from mmllm.data.plan import Item, Plan, StepPlan
+from mmllm.data.samples import read_sample
+from mmllm.data.storage import ShardReader
 from mmllm.data.tars import read_members
 from mmllm_tokenizers.folder import TokenizerFolder
 
@@ -37,10 +36,7 @@ class SampleReader:
 
     def __init__(self, plan: Plan, codec: str | None) -> None:
         self._plan, self._codec = plan, codec
-        self._files: dict[Path, int] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
+        self._reader = ShardReader()
 
     def __call__(self, item: Item) -> Sample:
         """The sample of a plan item.
@@ -49,12 +45,10 @@ class SampleReader:
             ValueError, OSError: It can't be read, or isn't what was indexed.
         """
         index = self._plan.sources[item.source].indices[item.shard]
-        key, line = index.keys[item.row], int(index.lines_N[item.row])
+        key = index.keys[item.row]
+        offset, size, line = index.place(item.row)
         name = f"{index.path}:{key}"
-        if index.path not in self._files:
-            self._files[index.path] = os.open(index.path, os.O_RDONLY)
-        size = int(index.sizes_N[item.row])
-        span = os.pread(self._files[index.path], size, int(index.offsets_N[item.row]))
+        span = self._reader.read(index.path, offset, size)
         if len(span) < size:
             raise ValueError(f"{name}: the shard ends {size - len(span)} bytes early; it changed since it was indexed")
         found, files = read_members(span, name)
@@ -64,9 +58,7 @@ class SampleReader:
 
     def close(self) -> None:
         """Close the files."""
-        for file in self._files.values():
-            os.close(file)
-        self._files.clear()
+        self._reader.close()
 
 
 class StepDataset(Dataset[PackedBatch]):
@@ -78,6 +70,7 @@ class StepDataset(Dataset[PackedBatch]):
         transform: Pictures to pixels.
         cache_bytes: Documents kept once they are built, at most this much memory a process.
         augment: How pictures are altered; the same step always sees the same pictures.
+        hashes: Also give each sequence's hash, in `state["hashes"]`.
     """
 
     def __init__(
@@ -87,8 +80,9 @@ class StepDataset(Dataset[PackedBatch]):
         transform: ImageTransform,
         cache_bytes: int = 0,
         augment: AugmentConfig | None = None,
+        hashes: bool = False,
     ) -> None:
-        self._augment = augment or AugmentConfig()
+        self._augment, self._hashes = augment or AugmentConfig(), hashes
         self._plan, self._folder, self._transform = plan, folder, transform
         codec = folder.audio.hash if folder.audio is not None else None
         self._read = SampleReader(plan, codec)
@@ -98,9 +92,11 @@ class StepDataset(Dataset[PackedBatch]):
     def __getitem__(self, step: StepPlan) -> PackedBatch:
         """The batch of a step. `state["errors"]` names its documents that failed, if any."""
         errors: list[str] = []
-        sequences = [[self._document(item, errors) for item in sequence] for sequence in step.sequences]
+        sequences = [[self.document(item, errors) for item in sequence] for sequence in step.sequences]
         sources = [[item.source for item in sequence] for sequence in step.sequences]
         state = {**step.state, "errors": errors} if errors else step.state
+        if self._hashes:
+            state = {**state, "hashes": [self._plan.sequence_hash(sequence) for sequence in step.sequences]}
         batch = pack_documents(sequences, self._plan.recipe.sequence_length, sources, state)
         if self._augment.is_on and len(batch.images_NCHW):
             draws = [
@@ -117,7 +113,8 @@ class StepDataset(Dataset[PackedBatch]):
         seed = [self._plan.recipe.seed, 4, step, item.source, item.shard, item.row]
         return np.random.default_rng(seed).random((num_images, NUM_DRAWS), dtype=np.float32)
 
-    def _document(self, item: Item, errors: list[str]) -> Document | Gap:
+    def document(self, item: Item, errors: list[str]) -> Document | Gap:
+        """The document of an item, or where it fails a gap of its length, with the reason added to `errors`."""
         try:
             document = self._whole(item)
             if item.part >= 0:
@@ -141,7 +138,8 @@ class StepDataset(Dataset[PackedBatch]):
         place = (item.source, item.shard, item.row, item.task)
         document = self._cache.get(place)
         if document is None:
-            document = build_document(self._read(item), item.task, self._folder, self._transform)
+            template = (self._plan.sources[item.source].config.templates or {}).get(item.task)
+            document = build_document(self._read(item), item.task, self._folder, self._transform, template)
             self._keep(place, document)
         return document
 
@@ -213,10 +211,10 @@ class PackedLoader:
             collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]
         )
         is_empty = True
-        for batch in loader:
+        for batch in self._living(iter(loader)):
             is_empty = False
             self._count(batch)
-            self._state = {key: value for key, value in batch.state.items() if key != "errors"}
+            self._state = {key: value for key, value in batch.state.items() if key not in ("errors", "hashes")}
             self._position += 1
             batch.state = {**batch.state, "position": self._position}
             yield batch
@@ -225,6 +223,20 @@ class PackedLoader:
                 f"the recipe's documents are used up after step {self._state['step']}; train for fewer steps, raise "
                 f"max_epochs, or set mixture.on_exhausted to repeat"
             )
+
+    def _living(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+        """The batches; where a worker is gone, an error that says so, in whatever way its pipe broke."""
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (EOFError, ConnectionError) as error:
+                raise RuntimeError(
+                    f"a DataLoader worker was killed or exited after step {self._state['step']} (out of memory?); "
+                    f"resume from the last checkpoint, with a smaller cache_mb or fewer num_workers"
+                ) from error
+            yield batch
 
     def _rank_steps(self, count: int) -> Iterator[StepPlan]:
         for step in islice(self._plan.steps(self._state), count):

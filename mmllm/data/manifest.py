@@ -1,8 +1,8 @@
 """Manifests: one JSON object a line, naming a text, a picture, a sound, or a document of segments.
 
 A row has `id`, and `text` with `image` or `audio` (paths relative to the manifest), or `segments`: a list of
-`{"text": …}`, `{"image": path}`, `{"audio": path}`, with `question` and `answer` if there is one. Any other key
-is metadata.
+`{"text": …}`, `{"image": path}`, `{"audio": path}`, with `question` and `answer` if there is one. Segments with a
+`role` (`user`, `assistant`) are a conversation. Any other key is metadata.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 Kind = Literal["caption", "interleaved", "text", "audio"]
 KINDS: tuple[Kind, ...] = ("caption", "interleaved", "text", "audio")
+
+ROLES = ("user", "assistant")
 
 _logger = logging.getLogger(__name__)
 _OWN_KEYS = ("id", "text", "image", "audio", "segments")
@@ -40,7 +42,7 @@ class Row:
     image: Path | None = None
     audio: Path | None = None
     segments: tuple[dict[str, Any], ...] = ()
-    """Each with one key: `text` (str), `image` or `audio` (Path)."""
+    """Each with one key: `text` (str), `image` or `audio` (Path); in a conversation also `role`."""
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
@@ -142,6 +144,20 @@ def parse_row(line: str, folder: Path, where: str) -> Row:
         value = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ManifestError(f"not JSON: {error}") from error
+    return row_from_dict(value, folder, where)
+
+
+def row_from_dict(value: Any, folder: Path, where: str) -> Row:
+    """A checked row from what its line holds.
+
+    Args:
+        value: The row.
+        folder: What its paths are relative to.
+        where: `file:line`.
+
+    Raises:
+        ManifestError: A key or file is missing, empty or of the wrong type.
+    """
     if not isinstance(value, dict):
         raise ManifestError(f"a row must be a JSON object, got {type(value).__name__}")
     _check_unicode(value)
@@ -208,13 +224,18 @@ def _segments(value: dict[str, Any], folder: Path) -> tuple[dict[str, Any], ...]
             )
         match item:
             case {"text": str() as text} if text:
-                segments.append({"text": text})
+                segment: dict[str, Any] = {"text": text}
             case {"image": path}:
-                segments.append({"image": _file(path, folder, f"segment {number} image")})
+                segment = {"image": _file(path, folder, f"segment {number} image")}
             case {"audio": path}:
-                segments.append({"audio": _file(path, folder, f"segment {number} audio")})
+                segment = {"audio": _file(path, folder, f"segment {number} audio")}
             case _:
                 raise ManifestError(f"segment {number} is {item!r}; give one of 'text', 'image' or 'audio', not empty")
+        if (role := item.get("role")) is not None:
+            if role not in ROLES:
+                raise ManifestError(f"segment {number} has the role {role!r}; it must be one of {', '.join(ROLES)}")
+            segment["role"] = role
+        segments.append(segment)
     if ("question" in value) != ("answer" in value):
         raise ManifestError("'question' and 'answer' go together; one is missing")
     if "question" in value:

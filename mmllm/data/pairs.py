@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmllm.data.augment import NUM_DRAWS, AugmentConfig, augment
 from mmllm.data.decode import ImageTransform
 from mmllm.data.filters import compile_filter
-from mmllm.data.index import read_sample
+from mmllm.data.samples import read_sample
 from mmllm.data.tars import read_members, scan_tar
 from mmllm_tokenizers.audio import load_audio, resample, to_mono
 from mmllm_tokenizers.folder import TokenizerFolder

@@ -1,50 +1,38 @@
 """The plan: which documents make sequence n. A pure function of (recipe, shards, batch size).
 
-A window of documents is drawn, always from the source that is furthest below its share; the window is packed
-best-fit-decreasing; its sequences are shuffled and numbered on. Every rank plans the same global stream and
-takes its own rows of it, so neither ranks nor workers change what a step holds.
+A window of documents is drawn, always from the source that is furthest below its share; the window is packed; its
+sequences are shuffled and numbered on. Every rank plans the same global stream and takes its own rows of it, so neither
+ranks nor workers change what a step holds.
 
-Shapes: M items (a document as one task, or one part of a long text).
+How far a source is, is counted in tokens (or samples) divided by its share: its clock. The next document comes from the
+source whose clock is lowest, so drawing is a merge of the sources' next documents by the clocks at which they come.
+Clocks instead of token counts let shares change: a schedule changes how fast a clock runs, and owes nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-import zlib
-from bisect import bisect_left, insort
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmllm.data.documents import num_parts
-from mmllm.data.filters import compile_filter
-from mmllm.data.index import ShardIndex, load_index
-from mmllm.data.recipe import CurriculumConfig, Recipe, SourceConfig, recipe_hash
-from mmllm.data.shards import shard_paths
+from mmllm.data.documents import template_tokens
+from mmllm.data.index import load_index
+from mmllm.data.pack import Budgets, pack_window
+from mmllm.data.recipe import Recipe, recipe_hash
+from mmllm.data.shards import find_shards
+from mmllm.data.source import Drawn, Item, Source
 from mmllm_tokenizers.folder import TokenizerFolder
 
-STATE_VERSION = 1
+__all__ = ["Item", "Plan", "Source", "StepPlan", "open_plan", "open_sources"]
 
-_logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Item:
-    """One document of a sequence: where it is and what it becomes."""
-
-    source: int
-    shard: int
-    row: int
-    """Row of the shard's index."""
-    task: str
-    part: int
-    """Piece of a split text, or -1 for a whole document."""
-    num_tokens: int
+STATE_VERSION = 2
+AHEAD = 32
+"""Sequences among which the next one is chosen."""
 
 
 @dataclass(frozen=True)
@@ -58,156 +46,27 @@ class StepPlan:
     """Of all ranks."""
 
 
-class Source:
-    """A recipe's source with its shards' indices: its items, in the order of the shards.
+@dataclass(frozen=True)
+class _Window:
+    """Documents that were drawn together, and the sources' cursors after them."""
 
-    Raises:
-        ValueError: The shards hold another kind, or nothing is left after the filter.
-    """
-
-    def __init__(self, config: SourceConfig, number: int, indices: list[ShardIndex], recipe: Recipe) -> None:
-        self.config, self.number, self.indices = config, number, indices
-        self.num_filtered = self.num_too_long = 0
-        self._seed = recipe.seed
-        columns: list[list[np.ndarray]] = [[], [], [], [], []]
-        for shard, index in enumerate(indices):
-            if index.kind != config.kind:
-                raise ValueError(f"source {config.name!r}: {index.path} holds {index.kind} samples, not {config.kind}")
-            for task_number, task in enumerate(config.task_names):
-                for column, values in zip(columns, self._items(shard, index, task_number, task, recipe), strict=True):
-                    column.append(values)
-        self.shard_M, self.row_M, self.task_M, self.part_M, self.tokens_M = (np.concatenate(c) for c in columns)
-        self.name_seed = zlib.crc32(config.name.encode())
-        if not len(self.tokens_M):
-            raise ValueError(
-                f"source {config.name!r}: no documents are left ({self.num_filtered} filtered out, "
-                f"{self.num_too_long} longer than sequence_length {recipe.sequence_length}); "
-                f"check its filter, tasks and the sequence length"
-            )
-        if self.num_too_long:
-            _logger.warning("source %s: left out %d documents longer than a sequence", config.name, self.num_too_long)
-        self.rank_M = self._ranks(recipe.curriculum)
-
-    def _items(self, shard: int, index: ShardIndex, task_number: int, task: str, recipe: Recipe) -> list[np.ndarray]:
-        length = recipe.sequence_length
-        tokens_N = index.lengths[task]
-        keep_N = (tokens_N > 0) & self._keep(index)
-        self.num_filtered += int((~keep_N).sum())
-        rows = np.flatnonzero(keep_N)
-        tokens = tokens_N[rows]
-        is_long = tokens > length
-        if index.kind != "text" or recipe.packing.long_documents == "drop":
-            self.num_too_long += int(is_long.sum())
-            rows, tokens = rows[~is_long], tokens[~is_long]
-            is_long = is_long[~is_long]
-        counts = np.ones(len(rows), dtype=np.int64)
-        counts[is_long] = [num_parts(int(count), length) for count in tokens[is_long]]
-        part = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-        rows, tokens, is_long = (np.repeat(column, counts) for column in (rows, tokens, is_long))
-        tokens = np.where(is_long, np.minimum(length, tokens - part * (length - 1)), tokens)
-        part = np.where(is_long, part, -1)
-        return [np.full(len(rows), shard), rows, np.full(len(rows), task_number), part, tokens]
-
-    def _keep(self, index: ShardIndex) -> np.ndarray:
-        keep_N = np.ones(index.num_documents, dtype=bool)
-        if self.config.max_images is not None:
-            keep_N &= index.num_images_N <= self.config.max_images
-        if self.config.filter is not None:
-            function = compile_filter(self.config.filter)
-            names = list(index.columns)
-            rows = zip(*index.columns.values(), strict=True) if names else ((),) * index.num_documents
-            keep_N &= np.array([function(dict(zip(names, row, strict=True))) for row in rows], dtype=bool)
-        return keep_N
-
-    def _ranks(self, curriculum: CurriculumConfig | None) -> np.ndarray | None:
-        """Each item's place in the order of difficulty, 0 the easiest."""
-        if curriculum is None:
-            return None
-        difficulty_M = self._difficulty(curriculum.metric)
-        rank_M = np.empty(len(difficulty_M), dtype=np.int64)
-        rank_M[np.argsort(difficulty_M, kind="stable")] = np.arange(len(difficulty_M))
-        return rank_M
-
-    def _difficulty(self, metric: str) -> np.ndarray:
-        if metric == "num_tokens":
-            return self.tokens_M
-        per_shard = []
-        for index in self.indices:
-            match metric:
-                case "num_images":
-                    values_N = index.num_images_N
-                case "num_frames":
-                    values_N = index.num_frames_N
-                case _:
-                    column = index.columns.get(metric, [None] * index.num_documents)
-                    numbers = [value if isinstance(value, int | float) else np.inf for value in column]
-                    values_N = np.array(numbers, dtype=np.float64)
-            per_shard.append(values_N)
-        starts = np.cumsum([0, *(len(values) for values in per_shard)])[:-1]
-        return np.concatenate(per_shard)[starts[self.shard_M] + self.row_M]
-
-    @property
-    def num_items(self) -> int:
-        """M."""
-        return len(self.tokens_M)
-
-    def order(self, epoch: int) -> list[int]:
-        """The items of an epoch, shuffled; tasks of less weight keep a share of theirs."""
-        rng = np.random.default_rng([self._seed, self.name_seed, epoch])
-        order = rng.permutation(self.num_items)
-        if self.config.task_weights is not None:
-            weights = np.array(self.config.task_weights) / max(self.config.task_weights)
-            kept = order[rng.random(self.num_items) < weights[self.task_M[order]]]
-            order = kept if len(kept) else order
-        return order.tolist()
-
-    def item(self, number: int) -> Item:
-        """Item `number` in full."""
-        task = self.config.task_names[self.task_M[number]]
-        shard, row, part, tokens = (int(c[number]) for c in (self.shard_M, self.row_M, self.part_M, self.tokens_M))
-        return Item(self.number, shard, row, task, part, tokens)
-
-    @cached_property
-    def token_list(self) -> list[int]:
-        """`tokens_M` as plain integers, which Python's loops read faster."""
-        return self.tokens_M.tolist()
-
-    @cached_property
-    def rank_list(self) -> list[int] | None:
-        """`rank_M` likewise."""
-        return None if self.rank_M is None else self.rank_M.tolist()
+    sources: np.ndarray
+    items: np.ndarray
+    tokens: np.ndarray
+    bins: list[list[int]]
+    after: list[list[float]]
 
 
-class _Cursor:
-    """How far a source has been drawn."""
+@dataclass(frozen=True)
+class _Draw:
+    """The documents that might come next, in order, and what is needed to move the cursors behind some of them."""
 
-    def __init__(self, source: Source, epoch: int, position: int, drawn: int) -> None:
-        self.source, self.epoch, self.position = source, epoch, position
-        self.drawn = drawn
-        """Tokens, or samples, drawn so far: what shares are kept by."""
-        self._order = source.order(epoch)
-
-    def exhausted(self, repeat: bool) -> bool:
-        limit = self.source.config.max_epochs
-        if limit is None or repeat:
-            return False
-        return self.epoch + self.position / len(self._order) >= limit
-
-    def draw(self, num_easiest: int | None) -> int | None:
-        """The next item's number; `None` where the epoch had no more that is easy enough."""
-        ranks = self.source.rank_list
-        while self.position < len(self._order):
-            number = self._order[self.position]
-            self.position += 1
-            if num_easiest is None or ranks is None or ranks[number] < num_easiest:
-                return number
-        return None
-
-    def turn(self) -> None:
-        """Begin the next epoch if this one is over."""
-        if self.position >= len(self._order):
-            self.epoch, self.position = self.epoch + 1, 0
-            self._order = self.source.order(self.epoch)
+    sources: np.ndarray
+    items: np.ndarray
+    tokens: np.ndarray
+    costs: np.ndarray
+    drawn: dict[int, Drawn]
+    shares: list[float]
 
 
 class Plan:
@@ -226,10 +85,13 @@ class Plan:
         self.recipe, self.sources, self.batch_size = recipe, sources, batch_size
         digests = [[index.sha256 for index in source.indices] for source in sources]
         self.hash = recipe_hash(recipe, digests, tokenizer_hash)
-        self._shares = recipe.shares()
+        limits = {"num_images": recipe.packing.max_images, "num_frames": recipe.packing.max_frames}
+        self._budgets = [
+            ([source.costs(name) for source in sources], limit) for name, limit in limits.items() if limit is not None
+        ]
 
     def initial_state(self) -> dict[str, Any]:
-        """The state before step 0."""
+        """The state before step 0: after `cursors`, a source's position and clock when the window was begun."""
         return {
             "version": STATE_VERSION,
             "recipe": self.hash[:16],
@@ -237,7 +99,7 @@ class Plan:
             "step": 0,
             "window": 0,
             "offset": 0,
-            "cursors": [[0, 0, 0] for _ in self.sources],
+            "cursors": [[0, 0.0] for _ in self.sources],
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
@@ -279,87 +141,187 @@ class Plan:
         Raises:
             ValueError: The stream ends before it.
         """
-        last = -1
-        for plan in self.steps():
-            if plan.step == step:
-                return plan
-            last = plan.step
-        raise ValueError(f"step is {step}; the recipe's documents last for {last + 1} steps")
+        for plan in self.steps(self.state_before(step)):
+            return plan
+        raise ValueError(f"step is {step}; the recipe's documents last for {step} steps")
+
+    def state_before(self, step: int) -> dict[str, Any]:
+        """The state before a step, found without naming the documents of the windows that precede it.
+
+        Raises:
+            ValueError: The stream ends before it.
+        """
+        state, wanted = self.initial_state(), step * self.batch_size
+        cursors, first, window = state["cursors"], 0, 0
+        while wanted > first:
+            drawn = self._window(cursors, first // self.batch_size, window)
+            if drawn is None:
+                last = -(-first // self.batch_size)
+                if last == step:  # asked for the one behind the last
+                    break
+                raise ValueError(f"step is {step}; the recipe's documents last for {last} steps")
+            if first + len(drawn.bins) > wanted:
+                break
+            first, cursors, window = first + len(drawn.bins), drawn.after, window + 1
+        offset = max(0, wanted - first)
+        return {**state, "step": step, "window": window, "offset": offset, "cursors": cursors}
 
     def _sequences(self, state: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], tuple[Item, ...]]]:
         """(state after it, sequence), on and on."""
-        window, offset = state["window"], state["offset"]
-        cursors = [_Cursor(source, *values) for source, values in zip(self.sources, state["cursors"], strict=True)]
+        window, offset, cursors = state["window"], state["offset"], state["cursors"]
         base = {key: state[key] for key in ("version", "recipe", "batch_size")}
         # The curriculum reads the step at which a window began; a resumed window must read the same one.
         first = state["step"] * self.batch_size - offset
         while True:
-            before = [[cursor.epoch, cursor.position, cursor.drawn] for cursor in cursors]
-            items, is_last = self._draw(cursors, max(0, first) // self.batch_size)
-            if not items:
+            drawn = self._window(cursors, max(0, first) // self.batch_size, window)
+            if drawn is None:
                 return
-            packed = self._pack(items, window)
-            for number in range(offset, len(packed)):
-                done = number + 1 == len(packed)
-                after = [[cursor.epoch, cursor.position, cursor.drawn] for cursor in cursors] if done else before
+            items = self._named(drawn)
+            order = self._order(drawn, window)
+            for number in range(offset, len(order)):
+                done = number + 1 == len(order)
                 yield (
-                    {**base, "window": window + done, "offset": 0 if done else number + 1, "cursors": after},
-                    packed[number],
+                    {
+                        **base,
+                        "window": window + done,
+                        "offset": 0 if done else number + 1,
+                        "cursors": drawn.after if done else cursors,
+                    },
+                    tuple([items[place] for place in drawn.bins[order[number]]]),
                 )
-            if is_last:
-                return
-            first, offset, window = first + len(packed), 0, window + 1
+            cursors = drawn.after
+            first, offset, window = first + len(order), 0, window + 1
 
-    def _draw(self, cursors: list[_Cursor], step: int) -> tuple[list[tuple[int, int, int]], bool]:
-        """A window of (tokens, source, item), and whether the stream ends with it."""
-        mixture, curriculum = self.recipe.mixture, self.recipe.curriculum
-        repeat = mixture.on_exhausted == "repeat"
-        by_tokens = mixture.unit == "tokens"
-        easiest: list[int | None] = [None] * len(cursors)
-        if curriculum is not None and curriculum.share(step) < 1:
-            share = curriculum.share(step)
-            easiest = [max(1, int(np.ceil(share * cursor.source.num_items))) for cursor in cursors]
-        open_ = [number for number, cursor in enumerate(cursors) if not cursor.exhausted(repeat)]
-        if mixture.on_exhausted == "stop" and len(open_) < len(cursors):
-            return [], True
-        drawn: list[tuple[int, int, int]] = []
-        while open_ and len(drawn) < self.recipe.packing.window:
-            number = min(open_, key=lambda source: cursors[source].drawn / self._shares[source])
-            cursor = cursors[number]
-            cursor.turn()
-            item = cursor.draw(easiest[number])
-            if item is not None:
-                tokens = cursor.source.token_list[item]
-                cursor.drawn += tokens if by_tokens else 1
-                drawn.append((tokens, number, item))
-            if cursor.exhausted(repeat):
-                open_.remove(number)
-                if mixture.on_exhausted == "stop":
-                    return drawn, True
-        return drawn, not open_
+    def _order(self, drawn: _Window, window: int) -> list[int]:
+        """The sequences of a window, shuffled, but always that one of the next few which keeps the shares best."""
+        rng = np.random.default_rng([self.recipe.seed, 1, window])
+        order = rng.permutation(len(drawn.bins)).tolist()
+        if len(self.sources) == 1:
+            return order
+        rows = np.repeat(np.arange(len(drawn.bins)), [len(documents) for documents in drawn.bins])
+        places = np.concatenate(drawn.bins)
+        tokens_BS = np.zeros((len(drawn.bins), len(self.sources)))
+        np.add.at(tokens_BS, (rows, drawn.sources[places]), drawn.tokens[places])
+        over_BS = tokens_BS - tokens_BS.sum(axis=1, keepdims=True) * (tokens_BS.sum(axis=0) / tokens_BS.sum())
+        return balanced(over_BS[order], order)
 
-    def _pack(self, items: list[tuple[int, int, int]], window: int) -> list[tuple[Item, ...]]:
-        """Best-fit-decreasing: the longest first, each into the fullest sequence that still takes it."""
-        length = self.recipe.sequence_length
-        bins: list[list[tuple[int, int, int]]] = []
-        room: list[tuple[int, int]] = []  # (tokens left, bin), ascending
-        for item in sorted(items, reverse=True):
-            place = bisect_left(room, (item[0], -1))
-            if place < len(room):
-                left, number = room.pop(place)
-                bins[number].append(item)
-            else:
-                left, number = length, len(bins)
-                bins.append([item])
-            if left > item[0]:
-                insort(room, (left - item[0], number))
-        order = np.random.default_rng([self.recipe.seed, 1, window]).permutation(len(bins))
-        return [tuple(self.sources[source].item(item) for _, source, item in bins[number]) for number in order]
+    def _named(self, window: _Window) -> list[Item]:
+        items: list[Item | None] = [None] * len(window.items)
+        for number, source in enumerate(self.sources):
+            places = np.flatnonzero(window.sources == number)
+            for place, item in zip(places.tolist(), source.items(window.items[places]), strict=True):
+                items[place] = item
+        return items  # pyright: ignore[reportReturnType]
+
+    def _window(self, cursors: list[list[float]], step: int, window: int) -> _Window | None:
+        """The documents drawn from the cursors on, packed; `None` where the stream ends."""
+        draw = self._draw(cursors, step)
+        if not len(draw.items):
+            return None
+        bins, count = pack_window(
+            draw.tokens, self.recipe.sequence_length, self._costs(draw), seed=self._pack_seed(window)
+        )
+        after = self._moved(cursors, draw, count)
+        return _Window(draw.sources[:count], draw.items[:count], draw.tokens[:count], bins, after)
+
+    def _pack_seed(self, window: int) -> int:
+        return (self.recipe.seed << 20) + window
+
+    def _costs(self, draw: _Draw) -> Budgets:
+        budgets = []
+        for per_source, limit in self._budgets:
+            values = np.zeros(len(draw.items), dtype=np.int64)
+            for number, costs_M in enumerate(per_source):
+                mine = draw.sources == number
+                values[mine] = costs_M[draw.items[mine]]
+            budgets.append((values, limit))
+        return budgets
+
+    def _draw(self, cursors: list[list[float]], step: int) -> _Draw:
+        """The next documents, at most a window: a merge of the sources' next ones by their clocks."""
+        mixture, size = self.recipe.mixture, self.recipe.packing.window
+        shares = self.recipe.shares(step)
+        easiest = self._easiest(step)
+        wanted = self._guess(shares, size)
+        while True:
+            drawn = {
+                number: source.upcoming(int(cursors[number][0]), wanted[number], easiest[number], self._limit(source))
+                for number, source in enumerate(self.sources)
+                if shares[number] > 0
+            }
+            merged = self._merged(cursors, drawn, shares)
+            taken = np.bincount(merged.sources[:size], minlength=len(self.sources))
+            short = [n for n, found in drawn.items() if not found.is_all and taken[n] == len(found.items)]
+            if not short:
+                break
+            for number in short:
+                wanted[number] = wanted[number] * 2 + 16
+        stop = min(size, len(merged.items))
+        if mixture.on_exhausted == "stop":
+            for number, found in drawn.items():
+                if found.is_all:
+                    places = np.flatnonzero(merged.sources == number)
+                    stop = min(stop, int(places[-1]) + 1 if len(places) else 0)
+        sources, items, tokens = merged.sources[:stop], merged.items[:stop], merged.tokens[:stop]
+        return _Draw(sources, items, tokens, merged.costs[:stop], drawn, shares)
+
+    def _limit(self, source: Source) -> int | None:
+        return None if self.recipe.mixture.on_exhausted == "repeat" else source.limit
+
+    def _easiest(self, step: int) -> list[int | None]:
+        curriculum = self.recipe.curriculum
+        share = 1.0 if curriculum is None else curriculum.share(step)
+        if share >= 1:
+            return [None] * len(self.sources)
+        return [max(1, math.ceil(share * source.num_items)) for source in self.sources]
+
+    def _guess(self, shares: list[float], size: int) -> list[int]:
+        """How many documents of each source a window will hold, or somewhat more."""
+        rates = []
+        for source, share in zip(self.sources, shares, strict=True):
+            by_tokens = self.recipe.mixture.unit == "tokens"
+            rates.append(share / (float(source.tokens_M[:100_000].mean()) if by_tokens else 1.0))
+        total = sum(rates)
+        return [int(1.2 * size * rate / total) + 16 for rate in rates]
+
+    def _merged(self, cursors: list[list[float]], drawn: dict[int, Drawn], shares: list[float]) -> _Draw:
+        columns: list[list[np.ndarray]] = [[], [], [], [], []]
+        for number, found in drawn.items():
+            tokens = self.sources[number].tokens_M[found.items].astype(np.int64)
+            costs = tokens if self.recipe.mixture.unit == "tokens" else np.ones_like(tokens)
+            clocks = cursors[number][1] + (np.cumsum(costs) - costs) / shares[number]
+            values = (clocks, np.full(len(tokens), number), found.items, tokens, costs)
+            for column, value in zip(columns, values, strict=True):
+                column.append(value)
+        clocks, sources, items, tokens, costs = (np.concatenate(column) for column in columns)
+        order = np.lexsort((sources, clocks))  # stable: within a source, its own order
+        return _Draw(sources[order], items[order], tokens[order], costs[order], drawn, shares)
+
+    def _moved(self, cursors: list[list[float]], draw: _Draw, count: int) -> list[list[float]]:
+        """The cursors behind the first `count` documents of a draw; the lowest clock that runs is set to 0."""
+        after: list[tuple[float, float | None]] = []
+        for number, (position, clock) in enumerate(cursors):
+            found = draw.drawn.get(number)
+            if found is None:  # it rests, its weight is 0 now: later it starts level with the others
+                after.append((position, None))
+                continue
+            mine = draw.sources[:count] == number
+            used = int(mine.sum())
+            is_at_end = found.is_all and used == len(found.items)
+            if is_at_end:
+                limit = self._limit(self.sources[number])
+                position = position if limit is None else limit
+            elif used:
+                position = int(found.after[used - 1])
+            clock += float(draw.costs[:count][mine].sum()) / draw.shares[number]
+            after.append((int(position), None if is_at_end else clock))
+        lowest = min((clock for _, clock in after if clock is not None), default=0.0)
+        return [[position, 0.0 if clock is None else round(clock - lowest, 3)] for position, clock in after]
 
     def describe(self, item: Item) -> dict[str, Any]:
         """An item by name: source, shard, key, task, part, tokens."""
         index = self.sources[item.source].indices[item.shard]
-        line = int(index.lines_N[item.row])
+        _, _, line = index.place(item.row)
         return {
             "source": self.sources[item.source].config.name,
             "shard": index.path.name,
@@ -375,8 +337,41 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def open_sources(recipe: Recipe, tokenizer_hash: str) -> list[Source]:
+def balanced(over_BS: np.ndarray, names: list[int]) -> list[int]:
+    """Names in an order in which every beginning has about the shares of the whole.
+
+    Args:
+        over_BS: What each row has too much of each source; the columns sum to 0.
+        names: Of the rows.
+    """
+    pool = list(range(min(AHEAD, len(names))))
+    waiting_PS = over_BS[pool].copy()
+    coming = len(pool)
+    total_S = np.zeros(over_BS.shape[1])
+    order = []
+    while pool:
+        sums_PS = waiting_PS[: len(pool)] + total_S
+        best = int(np.einsum("ps,ps->p", sums_PS, sums_PS).argmin())
+        total_S = sums_PS[best]
+        order.append(names[pool[best]])
+        if coming < len(names):
+            pool[best] = coming
+            waiting_PS[best] = over_BS[coming]
+            coming += 1
+        else:
+            pool[best] = pool[-1]
+            waiting_PS[best] = waiting_PS[len(pool) - 1]
+            pool.pop()
+    return order
+
+
+def open_sources(recipe: Recipe, tokenizer_hash: str, folder: TokenizerFolder | None = None) -> list[Source]:
     """A recipe's sources with their indices.
+
+    Args:
+        recipe: The recipe.
+        tokenizer_hash: Of the tokenizer that the indices must have been made with.
+        folder: The tokenizer folder; sources with templates of their own need it.
 
     Raises:
         FileNotFoundError: Shards or their indices are missing.
@@ -385,11 +380,15 @@ def open_sources(recipe: Recipe, tokenizer_hash: str) -> list[Source]:
     sources = []
     base = Path(recipe.folder) if recipe.folder is not None else None
     for number, config in enumerate(recipe.sources):
+        more_tokens: dict[str, int] = {}
         try:
-            indices = [load_index(path, tokenizer_hash) for path in shard_paths(config.shards, base)]
+            indices = [load_index(path, tokenizer_hash) for path in find_shards(config.shards, base)]
+            if config.templates:
+                assert folder is not None, "templates are counted with the tokenizer"
+                more_tokens = {task: template_tokens(task, own, folder) for task, own in config.templates.items()}
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"source {config.name!r}: {error}") from error
-        sources.append(Source(config, number, indices, recipe))
+        sources.append(Source(config, number, indices, recipe, more_tokens))
     return sources
 
 
@@ -405,4 +404,4 @@ def open_plan(recipe: Recipe, batch_size: int, folder: TokenizerFolder | None = 
         FileNotFoundError, ValueError: As `open_sources`.
     """
     folder = folder or TokenizerFolder.load(recipe.tokenizer_folder())
-    return Plan(recipe, open_sources(recipe, folder.hash), batch_size, folder.hash)
+    return Plan(recipe, open_sources(recipe, folder.hash, folder), batch_size, folder.hash)

@@ -30,6 +30,9 @@ class SourceConfig:
     shards: str | list[str]
     """A path, a glob or brace ranges, or several."""
     weight: float = 1.0
+    weight_schedule: list[list[float]] | None = None
+    """`[[step, weight], …]` instead of `weight`: linear between the points, constant outside; two points at one step
+    make a jump."""
     max_epochs: float | None = None
     """How often its documents may be drawn; `None`: without end."""
     filter: str | None = None
@@ -40,12 +43,17 @@ class SourceConfig:
     """Share of the documents drawn as each task, relative to the largest."""
     max_images: int | None = None
     """Documents with more pictures are left out."""
+    templates: dict[str, dict[str, str]] | None = None
+    """How this source's tasks are written instead of the tokenizer's way: `{caption: {prompt: …, target: …}}`, with the
+    same fields."""
 
     def __post_init__(self) -> None:
         if self.kind not in KIND_TASKS:
             raise ValueError(f"source {self.name!r}: kind is {self.kind!r}; it must be one of {', '.join(KIND_TASKS)}")
         if not self.weight > 0:
             raise ValueError(f"source {self.name!r}: weight is {self.weight}; it must be above 0 (or leave it out)")
+        if self.weight_schedule is not None:
+            _check_schedule(self.weight_schedule, f"source {self.name!r}: weight_schedule")
         if self.max_epochs is not None and not self.max_epochs > 0:
             raise ValueError(f"source {self.name!r}: max_epochs is {self.max_epochs}; it must be above 0")
         known = KIND_TASKS[self.kind]
@@ -67,12 +75,46 @@ class SourceConfig:
             except ValueError as error:
                 raise ValueError(f"source {self.name!r}: {error}") from error
 
+        for task, template in (self.templates or {}).items():
+            if task not in self.task_names or task in ("interleaved", "chat") or set(template) != {"prompt", "target"}:
+                raise ValueError(
+                    f"source {self.name!r}: templates.{task} is {template}; give prompt and target, for one of "
+                    f"{', '.join(name for name in self.task_names if name not in ('interleaved', 'chat')) or 'no task'}"
+                )
+
     @property
     def task_names(self) -> tuple[str, ...]:
         """The tasks its samples are written as."""
         if self.tasks is not None:
             return tuple(self.tasks)
-        return KIND_TASKS["audio"] if self.kind == "audio" else KIND_TASKS[self.kind][:1]
+        match self.kind:
+            case "audio":
+                return KIND_TASKS["audio"]
+            case "interleaved":  # conversations are chats, everything else is not
+                return ("interleaved", "chat")
+        return KIND_TASKS[self.kind][:1]
+
+    def weight_at(self, step: int) -> float:
+        """The weight at a step; may be 0 for a while."""
+        if self.weight_schedule is None:
+            return self.weight
+        before = [point for point in self.weight_schedule if point[0] <= step]
+        after = [point for point in self.weight_schedule if point[0] > step]
+        if not before or not after:
+            return (before[-1] if before else after[0])[1]
+        (start, first), (stop, last) = before[-1], after[0]
+        return first + (last - first) * (step - start) / (stop - start)
+
+
+def _check_schedule(points: list[list[float]], where: str) -> None:
+    steps = [point[0] for point in points]
+    if (
+        not points
+        or any(len(point) != 2 or min(point) < 0 for point in points)
+        or steps != sorted(steps)
+        or not any(weight > 0 for _, weight in points)
+    ):
+        raise ValueError(f"{where} is {points}; give [step, weight] points by ascending step, some weight above 0")
 
 
 @dataclass(frozen=True)
@@ -98,10 +140,17 @@ class PackingConfig:
     """Documents that are packed together."""
     long_documents: Literal["split", "drop"] = "split"
     """Texts longer than a sequence are split into sequences, or left out. Others are always left out."""
+    max_images: int | None = None
+    """Pictures a sequence may hold; documents with more are left out."""
+    max_frames: int | None = None
+    """Frames of sound a sequence may hold (seconds times the tokenizer's frame rate); likewise."""
 
     def __post_init__(self) -> None:
         if self.window < 1:
             raise ValueError(f"packing.window is {self.window}; it must be at least 1 document")
+        for name, limit in (("max_images", self.max_images), ("max_frames", self.max_frames)):
+            if limit is not None and limit < 0:
+                raise ValueError(f"packing.{name} is {limit}; it must not be negative")
 
 
 @dataclass(frozen=True)
@@ -109,12 +158,15 @@ class CurriculumConfig:
     """Easy first: at step t only the easiest share c(t) of each source is drawn.
 
     c(t) = min(1, (t·(1 − c₀ᵖ)/T + c₀ᵖ)^(1/p)), p = 1 linear, 2 root (Platanios et al. 2019,
-    https://arxiv.org/abs/1903.09848); `step` keeps c₀ until T.
+    https://arxiv.org/abs/1903.09848); `exponential` is c₀^(1 − t/T); `step` keeps c₀ until T.
     """
 
     metric: str = "num_tokens"
-    """`num_tokens`, `num_frames`, `num_images`, or a numeric metadata column."""
-    pacing: Literal["linear", "root", "step"] = "root"
+    """`num_tokens` (or `length`), `rarity`, `image_area`, `seconds`, `num_frames`, `num_images`, or a numeric metadata
+    column. Rarity is the mean of -log p of a text's tokens, p their share in its shard (Platanios et al.)."""
+    order: Literal["easy_first", "hard_first", "random"] = "easy_first"
+    """The others are controls: the same pacing over the opposite order, or over one that means nothing."""
+    pacing: Literal["linear", "root", "step", "exponential"] = "root"
     start: float = 0.3
     """c₀."""
     steps: int = 1000
@@ -130,6 +182,8 @@ class CurriculumConfig:
             return 1.0
         if self.pacing == "step":
             return self.start
+        if self.pacing == "exponential":
+            return self.start ** (1 - step / self.steps)
         power = 1 if self.pacing == "linear" else 2
         floor = self.start**power
         return min(1.0, (step * (1 - floor) / self.steps + floor) ** (1 / power))
@@ -175,9 +229,16 @@ class Recipe:
         if len(set(names)) != len(names):
             raise ValueError(f"sources have the names {names}; give each its own")
 
-    def shares(self) -> list[float]:
-        """Each source's share, summing to one."""
-        powers = [source.weight ** (1 / self.mixture.temperature) for source in self.sources]
+    def shares(self, step: int = 0) -> list[float]:
+        """Each source's share at a step, summing to one.
+
+        Raises:
+            ValueError: The schedules leave no source a weight at this step.
+        """
+        weights = [source.weight_at(step) for source in self.sources]
+        if not any(weights):
+            raise ValueError(f"all sources have weight 0 at step {step}; mend their weight_schedule")
+        powers = [weight ** (1 / self.mixture.temperature) if weight else 0.0 for weight in weights]
         return [power / sum(powers) for power in powers]
 
     def tokenizer_folder(self) -> Path:
@@ -230,6 +291,9 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     value = dataclasses.asdict(recipe)
     value.pop("folder")
     value["sources"] = [{k: v for k, v in source.items() if v is not None} for source in value["sources"]]
+    value["packing"] = {key: item for key, item in value["packing"].items() if item is not None}
+    if value["curriculum"] is not None and value["curriculum"]["order"] == "easy_first":
+        del value["curriculum"]["order"]  # so that recipes older than this key keep their hash
     return {key: item for key, item in value.items() if item is not None}
 
 
@@ -280,6 +344,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where} must be a list, got {value!r}")
         (inner,) = typing.get_args(hint)
         return [_convert(inner, item, f"{where}[{number}]") for number, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} must be a mapping, got {value!r}")
+        _, inner = typing.get_args(hint)
+        return {str(key): _convert(inner, item, f"{where}.{key}") for key, item in value.items()}
     if origin is Literal:
         if value not in typing.get_args(hint):
             raise ValueError(f"{where} is {value!r}; it must be one of {', '.join(typing.get_args(hint))}")
@@ -292,6 +361,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 def _fits(hint: Any, value: Any) -> bool:
     if typing.get_origin(hint) is list:
         return isinstance(value, list)
+    if typing.get_origin(hint) is dict:
+        return isinstance(value, Mapping)
     if dataclasses.is_dataclass(hint):
         return isinstance(value, Mapping)
     if hint is float:

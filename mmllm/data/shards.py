@@ -14,6 +14,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,10 +30,13 @@ from webdataset.writer import ShardWriter
 from mmllm.data.decode import decode_image
 from mmllm.data.manifest import BadRows, Kind, Row
 from mmllm.data.perturb import perturb
+from mmllm.data.storage import RemoteShard, Shard, expand_remote, is_remote
 from mmllm_tokenizers.audio import load_audio
 from mmllm_tokenizers.folder import TokenizerFolder
 
 SUMMARY = "shards.json"
+JOURNAL = "shards.partial"
+"""Names of the shards that a build has begun; it is there while the build runs."""
 FORMAT_VERSION = 1
 
 _logger = logging.getLogger(__name__)
@@ -91,6 +95,7 @@ def write_shards(
     bad: BadRows | None = None,
     progress: Callable[[int], None] | None = None,
     workers: int = 0,
+    left_out: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """Writes `out/<kind>-000000.tar`, … and `out/shards.json`, and returns what that file holds.
 
@@ -102,6 +107,7 @@ def write_shards(
         bad: Takes the rows whose files can't be read; by default a fresh one with the config's bound.
         progress: Called with the number of rows done so far.
         workers: Processes that read and encode; 0: this one does. The shards are the same.
+        left_out: What cleaning left out, for the summary.
 
     Raises:
         ManifestError: Too many rows are bad, or all.
@@ -115,7 +121,7 @@ def write_shards(
     writers = _Writers(out, config)
     chunks = _Chunks(rows, config, folder)
     loader = DataLoader(chunks, batch_size=None, num_workers=min(workers, len(chunks)), collate_fn=_same)
-    num_rows, where = 0, str(out)
+    num_rows, where, is_whole = 0, str(out), False
     try:
         for chunk, (records, errors) in zip(chunks.rows, loader, strict=True):
             where = chunk[-1].where.rpartition(":")[0] or where
@@ -126,15 +132,19 @@ def write_shards(
             num_rows += len(chunk)
             if progress:
                 progress(num_rows)
-    finally:
         writers.close()
-    bad.check(num_rows + num_known_bad, where)
+        bad.check(num_rows + num_known_bad, where)
+        is_whole = True
+    finally:
+        if not is_whole:
+            writers.abort()
     summary = {
         "format_version": FORMAT_VERSION,
         "num_rows": num_rows + num_known_bad,
         "num_samples": sum(info["num_samples"] for info in writers.shards.values()),
         "num_bad": len(bad.reasons),
         "bad": bad.reasons,
+        **({"left_out": left_out} if left_out is not None else {}),
         "perturb": config.perturb,
         "seed": config.seed,
         "tokenizer": folder.hash if folder is not None and folder.audio is not None else None,
@@ -145,19 +155,47 @@ def write_shards(
 
 
 def _remove_earlier(out: Path) -> None:
-    """Removes what `shards.json` says an earlier build wrote, and those shards' indices."""
-    path = out / SUMMARY
-    if not path.is_file():
-        return
-    try:
-        names = list(json.loads(path.read_text(encoding="utf-8"))["shards"])
-    except (ValueError, KeyError, TypeError):
-        names = []
+    """Removes the shards of an earlier build, ended or not, and those shards' indices; nothing else."""
+    names: list[str] = []
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        names += json.loads((out / SUMMARY).read_text(encoding="utf-8"))["shards"]
+    with suppress(OSError, ValueError):
+        names += (out / JOURNAL).read_text(encoding="utf-8").splitlines()
+    _remove(out, names)
+    for partial in out.glob("*-*.tar.partial"):
+        partial.unlink(missing_ok=True)
+    (out / SUMMARY).unlink(missing_ok=True)
+
+
+def _remove(out: Path, names: Iterable[str]) -> None:
     for name in names:
-        if re.fullmatch(r"(caption|interleaved|text|audio)-\d{6,}\.tar", name):
-            for target in (out / name, out / f"{name}.index.npz"):
-                target.unlink(missing_ok=True)
-    path.unlink()
+        if re.fullmatch(r"(caption|interleaved|text|audio)-\d{6,}\.tar", str(name)):
+            for ending in ("", ".partial", ".index", ".index.npz"):
+                (out / f"{name}{ending}").unlink(missing_ok=True)
+    (out / JOURNAL).unlink(missing_ok=True)
+
+
+def _open_new(path: Path) -> BinaryIO:
+    return path.open("wb")
+
+
+class _ShardFile:
+    """What a tar is written to. Once it is dropped it swallows what the tar's own end still writes."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream: BinaryIO | None = _open_new(path)
+
+    def write(self, data: bytes) -> int:
+        return len(data) if self._stream is None else self._stream.write(data)
+
+    def flush(self) -> None:
+        if self._stream is not None:
+            self._stream.flush()
+
+    def close(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
 
 
 class _Chunks(Dataset):
@@ -201,7 +239,8 @@ class _Writers:
     def __init__(self, out: Path, config: ShardsConfig) -> None:
         self._out, self._config = out, config
         self._writers: dict[str, ShardWriter] = {}
-        self._open: dict[str, BinaryIO] = {}
+        self._open: dict[str, tuple[str, _ShardFile]] = {}
+        self._begun: list[str] = []
         self._keys: set[str] = set()
         self.shards: dict[str, dict[str, Any]] = {}
 
@@ -225,14 +264,20 @@ class _Writers:
         info = self.shards.setdefault(writer.fname, {"kind": kind, "num_samples": 0})
         info["num_samples"] += 1
 
-    def _opener(self, kind: Kind, name: str) -> BinaryIO:
+    def _opener(self, kind: Kind, name: str) -> _ShardFile:
         self._close_file(kind)
-        self._open[kind] = (self._out / name).open("wb")
-        return self._open[kind]
+        with (self._out / JOURNAL).open("a", encoding="utf-8") as journal:
+            journal.write(f"{name}\n")
+        self._begun.append(name)
+        self._open[kind] = (name, _ShardFile(self._out / f"{name}.partial"))
+        return self._open[kind][1]
 
     def _close_file(self, kind: str) -> None:
+        """A shard gets its name when it is whole."""
         if kind in self._open:
-            self._open.pop(kind).close()
+            name, stream = self._open.pop(kind)
+            stream.close()
+            (self._out / f"{name}.partial").replace(self._out / name)
 
     def _key(self, name: str) -> str:
         key = base = safe_key(name)
@@ -247,6 +292,15 @@ class _Writers:
         for kind, writer in self._writers.items():
             writer.close()
             self._close_file(kind)
+        (self._out / JOURNAL).unlink(missing_ok=True)
+
+    def abort(self) -> None:
+        """Removes what was written: nobody shall take a part for the whole."""
+        for _, stream in self._open.values():
+            with suppress(OSError):
+                stream.close()
+        self._open.clear()
+        _remove(self._out, self._begun)
 
 
 def safe_key(name: str) -> str:
@@ -328,15 +382,16 @@ def _interleaved_record(row: Row, metadata: dict[str, Any], config: ShardsConfig
     sounds, segments = [], []
     for segment in row.segments:
         number = len(files)
+        role = {"role": segment["role"]} if "role" in segment else {}
         if "image" in segment:
             ending, data, _ = _picture(segment["image"], config)
             files[f"{number}.{ending}"] = data
-            segments.append({"image": f"{number}.{ending}"})
+            segments.append({"image": f"{number}.{ending}", **role})
         elif "audio" in segment:
             wave_CT, rate = _wave(segment["audio"], config)
             files[f"{number}.flac"] = _flac(wave_CT, rate, str(segment["audio"]))
             sounds.append(_Sound(wave_CT, rate, f"{number}.codec.npz"))
-            segments.append({"audio": f"{number}.flac"})
+            segments.append({"audio": f"{number}.flac", **role})
         else:
             segments.append(segment)
     return _Record(row, row.id, files, {**metadata, "segments": segments}, sounds)
@@ -384,7 +439,7 @@ def unpack_codes(data: bytes, codec: str, name: str) -> np.ndarray:
 
 
 def shard_paths(spec: str | Sequence[str], folder: Path | None = None) -> list[Path]:
-    """The shards that a path, a glob, or brace ranges such as `{00000..00999}` name, in order.
+    """The local shards that a path, a glob, or brace ranges such as `{00000..00999}` name, in order.
 
     Args:
         spec: One or several.
@@ -392,9 +447,27 @@ def shard_paths(spec: str | Sequence[str], folder: Path | None = None) -> list[P
 
     Raises:
         FileNotFoundError: Nothing matches one of them.
+        ValueError: One is an address, not a path.
     """
     found: list[Path] = []
+    for shard in find_shards(spec, folder):
+        if isinstance(shard, RemoteShard):
+            raise ValueError(f"{shard}: only recipes' sources may be remote; copy the shard to a local folder")
+        found.append(shard)
+    return found
+
+
+def find_shards(spec: str | Sequence[str], folder: Path | None = None) -> list[Shard]:
+    """As `shard_paths`, and addresses that fsspec opens: `s3://bucket/{000..099}.tar`.
+
+    Raises:
+        FileNotFoundError: Nothing matches one of them.
+    """
+    found: list[Shard] = []
     for item in [spec] if isinstance(spec, str) else spec:
+        if is_remote(item):
+            found.extend(expand_remote(item))
+            continue
         matches = _expand(item)
         if not any(match.is_file() for match in matches) and folder is not None and not Path(item).is_absolute():
             matches = _expand(f"{folder}{os.sep}{item}") or matches

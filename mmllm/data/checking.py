@@ -1,0 +1,102 @@
+"""Every sample of every task read, decoded and tokenised; the broken ones are named. Processes share the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from mmllm.data.decode import ImageTransform
+from mmllm.data.documents import build_document
+from mmllm.data.index import ShardIndex, write_indices
+from mmllm.data.loader import SampleReader
+from mmllm.data.plan import Item, Plan, Source
+from mmllm.data.recipe import Recipe, SourceConfig
+from mmllm.data.storage import Shard
+from mmllm_tokenizers.folder import TokenizerFolder
+
+_CHUNK = 64
+
+
+def verify_shards(
+    shards: Sequence[Shard],
+    folder: TokenizerFolder,
+    max_named: int = 20,
+    workers: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Reads every sample of every task.
+
+    Args:
+        shards: The tars; where an index is missing it is made.
+        folder: The tokenizer folder.
+        max_named: How many broken samples are named.
+        workers: Processes that read; 0: this one does. They find the same.
+        progress: Called with the number of documents done.
+
+    Returns:
+        `documents`, `broken` (a count) and `errors` (messages naming shard and key).
+    """
+    num_documents, num_broken = 0, 0
+    errors: list[str] = []
+    indices: list[ShardIndex] = []
+    for shard in shards:
+        try:
+            indices += write_indices([shard], folder)
+        except (ValueError, OSError) as error:
+            num_broken += 1
+            errors.append(str(error))
+    checks = _Checks(indices, folder)
+    loader = DataLoader(checks, batch_size=None, num_workers=min(workers, len(checks)), collate_fn=_same)
+    for messages in loader:
+        num_documents += len(messages)
+        broken = [message for message in messages if message]
+        num_broken += len(broken)
+        errors += broken[: max(0, max_named - len(errors))]
+        if progress:
+            progress(num_documents)
+    return {"documents": num_documents, "broken": num_broken, "errors": errors[:max_named]}
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+class _Checks(Dataset):
+    """Chunks of documents; each gives, for each of its documents, what is wrong with it, or ""."""
+
+    def __init__(self, indices: Sequence[ShardIndex], folder: TokenizerFolder) -> None:
+        self._folder, self._transform = folder, ImageTransform(folder.image_size)
+        self._plans = [_plan(index, folder) for index in indices]
+        self._codec = folder.audio.hash if folder.audio is not None else None
+        counts = [plan.sources[0].num_items for plan in self._plans]
+        self._chunks = [(plan, start) for plan, count in enumerate(counts) for start in range(0, count, _CHUNK)]
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __getitem__(self, index: int) -> list[str]:
+        number, start = self._chunks[index]
+        plan = self._plans[number]
+        read = SampleReader(plan, self._codec)
+        stop = min(start + _CHUNK, plan.sources[0].num_items)
+        messages = [self._wrong(plan, read, plan.sources[0].item(item)) for item in range(start, stop)]
+        read.close()
+        return messages
+
+    def _wrong(self, plan: Plan, read: SampleReader, item: Item) -> str:
+        indexed = plan.sources[0].indices[0]
+        try:
+            found = build_document(read(item), item.task, self._folder, self._transform).num_tokens
+            wrong = f"{found} tokens, indexed as {item.num_tokens}" if found != item.num_tokens else ""
+        except Exception as error:  # whatever a broken file makes a library say, the others are checked all the same
+            wrong = str(error) or type(error).__name__
+        return f"{indexed.path}:{indexed.keys[item.row]} as {item.task}: {wrong}" if wrong else ""
+
+
+def _plan(indexed: ShardIndex, folder: TokenizerFolder) -> Plan:
+    tasks = [task for task, lengths in indexed.lengths.items() if lengths.any()] or list(indexed.lengths)[:1]
+    config = SourceConfig("verify", indexed.kind, str(indexed.path), tasks=tasks)  # pyright: ignore[reportArgumentType]
+    recipe = Recipe("", 2**31 - 1, [config])
+    return Plan(recipe, [Source(config, 0, [indexed], recipe)], 1, folder.hash)

@@ -1,0 +1,323 @@
+"""What a shard holds, read in bulk: first from its headers and small files, then its token counts.
+
+The two are apart because tokenising takes most of the time. Shapes: N documents, K codebooks.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import mmap
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import soundfile
+from PIL import Image
+
+from mmllm.data.documents import KIND_TASKS, document_length
+from mmllm.data.headers import TarTable, read_headers
+from mmllm.data.samples import AUDIO_ENDINGS, IMAGE_ENDINGS, jsonl_lines
+from mmllm.data.shards import unpack_codes
+from mmllm_tokenizers.folder import TokenizerFolder
+
+_SHAPE = re.compile(rb"'shape': \((\d+), (\d+)\)")
+_FLAC = b"fLaC"
+
+
+@dataclass
+class Facts:
+    """The documents of one shard; a `jsonl` file's lines are documents of their own."""
+
+    name: str
+    kind: str = ""
+    keys: list[str] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    spans: list[int] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    """Line of its `jsonl`, or -1."""
+    texts: list[str | None] = field(default_factory=list)
+    frames: list[int] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
+    segments: list[list[str | int | None]] = field(default_factory=list)
+    """As `document_length` wants them."""
+    roles: list[list[str | None]] = field(default_factory=list)
+    metadata: list[dict[str, Any]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What the files of a sample are, by their place in it; -1: it has none."""
+
+    kind: str
+    text: int
+    metadata: int
+    lines: int
+    image: int
+    audio: int
+    codes: int
+
+
+def _layout(endings: tuple[str, ...], name: str) -> _Layout:
+    def find(*wanted: str) -> int:
+        return next((place for place, ending in enumerate(endings) if ending in wanted), -1)
+
+    image, audio, text = find(*IMAGE_ENDINGS), find(*AUDIO_ENDINGS), find("txt")
+    lines, codes, metadata = find("jsonl"), find("codec.npz"), find("json")
+    if max(image, audio, text, lines, codes) < 0 and metadata < 0:
+        raise ValueError(f"{name}: has only {sorted(endings)}; a sample needs a picture, a sound or a txt")
+    kind = "audio" if audio >= 0 or codes >= 0 else "caption" if image >= 0 else "text"
+    return _Layout(kind, text, metadata, lines, image, audio, codes)
+
+
+def read_facts(data: bytes | mmap.mmap, name: str, folder: TokenizerFolder) -> Facts:
+    """All but the token counts.
+
+    Args:
+        data: All bytes of the shard.
+        name: What errors call it.
+        folder: Of its audio tokenizer, hash and frame rate are needed.
+
+    Raises:
+        ValueError: The shard is truncated, damaged, empty, or mixes kinds; the message names shard and sample.
+    """
+    table = read_headers(data, name)
+    reader = _Reader(data, name, table, folder)
+    facts = Facts(name)
+    layouts: dict[tuple[str, ...], _Layout] = {}
+    firsts = table.firsts_S.tolist()
+    chosen: list[_Layout] = []
+    for sample, key in enumerate(table.keys):
+        endings = tuple(table.endings[firsts[sample] : firsts[sample + 1]])
+        layout = layouts.get(endings)
+        if layout is None:
+            layout = layouts[endings] = _layout(endings, f"{name}:{key}")
+        chosen.append(layout)
+    metadata = reader.metadata(chosen, firsts)
+    offsets, spans = table.offsets_S.tolist(), table.spans_S.tolist()
+    for sample, (layout, values) in enumerate(zip(chosen, metadata, strict=True)):
+        before = len(facts.keys)
+        reader.add(facts, layout, sample, firsts[sample], values)
+        count = len(facts.texts) - before
+        facts.keys += [table.keys[sample]] * count
+        facts.offsets += [offsets[sample]] * count
+        facts.spans += [spans[sample]] * count
+    if not facts.keys:
+        raise ValueError(f"{name}: has no samples; build it again")
+    return facts
+
+
+class _Reader:
+    """Reads the small files of samples."""
+
+    def __init__(self, data: bytes | mmap.mmap, name: str, table: TarTable, folder: TokenizerFolder) -> None:
+        self._data, self._name, self._table, self._folder = data, name, table, folder
+        self._starts, self._ends = table.starts_M.tolist(), (table.starts_M + table.sizes_M).tolist()
+        self._codec = folder.audio.hash if folder.audio is not None else None
+        self._codec_bytes = self._codec.encode("utf-32-le") if self._codec else b""
+
+    def _file(self, number: int) -> bytes:
+        return self._data[self._starts[number] : self._ends[number]]
+
+    def metadata(self, layouts: Sequence[_Layout], firsts: Sequence[int]) -> list[dict[str, Any]]:
+        """Each sample's `json`, all parsed at once."""
+        places = [(row, first + item.metadata) for row, (first, item) in enumerate(zip(firsts, layouts, strict=False))]
+        places = [place for place in places if layouts[place[0]].metadata >= 0]
+        found: list[Any] = []
+        try:
+            found = json.loads(b"[" + b",".join(self._file(number) for _, number in places) + b"]")
+        except (ValueError, RecursionError):
+            found = []
+        if len(found) != len(places):
+            found = [self._one_json(row, number) for row, number in places]
+        values: list[dict[str, Any]] = [{} for _ in layouts]
+        for (row, _), value in zip(places, found, strict=True):
+            if not isinstance(value, dict):
+                raise ValueError(f"{self._named(row)}: its json is {type(value).__name__}; it must be an object")
+            values[row] = value
+        return values
+
+    def _one_json(self, row: int, number: int) -> Any:
+        try:
+            return json.loads(self._file(number))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self._named(row)}: broken text or json: {error!r}") from error
+
+    def _named(self, sample: int) -> str:
+        return f"{self._name}:{self._table.keys[sample]}"
+
+    def add(self, facts: Facts, layout: _Layout, sample: int, first: int, metadata: dict[str, Any]) -> None:
+        """Adds the documents of one sample."""
+        kind = "interleaved" if "segments" in metadata else layout.kind
+        if layout.lines >= 0:
+            kind = "text"
+        facts.kind = facts.kind or kind
+        if kind != facts.kind:
+            key = self._table.keys[sample]
+            raise ValueError(f"{self._name}: {key} is a sample of kind {kind}, others are {facts.kind}; split them")
+        if layout.lines >= 0:
+            self._add_lines(facts, sample, first + layout.lines)
+            return
+        if max(layout.image, layout.audio, layout.text, layout.codes) < 0 and kind != "interleaved":
+            raise ValueError(f"{self._named(sample)}: has only a json; a sample needs a picture, a sound or a txt")
+        text, frames, images = None, 0, 0
+        segments: list[str | int | None] = []
+        roles: list[str | None] = []
+        if layout.text >= 0:
+            try:
+                text = self._file(first + layout.text).decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{self._named(sample)}: broken text or json: {error!r}") from error
+        if kind == "interleaved":
+            segments, roles = self._segments(sample, metadata.pop("segments"))
+            images = segments.count(None)
+            frames = sum(item for item in segments if isinstance(item, int))
+        elif kind == "audio" and self._codec is not None:
+            codes = self._file(first + layout.codes) if layout.codes >= 0 else None
+            frames = self._frames(first + layout.audio if layout.audio >= 0 else -1, codes, self._named(sample))
+        if kind == "caption":
+            images = 1
+            self._add_size(metadata, first + layout.image)
+        elif kind == "audio" and "duration" not in metadata and layout.audio >= 0:
+            samples, rate = self._sound(first + layout.audio, self._named(sample))
+            metadata["duration"] = samples / rate
+        facts.lines.append(-1)
+        facts.texts.append(text)
+        facts.frames.append(frames)
+        facts.images.append(images)
+        facts.segments.append(segments)
+        facts.roles.append(roles)
+        facts.metadata.append(metadata)
+
+    def _add_lines(self, facts: Facts, sample: int, number: int) -> None:
+        try:
+            rows = [json.loads(line) for line in jsonl_lines(self._file(number).decode())]
+            texts = [row["text"] for row in rows]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{self._named(sample)}: broken text or json: {error!r}") from error
+        facts.lines += range(len(rows))
+        facts.texts += texts
+        facts.metadata += [{key: value for key, value in row.items() if key != "text"} for row in rows]
+        for column in (facts.frames, facts.images):
+            column += [0] * len(rows)
+        facts.segments += [[] for _ in rows]
+        facts.roles += [[] for _ in rows]
+
+    def _segments(self, sample: int, items: Any) -> tuple[list[str | int | None], list[str | None]]:
+        """Each segment as `document_length` wants it, and who says it (for a conversation alone)."""
+        numbers = {self._table.endings[number]: number for number in self._table.files(sample)}
+        sizes: list[str | int | None] = []
+        for item in items if isinstance(items, list) else [items]:
+            match item:
+                case {"text": str() as text}:
+                    sizes.append(text)
+                case {"image": str() as ending} if ending in numbers:
+                    sizes.append(None)
+                case {"audio": str() as ending} if ending in numbers:
+                    stored = numbers.get(f"{ending.partition('.')[0]}.codec.npz")
+                    codes = self._file(stored) if stored is not None else None
+                    name = self._named(sample)
+                    sizes.append(self._frames(numbers[ending], codes, name) if self._codec is not None else 0)
+                case _:
+                    raise ValueError(
+                        f"{self._named(sample)}: segment {item!r} names no file of the sample "
+                        f"({', '.join(sorted(numbers))})"
+                    )
+        roles = [item.get("role") for item in items]
+        return sizes, roles if any(roles) else []
+
+    def _frames(self, number: int, codes: bytes | None, name: str) -> int:
+        """Frames of a sound, from its codes' header or from its own."""
+        assert self._codec is not None
+        if codes is not None:
+            found = _SHAPE.search(codes)
+            if found and codes[30:39] == b"codes.npy" and self._codec_bytes in codes:
+                return int(found[2])
+            return unpack_codes(codes, self._codec, name).shape[1]
+        samples, rate = self._sound(number, name)
+        tokenizer = self._folder.require_audio()
+        return tokenizer.num_frames(math.ceil(samples * tokenizer.sample_rate / rate))
+
+    def _sound(self, number: int, name: str) -> tuple[int, int]:
+        """(samples, samples a second) from a sound's header."""
+        start = self._starts[number]
+        head = self._data[start : min(start + 42, self._ends[number])]
+        if head[:4] == _FLAC and len(head) == 42 and head[4] & 0x7F == 0:
+            packed = int.from_bytes(head[18:26], "big")  # rate 20 bits, channels 3, depth 5, samples 36
+            rate, samples = packed >> 44, packed & (1 << 36) - 1
+            if rate and samples:
+                return samples, rate
+        try:
+            info = soundfile.info(io.BytesIO(self._file(number)))
+        except RuntimeError as error:  # soundfile's
+            raise ValueError(f"{name}: unreadable sound: {error}") from error
+        return info.frames, info.samplerate
+
+    def _add_size(self, metadata: dict[str, Any], number: int) -> None:
+        """Width and height from the picture's header, where the row doesn't say them."""
+        if "width" in metadata and "height" in metadata:
+            return
+        try:
+            with Image.open(io.BytesIO(self._file(number))) as picture:
+                metadata["width"], metadata["height"] = picture.size
+        except Exception:  # whatever is wrong with it is said, counted and masked when it is decoded
+            return
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of each document by task, 0 where it can't be written so; and how rare its tokens are."""
+
+    by_task: dict[str, np.ndarray]
+    rarity_N: np.ndarray
+    """float64, mean of -log p of a text's tokens, p their share in this shard; not a number without a text."""
+
+
+def count_tokens(facts: Facts, folder: TokenizerFolder, progress: Callable[[int], None] | None = None) -> TokenCounts:
+    """Tokenises all texts, and counts each document's tokens by task.
+
+    Args:
+        facts: The documents.
+        folder: Tokenizers and templates.
+        progress: Called with the number of documents done.
+    """
+    kind, hears = facts.kind, folder.audio is not None
+    ids = [np.array(folder.text.encode(text) if text else [], dtype=np.int32) for text in facts.texts]
+    counts: dict[str, list[int]] = {task: [] for task in KIND_TASKS[kind]}
+    for row, key in enumerate(facts.keys):
+        line, segments, roles = facts.lines[row], facts.segments[row], facts.roles[row]
+        metadata = facts.metadata[row]
+        for task, column in counts.items():
+            needs_text = task not in ("interleaved", "question", "chat")
+            is_deaf = not hears and (kind == "audio" or any(isinstance(segment, int) for segment in segments))
+            impossible = (
+                is_deaf
+                or (needs_text and not facts.texts[row])
+                or (task == "question" and "question" not in metadata)
+                or (kind == "interleaved" and bool(roles) != (task == "chat"))
+            )
+            tokens = 0 if impossible else document_length(
+                task, folder, key=f"{key}-{line}" if line >= 0 else key, text=len(ids[row]),
+                num_frames=facts.frames[row], segments=segments, metadata=metadata, roles=roles,
+            )  # fmt: skip
+            column.append(tokens)
+        if progress and row % 1000 == 999:
+            progress(row + 1)
+    return TokenCounts({task: np.array(column, dtype=np.int64) for task, column in counts.items()}, _rarity(ids))
+
+
+def _rarity(ids: Sequence[np.ndarray]) -> np.ndarray:
+    lengths = np.array([len(item) for item in ids], dtype=np.int64)
+    if not lengths.sum():
+        return np.full(len(ids), np.nan)
+    together = np.concatenate(ids)
+    counts = np.bincount(together)
+    surprise = -np.log(np.maximum(counts, 1) / len(together))[together]
+    sums = np.diff(np.concatenate([[0.0], np.cumsum(surprise)])[np.concatenate([[0], np.cumsum(lengths)])])
+    return np.where(lengths > 0, sums / np.maximum(lengths, 1), np.nan)

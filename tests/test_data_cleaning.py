@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from mmllm.data import commands
+from mmllm.data.cleaning import CleaningConfig, _near, choose, measure, minhash, text_facts
+from mmllm.data.executors import measure_rows
+from mmllm.data.manifest import ManifestError, read_manifest
+from tests.data_fixtures import write_manifest, write_picture
+
+VOCABULARY = [f"word{number}" for number in range(400)]
+
+
+def text(seed: int, count: int = 120) -> str:
+    return " ".join(np.random.default_rng(seed).choice(VOCABULARY, count))
+
+
+def changed(seed: int, places: int) -> str:
+    words = text(seed).split()
+    for place in np.random.default_rng(seed + 1000).choice(len(words), places, replace=False):
+        words[place] = "other"
+    return " ".join(words)
+
+
+def rows_of(folder, rows: list[dict]):
+    return read_manifest(write_manifest(folder, rows))
+
+
+def jaccard(first: str, second: str) -> float:
+    """Slow and plain: shingles as tuples of words."""
+    sets = [{tuple(t.split()[n : n + 5]) for n in range(len(t.split()) - 4)} for t in (first, second)]
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+def test_signatures_estimate_jaccard_similarity():
+    for places in (0, 1, 3, 8, 30):
+        for seed in range(5):
+            first, second = minhash(text(seed)), minhash(changed(seed, places))
+            assert first is not None and second is not None
+            estimate = (first == second).mean()
+            assert estimate == pytest.approx(jaccard(text(seed), changed(seed, places)), abs=0.16)
+    assert minhash("a few words only") is None
+    assert minhash(text(0).upper()).tolist() == minhash(text(0)).tolist()  # pyright: ignore
+
+
+def test_near_duplicates_are_those_of_comparing_all(tmp_path):
+    texts = [text(seed) for seed in range(30)]
+    texts += [changed(seed, 1) for seed in range(10)] + [changed(seed, 40) for seed in range(10, 20)]
+    config = CleaningConfig("minhash", 0.7)
+    measures = [measure(row, config) for row in rows_of(tmp_path, [{"text": item} for item in texts])]
+    near = _near(measures, [True] * len(texts), 0.7)
+    signatures = [np.array(item["signature"]) for item in measures]
+    slow = []
+    for number, signature in enumerate(signatures):
+        before = [other for other in range(number) if other not in slow]
+        if any((signatures[other] == signature).mean() >= 0.7 for other in before):
+            slow.append(number)
+    assert near == slow == list(range(30, 40))
+
+
+def test_cleaning_counts_what_each_stage_leaves_out(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        write_picture(tmp_path / f"{name}.png", rng)
+    (tmp_path / "copy.png").write_bytes((tmp_path / "a.png").read_bytes())
+    given = [
+        {"id": "1", "text": text(1)},
+        {"id": "2", "text": text(1)},
+        {"id": "3", "text": changed(1, 1)},
+        {"id": "4", "text": "!!! ??? ### !!! ???"},
+        {"id": "5", "text": "a red square", "image": "a.png"},
+        {"id": "6", "text": "a red square", "image": "copy.png"},
+        {"id": "7", "text": "a red square", "image": "b.png"},
+        {"id": "8", "text": "one red square", "image": "a.png"},
+    ]
+    rows = rows_of(tmp_path, given)
+    config = CleaningConfig("minhash", quality="symbols < 0.5 and words >= 3")
+    kept, counts = choose(rows, [measure(row, config) for row in rows], config)
+    assert [row.id for row in kept] == ["1", "5", "7", "8"]
+    assert counts == {"quality": 1, "exact": 2, "near": 1}
+    exact = CleaningConfig("exact")
+    assert len(choose(rows, [measure(row, exact) for row in rows], exact)[0]) == 6
+    told = commands.build(tmp_path / "manifest.jsonl", tmp_path / "s", cleaning=config, workers=1)
+    assert told["num_samples"] == 4 and told["left_out"] == counts
+    with pytest.raises(ManifestError, match="leaves none of 8"):
+        commands.build(tmp_path / "manifest.jsonl", tmp_path / "s", cleaning=CleaningConfig(quality="words > 999"))
+
+
+def test_a_split_comes_after_deduplication(tmp_path):
+    rows = [{"id": f"{n}-{copy}", "text": changed(n, copy)} for n in range(30) for copy in range(2)]
+    manifest = write_manifest(tmp_path, rows)
+    config = CleaningConfig("minhash", 0.7)
+    counts = [
+        commands.build(manifest, tmp_path / part, holdout="0.3", part=part, cleaning=config)["num_samples"]
+        for part in ("train", "heldout")
+    ]
+    assert sum(counts) == 30 and min(counts) >= 3
+
+
+def test_facts_of_texts():
+    facts = text_facts("Hello, big world\nHello, big world\n\nend")
+    assert facts["words"] == 7 and facts["repeated_lines"] == pytest.approx(1 / 3)
+    assert facts["symbols"] == pytest.approx(2 / 31) and facts["letters"] == pytest.approx(29 / 31)
+    assert text_facts("")["mean_word"] == 0
+
+
+def test_wrong_settings_are_named(tmp_path):
+    for wrong, said in (({"dedup": "some"}, "dedup"), ({"threshold": 0}, "threshold"), ({"quality": "a("}, "filter")):
+        with pytest.raises(ValueError, match=said):
+            CleaningConfig(**wrong)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="executor is 'cloud'"):
+        measure_rows([], CleaningConfig("exact"), "cloud")
+
+
+def test_without_datatrove_it_is_said(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "datatrove", None)
+    rows = rows_of(tmp_path, [{"text": "x"}])
+    with pytest.raises(ModuleNotFoundError, match=r"mmllm\[datatrove\]"):
+        measure_rows(rows, CleaningConfig("exact"), "datatrove", 1, tmp_path / "w")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_datatrove_measures_the_same(tmp_path):
+    pytest.importorskip("datatrove.executor", exc_type=ImportError)
+    rows = rows_of(tmp_path, [{"text": text(number)} for number in range(7)])
+    config = CleaningConfig("minhash", quality="words > 1")
+    wanted = json.loads(json.dumps(measure_rows(rows, config)))
+    assert measure_rows(rows, config, "datatrove", 2, tmp_path / "w") == wanted
+    (tmp_path / "w" / "measures-00001.jsonl").write_text("")
+    assert measure_rows(rows, config, "datatrove", 2, tmp_path / "w") != wanted  # what is done is not done again
+    with pytest.raises(ValueError, match="other rows, settings or workers"):
+        measure_rows(rows[1:], config, "datatrove", 2, tmp_path / "w")
+    with pytest.raises(ValueError, match="partition"):
+        measure_rows(rows, config, "slurm", 2, tmp_path / "w2")

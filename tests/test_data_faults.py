@@ -1,0 +1,190 @@
+"""What goes wrong with data ends in a clear error, or in a counted, masked, named loss; nothing shifts or hangs."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from mmllm.batch import IGNORE
+from mmllm.data import commands, shards
+from mmllm.data.decode import MAX_PIXELS, ImageTransform
+from mmllm.data.loader import PackedLoader, StepDataset
+from mmllm.data.plan import open_plan
+from mmllm.data.recipe import recipe_from_dict
+from mmllm.data.tars import scan_tar
+from mmllm_tokenizers.folder import TokenizerFolder
+from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict, write_manifest, write_picture
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("faults")
+    make_folder(root / "tok")
+    commands.build(mixed_manifest(root / "m"), root / "s", root / "tok")
+    commands.index(root / "s", root / "tok")
+    return root
+
+
+def loader_of(root: Path, shards_: str, steps: int = 6, workers: int = 0, **changes) -> PackedLoader:
+    recipe = recipe_dict(root / "s", root / "tok", **{"on_error": {"max_fraction": 1.0}, **changes})
+    recipe["sources"][0]["shards"] = shards_
+    folder = TokenizerFolder.load(root / "tok")
+    plan = open_plan(recipe_from_dict(recipe), 4, folder)
+    return PackedLoader(plan, StepDataset(plan, folder, ImageTransform(folder.image_size)), steps, num_workers=workers)
+
+
+def copied(made: Path, folder: Path) -> Path:
+    for path in (made / "s").glob("caption-000000.tar*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder / "caption-000000.tar"
+
+
+def check_masked(before: PackedLoader, after: PackedLoader, said: str) -> None:
+    """Captions are masked and named; everything else stands where it stood."""
+    num_gaps = 0
+    for whole, holed in zip(before, after, strict=True):
+        is_gap = (whole.document_ids_BT >= 0) & (holed.document_ids_BT < 0)
+        assert (holed.labels_BT[is_gap] == IGNORE).all() and (holed.source_BT[is_gap] == -1).all()
+        assert (whole.source_BT[is_gap] == 0).all()
+        assert (whole.token_ids_BT[~is_gap] == holed.token_ids_BT[~is_gap]).all()
+        assert (whole.labels_BT[~is_gap] == holed.labels_BT[~is_gap]).all()
+        errors = holed.state.get("errors", [])
+        assert bool(errors) == bool(is_gap.any()) and all(said in error for error in errors)
+        num_gaps += len(errors)
+    assert num_gaps and after.state_dict()["failed"] == num_gaps
+
+
+@pytest.mark.parametrize("fault", ["vanishes", "is cut", "is another"])
+def test_a_shard_that_goes_wrong_after_the_plan_was_opened(made, tmp_path, fault):
+    shard = copied(made, tmp_path)
+    before, after = loader_of(made, str(shard)), loader_of(made, str(shard))
+    wanted = list(before)
+    match fault:
+        case "vanishes":
+            shard.unlink()
+        case "is cut":
+            os.truncate(shard, shard.stat().st_size // 3)
+        case _:
+            shard.write_bytes(b"\0" * shard.stat().st_size)
+    check_masked(_Given(wanted), after, "caption-000000.tar")  # pyright: ignore[reportArgumentType]
+    with pytest.raises((ValueError, FileNotFoundError), match=r"caption-000000\.tar"):
+        loader_of(made, str(shard))
+
+
+class _Given(list):
+    """Batches that were read before."""
+
+
+def test_decompression_bombs_are_masked(made, tmp_path):
+    manifest = tmp_path / "m"
+    manifest.mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(6):
+        write_picture(manifest / f"{number}.png", rng)
+        rows.append({"id": f"r{number}", "image": f"{number}.png", "text": "a red square"})
+    side = int(MAX_PIXELS**0.5) + 10
+    Image.new("1", (side, side)).save(tmp_path / "bomb.png")
+    (manifest / "bomb.png").write_bytes((tmp_path / "bomb.png").read_bytes())
+    bomb = {"id": "bomb", "image": "bomb.png", "text": "a red square"}
+    told = commands.build(write_manifest(manifest, [*rows, bomb]), tmp_path / "b", max_bad_fraction=0.5)
+    assert told["num_bad"] == 1 and "pixels" in told["bad"][0]
+    commands.build(write_manifest(manifest, rows), tmp_path / "s")
+    shard = tmp_path / "s" / "caption-000000.tar"
+    files = {}
+    with tarfile.open(shard) as tar:
+        for member in tar:
+            files[member.name] = tar.extractfile(member).read()  # pyright: ignore[reportOptionalMemberAccess]
+    files["r3.png"] = (tmp_path / "bomb.png").read_bytes()
+    with tarfile.open(shard, "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    commands.index(shard, made / "tok")
+    errors = [error for batch in loader_of(made, str(shard)) for error in batch.state.get("errors", [])]
+    assert errors and all("r3" in error and "pixels" in error for error in errors)
+
+
+def test_a_full_disk_leaves_no_half_shard_that_looks_whole(tmp_path, monkeypatch):
+    manifest = write_manifest(tmp_path, [{"id": f"r{n}", "text": "word " * 2000} for n in range(40)])
+
+    class Full(io.FileIO):
+        def write(self, data):
+            if self.tell() > 50_000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    monkeypatch.setattr(shards, "_open_new", lambda path: Full(path, "w"))
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            commands.build(manifest, tmp_path / "s", samples_per_shard=10)
+        assert not list((tmp_path / "s").iterdir())
+    monkeypatch.undo()
+    told = commands.build(manifest, tmp_path / "s")
+    assert told["num_samples"] == 40 and len(list(scan_tar(tmp_path / "s" / "text-000000.tar"))) == 40
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["shards.json", "text-000000.tar"]
+
+
+def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path):
+    manifest = write_manifest(tmp_path, [{"id": f"r{n}", "text": "word"} for n in range(6)])
+
+    def stop(count: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        commands.build(manifest, tmp_path / "s", samples_per_shard=2, progress=stop)
+    out = tmp_path / "s"
+    assert not list(out.iterdir())
+    (out / shards.JOURNAL).write_text("text-000004.tar\n../other.tar\n")  # as SIGKILL leaves it
+    (out / "text-000004.tar").write_bytes(b"whole, but of a build that never ended")
+    (out / "text-000005.tar.partial").write_bytes(b"half")
+    (tmp_path / "other.tar").write_bytes(b"mine")
+    commands.build(manifest, out)
+    assert sorted(path.name for path in out.iterdir()) == ["shards.json", "text-000000.tar"]
+    assert (tmp_path / "other.tar").exists()
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_an_error(made):
+    loader = loader_of(made, str(made / "s" / "caption-000000.tar"), steps=200, workers=1)
+    stream = iter(loader)
+    next(stream)
+    workers = [child for child in psutil.Process().children() if "multiprocessing" not in " ".join(child.cmdline())]
+    assert workers
+    began = time.monotonic()
+    for worker in workers:
+        worker.kill()
+    with pytest.raises(RuntimeError, match=r"worker .*(killed|exited)"):
+        for _ in stream:
+            pass
+    assert time.monotonic() - began < 120
+
+
+def test_keys_with_dots_go_the_whole_way(made, tmp_path):
+    rows = [{"id": name, "text": f"text {number}"} for number, name in enumerate(("a.b", "a.c", "a", "v1.2.txt"))]
+    commands.build(write_manifest(tmp_path, rows), tmp_path / "s")
+    told = commands.index(tmp_path / "s", made / "tok")
+    assert told["documents"] == 4 and commands.verify(tmp_path / "s", made / "tok")["broken"] == 0
+    ids = []
+    with tarfile.open(tmp_path / "s" / "text-000000.tar") as tar:
+        for name in tar.getnames():
+            if name.endswith(".json"):
+                ids.append(json.load(tar.extractfile(name))["id"])  # pyright: ignore[reportArgumentType]
+    assert ids == [row["id"] for row in rows]
+
+
+def test_an_index_of_another_tokenizer_is_refused(made, tmp_path):
+    make_folder(tmp_path / "tok", image_size=24)
+    recipe = recipe_dict(made / "s", tmp_path / "tok")
+    with pytest.raises(ValueError, match=r"source 'caption'.*was made with tokenizer"):
+        open_plan(recipe_from_dict(recipe), 4)

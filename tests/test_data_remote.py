@@ -1,0 +1,198 @@
+"""Remote shards: ranged reads, retries, the bounded cache. The server is in this process."""
+
+from __future__ import annotations
+
+import http.server
+import re
+import threading
+from pathlib import Path
+
+import fsspec
+import pytest
+import yaml
+
+from mmllm.data import commands, storage
+from mmllm.data.decode import ImageTransform
+from mmllm.data.loader import PackedLoader, StepDataset
+from mmllm.data.plan import open_plan
+from mmllm.data.recipe import load_recipe
+from mmllm.data.shards import find_shards, shard_paths
+from mmllm.data.storage import RemoteShard, ShardReader, cache_folder, expand_remote, shrink_cache
+from mmllm_tokenizers.folder import TokenizerFolder
+from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict
+from tests.data_ranks import rows
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves a folder by ranges; fails as it is told to."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.root, self.num_requests, self.num_ranges = root, 0, 0
+        self.drop_every, self.has_ranges = 0, True
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request, client_address) -> None:
+        pass
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self.answer(with_body=True)
+
+    def answer(self, with_body: bool) -> None:
+        path = self.server.root / self.path.lstrip("/")
+        if not path.is_file():
+            self.send_error(404)
+            return
+        data, status = path.read_bytes(), 200
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        total = len(data)
+        if span and self.server.has_ranges and with_body:
+            start, stop = int(span[1]), int(span[2] or total - 1) + 1
+            data, status = data[start:stop], 206
+            self.server.num_ranges += 1
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
+        if self.server.has_ranges:
+            self.send_header("Accept-Ranges", "bytes")
+        if status == 206 and span:
+            self.send_header("Content-Range", f"bytes {span[1]}-{int(span[1]) + len(data) - 1}/{total}")
+        self.end_headers()
+        if with_body:
+            self.server.num_requests += 1
+            is_dropped = self.server.drop_every and self.server.num_requests % self.server.drop_every == 0
+            self.wfile.write(data[: len(data) // 2] if is_dropped else data)
+            if is_dropped:
+                self.connection.close()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("remote")
+    make_folder(root / "tok")
+    commands.build(mixed_manifest(root / "m", num=12), root / "s", root / "tok", samples_per_shard=7)
+    commands.index(root / "s", root / "tok")
+    return root
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(storage, "_WAIT_SECONDS", 0.001)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def server(made):
+    with Server(made / "s") as served:
+        thread = threading.Thread(target=served.serve_forever, daemon=True)
+        thread.start()
+        yield served
+        served.shutdown()
+
+
+def batches(made: Path, folder: Path, prefix: str | None) -> list[list[str]]:
+    """Rows of six steps; shards by address, or here."""
+    recipe = recipe_dict(made / "s", made / "tok")
+    for source in recipe["sources"] if prefix else ():
+        names = sorted(path.name for path in (made / "s").glob(f"{source['kind']}-*.tar"))
+        source["shards"] = [f"{prefix}/{name}" for name in names]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    read = load_recipe(folder / "recipe.yaml")
+    if prefix:
+        for source in read.sources:
+            commands.index(source.shards, made / "tok")
+    tokenizer = TokenizerFolder.load(made / "tok")
+    plan = open_plan(read, 4, tokenizer)
+    loader = PackedLoader(plan, StepDataset(plan, tokenizer, ImageTransform(tokenizer.image_size)), 6)
+    found = list(loader)
+    assert not any("errors" in batch.state for batch in found)
+    return [rows(batch) for batch in found]
+
+
+def put_in_memory(made: Path) -> str:
+    system = fsspec.filesystem("memory")
+    for path in (made / "s").glob("*.tar"):
+        system.pipe_file(f"/shards/{path.name}", path.read_bytes())
+    return "memory://shards"
+
+
+@pytest.mark.parametrize("kind", ["memory", "file", "http", "http that drops every third"])
+def test_remote_shards_give_the_same_batches(made, cache, server, tmp_path, kind):
+    wanted = batches(made, tmp_path / "a", None)
+    prefix = {"memory": put_in_memory(made), "file": (made / "s").as_uri()}.get(kind, server.url)
+    server.drop_every = 3 if "third" in kind else 0
+    assert batches(made, tmp_path / "b", prefix) == wanted
+    if kind.startswith("http"):
+        assert server.num_ranges > 0
+        before = server.num_ranges
+        assert batches(made, tmp_path / "c", prefix) == wanted
+        assert server.num_ranges == before  # indices and blocks are here now
+
+
+def test_addresses_are_expanded(made, cache):
+    prefix = put_in_memory(made)
+    found = expand_remote(f"{prefix}/text-*.tar")
+    assert [shard.name for shard in found] == ["text-000000.tar", "text-000001.tar"]
+    assert [shard.url for shard in expand_remote("s3://b/{00..02}.tar?key=x")][2] == "s3://b/02.tar?key=x"
+    assert str(RemoteShard("s3://b/02.tar?key=secret")) == "s3://b/02.tar"
+    with pytest.raises(FileNotFoundError, match="nothing matches"):
+        expand_remote(f"{prefix}/none-*.tar")
+    assert find_shards(f"{prefix}/text-*.tar") == found
+    with pytest.raises(ValueError, match="only recipes' sources may be remote"):
+        shard_paths(f"{prefix}/text-*.tar")
+
+
+def test_what_is_gone_or_has_no_ranges_is_said(made, cache, server, monkeypatch):
+    monkeypatch.setattr(storage, "BLOCK_BYTES", 4096)
+    with pytest.raises(FileNotFoundError, match=r"none\.tar: no such shard"):
+        commands.index(f"{server.url}/none.tar", made / "tok")
+    server.has_ranges = False
+    with pytest.raises(OSError, match="no ranges of bytes"):
+        ShardReader().read(RemoteShard(f"{server.url}/text-000000.tar"), 1024, 512)
+    server.has_ranges, server.drop_every = True, 1
+    with pytest.raises(OSError, match=r"text-000000\.tar.*failed 5 times"):
+        ShardReader().read(RemoteShard(f"{server.url}/text-000000.tar"), 1024, 512)
+
+
+def test_a_remote_shard_that_changes_is_refused(made, cache):
+    system = fsspec.filesystem("memory")
+    put_in_memory(made)
+    source = {"name": "t", "kind": "text", "shards": "memory://shards/text-000000.tar"}
+    commands.index(source["shards"], made / "tok")
+    system.pipe_file("/shards/text-000000.tar", (made / "s" / "text-000001.tar").read_bytes())
+    from mmllm.data.recipe import recipe_from_dict
+
+    recipe = recipe_dict(made / "s", made / "tok", sources=[source])
+    with pytest.raises(ValueError, match=r"when it was indexed|changed since it was indexed"):
+        open_plan(recipe_from_dict(recipe), 4)
+
+
+def test_the_cache_is_bounded(made, cache, monkeypatch):
+    monkeypatch.setattr(storage, "BLOCK_BYTES", 4096)
+    monkeypatch.setenv("MMLLM_CACHE_GB", str((16 * 4096 + 5 * 4096) / 2**30))
+    put_in_memory(made)
+    reader, shard = ShardReader(), RemoteShard("memory://shards/caption-000000.tar")
+    whole = (made / "s" / "caption-000000.tar").read_bytes()
+    for start in range(0, len(whole), 3000):
+        assert reader.read(shard, start, 7000) == whole[start : start + 7000]
+    blocks = list((cache_folder() / "blocks").glob("*/*"))
+    assert blocks and sum(path.stat().st_size for path in blocks) <= (16 + 5) * 4096
+    assert shrink_cache(4096) <= 4096 and shrink_cache(0) == 0
+    assert reader.read(shard, 100, 200) == whole[100:300]
+    monkeypatch.setenv("MMLLM_CACHE_GB", "much")
+    with pytest.raises(ValueError, match="MMLLM_CACHE_GB"):
+        storage.cache_bytes()

@@ -1,0 +1,211 @@
+"""The same sequences for any number of ranks and workers, and for runs that are killed and continued by others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from mmllm.batch import PackedBatch
+from mmllm.data import commands
+from mmllm.data.datamodule import PackedDataModule
+from mmllm.data.decode import ImageTransform
+from mmllm.data.loader import PackedLoader, StepDataset
+from mmllm.data.plan import open_plan
+from mmllm.data.recipe import load_recipe
+from mmllm_tokenizers.folder import TokenizerFolder
+from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict, write_manifest
+from tests.data_ranks import rows
+
+STEPS, BATCH = 16, 4
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # machines of few cores
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("resume")
+    make_folder(root / "tok")
+    commands.build(mixed_manifest(root / "m"), root / "s", root / "tok")
+    commands.index(root / "s", root / "tok")
+    recipe = recipe_dict(root / "s", root / "tok", curriculum={"start": 0.3, "steps": 10})
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return root
+
+
+def loader_of(root: Path, rank: int, world_size: int, workers: int) -> PackedLoader:
+    recipe = load_recipe(root / "recipe.yaml")
+    folder = TokenizerFolder.load(recipe.tokenizer_folder())
+    plan = open_plan(recipe, BATCH, folder)
+    dataset = StepDataset(plan, folder, ImageTransform(folder.image_size))
+    return PackedLoader(plan, dataset, STEPS, rank, world_size, workers)
+
+
+@pytest.fixture(scope="module")
+def wanted(made):
+    """The sequences of each step; which rank takes which is the loader's affair."""
+    return [sorted(rows(batch)) for batch in loader_of(made, 0, 1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "workers"),
+    [
+        pytest.param(world_size, workers, marks=[] if world_size + workers in (3, 4) else pytest.mark.proof)
+        for world_size in (1, 2, 4)
+        for workers in (0, 1, 3)
+    ],
+)
+def test_ranks_and_workers_change_nothing(made, wanted, world_size, workers):
+    ranks = [[rows(batch) for batch in loader_of(made, rank, world_size, workers)] for rank in range(world_size)]
+    found = [sorted(digest for share in step for digest in share) for step in zip(*ranks, strict=True)]
+    assert found == wanted
+
+
+class Run:
+    """Processes that read as ranks; what they note is kept from one to the next."""
+
+    def __init__(self, made: Path, out: Path) -> None:
+        self.made, self.out, self.num_runs = made, out, 0
+        out.mkdir(parents=True, exist_ok=True)
+
+    def start(self, world_size: int, workers: int) -> list[subprocess.Popen]:
+        self.num_runs += 1
+        self.trim()
+        root = Path(__file__).parent.parent
+        paths = [str(root), str(root / "tokenizers"), str(root / "kernels")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        given = {
+            "recipe": str(self.made / "recipe.yaml"), "batch_size": BATCH, "world_size": world_size,
+            "workers": workers, "steps": STEPS, "out": str(self.out), "meet": str(self.out / f"meet{self.num_runs}"),
+        }  # fmt: skip
+        command = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "data_ranks.py")]
+        return [
+            subprocess.Popen([*command, json.dumps({**given, "rank": rank})], env=environment, start_new_session=True)
+            for rank in range(world_size)
+        ]
+
+    def num_done(self) -> int:
+        path = self.out / "state.json"
+        return json.loads(path.read_text())["step"] if path.is_file() else 0
+
+    def trim(self) -> None:
+        """Takes off the note of a step whose state was not saved any more: it is done again."""
+        path, done = self.out / "log.jsonl", self.num_done()
+        lines = path.read_text().splitlines() if path.is_file() else []
+        path.write_text(
+            "".join(f"{line}\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= done)
+        )
+
+    def hashes(self) -> list[list[str]]:
+        return [json.loads(line)["hashes"] for line in (self.out / "log.jsonl").read_text().splitlines()]
+
+
+def kill_after(run: Run, ranks: list[subprocess.Popen], step: int, delay: float) -> None:
+    """SIGKILL for all ranks and their workers, a little after a step was done."""
+    deadline = time.monotonic() + 200
+    while run.num_done() < step and time.monotonic() < deadline and all(rank.poll() is None for rank in ranks):
+        time.sleep(0.005)
+    time.sleep(delay)
+    for rank in ranks:
+        os.killpg(rank.pid, signal.SIGKILL)
+        rank.wait()
+
+
+def finish(ranks: list[subprocess.Popen]) -> None:
+    for rank in ranks:
+        assert rank.wait(timeout=250) == 0
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=pytest.mark.proof if seed else []) for seed in range(20)])
+def test_a_killed_run_continues_exactly_with_other_ranks(made, wanted, tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    run = Run(made, tmp_path / "run")
+    before, after = rng.choice([1, 2, 4], size=2, replace=False).tolist() if seed else (2, 1)
+    kill_after(run, run.start(before, int(rng.integers(0, 2))), int(rng.integers(1, STEPS - 2)), rng.uniform(0, 0.2))
+    assert 0 < run.num_done() < STEPS
+    finish(run.start(after, int(rng.integers(0, 2))))
+    assert run.hashes() == wanted
+
+
+class Reader(L.LightningModule):
+    """Keeps the rows that it was trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen: list[list[str]] = []
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> torch.Tensor:
+        self.seen.append(sorted(rows(batch)))
+        return self.weight.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(("workers", "stopped_at"), [(1, 3)])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec:FutureWarning")
+def test_lightning_resumes_with_prefetch_and_accumulation(made, wanted, tmp_path, workers, stopped_at):
+    def fit(max_steps: int, ckpt: Path | None = None) -> Reader:
+        module = Reader()
+        trainer = L.Trainer(
+            accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=tmp_path, enable_checkpointing=False, max_steps=max_steps, accumulate_grad_batches=2,
+        )  # fmt: skip
+        data = PackedDataModule(made / "recipe.yaml", batch_size=BATCH, num_workers=workers, steps_per_epoch=10)
+        trainer.fit(module, data, ckpt_path=ckpt)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return module
+
+    first = fit(stopped_at)
+    assert len(first.seen) == 2 * stopped_at
+    assert first.seen + fit(8, tmp_path / "last.ckpt").seen == wanted
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif("MMLLM_DATA" not in os.environ, reason="MMLLM_DATA names no folder of real data")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec:FutureWarning")
+def test_four_real_sets_are_built_shown_trained_on_and_resumed(tmp_path):
+    make_folder(tmp_path / "tok")
+    sources = []
+    for name, kind, share in (
+        ("fsdd", "audio", 20), ("cifar10", "caption", 40), ("emoji", "caption", 20), ("shakespeare", "text", 8),
+    ):  # fmt: skip
+        root = Path(os.environ["MMLLM_DATA"]) / name
+        rows_ = [json.loads(line) for line in (root / "manifest.jsonl").read_text().splitlines()[::share]]
+        for row in rows_:
+            row |= {key: str(root / row[key]) for key in ("image", "audio") if key in row}
+        commands.build(write_manifest(tmp_path, rows_, f"{name}.jsonl"), tmp_path / name, tmp_path / "tok")
+        commands.index(tmp_path / name, tmp_path / "tok")
+        sources.append({"name": name, "kind": kind, "shards": str(tmp_path / name / "*.tar")})
+    recipe = {"tokenizer": str(tmp_path / "tok"), "sequence_length": 256, "sources": sources}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    shown = commands.show(path, step=150, batch_size=2, text=True)
+    assert {document["source"] for s in shown["sequences"] for document in s["documents"]} > {"shakespeare"}
+
+    def fit(max_steps: int, ckpt: Path | None = None) -> list[list[str]]:
+        module = Reader()
+        trainer = L.Trainer(
+            accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=tmp_path, enable_checkpointing=False, max_steps=max_steps,
+        )  # fmt: skip
+        data = PackedDataModule(path, batch_size=2, num_workers=1, steps_per_epoch=70)
+        trainer.fit(module, data, ckpt_path=ckpt)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return module.seen
+
+    whole = fit(200)
+    assert len(whole) == 200
+    assert fit(123) + fit(200, tmp_path / "last.ckpt") == whole
