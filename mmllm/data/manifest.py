@@ -218,10 +218,9 @@ def _segments(value: dict[str, Any], folder: Path) -> tuple[dict[str, Any], ...]
         raise ManifestError("'segments' must be a list with at least one segment")
     segments = []
     for number, item in enumerate(items):
-        if isinstance(item, dict) and len(item) > 1:
-            raise ManifestError(
-                f"segment {number} has the keys {', '.join(map(str, item))}; give each a segment of its own"
-            )
+        kinds = [key for key in ("text", "image", "audio") if isinstance(item, dict) and key in item]
+        if len(kinds) > 1:
+            raise ManifestError(f"segment {number} has the keys {', '.join(kinds)}; give each a segment of its own")
         match item:
             case {"text": str() as text} if text:
                 segment: dict[str, Any] = {"text": text}

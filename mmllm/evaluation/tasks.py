@@ -377,7 +377,7 @@ def _matches(texts: Sequence[str], references: Sequence[str]) -> list[bool]:
 
 
 def _parts(segments: Sequence[dict[str, Any]]) -> list[Any]:
-    return [value for segment in segments for value in segment.values()]
+    return [value for segment in segments for kind, value in segment.items() if kind != "role"]
 
 
 def shuffled_parts(rows: Sequence[Row], seed: int) -> list[list[Any]]:
