@@ -122,14 +122,6 @@ def test_pictures_are_not_mirrored_where_an_answer_says_left(manifest):
     assert Contents.of([*rows, sided]).names_sides and not Contents.of(rows).names_sides
 
 
-def test_captions_that_stand_under_many_pictures_are_classes(manifest):
-    rows = read_manifest(manifest)
-    caption = next(row for row in rows if row.kind == "caption")
-    many = [dataclasses.replace(caption, id=str(i), text=f"a photo of {i % 10}") for i in range(200)]
-    assert Contents.of(many).captions_are_classes
-    assert not Contents.of(many[:150]).captions_are_classes and not Contents.of(rows[1:2]).captions_are_classes
-
-
 @pytest.mark.parametrize(("seconds", "length", "batch"), [(2.0, 512, 4), (12.0, 1024, 2), (300.0, 2048, 2)])
 def test_sequences_are_as_long_as_the_speech_that_they_hold(manifest, seconds, length, batch):
     contents = dataclasses.replace(Contents.of(read_manifest(manifest)), long_seconds=seconds)

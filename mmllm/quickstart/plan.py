@@ -25,8 +25,6 @@ DEMO_STEPS = {"codec": 300, "clip": 60, "decoder": 750}
 
 CODEC_SHARE, CLIP_SHARE = 0.2, 0.15
 """With `--minutes`: share of what is left that a stage before the decoder may take."""
-CLASS_CLIP_SHARE = 0.4
-"""The CLIP stage's, where captions are classes: it learns nearly all that there is to be seen, in cheaper steps."""
 
 EVALUATION_SECONDS = {"caption": 0.04, "transcribe": 0.03, "speak": 0.12, "interleaved": 0.06, "text": 0.05}
 """About what one row costs, all controls included."""
@@ -47,7 +45,6 @@ class Contents:
     is_single_words: bool
     """Every transcript is one word."""
     num_captions: int
-    num_distinct_captions: int
     long_seconds: float
     """Nineteen sounds in twenty are no longer than this."""
 
@@ -69,7 +66,6 @@ class Contents:
                 "interleaved rows hold sounds, but no row is a sound with its text, from which the codec is learnt; "
                 "add rows with `audio` and `text`"
             )
-        captions = [row.text for row in rows if row.kind == "caption"]
         return cls(
             kinds=kinds,
             has_images="caption" in kinds or any("image" in segment for segment in segments),
@@ -79,15 +75,9 @@ class Contents:
             audio_seconds=sum(lengths),
             names_sides=any(re.search(r"\b(left|right)\b", text, re.IGNORECASE) for text in texts),
             is_single_words=bool(spoken) and all(len(row.text.split()) == 1 for row in spoken),
-            num_captions=len(captions),
-            num_distinct_captions=len(set(captions)),
+            num_captions=sum(row.kind == "caption" for row in rows),
             long_seconds=lengths[int(0.95 * len(lengths))] if lengths else 0.0,
         )
-
-    @property
-    def captions_are_classes(self) -> bool:
-        """Each caption stands under many pictures, as in a labelled data set."""
-        return 0 < self.num_distinct_captions <= self.num_captions / 20
 
 
 def _seconds(row: Row) -> float:

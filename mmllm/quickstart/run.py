@@ -28,7 +28,6 @@ from mmllm.evaluation.results import load_result
 from mmllm.evaluation.routing import load_routing
 from mmllm.quickstart.monitor import MemoryMonitor
 from mmllm.quickstart.plan import (
-    CLASS_CLIP_SHARE,
     CLIP_SHARE,
     CODEC_SHARE,
     DEMO_STEPS,
@@ -347,7 +346,7 @@ class _Run:
             "data.init_args.min_scale": 0.6 if is_few else 0.85,
             "data.init_args.flip": not contents.names_sides,
         }
-        self._fit("clip", overrides, CLASS_CLIP_SHARE if contents.captions_are_classes else CLIP_SHARE)
+        self._fit("clip", overrides, CLIP_SHARE)
 
     def _fit_decoder(self, contents: Contents, choices: Choices) -> None:
         is_few = contents.num_captions < 10_000
