@@ -409,6 +409,6 @@ def _add_quickstart(commands: Any) -> None:
     parser.add_argument("--holdout", metavar="KEY=VALUE", help="rows to hold out where there is no --test")
     parser.add_argument("--minutes", type=float, metavar="N", help="wall time at most, evaluation included")
     parser.add_argument("--max_steps", type=int, metavar="N", help="steps of each training at most")
-    parser.add_argument("--max_bad_fraction", type=float, default=0.05, help="more unusable rows are an error")
+    parser.add_argument("--max_bad_fraction", type=float, help="more unusable rows are an error")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--out", required=True, metavar="DIR", help="where everything goes")

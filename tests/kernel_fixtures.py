@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 import mmllm_kernels
@@ -141,3 +142,13 @@ def assert_nearest_like_reference(
     x, codebook = nearest_case(num_tokens, width, num_codes, dtype, device)
     expected = reference.nearest_code(x.double(), codebook.double())
     assert torch.equal(mmllm_kernels.nearest_code(x, codebook, backend), expected)
+
+
+def any_case(data: st.DataObject, max_tokens: int, max_width: int) -> Case:
+    """A case of small sizes, drawn by hypothesis."""
+    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    num_experts = draw(1, 9)
+    return Case(
+        T=draw(0, max_tokens), D=draw(1, max_width), E=num_experts, K=draw(1, num_experts), N=draw(1, 40), S=draw(0, 2),
+        renormalise=data.draw(st.booleans()), recompute=data.draw(st.booleans()),
+    )  # fmt: skip

@@ -171,6 +171,26 @@ def test_rows_with_one_id_get_keys_of_their_own(tmp_path):
         assert len({name.partition(".")[0] for name in tar.getnames()}) == len(ids)
 
 
+def test_what_is_held_out_is_in_no_training_shard(tmp_path):
+    """By its second picture too: documents go by their first."""
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        write_picture(tmp_path / f"{i}.png", rng)
+    rows = [
+        {"id": f"d{i}", "segments": [{"image": f"{i}.png"}, {"image": f"{(i + 1) % 12}.png"}, {"text": "two"}]}
+        for i in range(12)
+    ]
+    manifest = write_manifest(tmp_path, rows)
+    kept = {}
+    for part in ("train", "heldout"):
+        out = tmp_path / part
+        commands.build(manifest, out, holdout="0.2", part=part)
+        with tarfile.open(out / "interleaved-000000.tar") as tar:
+            pictures = [name for name in tar.getnames() if name.endswith(".png")]
+            kept[part] = {tar.extractfile(name).read() for name in pictures}  # pyright: ignore
+    assert kept["train"] and kept["heldout"] and not kept["train"] & kept["heldout"]
+
+
 def test_odd_pictures_are_stored_so_that_any_reader_sees_them(tmp_path):
     rng = np.random.default_rng(0)
     write_picture(tmp_path / "plain.png", rng)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
-
+from mmllm.data.chunks import in_chunks
 from mmllm.data.decode import ImageTransform
 from mmllm.data.documents import build_document
 from mmllm.data.index import ShardIndex, write_indices
@@ -47,9 +46,8 @@ def verify_shards(
         except (ValueError, OSError) as error:
             num_broken += 1
             errors.append(str(error))
-    checks = _Checks(indices, folder)
-    loader = DataLoader(checks, batch_size=None, num_workers=min(workers, len(checks)), collate_fn=_same)
-    for messages in loader:
+    check = _Check(indices, folder)
+    for _, messages in in_chunks(check, check.places(), 1, workers):
         num_documents += len(messages)
         broken = [message for message in messages if message]
         num_broken += len(broken)
@@ -59,30 +57,27 @@ def verify_shards(
     return {"documents": num_documents, "broken": num_broken, "errors": errors[:max_named]}
 
 
-def _same(item: Any) -> Any:
-    return item
-
-
-class _Checks(Dataset):
-    """Chunks of documents; each gives, for each of its documents, what is wrong with it, or ""."""
+class _Check:
+    """What is wrong with each document of some place, or "" for those that are whole."""
 
     def __init__(self, indices: Sequence[ShardIndex], folder: TokenizerFolder) -> None:
         self._folder, self._transform = folder, ImageTransform(folder.image_size)
         self._plans = [_plan(index, folder) for index in indices]
         self._codec = folder.audio.hash if folder.audio is not None else None
+
+    def places(self) -> list[tuple[int, int]]:
+        """(plan, first of its items) of each place: a place never lies in two shards."""
         counts = [plan.sources[0].num_items for plan in self._plans]
-        self._chunks = [(plan, start) for plan, count in enumerate(counts) for start in range(0, count, _CHUNK)]
+        return [(plan, start) for plan, count in enumerate(counts) for start in range(0, count, _CHUNK)]
 
-    def __len__(self) -> int:
-        return len(self._chunks)
-
-    def __getitem__(self, index: int) -> list[str]:
-        number, start = self._chunks[index]
-        plan = self._plans[number]
-        read = SampleReader(plan, self._codec)
-        stop = min(start + _CHUNK, plan.sources[0].num_items)
-        messages = [self._wrong(plan, read, plan.sources[0].item(item)) for item in range(start, stop)]
-        read.close()
+    def __call__(self, places: Sequence[tuple[int, int]]) -> list[str]:
+        messages = []
+        for number, start in places:
+            plan = self._plans[number]
+            read = SampleReader(plan, self._codec)
+            stop = min(start + _CHUNK, plan.sources[0].num_items)
+            messages += [self._wrong(plan, read, plan.sources[0].item(item)) for item in range(start, stop)]
+            read.close()
         return messages
 
     def _wrong(self, plan: Plan, read: SampleReader, item: Item) -> str:

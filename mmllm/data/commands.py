@@ -13,8 +13,8 @@ from mmllm.data.checking import verify_shards
 from mmllm.data.cleaning import CleaningConfig, choose
 from mmllm.data.executors import measure_rows
 from mmllm.data.importers import read_rows
-from mmllm.data.index import ShardIndex, index_path, sidecar_path, write_indices
-from mmllm.data.manifest import BadRows, split_rows
+from mmllm.data.index import ShardIndex, write_indices
+from mmllm.data.manifest import BadRows, Digests, split_rows, without_shown
 from mmllm.data.pages import stats_page
 from mmllm.data.plan import Plan, open_plan
 from mmllm.data.recipe import load_recipe
@@ -91,8 +91,9 @@ def build(
         measures = measure_rows(rows, cleaning, executor, workers, work or f"{out}-work", executor_options)
         rows, left_out = choose(rows, measures, cleaning)
     if holdout is not None:
-        train, heldout = split_rows(rows, holdout, seed)
-        rows = train if part == "train" else heldout
+        digests = Digests()
+        train, heldout = split_rows(rows, holdout, seed, digests)
+        rows = without_shown(train, heldout, digests) if part == "train" else heldout
     folder = TokenizerFolder.load(tokenizer) if tokenizer is not None else None
     return write_shards(rows, out, config, folder, bad, progress, workers, left_out)
 
@@ -273,17 +274,3 @@ def show(
     if html is not None:
         write_step_page(shown, plan, folder, html)
     return shown
-
-
-def remove_indices(shards: str | Path | Sequence[str | Path]) -> int:
-    """Removes the indices beside shards; how many there were.
-
-    Args:
-        shards: Paths, globs, brace ranges, or folders of shards.
-    """
-    found = _all_shards(shards)
-    num_existing = sum(index_path(shard).is_file() for shard in found)
-    for shard in found:
-        index_path(shard).unlink(missing_ok=True)
-        sidecar_path(shard).unlink(missing_ok=True)
-    return num_existing

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
-
+from mmllm.data.chunks import in_chunks
 from mmllm.data.cleaning import CleaningConfig, measure
 from mmllm.data.manifest import Row
 
@@ -47,9 +47,8 @@ def measure_rows(
     if executor not in EXECUTORS:
         raise ValueError(f"executor is {executor!r}; it must be one of {', '.join(EXECUTORS)}")
     if executor == "local":
-        chunks = _Chunks(rows, config)
-        loader = DataLoader(chunks, batch_size=None, num_workers=min(workers, len(chunks)), collate_fn=_same)
-        return [found for chunk in loader for found in chunk]
+        chunks = in_chunks(partial(_measured, config=config), rows, _CHUNK, workers)
+        return [found for _, chunk in chunks for found in chunk]
     if work is None:
         raise ValueError(f"executor {executor} needs a work folder")
     folder, tasks = Path(work), max(1, workers)
@@ -80,22 +79,8 @@ def _check_plan(folder: Path, rows: Sequence[Row], config: CleaningConfig, tasks
     path.write_text(plan, encoding="utf-8")
 
 
-def _same(item: Any) -> Any:
-    return item
-
-
-class _Chunks(Dataset):
-    """Rows by the chunk, measured when asked for."""
-
-    def __init__(self, rows: Sequence[Row], config: CleaningConfig) -> None:
-        self._chunks = [rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK)]
-        self._config = config
-
-    def __len__(self) -> int:
-        return len(self._chunks)
-
-    def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        return [measure(row, self._config) for row in self._chunks[index]]
+def _measured(rows: Sequence[Row], config: CleaningConfig) -> list[dict[str, Any]]:
+    return [measure(row, config) for row in rows]
 
 
 class _Task:
@@ -106,11 +91,11 @@ class _Task:
 
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
         path = Path(self._folder) / f"measures-{rank:05d}.jsonl"
-        partial = path.with_suffix(".partial")
-        with partial.open("w", encoding="utf-8") as stream:
+        unfinished = path.with_suffix(".partial")
+        with unfinished.open("w", encoding="utf-8") as stream:
             for row in self._rows[rank::world_size]:
                 stream.write(json.dumps(measure(row, self._config)) + "\n")
-        partial.replace(path)
+        unfinished.replace(path)
 
 
 def _executor(name: str, task: Callable, tasks: int, logs: Path, options: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmllm.data.tars import _BLOCK, _member, _members, _number
+from mmllm.data.tars import BLOCK, headers_of, member_of, parse_number
 
 _CHUNK = 8192
 _REGULAR = (ord("0"), 0)
@@ -53,21 +53,21 @@ def read_headers(data: bytes | mmap.mmap, name: str) -> TarTable:
     Raises:
         ValueError: It is empty, truncated, damaged or no tar, or a file's name leads out of its folder.
     """
-    if len(data) < 2 * _BLOCK:
+    if len(data) < 2 * BLOCK:
         raise ValueError(f"{name}: {len(data)} bytes are no tar; build or copy the shard again")
     positions, sizes, ended = _chain(data, name)
-    if len(data) < ended + 2 * _BLOCK:
+    if len(data) < ended + 2 * BLOCK:
         raise ValueError(f"{name}: truncated: no end mark after byte {ended}; build or copy the shard again")
     is_plain, names = _check(data, name, np.array(positions, dtype=np.int64))
     if is_plain:
-        starts = np.array(positions, dtype=np.int64) + _BLOCK
+        starts = np.array(positions, dtype=np.int64) + BLOCK
         keys, endings = _split(names, name)
     else:
-        members = [member for _, member in _members(data, name)]
+        found = list(headers_of(data, name))
+        members, positions = [member for _, member in found], [position for position, _ in found]
         starts = np.array([member.offset for member in members], dtype=np.int64)
         sizes = [member.size for member in members]
         keys, endings = [member.key for member in members], [member.ending for member in members]
-        positions = [position for position, _ in _members(data, name)]
         _refuse_traversal(keys, name)
     return _grouped(np.array(positions, dtype=np.int64), starts, np.array(sizes, dtype=np.int64), keys, endings)
 
@@ -77,18 +77,18 @@ def _chain(data: bytes | mmap.mmap, name: str) -> tuple[list[int], list[int], in
     positions: list[int] = []
     sizes: list[int] = []
     position, total = 0, len(data)
-    while position + _BLOCK <= total and data[position]:
+    while position + BLOCK <= total and data[position]:
         try:
             size = int(data[position + 124 : position + 135], 8)
         except ValueError:
             size = _odd_size(data, position, name)
         positions.append(position)
         sizes.append(size)
-        after = position + _BLOCK + (size + _BLOCK - 1) // _BLOCK * _BLOCK
-        if position + _BLOCK + size > total:
+        after = position + BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK
+        if position + BLOCK + size > total:
             _check(data, name, np.array(positions, dtype=np.int64))  # rather a wrong checksum than a wrong size
             raise ValueError(
-                f"{name}: truncated: a file at byte {position} needs {size} bytes, {total - position - _BLOCK} are "
+                f"{name}: truncated: a file at byte {position} needs {size} bytes, {total - position - BLOCK} are "
                 f"left; build or copy the shard again"
             )
         position = after
@@ -97,7 +97,7 @@ def _chain(data: bytes | mmap.mmap, name: str) -> tuple[list[int], list[int], in
 
 def _odd_size(data: bytes | mmap.mmap, position: int, name: str) -> int:
     try:
-        return _number(data[position + 124 : position + 136])
+        return parse_number(data[position + 124 : position + 136])
     except ValueError as error:
         raise ValueError(f"{name}: no tar header at byte {position}; the shard is damaged") from error
 
@@ -106,17 +106,17 @@ def _check(data: bytes | mmap.mmap, name: str, positions_M: np.ndarray) -> tuple
     """Whether all headers are of plain files with short names, and the names. Raises where a checksum is wrong."""
     names: list[bytes] = []
     is_plain = True
-    blocks = np.frombuffer(data, dtype=np.uint8, count=len(data) // _BLOCK * _BLOCK).reshape(-1, _BLOCK)
+    blocks = np.frombuffer(data, dtype=np.uint8, count=len(data) // BLOCK * BLOCK).reshape(-1, BLOCK)
     for start in range(0, len(positions_M), _CHUNK):
         here = positions_M[start : start + _CHUNK]
-        headers = blocks[here // _BLOCK]
+        headers = blocks[here // BLOCK]
         field = headers[:, 148:156]
         digits = field[:, :6].astype(np.int64) - ord("0")
         stored = digits @ _POWERS
         odd = ((digits < 0) | (digits > 7)).any(axis=1) | (field[:, 6] != 0)
         for row in np.flatnonzero(odd):
             try:
-                stored[row] = _number(field[row].tobytes())
+                stored[row] = parse_number(field[row].tobytes())
             except ValueError as error:
                 raise ValueError(f"{name}: no tar header at byte {here[row]}; the shard is damaged") from error
         found = headers.sum(axis=1, dtype=np.int64) - field.sum(axis=1, dtype=np.int64) + 8 * 32
@@ -138,7 +138,7 @@ def _split(names: list[bytes], name: str) -> tuple[list[str], list[str]]:
         decoded = [item.decode("utf-8", "replace") for item in names]
     if "/" in text:
         for item in decoded:
-            member = _member(item, 0, 0)
+            member = member_of(item, 0, 0)
             keys.append(member.key)
             endings.append(member.ending)
         _refuse_traversal(keys, name)

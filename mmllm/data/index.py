@@ -30,7 +30,7 @@ from mmllm.data.documents import KIND_TASKS
 from mmllm.data.facts import Facts, TokenCounts, count_tokens, read_facts
 from mmllm.data.shards import SUMMARY
 from mmllm.data.storage import RemoteShard, Shard, ShardReader, local_copy, side_file, stat_shard
-from mmllm.data.tars import read_members
+from mmllm.data.tars import BLOCK, read_members
 from mmllm_tokenizers.folder import TokenizerFolder
 
 FORMAT_VERSION = 2
@@ -48,7 +48,6 @@ RECORD = np.dtype(
 _HEADER = struct.Struct("<8sIIQ8s")
 _MAGIC = b"mmllmidx"
 _PROBES = 10
-_BLOCK = 512
 
 _logger = logging.getLogger(__name__)
 
@@ -99,7 +98,7 @@ class ShardIndex:
         """(offset of the sample's first header, bytes of its headers and files, line of its jsonl or -1)."""
         record = self.records_N[row]
         line = int(record["second"]) - 1 if self.kind == "text" else -1
-        return int(record["block"]) * _BLOCK, int(record["bytes"]), line
+        return int(record["block"]) * BLOCK, int(record["bytes"]), line
 
 
 def index_path(shard: Shard) -> Path:
@@ -158,7 +157,7 @@ def make_records(facts: Facts, counts: TokenCounts) -> np.ndarray:
     chat_N = counts.by_task.get("chat", np.zeros(len(facts), dtype=np.int64))
     second_N = counts.by_task[tasks[1]] + chat_N if len(tasks) > 1 else np.array(facts.lines, dtype=np.int64) + 1
     columns = {
-        "block": np.array(facts.offsets, dtype=np.int64) // _BLOCK, "bytes": facts.spans,
+        "block": np.array(facts.offsets, dtype=np.int64) // BLOCK, "bytes": facts.spans,
         "tokens": counts.by_task[tasks[0]], "second": second_N, "frames": facts.frames, "images": facts.images,
         "chats": chat_N > 0,
     }  # fmt: skip

@@ -245,6 +245,8 @@ class PackedLoader:
 
     def share(self, step: StepPlan) -> list[int]:
         """Which of a whole step's sequences are this rank's, in the order of its batch."""
+        if self._world_size == 1:
+            return list(range(len(step.sequences)))
         costs = [sum(map(self._cost, sequence)) for sequence in step.sequences]
         return shares(costs, self._world_size)[self._rank]
 

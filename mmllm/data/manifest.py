@@ -284,6 +284,33 @@ def _shown(row: Row, digests: Digests) -> str:
     return row.id if row.segments else row.text
 
 
+def without_shown(rows: Sequence[Row], heldout: Sequence[Row], digests: Digests) -> list[Row]:
+    """The rows that show nothing of what held-out rows show: scores of what was trained on are no results.
+
+    Files are told by what is in them, wherever they lie: a row goes if any of its pictures or sounds is in a held-out
+    row, be it a caption's or a document's. Rows without files are told by their text.
+
+    Raises:
+        ManifestError: None would be left.
+    """
+
+    def contents(row: Row) -> set[str]:
+        files = {digests(path) for path in row_files(row)}
+        texts = [segment["text"] for segment in row.segments] if not files else []
+        return files or {"\0".join(["text", row.text, *texts])}
+
+    tested = set[str]().union(*map(contents, heldout))
+    kept = [row for row in rows if tested.isdisjoint(contents(row))]
+    if rows and not kept:
+        raise ManifestError(
+            f"each of the {len(rows)} training rows shows a picture, a sound or a text of the held-out rows; hold "
+            f"other rows out (--test, --holdout KEY=VALUE)"
+        )
+    if len(kept) < len(rows):
+        _logger.warning("%d rows are left out: what they show is held out as well", len(rows) - len(kept))
+    return kept
+
+
 def split_rows(
     rows: Sequence[Row], holdout: str | float, seed: int = 0, digests: Digests | None = None
 ) -> tuple[list[Row], list[Row]]:
@@ -315,8 +342,8 @@ def split_rows(
         hashes = [even_hash(f"{seed}:{_shown(row, digests)}") for row in rows]
         least = min(hashes, default=0.0) if fraction > 0 else 0.0
         mask = [value < fraction or value == least for value in hashes]  # of few rows one at least
-    train = [row for row, out in zip(rows, mask, strict=True) if not out]
     heldout = [row for row, out in zip(rows, mask, strict=True) if out]
+    train = [row for row, out in zip(rows, mask, strict=True) if not out]
     if not heldout or not train:
         keys = sorted({key for row in rows for key in row.metadata})
         raise ManifestError(

@@ -5,17 +5,11 @@ Shapes: K codebooks, F frames.
 
 from __future__ import annotations
 
-import io
 import json
-import math
 from typing import Any
-
-import numpy as np
-import soundfile
 
 from mmllm.data.documents import Sample, Segment
 from mmllm.data.shards import unpack_codes
-from mmllm_tokenizers.folder import TokenizerFolder
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 AUDIO_ENDINGS = ("flac", "wav", "ogg", "mp3")
@@ -71,12 +65,3 @@ def _segment(item: Any, files: dict[str, bytes], name: str, codec: str | None) -
             audio = unpack_codes(stored, codec, name) if codec and stored else files[ending]
             return Segment(audio=audio, role=item.get("role"))
     raise ValueError(f"{name}: segment {item!r} names no file of the sample ({', '.join(sorted(files))})")
-
-
-def num_frames_of(audio: Any, folder: TokenizerFolder) -> int:
-    """Frames that encoding a sound (bytes or codes) will give, from its header alone."""
-    if isinstance(audio, np.ndarray):
-        return audio.shape[1]
-    tokenizer = folder.require_audio()
-    info = soundfile.info(io.BytesIO(audio))
-    return tokenizer.num_frames(math.ceil(info.frames * tokenizer.sample_rate / info.samplerate))

@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,9 +25,9 @@ import soundfile
 import torch
 from braceexpand import braceexpand
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 from webdataset.writer import ShardWriter
 
+from mmllm.data.chunks import in_chunks
 from mmllm.data.decode import decode_image
 from mmllm.data.manifest import BadRows, Kind, Row
 from mmllm.data.perturb import perturb
@@ -119,11 +120,10 @@ def write_shards(
     out.mkdir(parents=True, exist_ok=True)
     _remove_earlier(out)
     writers = _Writers(out, config)
-    chunks = _Chunks(rows, config, folder)
-    loader = DataLoader(chunks, batch_size=None, num_workers=min(workers, len(chunks)), collate_fn=_same)
+    read = partial(_read_chunk, config=config, folder=folder)
     num_rows, where, is_whole = 0, str(out), False
     try:
-        for chunk, (records, errors) in zip(chunks.rows, loader, strict=True):
+        for chunk, (records, errors) in in_chunks(read, list(rows), _CHUNK, workers):
             where = chunk[-1].where.rpartition(":")[0] or where
             for row, error in errors:
                 bad.add(row.where, error)
@@ -162,8 +162,8 @@ def _remove_earlier(out: Path) -> None:
     with suppress(OSError, ValueError):
         names += (out / JOURNAL).read_text(encoding="utf-8").splitlines()
     _remove(out, names)
-    for partial in out.glob("*-*.tar.partial"):
-        partial.unlink(missing_ok=True)
+    for unfinished in out.glob("*-*.tar.partial"):
+        unfinished.unlink(missing_ok=True)
     (out / SUMMARY).unlink(missing_ok=True)
 
 
@@ -198,34 +198,21 @@ class _ShardFile:
             stream.close()
 
 
-class _Chunks(Dataset):
-    """Rows by the chunk, read and encoded when asked for: as a `Dataset`, so that a loader's workers may do it."""
-
-    def __init__(self, rows: Iterable[Row], config: ShardsConfig, folder: TokenizerFolder | None) -> None:
-        given = list(rows)
-        self.rows = [given[start : start + _CHUNK] for start in range(0, len(given), _CHUNK)]
-        self._config, self._folder = config, folder
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[list[_Record], list[tuple[Row, str]]]:
-        """What the chunk's rows became, and those that can't be read with the reason."""
-        records: list[_Record] = []
-        errors: list[tuple[Row, str]] = []
-        for row in self.rows[index]:
-            try:
-                records.extend(_read(row, self._config))
-            except (ValueError, OSError, RuntimeError) as error:  # a decoder may raise what it likes
-                errors.append((row, str(error)))
-        _add_codes(records, self._folder)
-        for record in records:
-            record.sounds.clear()  # encoded: not to be sent to another process
-        return records, errors
-
-
-def _same(item: Any) -> Any:
-    return item
+def _read_chunk(
+    rows: Sequence[Row], config: ShardsConfig, folder: TokenizerFolder | None
+) -> tuple[list[_Record], list[tuple[Row, str]]]:
+    """What rows became, and those that can't be read with the reason."""
+    records: list[_Record] = []
+    errors: list[tuple[Row, str]] = []
+    for row in rows:
+        try:
+            records.extend(_read(row, config))
+        except (ValueError, OSError, RuntimeError) as error:  # a decoder may raise what it likes
+            errors.append((row, str(error)))
+    _add_codes(records, folder)
+    for record in records:
+        record.sounds.clear()  # encoded: not to be sent to another process
+    return records, errors
 
 
 def _digest(path: Path) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_BLOCK = 512
+BLOCK = 512
+"""Bytes; headers and files begin at multiples of it."""
 _REGULAR = (b"0", b"\0")
 
 
@@ -35,28 +36,29 @@ class Span:
     members: tuple[Member, ...]
 
 
-def _number(field: bytes) -> int:
+def parse_number(field: bytes) -> int:
+    """A number of a header: octal text, or GNU's base 256."""
     if field[0] & 0x80:  # GNU base-256
         return int.from_bytes(field[1:], "big")
     text = field.rstrip(b"\0 ").lstrip(b" ")
     return int(text, 8) if text else 0
 
 
-def _members(data: bytes | mmap.mmap, name: str) -> Iterator[tuple[int, Member]]:
+def headers_of(data: bytes | mmap.mmap, name: str) -> Iterator[tuple[int, Member]]:
     """(offset of the header, member) for each regular file; raises ValueError where the tar is broken."""
     position, long_name, total = 0, b"", len(data)
-    while position + _BLOCK <= total:
-        header = data[position : position + _BLOCK]
+    while position + BLOCK <= total:
+        header = data[position : position + BLOCK]
         if header[0] == 0:
             return
         try:
-            size = _number(header[124:136])
-            stored = _number(header[148:156])
+            size = parse_number(header[124:136])
+            stored = parse_number(header[148:156])
         except ValueError as error:
             raise ValueError(f"{name}: no tar header at byte {position}; the shard is damaged") from error
         if stored != sum(header[:148]) + 8 * 32 + sum(header[156:]):
             raise ValueError(f"{name}: wrong header checksum at byte {position}; the shard is damaged")
-        start = position + _BLOCK
+        start = position + BLOCK
         if start + size > total:
             raise ValueError(
                 f"{name}: truncated: a file at byte {position} needs {size} bytes, {total - start} are left; "
@@ -69,11 +71,12 @@ def _members(data: bytes | mmap.mmap, name: str) -> Iterator[tuple[int, Member]]
             prefix = header[345:500].rstrip(b"\0") if header[257:262] == b"ustar" else b""
             path = long_name or b"/".join(part for part in (prefix, header[:100].rstrip(b"\0")) if part)
             long_name = b""
-            yield position, _member(path.decode("utf-8", "replace"), start, size)
-        position = start + (size + _BLOCK - 1) // _BLOCK * _BLOCK
+            yield position, member_of(path.decode("utf-8", "replace"), start, size)
+        position = start + (size + BLOCK - 1) // BLOCK * BLOCK
 
 
-def _member(path: str, offset: int, size: int) -> Member:
+def member_of(path: str, offset: int, size: int) -> Member:
+    """A file by its name in the tar."""
     folder, slash, base = path.rpartition("/")
     stem, _, ending = base.partition(".")
     return Member(folder + slash + stem, ending, offset, size)
@@ -89,22 +92,22 @@ def scan_tar(path: str | Path) -> Iterator[Span]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such shard")
-    if path.stat().st_size < 2 * _BLOCK:
+    if path.stat().st_size < 2 * BLOCK:
         raise ValueError(f"{path}: {path.stat().st_size} bytes are no tar; build or copy the shard again")
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         start, members = 0, []
         ended = 0
-        for position, member in _members(data, str(path)):
+        for position, member in headers_of(data, str(path)):
             if members and member.key != members[0].key:
                 yield _span(start, members)
                 members = []
             if not members:
                 start = position
             members.append(member)
-            ended = member.offset + (member.size + _BLOCK - 1) // _BLOCK * _BLOCK
+            ended = member.offset + (member.size + BLOCK - 1) // BLOCK * BLOCK
         if members:
             yield _span(start, members)
-        if len(data) < ended + 2 * _BLOCK:
+        if len(data) < ended + 2 * BLOCK:
             raise ValueError(f"{path}: truncated: no end mark after byte {ended}; build or copy the shard again")
 
 
@@ -120,7 +123,7 @@ def read_members(span_bytes: bytes, name: str) -> tuple[str, dict[str, bytes]]:
     """
     files: dict[str, bytes] = {}
     key = None
-    for _, member in _members(span_bytes, name):
+    for _, member in headers_of(span_bytes, name):
         if key is not None and member.key != key:
             raise ValueError(f"{name}: holds {member.key!r} after {key!r}; the shard changed: index it again")
         key = member.key

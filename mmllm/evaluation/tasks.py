@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 
 from mmllm.data.manifest import BadRows, ManifestError, Row, read_manifest, row_media
-from mmllm.data.media import readable_rows
+from mmllm.data.media import readable_rows, sound_seconds
 from mmllm.evaluation.captions import caption_matches, count_attributes, names_heldout_pairs, reference_scene
 from mmllm.evaluation.metrics import (
     Edits,
@@ -133,7 +133,7 @@ def _short_enough(rows: list[Row], max_seconds: float | None, bad: BadRows, name
         return rows
     kept, since = [], len(bad.reasons)
     for row in rows:
-        longest = max((as_audio(path).seconds for kind, path in row_media(row) if kind == "audio"), default=0.0)
+        longest = max((sound_seconds(path) for kind, path in row_media(row) if kind == "audio"), default=0.0)
         if longest <= max_seconds:
             kept.append(row)
         else:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import soundfile
 import yaml
 
 from mmllm.data.manifest import Row, read_manifest
+from mmllm.data.media import sound_seconds
 from mmllm.evaluation.tasks import KIND_OF_TASK
 from mmllm.paths import config_path
 
@@ -57,7 +57,7 @@ class Contents:
         """
         kinds = tuple(sorted({row.kind for row in rows}))
         spoken = [row for row in rows if row.kind == "audio"]
-        lengths = sorted(_seconds(row) for row in spoken)
+        lengths = sorted(sound_seconds(row.audio) for row in spoken if row.audio is not None)
         segments = [segment for row in rows for segment in row.segments]
         texts = [row.text for row in rows] + [segment["text"] for segment in segments if "text" in segment]
         texts += [str(row.metadata[key]) for row in rows for key in ("question", "answer") if key in row.metadata]
@@ -78,14 +78,6 @@ class Contents:
             num_captions=sum(row.kind == "caption" for row in rows),
             long_seconds=lengths[int(0.95 * len(lengths))] if lengths else 0.0,
         )
-
-
-def _seconds(row: Row) -> float:
-    """A sound's length by its header; 0 where that can't be read (the build names such rows)."""
-    try:
-        return float(soundfile.info(str(row.audio)).duration)
-    except (OSError, RuntimeError):
-        return 0.0
 
 
 def read_contents(folder: Path) -> Contents:

@@ -75,7 +75,7 @@ def quickstart(
     minutes: float | None = None,
     seed: int = 0,
     max_steps: int | None = None,
-    max_bad_fraction: float = 0.05,
+    max_bad_fraction: float | None = None,
 ) -> dict[str, Any]:
     """The whole way on one machine.
 
@@ -88,7 +88,7 @@ def quickstart(
         minutes: wall time at most, evaluation included; None: the demo's fixed steps.
         seed: of data, order and weights.
         max_steps: of each training at most (with a small demo data set): for trying the whole way out.
-        max_bad_fraction: more unusable rows of a manifest than this are an error.
+        max_bad_fraction: more unusable rows of a manifest than this are an error; None: the commands' own bound.
 
     Returns:
         What report.json holds.
@@ -138,9 +138,9 @@ class _Run:
 
     @property
     def bad_rows(self) -> list[str]:
-        """The option that bounds unusable rows, where it isn't the commands' own default."""
+        """The option that bounds unusable rows, where it was given."""
         bound = self.settings["max_bad_fraction"]
-        return [] if bound == 0.05 else ["--max_bad_fraction", str(bound)]
+        return [] if bound is None else ["--max_bad_fraction", str(bound)]
 
     @property
     def num_processes(self) -> int:
@@ -392,7 +392,7 @@ class _Run:
             self.stage(
                 f"eval {task}", "eval", "--model", str(self.out / "model"), "--task", task,
                 "--manifest", str(self.out / "manifests" / "test.jsonl"),
-                "--json", str(self.out / "eval" / f"{task}.json"), *options,
+                "--json", str(self.out / "eval" / f"{task}.json"), *options, *self.bad_rows,
                 num_threads=1 if num_lanes > 1 else 0,
             )  # fmt: skip
 
