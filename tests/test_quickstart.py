@@ -10,8 +10,16 @@ from PIL import Image
 
 from mmllm.cli import main
 from mmllm.data.manifest import read_manifest
-from mmllm.quickstart.plan import EVALUATION_SECONDS, Contents, choose, recipe_dict
-from mmllm.quickstart.run import START_SECONDS, _Run
+from mmllm.quickstart.budget import (
+    DEMO_STEPS,
+    EVALUATION_SECONDS,
+    FIT_START_SECONDS,
+    MIN_EVALUATED,
+    MIN_TRAINING_SECONDS,
+    START_SECONDS,
+    Budget,
+)
+from mmllm.quickstart.plan import Contents, choose, recipe_dict
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230)}
 
@@ -129,16 +137,37 @@ def test_sequences_are_as_long_as_the_speech_that_they_hold(manifest, seconds, l
     assert (choices.sequence_length, choices.batch_size) == (length, batch)
 
 
-def test_evaluations_run_side_by_side(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-    settings = {"train": ["x"], "max_steps": None, "minutes": 10.0}
-    run = _Run(tmp_path / "run", settings, lambda command: 0)
-    tasks = {"transcribe": [500], "speak": [500], "caption": [100, 100]}
+TASKS = {"transcribe": [500], "speak": [500], "caption": [100, 100]}
+
+
+def test_evaluations_run_side_by_side():
+    budget = Budget(minutes=10.0, max_steps=None, is_demo=False, num_processes=2)
     costs = [
         EVALUATION_SECONDS["transcribe"] * 500,
         EVALUATION_SECONDS["speak"] * 500,
         EVALUATION_SECONDS["caption"] * 200,
     ]
-    assert run._scoring_seconds(tasks) == pytest.approx(max(sum(costs) / 2, costs[1]))
-    assert run._scoring_seconds({"caption": [100]}) == pytest.approx(EVALUATION_SECONDS["caption"] * 100)
-    assert run._overhead_seconds(tasks) - run._overhead_seconds({"caption": [100]}) == pytest.approx(START_SECONDS)
+    assert budget.scoring_seconds(TASKS) == pytest.approx(max(sum(costs) / 2, costs[1]))
+    assert budget.scoring_seconds({"caption": [100]}) == pytest.approx(EVALUATION_SECONDS["caption"] * 100)
+    assert budget.overhead_seconds(TASKS) - budget.overhead_seconds({"caption": [100]}) == pytest.approx(START_SECONDS)
+
+
+def test_trainings_and_evaluations_share_the_minutes():
+    by_clock = Budget(minutes=10.0, max_steps=None, is_demo=False, num_processes=2)
+    decoder = by_clock.training_length("decoder", TASKS, 400.0, None)
+    assert decoder["trainer.max_steps"] == -1
+    kept = by_clock.evaluation_seconds(TASKS) + FIT_START_SECONDS
+    assert decoder["model.init_args.max_seconds"] == pytest.approx(400 - kept - 18, abs=0.1)
+    codec = by_clock.training_length("codec", TASKS, 400.0, 0.2)
+    assert codec["model.init_args.max_seconds"] == pytest.approx(0.2 * (400 - kept), abs=0.1)
+    assert by_clock.training_length("codec", TASKS, 0.0, 0.2)["model.init_args.max_seconds"] == MIN_TRAINING_SECONDS
+    assert by_clock.limits(TASKS, 1000.0) == {}
+    half = by_clock.overhead_seconds(TASKS) + by_clock.scoring_seconds(TASKS) / 2
+    assert by_clock.limits(TASKS, half) == {"transcribe": 250, "speak": 250, "caption": 50}
+    assert set(by_clock.limits(TASKS, 0.0).values()) == {MIN_EVALUATED}
+
+
+def test_the_demo_trains_for_fixed_steps():
+    demo = Budget(minutes=None, max_steps=None, is_demo=True, num_processes=2)
+    assert demo.training_length("clip", TASKS, None, 0.15)["trainer.max_steps"] == DEMO_STEPS["clip"]
+    assert demo.limits(TASKS, None) == {}

@@ -1,4 +1,4 @@
-"""What a run does with the rows it is given: which stages, how long each, and the configs and recipe it writes."""
+"""What a run does with the rows it is given: which stages, and the configs and recipe it writes."""
 
 from __future__ import annotations
 
@@ -16,18 +16,10 @@ from mmllm.data.manifest import Row, read_manifest
 from mmllm.data.media import sound_seconds
 from mmllm.evaluation.tasks import KIND_OF_TASK
 from mmllm.paths import config_path
+from mmllm.quickstart.budget import EVALUATION_SECONDS
 
 TEMPLATE_DIR = "runs/demo"
 """The folder that the shipped quickstart configs name; it is replaced by the run's."""
-
-DEMO_STEPS = {"codec": 300, "clip": 60, "decoder": 750}
-"""Training steps of the demo on its own data. Fixed, so that everybody's demo is the same run."""
-
-CODEC_SHARE, CLIP_SHARE = 0.2, 0.15
-"""With `--minutes`: share of what is left that a stage before the decoder may take."""
-
-EVALUATION_SECONDS = {"caption": 0.04, "transcribe": 0.03, "speak": 0.12, "interleaved": 0.06, "text": 0.05}
-"""About what one row costs, all controls included."""
 
 
 @dataclass(frozen=True)

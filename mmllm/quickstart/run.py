@@ -26,12 +26,9 @@ from mmllm.evaluation.curves import read_curves
 from mmllm.evaluation.report import ReportInfo, Stage, now, write_report
 from mmllm.evaluation.results import load_result
 from mmllm.evaluation.routing import load_routing
+from mmllm.quickstart.budget import CLIP_SHARE, CODEC_SHARE, Budget, task_seconds
 from mmllm.quickstart.monitor import MemoryMonitor
 from mmllm.quickstart.plan import (
-    CLIP_SHARE,
-    CODEC_SHARE,
-    DEMO_STEPS,
-    EVALUATION_SECONDS,
     Choices,
     Contents,
     choose,
@@ -52,14 +49,6 @@ OUTPUT_OF_STAGE = {"codec": "codec", "clip": "clip", "decoder": "model"}
 CODEC_COPIES = 3
 """Altered copies of each sound, at most, from which the codec learns voices other than the few that there are."""
 MAX_WORKERS = 4
-MIN_TRAINING_SECONDS = 5.0
-MIN_EVALUATED = 20
-"""Rows of each set, however little time is left."""
-REPORT_SECONDS = 8.0
-START_SECONDS = 6.0
-"""What a command's process needs before it works."""
-FIT_START_SECONDS = 20.0
-"""What a training's processes need before their first step, and for the export."""
 
 
 class StageFailed(ValueError):
@@ -149,6 +138,10 @@ class _Run:
         Always two where there are two cores, so that everybody's demo is the same run.
         """
         return 1 if self.settings["max_steps"] is not None or (os.cpu_count() or 1) < 2 else 2
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.settings["minutes"], self.settings["max_steps"], self.is_demo, self.num_processes)
 
     @property
     def seconds(self) -> float:
@@ -303,34 +296,7 @@ class _Run:
         self.stage(f"fit {stage}", "fit", "-c", str(path), *resume, makes=makes, num_threads=num_threads)
 
     def _length(self, stage: str, share: float | None = None) -> dict[str, Any]:
-        """How long a stage trains: fixed steps in the demo, seconds where `--minutes` bounds the run. See `_fit`."""
-        steps, left = self.settings["max_steps"], self.seconds_left
-        if steps is not None:
-            return {"trainer.max_steps": steps, "model.init_args.max_seconds": None, "trainer.log_every_n_steps": 1}
-        if left is None:
-            steps = DEMO_STEPS[stage] if self.is_demo else 2 * DEMO_STEPS[stage]
-            return {"trainer.max_steps": steps, "model.init_args.max_seconds": None}
-        spare = left - self._evaluation_seconds() - FIT_START_SECONDS
-        seconds = spare - 0.03 * 60 * self.settings["minutes"] if share is None else spare * share
-        return {"trainer.max_steps": -1, "model.init_args.max_seconds": round(max(MIN_TRAINING_SECONDS, seconds), 1)}
-
-    def _evaluation_seconds(self) -> float:
-        """What is kept back for evaluation and report."""
-        minutes = self.settings["minutes"]
-        return min(self._scoring_seconds(self.tasks) + self._overhead_seconds(self.tasks), 0.25 * 60 * minutes)
-
-    def _num_lanes(self, tasks: Mapping[str, list[int]]) -> int:
-        """How many tasks are evaluated at once."""
-        return max(1, min(self.num_processes, len(tasks)))
-
-    def _scoring_seconds(self, tasks: Mapping[str, list[int]]) -> float:
-        """About how long all rows of the tasks take."""
-        costs = [EVALUATION_SECONDS[task] * sum(sets) for task, sets in tasks.items()]
-        return max(sum(costs) / self._num_lanes(tasks), *costs, 0.0)
-
-    def _overhead_seconds(self, tasks: Mapping[str, list[int]]) -> float:
-        """The starts of the evaluations' processes, and the report."""
-        return REPORT_SECONDS + START_SECONDS * -(-len(tasks) // self._num_lanes(tasks))
+        return self.budget.training_length(stage, self.tasks, self.seconds_left, share)
 
     def _fit_codec(self) -> None:
         shards = f"{self.out}/shards/sound/audio-*.tar"
@@ -381,14 +347,12 @@ class _Run:
         if not tasks:
             self.console.print("[yellow]no test row can be scored: interleaved rows need a question[/yellow]")
             return
-        num_lanes, share = self._num_lanes(tasks), 1.0
-        if (left := self.seconds_left) is not None:
-            share = (left - self._overhead_seconds(tasks)) / self._scoring_seconds(tasks)
+        num_lanes, limits = self.budget.num_lanes(tasks), self.budget.limits(tasks, self.seconds_left)
 
         def evaluate(task: str) -> None:
             options = ["--sequence_length", str(choices.sequence_length)] if task == "text" else []
-            if share < 1:
-                options += ["--limit", str(max(MIN_EVALUATED, int(share * max(tasks[task]))))]
+            if task in limits:
+                options += ["--limit", str(limits[task])]
             self.stage(
                 f"eval {task}", "eval", "--model", str(self.out / "model"), "--task", task,
                 "--manifest", str(self.out / "manifests" / "test.jsonl"),
@@ -398,7 +362,7 @@ class _Run:
 
         with ThreadPoolExecutor(num_lanes) as lanes:
             try:
-                longest_first = sorted(tasks, key=lambda task: -EVALUATION_SECONDS[task] * sum(tasks[task]))
+                longest_first = sorted(tasks, key=lambda task: -task_seconds(task, tasks[task]))
                 for done in [lanes.submit(evaluate, task) for task in longest_first]:
                     done.result()
             except BaseException:
