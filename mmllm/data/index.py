@@ -307,18 +307,18 @@ def is_current(shard: Shard, tokenizer_hash: str) -> bool:
 
 
 def write_indices(
-    shards: Sequence[Shard], folder: TokenizerFolder, progress: Callable[[int], None] | None = None
+    shards: Sequence[Shard], folder: TokenizerFolder, progress: Callable[[int, int], None] | None = None
 ) -> list[ShardIndex]:
     """Indexes shards whose index is missing or out of date; the others' are read.
 
     Args:
         shards: The tars.
         folder: The tokenizer.
-        progress: Called with the number of shards done.
+        progress: Called with the numbers of shards done and in all.
     """
     done = []
     for number, shard in enumerate(shards, start=1):
         done.append(load_index(shard, folder.hash) if is_current(shard, folder.hash) else index_shard(shard, folder))
         if progress:
-            progress(number)
+            progress(number, len(shards))
     return done
