@@ -263,6 +263,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the killed run saves more often
 def test_a_run_that_is_killed_while_it_trains_goes_on_from_its_checkpoint(tmp_path, monkeypatch, capsys):
     rows = [{"id": f"t{i}", "text": f"Row {i} says that {i} and {i} make {2 * i}."} for i in range(60)]
     manifest, out = tmp_path / "manifest.jsonl", tmp_path / "run"
