@@ -112,13 +112,14 @@ def _add_data(actions: Any) -> None:
     def index(args: argparse.Namespace) -> Iterable[str]:
         from mmllm.data import commands
 
-        indexed = commands.index(args.shards, args.tokenizer, ticker("shards"))
+        found = commands.index(args.shards, args.tokenizer, ticker("shards"), args.workers)
         end_line()
-        return _as_json(indexed)
+        return _as_json(found)
 
     parser = _command(actions, "index", "write the index beside each shard", index)
     parser.add_argument("shards", nargs="+", help="paths, globs, brace ranges or folders")
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder whose tokens are counted")
+    parser.add_argument("--workers", type=int, default=0, help="processes that share the shards; 0: this one alone")
 
     def verify(args: argparse.Namespace) -> Iterable[str]:
         from mmllm.data import commands

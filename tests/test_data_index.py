@@ -165,6 +165,24 @@ def test_only_what_changed_is_indexed_again(made, tmp_path, monkeypatch):
     assert load_index(shards[1], folder.hash).sha256 != before[1]
 
 
+def test_workers_index_the_same_and_say_what_is_wrong(made, tmp_path):
+    folder = TokenizerFolder.load(made / "tok")
+    for name in ("one", "two"):
+        commands.build(
+            write_manifest(tmp_path, [{"id": f"r{n}", "text": f"row {n}"} for n in range(6)]),
+            tmp_path / name, samples_per_shard=2,
+        )  # fmt: skip
+    alone, shared = (sorted((tmp_path / name).glob("*.tar")) for name in ("one", "two"))
+    ticks: list[int] = []
+    write_indices(alone, folder)
+    write_indices(shared, folder, ticks.append, workers=2)
+    assert ticks == [1, 2, 3]
+    assert [index_path(shard).read_bytes() for shard in alone] == [index_path(shard).read_bytes() for shard in shared]
+    shared[1].write_bytes(shared[1].read_bytes()[:700])
+    with pytest.raises(ValueError, match=rf"{shared[1].name}: 700 bytes are no tar"):
+        write_indices(shared, folder, workers=2)
+
+
 def test_a_shard_with_other_samples_is_refused_before_use(made, tmp_path):
     folder = TokenizerFolder.load(made / "tok")
     shard = write_tar(tmp_path / "t.tar", {"a.txt": b"one", "b.txt": b"two"})

@@ -205,13 +205,21 @@ def _as_it_is(batch: PackedBatch) -> PackedBatch:
 
 def mixed_pairs() -> list[tuple[PackedBatch, PackedBatch]]:
     """What two ranks see: both mixed; then one with text alone, then the other; then both."""
-    kinds = [(False, False), (False, True), (True, False), (True, True)]
-    return [(tiny_batch(2 * i, 1, first), tiny_batch(2 * i + 1, 1, second)) for i, (first, second) in enumerate(kinds)]
+    return [_pair(i, *kinds) for i, kinds in enumerate([(False, False), (False, True), (True, False), (True, True)])]
 
 
-def train_rank(rank: int, port: int, out: str) -> None:
-    """One of two gloo processes on the mixed pairs; see `fit_rank`."""
-    fit_rank(rank, port, out, tiny_module(), ListData(mixed_pairs()), max_steps=4)
+def one_sided_pairs() -> list[tuple[PackedBatch, PackedBatch]]:
+    """Fifty steps in which one rank has text alone and the other pictures and sounds."""
+    return [_pair(i, True, False) for i in range(50)]
+
+
+def _pair(number: int, first_has_text_alone: bool, second_has_text_alone: bool) -> tuple[PackedBatch, PackedBatch]:
+    return tiny_batch(2 * number, 1, first_has_text_alone), tiny_batch(2 * number + 1, 1, second_has_text_alone)
+
+
+def train_rank(rank: int, port: int, out: str, pairs: list[tuple[PackedBatch, PackedBatch]]) -> None:
+    """One of two gloo processes on pairs of batches; see `fit_rank`."""
+    fit_rank(rank, port, out, tiny_module(), ListData(pairs), max_steps=len(pairs))
 
 
 def fit_rank(

@@ -59,12 +59,16 @@ class Column(Sequence[Any]):
     def arrays(values: Sequence[Any], name: str) -> dict[str, np.ndarray]:
         """What `Column` is made from, as named arrays of a sidecar."""
         words: dict[str, int] = {}
-        types_N = np.array([_type(value) for value in values], dtype=np.uint8)
-        if (types_N == _TEXT).any():
-            numbers = [words.setdefault(value, len(words)) if isinstance(value, str) else value for value in values]
+        numbers = values
+        types = set(map(type, values))
+        if types == {float}:
+            types_N = np.full(len(values), _FLOAT, dtype=np.uint8)
         else:
-            numbers = values
-        values_N = np.array([np.nan if value is None else value for value in numbers], dtype=np.float64)
+            types_N = np.array([_type(value) for value in values], dtype=np.uint8)
+        if str in types:
+            words = {word: place for place, word in enumerate(dict.fromkeys(v for v in values if isinstance(v, str)))}
+            numbers = [words[value] if isinstance(value, str) else value for value in values]
+        values_N = np.array(numbers, dtype=np.float64)  # None becomes not a number
         return {f"{name}.values": values_N, f"{name}.types": types_N, **Texts.arrays(list(words), f"{name}.words")}
 
     def __len__(self) -> int:

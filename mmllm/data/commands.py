@@ -101,7 +101,10 @@ def build(
 
 
 def index(
-    shards: str | Path | Sequence[str | Path], tokenizer: str | Path, progress: Progress | None = None
+    shards: str | Path | Sequence[str | Path],
+    tokenizer: str | Path,
+    progress: Progress | None = None,
+    workers: int = 0,
 ) -> dict[str, Any]:
     """Writes the index beside each shard, where it is missing or out of date.
 
@@ -109,6 +112,7 @@ def index(
         shards: Paths, globs, brace ranges, or folders of shards.
         tokenizer: The tokenizer folder whose tokens are counted.
         progress: Called with the numbers of shards done and in all.
+        workers: Processes that share the shards; 0: this one alone.
 
     Returns:
         Shards, documents, tokens by task.
@@ -117,7 +121,7 @@ def index(
         FileNotFoundError, ValueError: A shard is missing or damaged; the message names it.
     """
     folder = TokenizerFolder.load(tokenizer)
-    indices = write_indices(_all_shards(shards), folder, progress)
+    indices = write_indices(_all_shards(shards), folder, progress, workers)
     return {"tokenizer": folder.hash, **_totals(indices)}
 
 
@@ -133,12 +137,14 @@ def _all_in(folder: str) -> str:
 
 def _totals(indices: Sequence[ShardIndex]) -> dict[str, Any]:
     tokens: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
     for item in indices:
+        kinds[item.kind] += item.num_documents
         tokens.update({task: int(lengths.sum()) for task, lengths in item.lengths.items()})
     return {
         "shards": len(indices),
         "documents": sum(item.num_documents for item in indices),
-        "by_kind": dict(Counter(item.kind for item in indices for _ in range(item.num_documents))),
+        "by_kind": dict(kinds),
         "tokens": dict(tokens),
         "images": sum(int(item.num_images_N.sum()) for item in indices),
         "frames": sum(int(item.num_frames_N.sum()) for item in indices),

@@ -18,6 +18,7 @@ from mmllm.data.tars import BLOCK, headers_of, member_of, parse_number
 _CHUNK = 8192
 _REGULAR = (ord("0"), 0)
 _POWERS = 8 ** np.arange(5, -1, -1)
+_EVEN_BYTES = np.uint64(0x00FF00FF00FF00FF)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _check(data: bytes | mmap.mmap, name: str, positions_M: np.ndarray) -> tuple
                 stored[row] = parse_number(field[row].tobytes())
             except ValueError as error:
                 raise ValueError(f"{name}: no tar header at byte {here[row]}; the shard is damaged") from error
-        found = headers.sum(axis=1, dtype=np.int64) - field.sum(axis=1, dtype=np.int64) + 8 * 32
+        found = _byte_sums(headers) - field.sum(axis=1, dtype=np.int64) + 8 * 32
         if (found != stored).any():
             position = here[np.flatnonzero(found != stored)[0]]
             raise ValueError(f"{name}: wrong header checksum at byte {position}; the shard is damaged")
@@ -127,6 +128,13 @@ def _check(data: bytes | mmap.mmap, name: str, positions_M: np.ndarray) -> tuple
         is_plain = is_plain and bool(np.isin(headers[:, 156], _REGULAR).all()) and not has_prefix.any()
         names += np.ascontiguousarray(headers[:, :100]).view("S100")[:, 0].tolist()
     return is_plain, names
+
+
+def _byte_sums(blocks: np.ndarray) -> np.ndarray:
+    """The sum of each block's bytes: four at a time, in the 16-bit quarters of 64-bit words (at most 64 · 2 · 255)."""
+    words = blocks.view(np.uint64)
+    quarters = (words & _EVEN_BYTES) + (words >> np.uint64(8) & _EVEN_BYTES)
+    return quarters.sum(axis=1).view(np.uint16).reshape(-1, 4).sum(axis=1, dtype=np.int64)
 
 
 def _split(names: list[bytes], name: str) -> tuple[list[str], list[str]]:

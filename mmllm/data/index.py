@@ -19,12 +19,13 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mmllm.data.chunks import in_chunks
 from mmllm.data.columns import Column, Texts, map_npz, save_npz
 from mmllm.data.documents import KIND_TASKS
 from mmllm.data.facts import Facts, TokenCounts, count_tokens, read_facts
@@ -48,6 +49,7 @@ RECORD = np.dtype(
 _HEADER = struct.Struct("<8sIIQ8s")
 _MAGIC = b"mmllmidx"
 _PROBES = 10
+_SCALARS = {str, int, float, bool, type(None)}
 
 _logger = logging.getLogger(__name__)
 
@@ -205,11 +207,15 @@ def _put(target: Path, write: Callable[[Path], object]) -> None:
 
 
 def _columns(metadata: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    names = sorted({name for row in metadata for name, value in row.items() if isinstance(value, str | int | float)})
-    return {
-        name: [value if isinstance(value := row.get(name), str | int | float) else None for row in metadata]
-        for name in names
-    }
+    """Scalars by name, `None` where a row has none."""
+    columns = {}
+    for name in sorted(set().union(*metadata)):
+        values = [row.get(name) for row in metadata]
+        if not set(map(type, values)) <= _SCALARS:
+            values = [value if isinstance(value, str | int | float) else None for value in values]
+        if values.count(None) < len(values):
+            columns[name] = values
+    return columns
 
 
 def load_index(shard: Shard, tokenizer_hash: str) -> ShardIndex:
@@ -307,7 +313,10 @@ def is_current(shard: Shard, tokenizer_hash: str) -> bool:
 
 
 def write_indices(
-    shards: Sequence[Shard], folder: TokenizerFolder, progress: Callable[[int, int], None] | None = None
+    shards: Sequence[Shard],
+    folder: TokenizerFolder,
+    progress: Callable[[int, int], None] | None = None,
+    workers: int = 0,
 ) -> list[ShardIndex]:
     """Indexes shards whose index is missing or out of date; the others' are read.
 
@@ -315,10 +324,26 @@ def write_indices(
         shards: The tars.
         folder: The tokenizer.
         progress: Called with the numbers of shards done and in all.
+        workers: Processes that share the shards; 0: this one alone.
+
+    Raises:
+        FileNotFoundError, ValueError: As `index_shard`.
     """
-    done = []
-    for number, shard in enumerate(shards, start=1):
-        done.append(load_index(shard, folder.hash) if is_current(shard, folder.hash) else index_shard(shard, folder))
+    results = in_chunks(partial(_make_current, folder=folder), shards, 1, workers)
+    for number, (_, error) in enumerate(results, start=1):
+        if error is not None:
+            raise error
         if progress:
             progress(number, len(shards))
-    return done
+    return [load_index(shard, folder.hash) for shard in shards]
+
+
+def _make_current(shards: Sequence[Shard], folder: TokenizerFolder) -> Exception | None:
+    """An error is handed over, not raised: a worker's would come with its own trace in place of the message."""
+    try:
+        for shard in shards:
+            if not is_current(shard, folder.hash):
+                index_shard(shard, folder)
+    except (FileNotFoundError, ValueError) as error:
+        return error
+    return None

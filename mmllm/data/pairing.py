@@ -9,6 +9,7 @@ Shapes: M documents, U different lengths.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 
 import numpy as np
@@ -82,25 +83,14 @@ class _Pool:
     """The documents that are left, by length."""
 
     def __init__(self, tokens_M: np.ndarray, length: int, seed: int) -> None:
-        self._length = length
-        self._counts = np.bincount(tokens_M, minlength=length + 1)
-        order_M = np.argsort(tokens_M, kind="stable")
-        ends = np.cumsum(self._counts)
-        self._order = order_M.tolist()
-        self._next = (ends - self._counts).tolist()
+        counts = np.bincount(tokens_M, minlength=length + 1)
+        self._counts: list[int] = counts.tolist()
+        self._sizes: list[int] = np.flatnonzero(counts).tolist()  # those that are left, ascending
+        self._order = np.argsort(tokens_M, kind="stable").tolist()
+        self._next: list[int] = (np.cumsum(counts) - counts).tolist()
         self._queue = deque(np.random.default_rng(seed).permutation(tokens_M).tolist())
         self._spent = [0] * (length + 1)  # of each length, how many in the queue are gone already
         self.num_left, self.tokens_left = len(tokens_M), int(tokens_M.sum())
-        self._is_stale = True
-
-    def _refresh(self) -> None:
-        if not self._is_stale:
-            return
-        self._is_stale = False
-        self._sizes_U = np.flatnonzero(self._counts)
-        self._floor = np.zeros(self._length + 1, dtype=np.int64)  # the largest length that is left, up to this one
-        self._floor[self._sizes_U] = self._sizes_U
-        np.maximum.accumulate(self._floor, out=self._floor)
 
     def draw(self) -> int:
         """The next document's length, at random; it is taken."""
@@ -115,10 +105,11 @@ class _Pool:
     def put_back(self, size: int) -> None:
         """A drawn document goes behind all others."""
         self._queue.appendleft(size)
+        if not self._counts[size]:
+            insort(self._sizes, size)
         self._counts[size] += 1
         self.num_left += 1
         self.tokens_left += size
-        self._is_stale |= self._counts[size] == 1
 
     def take(self, size: int) -> None:
         """One of a length, wherever it is in the queue."""
@@ -129,25 +120,34 @@ class _Pool:
         self._counts[size] -= 1
         self.num_left -= 1
         self.tokens_left -= size
-        self._is_stale |= not self._counts[size]
+        if not self._counts[size]:
+            del self._sizes[bisect_left(self._sizes, size)]
 
     def largest(self, room: int) -> int:
         """The largest length left that fits, or 0."""
-        self._refresh()
-        return int(self._floor[room])
+        place = bisect_right(self._sizes, room)
+        return self._sizes[place - 1] if place else 0
 
     def best_pair(self, room: int) -> list[int]:
-        """Two lengths that are left and fill the room best (or one, or none)."""
-        self._refresh()
-        first_U = self._sizes_U[: np.searchsorted(self._sizes_U, room, side="right")]
-        if not len(first_U):
+        """Two lengths that are left and fill the room best (or one, or none); of equal sums, the least first."""
+        sizes, counts = self._sizes, self._counts
+        high = bisect_right(sizes, room) - 1
+        if high < 0:
             return []
-        second_U = self._floor[room - first_U]
-        twice_U = (second_U == first_U) & (self._counts[first_U] < 2)
-        if twice_U.any():
-            second_U = np.where(twice_U, self._floor[np.maximum(first_U - 1, 0)], second_U)
-        place = int((first_U + second_U).argmax())
-        return [size for size in (int(first_U[place]), int(second_U[place])) if size]
+        best, most = [sizes[high]], sizes[high] - 1
+        low = bisect_left(sizes, room - sizes[high])  # what is less fills less than the one before this, with any
+        low = max(0, min(low, high) - 1)
+        while low <= high:  # two pointers: for each `low`, the largest that fits beside it
+            first, second = sizes[low], sizes[high]
+            if first + second > room:
+                high -= 1
+                continue
+            if first + second > most and (low < high or counts[first] > 1):
+                best, most = [first, second], first + second
+                if most == room:
+                    break
+            low += 1
+        return best
 
     def document(self, size: int) -> int:
         """A document of a length that was taken; each is given once."""

@@ -12,6 +12,7 @@ import logging
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -275,8 +276,9 @@ class Source:
         groups = np.searchsorted(self._starts_G, numbers, side="right") - 1
         names = self.config.task_names
         tasks = [names[task] for task in self._task_G[groups].tolist()]
-        columns = [self.row_M[numbers].tolist(), tasks, self.part_M[numbers].tolist(), self.tokens_M[numbers].tolist()]
-        return list(map(Item, [self.number] * len(tasks), self._shard_G[groups].tolist(), *columns))
+        columns = (self._shard_G[groups], self.row_M[numbers], self.part_M[numbers], self.tokens_M[numbers])
+        shards, rows, parts, tokens = (column.tolist() for column in columns)
+        return list(map(Item._make, zip(repeat(self.number), shards, rows, tasks, parts, tokens, strict=False)))
 
     def item(self, number: int) -> Item:
         """Item `number` in full."""
