@@ -399,18 +399,23 @@ def _add_quickstart(commands: Any) -> None:
     def demo_data(args: argparse.Namespace) -> Iterable[str]:
         from mmllm.quickstart.demo_data import DemoSizes, make_demo_data
 
-        return _as_json(make_demo_data(args.out, args.seed, DemoSizes().scaled(args.share)))
+        sizes = DemoSizes().scaled(args.share)
+        return _as_json(make_demo_data(args.out, args.seed, sizes, max(1, args.workers)))
 
     parser = _command(commands, "demo-data", "the scenes, speech, documents and prose of the demo", demo_data)
     parser.add_argument("--out", required=True, metavar="DIR", help="where the manifests go")
     parser.add_argument("--share", type=float, default=1.0, help="of the demo's rows")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0, help="processes that synthesise; 0: this one alone")
 
     parser = _command(commands, "quickstart", "the whole way on one machine, from data to report", run)
     parser.add_argument("--train", action="append", default=[], metavar="MANIFEST", help="your data; may be repeated")
     parser.add_argument("--test", action="append", default=[], metavar="MANIFEST", help="may be repeated")
     parser.add_argument("--holdout", metavar="KEY=VALUE", help="rows to hold out where there is no --test")
-    parser.add_argument("--minutes", type=float, metavar="N", help="wall time at most, evaluation included")
+    parser.add_argument(
+        "--minutes", type=float, metavar="N",
+        help="wall time at most, evaluation included; a run that goes on may get more until its decoder is trained",
+    )  # fmt: skip
     parser.add_argument("--max_steps", type=int, metavar="N", help="steps of each training at most")
     parser.add_argument("--max_bad_fraction", type=float, help="more unusable rows are an error")
     parser.add_argument("--seed", type=int, default=0, metavar="S")

@@ -11,8 +11,8 @@ TERMINAL_SECONDS = 0.5
 FILE_SECONDS = 20.0
 
 
-def ticker(what: str) -> Callable[[int], None]:
-    """A function to call with the number done so far: one line that is redrawn on a terminal, lines elsewhere.
+def ticker(what: str) -> Callable[[int, int], None]:
+    """A function to call with the numbers done so far and in all: one line redrawn on a terminal, lines elsewhere.
 
     Args:
         what: is counted: "rows".
@@ -21,13 +21,15 @@ def ticker(what: str) -> Callable[[int], None]:
     period = TERMINAL_SECONDS if is_terminal else FILE_SECONDS
     began = drawn_at = time.monotonic()
 
-    def tick(num_done: int) -> None:
+    def tick(num_done: int, num_all: int) -> None:
         nonlocal drawn_at
         now = time.monotonic()
         if now - drawn_at < period:
             return
         drawn_at = now
-        draw_line(sys.stderr, f"{num_done:,} {what}  {clock(now - began)} gone", is_terminal)
+        left = (now - began) / max(num_done, 1) * max(num_all - num_done, 0)
+        line = f"{num_done:,} of {num_all:,} {what}  {clock(now - began)} gone  {clock(left)} left"
+        draw_line(sys.stderr, line, is_terminal)
 
     return tick
 

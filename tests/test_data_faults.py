@@ -139,7 +139,7 @@ def test_a_full_disk_leaves_no_half_shard_that_looks_whole(tmp_path, monkeypatch
 def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path):
     manifest = write_manifest(tmp_path, [{"id": f"r{n}", "text": "word"} for n in range(6)])
 
-    def stop(count: int) -> None:
+    def stop(count: int, num_rows: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import soundfile
 from PIL import Image
 
 from mmllm.data import commands
-from mmllm.data.manifest import BadRows, ManifestError, read_manifest, split_rows
+from mmllm.data.manifest import KINDS, BadRows, ManifestError, read_manifest, split_rows
 from mmllm.data.shards import safe_key, shard_paths
 from tests.data_fixtures import RATE, make_folder, mixed_manifest, write_manifest, write_picture, write_sound
 
@@ -97,6 +98,18 @@ def test_of_few_rows_one_is_held_out_at_least(tmp_path):
         assert len(heldout) == 1 and len(train) == count - 1
 
 
+def test_of_each_kind_one_is_held_out_at_least(tmp_path):
+    """Eight sounds among many pictures would else stay unscored in nearly every other run."""
+    for seed in range(8):
+        rows = read_manifest(mixed_manifest(tmp_path / str(seed), num=3, seed=seed))
+        train, heldout = split_rows(rows, 0.001, seed)
+        assert Counter(row.kind for row in heldout) == dict.fromkeys(KINDS, 1)
+        assert {row.kind for row in train} == set(KINDS)
+    alone = next(row for row in rows if row.kind == "audio")
+    train, _ = split_rows([alone, *(row for row in rows if row.kind != "audio")], 0.001)
+    assert alone in train, "the only one of its kind is better trained on"
+
+
 def test_files_of_one_name_in_many_folders_are_not_one_file(tmp_path):
     rows = []
     for number in range(40):
@@ -126,7 +139,10 @@ def test_workers_write_the_same_shards(tmp_path):
     manifest = mixed_manifest(tmp_path / "m", num=80)  # 320 rows: three chunks
     (tmp_path / "m" / "7.png").write_bytes(b"no picture")
     make_folder(tmp_path / "tok")
-    alone = commands.build(manifest, tmp_path / "a", tmp_path / "tok", perturb=1)
+    told = []
+    progress = lambda *counts: told.append(counts)  # noqa: E731
+    alone = commands.build(manifest, tmp_path / "a", tmp_path / "tok", perturb=1, progress=progress)
+    assert told[-1] == (320, 320) and len(told) == 3 and {num_all for _, num_all in told} == {320}
     together = commands.build(manifest, tmp_path / "b", tmp_path / "tok", perturb=1, workers=2)
     assert alone == together and len(alone["bad"]) == 2
 

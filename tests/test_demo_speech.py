@@ -3,12 +3,15 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import sys
 import wave
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from mmllm.cli import main
 from mmllm.quickstart.interleaved import make_interleaved
 from mmllm.quickstart.prose import make_prose
 from mmllm.quickstart.scenes import heldout_pairs
@@ -115,6 +118,53 @@ def test_without_the_wheel_the_error_says_what_to_install(monkeypatch, tmp_path)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'mmllm\[speech\]'"):
         make_interleaved(tmp_path, 1, 0, seed=1, with_speech=True)
     make_interleaved(tmp_path, 1, 0, seed=1, with_speech=False)
+
+
+def broken():
+    raise RuntimeError("data path not exists")
+
+
+@pytest.mark.parametrize(
+    ("wheel", "reason"),
+    [
+        (None, r"pip install 'mmllm\[speech\]'"),
+        ({"get_library_path": lambda: __file__, "get_data_path": lambda: ""}, "does not load: .*; reinstall"),
+        ({"get_library_path": lambda: "/none.so", "get_data_path": lambda: ""}, "does not load: .*; reinstall"),
+        ({"get_data_path": broken}, "data path not exists"),
+    ],
+)
+def test_the_demo_does_without_speech_where_there_is_none(wheel, reason, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "espeakng_loader", wheel and SimpleNamespace(**wheel))
+    assert main(["demo-data", "--out", str(tmp_path), "--share", "0.001"]) == 0
+    made = json.loads((tmp_path / "manifests.json").read_text())
+    assert len(made["left_out"]) == 1 and re.search(f"speech is left out: .*{reason}", made["left_out"][0])
+    assert len(made["train"]) == 3 and not list(tmp_path.rglob("*.wav"))
+
+
+def test_the_demo_shares_out_synthesis_and_stays_the_same(espeak, tmp_path, monkeypatch):
+    pools = []
+
+    class Pool:
+        def __init__(self, num_processes, mp_context):
+            pools.append(num_processes)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            pass
+
+        def map(self, function, chunks):
+            return map(function, chunks)
+
+    monkeypatch.setattr("mmllm.quickstart.speech.ROWS_A_PROCESS", 5)
+    monkeypatch.setattr("mmllm.quickstart.speech.ProcessPoolExecutor", Pool)
+    assert main(["demo-data", "--out", str(tmp_path / "a"), "--share", "0.001"]) == 0 and not pools
+    assert main(["demo-data", "--out", str(tmp_path / "b"), "--share", "0.001", "--workers", "2"]) == 0
+    assert pools == [2] * 5, "three sets of speech, two of documents"
+    alone, together = files_of(tmp_path / "a"), files_of(tmp_path / "b")
+    del alone["manifests.json"], together["manifests.json"]  # with paths
+    assert alone == together
 
 
 def check_interleaved(folder, manifests):

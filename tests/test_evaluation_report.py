@@ -71,7 +71,8 @@ def page(path: Path) -> str:
     return html
 
 
-def test_json_has_the_agreed_keys(results, tmp_path: Path):
+def test_json_holds_the_scores_and_what_the_run_took(results, tmp_path: Path):
+    """Which keys the scores of a real run have is tested in tests/test_quickstart.py."""
     counts = np.ones((1, 4, 2))
     info = ReportInfo(seconds=12.5, tokens_per_second=100.0, peak_rss_bytes=2**30, recipe_hash="abc", commit="def")
     write_report(tmp_path / "out", results, routing=routing_summary(counts, [1]), info=info)

@@ -302,10 +302,18 @@ def test_a_real_model_runs_every_task_from_the_command(tiny, tmp_path: Path, mon
     assert len(read_manifest(manifest)) == len(rows)
     monkeypatch.setattr(commands, "load", lambda directory, device: tiny)
     monkeypatch.setattr(tasks, "CONTINUATION_TOKENS", 4)
+    told: list[tuple[int, int]] = []
+
+    def tell(num_done: int, num_all: int) -> None:
+        told.append((num_done, num_all))
+
     counts = {"caption": 3, "transcribe": 3, "speak": 3, "interleaved": 3, "text": 2}
     for task, count in counts.items():
         out = tmp_path / f"{task}.json"
-        result = commands.run_eval("model", task, str(manifest), str(out), sequence_length=32)
+        told.clear()
+        result = commands.run_eval("model", task, str(manifest), str(out), sequence_length=32, progress=tell)
+        assert {num_all for _, num_all in told} == {tasks.PROMPTS_A_ROW[task] * count}
+        assert 2 / 3 * told[-1][1] < told[-1][0] <= told[-1][1]
         assert result.scores["n"] == count == len(result.predictions)
         assert load_result(out) == replace(result, predictions=load_result(out).predictions)
         assert json.loads(out.read_text())[task] == result.scores

@@ -51,10 +51,15 @@ def drawn(text: str, one_in: int) -> bool:
     return int(hashlib.sha256(text.encode()).hexdigest(), 16) % one_in == 0
 
 
-@pytest.mark.parametrize("speaker", ["george", "jackson", "lucas", "nicolas"])
-def test_digits_of_a_speaker_never_heard(data, tmp_path, speaker):
-    report = quickstart(tmp_path, "--train", str(data / "fsdd" / "manifest.jsonl"), "--holdout", f"speaker={speaker}")
-    assert 1 - report["transcribe"]["wer"] >= 0.45  # the mean over speakers is to be 0.60
+@pytest.mark.timeout(4 * 60 * (MINUTES + 5))
+def test_digits_of_a_speaker_never_heard(data, tmp_path):
+    manifest = str(data / "fsdd" / "manifest.jsonl")
+    right = {}
+    for speaker in ("george", "jackson", "lucas", "nicolas"):
+        report = quickstart(tmp_path / speaker, "--train", manifest, "--holdout", f"speaker={speaker}")
+        right[speaker] = 1 - report["transcribe"]["wer"]
+    assert min(right.values()) >= 0.45, right
+    assert sum(right.values()) / len(right) >= 0.60, right
 
 
 def test_photos_never_seen(data, tmp_path):
@@ -81,8 +86,10 @@ def test_plays_never_read(data, tmp_path):
 def test_the_demo(tmp_path):
     started = time.monotonic()
     assert main(["quickstart", "--out", str(tmp_path)]) == 0
-    assert time.monotonic() - started < 40 * 60
+    seconds = time.monotonic() - started
     report = json.loads((tmp_path / "report.json").read_text())
+    assert seconds - 30 < report["train"]["seconds"] <= seconds < 40 * 60
+    assert report["train"]["peak_rss_bytes"] <= 8e9  # the goal is 6 GB; more, and it ran on no machine of 8
     assert report["caption"]["exact_match"] >= 0.40
     assert report["caption"]["attribute_accuracy"] >= 0.88
     assert report["caption"]["heldout_pairs_accuracy"] >= 0.25

@@ -1,49 +1,93 @@
 import dataclasses
 import json
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
+import torch
 import yaml
 from PIL import Image
 
 from mmllm.cli import main
 from mmllm.data.manifest import read_manifest
-from mmllm.quickstart.plan import EVALUATION_SECONDS, Contents, choose, recipe_dict
-from mmllm.quickstart.run import START_SECONDS, _Run
+from mmllm.quickstart import run
+from mmllm.quickstart.budget import (
+    DEMO_STEPS,
+    EVALUATION_SECONDS,
+    FIT_START_SECONDS,
+    MIN_EVALUATED,
+    MIN_TRAINING_SECONDS,
+    START_SECONDS,
+    Budget,
+)
+from mmllm.quickstart.plan import Contents, choose, evaluation_tasks, recipe_dict
+from mmllm.training.decoder_module import DecoderModule
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230)}
 
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
-    """Sixty rows of somebody's own: captions, sounds, texts and documents with questions."""
+    """Ninety-six rows of somebody's own: captions, sounds, texts and documents with questions; `part` parts them."""
     folder = tmp_path_factory.mktemp("own")
     rows = []
     for i in range(24):
-        colour = list(COLOURS)[i % 3]
+        colour = list(COLOURS)[i // 2 % 3]
         Image.new("RGB", (20 + i, 20), COLOURS[colour]).save(folder / f"{i}.png")
-        rows.append({"id": f"c{i}", "image": f"{i}.png", "text": f"a {colour} square"})
+        part = {"part": "test" if i % 3 == 0 else "train"}
+        seen = [{"size": "small", "colour": colour, "shape": "square"}]
+        pairs = [["square", colour]] if i % 2 else []
+        rows.append({"id": f"c{i}", "image": f"{i}.png", "text": f"a small {colour} square in the centre",
+                     "objects": seen, "relations": [[0, "at", "centre"]], "heldout_pairs": pairs, **part})  # fmt: skip
         seconds = np.arange(2000 + 40 * i) / 8000
         soundfile.write(folder / f"{i}.wav", 0.3 * np.sin(2 * math.pi * (200 + 50 * (i % 3)) * seconds), 8000)
-        rows.append({"id": f"a{i}", "audio": f"{i}.wav", "text": colour, "speaker": "bob" if i % 4 else "ann"})
-        rows.append({"id": f"t{i}", "text": f"Number {i} is {colour}."})
+        rows.append({"id": f"a{i}", "audio": f"{i}.wav", "text": colour, "speaker": "bob" if i % 4 else "ann",
+                     "heldout_voice": i % 2 == 1, **part})  # fmt: skip
+        rows.append({"id": f"t{i}", "text": f"Number {i} is {colour}.", **part})
         segments = [{"text": "See:"}, {"image": f"{i}.png"}]
-        rows.append({"id": f"i{i}", "segments": segments, "question": "which colour?", "answer": colour})
+        rows.append({"id": f"i{i}", "segments": segments, "question": "which colour?", "answer": colour, **part})
     path = folder / "manifest.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
+REPORT_KEYS = {
+    "caption": {
+        "exact_match", "attribute_accuracy", "cider", "n", "blind_exact_match", "heldout_pairs_accuracy",
+    },
+    "transcribe": {"wer", "cer", "n", "blind_wer", "heldout_voices_wer"},
+    "speak": {"round_trip_wer", "shuffled_wer", "resynthesis_wer", "n"},
+    "interleaved": {"answer_accuracy", "shuffled_accuracy", "n"},
+    "text": {"bits_per_byte", "n"},
+    "train": {"seconds", "tokens_per_second", "peak_rss_bytes"},
+}  # fmt: skip
+"""What report.json promises, where the rows have all modalities and say which voices and pairs are held out."""
+
+
 def test_quickstart_goes_the_whole_way_and_continues(manifest, tmp_path, capsys):
-    out = tmp_path / "run"
-    command = ["quickstart", "--train", str(manifest), "--out", str(out), "--max_steps", "2", "--holdout", "0.3"]
+    out = tmp_path / "run[a]"
+    command = ["quickstart", "--train", str(manifest), "--out", str(out), "--max_steps", "2", "--holdout", "part=test"]
     assert main(command) == 0, capsys.readouterr().err
     report = json.loads((out / "report.json").read_text())
-    assert {"caption", "transcribe", "speak", "interleaved", "text", "train", "routing", "recipe_hash"} <= set(report)
-    assert report["caption"]["n"] >= 4
+    in_checkout = (Path(__file__).parents[1] / ".git").exists()
+    assert list(report) == [*REPORT_KEYS, "routing", "recipe_hash", *(["commit"] if in_checkout else [])]
+    for part, keys in REPORT_KEYS.items():
+        assert keys <= set(report[part]), part
+    assert (report["caption"]["n"], report["caption"]["heldout_pairs_n"]) == (4, 4)
     assert 0 <= report["caption"]["exact_match"] <= 1
+    assert re.fullmatch(r"[0-9a-f]{64}", report["recipe_hash"])
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", report.get("commit", "0" * 40))
+    card = (out / "model" / "README.md").read_text()
+    assert report["recipe_hash"] in card and report.get("commit", "not recorded") in card
+    assert f"- text bits_per_byte: {report['text']['bits_per_byte']:.4g}\n" in card
+    assert "- heard (audio): " in card and "Not measured" not in card
     assert report["train"]["peak_rss_bytes"] > 1e8
     assert report["train"]["tokens_per_second"] > 0
     page = (out / "report.html").read_text()
@@ -51,11 +95,20 @@ def test_quickstart_goes_the_whole_way_and_continues(manifest, tmp_path, capsys)
     assert "data:audio/" in page
     assert (out / "recipe.yaml").is_file()
     assert {path.name for path in (out / "configs").iterdir()} == {"codec.yaml", "clip.yaml", "decoder.yaml"}
-    assert "$ mmllm fit -c" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"$ mmllm fit -c '{out}/configs/decoder.yaml'" in printed and f"Report: {out}/report.html" in printed
     before = (out / "model" / "model.safetensors").read_bytes()
+    state = json.loads((out / "quickstart.json").read_text())
+    for stage in state["stages"]:
+        stage["commit"] = "0" * 40 if stage["name"] == "fit decoder" else "1" * 40
+    (out / "quickstart.json").write_text(json.dumps(state))
     assert main(command) == 0
     assert "done before: mmllm fit -c" in capsys.readouterr().out
     assert (out / "model" / "model.safetensors").read_bytes() == before
+    again = json.loads((out / "report.json").read_text())
+    assert again.pop("commit") == "0" * 40, "of the code that trained the decoder, not of the code that reports"
+    report.pop("commit", None)
+    assert again == report, "what a finished run took does not grow when it is reported again"
     assert main([*command, "--seed", "5"]) == 2
     assert "other settings (seed differ)" in capsys.readouterr().err
 
@@ -73,18 +126,22 @@ def test_documents_with_pictures_but_no_captions_and_no_questions(tmp_path, caps
     assert (
         main(["quickstart", "--train", str(manifest), "--out", str(out), "--max_steps", "1", "--holdout", "0.3"]) == 0
     )
-    assert "no test row can be scored" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no test row can be scored" in printed
+    assert re.search(r"\d+ interleaved rows are not scored: they have no question", printed)
     assert (out / "model" / "model.safetensors").is_file() and (out / "report.html").is_file()
 
 
-def test_a_quickstart_by_minutes_trains_as_two_ranks(tmp_path):
+def test_a_quickstart_by_minutes_trains_as_two_ranks(tmp_path, monkeypatch):
     """Without --max_steps trainings run as two DDP ranks, in processes of their own."""
     rows = [{"id": f"t{i}", "text": f"Row {i} says that {i} and {i} make {2 * i}."} for i in range(120)]
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(run, "num_cores", lambda: 2)
     out = tmp_path / "run"
     assert main(["quickstart", "--train", str(manifest), "--out", str(out), "--minutes", "0.7"]) == 0
     report = json.loads((out / "report.json").read_text())
+    assert report["train"]["seconds"] < 120, "0.7 minutes, and twice as much again for a machine that is busy"
     assert report["text"]["n"] >= 4
     config = yaml.safe_load((out / "configs" / "decoder.yaml").read_text())
     assert (config["trainer"]["devices"], config["trainer"]["strategy"]) == (2, "ddp")
@@ -122,6 +179,12 @@ def test_pictures_are_not_mirrored_where_an_answer_says_left(manifest):
     assert Contents.of([*rows, sided]).names_sides and not Contents.of(rows).names_sides
 
 
+def test_a_gpu_that_is_not_used_is_mentioned(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(["quickstart", "--out", str(tmp_path), "--train", "nowhere.jsonl"]) == 2
+    assert "trainings run on the CPU" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("seconds", "length", "batch"), [(2.0, 512, 4), (12.0, 1024, 2), (300.0, 2048, 2)])
 def test_sequences_are_as_long_as_the_speech_that_they_hold(manifest, seconds, length, batch):
     contents = dataclasses.replace(Contents.of(read_manifest(manifest)), long_seconds=seconds)
@@ -129,16 +192,195 @@ def test_sequences_are_as_long_as_the_speech_that_they_hold(manifest, seconds, l
     assert (choices.sequence_length, choices.batch_size) == (length, batch)
 
 
-def test_evaluations_run_side_by_side(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-    settings = {"train": ["x"], "max_steps": None, "minutes": 10.0}
-    run = _Run(tmp_path / "run", settings, lambda command: 0)
-    tasks = {"transcribe": [500], "speak": [500], "caption": [100, 100]}
+TASKS = {"transcribe": [500], "speak": [500], "caption": [100, 100]}
+
+
+def test_evaluations_run_side_by_side():
+    budget = Budget(minutes=10.0, max_steps=None, is_demo=False, num_processes=2)
     costs = [
         EVALUATION_SECONDS["transcribe"] * 500,
         EVALUATION_SECONDS["speak"] * 500,
         EVALUATION_SECONDS["caption"] * 200,
     ]
-    assert run._scoring_seconds(tasks) == pytest.approx(max(sum(costs) / 2, costs[1]))
-    assert run._scoring_seconds({"caption": [100]}) == pytest.approx(EVALUATION_SECONDS["caption"] * 100)
-    assert run._overhead_seconds(tasks) - run._overhead_seconds({"caption": [100]}) == pytest.approx(START_SECONDS)
+    assert budget.scoring_seconds(TASKS) == pytest.approx(max(sum(costs) / 2, costs[1]))
+    assert budget.scoring_seconds({"caption": [100]}) == pytest.approx(EVALUATION_SECONDS["caption"] * 100)
+    assert budget.overhead_seconds(TASKS) - budget.overhead_seconds({"caption": [100]}) == pytest.approx(START_SECONDS)
+
+
+def test_trainings_and_evaluations_share_the_minutes():
+    by_clock = Budget(minutes=10.0, max_steps=None, is_demo=False, num_processes=2)
+    decoder = by_clock.training_length("decoder", TASKS, 400.0, None)
+    assert decoder["trainer.max_steps"] == -1
+    kept = by_clock.evaluation_seconds(TASKS) + FIT_START_SECONDS
+    assert decoder["model.init_args.max_seconds"] == pytest.approx(400 - kept - 18, abs=0.1)
+    codec = by_clock.training_length("codec", TASKS, 400.0, 0.2)
+    assert codec["model.init_args.max_seconds"] == pytest.approx(0.2 * (400 - kept), abs=0.1)
+    assert by_clock.training_length("codec", TASKS, 0.0, 0.2)["model.init_args.max_seconds"] == MIN_TRAINING_SECONDS
+    assert by_clock.limits(TASKS, 1000.0) == {}
+    half = by_clock.overhead_seconds(TASKS) + by_clock.scoring_seconds(TASKS) / 2
+    assert by_clock.limits(TASKS, half) == {"transcribe": 250, "speak": 250, "caption": 50}
+    assert set(by_clock.limits(TASKS, 0.0).values()) == {MIN_EVALUATED}
+
+
+def test_the_demo_trains_for_fixed_steps():
+    demo = Budget(minutes=None, max_steps=None, is_demo=True, num_processes=2)
+    assert demo.training_length("clip", TASKS, None, 0.15)["trainer.max_steps"] == DEMO_STEPS["clip"]
+    assert demo.limits(TASKS, None) == {}
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from mmllm.cli import main
+from mmllm.quickstart import run
+from mmllm.training.decoder_module import DecoderModule
+
+run.SAVE_SECONDS = 0.1
+shipped, end_of_batch = run.stage_config, DecoderModule.on_train_batch_end
+
+
+def stage_config(stage, out, overrides):
+    config = shipped(stage, out, overrides)
+    for callback in config["trainer"]["callbacks"]:
+        if callback["class_path"].endswith("ModelCheckpoint"):
+            del callback["init_args"]["train_time_interval"]
+            callback["init_args"]["every_n_train_steps"] = 1
+    return config
+
+
+def on_train_batch_end(module, *args):
+    end_of_batch(module, *args)
+    if module.trainer.global_step == 2:
+        out, deadline = Path(module.out).parent, time.monotonic() + 20
+        state, checkpoint = out / "quickstart.json", out / "checkpoints" / "decoder" / "last.ckpt"
+        while state.stat().st_mtime <= checkpoint.stat().st_mtime and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+run.stage_config, DecoderModule.on_train_batch_end = stage_config, on_train_batch_end
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the killed run saves more often
+def test_a_run_that_is_killed_while_it_trains_goes_on_from_its_checkpoint(tmp_path, monkeypatch, capsys):
+    rows = [{"id": f"t{i}", "text": f"Row {i} says that {i} and {i} make {2 * i}."} for i in range(60)]
+    manifest, out = tmp_path / "manifest.jsonl", tmp_path / "run"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["quickstart", "--train", str(manifest), "--out", str(out), "--max_steps", "3"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True, text=True, check=False)
+    assert killed.returncode == -9, killed.stderr[-2000:]
+    state, checkpoint = out / "quickstart.json", out / "checkpoints" / "decoder" / "last.ckpt"
+    before = json.loads(state.read_text())
+    assert state.stat().st_mtime > checkpoint.stat().st_mtime, "the clock is saved while a stage runs"
+    assert "fit decoder" not in {stage["name"] for stage in before["stages"]}
+    steps = []
+    one_step = DecoderModule.training_step
+
+    def training_step(module, batch, batch_idx):
+        steps.append(module.trainer.global_step)
+        return one_step(module, batch, batch_idx)
+
+    monkeypatch.setattr(DecoderModule, "training_step", training_step)
+    assert main(command) == 0, capsys.readouterr().err
+    assert steps == [2]
+    after = json.loads(state.read_text())
+    report = json.loads((out / "report.json").read_text())
+    own = [stage["seconds"] for stage in after["stages"][len(before["stages"]) :]]
+    assert report["train"]["seconds"] >= round(before["seconds"] + sum(own), 1)
+    assert report["train"]["peak_rss_bytes"] >= before["peak_rss_bytes"] > 0
+
+
+SETTINGS = {"train": ["x"], "test": [], "holdout": None, "minutes": 10.0, "seed": 0, "max_steps": None,
+            "max_bad_fraction": None}  # fmt: skip
+
+
+def saved_run(out, stages, seconds=0.0):
+    out.mkdir(exist_ok=True)
+    done = [{"name": name, "seconds": 1.0, "command": ""} for name in stages]
+    (out / run.STATE_FILE).write_text(json.dumps({"settings": SETTINGS, "seconds": seconds, "stages": done}))
+
+
+def test_a_training_by_minutes_that_goes_on_gets_what_is_left_beside_what_it_had(tmp_path, monkeypatch):
+    saved_run(tmp_path, ["split"], seconds=300.0)
+    (tmp_path / "manifests").mkdir()
+    (tmp_path / "manifests" / "val.jsonl").write_text("")
+    checkpoint = tmp_path / "checkpoints" / "decoder" / "last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    torch.save({"mmllm_elapsed_seconds": 100.0}, checkpoint)
+    commands = []
+    going_on = run._Run(tmp_path, SETTINGS, lambda command: 0)
+    monkeypatch.setattr(going_on, "stage", lambda name, *command, **options: commands.append(command))
+    going_on._fit("decoder", {})
+    assert commands[0][-2:] == ("--ckpt_path", str(checkpoint))
+    config = yaml.safe_load((tmp_path / "configs" / "decoder.yaml").read_text())
+    left = going_on.budget.training_length("decoder", {}, 300.0, None)["model.init_args.max_seconds"]
+    assert config["model"]["init_args"]["max_seconds"] == pytest.approx(100 + left, abs=5)
+
+
+def test_minutes_may_grow_until_the_decoder_is_trained(tmp_path):
+    more, less = {**SETTINGS, "minutes": 12.0}, {**SETTINGS, "minutes": 9.0}
+    saved_run(tmp_path, ["split"])
+    assert run._Run(tmp_path, more, lambda command: 0).seconds_left == pytest.approx(720, abs=5)
+    for settings in (less, {**more, "seed": 1}, {**SETTINGS, "minutes": None}):
+        with pytest.raises(ValueError, match=r"other settings \((minutes|minutes, seed) differ"):
+            run._Run(tmp_path, settings, lambda command: 0)
+    saved_run(tmp_path, ["split", "fit decoder"])
+    with pytest.raises(ValueError, match="only until the decoder is trained"):
+        run._Run(tmp_path, more, lambda command: 0)
+
+
+def test_ranks_follow_cores_and_memory_where_minutes_count(monkeypatch):
+    memory = type("Memory", (), {"available": 16 * 2**30})
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    for cores, ranks in ((1, 1), (2, 2), (3, 2), (4, 4), (16, 4)):
+        monkeypatch.setattr(run, "num_cores", lambda cores=cores: cores)
+        assert run.num_ranks(10.0, None) == ranks
+        assert run.num_ranks(None, None) == 2, "the demo is the same run everywhere"
+    memory.available = 6 * 2**30
+    assert run.num_ranks(10.0, None) == 2
+    assert run.num_ranks(10.0, 3) == 1
+
+
+def test_no_rank_is_without_a_sequence(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "num_ranks", lambda minutes, max_steps: 4)
+    (tmp_path / "manifests").mkdir()
+    (tmp_path / "manifests" / "val.jsonl").write_text("")
+    long_speech = run._Run(tmp_path, SETTINGS, lambda command: 0)
+    monkeypatch.setattr(long_speech, "stage", lambda *command, **options: None)
+    for batch_size, ranks in ((2, 2), (8, 4)):
+        long_speech._fit("decoder", {"data.init_args.batch_size": batch_size})
+        trainer = yaml.safe_load((tmp_path / "configs" / "decoder.yaml").read_text())["trainer"]
+        assert (trainer["devices"], trainer["strategy"]) == (ranks, "ddp")
+
+
+def test_the_demo_makes_its_data_with_several_processes(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(run, "num_workers", lambda: 3)
+    demo = run._Run(tmp_path, {**SETTINGS, "train": [], "minutes": None}, lambda command: 0)
+    monkeypatch.setattr(demo, "stage", lambda name, *command, **options: commands.append(command))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifests.json").write_text(json.dumps({"train": ["a"], "test": ["b"], "left_out": []}))
+    demo._data()
+    assert "--workers 3" in " ".join(commands[0])
+
+
+def test_what_is_not_scored_is_named(manifest, tmp_path):
+    lines = [line for line in manifest.read_text().splitlines() if json.loads(line)["id"][0] in "ci"]
+    asked = json.loads(lines[1])
+    del asked["question"], asked["answer"]
+    test = manifest.parent / "some.jsonl"
+    test.write_text("".join(line + "\n" for line in [*lines, json.dumps({**asked, "id": "unasked"})]))
+    tasks, left_out = evaluation_tasks(test, Contents.of(read_manifest(manifest)))
+    assert set(tasks) == {"caption", "interleaved"} and tasks["interleaved"] == [24]
+    assert left_out == [
+        "transcribe is not scored: no audio row is held out",
+        "speak is not scored: no audio row is held out",
+        "1 interleaved rows are not scored: they have no question",
+        "text is not scored: no text row is held out",
+    ]
+    texts = Contents.of([row for row in read_manifest(manifest) if row.kind == "text"])
+    _, left_out = evaluation_tasks(test, texts)
+    assert left_out[0] == "caption is not scored on 24 caption rows: no training row teaches it"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from mmllm.ticker import ticker
 from mmllm.training.callbacks import RoutingLog, Samples, keep_rows
 from mmllm.training.ema import EMA
 from mmllm.training.lightning_cli import quiet_lightning
@@ -97,6 +99,16 @@ def test_samples_say_that_a_sharded_model_is_not_looked_at(tmp_path: Path, caplo
     module._device_mesh = cast(Any, object())
     samples.setup(trainer, module, "fit")
     assert [record.getMessage() for record in caplog.records if "sharded model" in record.getMessage()] != []
+
+
+def test_a_ticker_tells_what_is_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = 100.0
+    monkeypatch.setattr("mmllm.ticker.time", SimpleNamespace(monotonic=lambda: seconds))
+    tick = ticker("rows")
+    tick(40, 2000)
+    seconds = 130.0
+    tick(500, 2000)
+    assert capsys.readouterr().err == "500 of 2,000 rows  0:30 gone  1:30 left\n"
 
 
 def test_progress_writes_plain_lines_to_a_file(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ def verify_shards(
     folder: TokenizerFolder,
     max_named: int = 20,
     workers: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Reads every sample of every task.
 
@@ -32,7 +32,7 @@ def verify_shards(
         folder: The tokenizer folder.
         max_named: How many broken samples are named.
         workers: Processes that read; 0: this one does. They find the same.
-        progress: Called with the number of documents done.
+        progress: Called with the numbers of documents done and in all.
 
     Returns:
         `documents`, `broken` (a count) and `errors` (messages naming shard and key).
@@ -47,13 +47,14 @@ def verify_shards(
             num_broken += 1
             errors.append(str(error))
     check = _Check(indices, folder)
+    num_all = check.num_documents
     for _, messages in in_chunks(check, check.places(), 1, workers):
         num_documents += len(messages)
         broken = [message for message in messages if message]
         num_broken += len(broken)
         errors += broken[: max(0, max_named - len(errors))]
         if progress:
-            progress(num_documents)
+            progress(num_documents, num_all)
     return {"documents": num_documents, "broken": num_broken, "errors": errors[:max_named]}
 
 
@@ -63,12 +64,17 @@ class _Check:
     def __init__(self, indices: Sequence[ShardIndex], folder: TokenizerFolder) -> None:
         self._folder, self._transform = folder, ImageTransform(folder.image_size)
         self._plans = [_plan(index, folder) for index in indices]
+        self._counts = [plan.sources[0].num_items for plan in self._plans]
         self._codec = folder.audio.hash if folder.audio is not None else None
 
     def places(self) -> list[tuple[int, int]]:
         """(plan, first of its items) of each place: a place never lies in two shards."""
-        counts = [plan.sources[0].num_items for plan in self._plans]
-        return [(plan, start) for plan, count in enumerate(counts) for start in range(0, count, _CHUNK)]
+        return [(plan, start) for plan, count in enumerate(self._counts) for start in range(0, count, _CHUNK)]
+
+    @property
+    def num_documents(self) -> int:
+        """In all places."""
+        return sum(self._counts)
 
     def __call__(self, places: Sequence[tuple[int, int]]) -> list[str]:
         messages = []

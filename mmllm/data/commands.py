@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,7 +25,8 @@ from mmllm.data.storage import Shard, is_remote
 from mmllm_tokenizers.folder import TokenizerFolder
 
 _logger = logging.getLogger(__name__)
-Progress = Callable[[int], None]
+Progress = Callable[[int, int], None]
+"""Takes how much is done and how much there is in all."""
 
 
 def build(
@@ -63,7 +65,7 @@ def build(
         max_bad_fraction: More unusable rows than this are an error.
         seed: Of the altered copies, and of a holdout by fraction.
         workers: Processes that read and encode; 0: this one does. The shards are the same.
-        progress: Called with the number of rows done.
+        progress: Called with the numbers of rows done and in all.
         form: Of the inputs; `auto`: told from each.
         media: What their paths are relative to; by default each input's folder.
         cleaning: Which rows are left out, before the holdout is drawn: by quality, and repeated ones.
@@ -109,7 +111,7 @@ def index(
     Args:
         shards: Paths, globs, brace ranges, or folders of shards.
         tokenizer: The tokenizer folder whose tokens are counted.
-        progress: Called with the number of shards done.
+        progress: Called with the numbers of shards done and in all.
         workers: Processes that share the shards; 0: this one alone.
 
     Returns:
@@ -125,7 +127,12 @@ def index(
 
 def _all_shards(shards: str | Path | Sequence[str | Path]) -> list[Shard]:
     specs = [str(spec) for spec in ([shards] if isinstance(shards, str | Path) else shards)]
-    return find_shards([f"{spec}/*.tar" if not is_remote(spec) and Path(spec).is_dir() else spec for spec in specs])
+    return find_shards([_all_in(spec) if not is_remote(spec) and Path(spec).is_dir() else spec for spec in specs])
+
+
+def _all_in(folder: str) -> str:
+    """The glob of a folder's shards, whatever its name holds."""
+    return f"{glob.escape(folder)}/*.tar"
 
 
 def _totals(indices: Sequence[ShardIndex]) -> dict[str, Any]:
@@ -158,7 +165,7 @@ def verify(
         tokenizer: The tokenizer folder.
         max_named: How many broken samples are named.
         workers: Processes that read; 0: this one does.
-        progress: Called with the number of documents done.
+        progress: Called with the numbers of documents done and in all.
 
     Returns:
         `documents`, `broken` (a count) and `errors` (messages naming shard and key).

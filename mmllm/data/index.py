@@ -313,14 +313,17 @@ def is_current(shard: Shard, tokenizer_hash: str) -> bool:
 
 
 def write_indices(
-    shards: Sequence[Shard], folder: TokenizerFolder, progress: Callable[[int], None] | None = None, workers: int = 0
+    shards: Sequence[Shard],
+    folder: TokenizerFolder,
+    progress: Callable[[int, int], None] | None = None,
+    workers: int = 0,
 ) -> list[ShardIndex]:
     """Indexes shards whose index is missing or out of date; the others' are read.
 
     Args:
         shards: The tars.
         folder: The tokenizer.
-        progress: Called with the number of shards done.
+        progress: Called with the numbers of shards done and in all.
         workers: Processes that share the shards; 0: this one alone.
 
     Raises:
@@ -331,7 +334,7 @@ def write_indices(
         if error is not None:
             raise error
         if progress:
-            progress(number)
+            progress(number, len(shards))
     return [load_index(shard, folder.hash) for shard in shards]
 
 

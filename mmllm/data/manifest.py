@@ -320,7 +320,7 @@ def split_rows(
         rows: The rows.
         holdout: `KEY=VALUE` holds out the rows whose metadata has that value; a number holds out that
             fraction of them, chosen by the hash of what they show (so that adding rows moves none, and rows of one
-            picture, one sound or one text stay together).
+            picture, one sound or one text stay together), of each kind one at least.
         seed: Changes the choice by fraction.
         digests: Of files that were read before.
 
@@ -340,8 +340,8 @@ def split_rows(
             raise ManifestError(f"holdout is {holdout!r}; give KEY=VALUE or a fraction") from error
         digests = digests or Digests()
         hashes = [even_hash(f"{seed}:{_shown(row, digests)}") for row in rows]
-        least = min(hashes, default=0.0) if fraction > 0 else 0.0
-        mask = [value < fraction or value == least for value in hashes]  # of few rows one at least
+        least = _least_of_each_kind(rows, hashes) if fraction > 0 else set[float]()
+        mask = [value < fraction or value in least for value in hashes]
     heldout = [row for row, out in zip(rows, mask, strict=True) if out]
     train = [row for row, out in zip(rows, mask, strict=True) if not out]
     if not heldout or not train:
@@ -351,3 +351,9 @@ def split_rows(
             f"(metadata keys: {', '.join(keys) or 'none'})"
         )
     return train, heldout
+
+
+def _least_of_each_kind(rows: Sequence[Row], hashes: Sequence[float]) -> set[float]:
+    """The least hash of each kind that would be left with another to train on; if none would, the least of all."""
+    of_kinds = [{value for row, value in zip(rows, hashes, strict=True) if row.kind == kind} for kind in KINDS]
+    return {min(values) for values in of_kinds if len(values) > 1} or set(sorted(hashes)[:1])

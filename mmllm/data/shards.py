@@ -94,7 +94,7 @@ def write_shards(
     config: ShardsConfig,
     folder: TokenizerFolder | None = None,
     bad: BadRows | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
     workers: int = 0,
     left_out: dict[str, int] | None = None,
 ) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def write_shards(
         config: How.
         folder: With an audio tokenizer, each sound's codes are stored beside it.
         bad: Takes the rows whose files can't be read; by default a fresh one with the config's bound.
-        progress: Called with the number of rows done so far.
+        progress: Called with the numbers of rows done so far and in all.
         workers: Processes that read and encode; 0: this one does. The shards are the same.
         left_out: What cleaning left out, for the summary.
 
@@ -115,7 +115,7 @@ def write_shards(
         OSError: The folder can't be written.
     """
     bad = bad if bad is not None else BadRows(config.max_bad_fraction)
-    num_known_bad = len(bad.reasons)
+    rows, num_known_bad = list(rows), len(bad.reasons)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     _remove_earlier(out)
@@ -123,7 +123,7 @@ def write_shards(
     read = partial(_read_chunk, config=config, folder=folder)
     num_rows, where, is_whole = 0, str(out), False
     try:
-        for chunk, (records, errors) in in_chunks(read, list(rows), _CHUNK, workers):
+        for chunk, (records, errors) in in_chunks(read, rows, _CHUNK, workers):
             where = chunk[-1].where.rpartition(":")[0] or where
             for row, error in errors:
                 bad.add(row.where, error)
@@ -131,7 +131,7 @@ def write_shards(
                 writers.write(record)
             num_rows += len(chunk)
             if progress:
-                progress(num_rows)
+                progress(num_rows, len(rows))
         writers.close()
         bad.check(num_rows + num_known_bad, where)
         is_whole = True

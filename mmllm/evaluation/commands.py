@@ -23,7 +23,7 @@ def run_eval(
     sequence_length: int = 512,
     device: str = "auto",
     max_bad_fraction: float = 0.05,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> TaskResult:
     """Scores a model on held-out rows, with intervals and the blind baseline.
 
@@ -39,7 +39,7 @@ def run_eval(
         sequence_length: For `text`, the length of training's sequences.
         device: "cpu", "cuda", or "auto".
         max_bad_fraction: More unusable rows than this are an error.
-        progress: Called with the number of prompts answered so far, those of the controls included.
+        progress: See `evaluate`.
 
     Returns:
         What `json_out` holds.
@@ -53,23 +53,12 @@ def run_eval(
     if media_dir is None and json_out is not None and task == "speak":
         media_dir = str(Path(json_out).parent / "spoken")
     model = load(model_dir, device)
-    model.progress = _summed(progress) if progress else None
-    result = evaluate(model, task, manifest, batch_size, limit, seed, media_dir, sequence_length, max_bad_fraction)
+    result = evaluate(
+        model, task, manifest, batch_size, limit, seed, media_dir, sequence_length, max_bad_fraction, progress
+    )
     if json_out is not None:
         save_result(result, json_out)
     return result
-
-
-def _summed(progress: Callable[[int], None]) -> Callable[[int], None]:
-    """Takes what was done since the last call, and gives what was done so far."""
-    total = 0
-
-    def add(count: int) -> None:
-        nonlocal total
-        total += count
-        progress(total)
-
-    return add
 
 
 def score_lines(result: TaskResult) -> list[str]:

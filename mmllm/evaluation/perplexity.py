@@ -77,6 +77,8 @@ def bits_of_documents(model: Model, texts: Sequence[str], window: int = 512, bat
             batch = pieces[first : first + size]
             nats_B = _nats_of_windows(model, [documents[i] for i, _ in batch], [w for _, w in batch])
             np.add.at(bits_N, [i for i, _ in batch], nats_B / math.log(2))
+            if model.progress:
+                model.progress(sum(w.stop == documents[i].num_tokens for i, w in batch))
     finally:
         model.model.train(was_training)
     return bits_N

@@ -200,7 +200,8 @@ def _facts(info: ReportInfo) -> list[tuple[str, str, bool]]:
     if info.recipe_hash:
         facts.append(("recipe", info.recipe_hash[:12], True))
     if info.commit:
-        facts.append(("commit", info.commit[:12], True))
+        digest, *dirty = info.commit.partition("-")
+        facts.append(("commit", digest[:12] + "".join(dirty), True))
     return facts
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +36,8 @@ _logger = logging.getLogger(__name__)
 KIND_OF_TASK = {
     "caption": "caption", "transcribe": "audio", "speak": "audio", "interleaved": "interleaved", "text": "text",
 }  # fmt: skip
+PROMPTS_A_ROW = {"caption": 1, "transcribe": 1, "speak": 3, "interleaved": 3, "text": 1}
+"""Of a row and its controls; no blind captions and transcripts: their prompts are nearly all alike, so asked once."""
 SPEECH_MARGIN = 1.5
 """Synthesis is stopped at this many times the length of the longest real sound of the rows."""
 MIN_SPEECH_SECONDS = 2.0
@@ -53,6 +55,7 @@ def evaluate(
     media_dir: str | Path | None = None,
     sequence_length: int = 512,
     max_bad_fraction: float = 0.05,
+    progress: Callable[[int, int], None] | None = None,
 ) -> TaskResult:
     """Scores a model on one task.
 
@@ -66,6 +69,7 @@ def evaluate(
         media_dir: where the WAVs of "speak" are written; None writes none and scores them from memory.
         sequence_length: for "text", the window in which tokens are predicted: the length of training's sequences.
         max_bad_fraction: more unusable rows than this are an error; fewer are named, counted and left out.
+        progress: called with the numbers of prompts answered so far, controls included, and (about) in all.
 
     Returns:
         Scores under the keys of report.json, and one record a row.
@@ -92,6 +96,8 @@ def evaluate(
     unreadable = BadRows(max_bad_fraction)
     rows = readable_rows(_limited(rows, limit, seed), unreadable, name)
     rows = _short_enough(rows, model.generation.max_heard_seconds, unreadable, name)
+    if progress is not None:
+        model.progress = _summed(progress, PROMPTS_A_ROW[task] * len(rows))
     match task:
         case "caption":
             result = evaluate_captions(model, rows, batch_size, seed)
@@ -106,6 +112,18 @@ def evaluate(
     if bad.reasons or unreadable.reasons:
         result.scores["num_skipped_rows"] = len(bad.reasons) + len(unreadable.reasons)
     return result
+
+
+def _summed(progress: Callable[[int, int], None], num_all: int) -> Callable[[int], None]:
+    """Takes what was done since the last call, and gives what was done so far."""
+    num_done = 0
+
+    def add(count: int) -> None:
+        nonlocal num_done
+        num_done += count
+        progress(min(num_done, num_all), num_all)
+
+    return add
 
 
 # ------------------------------------------------------------------------------------------------------------- rows

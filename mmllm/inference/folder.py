@@ -108,6 +108,20 @@ def save_model(
     return directory
 
 
+def write_card(directory: str | os.PathLike[str], info: ModelInfo) -> None:
+    """Writes a model folder's card anew, once more is known than when it was saved.
+
+    Args:
+        directory: the model folder.
+        info: facts for the card.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_model`.
+    """
+    loaded = load_model(directory)
+    (Path(directory) / CARD).write_text(model_card(loaded.model, loaded.tokenizer, info), encoding="utf-8")
+
+
 def load_model(
     directory: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> LoadedModel:

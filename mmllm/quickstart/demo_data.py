@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +10,7 @@ from mmllm.quickstart.interleaved import make_interleaved
 from mmllm.quickstart.prose import make_prose
 from mmllm.quickstart.scenes import make_scenes
 from mmllm.quickstart.speech import make_speech
-
-log = logging.getLogger(__name__)
+from mmllm.quickstart.synthesis import Espeak
 
 
 @dataclass(frozen=True)
@@ -35,43 +33,49 @@ class DemoSizes:
         return DemoSizes(**values, sample_rate=self.sample_rate)
 
 
-def make_demo_data(out: str | Path, seed: int = 0, sizes: DemoSizes | None = None) -> dict[str, list[str]]:
-    """Makes everything under `out`; equal arguments give equal bytes.
+def make_demo_data(
+    out: str | Path, seed: int = 0, sizes: DemoSizes | None = None, num_processes: int = 1
+) -> dict[str, list[str]]:
+    """Makes everything under `out`; equal arguments, but for `num_processes`, give equal bytes.
 
     Args:
         out: folder to write to.
         seed: chooses everything.
         sizes: how many rows.
+        num_processes: processes that synthesise speech; above one they are spawned.
 
     Returns:
         Paths of the manifests under "train" and "test", and under "left_out" what could not be made and why.
     """
     out, sizes = Path(out), sizes or DemoSizes()
     made = [make_scenes(out / "scenes", sizes.scenes, sizes.test, sizes.test, seed)]
-    left_out = []
-    with_speech = True
-    try:
+    why_mute = why_no_speech()
+    if why_mute is None:
         made.append(
             make_speech(
-                out / "speech",
-                sizes.words,
-                sizes.phrases,
-                sizes.sentences,
-                sizes.test,
-                sizes.test,
-                seed,
-                sizes.sample_rate,
+                out / "speech", sizes.words, sizes.phrases, sizes.sentences, sizes.test, sizes.test, seed,
+                sizes.sample_rate, num_processes,
             )
+        )  # fmt: skip
+    made.append(
+        make_interleaved(
+            out / "interleaved", sizes.interleaved, sizes.test, seed, why_mute is None, num_processes=num_processes
         )
-    except ModuleNotFoundError as error:
-        with_speech = False
-        left_out.append(f"speech is left out: {error}")
-    made.append(make_interleaved(out / "interleaved", sizes.interleaved, sizes.test, seed, with_speech))
+    )
     made.append(make_prose(out / "prose", seed, min(sizes.test, 504)))
     result = {
         "train": [str(manifests["train"]) for manifests in made],
         "test": [str(path) for manifests in made for split, path in manifests.items() if split != "train"],
-        "left_out": left_out,
+        "left_out": [] if why_mute is None else [f"speech is left out: {why_mute}"],
     }
     (out / "manifests.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
+
+
+def why_no_speech() -> str | None:
+    """Why espeak-ng can't be used here; None where it can."""
+    try:
+        Espeak().close()
+    except (ModuleNotFoundError, OSError, RuntimeError) as error:
+        return str(error)
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import psutil
 
@@ -10,12 +11,17 @@ import psutil
 class MemoryMonitor:
     """Samples the process tree's resident memory in a thread; use as a context manager.
 
+    Args:
+        on_sample: called after each sample, in that thread.
+        every_seconds: between samples.
+
     Attributes:
         peak_rss_bytes: the largest sum seen so far.
     """
 
-    def __init__(self, every_seconds: float = 0.5) -> None:
+    def __init__(self, on_sample: Callable[[], None], every_seconds: float = 0.5) -> None:
         self.peak_rss_bytes = 0
+        self._on_sample = on_sample
         self._every_seconds = every_seconds
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory-monitor", daemon=True)
@@ -32,6 +38,7 @@ class MemoryMonitor:
         process = psutil.Process()
         while True:
             self.peak_rss_bytes = max(self.peak_rss_bytes, tree_rss_bytes(process))
+            self._on_sample()
             if self._stopped.wait(self._every_seconds):
                 return
 

@@ -1,4 +1,4 @@
-"""What a run does with the rows it is given: which stages, how long each, and the configs and recipe it writes."""
+"""What a run does with the rows it is given: which stages, and the configs and recipe it writes."""
 
 from __future__ import annotations
 
@@ -16,18 +16,10 @@ from mmllm.data.manifest import Row, read_manifest
 from mmllm.data.media import sound_seconds
 from mmllm.evaluation.tasks import KIND_OF_TASK
 from mmllm.paths import config_path
+from mmllm.quickstart.budget import EVALUATION_SECONDS
 
 TEMPLATE_DIR = "runs/demo"
 """The folder that the shipped quickstart configs name; it is replaced by the run's."""
-
-DEMO_STEPS = {"codec": 300, "clip": 60, "decoder": 750}
-"""Training steps of the demo on its own data. Fixed, so that everybody's demo is the same run."""
-
-CODEC_SHARE, CLIP_SHARE = 0.2, 0.15
-"""With `--minutes`: share of what is left that a stage before the decoder may take."""
-
-EVALUATION_SECONDS = {"caption": 0.04, "transcribe": 0.03, "speak": 0.12, "interleaved": 0.06, "text": 0.05}
-"""About what one row costs, all controls included."""
 
 
 @dataclass(frozen=True)
@@ -216,23 +208,31 @@ def _moved(value: Any, out: str) -> Any:
     return value
 
 
-def evaluation_tasks(test: Path, contents: Contents) -> dict[str, list[int]]:
-    """Tasks that the test rows allow, with the number of rows of each set that is scored apart."""
+def evaluation_tasks(test: Path, contents: Contents) -> tuple[dict[str, list[int]], list[str]]:
+    """Tasks that the test rows allow, with the number of rows of each set that is scored apart; what is not scored."""
     rows = read_manifest(test)
     kinds = {"caption": contents.has_images, "transcribe": contents.has_sounds, "speak": contents.has_sounds,
              "interleaved": "interleaved" in contents.kinds, "text": "text" in contents.kinds}  # fmt: skip
-    tasks = {}
+    tasks, left_out = {}, []
     for task in EVALUATION_SECONDS:
-        chosen = [row for row in rows if kinds[task] and row.kind == KIND_OF_TASK[task]]
+        kind = KIND_OF_TASK[task]
+        chosen = of_kind = [row for row in rows if row.kind == kind]
+        if not of_kind and kind in contents.kinds:
+            left_out.append(f"{task} is not scored: no {kind} row is held out")
+        if of_kind and not kinds[task]:
+            left_out.append(f"{task} is not scored on {len(of_kind)} {kind} rows: no training row teaches it")
+            continue
         if task == "interleaved":
-            chosen = [row for row in chosen if "question" in row.metadata]
+            chosen = [row for row in of_kind if "question" in row.metadata]
+            if len(chosen) < len(of_kind):
+                left_out.append(f"{len(of_kind) - len(chosen)} interleaved rows are not scored: they have no question")
         apart = [row for row in chosen if row.metadata.get("heldout_pairs") or row.metadata.get("heldout_voice")]
         sets = [len(chosen) - len(apart), len(apart)]
         if task == "speak" and sets[0]:
             sets = sets[:1]
         if any(sets):
             tasks[task] = [count for count in sets if count]
-    return tasks
+    return tasks, left_out
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,28 +10,30 @@ import os
 import platform
 import shlex
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
+from rich.markup import escape
 
+from mmllm.checkout import commit
 from mmllm.evaluation.charts import Points
 from mmllm.evaluation.curves import read_curves
 from mmllm.evaluation.report import ReportInfo, Stage, now, write_report
-from mmllm.evaluation.results import load_result
+from mmllm.evaluation.results import TASKS, load_result
 from mmllm.evaluation.routing import load_routing
+from mmllm.inference.card import ModelInfo
+from mmllm.inference.folder import write_card
+from mmllm.quickstart.budget import CLIP_SHARE, CODEC_SHARE, Budget, task_seconds
 from mmllm.quickstart.monitor import MemoryMonitor
 from mmllm.quickstart.plan import (
-    CLIP_SHARE,
-    CODEC_SHARE,
-    DEMO_STEPS,
-    EVALUATION_SECONDS,
     Choices,
     Contents,
     choose,
@@ -52,14 +54,11 @@ OUTPUT_OF_STAGE = {"codec": "codec", "clip": "clip", "decoder": "model"}
 CODEC_COPIES = 3
 """Altered copies of each sound, at most, from which the codec learns voices other than the few that there are."""
 MAX_WORKERS = 4
-MIN_TRAINING_SECONDS = 5.0
-MIN_EVALUATED = 20
-"""Rows of each set, however little time is left."""
-REPORT_SECONDS = 8.0
-START_SECONDS = 6.0
-"""What a command's process needs before it works."""
-FIT_START_SECONDS = 20.0
-"""What a training's processes need before their first step, and for the export."""
+MAX_RANKS = 4
+RANK_BYTES = 2 * 2**30
+"""Free memory that a training of more than two ranks needs for each."""
+SAVE_SECONDS = 5.0
+"""How often the clock is saved while a stage runs: so much of it is lost at most when the process is killed."""
 
 
 class StageFailed(ValueError):
@@ -85,7 +84,8 @@ def quickstart(
         train: manifests; none: the demo's own data.
         test: manifests of held-out rows.
         holdout: `KEY=VALUE` or a fraction, where there are no test manifests.
-        minutes: wall time at most, evaluation included; None: the demo's fixed steps.
+        minutes: wall time at most, evaluation included; None: the demo's fixed steps. A run that is continued may be
+            given more, until its decoder is trained.
         seed: of data, order and weights.
         max_steps: of each training at most (with a small demo data set): for trying the whole way out.
         max_bad_fraction: more unusable rows of a manifest than this are an error; None: the commands' own bound.
@@ -104,7 +104,7 @@ def quickstart(
     settings = {"train": list(train), "test": list(test), "holdout": holdout, "minutes": minutes, "seed": seed,
                 "max_steps": max_steps, "max_bad_fraction": max_bad_fraction}  # fmt: skip
     run = _Run(Path(out), settings, run_command)
-    with MemoryMonitor() as memory, terminated_as_interrupt():
+    with MemoryMonitor(run.save_now_and_then) as memory, terminated_as_interrupt():
         run.memory = memory
         return run.all_stages()
 
@@ -118,18 +118,30 @@ class _Run:
         self.memory: MemoryMonitor | None = None
         out.mkdir(parents=True, exist_ok=True)
         saved = read_json(out / STATE_FILE)
-        if saved.get("stages") and saved["settings"] != settings:
-            changed = [key for key in settings if saved["settings"].get(key) != settings[key]]
-            raise ValueError(
-                f"{out} holds a run with other settings ({', '.join(changed)} differ); give another --out, or remove it"
-            )
         self.stages: list[dict[str, Any]] = saved.get("stages", [])
+        if self.stages:
+            self._check_settings(saved["settings"])
         self.seconds_before = float(saved.get("seconds", 0.0))
         self.peak_before = int(saved.get("peak_rss_bytes", 0))
-        self.started = time.monotonic()
+        self.is_finished = bool(saved.get("finished", False))
+        """All is done but the report, which may be written again: time and memory are no longer counted."""
+        self.num_processes = num_ranks(settings["minutes"], settings["max_steps"])
+        self.started = self.saved_at = time.monotonic()
         self.processes = Processes()
         self.tasks: dict[str, list[int]] = {}
         self.lock = threading.Lock()
+
+    def _check_settings(self, before: dict[str, Any]) -> None:
+        """Refuses to go on with a run of other settings; only `minutes` may grow, until the decoder is trained."""
+        changed = [key for key in self.settings if before.get(key) != self.settings[key]]
+        old, new = before.get("minutes"), self.settings["minutes"]
+        has_more_time = old is not None and new is not None and new > old and not self.is_done("fit decoder")
+        if changed and not (changed == ["minutes"] and has_more_time):
+            only = "; minutes may only grow, and only until the decoder is trained" if changed == ["minutes"] else ""
+            raise ValueError(
+                f"{self.out} holds a run with other settings ({', '.join(changed)} differ{only}); give another --out, "
+                f"or remove it"
+            )
 
     # ------------------------------------------------------------------------------------------------------- clock
     @property
@@ -143,17 +155,19 @@ class _Run:
         return [] if bound is None else ["--max_bad_fraction", str(bound)]
 
     @property
-    def num_processes(self) -> int:
-        """Ranks of each training: two of one thread each do almost twice as much on two cores as one of two threads.
-
-        Always two where there are two cores, so that everybody's demo is the same run.
-        """
-        return 1 if self.settings["max_steps"] is not None or (os.cpu_count() or 1) < 2 else 2
+    def budget(self) -> Budget:
+        return Budget(self.settings["minutes"], self.settings["max_steps"], self.is_demo, self.num_processes)
 
     @property
     def seconds(self) -> float:
         """Wall time so far, earlier parts of this run included."""
-        return self.seconds_before + time.monotonic() - self.started
+        return self.seconds_before + (0.0 if self.is_finished else time.monotonic() - self.started)
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """Memory at the most, in earlier parts of this run as well."""
+        now = 0 if self.is_finished or self.memory is None else self.memory.peak_rss_bytes
+        return max(now, self.peak_before)
 
     @property
     def seconds_left(self) -> float | None:
@@ -161,18 +175,35 @@ class _Run:
         return None if minutes is None else max(0.0, 60 * minutes - self.seconds)
 
     def save(self) -> None:
-        peak = self.memory.peak_rss_bytes if self.memory is not None else 0
-        state = {
-            "format_version": FORMAT_VERSION,
-            "settings": self.settings,
-            "seconds": self.seconds,
-            "peak_rss_bytes": max(peak, self.peak_before),
-            "stages": self.stages,
-        }
         new = self.out / f"{STATE_FILE}.new"
         with self.lock:
+            state = {
+                "format_version": FORMAT_VERSION,
+                "settings": self.settings,
+                "seconds": self.seconds,
+                "peak_rss_bytes": self.peak_rss_bytes,
+                "finished": self.is_finished,
+                "stages": self.stages,
+            }
             new.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
             os.replace(new, self.out / STATE_FILE)
+            self.saved_at = time.monotonic()
+
+    def save_now_and_then(self) -> None:
+        """Saves the clock, from another thread; what can't be written now is said when the stage ends."""
+        if time.monotonic() - self.saved_at >= SAVE_SECONDS:
+            with suppress(OSError):
+                self.save()
+
+    def _finish(self) -> None:
+        """Stops counting time and memory."""
+        with self.lock:
+            self.seconds_before, self.peak_before = self.seconds, self.peak_rss_bytes
+            self.is_finished = True
+        self.save()
+
+    def _warn(self, message: str) -> None:
+        self.console.print(f"[yellow]{escape(message)}[/yellow]")
 
     # ------------------------------------------------------------------------------------------------------ stages
     def is_done(self, name: str) -> bool:
@@ -193,12 +224,14 @@ class _Run:
         """
         line = shlex.join(["mmllm", *command])
         if self.is_done(name):
-            self.console.print(f"[dim]done before: {line}[/dim]")
+            self.console.print(f"[dim]done before: {escape(line)}[/dim]")
             return
         left = self.seconds_left
         times = f"{clock(self.seconds)} gone" + (f", {clock(left)} left" if left is not None else "")
-        self.console.print(f"\n[bold]{name}[/bold] [dim]({times})[/dim]\n[green]$ {line}[/green]")
-        begun = time.monotonic()
+        self.console.print(f"\n[bold]{name}[/bold] [dim]({times})[/dim]\n[green]$ {escape(line)}[/green]")
+        if self.is_finished:  # somebody struck this stage from those that are done
+            self.is_finished, self.started = False, time.monotonic()
+        begun, code_used = time.monotonic(), commit()
         code = self.processes.run(command, num_threads) if num_threads else self.run_command(command)
         if code in (130, -signal.SIGINT):
             raise KeyboardInterrupt
@@ -210,16 +243,22 @@ class _Run:
                 f"the stage {name!r} ended without writing {makes}; remove {self.out / 'checkpoints'} and run "
                 f"quickstart again"
             )
-        self.stages.append({"name": name, "seconds": time.monotonic() - begun, "command": line})
+        seconds = time.monotonic() - begun
+        self.stages.append({"name": name, "seconds": seconds, "command": line, "commit": code_used})
         self.save()
 
     def all_stages(self) -> dict[str, Any]:
         """Everything, in order."""
+        if torch.cuda.is_available():
+            self._warn("trainings run on the CPU, which quickstart's configs are made for; `mmllm configs ls` lists "
+                       "those for GPUs")  # fmt: skip
         try:
             self._data()
             contents = read_contents(self.out / "manifests")
             choices = choose(contents, self.is_demo)
-            self.tasks = evaluation_tasks(self.out / "manifests" / "test.jsonl", contents)
+            self.tasks, left_out = evaluation_tasks(self.out / "manifests" / "test.jsonl", contents)
+            for message in left_out:
+                self._warn(message)
             self._tokenizers(contents, choices)
             self._shards(contents, choices)
             if "caption" in contents.kinds:
@@ -235,10 +274,12 @@ class _Run:
         seed = str(self.settings["seed"])
         if self.is_demo:
             share = ["--share", "0.01"] if self.settings["max_steps"] else []
-            self.stage("demo data", "demo-data", "--out", str(self.out / "data"), "--seed", seed, *share)
+            # In a process of its own, since it spawns others, which would run a caller's unguarded script again.
+            self.stage("demo data", "demo-data", "--out", str(self.out / "data"), "--seed", seed, *share,
+                       "--workers", str(num_workers()), num_threads=0 if share else 1)  # fmt: skip
             made = read_json(self.out / "data" / "manifests.json")
             for message in made["left_out"]:
-                self.console.print(f"[yellow]{message}[/yellow]")
+                self._warn(message)
             train, test = made["train"], made["test"]
         command = ["data", "split", *train]
         for manifest in test:
@@ -289,11 +330,11 @@ class _Run:
             length = self._length(stage, share)
             if resume and length["model.init_args.max_seconds"] is not None:
                 length["model.init_args.max_seconds"] += _trained_seconds(checkpoint)
-            ranks: dict[str, Any] = {"trainer.devices": self.num_processes}
-            if self.num_processes > 1:
-                ranks["trainer.strategy"] = "ddp"
-            config = stage_config(stage, self.out, {**length, **ranks, **overrides})
+            config = stage_config(stage, self.out, {**length, **overrides})
             config["seed_everything"] = self.settings["seed"]
+            config["trainer"]["devices"] = min(self.num_processes, config["data"]["init_args"]["batch_size"])
+            if config["trainer"]["devices"] > 1:
+                config["trainer"]["strategy"] = "ddp"
             if not (self.out / "manifests" / "val.jsonl").stat().st_size:
                 callbacks = config["trainer"]["callbacks"]
                 config["trainer"]["callbacks"] = [c for c in callbacks if not c["class_path"].endswith(".Samples")]
@@ -303,44 +344,14 @@ class _Run:
         self.stage(f"fit {stage}", "fit", "-c", str(path), *resume, makes=makes, num_threads=num_threads)
 
     def _length(self, stage: str, share: float | None = None) -> dict[str, Any]:
-        """How long a stage trains: fixed steps in the demo, seconds where `--minutes` bounds the run. See `_fit`."""
-        steps, left = self.settings["max_steps"], self.seconds_left
-        if steps is not None:
-            return {"trainer.max_steps": steps, "model.init_args.max_seconds": None, "trainer.log_every_n_steps": 1}
-        if left is None:
-            steps = DEMO_STEPS[stage] if self.is_demo else 2 * DEMO_STEPS[stage]
-            return {"trainer.max_steps": steps, "model.init_args.max_seconds": None}
-        spare = left - self._evaluation_seconds() - FIT_START_SECONDS
-        seconds = spare - 0.03 * 60 * self.settings["minutes"] if share is None else spare * share
-        return {"trainer.max_steps": -1, "model.init_args.max_seconds": round(max(MIN_TRAINING_SECONDS, seconds), 1)}
-
-    def _evaluation_seconds(self) -> float:
-        """What is kept back for evaluation and report."""
-        minutes = self.settings["minutes"]
-        return min(self._scoring_seconds(self.tasks) + self._overhead_seconds(self.tasks), 0.25 * 60 * minutes)
-
-    def _num_lanes(self, tasks: Mapping[str, list[int]]) -> int:
-        """How many tasks are evaluated at once."""
-        return max(1, min(self.num_processes, len(tasks)))
-
-    def _scoring_seconds(self, tasks: Mapping[str, list[int]]) -> float:
-        """About how long all rows of the tasks take."""
-        costs = [EVALUATION_SECONDS[task] * sum(sets) for task, sets in tasks.items()]
-        return max(sum(costs) / self._num_lanes(tasks), *costs, 0.0)
-
-    def _overhead_seconds(self, tasks: Mapping[str, list[int]]) -> float:
-        """The starts of the evaluations' processes, and the report."""
-        return REPORT_SECONDS + START_SECONDS * -(-len(tasks) // self._num_lanes(tasks))
+        return self.budget.training_length(stage, self.tasks, self.seconds_left, share)
 
     def _fit_codec(self) -> None:
-        shards = f"{self.out}/shards/sound/audio-*.tar"
-        overrides = {"data.init_args.shards": shards, "data.init_args.seed": self.settings["seed"]}
-        self._fit("codec", overrides, CODEC_SHARE)
+        self._fit("codec", {"data.init_args.seed": self.settings["seed"]}, CODEC_SHARE)
 
     def _fit_clip(self, contents: Contents, choices: Choices) -> None:
         is_few = contents.num_captions < 10_000
         overrides = {
-            "data.init_args.shards": f"{self.out}/shards/train/caption-*.tar",
             "data.init_args.image_size": choices.image_size,
             "data.init_args.seed": self.settings["seed"],
             "data.init_args.min_scale": 0.6 if is_few else 0.85,
@@ -379,16 +390,14 @@ class _Run:
         """Evaluates the tasks, the longest first, as many at once as there are ranks in training."""
         tasks = self.tasks
         if not tasks:
-            self.console.print("[yellow]no test row can be scored: interleaved rows need a question[/yellow]")
+            self._warn("no test row can be scored")
             return
-        num_lanes, share = self._num_lanes(tasks), 1.0
-        if (left := self.seconds_left) is not None:
-            share = (left - self._overhead_seconds(tasks)) / self._scoring_seconds(tasks)
+        num_lanes, limits = self.budget.num_lanes(tasks), self.budget.limits(tasks, self.seconds_left)
 
         def evaluate(task: str) -> None:
             options = ["--sequence_length", str(choices.sequence_length)] if task == "text" else []
-            if share < 1:
-                options += ["--limit", str(max(MIN_EVALUATED, int(share * max(tasks[task]))))]
+            if task in limits:
+                options += ["--limit", str(limits[task])]
             self.stage(
                 f"eval {task}", "eval", "--model", str(self.out / "model"), "--task", task,
                 "--manifest", str(self.out / "manifests" / "test.jsonl"),
@@ -398,7 +407,7 @@ class _Run:
 
         with ThreadPoolExecutor(num_lanes) as lanes:
             try:
-                longest_first = sorted(tasks, key=lambda task: -EVALUATION_SECONDS[task] * sum(tasks[task]))
+                longest_first = sorted(tasks, key=lambda task: -task_seconds(task, tasks[task]))
                 for done in [lanes.submit(evaluate, task) for task in longest_first]:
                     done.result()
             except BaseException:
@@ -407,40 +416,68 @@ class _Run:
                 raise
 
     def _report(self, contents: Contents) -> dict[str, Any]:
+        if not self.is_finished:
+            self._finish()
         results = [load_result(self.out / "eval" / f"{task}.json") for task in self.tasks]
         logs = {name: self.out / "logs" / name / "metrics.csv" for name in OUTPUT_OF_STAGE}
         curves = {name: read_curves(path) for name, path in logs.items() if path.is_file()}
         routing_file = self.out / "logs" / "decoder" / "routing.json"
         routing = load_routing(routing_file) if routing_file.is_file() else None
-        peak = max(self.memory.peak_rss_bytes if self.memory is not None else 0, self.peak_before)
+        (trained,) = (stage for stage in self.stages if stage["name"] == "fit decoder")
         info = ReportInfo(
             summary=f"{contents.num_rows:,} training rows of {', '.join(contents.kinds)}",
             seconds=round(self.seconds, 1),
             tokens_per_second=_tokens_per_second(curves.get("decoder", {})),
-            peak_rss_bytes=peak,
+            peak_rss_bytes=self.peak_rss_bytes,
             recipe_hash=_recipe_hash(self.out / "recipe.yaml"),
-            commit=_commit(),
+            commit=trained.get("commit"),
             made_at=now(),
             machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
             stages=tuple(Stage(stage["name"], stage["seconds"], stage["command"]) for stage in self.stages),
         )
         page = write_report(self.out, results, curves, routing, info)
         report = read_json(self.out / "report.json")
+        scores = {task: report[task] for task in TASKS if task in report}
+        write_card(
+            self.out / "model",
+            ModelInfo(
+                recipe_hash=info.recipe_hash, commit=info.commit, data=_sources(self.out / "recipe.yaml"), scores=scores
+            ),
+        )
         self.console.print(f"\n[bold]Scores[/bold] on held-out rows ({clock(self.seconds)}, "
-                           f"{peak / 2**30:.1f} GiB at the most)")  # fmt: skip
+                           f"{self.peak_rss_bytes / 2**30:.1f} GiB at the most)")  # fmt: skip
         for result in results:
             for key, value in result.scores.items():
                 if isinstance(value, (int, float)):
                     shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
                     self.console.print(f"  {result.task + '.' + key:<44}{shown:>10}")
-        self.console.print(f"\nReport: [bold]{page}[/bold]\nModel:  [bold]{self.out / 'model'}[/bold]")
+        self.console.print(f"\nReport: [bold]{escape(str(page))}[/bold]")
+        self.console.print(f"Model:  [bold]{escape(str(self.out / 'model'))}[/bold]")
         return report
 
 
 def num_workers() -> int:
-    """Processes that build data: as many as this process may use cores, four at most."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(available, MAX_WORKERS)
+    """Processes that make and build data: as many as this process may use cores, four at most."""
+    return min(num_cores(), MAX_WORKERS)
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_ranks(minutes: float | None, max_steps: int | None) -> int:
+    """Ranks of each training: two of one thread each do almost twice as much on two cores as one of two threads.
+
+    Without `minutes` always two where there are two cores, so that everybody's demo is the same run; with them as
+    many as there are cores and memory for. A power of two, which every stage's batch can be shared by.
+    """
+    if max_steps is not None:
+        return 1
+    if minutes is None:
+        return min(os.cpu_count() or 1, 2)
+    has_memory = psutil.virtual_memory().available >= MAX_RANKS * RANK_BYTES
+    return MAX_RANKS if num_cores() >= MAX_RANKS and has_memory else min(num_cores(), 2)
 
 
 def _trained_seconds(checkpoint: Path) -> float:
@@ -461,13 +498,12 @@ def _recipe_hash(path: Path) -> str:
     return open_plan(load_recipe(path), 1).hash
 
 
-def _commit() -> str | None:
-    """The checkout's commit; None outside one."""
-    here = Path(__file__).resolve().parents[2]
-    if not (here / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+def _sources(path: Path) -> tuple[str, ...]:
+    """A line for each source of a recipe."""
+    from mmllm.data.recipe import load_recipe
+
+    recipe = load_recipe(path)
+    return tuple(
+        f"{source.name} ({source.kind}): {share:.0%} of the {recipe.mixture.unit}"
+        for source, share in zip(recipe.sources, recipe.shares(), strict=True)
+    )

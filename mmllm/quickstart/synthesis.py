@@ -52,7 +52,8 @@ class Espeak:
 
     Raises:
         ModuleNotFoundError: The `espeakng-loader` wheel is not installed.
-        RuntimeError: The library cannot be initialised.
+        OSError: Its library cannot be loaded.
+        RuntimeError: The library cannot be initialised, or has no data.
     """
 
     def __init__(self) -> None:
@@ -63,13 +64,17 @@ class Espeak:
                 "speech synthesis needs the espeakng-loader wheel, which is not installed; pip install 'mmllm[speech]'",
                 name="espeakng_loader",
             ) from error
+        data = str(espeakng_loader.get_data_path()).encode()
         self._folder: tempfile.TemporaryDirectory[str] | None = tempfile.TemporaryDirectory(
             prefix="espeak-", ignore_cleanup_errors=True
         )
-        self._library = ctypes.CDLL(shutil.copy(espeakng_loader.get_library_path(), self._folder.name))
+        try:
+            self._library = ctypes.CDLL(shutil.copy(espeakng_loader.get_library_path(), self._folder.name))
+        except OSError as error:
+            self._folder.cleanup()
+            raise OSError(f"espeak-ng's library does not load: {error}; reinstall espeakng-loader") from error
         self._blocks: list[bytes] = []
         self._callback = _CALLBACK(self._receive)
-        data = str(espeakng_loader.get_data_path()).encode()
         rate = self._library.espeak_Initialize(_SYNCHRONOUS, 0, data, _DONT_EXIT)
         if rate != ESPEAK_RATE:
             self._unload()

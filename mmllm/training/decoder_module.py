@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmllm.batch import PackedBatch
+from mmllm.checkout import commit
 from mmllm.data.decode import ImageTransform
 from mmllm.inference.card import ModelInfo
 from mmllm.inference.folder import save_model
@@ -276,7 +277,8 @@ class DecoderModule(StagedModule):
 
     def _info(self) -> ModelInfo:
         plan = getattr(self._data, "plan", None)
-        return ModelInfo(name=self.name, recipe_hash=getattr(plan, "hash", None), data=tuple(self._source_names))
+        recipe_hash = getattr(plan, "hash", None)
+        return ModelInfo(self.name, recipe_hash=recipe_hash, commit=commit(), data=tuple(self._source_names))
 
     def on_train_end(self) -> None:
         """Exports; all ranks gather a sharded model first."""
