@@ -14,6 +14,7 @@ from PIL import Image
 
 import mmllm
 from mmllm.cli import main
+from mmllm.data.documents import Segment
 from mmllm.inference.api import Model
 from mmllm.inference.folder import save_model
 from mmllm.inference.inputs import parse_parts
@@ -158,6 +159,18 @@ def test_parts_are_told_apart(files):
     parsed = parse_parts(["see cat.jpg now.", "what is in dog.png", path, Path(path), "Hello.wav is a file"])
     kinds = [part if isinstance(part, str) else type(part).__name__ for part in parsed]
     assert kinds == ["see cat.jpg now.", "what is in dog.png", "ImagePart", "ImagePart", "Hello.wav is a file"]
+
+
+def test_a_segments_text_is_text(files):
+    parts = [
+        Segment(text="cat.jpg"),
+        "see <|image|>",
+        Segment(text="not <|image|>"),
+        Segment(image=files / "a picture.png"),
+    ]
+    parsed = parse_parts(parts)
+    kinds = [part if isinstance(part, str) else type(part).__name__ for part in parsed]
+    assert kinds == ["cat.jpg", "see ", "ImagePart", "not <|image|>"]
 
 
 @pytest.mark.parametrize(
