@@ -98,6 +98,14 @@ def test_sounds_are_heard_and_spoken_under_every_pattern(pattern):
     assert hearing.speak("red", max_seconds=0.1).codes_KF.shape[0] == 3
 
 
+def test_speech_of_a_stereo_codec_is_mixed_down(model, monkeypatch):
+    audio = model.tokenizer.require_audio()
+    decode = audio.decode
+    monkeypatch.setattr(audio, "decode", lambda codes_KF: torch.stack([decode(codes_KF), 3 * decode(codes_KF)]))
+    spoken = model.speak("one", temperature=0)
+    np.testing.assert_allclose(spoken.samples, 2 * decode(torch.from_numpy(spoken.codes_KF)).numpy(), rtol=1e-6)
+
+
 def test_speech_is_written(model, tmp_path):
     waveform = model.speak("one two", tmp_path / "new" / "out.wav", seed=3)
     samples, rate = soundfile.read(tmp_path / "new" / "out.wav")

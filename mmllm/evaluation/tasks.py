@@ -325,7 +325,7 @@ def _resynthesise(model: Model, sound: AudioPart) -> Any:
     """A real sound after the codec: (samples, rate), with the codebooks that the model uses."""
     audio = model.tokenizer.require_audio()
     codes_KF = audio.encode(sound.wave_CT, sound.sample_rate)[: model.tokenizer.num_codebooks]
-    return audio.decode(codes_KF).reshape(-1), audio.sample_rate
+    return audio.decode(codes_KF), audio.sample_rate
 
 
 def derangement(num_rows: int, seed: int) -> list[int]:
