@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 from PIL import Image
 
 from mmllm import paths
@@ -78,6 +79,23 @@ def test_a_config_keeps_a_few_checkpoints(path: Path) -> None:
     (saving,) = _built(path).trainer.checkpoint_callbacks
     assert saving.save_last and 0 <= saving.save_top_k <= 2
     assert saving.save_top_k == 0 or (saving.monitor, saving.mode) == ("step", "max")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=_name)
+def test_a_config_logs_for_people_and_for_tensorboard(path: Path) -> None:
+    loggers = yaml.safe_load(path.read_text())["trainer"]["logger"]
+    kinds = {logger["class_path"].rpartition(".")[2]: logger["init_args"] for logger in loggers}
+    assert set(kinds) == {"CSVLogger", "TensorBoardLogger"}
+    assert kinds["CSVLogger"]["save_dir"] == kinds["TensorBoardLogger"]["save_dir"]
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if _name(path) in MILLION_PARAMETERS], ids=_name)
+def test_a_large_config_validates_when_it_saves(path: Path) -> None:
+    """`val_check_interval` counts batches, `every_n_train_steps` the steps that they are accumulated to."""
+    trainer = yaml.safe_load(path.read_text())["trainer"]
+    (saving,) = (c["init_args"] for c in trainer["callbacks"] if c["class_path"].endswith("ModelCheckpoint"))
+    batches = saving["every_n_train_steps"] * trainer["accumulate_grad_batches"]
+    assert trainer["val_check_interval"] == batches
 
 
 def test_the_quickstart_configs_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -189,8 +189,8 @@ def test_obelics(tmp_path):
     picture(tmp_path / "media" / "a.png").rename(tmp_path / "media" / hashlib.sha256(url.encode()).hexdigest())
     picture(tmp_path / "media" / "b.png")
     record = {
-        "texts": [None, "first", None, "second", None],
-        "images": [url, None, "b.png", None, "https://example.org/gone.png"],
+        "texts": [None, "first", None, "second", " \n", None],
+        "images": [url, None, "b.png", None, None, "https://example.org/gone.png"],
     }
     empty = {"texts": [None], "images": ["https://example.org/gone.png"]}
     path = put(tmp_path / "o.jsonl", json.dumps(record) + "\n" + json.dumps(empty) + "\n")
@@ -205,7 +205,7 @@ def test_mmc4(tmp_path):
     picture(tmp_path / "x.png")
     record = {
         "url": "https://example.org",
-        "text_list": ["One.", "Two.", "Three."],
+        "text_list": ["One.", "Two.", "", "Three."],
         "image_info": [{"image_name": "x.png", "raw_url": "u", "matched_text_index": 1}],
     }
     path = put(tmp_path / "docs.jsonl", json.dumps(record) + "\n")

@@ -43,6 +43,9 @@ def test_rows_of_each_kind(tmp_path):
         ('{"id": "a", "text": "x", "by": ["\\ud83d"]}', "'by' holds half a surrogate"),
         ('{"id": "\\udc00", "text": "x"}', "'id' holds half a surrogate"),
         ('{"id": "a", "text": "x", "\\ud800": 1}', "surrogate"),
+        ('{"id": "a", "segments": [{"image": "good.png"}, {"text": " \\n"}]}', "segment 1 is .* not empty"),
+        ('{"id": ["a"], "text": "x"}', r"'id' is \['a'\]; give a string or a number"),
+        ('{"id": {}, "text": "x"}', "'id' is {}"),
         ('{"id": "a", "segments": [{"text": "\\ud800"}]}', "'segments' holds half a surrogate"),
         ('{"id": "a", "segments": [{"text": "x", "image": "y.png"}]}', "segment 0 has the keys text, image"),
         ('{"id": "a", "segments": [{"text": "x"}], "image": "y.png"}', "'image' beside 'segments'"),
@@ -50,6 +53,7 @@ def test_rows_of_each_kind(tmp_path):
 )
 def test_bad_rows_name_file_and_row(tmp_path, line, message):
     (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "good.png").write_bytes(b"x")
     path = tmp_path / "m.jsonl"
     path.write_text('{"id": "good", "text": "x"}\n' + line + "\n")
     with pytest.raises(ManifestError, match=message) as caught:
@@ -57,6 +61,12 @@ def test_bad_rows_name_file_and_row(tmp_path, line, message):
     assert f"{path}:2" in str(caught.value)
     bad = BadRows(max_fraction=0.5)
     assert len(read_manifest(path, bad)) == 1 and len(bad.reasons) == 1
+
+
+def test_ids_are_kept_also_zero_and_made_where_there_is_none(tmp_path):
+    ids = ({"id": 0}, {"id": "a"}, {}, {"id": None}, {"id": ""})
+    path = write_manifest(tmp_path, [{**values, "text": "x"} for values in ids])
+    assert [row.id for row in read_manifest(path)] == ["0", "a", "row3", "row4", "row5"]
 
 
 def test_manifests_that_are_none(tmp_path):

@@ -20,7 +20,7 @@ from mmllm.evaluation import commands, tasks
 from mmllm.evaluation.metrics import word_edits
 from mmllm.evaluation.perplexity import bits_of_documents, plan_windows
 from mmllm.evaluation.results import load_result
-from mmllm.evaluation.tasks import derangement, evaluate, shuffled_parts
+from mmllm.evaluation.tasks import derangement, evaluate, shuffled_segments
 from mmllm.inference.api import Waveform
 from mmllm.inference.prompts import pad_left
 from mmllm.inference.settings import GenerationConfig
@@ -70,7 +70,7 @@ class StubModel:
         return [Waveform(np.zeros(int(self.spoken[t]), np.float32), RATE, np.zeros((1, 1))) for t in texts]
 
     def answer(self, parts: list[list], questions: list[str], *, blind: bool = False, **settings) -> list[str]:
-        return ["unseen" if blind else self.said[Path(next(p for p in one if isinstance(p, Path))).name]
+        return ["unseen" if blind else self.said[next(Path(p.image) for p in one if p.image).name]
                 for one in parts]  # fmt: skip
 
 
@@ -194,7 +194,7 @@ def interleaved_row(number: int, num_images: int, num_sounds: int) -> Row:
 def test_shuffling_moves_every_picture_and_sound_to_another_row(seed: int):
     rows = [interleaved_row(i, i % 4, (i + 1) % 3) for i in range(12)]
     before = [[value for segment in row.segments for value in segment.values()] for row in rows]
-    after = shuffled_parts(rows, seed)
+    after = [[part.text or part.image or part.audio for part in parts] for parts in shuffled_segments(rows, seed)]
     flat = [sorted(str(v) for parts in many for v in parts) for many in (before, after)]
     assert flat[0] == flat[1]
     for number, parts in enumerate(after):
@@ -298,7 +298,12 @@ def test_a_real_model_runs_every_task_from_the_command(tiny, tmp_path: Path, mon
            "question": "what?", "answer": "one"} for i in range(3)),
         *({"id": f"t{i}", "text": "a red circle above two blue squares"} for i in range(2)),
     ]  # fmt: skip
+    # what training takes as text is text here too, and files go by what is in them, whatever their names
+    rows[6]["segments"][0]["text"], rows[7]["segments"][0]["text"] = "cat.png", "see <|image|> here"
+    rows[9]["text"], rows[10]["text"] = "<|image|><|audio|> one two three", "cat.png said he"
     manifest = write_rows(tmp_path, rows)
+    (tmp_path / "i2.png").rename(tmp_path / "i2")
+    manifest.write_text(manifest.read_text().replace("i2.png", "i2"))
     assert len(read_manifest(manifest)) == len(rows)
     monkeypatch.setattr(commands, "load", lambda directory, device: tiny)
     monkeypatch.setattr(tasks, "CONTINUATION_TOKENS", 4)

@@ -14,6 +14,7 @@ from PIL import Image
 
 import mmllm
 from mmllm.cli import main
+from mmllm.data.documents import Segment
 from mmllm.inference.api import Model
 from mmllm.inference.folder import save_model
 from mmllm.inference.inputs import parse_parts
@@ -97,6 +98,14 @@ def test_sounds_are_heard_and_spoken_under_every_pattern(pattern):
     assert hearing.speak("red", max_seconds=0.1).codes_KF.shape[0] == 3
 
 
+def test_speech_of_a_stereo_codec_is_mixed_down(model, monkeypatch):
+    audio = model.tokenizer.require_audio()
+    decode = audio.decode
+    monkeypatch.setattr(audio, "decode", lambda codes_KF: torch.stack([decode(codes_KF), 3 * decode(codes_KF)]))
+    spoken = model.speak("one", temperature=0)
+    np.testing.assert_allclose(spoken.samples, 2 * decode(torch.from_numpy(spoken.codes_KF)).numpy(), rtol=1e-6)
+
+
 def test_speech_is_written(model, tmp_path):
     waveform = model.speak("one two", tmp_path / "new" / "out.wav", seed=3)
     samples, rate = soundfile.read(tmp_path / "new" / "out.wav")
@@ -158,6 +167,18 @@ def test_parts_are_told_apart(files):
     parsed = parse_parts(["see cat.jpg now.", "what is in dog.png", path, Path(path), "Hello.wav is a file"])
     kinds = [part if isinstance(part, str) else type(part).__name__ for part in parsed]
     assert kinds == ["see cat.jpg now.", "what is in dog.png", "ImagePart", "ImagePart", "Hello.wav is a file"]
+
+
+def test_a_segments_text_is_text(files):
+    parts = [
+        Segment(text="cat.jpg"),
+        "see <|image|>",
+        Segment(text="not <|image|>"),
+        Segment(image=files / "a picture.png"),
+    ]
+    parsed = parse_parts(parts)
+    kinds = [part if isinstance(part, str) else type(part).__name__ for part in parsed]
+    assert kinds == ["cat.jpg", "see ", "ImagePart", "not <|image|>"]
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 import mmllm
 from mmllm.data.decode import ImageTransform
 from mmllm.inference.card import ModelInfo
-from mmllm.inference.folder import load_model, save_model
+from mmllm.inference.folder import _self_contained, load_model, save_model
 from mmllm.inference.settings import GenerationConfig, Sampling
 from mmllm.model.multimodal import MultimodalModel
+from mmllm.model.vision import VisionConfig
 from tests.inference_fixtures import images, make, make_model, make_tokenizer, sounds
 
 
@@ -88,6 +89,21 @@ def test_weights_from_elsewhere_are_not_needed_again(tmp_path):
     loaded = load_model(tmp_path / "model")
     assert loaded.model.vision is not None and loaded.model.vision.mean == (0.5, 0.25, 0.125)
     assert loaded.image_transform == ImageTransform(16, (0.5, 0.25, 0.125), model.vision.std)  # type: ignore[arg-type]
+
+
+def test_pixels_stay_normalised_as_in_training(tmp_path):
+    """Also where the data module's transform, which makes pictures square, knows nothing of the tower's numbers."""
+    tokenizer = make_tokenizer(sound=False)
+    config = make_model(tokenizer).config
+    assert config.vision is not None
+    tagged = dataclasses.replace(config, vision=VisionConfig("ViT-L-14", pretrained="laion2b_s32b_b82k"))
+    stored = _self_contained(tagged).vision
+    assert stored is not None and (stored.pretrained, stored.mean, stored.std) == (None, (0.5,) * 3, (0.5,) * 3)
+    told = dataclasses.replace(config.vision, mean=(0.5, 0.25, 0.125), std=(0.5, 0.5, 0.5))
+    model = MultimodalModel(dataclasses.replace(config, vision=told))
+    save_model(tmp_path / "model", model, tokenizer, image_transform=ImageTransform(16))
+    tower = load_model(tmp_path / "model").model.vision
+    assert tower is not None and (tower.mean, tower.std) == (told.mean, told.std)
 
 
 def test_saving_replaces_models_alone(model, saved, folder, tmp_path):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -69,6 +71,30 @@ def test_no_gradient_flows_between_documents(config):
         inside[b] = documents_BT[b] == d
         assert grad[~inside].abs().max() == 0
         assert (grad[inside].abs().sum(dim=-1) > 0).all()
+
+
+@pytest.mark.parametrize("config", [DENSE, SPARSE])
+def test_checkpointed_blocks_give_the_same_loss_and_gradients_from_less_memory(config):
+    x_BTD, positions_BT, documents_BT = _packed()
+    losses, gradients, num_kept = [], [], []
+    for is_checkpointed in (False, True):
+        decoder = _decoder(dataclasses.replace(config, dropout=0.2, checkpoint_blocks=is_checkpointed)).train()
+        kept: list[int] = []
+
+        def keep(tensor: torch.Tensor, kept: list[int] = kept) -> torch.Tensor:
+            kept.append(tensor.numel())
+            return tensor
+
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hidden_BTD, stats = decoder(x_BTD.requires_grad_(), positions_BT, documents_BT)
+            loss = hidden_BTD.pow(3).sum() + stats.balance_loss() + stats.z_loss()
+        gradients.append(torch.autograd.grad(loss, [x_BTD, *decoder.blocks.parameters()]))
+        losses.append(loss.detach())
+        num_kept.append(sum(kept))
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+    assert num_kept[1] < num_kept[0] / 3
 
 
 @pytest.mark.parametrize(("config", "tolerance"), [(DENSE, 0.0), (SPARSE, 1e-6)])

@@ -6,7 +6,7 @@ import torch
 from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
 
-from mmllm.model.vision import VisionConfig, VisionTower, build_clip
+from mmllm.model.vision import VisionConfig, VisionTower, build_clip, pixel_statistics
 
 TEXT_CFG = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
 VIT = {
@@ -111,6 +111,26 @@ def test_weights_are_read_from_a_checkpoint(tmp_path, suffix):
     other = VIT | {"vision_cfg": VIT["vision_cfg"] | {"width": 48}}
     with pytest.raises(ValueError, match=r"does not hold weights of vision.open_clip"):
         build_clip(VisionConfig(other, checkpoint=str(path)))
+
+
+def test_pixels_are_normalised_as_told(tmp_path):
+    torch.manual_seed(0)
+    told = VisionConfig(VIT, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    clip = build_clip(told).eval()
+    tower = VisionTower(told).eval().from_clip(clip)
+    expected = clip.visual.forward_intermediates(
+        (_images() / 255 - 0.5) / 0.25, indices=[2], normalize_intermediates=True, output_fmt="NLC"
+    )["image_intermediates"][0]
+    torch.testing.assert_close(tower(_images()), expected, rtol=1e-5, atol=1e-5)
+    halves = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert pixel_statistics(VisionConfig("ViT-L-14", "laion2b_s32b_b82k")) == halves
+    (tmp_path / "siglip.pt").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"without vision.mean and vision.std.*webli takes mean \[0.5, 0.5, 0.5\]"):
+        build_clip(VisionConfig("ViT-B-16-SigLIP", checkpoint=str(tmp_path / "siglip.pt")))
+    with pytest.raises(ValueError, match="give both or neither"):
+        VisionConfig(VIT, mean=(0.5, 0.5, 0.5))
+    with pytest.raises(ValueError, match="each must be positive"):
+        VisionConfig(VIT, mean=(0.5, 0.5, 0.5), std=(0.5, 0.0, 0.5))
 
 
 def test_a_tags_activation_is_the_models():

@@ -7,9 +7,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
+import soundfile
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
 
 from mmllm.ticker import ticker
 from mmllm.training.callbacks import RoutingLog, Samples, keep_rows
@@ -109,6 +113,35 @@ def test_a_ticker_tells_what_is_left(monkeypatch: pytest.MonkeyPatch, capsys: py
     seconds = 130.0
     tick(500, 2000)
     assert capsys.readouterr().err == "500 of 2,000 rows  0:30 gone  1:30 left\n"
+
+
+def test_samples_are_scored_as_evaluation_scores_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captions by the scene that they say, whatever their words; transcripts by theirs."""
+    objects = [{"size": "small", "colour": "red", "shape": "circle"}]
+    scene = {"text": "a small red circle in the centre", "objects": objects, "relations": [[0, "at", "centre"]]}
+    said = [
+        "in the middle there is a small red circle",  # right in other words
+        "a small blue circle in the centre",
+        "A photo of cats.",  # of no scene: the same text
+    ]
+    rows = [{**scene, "id": "0"}, {**scene, "id": "1"}, {"text": "a photo of cats", "id": "2"}]
+    for row in rows:
+        row["image"] = f"{row['id']}.png"
+        Image.new("RGB", (8, 8)).save(tmp_path / row["image"])
+    soundfile.write(tmp_path / "a.wav", np.full(800, 0.1), 8000)
+    rows.append({"id": "a", "audio": "a.wav", "text": "one two"})
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stub = SimpleNamespace(caption=lambda *_, **__: said, transcribe=lambda *_, **__: ["one too"])
+    monkeypatch.setattr("mmllm.training.callbacks.Model", lambda *_: stub)
+    module, logger = tiny_module(), CSVLogger(tmp_path / "logs")
+    module.configure_model()
+    module.folder = cast(Any, object())
+    samples, trainer = Samples([str(tmp_path / "val.jsonl")], str(tmp_path)), quiet_trainer(logger=logger)
+    samples.setup(trainer, module, "fit")
+    samples.on_train_end(trainer, module)
+    scores = logger.experiment.metrics[-1]
+    assert scores["samples/caption_exact_match"] == pytest.approx(2 / 3)
+    assert scores["samples/transcript_wer"] == pytest.approx(1 / 2)
 
 
 def test_progress_writes_plain_lines_to_a_file(capsys: pytest.CaptureFixture[str]) -> None:

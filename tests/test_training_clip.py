@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import open_clip
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mmllm.model.vision import VisionConfig, VisionTower
-from mmllm.training.clip_module import ClipModule, contrastive_loss, load_clip_config, with_text_tokens
+from mmllm.training.clip_module import ClipModule, contrastive_loss, load_clip_config, save_clip, with_text_tokens
 from mmllm.training.lightning_cli import quiet_lightning
 from mmllm.training.optimisers import OptimiserConfig
 from mmllm_tokenizers.folder import TokenizerFolder
@@ -57,6 +58,9 @@ def test_clip_learns_colours_and_its_tower_goes_to_the_decoder(tmp_path: Path) -
     expected = VisionTower(config).from_clip(module.clip)
     images = _batch(tokenizer, 5)[0]
     assert torch.equal(tower.eval()(images), expected.eval()(images))
+    told = dataclasses.replace(module.clip_config, mean=(0.5, 0.25, 0.125), std=(0.5, 0.5, 0.5))
+    save_clip(tmp_path / "told", module.clip, told)
+    assert load_clip_config(tmp_path / "told", None).mean == told.mean
 
 
 def test_the_loss_is_clips_where_all_captions_differ() -> None:

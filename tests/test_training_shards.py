@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -224,6 +225,7 @@ class SeedsTheBuild(pl.Callback):
 def fit_sharded_rank(rank: int, port: int, out: str, run: str) -> None:
     """One of two ranks that hold a half of the model each."""
     module = make_module(Path(run), Path(out, f"model{rank}"), builds=False)
+    module.decoder = dataclasses.replace(module.decoder, checkpoint_blocks=True)
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     settings = {"strategy": strategy, "max_steps": 4, "gradient_clip_val": 0.5}
     fit_rank(rank, port, out, module, make_data(Path(run)), SeedsTheBuild(), **settings)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -30,13 +31,17 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
 
 
 def test_wheel_has_everything_and_runs(installed, tmp_path):
-    command = [sys.executable, "-m", "mmllm.cli"]
-    where = run([sys.executable, "-c", "import mmllm; print(mmllm.__file__)"], tmp_path, PYTHONPATH=str(installed))
-    assert str(installed) in where
-    assert "quickstart" in run([*command, "--help"], tmp_path, PYTHONPATH=str(installed))
-    configs = run([*command, "configs", "ls"], tmp_path, PYTHONPATH=str(installed)).split()
+    """Without `site` (-S) no .pth file of an editable install puts the checkout on the path."""
+    python = [sys.executable, "-S"]
+    search_path = os.pathsep.join([str(installed), *{sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}])
+    command = [*python, str(installed / "bin" / "mmllm")]
+    for package in ("mmllm", "mmllm_kernels", "mmllm_tokenizers"):
+        where = run([*python, "-c", f"import {package}; print({package}.__file__)"], tmp_path, PYTHONPATH=search_path)
+        assert Path(where.strip()) == installed / package / "__init__.py"
+    assert "quickstart" in run([*command, "--help"], tmp_path, PYTHONPATH=search_path)
+    configs = run([*command, "configs", "ls"], tmp_path, PYTHONPATH=search_path).split()
     shipped = [path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml")]
     assert set(shipped) <= set(configs)
-    out = run([*command, "quickstart", "--out", "run", "--max_steps", "3"], tmp_path, PYTHONPATH=str(installed))
+    out = run([*command, "quickstart", "--out", "run", "--max_steps", "3"], tmp_path, PYTHONPATH=search_path)
     assert "Report:" in out
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000

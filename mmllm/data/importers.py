@@ -237,7 +237,7 @@ def _pieces(text: str, left: dict[str, list[str]]) -> list[dict[str, Any]]:
     while text:
         place, mark = min(((text.find(mark), mark) for mark in _SLOTS if mark in text), default=(len(text), ""))
         before = text[:place].strip("\n")
-        if before:
+        if before.strip():
             pieces.append({"text": before})
         if mark:
             kind = _SLOTS[mark]
@@ -326,7 +326,7 @@ def _document(name: str, pieces: list[tuple[str, str]], folder: Path) -> dict[st
     num_missing = 0
     for kind, value in pieces:
         if kind == "text":
-            segments.append({"text": value})
+            segments += [{"text": value}] if value.strip() else []
         elif (found := _local_image(value, folder)) is not None:
             segments.append({"image": str(found.absolute())})
         else:

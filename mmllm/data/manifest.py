@@ -162,7 +162,7 @@ def row_from_dict(value: Any, folder: Path, where: str) -> Row:
         raise ManifestError(f"a row must be a JSON object, got {type(value).__name__}")
     _check_unicode(value)
     metadata = {key: item for key, item in value.items() if key not in _OWN_KEYS}
-    name = str(value.get("id") or f"row{where.rpartition(':')[2]}")
+    name = _id(value.get("id"), where)
     if "segments" in value:
         beside = [key for key in ("text", "image", "audio") if key in value]
         if beside:
@@ -176,6 +176,14 @@ def row_from_dict(value: Any, folder: Path, where: str) -> Row:
     if "audio" in value:
         return Row(name, "audio", where, text, audio=_file(value["audio"], folder, "audio"), metadata=metadata)
     return Row(name, "text", where, text, metadata=metadata)
+
+
+def _id(value: Any, where: str) -> str:
+    if value is None or value == "":
+        return f"row{where.rpartition(':')[2]}"
+    if isinstance(value, (list, dict)):
+        raise ManifestError(f"'id' is {value!r}; give a string or a number, or leave it out")
+    return str(value)
 
 
 def _text(value: Any, key: str) -> str:
@@ -222,7 +230,7 @@ def _segments(value: dict[str, Any], folder: Path) -> tuple[dict[str, Any], ...]
         if len(kinds) > 1:
             raise ManifestError(f"segment {number} has the keys {', '.join(kinds)}; give each a segment of its own")
         match item:
-            case {"text": str() as text} if text:
+            case {"text": str() as text} if text.strip():
                 segment: dict[str, Any] = {"text": text}
             case {"image": path}:
                 segment = {"image": _file(path, folder, f"segment {number} image")}

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from mmllm.data.documents import Segment
 from mmllm.data.manifest import BadRows, ManifestError, Row, read_manifest, row_media
 from mmllm.data.media import readable_rows, sound_seconds
 from mmllm.evaluation.captions import caption_matches, count_attributes, names_heldout_pairs, reference_scene
@@ -342,7 +343,7 @@ def _resynthesise(model: Model, sound: AudioPart) -> Any:
     """A real sound after the codec: (samples, rate), with the codebooks that the model uses."""
     audio = model.tokenizer.require_audio()
     codes_KF = audio.encode(sound.wave_CT, sound.sample_rate)[: model.tokenizer.num_codebooks]
-    return audio.decode(codes_KF).reshape(-1), audio.sample_rate
+    return audio.decode(codes_KF), audio.sample_rate
 
 
 def derangement(num_rows: int, seed: int) -> list[int]:
@@ -369,10 +370,10 @@ def evaluate_answers(model: Model, rows: Sequence[Row], batch_size: int, seed: i
     settings: dict[str, Any] = {
         "max_new_tokens": _max_new_tokens(model, references), "batch_size": batch_size, "temperature": 0.0,
     }  # fmt: skip
-    parts = [_parts(row.segments) for row in rows]
+    parts = [_segments(row) for row in rows]
     answers = cast("list[str]", model.answer(parts, questions, **settings))
     blind = cast("list[str]", model.answer(parts, questions, blind=True, **settings))
-    shuffled = cast("list[str]", model.answer(shuffled_parts(rows, seed), questions, **settings))
+    shuffled = cast("list[str]", model.answer(shuffled_segments(rows, seed), questions, **settings))
     right = _matches(answers, references)
     scores = _mean_scores("answer_accuracy", right, seed)
     scores |= _mean_scores("shuffled_accuracy", _matches(shuffled, references), seed)
@@ -394,16 +395,16 @@ def _matches(texts: Sequence[str], references: Sequence[str]) -> list[bool]:
     return [exact_match(text, reference) for text, reference in zip(texts, references, strict=True)]
 
 
-def _parts(segments: Sequence[dict[str, Any]]) -> list[Any]:
-    return [value for segment in segments for kind, value in segment.items() if kind != "role"]
+def _segments(row: Row) -> list[Segment]:
+    return [Segment(**segment) for segment in row.segments]
 
 
-def shuffled_parts(rows: Sequence[Row], seed: int) -> list[list[Any]]:
+def shuffled_segments(rows: Sequence[Row], seed: int) -> list[list[Segment]]:
     """Each row's prompt with pictures and sounds of other rows in the places of its own, kind for kind.
 
     A picture comes back to its own row only where one row holds more than half of all pictures.
     """
-    parts = [_parts(row.segments) for row in rows]
+    shuffled = [_segments(row) for row in rows]
     order = list(range(len(rows)))
     random.Random(f"shuffle {seed}").shuffle(order)
     for kind in ("image", "audio"):
@@ -413,10 +414,10 @@ def shuffled_parts(rows: Sequence[Row], seed: int) -> list[list[Any]]:
         if not places:
             continue
         most_of_one_row = max(np.bincount([row for row, _ in places]))
-        values = [parts[row][number] for row, number in places]
+        given = [shuffled[row][number] for row, number in places]
         for place, (row, number) in enumerate(places):
-            parts[row][number] = values[(place + int(most_of_one_row)) % len(places)]
-    return parts
+            shuffled[row][number] = given[(place + int(most_of_one_row)) % len(places)]
+    return shuffled
 
 
 # ------------------------------------------------------------------------------------------------------------- text
@@ -451,9 +452,8 @@ def _continuations(model: Model, texts: Sequence[str], seed: int) -> list[tuple[
     """(row, (beginning, how it goes on, how the model goes on)) of a few rows, drawn at random."""
     chosen = random.Random(f"text {seed}").sample(range(len(texts)), min(NUM_CONTINUATIONS, len(texts)))
     cut = [_cut(texts[i]) for i in chosen]
-    said = model.generate_batch(
-        [[start] for start, _ in cut], max_new_tokens=CONTINUATION_TOKENS, temperature=0.8, top_p=0.95, seed=seed
-    )
+    prompts = [Segment(text=start) for start, _ in cut]
+    said = model.generate_batch(prompts, max_new_tokens=CONTINUATION_TOKENS, temperature=0.8, top_p=0.95, seed=seed)
     return [(i, (start, end, text)) for i, (start, end), text in zip(chosen, cut, said, strict=True)]
 
 

@@ -250,8 +250,9 @@ class Model:
         )
         waveforms = []
         for codes_KF in sounds:
-            samples = audio.decode(codes_KF).numpy().astype(np.float32)
-            waveforms.append(Waveform(samples, audio.sample_rate, codes_KF.numpy()))
+            wave = audio.decode(codes_KF)
+            mono = wave.mean(dim=0) if wave.dim() == 2 else wave
+            waveforms.append(Waveform(mono.numpy().astype(np.float32), audio.sample_rate, codes_KF.numpy()))
         for waveform, path in zip(waveforms, paths, strict=True):
             if path is not None:
                 waveform.save(path)

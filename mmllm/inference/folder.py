@@ -30,6 +30,7 @@ from mmllm.data.decode import ImageTransform
 from mmllm.inference.card import ModelInfo, model_card
 from mmllm.inference.settings import GenerationConfig
 from mmllm.model.multimodal import ModelConfig, MultimodalModel
+from mmllm.model.vision import pixel_statistics
 from mmllm_tokenizers.folder import TokenizerFolder
 
 FORMAT_VERSION = 1
@@ -149,7 +150,7 @@ def load_model(
     transform = config["image_transform"]
     if transform is not None:
         transform = _parse(directory / CONFIG, _transform_from_dict, transform)
-        if model.vision is not None:
+        if model.vision is not None and model.vision.config.mean is None:
             model.vision.mean, model.vision.std = transform.mean, transform.std
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, transform, generation)
@@ -209,7 +210,11 @@ def _self_contained(config: ModelConfig) -> ModelConfig:
     """The config without weights from elsewhere: the folder's own weights are all that loading reads."""
     if config.vision is None:
         return config
-    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, pretrained=None, checkpoint=None))
+    vision = config.vision
+    if vision.pretrained is not None:  # what the tag said of pixels stays with the weights
+        mean, std = pixel_statistics(vision)
+        vision = dataclasses.replace(vision, mean=_three(mean), std=_three(std))
+    return dataclasses.replace(config, vision=dataclasses.replace(vision, pretrained=None, checkpoint=None))
 
 
 def _unique_names(state: Mapping[str, Tensor]) -> list[str]:

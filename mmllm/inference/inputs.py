@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmllm.data.decode import ImageInput, decode_image
+from mmllm.data.documents import Segment
 from mmllm_tokenizers.audio import load_audio
 from mmllm_tokenizers.vocab import AUDIO, IMAGE
 
@@ -34,8 +35,17 @@ class Audio:
 
 AudioInput: TypeAlias = str | os.PathLike | bytes | Audio | tuple[np.ndarray | Tensor, int]
 """A file, its bytes, `Audio`, or (samples, sample rate)."""
-Part: TypeAlias = str | os.PathLike | Image.Image | np.ndarray | Tensor | Audio | tuple[np.ndarray | Tensor, int]
-"""One part of a prompt: text, an image or a sound."""
+Part: TypeAlias = (
+    str | os.PathLike | Image.Image | np.ndarray | Tensor | Audio | tuple[np.ndarray | Tensor, int] | Segment
+)
+"""One part of a prompt: text, an image or a sound. A `Segment` says which it is: its text is text, whatever it says."""
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """Text in which nothing is looked for: neither a file's name nor slots."""
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -106,23 +116,31 @@ def parse_parts(
 
     Where the text has slots, all images (or sounds) of the prompt fill them in order; without slots,
     images and sounds stay where they stand among the parts. A string without spaces that ends as an image or
-    sound file does is that file.
+    sound file does is that file. The text of a `Segment` stays as it is: neither a file's name nor with slots.
 
     Raises:
         FileNotFoundError: a path does not exist.
         ValueError: slots and images (or sounds) differ in number, or a part is of no known kind.
     """
-    single = isinstance(parts, (str, bytes, os.PathLike, tuple, Image.Image, np.ndarray, Tensor, Audio))
+    single = isinstance(parts, (str, bytes, os.PathLike, tuple, Image.Image, np.ndarray, Tensor, Audio, Segment))
     parsed = [_parse_part(part) for part in ([parts] if single else parts)]  # type: ignore[list-item]
     image_parts = [ImagePart(as_image(image)) for image in images]
     audio_parts = [as_audio(sound) for sound in sounds]
     parsed = _fill_slots(parsed, image_parts, IMAGE, ImagePart, "image")
-    return _fill_slots(parsed, audio_parts, AUDIO, AudioPart, "audio")
+    parsed = _fill_slots(parsed, audio_parts, AUDIO, AudioPart, "audio")
+    return [part.text if isinstance(part, TextPart) else part for part in parsed]
 
 
-def _parse_part(part: Any) -> str | ImagePart | AudioPart:
-    if isinstance(part, (ImagePart, AudioPart)):
-        return part
+def _parse_part(part: Any) -> str | TextPart | ImagePart | AudioPart:
+    match part:
+        case ImagePart() | AudioPart():
+            return part
+        case Segment(text=str() as text):
+            return TextPart(text)
+        case Segment(image=None, audio=audio):
+            return as_audio(audio)  # type: ignore[arg-type]
+        case Segment(image=image):
+            return ImagePart(as_image(image))  # type: ignore[arg-type]
     if isinstance(part, (str, os.PathLike)):
         suffix = Path(part).suffix.lower()
         is_path = isinstance(part, os.PathLike) or not any(c.isspace() for c in part) or _exists(part)
@@ -147,8 +165,8 @@ def _parse_part(part: Any) -> str | ImagePart | AudioPart:
 
 
 def _fill_slots(
-    parts: list[str | ImagePart | AudioPart], given: list, slot: str, kind: type, noun: str
-) -> list[str | ImagePart | AudioPart]:
+    parts: list[str | TextPart | ImagePart | AudioPart], given: list, slot: str, kind: type, noun: str
+) -> list[str | TextPart | ImagePart | AudioPart]:
     num_slots = sum(part.count(slot) for part in parts if isinstance(part, str))
     if not num_slots and not given:
         return parts
@@ -157,7 +175,7 @@ def _fill_slots(
         raise ValueError(
             f"prompt has {num_slots} {noun} slots but {len(given)} {noun}s were given; pass one {noun} for each {slot}"
         )
-    filled: list[str | ImagePart | AudioPart] = []
+    filled: list[str | TextPart | ImagePart | AudioPart] = []
     fillers = iter(given)
     for part in parts:
         if isinstance(part, str):

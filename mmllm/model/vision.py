@@ -35,6 +35,8 @@ class VisionConfig:
         pretrained: a tag of open_clip ("laion2b_s34b_b79k") whose weights lie in open_clip's or
             Hugging Face's cache. Read by `load_pretrained`, never by a constructor.
         checkpoint: a local file of open_clip weights (`.safetensors`, `.pt`), instead of `pretrained`.
+        mean: of red, green and blue in [0, 1], by which pixels are normalised; None: the tag's, or else OpenAI's.
+        std: as `mean`; both or neither are given.
         layer: index of a block of a ViT or of a stage of a timm trunk (negative: from the end), or
             "layer1" to "layer4" of a ModifiedResNet (-1 is "layer4").
         trainable: whether gradients flow into the tower.
@@ -46,6 +48,8 @@ class VisionConfig:
     open_clip: str | dict[str, Any]
     pretrained: str | None = None
     checkpoint: str | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
     layer: int | str = -1
     trainable: bool = True
     norm: Literal["batch", "group"] = "batch"
@@ -55,6 +59,10 @@ class VisionConfig:
             raise ValueError(
                 f"vision.pretrained is {self.pretrained!r} and vision.checkpoint {self.checkpoint!r}; give one of them"
             )
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(f"vision.mean is {self.mean} and vision.std {self.std}; give both or neither")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"vision.std is {self.std}; each must be positive")
         if isinstance(self.open_clip, dict):
             missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in self.open_clip]
             if missing:
@@ -69,7 +77,8 @@ def build_clip(config: VisionConfig, load: bool = True) -> nn.Module:
         load: read the weights that `pretrained` or `checkpoint` name; without them, or if False, they are random.
 
     Raises:
-        ValueError: for a name or tag that open_clip does not know, or weights of another model.
+        ValueError: for a name or tag that open_clip does not know, weights of another model, or a checkpoint without
+            `mean` and `std` where the model's known weights differ in them.
         FileNotFoundError: for weights that are not on this machine: nothing is downloaded.
     """
     path = _weights_path(config) if load else None
@@ -103,6 +112,33 @@ def build_clip(config: VisionConfig, load: bool = True) -> nn.Module:
     return model
 
 
+def pixel_statistics(config: VisionConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of red, green and blue by which the tower's pixels are normalised."""
+    if config.mean is not None and config.std is not None:
+        return config.mean, config.std
+    tag = get_pretrained_cfg(str(config.open_clip), config.pretrained) if config.pretrained else {}
+    return tuple(tag.get("mean") or OPENAI_DATASET_MEAN), tuple(tag.get("std") or OPENAI_DATASET_STD)
+
+
+def _check_statistics(config: VisionConfig) -> None:
+    """A local file says nothing of its pixels: they must be told where the model's known weights don't share OpenAI's.
+
+    Raises:
+        ValueError: they are not told.
+    """
+    name = config.open_clip
+    if config.mean is not None or not isinstance(name, str):
+        return
+    tags = {tag: pixel_statistics(VisionConfig(name, tag)) for tag in open_clip.list_pretrained_tags_by_model(name)}
+    others = [tag for tag, known in tags.items() if known != (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)]
+    if others:
+        mean, std = (list(values) for values in tags[others[0]])
+        raise ValueError(
+            f"vision.checkpoint is {config.checkpoint!r} without vision.mean and vision.std, and not all weights of "
+            f"{name} take OpenAI's ({others[0]} takes mean {mean} and std {std}); give those of these weights"
+        )
+
+
 def _use_group_norm(module: nn.Module) -> None:
     """Replaces BatchNorm by GroupNorm (arXiv 1803.08494), in place."""
     for name, child in module.named_children():
@@ -119,6 +155,7 @@ def _weights_path(config: VisionConfig) -> str | None:
             raise FileNotFoundError(
                 f"vision.checkpoint is {config.checkpoint!r}, which is no file; give the path of open_clip weights"
             )
+        _check_statistics(config)
         return config.checkpoint
     if config.pretrained is None:
         return None
@@ -162,9 +199,7 @@ class VisionTower(nn.Module):
         visual: Any = clip.visual
         size: Any = visual.image_size
         self.image_size = int(size if isinstance(size, int) else size[0])
-        tag = get_pretrained_cfg(str(config.open_clip), config.pretrained) if config.pretrained else {}
-        self.mean: tuple[float, ...] = tuple(tag.get("mean") or OPENAI_DATASET_MEAN)
-        self.std: tuple[float, ...] = tuple(tag.get("std") or OPENAI_DATASET_STD)
+        self.mean, self.std = pixel_statistics(config)
         self.visual = _cut(visual, config.layer)
         if isinstance(self.visual, ModifiedResNet):  # about a fifth faster on CPUs, weights and gradients laid alike
             self.visual.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

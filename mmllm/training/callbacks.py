@@ -9,7 +9,7 @@ import csv
 import itertools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ import torch.distributed as dist
 from mmllm.batch import Modality
 from mmllm.data.decode import decode_image
 from mmllm.data.manifest import Row, read_manifest
-from mmllm.evaluation.metrics import error_rate, exact_match, word_edits
+from mmllm.evaluation.captions import caption_matches, reference_scene
+from mmllm.evaluation.metrics import error_rate, word_edits
 from mmllm.evaluation.routing import load_by_modality, routing_summary
 from mmllm.inference.api import Model
 from mmllm.inference.inputs import as_audio
@@ -209,18 +210,22 @@ class Samples(pl.Callback):
         config = pl_module.model.config
         metrics: dict[str, float] = {}
         if config.vision is not None and self.rows["caption"]:
-            texts = self._written(step, "caption", model.caption, "image", trainer)
-            metrics["samples/caption_exact_match"] = sum(exact_match(p, r) for p, r in texts) / len(texts)
-            metrics["samples/caption_word_errors"] = error_rate([word_edits(p, r) for p, r in texts])
+            rows, texts = self.rows["caption"], self._written(step, "caption", model.caption, "image", trainer)
+            matches = [
+                caption_matches(text, row.text, reference_scene(row.metadata))
+                for row, text in zip(rows, texts, strict=True)
+            ]
+            metrics["samples/caption_exact_match"] = sum(matches) / len(matches)
+            metrics["samples/caption_word_errors"] = _word_error_rate(rows, texts)
         if config.audio is not None and self.rows["audio"]:
             texts = self._written(step, "audio", model.transcribe, "audio", trainer)
-            metrics["samples/transcript_wer"] = error_rate([word_edits(p, r) for p, r in texts])
+            metrics["samples/transcript_wer"] = _word_error_rate(self.rows["audio"], texts)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
 
     def _written(
         self, step: int, kind: str, write: Callable[..., list[str]], field: str, trainer: pl.Trainer
-    ) -> list[tuple[str, str]]:
+    ) -> list[str]:
         rows: list[Row] = self.rows[kind]
         predictions = write([getattr(row, field) for row in rows], max_new_tokens=64)
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -236,7 +241,7 @@ class Samples(pl.Callback):
         if isinstance(bar, Progress):
             for row, prediction in list(zip(rows, predictions, strict=True))[: self.num_shown]:
                 bar.message(f"  {kind} {row.id}: {prediction!r}  (wanted {row.text!r})")
-        return [(prediction, row.text) for row, prediction in zip(rows, predictions, strict=True)]
+        return predictions
 
 
 def keep_rows(path: Path, last_step: int) -> None:
@@ -250,6 +255,10 @@ def keep_rows(path: Path, last_step: int) -> None:
     if len(kept) < len(rows):
         with path.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([header, *kept])
+
+
+def _word_error_rate(rows: Sequence[Row], texts: Sequence[str]) -> float:
+    return error_rate([word_edits(text, row.text) for row, text in zip(rows, texts, strict=True)])
 
 
 def _is_readable(row: Row) -> bool:

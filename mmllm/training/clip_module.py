@@ -15,12 +15,11 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.loss import gather_features
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmllm.model.vision import VisionConfig, build_clip
+from mmllm.model.vision import VisionConfig, build_clip, pixel_statistics
 from mmllm.training.optimisers import OptimiserConfig
 from mmllm.training.staged import StagedModule
 from mmllm_tokenizers.folder import TokenizerFolder
@@ -78,9 +77,8 @@ class ClipModule(StagedModule):
         text = TokenizerFolder.load(self.tokenizer).text
         self.clip_config = with_text_tokens(self.clip_config, text.vocab_size, text.id(END), text.id(PAD))
         self.clip = build_clip(self.clip_config)
-        preprocess = open_clip.get_model_preprocess_cfg(self.clip)
-        for name, default in (("mean", OPENAI_DATASET_MEAN), ("std", OPENAI_DATASET_STD)):
-            values = torch.tensor(preprocess.get(name) or default).view(3, 1, 1) * 255
+        for name, statistics in zip(("mean", "std"), pixel_statistics(self.clip_config), strict=True):
+            values = torch.tensor(statistics).view(3, 1, 1) * 255
             self.register_buffer(f"pixel_{name}", values.to(self.clip.logit_scale.device), persistent=False)
 
     def export(self, directory: Path) -> None:
@@ -188,7 +186,7 @@ def save_clip(directory: str | Path, clip: torch.nn.Module, config: VisionConfig
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in clip.state_dict().items()}
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
-    values = {"open_clip": config.open_clip, "norm": config.norm}
+    values = {"open_clip": config.open_clip, "norm": config.norm, "mean": config.mean, "std": config.std}
     (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
@@ -209,6 +207,13 @@ def load_clip_config(directory: str | Path, config: VisionConfig | None) -> Visi
     values = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     base = config or VisionConfig(open_clip=values["open_clip"])
     weights = str(directory / WEIGHTS)
+    mean, std = (tuple(values[key]) if values.get(key) else None for key in ("mean", "std"))
     return dataclasses.replace(
-        base, open_clip=values["open_clip"], norm=values["norm"], pretrained=None, checkpoint=weights
+        base,
+        open_clip=values["open_clip"],
+        norm=values["norm"],
+        pretrained=None,
+        checkpoint=weights,
+        mean=mean,
+        std=std,
     )

@@ -164,7 +164,7 @@ class AudioTokenizer(ABC):
 
     @abstractmethod
     def decode(self, codes_KF: Tensor) -> Tensor:
-        """Sound float32 [T] of codes [K, F], at the tokenizer's own rate.
+        """Sound float32 [T] of codes [K, F], at the tokenizer's own rate; [C, T] where it has more than one channel.
 
         Raises:
             ValueError: codes of a wrong shape or out of range, or a tokenizer that cannot speak.

@@ -149,14 +149,15 @@ class EncodecTokenizer(AudioTokenizer):
             scale = torch.full((1, 1), self.loudness)
         segments = [(codes_KF[None, :, s : s + frames_per_segment], scale)
                     for s in range(0, codes_KF.shape[1], frames_per_segment)]  # fmt: skip
-        return self.model.decode(segments)[0].mean(dim=0)
+        return self.model.decode(segments)[0]
 
     def decode(self, codes_KF: Tensor) -> Tensor:
-        """Sound float32 [T] (stereo is mixed to mono) of codes of all codebooks, or of the first few."""
+        """Sound float32 [T], of the 48 kHz model [2, T], of codes of all codebooks, or of the first few."""
         check_codes(codes_KF, self.model.quantizer.n_q, self.codebook_size)
-        if codes_KF.shape[1] == 0:
-            return torch.zeros(0)
-        return self._decode(codes_KF.long()).clone()
+        sound_CT = torch.zeros(self.num_channels, 0)
+        if codes_KF.shape[1]:
+            sound_CT = self._decode(codes_KF.long()).clone()
+        return sound_CT[0] if self.num_channels == 1 else sound_CT
 
     def _all_codebooks_KVD(self) -> Tensor:
         state = self.model.quantizer.state_dict()
