@@ -127,7 +127,8 @@ def write_shards(
     read = partial(_read_chunk, config=config, folder=folder, encoder=encoder)
     num_rows, where, is_whole = 0, str(out), False
     try:
-        for chunk, (records, errors) in in_chunks(read, list(rows), _CHUNK, workers):
+        size = _CHUNK if encoder is None else _PICTURES  # features are large, and towers slow
+        for chunk, (records, errors) in in_chunks(read, list(rows), size, workers):
             where = chunk[-1].where.rpartition(":")[0] or where
             for row, error in errors:
                 bad.add(row.where, error)
