@@ -56,11 +56,16 @@ def _add_data(actions: Any) -> None:
         from mmllm.data.cleaning import CleaningConfig
 
         options = dict(item.partition("=")[::2] for item in args.executor_option)
+        encoder = None
+        if args.image_features:
+            from mmllm.training.image_encoder import load_image_encoder
+
+            encoder = load_image_encoder(args.image_features, args.image_layer, args.image_mode)
         written = commands.build(
             args.manifest, args.out, args.tokenizer, args.perturb, args.holdout, args.part, args.samples_per_shard,
             args.max_seconds, args.max_image_side, args.max_bad_fraction, args.seed, args.workers, ticker("rows"),
             args.format, args.media, CleaningConfig(args.dedup, args.threshold, args.quality), args.executor, options,
-            args.work,
+            args.work, encoder,
         )  # fmt: skip
         end_line()
         return _as_json(written)
@@ -81,6 +86,14 @@ def _add_data(actions: Any) -> None:
     parser.add_argument("--work", metavar="DIR", help="datatrove's tasks; by default OUT-work")
     parser.add_argument("--media", metavar="DIR", help="what paths are relative to; by default each input's folder")
     parser.add_argument("--tokenizer", help="tokenizer folder; stores each sound's codes with it")
+    parser.add_argument(
+        "--image_features", metavar="TOWER", help="stores each picture's features with it: a CLIP run's out folder, or "
+        "open_clip's NAME:TAG or NAME:FILE",
+    )  # fmt: skip
+    parser.add_argument("--image_layer", default="-1", help="of the tower, as vision.layer of the decoder's config")
+    parser.add_argument(
+        "--image_mode", choices=("squash", "pad", "crop"), default="squash", help="as the data's image_mode in training"
+    )
     parser.add_argument("--perturb", type=int, default=0, help="altered copies of each sound row")
     parser.add_argument("--holdout", metavar="KEY=VALUE", help="rows that are held out: KEY=VALUE or a fraction")
     parser.add_argument("--part", choices=("train", "heldout"), default="train", help="which of them to write")

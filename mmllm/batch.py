@@ -1,7 +1,7 @@
 """The typed contracts in which data, model, training and inference meet. Imports torch only.
 
-Shapes: B sequences, T positions, K codebooks, N images, S slots an image or a clip, C clips,
-F frames a clip, L target tokens a clip, H and W pixels.
+Shapes: B sequences, T positions, K codebooks, N images, S slots an image or a clip, P features an image, C clips
+(of features: channels), F frames a clip, L target tokens a clip, H and W pixels.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class PackedBatch:
     """int64, already shifted like `labels_BT`: targets of all K codebooks (column 0 repeats, as a
     code, what `labels_BT` holds as a token id); `IGNORE` where none and at fillers."""
     images_NCHW: Tensor
-    """uint8 [N, 3, H, W], transformed to the tower's input size; N may be 0."""
+    """uint8 [N, 3, H, W], transformed to the tower's input size; N may be 0, and is where features stand in."""
     image_slots_NS: Tensor
     """int64 flat indices into B·T of each image's S slots."""
     clip_codes_CFK: Tensor
@@ -64,8 +64,16 @@ class PackedBatch:
     """int64 flat indices into B·T of each clip's slots, S = ceil(F / pool); -1 pads."""
     clip_targets_CL: Tensor
     """int64 token ids spoken in the clip, for the auxiliary CTC loss; -1 pads; all -1: unknown."""
+    image_features_NPC: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0, dtype=torch.float16))
+    """float16: what a frozen tower gives for each image, before the projector, as it was stored with the sample. It
+    stands in for `images_NCHW`; [0, 0, 0] otherwise."""
     state: dict[str, Any] = field(default_factory=dict)
     """The plan's state *after* this batch: what resuming needs. Small and JSON-serialisable."""
+
+    @property
+    def num_images(self) -> int:
+        """N."""
+        return len(self.images_NCHW) + len(self.image_features_NPC)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The batch with every tensor on `device`."""

@@ -8,6 +8,7 @@ from typing import Any
 from mmllm.data.chunks import in_chunks
 from mmllm.data.decode import ImageTransform
 from mmllm.data.documents import build_document
+from mmllm.data.features import COLUMN
 from mmllm.data.index import ShardIndex, write_indices
 from mmllm.data.loader import SampleReader
 from mmllm.data.plan import Item, Plan, Source
@@ -91,6 +92,8 @@ class _Check:
         try:
             found = build_document(read(item), item.task, self._folder, self._transform).num_tokens
             wrong = f"{found} tokens, indexed as {item.num_tokens}" if found != item.num_tokens else ""
+            if COLUMN in indexed.columns:
+                read(item, indexed.columns[COLUMN][item.row])
         except Exception as error:  # whatever a broken file makes a library say, the others are checked all the same
             wrong = str(error) or type(error).__name__
         return f"{indexed.path}:{indexed.keys[item.row]} as {item.task}: {wrong}" if wrong else ""

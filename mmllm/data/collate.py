@@ -78,6 +78,7 @@ class _Arrays:
         self._codes_BTK = np.full((*shape, num_codebooks), -1, dtype=np.int64)
         self._audio_labels_BTK = np.full((*shape, num_codebooks), IGNORE, dtype=np.int64)
         self._images: list[np.ndarray] = []
+        self._features: list[np.ndarray] = []
         self._image_slots: list[np.ndarray] = []
         self._clips: list[Clip] = []
         self._clip_starts: list[int] = []
@@ -99,7 +100,10 @@ class _Arrays:
             self._audio_labels_BTK[before] = np.where(is_label_TK, codes_TK[1:], IGNORE)
         flat = row * self._length + start
         for picture in document.images:
-            self._images.append(picture.pixels_3HW)
+            if picture.features_SC is None:
+                self._images.append(picture.pixels_3HW)
+            else:
+                self._features.append(picture.features_SC)
             self._image_slots.append(flat + picture.start + np.arange(picture.num_slots))
         for clip in document.clips:
             self._clips.append(clip)
@@ -107,6 +111,10 @@ class _Arrays:
 
     def batch(self, state: dict[str, Any]) -> PackedBatch:
         codes_CFK, slots_CS, targets_CL = self._padded_clips()
+        if self._images and self._features:
+            raise ValueError(
+                f"{len(self._images)} pictures are pixels and {len(self._features)} stored features; read all alike"
+            )
         return PackedBatch(
             token_ids_BT=torch.from_numpy(self._ids_BT),
             labels_BT=torch.from_numpy(self._labels_BT),
@@ -121,6 +129,7 @@ class _Arrays:
             clip_codes_CFK=torch.from_numpy(codes_CFK),
             clip_slots_CS=torch.from_numpy(slots_CS),
             clip_targets_CL=torch.from_numpy(targets_CL),
+            image_features_NPC=torch.from_numpy(_stacked(self._features, (0, 0, 0), np.float16, "features")),
             state=state,
         )
 

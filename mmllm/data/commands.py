@@ -13,6 +13,7 @@ from typing import Any
 from mmllm.data.checking import verify_shards
 from mmllm.data.cleaning import CleaningConfig, choose
 from mmllm.data.executors import measure_rows
+from mmllm.data.features import ImageEncoder
 from mmllm.data.importers import read_rows
 from mmllm.data.index import ShardIndex, write_indices
 from mmllm.data.manifest import BadRows, Digests, split_rows, without_shown
@@ -49,6 +50,7 @@ def build(
     executor: str = "local",
     executor_options: dict[str, Any] | None = None,
     work: str | Path | None = None,
+    image_encoder: ImageEncoder | None = None,
 ) -> dict[str, Any]:
     """Manifests, and other people's data, to shards.
 
@@ -72,6 +74,7 @@ def build(
         executor: Where cleaning measures the rows: `executors.EXECUTORS`.
         executor_options: Of datatrove's executor.
         work: Folder of datatrove's tasks; by default `out`'s name with `-work`.
+        image_encoder: With it, each picture's features are stored with it.
 
     Returns:
         What `shards.json` holds; with cleaning, `left_out` counts rows by stage.
@@ -97,7 +100,7 @@ def build(
         train, heldout = split_rows(rows, holdout, seed, digests)
         rows = without_shown(train, heldout, digests) if part == "train" else heldout
     folder = TokenizerFolder.load(tokenizer) if tokenizer is not None else None
-    return write_shards(rows, out, config, folder, bad, progress, workers, left_out)
+    return write_shards(rows, out, config, folder, bad, progress, workers, left_out, image_encoder)
 
 
 def index(

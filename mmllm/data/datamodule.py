@@ -38,6 +38,8 @@ class PackedDataModule(L.LightningDataModule):
         cache_mb: Memory for built documents, a process: on small sets nothing is decoded twice.
         min_scale: In training, random crops keep at least this share of a picture's area; 1: no crops.
         flip: In training, mirror half of the pictures (not where texts say left and right).
+        image_features: Don't decode pictures: take the features that `data build --image_features` stored with them.
+            For a frozen image tower, and without `min_scale` and `flip`.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class PackedDataModule(L.LightningDataModule):
         cache_mb: int = 512,
         min_scale: float = 1.0,
         flip: bool = False,
+        image_features: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
@@ -63,7 +66,12 @@ class PackedDataModule(L.LightningDataModule):
         self._num_val_sequences, self._steps_per_epoch = num_val_sequences, steps_per_epoch
         self._image_mode: Literal["squash", "pad", "crop"] = image_mode
         self._cache_bytes = cache_mb * 2**20
-        self._augment = AugmentConfig(min_scale, flip)
+        self._augment, self._image_features = AugmentConfig(min_scale, flip), image_features
+        if image_features and self._augment.is_on:
+            raise ValueError(
+                f"image_features is on with min_scale {min_scale} and flip {flip}, but stored features are neither "
+                f"cropped nor mirrored; set min_scale to 1 and flip to false, or image_features to false"
+            )
         self._plan: Plan | None = None
         self._val_plan: Plan | None = None
         self._folder: TokenizerFolder | None = None
@@ -87,6 +95,31 @@ class PackedDataModule(L.LightningDataModule):
         if self._plan is None:
             self._plan = open_plan(_recipe(self._recipe), self._batch_size, self.folder)
         return self._plan
+
+    @property
+    def features(self) -> str | None:
+        """The hash of what made the image features that stand in for pictures; None: there are none to stand in.
+
+        Raises:
+            ValueError: The pictures of the recipes that are open have features of several hashes, or some have none.
+        """
+        plans = [plan for plan in (self._plan, self._val_plan) if plan is not None and self._image_features]
+        found = {
+            made_by: plan.describe(item)
+            for plan in plans
+            for source in plan.sources
+            for made_by, item in source.made_features().items()
+        }
+        if len(found) > 1 or None in found:
+            each = [
+                f"{'none' if made_by is None else str(made_by)[:12]} in {named['shard']}:{named['key']}"
+                for made_by, named in found.items()
+            ]
+            raise ValueError(
+                f"image_features is on, but pictures have features of different makers or none: {', '.join(each)}; "
+                f"build all shards with one --image_features, or set image_features to false"
+            )
+        return next(iter(found), None)
 
     @property
     def max_heard_seconds(self) -> float | None:
@@ -150,8 +183,9 @@ class PackedDataModule(L.LightningDataModule):
 
     def _loader(self, plan: Plan, num_steps: int, restarts: bool) -> PackedLoader:
         dataset = StepDataset(
-            plan, self.folder, self.image_transform, self._cache_bytes, None if restarts else self._augment
-        )
+            plan, self.folder, self.image_transform, self._cache_bytes, None if restarts else self._augment,
+            features=self.features,
+        )  # fmt: skip
         rank, world_size = rank_of(self)
         return PackedLoader(plan, dataset, num_steps, rank, world_size, self._num_workers, on_gpu(self), restarts)
 

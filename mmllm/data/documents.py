@@ -2,7 +2,8 @@
 
 Training and inference both come through here, so a prompt is written the same way in both.
 
-Shapes: T tokens, K codebooks, F frames, P frames after the codebook pattern, H and W pixels.
+Shapes: T tokens, K codebooks, F frames, P frames after the codebook pattern, S features a picture, C channels, H and W
+pixels.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class Segment:
     audio: AudioInput = None
     role: str | None = None
     """Of a conversation: `user` or `assistant`."""
+    features_SC: np.ndarray | None = None
+    """As `Sample.features_SC`."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Sample:
     segments: tuple[Segment, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
     """The row's other keys; `speaker` is the voice, `question` and `answer` end an interleaved row."""
+    features_SC: np.ndarray | None = None
+    """Features of `image` stored with it; they stand in for decoding it and for the image tower."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,10 @@ class Picture:
 
     start: int
     pixels_3HW: np.ndarray
+    """uint8; without height and width where there are features."""
     num_slots: int
+    features_SC: np.ndarray | None = None
+    """float16, what the image tower gives for it."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,7 @@ class Document:
         """About how much memory it takes."""
         arrays = [self.token_ids_T, self.targets_T, self.modality_T, self.codes_TK]
         arrays += [picture.pixels_3HW for picture in self.images] + [clip.codes_FK for clip in self.clips]
+        arrays += [picture.features_SC for picture in self.images if picture.features_SC is not None]
         return 500 + sum(array.nbytes for array in arrays)
 
     def part(self, start: int, stop: int) -> Document:
@@ -145,10 +154,10 @@ class DocumentWriter:
         self._targets.extend([is_target] * count)
         self._modality.extend([int(modality)] * count)
 
-    def image(self, pixels_3HW: np.ndarray) -> None:
+    def image(self, pixels_3HW: np.ndarray, features_SC: np.ndarray | None = None) -> None:
         """Append a picture's slots."""
         count = self._folder.num_image_tokens
-        self._images.append(Picture(len(self._ids), pixels_3HW, count))
+        self._images.append(Picture(len(self._ids), pixels_3HW, count, features_SC))
         self.ids([self._folder.id(IMAGE)] * count, False, Modality.IMAGE)
 
     def clip(self, codes_KF: np.ndarray, target_ids: Iterable[int] = ()) -> None:
@@ -472,7 +481,7 @@ class _Fields:
             case "text":
                 writer.ids(folder.text.encode(self._need(sample.text, "text")), is_target)
             case "image":
-                writer.image(self.transform(self._need(sample.image, "image"), sample.key))
+                self._image(writer, self._need(sample.image, "image"), sample.features_SC, sample.key)
             case "audio":
                 spoken = folder.text.encode(sample.text) if sample.text else ()
                 writer.clip(self._codes(), spoken)
@@ -495,11 +504,15 @@ class _Fields:
     def _segment(self, writer: DocumentWriter, number: int, is_target: bool) -> None:
         segment = self.sample.segments[number]
         if segment.image is not None:
-            writer.image(self.transform(segment.image, f"{self.sample.key} segment {number}"))
+            self._image(writer, segment.image, segment.features_SC, f"{self.sample.key} segment {number}")
         elif segment.audio is not None:
             writer.clip(encode_audio(segment.audio, self.folder, f"{self.sample.key} segment {number}"))
         else:
             writer.ids(self.folder.text.encode(segment.text or ""), is_target)
+
+    def _image(self, writer: DocumentWriter, image: ImageInput, features_SC: np.ndarray | None, name: str) -> None:
+        pixels_3HW = self.transform(image, name) if features_SC is None else np.zeros((3, 0, 0), dtype=np.uint8)
+        writer.image(pixels_3HW, features_SC)
 
     def conversation(self, writer: DocumentWriter) -> None:
         """All turns of a conversation; what the assistant says, and the end of it, is to be predicted."""

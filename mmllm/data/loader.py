@@ -38,8 +38,12 @@ class SampleReader:
         self._plan, self._codec = plan, codec
         self._reader = ShardReader()
 
-    def __call__(self, item: Item) -> Sample:
+    def __call__(self, item: Item, features: str | None = None) -> Sample:
         """The sample of a plan item.
+
+        Args:
+            item: Which.
+            features: The hash that the image features stored with it must have; `None` ignores them.
 
         Raises:
             ValueError, OSError: It can't be read, or isn't what was indexed.
@@ -54,7 +58,7 @@ class SampleReader:
         found, files = read_members(span, name)
         if found != key:
             raise ValueError(f"{name}: {found!r} is there instead; the shard changed: index it again")
-        return read_sample(files, key, name, line, self._codec)
+        return read_sample(files, key, name, line, self._codec, features)
 
     def close(self) -> None:
         """Close the files."""
@@ -71,6 +75,7 @@ class StepDataset(Dataset[PackedBatch]):
         cache_bytes: Documents kept once they are built, at most this much memory a process.
         augment: How pictures are altered; the same step always sees the same pictures.
         hashes: Also give each sequence's hash, in `state["hashes"]`.
+        features: Instead of decoding pictures, take the features of this hash that are stored with them.
     """
 
     def __init__(
@@ -81,8 +86,9 @@ class StepDataset(Dataset[PackedBatch]):
         cache_bytes: int = 0,
         augment: AugmentConfig | None = None,
         hashes: bool = False,
+        features: str | None = None,
     ) -> None:
-        self._augment, self._hashes = augment or AugmentConfig(), hashes
+        self._augment, self._hashes, self._features = augment or AugmentConfig(), hashes, features
         self._plan, self._folder, self._transform = plan, folder, transform
         codec = folder.audio.hash if folder.audio is not None else None
         self._read = SampleReader(plan, codec)
@@ -139,7 +145,8 @@ class StepDataset(Dataset[PackedBatch]):
         document = self._cache.get(place)
         if document is None:
             template = (self._plan.sources[item.source].config.templates or {}).get(item.task)
-            document = build_document(self._read(item), item.task, self._folder, self._transform, template)
+            sample = self._read(item, self._features)
+            document = build_document(sample, item.task, self._folder, self._transform, template)
             self._keep(place, document)
         return document
 

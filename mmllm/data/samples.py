@@ -1,6 +1,6 @@
 """A sample from the files that a shard holds of it, as the schemas of shards have them.
 
-Shapes: K codebooks, F frames.
+Shapes: K codebooks, F frames, S features a picture, C channels.
 """
 
 from __future__ import annotations
@@ -8,7 +8,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
+
 from mmllm.data.documents import Sample, Segment
+from mmllm.data.features import features_ending, unpack_features
 from mmllm.data.shards import unpack_codes
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
@@ -20,7 +23,14 @@ def jsonl_lines(text: str) -> list[str]:
     return text.removesuffix("\n").split("\n") if text else []
 
 
-def read_sample(files: dict[str, bytes], key: str, name: str, line: int = -1, codec: str | None = None) -> Sample:
+def read_sample(
+    files: dict[str, bytes],
+    key: str,
+    name: str,
+    line: int = -1,
+    codec: str | None = None,
+    features: str | None = None,
+) -> Sample:
     """A sample from its files by ending, as the schemas of shards have them.
 
     Args:
@@ -29,6 +39,7 @@ def read_sample(files: dict[str, bytes], key: str, name: str, line: int = -1, co
         name: What errors call it.
         line: For `jsonl`, which line.
         codec: The audio tokenizer's hash, which stored codes must have; `None` ignores them.
+        features: The hash that the features stored with each picture must have; `None` ignores them.
 
     Raises:
         ValueError: A file is broken, or the endings fit no schema.
@@ -44,22 +55,34 @@ def read_sample(files: dict[str, bytes], key: str, name: str, line: int = -1, co
     if not isinstance(metadata, dict):
         raise ValueError(f"{name}: its json is {type(metadata).__name__}; it must be an object")
     if "segments" in metadata:
-        segments = tuple(_segment(item, files, name, codec) for item in metadata.pop("segments"))
+        segments = tuple(_segment(item, files, name, codec, features) for item in metadata.pop("segments"))
         return Sample(key, text, segments=segments, metadata=metadata)
-    image = next((files[ending] for ending in IMAGE_ENDINGS if ending in files), None)
+    picture = next((ending for ending in IMAGE_ENDINGS if ending in files), None)
+    image = files[picture] if picture is not None else None
     audio = next((files[ending] for ending in AUDIO_ENDINGS if ending in files), None)
     if image is None and audio is None and text is None:
         raise ValueError(f"{name}: has only {sorted(files)}; a sample needs a picture, a sound or a txt")
     codes_KF = unpack_codes(files["codec.npz"], codec, name) if codec and "codec.npz" in files else None
-    return Sample(key, text, image, audio, codes_KF, metadata=metadata)
+    features_SC = _features(files, picture, features, name) if picture is not None else None
+    return Sample(key, text, image, audio, codes_KF, metadata=metadata, features_SC=features_SC)
 
 
-def _segment(item: Any, files: dict[str, bytes], name: str, codec: str | None) -> Segment:
+def _features(files: dict[str, bytes], picture: str, made_by: str | None, name: str) -> np.ndarray | None:
+    if made_by is None:
+        return None
+    ending = features_ending(picture)
+    if ending not in files:
+        raise ValueError(f"{name}: has no {ending} beside {picture}; build the shards again with --image_features")
+    return unpack_features(files[ending], made_by, name)
+
+
+def _segment(item: Any, files: dict[str, bytes], name: str, codec: str | None, features: str | None) -> Segment:
     match item:
         case {"text": str() as text}:
             return Segment(text=text, role=item.get("role"))
         case {"image": str() as ending} if ending in files:
-            return Segment(image=files[ending], role=item.get("role"))
+            features_SC = _features(files, ending, features, name)
+            return Segment(image=files[ending], role=item.get("role"), features_SC=features_SC)
         case {"audio": str() as ending} if ending in files:
             stored = files.get(f"{ending.partition('.')[0]}.codec.npz")
             audio = unpack_codes(stored, codec, name) if codec and stored else files[ending]

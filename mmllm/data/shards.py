@@ -1,6 +1,6 @@
 """Manifest rows to WebDataset tars, reproducible to the byte, with a summary of what became of each row.
 
-Shapes: C channels, T samples, K codebooks, F frames.
+Shapes: C channels, T samples, K codebooks, F frames, N pictures, P features a picture, H and W pixels.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from webdataset.writer import ShardWriter
 
 from mmllm.data.chunks import in_chunks
 from mmllm.data.decode import decode_image
+from mmllm.data.features import COLUMN, ImageEncoder, features_ending, pack_features
 from mmllm.data.manifest import BadRows, Kind, Row
 from mmllm.data.perturb import perturb
 from mmllm.data.storage import RemoteShard, Shard, expand_remote, is_remote
@@ -42,6 +43,7 @@ FORMAT_VERSION = 1
 
 _logger = logging.getLogger(__name__)
 _CHUNK = 128
+_PICTURES = 32
 _KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _MAX_KEY = 80
 
@@ -97,6 +99,7 @@ def write_shards(
     progress: Callable[[int, int], None] | None = None,
     workers: int = 0,
     left_out: dict[str, int] | None = None,
+    encoder: ImageEncoder | None = None,
 ) -> dict[str, Any]:
     """Writes `out/<kind>-000000.tar`, … and `out/shards.json`, and returns what that file holds.
 
@@ -109,6 +112,7 @@ def write_shards(
         progress: Called with the numbers of rows done so far and in all.
         workers: Processes that read and encode; 0: this one does. The shards are the same.
         left_out: What cleaning left out, for the summary.
+        encoder: With it, each picture's features are stored beside it.
 
     Raises:
         ManifestError: Too many rows are bad, or all.
@@ -120,10 +124,11 @@ def write_shards(
     out.mkdir(parents=True, exist_ok=True)
     _remove_earlier(out)
     writers = _Writers(out, config)
-    read = partial(_read_chunk, config=config, folder=folder)
+    read = partial(_read_chunk, config=config, folder=folder, encoder=encoder)
     num_rows, where, is_whole = 0, str(out), False
     try:
-        for chunk, (records, errors) in in_chunks(read, rows, _CHUNK, workers):
+        size = _CHUNK if encoder is None else _PICTURES  # features are large, and towers slow
+        for chunk, (records, errors) in in_chunks(read, rows, size, workers):
             where = chunk[-1].where.rpartition(":")[0] or where
             for row, error in errors:
                 bad.add(row.where, error)
@@ -148,6 +153,7 @@ def write_shards(
         "perturb": config.perturb,
         "seed": config.seed,
         "tokenizer": folder.hash if folder is not None and folder.audio is not None else None,
+        **({"image_features": encoder.hash} if encoder is not None else {}),
         "shards": {name: {**info, **_digest(out / name)} for name, info in sorted(writers.shards.items())},
     }
     (out / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -199,7 +205,7 @@ class _ShardFile:
 
 
 def _read_chunk(
-    rows: Sequence[Row], config: ShardsConfig, folder: TokenizerFolder | None
+    rows: Sequence[Row], config: ShardsConfig, folder: TokenizerFolder | None, encoder: ImageEncoder | None
 ) -> tuple[list[_Record], list[tuple[Row, str]]]:
     """What rows became, and those that can't be read with the reason."""
     records: list[_Record] = []
@@ -210,6 +216,8 @@ def _read_chunk(
         except (ValueError, OSError, RuntimeError) as error:  # a decoder may raise what it likes
             errors.append((row, str(error)))
     _add_codes(records, folder)
+    if encoder is not None:
+        _add_features(records, encoder)
     for record in records:
         record.sounds.clear()  # encoded: not to be sent to another process
     return records, errors
@@ -397,6 +405,18 @@ def _add_codes(records: Sequence[_Record], folder: TokenizerFolder | None) -> No
         waves.append(tokenizer.prepare(torch.from_numpy(np.ascontiguousarray(sound.wave_CT)), sound.rate))
     for (record, sound), codes_KF in zip(pairs, tokenizer.encode_batch(waves), strict=True):
         record.files[sound.ending] = pack_codes(codes_KF.numpy(), tokenizer.hash, tokenizer.frame_rate)
+
+
+def _add_features(records: Sequence[_Record], encoder: ImageEncoder) -> None:
+    """Encodes all pictures of the records, as they are stored, and adds their features as files."""
+    endings = tuple(_KEPT.values())
+    pictures = [(record, ending) for record in records for ending in record.files if ending.endswith(endings)]
+    for start in range(0, len(pictures), _PICTURES):
+        batch = pictures[start : start + _PICTURES]
+        pixels_N3HW = np.stack([encoder.transform(record.files[ending], record.row.where) for record, ending in batch])
+        for (record, ending), features_PC in zip(batch, encoder.encode(pixels_N3HW), strict=True):
+            record.files[features_ending(ending)] = pack_features(features_PC, encoder.hash, record.row.where)
+            record.metadata[COLUMN] = encoder.hash
 
 
 def pack_codes(codes_KF: np.ndarray, codec: str, frame_rate: float) -> bytes:

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mmllm.data.documents import num_parts
+from mmllm.data.features import COLUMN
 from mmllm.data.filters import filter_names, kept_rows
 from mmllm.data.index import ShardIndex
 from mmllm.data.recipe import CurriculumConfig, Recipe, SourceConfig
@@ -176,6 +177,19 @@ class Source:
     def costs(self, name: str) -> np.ndarray:
         """int64 [M] of `num_images` or `num_frames`."""
         return self._gathered([_measured(index, name) for index in self.indices]).astype(np.int64)
+
+    def made_features(self) -> dict[str | None, Item]:
+        """The hashes of what made the features stored with its pictures (`None`: none are), each with an item of it."""
+        numbers: dict[str | None, int] = {}
+        per_shard = []
+        for index in self.indices:
+            made_by: Sequence[Any] = index.columns.get(COLUMN, [None] * index.num_documents)
+            numbers_N = np.array([numbers.setdefault(value, len(numbers)) for value in made_by])
+            per_shard.append(np.where(index.num_images_N > 0, numbers_N, -1))
+        found, firsts = np.unique(self._gathered(per_shard), return_index=True)
+        hashes = list(numbers)
+        pairs = zip(found.tolist(), firsts.tolist(), strict=True)
+        return {hashes[number]: self.item(first) for number, first in pairs if number >= 0}
 
     @property
     def num_items(self) -> int:

@@ -4,7 +4,7 @@ Images and clips go through projectors into their slots between the token embedd
 units are predicted by the same head.
 
 Shapes: B sequences, T positions, D width, K codebooks, V vocabulary, N images, S slots, C clips,
-F frames, M targets of the whole batch, U of them with unit targets.
+F frames, M targets of the whole batch, U of them with unit targets; of image features: P an image, C channels.
 """
 
 from __future__ import annotations
@@ -192,6 +192,20 @@ class MultimodalModel(nn.Module):
             raise ValueError("this model has no vision tower; give it no images, or set model.vision")
         return self.image_projector(self.vision(images_NCHW))
 
+    def feature_embedding(self, features_NPC: Tensor) -> Tensor:
+        """What the frozen tower gave for images, as it was stored, to slots [N, S, D]."""
+        if self.vision is None or self.image_projector is None:
+            raise ValueError("this model has no vision tower; give it no images, or set model.vision")
+        if self.vision.config.trainable:
+            raise ValueError("the batch has image features, but the tower is trained; freeze it, or give it the images")
+        wanted = (self.vision.grid[0] * self.vision.grid[1], self.vision.width)
+        if features_NPC.shape[1:] != wanted:
+            raise ValueError(
+                f"the batch has {list(features_NPC.shape[1:])} features an image, but the tower gives {list(wanted)}; "
+                f"build the shards with --image_features of this tower"
+            )
+        return self.image_projector(features_NPC.to(self.image_projector.rows_HC.dtype))
+
     def clip_embedding(self, codes_CFK: Tensor) -> Tensor:
         """Codes of clips that are heard, -1 behind each end, to slots [C, ceil(F / pool), D]."""
         if self.clip_projector is None or self.code_embedding is None:
@@ -215,8 +229,9 @@ class MultimodalModel(nn.Module):
         if self.training and self.mask_embedding is not None:
             x_BTD = torch.where(self._hidden_words(batch)[..., None], self.mask_embedding.to(x_BTD.dtype), x_BTD)
         x_PD = x_BTD.flatten(0, 1)
-        if batch.images_NCHW.shape[0]:
-            slots_NSD = self.image_embedding(batch.images_NCHW)
+        if batch.num_images:
+            images_NCHW, features_NPC = batch.images_NCHW, batch.image_features_NPC
+            slots_NSD = self.feature_embedding(features_NPC) if len(features_NPC) else self.image_embedding(images_NCHW)
             if slots_NSD.shape[:2] != batch.image_slots_NS.shape:
                 raise ValueError(
                     f"the batch has {list(batch.image_slots_NS.shape)} image slots, but the model fills "
@@ -359,7 +374,7 @@ class MultimodalModel(nn.Module):
         Otherwise a rank with text alone would leave gradients out that other ranks wait for.
         """
         modules: list[nn.Module | None] = [self.code_embedding, self.unit_projector, self.ctc_head]
-        if not batch.images_NCHW.shape[0]:
+        if not batch.num_images:
             modules += [self.vision, self.image_projector]
         if not batch.clip_codes_CFK.shape[0]:
             modules.append(self.clip_projector)

@@ -6,6 +6,8 @@ Shapes: N images, S features an image (rows first), C channels, H and W pixels.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from open_clip.pretrained import get_pretrained_cfg
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 NORM_GROUPS = 8
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -82,6 +85,24 @@ def build_clip(config: VisionConfig, load: bool = True) -> nn.Module:
         FileNotFoundError: for weights that are not on this machine: nothing is downloaded.
     """
     path = _weights_path(config) if load else None
+    name, model_config = config.open_clip, _model_config(config)
+    custom_text = model_config.pop("custom_text", False) or "hf_model_name" in model_config["text_cfg"]
+    if "multimodal_cfg" in model_config:
+        raise ValueError(f"vision.open_clip is {name!r}, a CoCa model; choose a CLIP or SigLIP model")
+    model = (CustomTextCLIP if custom_text else open_clip.CLIP)(**model_config)
+    if config.norm == "group":
+        _use_group_norm(model)
+    if path is not None:
+        try:
+            open_clip.load_checkpoint(model, path, strict=True, weights_only=True)  # pyright: ignore
+        except RuntimeError as error:
+            last = str(error).splitlines()[-1].strip()
+            raise ValueError(f"{path} does not hold weights of vision.open_clip {name!r}: {last}") from error
+    return model
+
+
+def _model_config(config: VisionConfig) -> dict[str, Any]:
+    """open_clip's own config of the model."""
     name = config.open_clip
     if isinstance(name, str):
         model_config = open_clip.get_model_config(name)
@@ -97,19 +118,7 @@ def build_clip(config: VisionConfig, load: bool = True) -> nn.Module:
     model_config["vision_cfg"] = dict(model_config["vision_cfg"])
     if "timm_model_name" in model_config["vision_cfg"]:
         model_config["vision_cfg"]["timm_model_pretrained"] = False
-    custom_text = model_config.pop("custom_text", False) or "hf_model_name" in model_config["text_cfg"]
-    if "multimodal_cfg" in model_config:
-        raise ValueError(f"vision.open_clip is {name!r}, a CoCa model; choose a CLIP or SigLIP model")
-    model = (CustomTextCLIP if custom_text else open_clip.CLIP)(**model_config)
-    if config.norm == "group":
-        _use_group_norm(model)
-    if path is not None:
-        try:
-            open_clip.load_checkpoint(model, path, strict=True, weights_only=True)  # pyright: ignore
-        except RuntimeError as error:
-            last = str(error).splitlines()[-1].strip()
-            raise ValueError(f"{path} does not hold weights of vision.open_clip {name!r}: {last}") from error
-    return model
+    return model_config
 
 
 def pixel_statistics(config: VisionConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -222,6 +231,18 @@ class VisionTower(nn.Module):
         source = _cut(copy.deepcopy(visual), self.config.layer)
         self.visual.load_state_dict(source.state_dict())  # pyright: ignore[reportAttributeAccessIssue]
         return self
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of all that decides the features; where weights are sharded, a collective call."""
+        model_config = _model_config(self.config)
+        shape = [model_config["vision_cfg"], model_config.get("quick_gelu", False), self.config.norm]
+        digest = hashlib.sha256(json.dumps([*shape, self.mean, self.std], sort_keys=True).encode())
+        for name, value in sorted(self.visual.state_dict().items()):  # only up to the chosen layer: the names tell it
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def train(self, mode: bool = True) -> VisionTower:
         """As `nn.Module.train`, but BatchNorm, and a frozen tower, stay in evaluation mode."""

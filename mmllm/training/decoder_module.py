@@ -17,6 +17,7 @@ from torch import Tensor
 from mmllm.batch import PackedBatch
 from mmllm.checkout import commit
 from mmllm.data.decode import ImageTransform
+from mmllm.data.features import features_hash
 from mmllm.inference.card import ModelInfo
 from mmllm.inference.folder import save_model
 from mmllm.inference.settings import GenerationConfig
@@ -151,13 +152,44 @@ class DecoderModule(StagedModule):
             _shard(self.model, self.device_mesh)
 
     def on_fit_start(self) -> None:
-        """Checks that the data was made with this tokenizer, and asks for its sources' names."""
+        """Checks that the data was made with this tokenizer and tower, and asks for its sources' names."""
         self._source_names = list(getattr(self._data, "source_names", None) or [])
         data_folder = getattr(self._data, "folder", None)
         if self.folder is not None and data_folder is not None and data_folder.hash != self.folder.hash:
             raise ValueError(
                 f"the recipe's tokenizer folder is {data_folder.hash[:12]} but the model's, {self.tokenizer}, is "
                 f"{self.folder.hash[:12]}; name one tokenizer folder in both"
+            )
+        self._check_features()
+
+    def on_validation_start(self) -> None:
+        """Checks the data where nothing was fitted before."""
+        if self.trainer.validating:
+            self._check_features()
+
+    def on_test_start(self) -> None:
+        """As before validation alone."""
+        self._check_features()
+
+    def _check_features(self) -> None:
+        """Refuses stored image features that this tower would not give."""
+        made_by, vision = getattr(self._data, "features", None), self._built().vision
+        if made_by is None or vision is None:
+            return
+        if vision.config.trainable:
+            raise ValueError(
+                "data.init_args.image_features is on, but the image tower is trained, and stored features would stay "
+                "as they are; set model.init_args.optimiser.tower_lr to 0, or image_features to false"
+            )
+        transform = self.image_transform
+        assert transform is not None
+        wanted = features_hash(vision.hash, transform)
+        if made_by != wanted:
+            raise ValueError(
+                f"the shards' image features were made by {made_by[:12]}, but the model's tower (layer "
+                f"{vision.config.layer}, image_mode {transform.mode}) is {wanted[:12]}; build the shards again with "
+                f"--image_features, --image_layer and --image_mode of this model, or set data.init_args.image_features "
+                f"to false"
             )
 
     # --- steps ------------------------------------------------------------------------------------------------

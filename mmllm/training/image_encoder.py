@@ -1,0 +1,64 @@
+"""The tower of `mmllm data build --image_features`, which `mmllm.data` gets handed as a function.
+
+Shapes: N images, P features an image, C channels, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from mmllm.data.decode import ImageTransform
+from mmllm.data.features import ImageEncoder, features_hash
+from mmllm.model.vision import VisionConfig, VisionTower
+from mmllm.training.clip_module import load_clip_config
+
+
+def load_image_encoder(
+    source: str, layer: int | str = -1, mode: Literal["squash", "pad", "crop"] = "squash"
+) -> ImageEncoder:
+    """The frozen tower that a decoder would be trained with.
+
+    Args:
+        source: `out` folder of a finished `ClipModule` run, or `NAME:WEIGHTS` of an open_clip model, weights being a
+            tag whose file lies in a cache, or a file.
+        layer: as `VisionConfig.layer`; digits may come as a string.
+        mode: how pictures become square, as the data module's `image_mode`.
+
+    Raises:
+        ValueError: open_clip has no such model, tag or layer.
+        FileNotFoundError: the folder lacks its files, or the weights are not on this machine.
+    """
+    name, colon, weights = source.partition(":")
+    if not colon or Path(source).is_dir():
+        config = load_clip_config(source, None)
+    else:
+        is_file = Path(weights).is_file()
+        config = VisionConfig(name, None if is_file else weights, weights if is_file else None)
+    number = str(layer)
+    layer = int(number) if number.removeprefix("-").isdigit() else layer
+    with torch.random.fork_rng(devices=[]):  # building draws weights that are overwritten
+        tower = VisionTower(dataclasses.replace(config, layer=layer, trainable=False))
+        tower.load_pretrained()
+    transform = ImageTransform(tower.image_size, mode=mode)
+    return ImageEncoder(transform, features_hash(tower.hash, transform), _Encode(tower))
+
+
+class _Encode:
+    """A class, so that it can be pickled."""
+
+    def __init__(self, tower: VisionTower) -> None:
+        self._tower = tower
+
+    def __call__(self, images_N3HW: np.ndarray) -> np.ndarray:
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in workers: how sums are split, and so their last bits, goes by threads
+        try:
+            with torch.inference_mode():
+                return self._tower(torch.from_numpy(images_N3HW)).float().numpy()
+        finally:
+            torch.set_num_threads(num_threads)
