@@ -15,7 +15,7 @@ from mmllm.inference.card import ModelInfo
 from mmllm.inference.folder import _self_contained, load_model, save_model
 from mmllm.inference.settings import GenerationConfig, Sampling
 from mmllm.model.multimodal import MultimodalModel
-from mmllm.model.vision import VisionConfig
+from mmllm.model.vision import VisionConfig, open_clip_config
 from tests.inference_fixtures import images, make, make_model, make_tokenizer, sounds
 
 
@@ -91,7 +91,7 @@ def test_weights_from_elsewhere_are_not_needed_again(tmp_path):
     assert loaded.image_transform == ImageTransform(16, (0.5, 0.25, 0.125), model.vision.std)  # type: ignore[arg-type]
 
 
-def test_pixels_stay_normalised_as_in_training(tmp_path):
+def test_pixels_and_activation_stay_as_in_training(tmp_path):
     """Also where the data module's transform, which makes pictures square, knows nothing of the tower's numbers."""
     tokenizer = make_tokenizer(sound=False)
     config = make_model(tokenizer).config
@@ -99,6 +99,8 @@ def test_pixels_stay_normalised_as_in_training(tmp_path):
     tagged = dataclasses.replace(config, vision=VisionConfig("ViT-L-14", pretrained="laion2b_s32b_b82k"))
     stored = _self_contained(tagged).vision
     assert stored is not None and (stored.pretrained, stored.mean, stored.std) == (None, (0.5,) * 3, (0.5,) * 3)
+    quick = _self_contained(dataclasses.replace(config, vision=VisionConfig("ViT-B-32", pretrained="openai"))).vision
+    assert quick is not None and open_clip_config(quick)["quick_gelu"], "its weights are for another activation"
     told = dataclasses.replace(config.vision, mean=(0.5, 0.25, 0.125), std=(0.5, 0.5, 0.5))
     model = MultimodalModel(dataclasses.replace(config, vision=told))
     save_model(tmp_path / "model", model, tokenizer, image_transform=ImageTransform(16))

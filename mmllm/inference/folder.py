@@ -30,7 +30,7 @@ from mmllm.data.decode import ImageTransform
 from mmllm.inference.card import ModelInfo, model_card
 from mmllm.inference.settings import GenerationConfig
 from mmllm.model.multimodal import ModelConfig, MultimodalModel
-from mmllm.model.vision import pixel_statistics
+from mmllm.model.vision import open_clip_config, pixel_statistics
 from mmllm_tokenizers.folder import TokenizerFolder
 
 FORMAT_VERSION = 1
@@ -211,9 +211,9 @@ def _self_contained(config: ModelConfig) -> ModelConfig:
     if config.vision is None:
         return config
     vision = config.vision
-    if vision.pretrained is not None:  # what the tag said of pixels stays with the weights
+    if vision.pretrained is not None:  # what the tag said of pixels and activation stays with the weights
         mean, std = pixel_statistics(vision)
-        vision = dataclasses.replace(vision, mean=_three(mean), std=_three(std))
+        vision = dataclasses.replace(vision, open_clip=open_clip_config(vision), mean=_three(mean), std=_three(std))
     return dataclasses.replace(config, vision=dataclasses.replace(vision, pretrained=None, checkpoint=None))
 
 

@@ -85,7 +85,7 @@ def build_clip(config: VisionConfig, load: bool = True) -> nn.Module:
         FileNotFoundError: for weights that are not on this machine: nothing is downloaded.
     """
     path = _weights_path(config) if load else None
-    name, model_config = config.open_clip, _model_config(config)
+    name, model_config = config.open_clip, open_clip_config(config)
     custom_text = model_config.pop("custom_text", False) or "hf_model_name" in model_config["text_cfg"]
     if "multimodal_cfg" in model_config:
         raise ValueError(f"vision.open_clip is {name!r}, a CoCa model; choose a CLIP or SigLIP model")
@@ -101,8 +101,8 @@ def build_clip(config: VisionConfig, load: bool = True) -> nn.Module:
     return model
 
 
-def _model_config(config: VisionConfig) -> dict[str, Any]:
-    """open_clip's own config of the model."""
+def open_clip_config(config: VisionConfig) -> dict[str, Any]:
+    """open_clip's own config of the model, with the activation that the tag's weights were trained with."""
     name = config.open_clip
     if isinstance(name, str):
         model_config = open_clip.get_model_config(name)
@@ -235,7 +235,7 @@ class VisionTower(nn.Module):
     @property
     def hash(self) -> str:
         """SHA-256 of all that decides the features; where weights are sharded, a collective call."""
-        model_config = _model_config(self.config)
+        model_config = open_clip_config(self.config)
         shape = [model_config["vision_cfg"], model_config.get("quick_gelu", False), self.config.norm]
         digest = hashlib.sha256(json.dumps([*shape, self.mean, self.std], sort_keys=True).encode())
         for name, value in sorted(self.visual.state_dict().items()):  # only up to the chosen layer: the names tell it
