@@ -173,10 +173,10 @@ def test_workers_index_the_same_and_say_what_is_wrong(made, tmp_path):
             tmp_path / name, samples_per_shard=2,
         )  # fmt: skip
     alone, shared = (sorted((tmp_path / name).glob("*.tar")) for name in ("one", "two"))
-    ticks: list[int] = []
+    ticks: list[tuple[int, int]] = []
     write_indices(alone, folder)
-    write_indices(shared, folder, ticks.append, workers=2)
-    assert ticks == [1, 2, 3]
+    write_indices(shared, folder, lambda *counts: ticks.append(counts), workers=2)
+    assert ticks == [(1, 3), (2, 3), (3, 3)]
     assert [index_path(shard).read_bytes() for shard in alone] == [index_path(shard).read_bytes() for shard in shared]
     shared[1].write_bytes(shared[1].read_bytes()[:700])
     with pytest.raises(ValueError, match=rf"{shared[1].name}: 700 bytes are no tar"):
