@@ -62,7 +62,7 @@ class StubModel:
         return ["a small red circle in the centre" if blind else self.said[Path(i).name] for i in images]
 
     def transcribe(self, sounds: list, *, blind: bool = False, **settings) -> list[str]:
-        names = [f"{len(s[0])}" if isinstance(s, tuple) else Path(s).name for s in sounds]
+        names = [f"{s[0].shape[-1]}" if isinstance(s, tuple) else Path(s).name for s in sounds]
         return ["blind words" if blind else self.said[name] for name in names]
 
     def speak(self, texts: list[str], *, voice: list[str | None], **settings) -> list[Waveform]:
