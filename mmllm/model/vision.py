@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 NORM_GROUPS = 8
+STANDARDISED_EPS = 1e-4
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -44,8 +45,8 @@ class VisionConfig:
             "layer1" to "layer4" of a ModifiedResNet (-1 is "layer4").
         trainable: whether gradients flow into the tower.
         norm: "batch" keeps BatchNorm where the model has it, with the statistics that it stores: right for pretrained
-            weights. "group" puts GroupNorm in its place, so that a tower can be learnt from nothing without one
-            packed document's pictures changing another's.
+            weights. "group" puts GroupNorm in its place and standardises the filters before it, so that a tower is
+            learnt from nothing as fast as with BatchNorm, without one packed document's pictures changing another's.
     """
 
     open_clip: str | dict[str, Any]
@@ -90,7 +91,7 @@ def build_clip(config: VisionConfig, load: bool = True) -> nn.Module:
     if "multimodal_cfg" in model_config:
         raise ValueError(f"vision.open_clip is {name!r}, a CoCa model; choose a CLIP or SigLIP model")
     model = (CustomTextCLIP if custom_text else open_clip.CLIP)(**model_config)
-    if config.norm == "group":
+    if config.norm == "group" and any(isinstance(part, nn.BatchNorm2d) for part in model.modules()):
         _use_group_norm(model)
     if path is not None:
         try:
@@ -148,13 +149,31 @@ def _check_statistics(config: VisionConfig) -> None:
         )
 
 
+class StandardisedConv2d(nn.Conv2d):
+    """A convolution whose filters are used with mean 0 and norm 1 (weight standardisation, arXiv 1903.10520)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As `nn.Conv2d`."""
+        var_O111, mean_O111 = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
+        fan_in = self.weight[0].numel()
+        weight_OIHW = (self.weight - mean_O111) * torch.rsqrt(fan_in * var_O111 + STANDARDISED_EPS)
+        return self._conv_forward(input, weight_OIHW, self.bias)
+
+
 def _use_group_norm(module: nn.Module) -> None:
-    """Replaces BatchNorm by GroupNorm (arXiv 1803.08494), in place."""
+    """Replaces BatchNorm by GroupNorm (arXiv 1803.08494) and standardises the filters, in place.
+
+    GroupNorm alone takes out of each picture what filters with a mean let through, and learns many times slower;
+    together they learn as BatchNorm does (arXiv 1912.11370).
+    """
     for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, nn.GroupNorm(math.gcd(NORM_GROUPS, child.num_features), child.num_features))
-        else:
-            _use_group_norm(child)
+        match child:
+            case nn.BatchNorm2d():
+                setattr(module, name, nn.GroupNorm(math.gcd(NORM_GROUPS, child.num_features), child.num_features))
+            case nn.Conv2d():
+                child.__class__ = StandardisedConv2d  # the same parameters, under the same names
+            case _:
+                _use_group_norm(child)
 
 
 def _weights_path(config: VisionConfig) -> str | None:
