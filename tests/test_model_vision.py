@@ -6,7 +6,7 @@ import torch
 from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
 
-from mmllm.model.vision import VisionConfig, VisionTower, build_clip, pixel_statistics
+from mmllm.model.vision import StandardisedConv2d, VisionConfig, VisionTower, build_clip, pixel_statistics
 
 TEXT_CFG = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
 VIT = {
@@ -169,3 +169,17 @@ def test_group_norm_keeps_pictures_apart() -> None:
     assert torch.allclose(tower(images)[:2], tower(images[:2]), atol=1e-5)
     clip = build_clip(VisionConfig(RESNET, norm="group"))
     assert torch.allclose(tower.from_clip(clip)(images), tower(images))
+
+
+def test_group_norm_comes_with_standardised_filters() -> None:
+    tower = VisionTower(VisionConfig(RESNET, norm="group"))
+    filters = [module for module in tower.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert filters and all(isinstance(module, StandardisedConv2d) for module in filters)
+    images = torch.rand(2, 3, tower.image_size, tower.image_size)
+    stem = filters[0]
+    flat = stem.weight.detach().flatten(1)
+    plain = (flat - flat.mean(dim=1, keepdim=True)) / (flat - flat.mean(dim=1, keepdim=True)).norm(dim=1, keepdim=True)
+    expected = torch.nn.functional.conv2d(images, plain.view_as(stem.weight), stride=stem.stride, padding=stem.padding)
+    assert torch.allclose(stem(images), expected, rtol=1e-3, atol=1e-4)
+    vit = VisionTower(VisionConfig(VIT, norm="group"))
+    assert not [module for module in vit.modules() if isinstance(module, StandardisedConv2d)], "it has no BatchNorm"
