@@ -24,6 +24,10 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Imports what is asked for when it is asked for: `import mmllm` alone loads no torch."""
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("mmllm")
     if name not in _HOMES:
         raise AttributeError(f"module 'mmllm' has no attribute {name!r}")
     import importlib

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,8 @@ def test_a_voice_that_training_never_heard_is_refused(tmp_path):
     speaking = mmllm.load(tmp_path / "m")
     assert speaking.generation.voices == ("ann", "bob")
     assert len(speaking.speak(["one", "two"], voice=["bob", None])) == 2
+    with pytest.raises(ValueError, match="is empty; give words"):
+        speaking.speak(["one", " "])
     with pytest.raises(ValueError, match="no voice 'carl'; training heard ann, bob"):
         speaking.speak("one", voice="carl")
 
@@ -305,3 +308,13 @@ def test_import_stays_light():
     code = "import sys, mmllm; assert 'torch' not in sys.modules; mmllm.nonsense"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "AttributeError: module 'mmllm' has no attribute 'nonsense'" in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="PyTorch finds no GPU here"):
+        mmllm.load(tmp_path, device="cuda:0")
+
+
+def test_the_package_says_its_version():
+    assert mmllm.__version__ == metadata.version("mmllm")

@@ -109,6 +109,12 @@ def test_quickstart_goes_the_whole_way_and_continues(manifest, tmp_path, capsys)
     assert again.pop("commit") == "0" * 40, "of the code that trained the decoder, not of the code that reports"
     report.pop("commit", None)
     assert again == report, "what a finished run took does not grow when it is reported again"
+    os.utime(out / "model" / "model.safetensors", ns=(1, 1))  # trained again by hand
+    capsys.readouterr()
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "it is evaluated again" in printed and "done before: mmllm fit -c" in printed
+    assert "done before: mmllm eval" not in printed
     assert main([*command, "--seed", "5"]) == 2
     assert "other settings (seed differ)" in capsys.readouterr().err
 
@@ -152,6 +158,7 @@ def test_a_quickstart_by_minutes_trains_as_two_ranks(tmp_path, monkeypatch):
     [
         (["--holdout", "speaker=bob"], "need --train"),
         (["--minutes", "0"], "--minutes is 0"),
+        (["--max_steps", "0"], "--max_steps is 0"),
         (["--train", "nowhere.jsonl"], "nowhere.jsonl: no such manifest"),
     ],
 )

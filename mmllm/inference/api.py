@@ -79,6 +79,8 @@ def load(
         dtype = _DTYPES[dtype]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device}, but PyTorch finds no GPU here; choose cpu, or auto")
     loaded = load_model(directory, device, dtype)
     return Model(loaded.model, loaded.tokenizer, loaded.image_transform, loaded.generation)
 
@@ -226,6 +228,8 @@ class Model:
         defaults = self.generation
         audio = self.tokenizer.require_audio()
         many = _as_list(texts)
+        if not all(text.strip() for text in many):
+            raise ValueError("a text to be spoken is empty; give words")
         voices = voice if isinstance(voice, list) else [voice] * len(many)
         unknown = {one for one in voices if one is not None and defaults.voices and one not in defaults.voices}
         if unknown:

@@ -30,7 +30,7 @@ from mmllm.evaluation.report import ReportInfo, Stage, now, write_report
 from mmllm.evaluation.results import TASKS, load_result
 from mmllm.evaluation.routing import load_routing
 from mmllm.inference.card import ModelInfo
-from mmllm.inference.folder import write_card
+from mmllm.inference.folder import WEIGHTS, write_card
 from mmllm.quickstart.budget import CLIP_SHARE, CODEC_SHARE, Budget, task_seconds
 from mmllm.quickstart.monitor import MemoryMonitor
 from mmllm.quickstart.plan import (
@@ -101,6 +101,8 @@ def quickstart(
         raise ValueError("--test and --holdout need --train; without it quickstart makes its own data")
     if minutes is not None and minutes <= 0:
         raise ValueError(f"--minutes is {minutes}; give a positive number")
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"--max_steps is {max_steps}; give at least 1")
     settings = {"train": list(train), "test": list(test), "holdout": holdout, "minutes": minutes, "seed": seed,
                 "max_steps": max_steps, "max_bad_fraction": max_bad_fraction}  # fmt: skip
     run = _Run(Path(out), settings, run_command)
@@ -123,6 +125,8 @@ class _Run:
             self._check_settings(saved["settings"])
         self.seconds_before = float(saved.get("seconds", 0.0))
         self.peak_before = int(saved.get("peak_rss_bytes", 0))
+        self.model: list[int] | None = saved.get("model")
+        """Time and size of the weights that were evaluated."""
         self.is_finished = bool(saved.get("finished", False))
         """All is done but the report, which may be written again: time and memory are no longer counted."""
         self.num_processes = num_ranks(settings["minutes"], settings["max_steps"])
@@ -183,6 +187,7 @@ class _Run:
                 "seconds": self.seconds,
                 "peak_rss_bytes": self.peak_rss_bytes,
                 "finished": self.is_finished,
+                "model": self.model,
                 "stages": self.stages,
             }
             new.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
@@ -264,8 +269,12 @@ class _Run:
             if "caption" in contents.kinds:
                 self._fit_clip(contents, choices)
             self._fit_decoder(contents, choices)
+            self._forget_scores_of_another_model()
             self._evaluate(choices)
             return self._report(contents)
+        except KeyboardInterrupt:
+            self._warn("stopped; run the same command again to go on")
+            raise
         finally:
             self.save()
 
@@ -386,6 +395,16 @@ class _Run:
         self._fit("decoder", overrides)
 
     # -------------------------------------------------------------------------------------------------- evaluation
+    def _forget_scores_of_another_model(self) -> None:
+        """Scores are of the model that is there: one that was trained again, by hand, is evaluated again."""
+        found = (self.out / "model" / WEIGHTS).stat()
+        model = [found.st_mtime_ns, found.st_size]
+        scored = [stage for stage in self.stages if stage["name"].startswith("eval ")]
+        if scored and self.model not in (None, model):
+            self._warn(f"{self.out / 'model'} has changed since it was evaluated: it is evaluated again")
+            self.stages = [stage for stage in self.stages if stage not in scored]
+        self.model = model
+
     def _evaluate(self, choices: Choices) -> None:
         """Evaluates the tasks, the longest first, as many at once as there are ranks in training."""
         tasks = self.tasks
