@@ -48,6 +48,7 @@ def test_rows_of_each_kind(tmp_path):
         ('{"id": {}, "text": "x"}', "'id' is {}"),
         ('{"id": "a", "segments": [{"text": "\\ud800"}]}', "'segments' holds half a surrogate"),
         ('{"id": "a", "segments": [{"text": "x", "image": "y.png"}]}', "segment 0 has the keys text, image"),
+        ('{"id": "a", "text": "x", "imag": "good.png"}', "'imag' names the file good.png"),
         ('{"id": "a", "segments": [{"text": "x"}], "image": "y.png"}', "'image' beside 'segments'"),
     ],
 )

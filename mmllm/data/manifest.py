@@ -23,6 +23,7 @@ ROLES = ("user", "assistant")
 
 _logger = logging.getLogger(__name__)
 _OWN_KEYS = ("id", "text", "image", "audio", "segments")
+_MEDIA_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".wav", ".flac", ".mp3", ".ogg", ".opus")
 _SHOWN = 5
 
 
@@ -175,7 +176,15 @@ def row_from_dict(value: Any, folder: Path, where: str) -> Row:
         return Row(name, "caption", where, text, image=_file(value["image"], folder, "image"), metadata=metadata)
     if "audio" in value:
         return Row(name, "audio", where, text, audio=_file(value["audio"], folder, "audio"), metadata=metadata)
+    _check_keys(metadata, folder)
     return Row(name, "text", where, text, metadata=metadata)
+
+
+def _check_keys(metadata: dict[str, Any], folder: Path) -> None:
+    """Refuses a text row of which another key names a picture or a sound: `image` or `audio` was misspelt."""
+    for key, item in metadata.items():
+        if isinstance(item, str) and item.lower().endswith(_MEDIA_SUFFIXES) and (folder / item).is_file():
+            raise ManifestError(f"{key!r} names the file {item}, which 'image' or 'audio' should; rename the key")
 
 
 def _id(value: Any, where: str) -> str:
