@@ -17,6 +17,7 @@ from mmllm.data.documents import (
     num_parts,
     part_bounds,
 )
+from mmllm.data.shards import pack_codes, unpack_codes
 from mmllm_tokenizers.vocab import AUDIO, AUDIO_END, AUDIO_START, CAPTION, END, IMAGE, SPEAK, TRANSCRIBE
 from tests.data_fixtures import make_folder
 
@@ -212,3 +213,14 @@ def test_parts_make_every_token_a_target_once(num_tokens):
     bounds = [part_bounds(num_tokens, 10, part) for part in range(num_parts(num_tokens, 10))]
     targets = [token for start, stop in bounds for token in range(start + 1, stop)]
     assert targets == list(range(1, num_tokens)) and all(stop - start <= 10 for start, stop in bounds)
+
+
+def test_stored_codes_that_are_broken_or_anothers_are_named():
+    codes_KF = np.arange(6).reshape(2, 3)
+    stored = pack_codes(codes_KF, "a" * 64, 50.0)
+    assert stored == pack_codes(codes_KF, "a" * 64, 50.0)
+    assert np.array_equal(unpack_codes(stored, "a" * 64, "s.tar:k"), codes_KF)
+    with pytest.raises(ValueError, match=r"s\.tar:k: the stored codes were made by a{12}, but b{12} is wanted"):
+        unpack_codes(stored, "b" * 64, "s.tar:k")
+    with pytest.raises(ValueError, match=r"s\.tar:k: the stored codes are broken"):
+        unpack_codes(stored[:40], "a" * 64, "s.tar:k")

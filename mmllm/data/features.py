@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from mmllm.data.decode import ImageTransform
+from mmllm.data.npz import pack_arrays, unpack_array
 
 COLUMN = "image_features_hash"
 """Key of a row's metadata: the hash of what made its pictures' features."""
@@ -54,9 +53,7 @@ def pack_features(features_PC: np.ndarray, made_by: str, name: str) -> bytes:
     largest = np.abs(features_PC).max()
     if not largest <= np.finfo(np.float16).max:
         raise ValueError(f"{name}: its image features reach {largest:g}, more than float16 holds; take another layer")
-    stream = io.BytesIO()
-    np.savez(stream, features=features_PC.astype(np.float16), made_by=np.array(made_by))
-    return stream.getvalue()
+    return pack_arrays(features=features_PC.astype(np.float16), made_by=np.array(made_by))
 
 
 def unpack_features(data: bytes, made_by: str, name: str) -> np.ndarray:
@@ -65,14 +62,4 @@ def unpack_features(data: bytes, made_by: str, name: str) -> np.ndarray:
     Raises:
         ValueError: It is broken, or something else made it.
     """
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            found, features_PC = str(arrays["made_by"]), arrays["features"]
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{name}: the stored image features are broken ({type(error).__name__})") from error
-    if found != made_by:
-        raise ValueError(
-            f"{name}: the stored image features were made by {found[:12]}, {made_by[:12]} is wanted; "
-            f"build the shards again with one --image_features"
-        )
-    return features_PC
+    return unpack_array(data, "features", "made_by", made_by, f"{name}: the stored image features")

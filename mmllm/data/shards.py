@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from mmllm.data.chunks import in_chunks
 from mmllm.data.decode import decode_image
 from mmllm.data.features import COLUMN, ImageEncoder, features_ending, pack_features
 from mmllm.data.manifest import BadRows, Kind, Row
+from mmllm.data.npz import pack_arrays, unpack_array
 from mmllm.data.perturb import perturb
 from mmllm.data.storage import RemoteShard, Shard, expand_remote, is_remote
 from mmllm_tokenizers.audio import load_audio
@@ -421,9 +421,7 @@ def _add_features(records: Sequence[_Record], encoder: ImageEncoder) -> None:
 
 def pack_codes(codes_KF: np.ndarray, codec: str, frame_rate: float) -> bytes:
     """A `codec.npz`: uint16 codes `[codebooks, frames]`, the codec's hash, frames a second."""
-    stream = io.BytesIO()
-    np.savez(stream, codes=codes_KF.astype(np.uint16), codec=np.array(codec), frame_rate=np.array(frame_rate))
-    return stream.getvalue()
+    return pack_arrays(codes=codes_KF.astype(np.uint16), codec=np.array(codec), frame_rate=np.array(frame_rate))
 
 
 def unpack_codes(data: bytes, codec: str, name: str) -> np.ndarray:
@@ -432,17 +430,7 @@ def unpack_codes(data: bytes, codec: str, name: str) -> np.ndarray:
     Raises:
         ValueError: It is broken, or another codec made it.
     """
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            made_by, codes_KF = str(arrays["codec"]), arrays["codes"].astype(np.int64)
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{name}: the stored codes are broken ({type(error).__name__})") from error
-    if made_by != codec:
-        raise ValueError(
-            f"{name}: the stored codes were made by codec {made_by[:12]}, the tokenizer's is {codec[:12]}; "
-            f"build the shards again with this tokenizer"
-        )
-    return codes_KF
+    return unpack_array(data, "codes", "codec", codec, f"{name}: the stored codes").astype(np.int64)
 
 
 def shard_paths(spec: str | Sequence[str], folder: Path | None = None) -> list[Path]:
