@@ -16,7 +16,7 @@ from mmllm.data.facts import read_facts
 from mmllm.data.headers import read_headers
 from mmllm.data.index import RECORD, index_path, index_shard, load_index, sidecar_path, write_indices
 from mmllm.data.samples import read_sample
-from mmllm.data.tars import read_members, scan_tar
+from mmllm.data.tars import headers_of, read_members, scan_tar
 from mmllm_tokenizers.folder import TokenizerFolder
 from tests.data_fixtures import make_folder, mixed_manifest, write_manifest
 
@@ -49,6 +49,18 @@ def same_as_scanning(path: Path) -> bool:
         ours = [(table.endings[m], int(table.starts_M[m]), int(table.sizes_M[m])) for m in table.files(number)]
         assert ours == [(member.ending, member.offset, member.size) for member in span.members]
     return True
+
+
+@pytest.mark.parametrize("size", [b"-0000003720\0", b"-0000000001\0"])
+def test_a_negative_size_is_an_error_and_no_endless_loop(tmp_path, size):
+    data = bytearray(write_tar(tmp_path / "t.tar", {"a.txt": b"x" * 600, "b.txt": b"y"}).read_bytes())
+    second = 512 + 1024
+    data[second + 124 : second + 136] = size
+    data[second + 148 : second + 156] = b"        "
+    data[second + 148 : second + 156] = b"%06o\0 " % sum(data[second : second + 512])
+    for read in (lambda: read_headers(bytes(data), "t.tar"), lambda: list(headers_of(bytes(data), "t.tar"))):
+        with pytest.raises(ValueError, match="no tar header at byte 1536"):
+            read()
 
 
 def test_bulk_headers_agree_with_the_slow_reader(made, tmp_path):

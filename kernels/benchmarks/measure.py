@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -18,15 +19,17 @@ import torch
 def interleaved_ms(functions: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
     """Milliseconds of each function, one call a round, after two rounds to warm up; what fails is left out.
 
-    Rounds interleave the functions, so that a busy machine or a falling clock hits all alike.
+    Rounds interleave the functions, so that a busy machine or a falling clock hits all alike, each in an order of its
+    own, so that none always finds the caches and the allocator as the same other one left them.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
+    shuffle = random.Random(0).shuffle
     for number in range(rounds + 2):
-        for name, function in functions.items():
-            if name not in times:
-                continue
+        order = list(times)
+        shuffle(order)
+        for name in order:
             try:
-                elapsed = _once_ms(function, device)
+                elapsed = _once_ms(functions[name], device)
             except Exception as error:
                 del times[name]
                 print(f"not run: {name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
@@ -81,14 +84,13 @@ class Report:
     def add_times(
         self, measure: str, case: str, times: dict[str, list[float]], unit: str, scale: Callable[[float], float]
     ) -> None:
-        """Prints minimum and median of all, and adds the rows: minima on a CPU, medians on a GPU."""
-        pick = statistics.median if case.startswith("cuda") else min
+        """Prints minimum and median of all, and adds the rows: medians, since one lucky round decides a minimum."""
         print(f"\n{measure} · {case}")
         for name, each in times.items():
             if each:
                 print(f"  {name:32} min {min(each):10.3f} ms  median {statistics.median(each):10.3f} ms", end="")
-                print(f"  {scale(pick(each)):10.3f} {unit}" if unit != "ms" else "")
-        values = {name: scale(pick(each)) for name, each in times.items() if each}
+                print(f"  {scale(statistics.median(each)):10.3f} {unit}" if unit != "ms" else "")
+        values = {name: scale(statistics.median(each)) for name, each in times.items() if each}
         if "ours" in values:
             self.add(measure, case, unit, values.pop("ours"), values)
 

@@ -183,7 +183,7 @@ def main() -> None:
     """See --help."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=20, help="interleaved rounds, after two to warm up")
+    parser.add_argument("--rounds", type=int, default=60, help="interleaved rounds, after two to warm up")
     parser.add_argument("--shapes", default="", help="names separated by commas; all if empty")
     parser.add_argument("--peers", default=",".join(ALL_PEERS), help="names separated by commas")
     parser.add_argument("--tiny", action="store_true", help="shapes that only show that everything runs")

@@ -70,17 +70,18 @@ def moe(
     if (shared_gate_up_S2ND is None) != (shared_down_SDN is None):
         raise ValueError("one of shared_gate_up and shared_down was given; give both or neither")
     if shared_gate_up_S2ND is None or shared_down_SDN is None:
-        shared_gate_up_S2ND, shared_down_SDN = w_gate_up_E2ND[:0].detach(), w_down_EDN[:0].detach()
-    num_slots = top_k + len(shared_gate_up_S2ND)
+        shared_gate_up_S2ND = w_gate_up_E2ND.new_empty(0, *w_gate_up_E2ND.shape[1:])
+        shared_down_SDN = w_down_EDN.new_empty(0, *w_down_EDN.shape[1:])
+    num_slots = top_k + shared_gate_up_S2ND.shape[0]
     if not torch.compiler.is_compiling() and x_TD.shape[0] * num_slots >= 2**31:
         raise ValueError(f"{x_TD.shape[0]} tokens of {num_slots} experts are 2^31 pairs or more; split the batch")
     _check_shared(shared_gate_up_S2ND, shared_down_SDN, w_gate_up_E2ND, w_down_EDN)
     out_dtype, dtype = x_TD.dtype, w_gate_up_E2ND.dtype
     if torch.is_autocast_enabled(x_TD.device.type):
         out_dtype = dtype = torch.get_autocast_dtype(x_TD.device.type)
-    tensors = (x_TD, w_gate_up_E2ND, w_down_EDN, shared_gate_up_S2ND, shared_down_SDN)
-    x_TD, *weight_list = (tensor.to(dtype) for tensor in tensors)
-    weights = Weights(*weight_list)
+    weights = Weights(w_gate_up_E2ND, w_down_EDN, shared_gate_up_S2ND, shared_down_SDN)
+    if any(tensor.dtype != dtype for tensor in (x_TD, *weights)):
+        x_TD, weights = x_TD.to(dtype), Weights(*(weight.to(dtype) for weight in weights))
     num_experts = router_logits_TE.shape[1]
     if backend == "reference":
         result = reference.moe(x_TD, router_logits_TE, *weights[:2], top_k, renormalise, *weights[2:])

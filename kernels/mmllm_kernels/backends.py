@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
+_BACKENDS = get_args(Backend)
 
 MAX_TRITON_GROUPS = 1024
 """Routing holds one row of logits in a program's registers."""
@@ -20,8 +21,8 @@ _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def check(backend: str) -> None:
     """Raises ValueError unless `backend` is one of `Backend`."""
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend is {backend!r}; choose {', '.join(get_args(Backend))}")
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend is {backend!r}; choose {', '.join(_BACKENDS)}")
 
 
 def use_triton(backend: str, x: Tensor, others: tuple[Tensor, ...], num_groups: int = 1) -> bool:

@@ -164,12 +164,11 @@ def infer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, counts [G] and experts [T, J] without what backward needs; one token on a CPU is decoded."""
     weights = Weights(*(w.contiguous() for w in weights))
-    num_shared = len(weights.shared_gate_up_S2ND)
+    num_shared = weights.shared_gate_up_S2ND.shape[0]
     module = _module(backend, x, (router_logits, *weights), _num_groups(weights[0], weights[2]))
-    if len(x) == 1 and module is sorted_tokens:
+    if x.shape[0] == 1 and module is sorted_tokens:
         gates, experts = sorted_tokens.choose(router_logits, top_k, renormalise, num_shared)
-        counts = torch.bincount(experts[0], minlength=router_logits.shape[1] + num_shared)
-        return sorted_tokens.decode(x, weights, gates, experts), counts, experts
+        return *sorted_tokens.decode(x, weights, gates, experts), experts
     routing = module.route(router_logits, top_k, renormalise, num_shared)
     out, _ = module.forward(x.contiguous(), weights, routing, False)
     return out, routing.counts_G, routing.experts_TJ

@@ -12,6 +12,7 @@ width, V codes, P = T·J pairs (token, slot) in expert order, R the rows of one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_BLOCK_ELEMENTS = 1 << 18
-"""Pre-activations that are worked on at once: one MiB in float32."""
+_BLOCK_ELEMENTS = 1 << 19
+"""Pre-activations that are worked on at once: two MiB in float32."""
 _CHUNK_ELEMENTS = 1 << 17
 """Distances that `nearest_code` holds at once: half a MiB in float32 stays in the second cache."""
+_SHARED_ELEMENTS = 1 << 18
+"""Weights from which a matrix-vector product is worth more than one thread."""
 
 
 class Routing(NamedTuple):
@@ -88,9 +91,9 @@ def forward(x_TD: Tensor, weights: Weights, routing: Routing, save_h: bool) -> t
     N2 = weights.gate_up_E2ND.shape[1]
     y_PD = x_TD.new_empty(T * J, D)
     h_P2N = x_TD.new_empty(T * J if save_h else 0, N2)
-    pairs = weights.pairs()
+    pairs, tokens_P = weights.pairs(), routing.order_P // J
     for block in _blocks(routing, N2):
-        x_RD = x_TD.index_select(0, routing.order_P[block.rows] // J)
+        x_RD = x_TD.index_select(0, tokens_P[block.rows])
         h_R2N = h_P2N[block.rows] if save_h else x_TD.new_empty(len(x_RD), N2)
         for e, x, h in block.by_expert(x_RD, h_R2N):
             _product(x, pairs[e][0], h)
@@ -125,9 +128,10 @@ def backward(
         if not count:
             grad_pairs[e][0].zero_()
             grad_pairs[e][1].zero_()
+    tokens_P = routing.order_P // J
     for block in _blocks(routing, weights.gate_up_E2ND.shape[1]):
-        tokens = routing.order_P[block.rows] // J
-        x_RD, grad_y_RD = x_TD.index_select(0, tokens), grad_out_TD.index_select(0, tokens)
+        tokens_R = tokens_P[block.rows]
+        x_RD, grad_y_RD = x_TD.index_select(0, tokens_R), grad_out_TD.index_select(0, tokens_R)
         grad_y_RD.mul_(gates_P[block.rows, None])
         h_R2N = h_P2N[block.rows] if len(h_P2N) else x_TD.new_empty(len(x_RD), h_P2N.shape[1])
         grad_a_RN = x_TD.new_empty(len(x_RD), h_P2N.shape[1] // 2)
@@ -166,16 +170,21 @@ def _router_gradient(
     return grad_TE.scatter_add_(1, experts_TK, gate_dots_TK).to(router_logits_TE.dtype)
 
 
-def decode(x_TD: Tensor, weights: Weights, gates_TJ: Tensor, experts_TJ: Tensor) -> Tensor:
-    """One token: matrix-vector products with the weights of its experts and nothing else."""
-    pairs = weights.pairs() if len(weights.shared_gate_up_S2ND) else None
-    x_D = x_TD[0]
-    ys_JD = x_TD.new_empty(gates_TJ.shape[1], x_TD.shape[1])
-    for y_D, e in zip(ys_JD, experts_TJ[0].tolist(), strict=True):
-        w_gate_up, w_down = pairs[e] if pairs else (weights.gate_up_E2ND[e], weights.down_EDN[e])
-        gate_N, up_N = torch.mv(w_gate_up, x_D).chunk(2)
-        torch.mv(w_down, F.silu(gate_N).mul_(up_N), out=y_D)
-    return (gates_TJ @ ys_JD.to(gates_TJ.dtype)).to(x_TD.dtype)
+def decode(x_TD: Tensor, weights: Weights, gates_TJ: Tensor, experts_TJ: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and counts [G] of one token: matrix-vector products with the weights of its experts and nothing else.
+
+    Each call counts: the products of a small layer take less time than PyTorch's way to them.
+    """
+    num_experts, x_D, chosen = weights.gate_up_E2ND.shape[0], x_TD[0], experts_TJ[0].tolist()
+    counts = [0] * (num_experts + weights.shared_gate_up_S2ND.shape[0])
+    ys_D = []
+    for e in chosen:
+        counts[e] += 1
+        gate_ups, downs, e = (*weights[:2], e) if e < num_experts else (*weights[2:], e - num_experts)
+        gate_N, up_N = _matvec(gate_ups[e], x_D).chunk(2)
+        ys_D.append(_matvec(downs[e], F.silu(gate_N).mul_(up_N)))
+    y_JD = torch.stack(ys_D).to(gates_TJ.dtype)
+    return (gates_TJ @ y_JD).to(x_TD.dtype), torch.tensor(counts, device=x_TD.device)
 
 
 def nearest_code(x_TD: Tensor, codebook_VD: Tensor) -> Tensor:
@@ -225,6 +234,19 @@ def _product(x_RD: Tensor, w_ND: Tensor, out_RN: Tensor) -> None:
         torch.mv(w_ND, x_RD[0], out=out_RN[0])
     else:
         torch.mm(x_RD, w_ND.T, out=out_RN)
+
+
+def _matvec(w_ND: Tensor, x_D: Tensor) -> Tensor:
+    """The product w · x, its rows shared out: one thread cannot read float32 weights as fast as the memory gives them.
+
+    `mv` itself shares out a product of half precision.
+    """
+    num_rows, width = w_ND.shape
+    parts = math.gcd(num_rows, torch.get_num_threads())
+    if num_rows * width < _SHARED_ELEMENTS or parts == 1 or w_ND.dtype != torch.float32:
+        return torch.mv(w_ND, x_D)
+    w_PDN = w_ND.view(parts, -1, width).transpose(1, 2)
+    return torch.bmm(x_D.expand(parts, 1, -1), w_PDN).view(-1)
 
 
 def _swiglu_backward(h_R2N: Tensor, grad_a_RN: Tensor, gate_dots_R: Tensor) -> tuple[Tensor, Tensor]:

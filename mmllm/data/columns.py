@@ -61,8 +61,8 @@ class Column(Sequence[Any]):
         words: dict[str, int] = {}
         numbers = values
         types = set(map(type, values))
-        if types == {float}:
-            types_N = np.full(len(values), _FLOAT, dtype=np.uint8)
+        if len(types) == 1 and (types != {int} or max(max(values), -min(values)) < 2**53):
+            types_N = np.full(len(values), _type(values[0]), dtype=np.uint8)
         else:
             types_N = np.array([_type(value) for value in values], dtype=np.uint8)
         if str in types:

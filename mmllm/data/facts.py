@@ -5,12 +5,14 @@ The two are apart because tokenising takes most of the time. Shapes: N documents
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import math
 import mmap
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +65,11 @@ class _Layout:
     audio: int
     codes: int
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether there is only a json, which must then name the segments."""
+        return max(self.image, self.audio, self.text, self.lines, self.codes) < 0
+
 
 def _layout(endings: tuple[str, ...], name: str) -> _Layout:
     def find(*wanted: str) -> int:
@@ -70,10 +77,11 @@ def _layout(endings: tuple[str, ...], name: str) -> _Layout:
 
     image, audio, text = find(*IMAGE_ENDINGS), find(*AUDIO_ENDINGS), find("txt")
     lines, codes, metadata = find("jsonl"), find("codec.npz"), find("json")
-    if max(image, audio, text, lines, codes) < 0 and metadata < 0:
+    kind = "text" if lines >= 0 else "audio" if audio >= 0 or codes >= 0 else "caption" if image >= 0 else "text"
+    layout = _Layout(kind, text, metadata, lines, image, audio, codes)
+    if layout.is_bare and metadata < 0:
         raise ValueError(f"{name}: has only {sorted(endings)}; a sample needs a picture, a sound or a txt")
-    kind = "audio" if audio >= 0 or codes >= 0 else "caption" if image >= 0 else "text"
-    return _Layout(kind, text, metadata, lines, image, audio, codes)
+    return layout
 
 
 def read_facts(data: bytes | mmap.mmap, name: str, folder: TokenizerFolder) -> Facts:
@@ -87,127 +95,177 @@ def read_facts(data: bytes | mmap.mmap, name: str, folder: TokenizerFolder) -> F
     Raises:
         ValueError: The shard is truncated, damaged, empty, or mixes kinds; the message names shard and sample.
     """
-    table = read_headers(data, name)
-    reader = _Reader(data, name, table, folder)
-    facts = Facts(name)
-    layouts: dict[tuple[str, ...], _Layout] = {}
-    firsts = table.firsts_S.tolist()
-    chosen: list[_Layout] = []
-    for sample, key in enumerate(table.keys):
-        endings = tuple(table.endings[firsts[sample] : firsts[sample + 1]])
-        layout = layouts.get(endings)
-        if layout is None:
-            layout = layouts[endings] = _layout(endings, f"{name}:{key}")
-        chosen.append(layout)
-    metadata = reader.metadata(chosen, firsts)
-    offsets, spans = table.offsets_S.tolist(), table.spans_S.tolist()
-    for sample, (layout, values) in enumerate(zip(chosen, metadata, strict=True)):
-        before = len(facts.keys)
-        reader.add(facts, layout, sample, firsts[sample], values)
-        count = len(facts.texts) - before
-        facts.keys += [table.keys[sample]] * count
-        facts.offsets += [offsets[sample]] * count
-        facts.spans += [spans[sample]] * count
+    with _without_collection():
+        table = read_headers(data, name)
+        reader = _Reader(data, name, table, folder)
+        facts = Facts(name, reader.kind)
+        counts = reader.read_into(facts)
+        facts.keys = _repeated(table.keys, counts)
+        facts.offsets = _repeated(table.offsets_S.tolist(), counts)
+        facts.spans = _repeated(table.spans_S.tolist(), counts)
     if not facts.keys:
         raise ValueError(f"{name}: has no samples; build it again")
     return facts
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Python's collector of cycles goes through all rows again and again while they are made, and finds nothing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _repeated(values: list[Any], counts: list[int] | None) -> list[Any]:
+    if counts is None:
+        return values
+    return [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
+
+
 class _Reader:
-    """Reads the small files of samples."""
+    """Reads the small files of samples, a column at a time."""
 
     def __init__(self, data: bytes | mmap.mmap, name: str, table: TarTable, folder: TokenizerFolder) -> None:
         self._data, self._name, self._table, self._folder = data, name, table, folder
         self._starts, self._ends = table.starts_M.tolist(), (table.starts_M + table.sizes_M).tolist()
+        self._firsts = table.firsts_S.tolist()
         self._codec = folder.audio.hash if folder.audio is not None else None
         self._codec_bytes = self._codec.encode("utf-32-le") if self._codec else b""
+        self._layouts = self._find_layouts()
+        self._metadata = self._read_metadata()
+        self.kind = self._only_kind()
+
+    def _find_layouts(self) -> list[_Layout]:
+        """What each sample's files are."""
+        endings, layouts = self._table.endings, {}
+        found: list[_Layout] = []
+        for sample, (first, after) in enumerate(zip(self._firsts, self._firsts[1:], strict=False)):
+            key = tuple(endings[first:after])
+            if key not in layouts:
+                layouts[key] = _layout(key, self._named(sample))
+            found.append(layouts[key])
+        return found
+
+    def _read_metadata(self) -> list[dict[str, Any]]:
+        """Each sample's `json`, all parsed at once."""
+        places = [
+            (sample, first + layout.metadata)
+            for sample, (first, layout) in enumerate(zip(self._firsts, self._layouts, strict=False))
+            if layout.metadata >= 0
+        ]
+        found: list[Any] = []
+        try:
+            found = json.loads(b"[" + b",".join([self._file(number) for _, number in places]) + b"]")
+        except (ValueError, RecursionError):
+            found = []
+        if len(found) != len(places):
+            found = [self._one_json(sample, number) for sample, number in places]
+        values: list[dict[str, Any]] = [{} for _ in self._layouts]
+        for (sample, _), value in zip(places, found, strict=True):
+            if not isinstance(value, dict):
+                raise ValueError(f"{self._named(sample)}: its json is {type(value).__name__}; it must be an object")
+            values[sample] = value
+        return values
+
+    def _only_kind(self) -> str:
+        """The kind that all samples are of."""
+        kinds = [
+            "interleaved" if "segments" in values and layout.lines < 0 else layout.kind
+            for layout, values in zip(self._layouts, self._metadata, strict=True)
+        ]
+        if not kinds:
+            return ""
+        other = next((sample for sample, kind in enumerate(kinds) if kind != kinds[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"{self._name}: {self._table.keys[other]} is a sample of kind {kinds[other]}, others are {kinds[0]}; "
+                f"split them"
+            )
+        bare = [sample for sample, layout in enumerate(self._layouts) if layout.is_bare] if kinds[0] == "text" else []
+        if bare:
+            raise ValueError(f"{self._named(bare[0])}: has only a json; a sample needs a picture, a sound or a txt")
+        return kinds[0]
 
     def _file(self, number: int) -> bytes:
         return self._data[self._starts[number] : self._ends[number]]
 
-    def metadata(self, layouts: Sequence[_Layout], firsts: Sequence[int]) -> list[dict[str, Any]]:
-        """Each sample's `json`, all parsed at once."""
-        places = [(row, first + item.metadata) for row, (first, item) in enumerate(zip(firsts, layouts, strict=False))]
-        places = [place for place in places if layouts[place[0]].metadata >= 0]
-        found: list[Any] = []
-        try:
-            found = json.loads(b"[" + b",".join(self._file(number) for _, number in places) + b"]")
-        except (ValueError, RecursionError):
-            found = []
-        if len(found) != len(places):
-            found = [self._one_json(row, number) for row, number in places]
-        values: list[dict[str, Any]] = [{} for _ in layouts]
-        for (row, _), value in zip(places, found, strict=True):
-            if not isinstance(value, dict):
-                raise ValueError(f"{self._named(row)}: its json is {type(value).__name__}; it must be an object")
-            values[row] = value
-        return values
-
-    def _one_json(self, row: int, number: int) -> Any:
+    def _one_json(self, sample: int, number: int) -> Any:
         try:
             return json.loads(self._file(number))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self._named(row)}: broken text or json: {error!r}") from error
+            raise ValueError(f"{self._named(sample)}: broken text or json: {error!r}") from error
 
     def _named(self, sample: int) -> str:
         return f"{self._name}:{self._table.keys[sample]}"
 
-    def add(self, facts: Facts, layout: _Layout, sample: int, first: int, metadata: dict[str, Any]) -> None:
-        """Adds the documents of one sample."""
-        kind = "interleaved" if "segments" in metadata else layout.kind
-        if layout.lines >= 0:
-            kind = "text"
-        facts.kind = facts.kind or kind
-        if kind != facts.kind:
-            key = self._table.keys[sample]
-            raise ValueError(f"{self._name}: {key} is a sample of kind {kind}, others are {facts.kind}; split them")
-        if layout.lines >= 0:
-            self._add_lines(facts, sample, first + layout.lines)
-            return
-        if max(layout.image, layout.audio, layout.text, layout.codes) < 0 and kind != "interleaved":
-            raise ValueError(f"{self._named(sample)}: has only a json; a sample needs a picture, a sound or a txt")
-        text, frames, images = None, 0, 0
-        segments: list[str | int | None] = []
-        roles: list[str | None] = []
-        if layout.text >= 0:
-            try:
-                text = self._file(first + layout.text).decode()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{self._named(sample)}: broken text or json: {error!r}") from error
-        if kind == "interleaved":
-            segments, roles = self._segments(sample, metadata.pop("segments"))
-            images = segments.count(None)
-            frames = sum(item for item in segments if isinstance(item, int))
-        elif kind == "audio" and self._codec is not None:
-            codes = self._file(first + layout.codes) if layout.codes >= 0 else None
-            frames = self._frames(first + layout.audio if layout.audio >= 0 else -1, codes, self._named(sample))
-        if kind == "caption":
-            images = 1
-            self._add_size(metadata, first + layout.image)
-        elif kind == "audio" and "duration" not in metadata and layout.audio >= 0:
-            samples, rate = self._sound(first + layout.audio, self._named(sample))
-            metadata["duration"] = samples / rate
-        facts.lines.append(-1)
-        facts.texts.append(text)
-        facts.frames.append(frames)
-        facts.images.append(images)
-        facts.segments.append(segments)
-        facts.roles.append(roles)
-        facts.metadata.append(metadata)
+    def read_into(self, facts: Facts) -> list[int] | None:
+        """Fills the columns but keys and places; gives how many documents each sample has, or None: one each."""
+        counts = None
+        if any(layout.lines >= 0 for layout in self._layouts):
+            documents = [self._documents(sample) for sample in range(len(self._layouts))]
+            counts = [len(each) for each in documents]
+            rows = [row for each in documents for row in each]
+            facts.lines, facts.texts = [line for line, _, _ in rows], [text for _, text, _ in rows]
+            facts.metadata = [metadata for _, _, metadata in rows]
+        else:
+            facts.lines = [-1] * len(self._layouts)
+            facts.texts = [self._text(sample) for sample in range(len(self._layouts))]
+            facts.metadata = self._metadata
+        num_documents = len(facts.texts)
+        facts.frames = [0] * num_documents
+        facts.images = [int(self.kind == "caption")] * num_documents
+        facts.segments, facts.roles = [[] for _ in range(num_documents)], [[] for _ in range(num_documents)]
+        if self.kind == "interleaved":
+            self._read_segments(facts)
+        elif self.kind == "audio":
+            self._read_sounds(facts)
+        elif self.kind == "caption":
+            for first, layout, metadata in zip(self._firsts, self._layouts, self._metadata, strict=False):
+                if "width" not in metadata or "height" not in metadata:
+                    self._add_size(metadata, first + layout.image)
+        return counts
 
-    def _add_lines(self, facts: Facts, sample: int, number: int) -> None:
+    def _text(self, sample: int) -> str | None:
+        place = self._layouts[sample].text
+        if place < 0:
+            return None
         try:
-            rows = [json.loads(line) for line in jsonl_lines(self._file(number).decode())]
+            return self._file(self._firsts[sample] + place).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self._named(sample)}: broken text or json: {error!r}") from error
+
+    def _documents(self, sample: int) -> list[tuple[int, str | None, dict[str, Any]]]:
+        """(line or -1, text, metadata) of each document of a text sample."""
+        place = self._layouts[sample].lines
+        if place < 0:
+            return [(-1, self._text(sample), self._metadata[sample])]
+        try:
+            rows = [json.loads(line) for line in jsonl_lines(self._file(self._firsts[sample] + place).decode())]
             texts = [row["text"] for row in rows]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{self._named(sample)}: broken text or json: {error!r}") from error
-        facts.lines += range(len(rows))
-        facts.texts += texts
-        facts.metadata += [{key: value for key, value in row.items() if key != "text"} for row in rows]
-        for column in (facts.frames, facts.images):
-            column += [0] * len(rows)
-        facts.segments += [[] for _ in rows]
-        facts.roles += [[] for _ in rows]
+        others = [{key: value for key, value in row.items() if key != "text"} for row in rows]
+        return list(zip(range(len(rows)), texts, others, strict=True))
+
+    def _read_segments(self, facts: Facts) -> None:
+        for sample, metadata in enumerate(self._metadata):
+            segments, facts.roles[sample] = self._segments(sample, metadata.pop("segments"))
+            facts.segments[sample], facts.images[sample] = segments, segments.count(None)
+            facts.frames[sample] = sum(item for item in segments if isinstance(item, int))
+
+    def _read_sounds(self, facts: Facts) -> None:
+        for sample, (first, layout) in enumerate(zip(self._firsts, self._layouts, strict=False)):
+            name, metadata = self._named(sample), self._metadata[sample]
+            if self._codec is not None:
+                codes = self._file(first + layout.codes) if layout.codes >= 0 else None
+                facts.frames[sample] = self._frames(first + layout.audio if layout.audio >= 0 else -1, codes, name)
+            if "duration" not in metadata and layout.audio >= 0:
+                samples, rate = self._sound(first + layout.audio, name)
+                metadata["duration"] = samples / rate
 
     def _segments(self, sample: int, items: Any) -> tuple[list[str | int | None], list[str | None]]:
         """Each segment as `document_length` wants it, and who says it (for a conversation alone)."""

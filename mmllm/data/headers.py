@@ -78,21 +78,24 @@ def _chain(data: bytes | mmap.mmap, name: str) -> tuple[list[int], list[int], in
     positions: list[int] = []
     sizes: list[int] = []
     position, total = 0, len(data)
-    while position + BLOCK <= total and data[position]:
+    while position + BLOCK <= total:  # a few operations a file: most of the time of reading headers goes here
         try:
             size = int(data[position + 124 : position + 135], 8)
         except ValueError:
+            size = -1
+        if size < 0:
+            if not data[position]:
+                break
             size = _odd_size(data, position, name)
         positions.append(position)
         sizes.append(size)
-        after = position + BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK
-        if position + BLOCK + size > total:
-            _check(data, name, np.array(positions, dtype=np.int64))  # rather a wrong checksum than a wrong size
-            raise ValueError(
-                f"{name}: truncated: a file at byte {position} needs {size} bytes, {total - position - BLOCK} are "
-                f"left; build or copy the shard again"
-            )
-        position = after
+        position += (size + 2 * BLOCK - 1) // BLOCK * BLOCK
+    if positions and positions[-1] + BLOCK + sizes[-1] > total:
+        _check(data, name, np.array(positions, dtype=np.int64))  # rather a wrong checksum than a wrong size
+        raise ValueError(
+            f"{name}: truncated: a file at byte {positions[-1]} needs {sizes[-1]} bytes, "
+            f"{total - positions[-1] - BLOCK} are left; build or copy the shard again"
+        )
     return positions, sizes, position
 
 
@@ -151,10 +154,8 @@ def _split(names: list[bytes], name: str) -> tuple[list[str], list[str]]:
             endings.append(member.ending)
         _refuse_traversal(keys, name)
     else:
-        for item in decoded:
-            key, _, ending = item.partition(".")
-            keys.append(key)
-            endings.append(ending)
+        parts = [item.partition(".") for item in decoded]
+        keys, endings = [key for key, _, _ in parts], [ending for _, _, ending in parts]
     return keys, endings
 
 

@@ -37,11 +37,14 @@ class Span:
 
 
 def parse_number(field: bytes) -> int:
-    """A number of a header: octal text, or GNU's base 256."""
+    """A number of a header: octal text, or GNU's base 256; raises ValueError for what is none, or negative."""
     if field[0] & 0x80:  # GNU base-256
         return int.from_bytes(field[1:], "big")
     text = field.rstrip(b"\0 ").lstrip(b" ")
-    return int(text, 8) if text else 0
+    number = int(text, 8) if text else 0
+    if number < 0:
+        raise ValueError(f"{number} is no size")
+    return number
 
 
 def headers_of(data: bytes | mmap.mmap, name: str) -> Iterator[tuple[int, Member]]:
