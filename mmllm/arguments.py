@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from mmllm.ticker import end_line, ticker
@@ -420,6 +421,14 @@ def _add_quickstart(commands: Any) -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the demo's rows")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0, help="processes that synthesise; 0: this one alone")
+
+    def report(args: argparse.Namespace) -> Iterable[str]:
+        from mmllm.quickstart.summary import summarise
+
+        return [str(summarise(Path(args.out)))]
+
+    parser = _command(commands, "report", "a quickstart's report and model card again, from its folder", report)
+    parser.add_argument("--out", required=True, metavar="DIR", help="the quickstart's folder")
 
     parser = _command(commands, "quickstart", "the whole way on one machine, from data to report", run)
     parser.add_argument("--train", action="append", default=[], metavar="MANIFEST", help="your data; may be repeated")

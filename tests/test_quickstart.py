@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from mmllm.quickstart.budget import (
     Budget,
 )
 from mmllm.quickstart.plan import Contents, choose, evaluation_tasks, recipe_dict
+from mmllm.quickstart.processes import Processes
 from mmllm.training.decoder_module import DecoderModule
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230)}
@@ -153,6 +155,33 @@ def test_a_quickstart_by_minutes_trains_as_two_ranks(tmp_path, monkeypatch):
     assert (config["trainer"]["devices"], config["trainer"]["strategy"]) == (2, "ddp")
 
 
+def test_the_process_that_waits_for_trainings_imports_no_torch():
+    check = "import sys, mmllm.cli, mmllm.quickstart.run; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_short_commands_share_a_process_that_ends_before_a_training(tmp_path, capfd):
+    processes = Processes()
+    try:
+        assert processes.run_shared(["configs", "ls"]) == 0
+        assert "quickstart/decoder.yaml" in capfd.readouterr().out
+        assert processes._shared is not None
+        first = processes._shared.process
+        assert processes.run_shared(["report", "--out", str(tmp_path)]) == 2
+        assert "holds no quickstart with a trained model" in capfd.readouterr().err
+        assert processes._shared.process is first and first.poll() is None
+        assert processes.run(["--version"], 1) == 0
+        assert first.poll() == 0, "its memory is free"
+        assert processes.run_shared(["--version"]) == 0
+        second = processes._shared.process
+        second.kill()
+        assert processes.run_shared(["--version"]) == -signal.SIGKILL, "no answer: it is gone"
+        assert processes.run_shared(["--version"]) == 0, "another one is started"
+    finally:
+        processes.end_all()
+    assert not processes._running
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -162,9 +191,9 @@ def test_a_quickstart_by_minutes_trains_as_two_ranks(tmp_path, monkeypatch):
         (["--train", "nowhere.jsonl"], "nowhere.jsonl: no such manifest"),
     ],
 )
-def test_quickstart_says_what_is_wrong(arguments, message, tmp_path, capsys):
+def test_quickstart_says_what_is_wrong(arguments, message, tmp_path, capfd):
     assert main(["quickstart", "--out", str(tmp_path / "run"), *arguments]) == 2
-    assert message in capsys.readouterr().err
+    assert message in capfd.readouterr().err
 
 
 def test_choices_follow_the_rows(manifest, tmp_path):
@@ -187,7 +216,7 @@ def test_pictures_are_not_mirrored_where_an_answer_says_left(manifest):
 
 
 def test_a_gpu_that_is_not_used_is_mentioned(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(run, "NVIDIA_GPU", tmp_path)
     assert main(["quickstart", "--out", str(tmp_path), "--train", "nowhere.jsonl"]) == 2
     assert "trainings run on the CPU" in capsys.readouterr().out
 

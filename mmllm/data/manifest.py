@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import soundfile
+
 Kind = Literal["caption", "interleaved", "text", "audio"]
 KINDS: tuple[Kind, ...] = ("caption", "interleaved", "text", "audio")
 
@@ -269,6 +271,14 @@ def row_media(row: Row) -> list[tuple[str, Path]]:
 def row_files(row: Row) -> list[Path]:
     """The files of `row_media`."""
     return [path for _, path in row_media(row)]
+
+
+def sound_seconds(path: Path) -> float:
+    """A sound's length by its header; 0 where that can't be read."""
+    try:
+        return float(soundfile.info(str(path)).duration)
+    except (OSError, RuntimeError):
+        return 0.0
 
 
 def even_hash(text: str) -> float:

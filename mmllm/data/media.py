@@ -1,23 +1,12 @@
-"""What is known of rows' pictures and sounds before training: whether they can be read, and how long they last."""
+"""What is known of rows' pictures and sounds before training: whether they can be read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-
-import soundfile
 
 from mmllm.data.decode import decode_image
 from mmllm.data.manifest import BadRows, Row, row_media
 from mmllm_tokenizers.audio import load_audio
-
-
-def sound_seconds(path: Path) -> float:
-    """A sound's length by its header; 0 where that can't be read."""
-    try:
-        return float(soundfile.info(str(path)).duration)
-    except (OSError, RuntimeError):
-        return 0.0
 
 
 def readable_rows(rows: Sequence[Row], bad: BadRows, name: str) -> list[Row]:

@@ -9,6 +9,10 @@ from typing import Any
 
 TASKS = ("caption", "transcribe", "speak", "interleaved", "text")
 """In the order in which reports show them."""
+KIND_OF_TASK = {
+    "caption": "caption", "transcribe": "audio", "speak": "audio", "interleaved": "interleaved", "text": "text",
+}  # fmt: skip
+"""Which rows of a manifest a task is scored on."""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any, cast
 import numpy as np
 
 from mmllm.data.documents import Segment
-from mmllm.data.manifest import BadRows, ManifestError, Row, read_manifest, row_media
-from mmllm.data.media import readable_rows, sound_seconds
+from mmllm.data.manifest import BadRows, ManifestError, Row, read_manifest, row_media, sound_seconds
+from mmllm.data.media import readable_rows
 from mmllm.evaluation.captions import caption_matches, count_attributes, names_heldout_pairs, reference_scene
 from mmllm.evaluation.metrics import (
     Edits,
@@ -28,15 +28,12 @@ from mmllm.evaluation.metrics import (
     word_edits,
 )
 from mmllm.evaluation.perplexity import bits_of_documents
-from mmllm.evaluation.results import TASKS, Prediction, TaskResult
+from mmllm.evaluation.results import KIND_OF_TASK, TASKS, Prediction, TaskResult
 from mmllm.inference.api import Model
 from mmllm.inference.inputs import AudioPart, as_audio
 
 _logger = logging.getLogger(__name__)
 
-KIND_OF_TASK = {
-    "caption": "caption", "transcribe": "audio", "speak": "audio", "interleaved": "interleaved", "text": "text",
-}  # fmt: skip
 PROMPTS_A_ROW = {"caption": 1, "transcribe": 1, "speak": 3, "interleaved": 3, "text": 1}
 """Of a row and its controls; no blind captions and transcripts: their prompts are nearly all alike, so asked once."""
 SPEECH_MARGIN = 1.5

@@ -12,12 +12,14 @@ from typing import Any
 
 import yaml
 
-from mmllm.data.manifest import Row, read_manifest
-from mmllm.data.media import sound_seconds
-from mmllm.evaluation.tasks import KIND_OF_TASK
+from mmllm.data.manifest import Row, read_manifest, sound_seconds
+from mmllm.evaluation.results import KIND_OF_TASK
 from mmllm.paths import config_path
 from mmllm.quickstart.budget import EVALUATION_SECONDS
 
+STATE_FILE = "quickstart.json"
+OUTPUT_OF_STAGE = {"codec": "codec", "clip": "clip", "decoder": "model"}
+"""The trainings, and what each writes into the run's folder."""
 TEMPLATE_DIR = "runs/demo"
 """The folder that the shipped quickstart configs name; it is replaced by the run's."""
 

@@ -1,7 +1,12 @@
-"""Commands as processes that do not outlive the one that started them."""
+"""Commands as processes that do not outlive the one that started them.
+
+Short commands that follow one another share a process, for which the imports are made once. It is ended before one
+that needs a process of its own: a training has the memory for itself then.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -22,9 +27,23 @@ class Processes:
 
     def __init__(self) -> None:
         self._running: list[subprocess.Popen[bytes]] = []
+        self._shared: _Shared | None = None
+        self._lock = threading.Lock()
+
+    def run_shared(self, command: Sequence[str]) -> int:
+        """Runs `mmllm COMMAND` in the process that such commands share and gives its exit code; one at a time."""
+        if self._shared is None:
+            self._shared = _Shared()
+            self._running.append(self._shared.process)
+        shared = self._shared
+        code = shared.run(command)
+        if shared.process.poll() is not None:
+            self._end_shared()
+        return code
 
     def run(self, command: Sequence[str], num_threads: int) -> int:
         """Runs `mmllm COMMAND` with so many threads and gives its exit code."""
+        self._end_shared()
         environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
         process = subprocess.Popen([sys.executable, "-m", "mmllm.cli", *command], env=environment)
         self._running.append(process)
@@ -39,6 +58,42 @@ class Processes:
         """Ends what still runs, from another thread too."""
         for process in list(self._running):
             _end(process)
+        self._end_shared()
+
+    def _end_shared(self) -> None:
+        with self._lock:
+            shared, self._shared = self._shared, None
+        if shared is not None:
+            shared.end()
+            self._running.remove(shared.process)
+
+
+class _Shared:
+    """A process of `mmllm.worker`."""
+
+    def __init__(self) -> None:
+        answers, fd = os.pipe()
+        command = [sys.executable, "-m", "mmllm.worker", str(fd)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=(fd,))
+        os.close(fd)
+        self._answers = os.fdopen(answers, "rb")
+
+    def run(self, command: Sequence[str]) -> int:
+        """Gives the command's exit code, or the process's where that ended before it."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(list(command)).encode() + b"\n")
+            self.process.stdin.flush()
+        answer = self._answers.readline()
+        return int(answer) if answer else self.process.wait() or 1
+
+    def end(self) -> None:
+        """Waits until it has seen that nothing more comes."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
+        self._answers.close()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

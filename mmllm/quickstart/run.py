@@ -7,33 +7,27 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shlex
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from rich.console import Console
 from rich.markup import escape
 
 from mmllm.checkout import commit
-from mmllm.evaluation.charts import Points
-from mmllm.evaluation.curves import read_curves
-from mmllm.evaluation.report import ReportInfo, Stage, now, write_report
-from mmllm.evaluation.results import TASKS, load_result
-from mmllm.evaluation.routing import load_routing
-from mmllm.inference.card import ModelInfo
-from mmllm.inference.folder import WEIGHTS, write_card
+from mmllm.evaluation.results import load_result
 from mmllm.quickstart.budget import CLIP_SHARE, CODEC_SHARE, Budget, task_seconds
 from mmllm.quickstart.monitor import MemoryMonitor
 from mmllm.quickstart.plan import (
+    OUTPUT_OF_STAGE,
+    STATE_FILE,
     Choices,
     Contents,
     choose,
@@ -48,15 +42,15 @@ from mmllm.quickstart.processes import Processes, terminated_as_interrupt
 from mmllm.ticker import clock
 
 RunCommand = Callable[[Sequence[str]], int]
-STATE_FILE = "quickstart.json"
 FORMAT_VERSION = 1
-OUTPUT_OF_STAGE = {"codec": "codec", "clip": "clip", "decoder": "model"}
 CODEC_COPIES = 3
 """Altered copies of each sound, at most, from which the codec learns voices other than the few that there are."""
 MAX_WORKERS = 4
 MAX_RANKS = 4
 RANK_BYTES = 2 * 2**30
 """Free memory that a training of more than two ranks needs for each."""
+NVIDIA_GPU = Path("/dev/nvidia0")
+"""Asked for in place of torch, which this process does not import: that would take memory beside the trainings."""
 SAVE_SECONDS = 5.0
 """How often the clock is saved while a stage runs: so much of it is lost at most when the process is killed."""
 
@@ -79,7 +73,8 @@ def quickstart(
     """The whole way on one machine.
 
     Args:
-        run_command: runs a command line (`["data", "build", …]`) and gives its exit code.
+        run_command: runs a command line (`["data", "build", …]`) in this process and gives its exit code; used with
+            `max_steps`, where processes of their own would take longer than their work.
         out: the run's folder.
         train: manifests; none: the demo's own data.
         test: manifests of held-out rows.
@@ -108,7 +103,10 @@ def quickstart(
     run = _Run(Path(out), settings, run_command)
     with MemoryMonitor(run.save_now_and_then) as memory, terminated_as_interrupt():
         run.memory = memory
-        return run.all_stages()
+        try:
+            return run.all_stages()
+        finally:
+            run.processes.end_all()
 
 
 class _Run:
@@ -221,8 +219,8 @@ class _Run:
             name: of the stage.
             command: the command line.
             makes: what must be there when it is done.
-            num_threads: run it as a process of its own with so many threads; 0: run it in this process. Under DDP
-                it must be one of its own, since it runs its own command line again for the other ranks.
+            num_threads: run it as a process of its own with so many threads; 0: in the one that short commands share.
+                Under DDP it must be one of its own, since it runs its own command line again for the other ranks.
 
         Raises:
             StageFailed: it ended with an error.
@@ -237,12 +235,7 @@ class _Run:
         if self.is_finished:  # somebody struck this stage from those that are done
             self.is_finished, self.started = False, time.monotonic()
         begun, code_used = time.monotonic(), commit()
-        code = self.processes.run(command, num_threads) if num_threads else self.run_command(command)
-        if code in (130, -signal.SIGINT):
-            raise KeyboardInterrupt
-        if code:
-            raise StageFailed(f"the stage {name!r} failed; mend what it says above and run quickstart again, or run "
-                              f"`{line}` alone")  # fmt: skip
+        self._run(name, command, num_threads)
         if makes is not None and not makes.exists():
             raise StageFailed(
                 f"the stage {name!r} ended without writing {makes}; remove {self.out / 'checkpoints'} and run "
@@ -252,9 +245,23 @@ class _Run:
         self.stages.append({"name": name, "seconds": seconds, "command": line, "commit": code_used})
         self.save()
 
+    def _run(self, name: str, command: Sequence[str], num_threads: int = 0) -> None:
+        """Runs a stage's command; see `stage`."""
+        if num_threads:
+            code = self.processes.run(command, num_threads)
+        elif self.settings["max_steps"] is not None:
+            code = self.run_command(command)
+        else:
+            code = self.processes.run_shared(command)
+        if code in (130, -signal.SIGINT):
+            raise KeyboardInterrupt
+        if code:
+            raise StageFailed(f"the stage {name!r} failed; mend what it says above and run quickstart again, or run "
+                              f"`{shlex.join(['mmllm', *command])}` alone")  # fmt: skip
+
     def all_stages(self) -> dict[str, Any]:
         """Everything, in order."""
-        if torch.cuda.is_available():
+        if NVIDIA_GPU.exists():
             self._warn("trainings run on the CPU, which quickstart's configs are made for; `mmllm configs ls` lists "
                        "those for GPUs")  # fmt: skip
         try:
@@ -271,7 +278,7 @@ class _Run:
             self._fit_decoder(contents, choices)
             self._forget_scores_of_another_model()
             self._evaluate(choices)
-            return self._report(contents)
+            return self._report()
         except KeyboardInterrupt:
             self._warn("stopped; run the same command again to go on")
             raise
@@ -397,7 +404,7 @@ class _Run:
     # -------------------------------------------------------------------------------------------------- evaluation
     def _forget_scores_of_another_model(self) -> None:
         """Scores are of the model that is there: one that was trained again, by hand, is evaluated again."""
-        found = (self.out / "model" / WEIGHTS).stat()
+        found = (self.out / "model" / "model.safetensors").stat()
         model = [found.st_mtime_ns, found.st_size]
         scored = [stage for stage in self.stages if stage["name"].startswith("eval ")]
         if scored and self.model not in (None, model):
@@ -434,45 +441,22 @@ class _Run:
                 self.processes.end_all()
                 raise
 
-    def _report(self, contents: Contents) -> dict[str, Any]:
+    def _report(self) -> dict[str, Any]:
         if not self.is_finished:
             self._finish()
-        results = [load_result(self.out / "eval" / f"{task}.json") for task in self.tasks]
-        logs = {name: self.out / "logs" / name / "metrics.csv" for name in OUTPUT_OF_STAGE}
-        curves = {name: read_curves(path) for name, path in logs.items() if path.is_file()}
-        routing_file = self.out / "logs" / "decoder" / "routing.json"
-        routing = load_routing(routing_file) if routing_file.is_file() else None
-        (trained,) = (stage for stage in self.stages if stage["name"] == "fit decoder")
-        info = ReportInfo(
-            summary=f"{contents.num_rows:,} training rows of {', '.join(contents.kinds)}",
-            seconds=round(self.seconds, 1),
-            tokens_per_second=_tokens_per_second(curves.get("decoder", {})),
-            peak_rss_bytes=self.peak_rss_bytes,
-            recipe_hash=_recipe_hash(self.out / "recipe.yaml"),
-            commit=trained.get("commit"),
-            made_at=now(),
-            machine=f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-            stages=tuple(Stage(stage["name"], stage["seconds"], stage["command"]) for stage in self.stages),
-        )
-        page = write_report(self.out, results, curves, routing, info)
-        report = read_json(self.out / "report.json")
-        scores = {task: report[task] for task in TASKS if task in report}
-        write_card(
-            self.out / "model",
-            ModelInfo(
-                recipe_hash=info.recipe_hash, commit=info.commit, data=_sources(self.out / "recipe.yaml"), scores=scores
-            ),
-        )
+        command = ["report", "--out", str(self.out)]
+        self.console.print(f"\n[bold]report[/bold]\n[green]$ {escape(shlex.join(['mmllm', *command]))}[/green]")
+        self._run("report", command)
         self.console.print(f"\n[bold]Scores[/bold] on held-out rows ({clock(self.seconds)}, "
                            f"{self.peak_rss_bytes / 2**30:.1f} GiB at the most)")  # fmt: skip
-        for result in results:
+        for result in (load_result(self.out / "eval" / f"{task}.json") for task in self.tasks):
             for key, value in result.scores.items():
                 if isinstance(value, (int, float)):
                     shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
                     self.console.print(f"  {result.task + '.' + key:<44}{shown:>10}")
-        self.console.print(f"\nReport: [bold]{escape(str(page))}[/bold]")
+        self.console.print(f"\nReport: [bold]{escape(str(self.out / 'report.html'))}[/bold]")
         self.console.print(f"Model:  [bold]{escape(str(self.out / 'model'))}[/bold]")
-        return report
+        return read_json(self.out / "report.json")
 
 
 def num_workers() -> int:
@@ -501,28 +485,6 @@ def num_ranks(minutes: float | None, max_steps: int | None) -> int:
 
 def _trained_seconds(checkpoint: Path) -> float:
     """How long a stage had trained when it was saved."""
+    import torch  # only where a training that was stopped goes on: see NVIDIA_GPU
+
     return float(torch.load(checkpoint, map_location="cpu", weights_only=True).get("mmllm_elapsed_seconds", 0.0))
-
-
-def _tokens_per_second(curves: Mapping[str, Points]) -> float | None:
-    """The median of the decoder's log."""
-    values = sorted(value for _, value in curves.get("train/tokens_per_second", ()))
-    return round(values[len(values) // 2], 1) if values else None
-
-
-def _recipe_hash(path: Path) -> str:
-    from mmllm.data.plan import open_plan
-    from mmllm.data.recipe import load_recipe
-
-    return open_plan(load_recipe(path), 1).hash
-
-
-def _sources(path: Path) -> tuple[str, ...]:
-    """A line for each source of a recipe."""
-    from mmllm.data.recipe import load_recipe
-
-    recipe = load_recipe(path)
-    return tuple(
-        f"{source.name} ({source.kind}): {share:.0%} of the {recipe.mixture.unit}"
-        for source, share in zip(recipe.sources, recipe.shares(), strict=True)
-    )
