@@ -40,7 +40,7 @@ def _group(commands: Any, name: str, help_text: str) -> Any:
 
 def _command(commands: Any, name: str, help_text: str, run: Run) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, prog=parser.prog)
     return parser
 
 

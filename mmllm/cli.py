@@ -73,7 +73,10 @@ def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["predict"]:
         raise ValueError(_NO_PREDICT)
     parser = _parser()
-    parsed = parser.parse_args([_underscored(argument) for argument in arguments])
+    parsed, unknown = parser.parse_known_args([_underscored(argument) for argument in arguments])
+    if unknown:
+        prog = getattr(parsed, "prog", parser.prog)
+        raise ValueError(f"unrecognized arguments: {' '.join(unknown)}; see `{prog} --help`")
     if not hasattr(parsed, "run"):
         parser.print_help()
         return 0

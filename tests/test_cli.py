@@ -132,6 +132,14 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str
     assert len(TASKS) == 5
 
 
+@pytest.mark.parametrize(("command", "prog"), [(["configs", "cp", "x"], "mmllm configs cp"), ([], "mmllm")])
+def test_an_unknown_option_points_to_its_command(
+    capsys: pytest.CaptureFixture[str], command: list[str], prog: str
+) -> None:
+    assert main([*command, "--bogus"]) == 2
+    assert f"unrecognized arguments: --bogus; see `{prog} --help`" in capsys.readouterr().err
+
+
 def test_a_failed_fit_leaves_the_process_as_it_was(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,6 +110,12 @@ def test_page_shows_rows_and_scores(results, tmp_path: Path):
     assert "&lt;script&gt;" in html
     assert html.count("<audio") == html.count("data:audio/wav") == 6
     assert "pairs never trained on" in html
+    assert html.count("<circle cx=") == 5 + 1 and "M191 3l9" not in html, "a score each, and the key"
+
+
+def test_a_word_error_rate_beyond_the_bar_is_an_arrow_at_its_end(tmp_path: Path):
+    html = page(write_report(tmp_path, [TaskResult("transcribe", {"wer": 1.25, "n": 9}, [])]))
+    assert "125.0%" in html and html.count("M191 3l9") == 1 and html.count("<circle cx=") == 1
 
 
 def test_page_stays_small(results, tmp_path: Path):

@@ -172,6 +172,13 @@ def test_parts_are_told_apart(files):
     assert kinds == ["see cat.jpg now.", "what is in dog.png", "ImagePart", "ImagePart", "Hello.wav is a file"]
 
 
+def test_text_that_looks_like_a_misspelt_path_is_said(caplog):
+    assert parse_parts(["cat.pgn", "pi=3.14", "e.g.", "etc...", "see a.pgn there"])[0] == "cat.pgn"
+    assert [record.getMessage() for record in caplog.records] == [
+        "cat.pgn is taken for text: it ends as no picture or sound that can be read does"
+    ]
+
+
 def test_a_segments_text_is_text(files):
     parts = [
         Segment(text="cat.jpg"),

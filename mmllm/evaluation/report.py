@@ -228,6 +228,7 @@ def _measure_row(measure: Measure, scores: Mapping[str, Any]) -> dict[str, Any]:
         "note": measure.note,
         "value": _score(scores[measure.key], percent),
         "bar": _place(scores[measure.key]) if percent else None,
+        "is_beyond": percent and scores[measure.key] > 1,  # word error rates can be
         "band": band,
         "interval": f"{_score(interval[0], percent)} – {_score(interval[1], percent)}" if interval else "",
         "controls": [(name, _score(value, percent)) for name, value in controls],

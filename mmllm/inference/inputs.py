@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,9 @@ from mmllm_tokenizers.vocab import AUDIO, IMAGE
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".opus"})
+_LIKE_A_PATH = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,3}$")
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,8 @@ def _parse_part(part: Any) -> str | TextPart | ImagePart | AudioPart:
         if is_path and suffix in AUDIO_SUFFIXES:
             return as_audio(part)
         if isinstance(part, str):
+            if is_path and _LIKE_A_PATH.search(part):
+                _logger.warning("%s is taken for text: it ends as no picture or sound that can be read does", part)
             return part
         raise ValueError(
             f"{part} is neither an image nor a sound: its name ends in {suffix or 'nothing'!r}, wanted one of "
