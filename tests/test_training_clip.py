@@ -63,6 +63,16 @@ def test_clip_learns_colours_and_its_tower_goes_to_the_decoder(tmp_path: Path) -
     assert load_clip_config(tmp_path / "told", None).mean == told.mean
 
 
+def test_a_training_says_what_it_will_write_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer, out = _tokenizer(tmp_path / "tokenizer"), tmp_path / "clip"
+    for wanted in ([], [f"{out} is not empty: this training writes over it when it ends"]):
+        caplog.clear()
+        module = ClipModule(VisionConfig(CLIP_CONFIG), str(tmp_path / "tokenizer"), out=str(out))
+        with quiet_lightning():
+            quiet_trainer(max_steps=1).fit(module, datamodule=ListData([_batch(tokenizer, 0)]))
+        assert [record.getMessage() for record in caplog.records if "not empty" in record.getMessage()] == wanted
+
+
 def test_the_loss_is_clips_where_all_captions_differ() -> None:
     torch.manual_seed(0)
     image_NC, text_NC = (F.normalize(torch.randn(5, 8), dim=1) for _ in range(2))

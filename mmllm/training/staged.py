@@ -86,9 +86,12 @@ class StagedModule(pl.LightningModule):
         return trainer.max_epochs * math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
 
     def on_train_start(self) -> None:
-        """Starts the clock."""
+        """Starts the clock; says if what an earlier training wrote is in the way."""
         if self._num_steps() is None and self.max_seconds is None:
             raise ValueError("training has no end; set trainer.max_steps or model.init_args.max_seconds")
+        directory = Path(self.export_dir) if self.export_dir and self.trainer.is_global_zero else None
+        if directory is not None and directory.is_dir() and any(directory.iterdir()):
+            log.warning("%s is not empty: this training writes over it when it ends", directory)
         self._last_tick = time.monotonic()
         self.window.reset()
 
