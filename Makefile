@@ -31,7 +31,13 @@ imports: setup
 test: lint types imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not proof' -n 2 --dist loadfile
 
+# No leaks, faults, ranks and resuming first: short, and in `make test` too.
+SHORT_PROOFS := $(addprefix tests/test_,model_decoder.py model_multimodal.py training_decoder.py data_faults.py \
+	data_remote.py data_resume.py kernels.py)
+
 proofs: setup
+	@test -d "$$MMLLM_DATA" || { echo "MMLLM_DATA must name the folder of fsdd/, cifar10/, emoji/, shakespeare/"; exit 2; }
+	$(BIN)/python -m pytest -m 'not proof' $(SHORT_PROOFS)
 	$(BIN)/python -m pytest -m proof
 
 wheel: setup

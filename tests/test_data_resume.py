@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -23,9 +24,17 @@ from mmllm.data.decode import ImageTransform
 from mmllm.data.loader import PackedLoader, StepDataset
 from mmllm.data.plan import open_plan
 from mmllm.data.recipe import load_recipe
+from mmllm.model.decoder import DecoderConfig
+from mmllm.model.moe import MoEConfig
+from mmllm.model.multimodal import AudioConfig, LossConfig
+from mmllm.model.projectors import AudioProjectorConfig, ImageProjectorConfig
+from mmllm.model.vision import VisionConfig
+from mmllm.training.decoder_module import DecoderModule
+from mmllm.training.optimisers import OptimiserConfig
 from mmllm_tokenizers.folder import TokenizerFolder
-from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict, write_manifest
+from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict
 from tests.data_ranks import rows
+from tests.training_fixtures import CLIP_CONFIG
 
 STEPS, BATCH = 16, 4
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # machines of few cores
@@ -70,6 +79,13 @@ def test_ranks_and_workers_change_nothing(made, wanted, world_size, workers):
     assert found == wanted
 
 
+def environment() -> dict[str, str]:
+    """Of a process that imports this checkout and its tests."""
+    root = Path(__file__).parent.parent
+    paths = [str(root), str(root / "tokenizers"), str(root / "kernels")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
 class Run:
     """Processes that read as ranks; what they note is kept from one to the next."""
 
@@ -80,16 +96,13 @@ class Run:
     def start(self, world_size: int, workers: int) -> list[subprocess.Popen]:
         self.num_runs += 1
         self.trim()
-        root = Path(__file__).parent.parent
-        paths = [str(root), str(root / "tokenizers"), str(root / "kernels")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         given = {
             "recipe": str(self.made / "recipe.yaml"), "batch_size": BATCH, "world_size": world_size,
             "workers": workers, "steps": STEPS, "out": str(self.out), "meet": str(self.out / f"meet{self.num_runs}"),
         }  # fmt: skip
         command = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "data_ranks.py")]
         return [
-            subprocess.Popen([*command, json.dumps({**given, "rank": rank})], env=environment, start_new_session=True)
+            subprocess.Popen([*command, json.dumps({**given, "rank": rank})], env=environment(), start_new_session=True)
             for rank in range(world_size)
         ]
 
@@ -131,9 +144,10 @@ def test_a_killed_run_continues_exactly_with_other_ranks(made, wanted, tmp_path,
     rng = np.random.default_rng(seed)
     run = Run(made, tmp_path / "run")
     before, after = rng.choice([1, 2, 4], size=2, replace=False).tolist() if seed else (2, 1)
-    kill_after(run, run.start(before, int(rng.integers(0, 2))), int(rng.integers(1, STEPS - 2)), rng.uniform(0, 0.2))
+    workers = rng.choice([0, 1, 3], size=2).tolist() if seed else (1, 0)
+    kill_after(run, run.start(before, workers[0]), int(rng.integers(1, STEPS - 2)), rng.uniform(0, 0.2))
     assert 0 < run.num_done() < STEPS
-    finish(run.start(after, int(rng.integers(0, 2))))
+    finish(run.start(after, workers[1]))
     assert run.hashes() == wanted
 
 
@@ -172,6 +186,48 @@ def test_lightning_resumes_with_prefetch_and_accumulation(made, wanted, tmp_path
     assert first.seen + fit(8, tmp_path / "last.ckpt").seen == wanted
 
 
+@pytest.mark.timeout(600)
+def test_lightning_resumes_two_ranks_as_one(made, wanted, tmp_path):
+    """Stopped in the middle of an epoch, with prefetched batches and accumulation."""
+
+    def fit(name: str, devices: int, max_steps: int, ckpt: Path | None = None) -> dict[int, list[str]]:
+        (tmp_path / name).mkdir()
+        given = {
+            "recipe": str(made / "recipe.yaml"), "batch_size": BATCH, "devices": devices, "max_steps": max_steps,
+            "workers": 1, "ckpt": ckpt and str(ckpt), "out": str(tmp_path / name),
+        }  # fmt: skip
+        script = str(Path(__file__).parent / "lightning_ranks.py")
+        done = subprocess.run(
+            [sys.executable, script, json.dumps(given)], env=environment(), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        seen: dict[int, list[str]] = {}
+        for path in (tmp_path / name).glob("rank*.jsonl"):
+            for note in map(json.loads, path.read_text().splitlines()):
+                seen[note["batch"]] = sorted([*seen.get(note["batch"], []), *note["rows"]])
+        return seen
+
+    first = fit("two", 2, 3)
+    then = fit("one", 1, 8, tmp_path / "two" / "last.ckpt")
+    assert len(first) == 6 and not set(first) & set(then)
+    assert [rows for _, rows in sorted((first | then).items())] == wanted
+
+
+def small_module(tokenizer: Path) -> DecoderModule:
+    """Sees, hears, reads and speaks, with experts in one of two layers."""
+    torch.manual_seed(0)
+    moe = MoEConfig(num_experts=4, top_k=2, expert_width=32)
+    return DecoderModule(
+        DecoderConfig(0, width=32, num_layers=2, num_heads=2, mlp_width=64, moe=moe, moe_layers=(1,)),
+        VisionConfig(CLIP_CONFIG),
+        ImageProjectorConfig(kind="mlp"),
+        AudioConfig(0, 0, latent_width=0, projector=AudioProjectorConfig("conv", pool=2, num_layers=1)),
+        LossConfig(units=0.5, ctc=0.3),
+        tokenizer=str(tokenizer),
+        optimiser=OptimiserConfig(lr=3e-3, warmup=0.1),
+    )
+
+
 @pytest.mark.proof
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif("MMLLM_DATA" not in os.environ, reason="MMLLM_DATA names no folder of real data")
@@ -179,14 +235,9 @@ def test_lightning_resumes_with_prefetch_and_accumulation(made, wanted, tmp_path
 def test_four_real_sets_are_built_shown_trained_on_and_resumed(tmp_path):
     make_folder(tmp_path / "tok")
     sources = []
-    for name, kind, share in (
-        ("fsdd", "audio", 20), ("cifar10", "caption", 40), ("emoji", "caption", 20), ("shakespeare", "text", 8),
-    ):  # fmt: skip
-        root = Path(os.environ["MMLLM_DATA"]) / name
-        rows_ = [json.loads(line) for line in (root / "manifest.jsonl").read_text().splitlines()[::share]]
-        for row in rows_:
-            row |= {key: str(root / row[key]) for key in ("image", "audio") if key in row}
-        commands.build(write_manifest(tmp_path, rows_, f"{name}.jsonl"), tmp_path / name, tmp_path / "tok")
+    for name, kind in (("fsdd", "audio"), ("cifar10", "caption"), ("emoji", "caption"), ("shakespeare", "text")):
+        manifest = Path(os.environ["MMLLM_DATA"]) / name / "manifest.jsonl"
+        commands.build(manifest, tmp_path / name, tmp_path / "tok")
         commands.index(tmp_path / name, tmp_path / "tok")
         sources.append({"name": name, "kind": kind, "shards": str(tmp_path / name / "*.tar")})
     recipe = {"tokenizer": str(tmp_path / "tok"), "sequence_length": 256, "sources": sources}
@@ -195,17 +246,32 @@ def test_four_real_sets_are_built_shown_trained_on_and_resumed(tmp_path):
     shown = commands.show(path, step=150, batch_size=2, text=True)
     assert {document["source"] for s in shown["sequences"] for document in s["documents"]} > {"shakespeare"}
 
-    def fit(max_steps: int, ckpt: Path | None = None) -> list[list[str]]:
-        module = Reader()
+    def fit(stop_at: int, ckpt: Path | None = None) -> tuple[DecoderModule, list[tuple[list[str], float]]]:
+        module, seen = small_module(tmp_path / "tok"), []
+        step = module.training_step
+
+        def training_step(batch: PackedBatch, batch_idx: int) -> Any:
+            losses = step(batch, batch_idx)
+            seen.append((sorted(rows(batch)), float(losses["loss"])))
+            module.trainer.should_stop = len(seen) == stop_at
+            return losses
+
+        module.training_step = training_step
         trainer = L.Trainer(
             accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
-            default_root_dir=tmp_path, enable_checkpointing=False, max_steps=max_steps,
+            default_root_dir=tmp_path, enable_checkpointing=False, max_steps=200,
         )  # fmt: skip
         data = PackedDataModule(path, batch_size=2, num_workers=1, steps_per_epoch=70)
+        L.seed_everything(0)
         trainer.fit(module, data, ckpt_path=ckpt)
         trainer.save_checkpoint(tmp_path / "last.ckpt")
-        return module.seen
+        return module, seen
 
-    whole = fit(200)
-    assert len(whole) == 200
-    assert fit(123) + fit(200, tmp_path / "last.ckpt") == whole
+    module, whole = fit(200)
+    losses = [loss for _, loss in whole]
+    assert len(losses) == 200 and np.mean(losses[-20:]) < 0.8 * np.mean(losses[:20])
+    _, first = fit(123)
+    resumed, then = fit(77, tmp_path / "last.ckpt")
+    assert first + then == whole, "the same rows and losses"
+    weights = module.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in resumed.state_dict().items())

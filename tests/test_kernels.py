@@ -170,6 +170,46 @@ def test_autocast_casts_tokens_and_weights():
     assert all(tensor.grad is not None and tensor.grad.dtype == torch.float32 for tensor in inputs)
 
 
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_tokens", "num_shared"), [(1, 0), (1, 1), (3, 1)])
+def test_large_experts_decode_like_the_reference(threads, num_threads, dtype, num_tokens, num_shared):
+    """Weights of so many elements that their rows are shared out."""
+    case = Case(num_tokens, 512, 4, 2, 576, S=num_shared)
+    assert sorted_tokens._SHARED_ELEMENTS <= 512 * 576
+    inputs = [tensor.detach() for tensor in make(case, dtype)]
+    shared = dict(zip(("shared_gate_up_S2ND", "shared_down_SDN"), inputs[4:], strict=True)) if num_shared else {}
+    threads(num_threads)
+    got = mmllm_kernels.moe(*inputs[:4], 2, **shared)
+    wanted = reference.moe(*(tensor.double() for tensor in inputs[:4]), 2, True, *(w.double() for w in shared.values()))
+    assert torch.equal(got.counts_E, wanted.counts_E) and torch.equal(got.experts_TK, wanted.experts_TK)
+    assert (got.out_TD - wanted.out_TD).abs().max() <= TOLERANCE[dtype] * wanted.out_TD.abs().max()
+
+
+def test_decoding_under_autocast_casts_the_tokens_experts_alone():
+    x, *others = (tensor.detach() for tensor in make(Case(1, 64, 8, 2, 32), torch.float32)[:4])
+    cast = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "_to_copy" in str(func):
+                cast.append(args[0].numel())
+            return func(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", torch.bfloat16), Casts():
+        out = mmllm_kernels.moe(x, *others, top_k=2).out_TD
+    assert out.dtype == torch.bfloat16 and max(cast) == 2 * 32 * 64, "one expert's weights at most"
+    wanted = mmllm_kernels.moe(x, *others, top_k=2).out_TD
+    assert (out - wanted).abs().max() <= TOLERANCE[torch.bfloat16] * wanted.abs().max()
+
+
 @pytest.mark.parametrize("num_shared", [0, 1])
 @pytest.mark.parametrize("num_tokens", [1, 2, 5])
 def test_decoding_with_bfloat16_weights(num_tokens, num_shared):

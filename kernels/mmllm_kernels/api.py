@@ -13,6 +13,9 @@ from mmllm_kernels.backends import Backend
 from mmllm_kernels.reference import MoEOutput
 from mmllm_kernels.sorted_tokens import Weights
 
+_MAX_PAIRS = 2**31 - 2**12
+"""A block that starts below it also ends where int32 can count."""
+
 
 def moe(
     x_TD: Tensor,
@@ -63,7 +66,7 @@ def moe(
 
     Raises:
         ValueError: for shapes that do not fit one another, tensors of different devices, a top_k out of
-            range, an unknown backend, or 2³¹ pairs and more.
+            range, an unknown backend, or about 2³¹ pairs and more.
     """
     backends.check(backend)
     _check_shapes(x_TD, router_logits_TE, w_gate_up_E2ND, w_down_EDN, top_k)
@@ -73,21 +76,25 @@ def moe(
         shared_gate_up_S2ND = w_gate_up_E2ND.new_empty(0, *w_gate_up_E2ND.shape[1:])
         shared_down_SDN = w_down_EDN.new_empty(0, *w_down_EDN.shape[1:])
     num_slots = top_k + shared_gate_up_S2ND.shape[0]
-    if not torch.compiler.is_compiling() and x_TD.shape[0] * num_slots >= 2**31:
-        raise ValueError(f"{x_TD.shape[0]} tokens of {num_slots} experts are 2^31 pairs or more; split the batch")
+    if not torch.compiler.is_compiling() and x_TD.shape[0] * num_slots >= _MAX_PAIRS:
+        raise ValueError(
+            f"{x_TD.shape[0]} tokens of {num_slots} experts are {_MAX_PAIRS} pairs or more; split the batch"
+        )
     _check_shared(shared_gate_up_S2ND, shared_down_SDN, w_gate_up_E2ND, w_down_EDN)
     out_dtype, dtype = x_TD.dtype, w_gate_up_E2ND.dtype
     if torch.is_autocast_enabled(x_TD.device.type):
         out_dtype = dtype = torch.get_autocast_dtype(x_TD.device.type)
     weights = Weights(w_gate_up_E2ND, w_down_EDN, shared_gate_up_S2ND, shared_down_SDN)
-    if any(tensor.dtype != dtype for tensor in (x_TD, *weights)):
-        x_TD, weights = x_TD.to(dtype), Weights(*(weight.to(dtype) for weight in weights))
+    x_TD = x_TD.to(dtype)
     num_experts = router_logits_TE.shape[1]
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, router_logits_TE, *weights))
+    is_inference = not needs_grad and not torch.compiler.is_compiling() and backend != "reference"
+    if not is_inference and any(weight.dtype != dtype for weight in weights):
+        weights = Weights(*(weight.to(dtype) for weight in weights))
     if backend == "reference":
         result = reference.moe(x_TD, router_logits_TE, *weights[:2], top_k, renormalise, *weights[2:])
         return result._replace(out_TD=result.out_TD.to(out_dtype))
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, router_logits_TE, *weights))
-    if needs_grad or torch.compiler.is_compiling():
+    if not is_inference:
         save_h = needs_grad and not recompute
         out_TD, _, experts_TJ, counts_G, *_ = ops.moe(
             x_TD, router_logits_TE, *weights, top_k, renormalise, save_h, backend

@@ -12,7 +12,6 @@ width, V codes, P = T·J pairs (token, slot) in expert order, R the rows of one 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -173,7 +172,8 @@ def _router_gradient(
 def decode(x_TD: Tensor, weights: Weights, gates_TJ: Tensor, experts_TJ: Tensor) -> tuple[Tensor, Tensor]:
     """The output and counts [G] of one token: matrix-vector products with the weights of its experts and nothing else.
 
-    Each call counts: the products of a small layer take less time than PyTorch's way to them.
+    Weights of another dtype than the token's are cast, its experts' alone. Each call counts: the products of a small
+    layer take less time than PyTorch's way to them.
     """
     num_experts, x_D, chosen = weights.gate_up_E2ND.shape[0], x_TD[0], experts_TJ[0].tolist()
     counts = [0] * (num_experts + weights.shared_gate_up_S2ND.shape[0])
@@ -181,10 +181,10 @@ def decode(x_TD: Tensor, weights: Weights, gates_TJ: Tensor, experts_TJ: Tensor)
     for e in chosen:
         counts[e] += 1
         gate_ups, downs, e = (*weights[:2], e) if e < num_experts else (*weights[2:], e - num_experts)
-        gate_N, up_N = _matvec(gate_ups[e], x_D).chunk(2)
-        ys_D.append(_matvec(downs[e], F.silu(gate_N).mul_(up_N)))
+        gate_N, up_N = _matvec(gate_ups[e].to(x_D.dtype), x_D).chunk(2)
+        ys_D.append(_matvec(downs[e].to(x_D.dtype), F.silu(gate_N).mul_(up_N)))
     y_JD = torch.stack(ys_D).to(gates_TJ.dtype)
-    return (gates_TJ @ y_JD).to(x_TD.dtype), torch.tensor(counts, device=x_TD.device)
+    return (gates_TJ.T * y_JD).sum(dim=0, keepdim=True).to(x_TD.dtype), torch.tensor(counts, device=x_TD.device)
 
 
 def nearest_code(x_TD: Tensor, codebook_VD: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ def _blocks(routing: Routing, width: int) -> Iterator[_Block]:
 def _product(x_RD: Tensor, w_ND: Tensor, out_RN: Tensor) -> None:
     """Writes x · wᵀ; of a single row as a matrix-vector product, which reads w at the memory's speed."""
     if len(x_RD) == 1:
-        torch.mv(w_ND, x_RD[0], out=out_RN[0])
+        out_RN[0] = _matvec(w_ND, x_RD[0])
     else:
         torch.mm(x_RD, w_ND.T, out=out_RN)
 
@@ -242,9 +242,9 @@ def _matvec(w_ND: Tensor, x_D: Tensor) -> Tensor:
     `mv` itself shares out a product of half precision.
     """
     num_rows, width = w_ND.shape
-    parts = math.gcd(num_rows, torch.get_num_threads())
-    if num_rows * width < _SHARED_ELEMENTS or parts == 1 or w_ND.dtype != torch.float32:
+    if num_rows * width < _SHARED_ELEMENTS or w_ND.dtype != torch.float32 or w_ND.device.type != "cpu":
         return torch.mv(w_ND, x_D)
+    parts = next(parts for parts in range(torch.get_num_threads(), 0, -1) if num_rows % parts == 0)
     w_PDN = w_ND.view(parts, -1, width).transpose(1, 2)
     return torch.bmm(x_D.expand(parts, 1, -1), w_PDN).view(-1)
 
