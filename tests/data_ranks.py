@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from mmllm.data.loader import PackedLoader, StepDataset
 from mmllm.data.plan import open_plan
 from mmllm.data.recipe import load_recipe
 from mmllm_tokenizers.folder import TokenizerFolder
+
+STEP_SECONDS = 0.05
+"""So that who kills a run still finds it at work."""
 
 
 def rows(batch: PackedBatch) -> list[str]:
@@ -67,6 +71,7 @@ def run(
             partial = state_path.with_suffix(".partial")
             partial.write_text(json.dumps(loader.state_dict()))
             partial.replace(state_path)
+        time.sleep(STEP_SECONDS)
     dist.barrier()
     dist.destroy_process_group()
 

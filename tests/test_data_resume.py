@@ -33,7 +33,7 @@ from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.optimisers import OptimiserConfig
 from mmllm_tokenizers.folder import TokenizerFolder
 from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict
-from tests.data_ranks import rows
+from tests.data_ranks import STEP_SECONDS, rows
 from tests.training_fixtures import CLIP_CONFIG
 
 STEPS, BATCH = 16, 4
@@ -145,7 +145,7 @@ def test_a_killed_run_continues_exactly_with_other_ranks(made, wanted, tmp_path,
     run = Run(made, tmp_path / "run")
     before, after = rng.choice([1, 2, 4], size=2, replace=False).tolist() if seed else (2, 1)
     workers = rng.choice([0, 1, 3], size=2).tolist() if seed else (1, 0)
-    kill_after(run, run.start(before, workers[0]), int(rng.integers(1, STEPS - 2)), rng.uniform(0, 0.2))
+    kill_after(run, run.start(before, workers[0]), int(rng.integers(1, STEPS - 2)), rng.uniform(0, STEP_SECONDS))
     assert 0 < run.num_done() < STEPS
     finish(run.start(after, workers[1]))
     assert run.hashes() == wanted
