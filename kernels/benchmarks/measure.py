@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+SLEEP_CYCLES = 2_000_000
+"""About a millisecond, before each timing on a GPU."""
+
 
 def interleaved_ms(functions: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
     """Milliseconds of each function, one call a round, after two rounds to warm up; what fails is left out.
@@ -42,6 +45,7 @@ def interleaved_ms(functions: dict[str, Callable[[], Any]], rounds: int, device:
 def _once_ms(function: Callable[[], Any], device: str) -> float:
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(SLEEP_CYCLES)  # the device begins late, with launches already waiting for it
         start.record()
         function()
         end.record()
@@ -68,17 +72,39 @@ def saved_bytes(function: Callable[[], Any], parameters: list[torch.Tensor]) -> 
     return sum(storages.values())
 
 
+def relative_error(value: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The norm of the difference over the norm of what is wanted."""
+    wanted = wanted.float()
+    return float((value.float() - wanted).norm() / wanted.norm().clamp(min=1e-30))
+
+
 @dataclass
 class Report:
-    """Rows of {measure, case, value, unit, peer, peer_value, ratio}; ratio is ours / peer."""
+    """Rows of {measure, case, value, unit, peer, peer_value, ratio}; ratio is ours / peer.
 
+    Rows already in the file are kept (but for those measured again), so that several processes can write one file,
+    one after the other.
+    """
+
+    path: Path | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.path.exists():
+            self.rows = json.loads(self.path.read_text())
+
+    def write(self) -> None:
+        """Writes the file, if there is one: call it after every shape, so that a later failure loses nothing."""
+        if self.path is not None:
+            self.path.write_text(json.dumps(self.rows, indent=1) + "\n")
 
     def add(self, measure: str, case: str, unit: str, ours: float, peers: dict[str, float]) -> None:
         """One row a peer; without any, one row with peer null."""
         for peer, value in peers.items() or [(None, None)]:
             ratio = ours / value if value else None
             row = {"measure": measure, "case": case, "value": ours, "unit": unit}
+            same = {"measure": measure, "case": case, "unit": unit, "peer": peer}
+            self.rows = [each for each in self.rows if any(each[name] != same[name] for name in same)]
             self.rows.append({**row, "peer": peer, "peer_value": value, "ratio": ratio})
 
     def add_times(
@@ -94,7 +120,7 @@ class Report:
         if "ours" in values:
             self.add(measure, case, unit, values.pop("ours"), values)
 
-    def finish(self, path: Path | None) -> None:
+    def finish(self) -> None:
         """Prints the ratios and writes the file."""
         print(f"\n{'measure':18}{'case':62}{'ours':>12} {'unit':12}{'peer':34}{'ratio':>7}")
         for row in self.rows:
@@ -103,8 +129,7 @@ class Report:
                 f"{row['measure']:18}{row['case']:62}{row['value']:12.4g} {row['unit']:12}"
                 f"{row['peer'] or '':34}{ratio:>7}"
             )
-        if path is not None:
-            path.write_text(json.dumps(self.rows, indent=1) + "\n")
+        self.write()
 
 
 def describe(device: str, packages: tuple[str, ...]) -> None:
@@ -119,3 +144,8 @@ def describe(device: str, packages: tuple[str, ...]) -> None:
         torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
     )
     print(f"{device}: {name}; Python {platform.python_version()}; {'; '.join(versions)}")
+    if device == "cuda":
+        print(
+            "times: before each, ours and peers' alike, the device sleeps about 1 ms, so that as much of Python's "
+            "launching is not in them"
+        )

@@ -4,7 +4,7 @@
 
 On a CPU: float32 at the two shapes of the README, decoding of one token with float32 and bfloat16 weights.
 On a GPU: bfloat16 at five models' shapes, decoding of 1, 8 and 64 tokens from a CUDA graph. A peer that is
-not installed is listed as not run.
+not installed is listed as not run. A shape is timed only if ours computes what the peers do there.
 
 T tokens, D width, E experts, K experts a token, N inner width.
 """
@@ -27,8 +27,13 @@ import measure
 import peers
 
 import mmllm_kernels
+from mmllm_kernels.gpu import tuning
 
 ALL_PEERS = ("transformers eager", "transformers grouped_mm", "liger", "scattermoe", "sonicmoe")
+
+
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
+"""Largest relative error (of norms) of an output or a gradient with which a shape is timed."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,48 @@ def candidates(
     return {"ours": (ours, parameters), **found}, missing
 
 
+def agrees(
+    shape: Shape,
+    found: dict[str, tuple[peers.Forward, list[Tensor]]],
+    x: Tensor,
+    logits: Tensor,
+    grad: Tensor,
+) -> bool:
+    """Whether our output and every gradient are transformers grouped_mm's, or where it cannot run, our own in fp32.
+
+    In fp32 by the reference on a CPU; on a GPU by plain PyTorch on sorted tokens (the reference needs too much
+    memory there).
+    """
+
+    def gradients(function: peers.Forward, inputs: list[Tensor]) -> list[Tensor]:
+        out = function(inputs[0], inputs[1])
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
+
+    ours = gradients(found["ours"][0], [x, logits, *found["ours"][1]])
+    peer, wanted = "transformers grouped_mm", None
+    if peer in found:
+        function, parameters = found[peer]
+        try:
+            wanted = gradients(function, [x, logits, *parameters])
+        except Exception as error:
+            print(f"not compared: {peer}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    if wanted is None:
+        backend = "cpu" if x.is_cuda else "reference"
+        peer = f"{backend} in float32"
+        exact = [each.detach().float().requires_grad_() for each in (x, logits, *found["ours"][1])]
+        wanted = gradients(
+            lambda x, logits: mmllm_kernels.moe(x, logits, exact[2], exact[3], shape.K, backend=backend).out_TD, exact
+        )
+    names = ("out", "dx", "dlogits", "dw_gate_up", "dw_down")
+    errors = {name: measure.relative_error(*pair) for name, *pair in zip(names, ours, wanted, strict=True)}
+    told = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    print(f"\n{shape.case(x.device.type, x.dtype)}: relative error against {peer}: {told}")
+    wrong = [name for name, error in errors.items() if not error <= TOLERANCE[x.dtype]]
+    if wrong:
+        print(f"NOT TIMED: {shape.name}: {', '.join(wrong)} differ by more than {TOLERANCE[x.dtype]:g} from {peer}")
+    return not wrong
+
+
 def training(report: measure.Report, shape: Shape, device: str, rounds: int, names: tuple[str, ...]) -> dict[str, str]:
     """Forward, forward and backward, and saved bytes at one shape; returns what could not run."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -106,6 +153,8 @@ def training(report: measure.Report, shape: Shape, device: str, rounds: int, nam
     x.requires_grad_()
     logits.requires_grad_()
     grad = torch.randn_like(x)
+    if not agrees(shape, found, x, logits, grad):
+        return missing
 
     def forward(name: str):
         function, _ = found[name]
@@ -130,7 +179,8 @@ def training(report: measure.Report, shape: Shape, device: str, rounds: int, nam
             saved[name] = measure.saved_bytes(lambda f=function: f(x, logits), [*parameters]) / 2**20
         except Exception as error:
             missing[f"{name} (saved)"] = f"{type(error).__name__}: {error}"
-    report.add("saved", case, "MiB", saved.pop("ours"), saved)
+    if "ours" in saved:
+        report.add("saved", case, "MiB", saved.pop("ours"), saved)
     return missing
 
 
@@ -185,44 +235,54 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=60, help="interleaved rounds, after two to warm up")
     parser.add_argument("--shapes", default="", help="names separated by commas; all if empty")
-    parser.add_argument("--peers", default=",".join(ALL_PEERS), help="names separated by commas")
+    # An error of a peer may leave a GPU unusable for the process: on_gpu.sh gives each peer one.
+    parser.add_argument("--peers", default=",".join(ALL_PEERS), help="names separated by commas; none if empty")
     parser.add_argument("--tiny", action="store_true", help="shapes that only show that everything runs")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch, on a CPU")
     parser.add_argument("--bandwidth", type=float, default=4.8e12, help="bytes a second of the GPU's memory")
-    parser.add_argument("--json", type=Path, help="file for the rows")
-    parser.add_argument("--table", type=Path, help="blocks.json to which the block shapes timed here are added")
+    parser.add_argument("--measures", default="training,decode", help="training, decode, or both with a comma")
+    parser.add_argument("--json", type=Path, help="file for the rows; those already in it are kept")
+    parser.add_argument("--table", type=Path, help="blocks.json whose shapes are used and to which new ones are added")
     arguments = parser.parse_args()
     device, names = arguments.device, tuple(filter(None, arguments.peers.split(",")))
     if device == "cpu":
         torch.set_num_threads(arguments.threads)
     measure.describe(device, ("transformers", "liger-kernel", "scattermoe", "sonic-moe"))
-    wanted = arguments.shapes.split(",") if arguments.shapes else None
     shapes, decoding = (TINY, TINY[:1]) if arguments.tiny else (TRAINING[device], DECODING[device])
-    report, missing = measure.Report(), {}
-    for shape in shapes:
-        if wanted is None or shape.name in wanted:
+    wanted = arguments.shapes.split(",") if arguments.shapes else [shape.name for shape in shapes + decoding]
+    measures = arguments.measures.split(",")
+    for word, known in ((wanted, [shape.name for shape in shapes + decoding]), (measures, ["training", "decode"])):
+        if not set(word) <= set(known):
+            parser.error(f"{','.join(word)} is not among {', '.join(dict.fromkeys(known))}")
+    if arguments.table is not None and device == "cuda":
+        tuning.add_measured(json.loads(arguments.table.read_text())["measured"])
+    report, missing = measure.Report(arguments.json), {}
+    for each, shape in [("training", s) for s in shapes] + [("decode", s) for s in decoding]:
+        if shape.name not in wanted or each not in measures:
+            continue
+        if each == "training":
             missing.update(training(report, shape, device, arguments.rounds, names))
-    for shape in decoding:
-        if wanted is None or shape.name in wanted:
-            if device == "cuda":
-                decoding_on_gpu(report, shape, arguments.rounds, arguments.bandwidth)
-            else:
-                missing.update(decoding_on_cpu(report, shape, arguments.rounds, names))
-    report.finish(arguments.json)
+        elif device == "cuda":
+            decoding_on_gpu(report, shape, arguments.rounds, arguments.bandwidth)
+        else:
+            missing.update(decoding_on_cpu(report, shape, arguments.rounds, names))
+        report.write()
+        if arguments.table is not None:
+            _add_to_table(arguments.table)
+    report.finish()
     for name, reason in missing.items():
         print(f"not run: {name}: {reason}")
-    if arguments.table is not None:
-        _add_to_table(arguments.table)
 
 
 def _add_to_table(path: Path) -> None:
-    from mmllm_kernels.gpu import tuning
-
     table = json.loads(path.read_text())
     table["measured"] = {**table["measured"], **tuning.tuned()}
-    lines = json.dumps(table, indent=1)
-    path.write_text(lines + "\n")
-    print(f"{len(tuning.tuned())} block shapes added to {path}")
+    # A line an entry, as in the file that is shipped.
+    parts = [f'"about": {json.dumps(table["about"])}']
+    for name in ("measured", "guesses"):
+        lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(each)}" for key, each in table[name].items())
+        parts.append(f'"{name}": {{\n{lines}\n  }}' if lines else f'"{name}": {{}}')
+    path.write_text("{\n  " + ",\n  ".join(parts) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -83,13 +83,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="interleaved rounds, after two to warm up")
     parser.add_argument("--tiny", action="store_true", help="a shape that only shows that everything runs")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch, on a CPU")
-    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--json", type=Path, help="file for the rows; those already in it are kept")
     arguments = parser.parse_args()
     device = arguments.device
     if device == "cpu":
         torch.set_num_threads(arguments.threads)
     measure.describe(device, ("encodec", "vector-quantize-pytorch", "flash-kmeans"))
-    report, missing = measure.Report(), {}
+    report, missing = measure.Report(arguments.json), {}
     for T, D, V in [(50, 8, 16)] if arguments.tiny else SHAPES[device]:
         generator = torch.Generator(device).manual_seed(0)
         x, codebook = (torch.randn(rows, D, generator=generator, device=device) for rows in (T, V))
@@ -103,7 +103,8 @@ def main() -> None:
         report.add("forward", f"{case} extra memory", "MiB", memory.pop("ours"), memory)
         agreement = (functions["ours"]() == found["torch.cdist"]()).float().mean()
         print(f"same codes as torch.cdist: {agreement:.6f}")
-    report.finish(arguments.json)
+        report.write()
+    report.finish()
     for name, reason in missing.items():
         print(f"not run: {name}: {reason}")
 

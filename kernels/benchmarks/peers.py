@@ -94,7 +94,7 @@ def _scattermoe(w_gate_up: Tensor, w_down: Tensor, top_k: int) -> tuple[Forward,
 
 
 def _sonicmoe(w_gate_up: Tensor, top_k: int) -> tuple[Forward, list[Tensor]]:
-    """With weights and a router of its own: it takes no logits (the router's product is a small extra for it)."""
+    """With weights and a router of its own: it takes no logits. Its router's product and auxiliary loss are extras."""
     from sonicmoe import KernelBackendMoE, MoE  # pyright: ignore[reportMissingImports]
     from sonicmoe.enums import ActivationType  # pyright: ignore[reportMissingImports]
 

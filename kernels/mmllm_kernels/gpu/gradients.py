@@ -18,6 +18,27 @@ from mmllm_kernels.gpu.products import expert_weights, load_block, swizzle, tile
 
 
 @triton.jit
+def _finish_columns(acc, gates, rows, ok_rows, columns, h_ptr, grad_h_ptr, a_ptr, N: tl.constexpr):
+    """Stores what follows from acc = gathered dO · W_down at these columns; returns a row's part of gate·∂L/∂gate."""
+    ok = ok_rows[:, None] & (columns < N)[None, :]
+    dtype: tl.constexpr = a_ptr.dtype.element_ty
+    acc *= gates[:, None]
+    h_at = rows[:, None] * (2 * N) + columns[None, :]
+    gate = tl.load(h_ptr + h_at, mask=ok, other=0.0).to(tl.float32)
+    up = tl.load(h_ptr + (h_at + N), mask=ok, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    a = silu * up
+    dots = tl.sum(acc * a, axis=1)
+    tl.store(a_ptr + (rows[:, None] * N + columns[None, :]), (a * gates[:, None]).to(dtype), mask=ok)
+    # silu'(g) = sigmoid(g) + silu(g) (1 − sigmoid(g))
+    grad_gate = acc * up * (sigmoid + silu * (1.0 - sigmoid))
+    tl.store(grad_h_ptr + h_at, grad_gate.to(dtype), mask=ok)
+    tl.store(grad_h_ptr + (h_at + N), (acc * silu).to(dtype), mask=ok)
+    return dots
+
+
+@triton.jit(do_not_specialize=["num_tiles"])
 def activation_gradient_kernel(
     grad_out_ptr, w_ptr, shared_ptr, order_ptr, tiles_ptr, gates_ptr, h_ptr, grad_h_ptr, a_ptr, dots_ptr, num_tiles,
     D: tl.constexpr, N: tl.constexpr, E: tl.constexpr, S: tl.constexpr, J: tl.constexpr,
@@ -48,22 +69,14 @@ def activation_gradient_kernel(
         grad = load_block(grad_ptrs + at, ok_rows, ok_k, False, MASK_K)
         w_block = load_block(w_ptrs + at * N, ok_k, ok_columns, MASK_K, MASK_N)
         acc = tl.dot(grad.to(DOT), w_block.to(DOT), acc, input_precision=PRECISION)
-    ok = ok_rows[:, None] & ok_columns[None, :]
-    dtype: tl.constexpr = a_ptr.dtype.element_ty
     gates = tl.load(gates_ptr + pairs.to(tl.int64))
-    acc *= gates[:, None]
-    h_at = rows[:, None] * (2 * N) + columns[None, :]
-    gate = tl.load(h_ptr + h_at, mask=ok, other=0.0).to(tl.float32)
-    up = tl.load(h_ptr + (h_at + N), mask=ok, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    a = silu * up
-    tl.store(dots_ptr + (rows * num_blocks + block), tl.sum(acc * a, axis=1), mask=ok_rows)
-    tl.store(a_ptr + (rows[:, None] * N + columns[None, :]), (a * gates[:, None]).to(dtype), mask=ok)
-    # silu'(g) = sigmoid(g) + silu(g) (1 − sigmoid(g))
-    grad_gate = acc * up * (sigmoid + silu * (1.0 - sigmoid))
-    tl.store(grad_h_ptr + h_at, grad_gate.to(dtype), mask=ok)
-    tl.store(grad_h_ptr + (h_at + N), (acc * silu).to(dtype), mask=ok)
+    # In halves: a whole tile of `_finish_columns`' values needs more registers than a thread has.
+    HALF: tl.constexpr = BLOCK_N // 2
+    left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
+    columns = block * BLOCK_N + tl.arange(0, HALF)
+    dots = _finish_columns(left, gates, rows, ok_rows, columns, h_ptr, grad_h_ptr, a_ptr, N)
+    dots += _finish_columns(right, gates, rows, ok_rows, columns + HALF, h_ptr, grad_h_ptr, a_ptr, N)
+    tl.store(dots_ptr + (rows * num_blocks + block), dots, mask=ok_rows)
 
 
 @triton.jit

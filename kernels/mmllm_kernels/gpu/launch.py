@@ -36,18 +36,21 @@ def route(router_logits_TE: Tensor, top_k: int, renormalise: bool, num_shared: i
     result = Routing(
         gates_TJ=torch.empty(T, J, dtype=torch.float32, device=router_logits_TE.device),
         experts_TJ=torch.empty(T, J, dtype=torch.int64, device=router_logits_TE.device),
-        counts_G=torch.zeros(E + num_shared, dtype=torch.int64, device=router_logits_TE.device),
+        counts_G=torch.empty(E + num_shared, dtype=torch.int64, device=router_logits_TE.device),
         order_P=torch.empty(T * J, **integers),
         inverse_TJ=torch.empty(T, J, **integers),
     )
     if not T:
+        result.counts_G.zero_()
         return result
     gates, experts, counts, order, inverse = result
     BLOCK_E, BLOCK_J = triton.next_power_of_2(E + num_shared), triton.next_power_of_2(J)
-    BLOCK_T = max(min(8192 // BLOCK_E, 64), 8)
+    # A program's logits, keys, and rows of each expert stay in registers; a few tokens take no larger block.
+    BLOCK_T = min(max(min(2048 // BLOCK_E, 64), 8), triton.next_power_of_2(T))
     num_blocks = triton.cdiv(T, BLOCK_T)
-    block_counts = torch.empty(E, num_blocks, **integers)
+    block_counts = torch.empty(E if num_blocks > 1 else 0, num_blocks, **integers)
     shape = {"E": E, "K": top_k, "S": num_shared, "BLOCK_T": BLOCK_T, "BLOCK_E": BLOCK_E, "BLOCK_J": BLOCK_J}
+    shape["num_warps"] = 1 if BLOCK_T * BLOCK_E <= 128 else 4
     with _on(router_logits_TE):
         routing.choose_kernel[(num_blocks,)](
             router_logits_TE, gates, experts, counts, block_counts, order, inverse, T, num_blocks,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def nearest_kernel(
     x_ptr, codebook_ptr, squares_ptr, codes_ptr, T,
     D: tl.constexpr, V: tl.constexpr, DOT: tl.constexpr,

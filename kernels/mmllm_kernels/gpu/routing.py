@@ -52,7 +52,7 @@ def _scatter(
         tl.store(inverse_ptr + pair, row, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "num_blocks"])
 def choose_kernel(
     logits_ptr, gates_ptr, experts_ptr, counts_ptr, block_counts_ptr, order_ptr, inverse_ptr, T, num_blocks,
     E: tl.constexpr, K: tl.constexpr, S: tl.constexpr, RENORMALISE: tl.constexpr, ONE_BLOCK: tl.constexpr,
@@ -102,7 +102,7 @@ def choose_kernel(
         tl.store(block_counts_ptr + (e.to(tl.int64) * num_blocks + block), counts_E, mask=e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "num_blocks"])
 def prefix_kernel(block_counts_ptr, counts_ptr, T, num_blocks, E: tl.constexpr, BLOCK: tl.constexpr):
     """One program an expert: its counts become how many rows earlier programs give it; their sum is its count."""
     e = tl.program_id(0)
@@ -119,7 +119,7 @@ def prefix_kernel(block_counts_ptr, counts_ptr, T, num_blocks, E: tl.constexpr, 
     tl.store(counts_ptr + e.to(tl.int64), total.to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "num_blocks"])
 def place_kernel(
     experts_ptr, counts_ptr, block_counts_ptr, order_ptr, inverse_ptr, T, num_blocks,
     E: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
@@ -143,7 +143,7 @@ def place_kernel(
     _scatter(order_ptr, inverse_ptr, expert_TJ, first_row_E, taken_TE, t, e, j, T, K, S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def tiles_kernel(
     counts_ptr, tiles_ptr, num_tiles, G: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK: tl.constexpr,
@@ -170,7 +170,7 @@ def tiles_kernel(
     tl.store(tiles_ptr + (at + num_tiles + num_tiles), end, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def router_gradient_kernel(
     dots_ptr, gates_ptr, experts_ptr, inverse_ptr, logits_ptr, grad_ptr, T,
     E: tl.constexpr, K: tl.constexpr, S: tl.constexpr, NUM_PARTS: tl.constexpr, RENORMALISE: tl.constexpr,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
@@ -21,6 +22,12 @@ from importlib import resources
 import torch
 
 from mmllm_kernels.backends import interpreted
+
+_log = logging.getLogger(__name__)
+SLEEP_CYCLES = 2_000_000
+"""About a millisecond."""
+CACHE_BYTES = 2**27
+"""More than any GPU's cache holds."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,11 @@ def tuned() -> dict[str, list[int]]:
     return {key: list(astuple(blocks)) for key, blocks in sorted(_tuned.items())}
 
 
+def add_measured(entries: dict[str, list[int]]) -> None:
+    """Takes entries of an earlier `tuned()` for the table's; they are not timed again."""
+    _table()["measured"].update(entries)
+
+
 def bucket(num_pairs: int, num_groups: int) -> int:
     """Mean rows an expert, rounded up to a power of two from 16 to 4096."""
     return min(max(_power_of_two(-(-num_pairs // num_groups)), 16), 4096)
@@ -88,8 +100,15 @@ def blocks(key: Key, launch: Callable[[Blocks], None], device: torch.device) -> 
         return Blocks(*table[name])
     if not _may_time():
         return guesses(key)[0]
-    _tuned[name] = min(guesses(key), key=lambda candidate: _milliseconds(launch, candidate))
-    return _tuned[name]
+    times = {each: _milliseconds(launch, each, cold=_is_few(key)) for each in guesses(key)}
+    best = min(times, key=times.__getitem__)
+    if times[best] == float("inf"):
+        raise RuntimeError(
+            f"none of the {len(times)} block shapes for {name} can be launched on this device; "
+            f"add one that can to gpu/blocks.json, or use backend='cpu'"
+        )
+    _tuned[name] = best
+    return best
 
 
 def guesses(key: Key) -> list[Blocks]:
@@ -98,8 +117,13 @@ def guesses(key: Key) -> list[Blocks]:
     if key.dtype == "float32":  # no tensor cores at full precision: registers are the limit
         return [Blocks(min(rows, 64), 64, 32, warps=8, stages=2), Blocks(min(rows, 64), 64, 32, warps=4, stages=2)]
     entries = _table()["guesses"]
-    few = "few" if key.tokens_per_expert <= 32 else "many"
+    few = "few" if _is_few(key) else "many"
     return [Blocks(*(rows if size == 0 else size for size in entry)) for entry in entries[f"{key.kernel} {few}"]]
+
+
+def _is_few(key: Key) -> bool:
+    """Whether reading the weights takes most of the time."""
+    return key.tokens_per_expert <= 32
 
 
 def _may_time() -> bool:
@@ -107,21 +131,29 @@ def _may_time() -> bool:
     return enabled and not torch.cuda.is_current_stream_capturing()
 
 
-def _milliseconds(launch: Callable[[Blocks], None], candidate: Blocks, repeats: int = 5) -> float:
-    """Best of a few runs; infinity for what the device cannot launch."""
-    from triton.runtime.errors import OutOfResources
+def _milliseconds(launch: Callable[[Blocks], None], candidate: Blocks, cold: bool, repeats: int = 5) -> float:
+    """Best of a few runs; infinity for what cannot be compiled for the device or launched on it.
+
+    `cold` empties the cache first, so that weights come from memory, as they do where a layer has few tokens.
+    """
+    from triton.runtime.errors import OutOfResources, PTXASError
 
     best = float("inf")
     try:
         launch(candidate)
+        other_data = torch.empty(CACHE_BYTES, dtype=torch.uint8, device="cuda") if cold else None
         for _ in range(repeats):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            if other_data is not None:
+                other_data.zero_()
+            torch.cuda._sleep(SLEEP_CYCLES)  # Python's part of the launch is over before the device begins
             start.record()
             launch(candidate)
             end.record()
             end.synchronize()
             best = min(best, start.elapsed_time(end))
-    except OutOfResources:
+    except (OutOfResources, PTXASError) as error:
+        _log.info("block shape %s: %s", candidate, str(error).partition("\n")[0])
         return float("inf")
     return best
 
