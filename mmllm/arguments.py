@@ -138,44 +138,56 @@ def _add_data(actions: Any) -> None:
     def verify(args: argparse.Namespace) -> Iterable[str]:
         from mmllm.data import commands
 
-        found = commands.verify(args.shards, args.tokenizer, workers=args.workers, progress=ticker("documents"))
+        tick = ticker("documents")
+        found = commands.verify(args.shards, args.tokenizer, args.max_named, args.workers, tick)
         end_line()
-        if found["broken"]:
-            errors = "; ".join(found["errors"])
-            raise ValueError(f"{found['broken']} of {found['documents']} samples are broken: {errors}")
-        return _as_json(found)
+        if not found["broken"]:
+            yield from _as_json(found)
+            return
+        yield from found["errors"]
+        left = found["broken"] - len(found["errors"])
+        more = f" and {left} more (--max_named {found['broken']} names all)" if left else ""
+        raise ValueError(
+            f"{found['broken']} samples or shards are broken, of {found['documents']} samples that were looked at; "
+            f"{len(found['errors'])} are named above{more}"
+        )
 
     parser = _command(actions, "verify", "read, decode and tokenise every sample", verify)
     parser.add_argument("shards", nargs="+", help="paths, globs, brace ranges or folders")
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
     parser.add_argument("--workers", type=int, default=0, help="processes that read; 0: this one alone")
+    parser.add_argument(
+        "--max_named", type=int, default=20, metavar="N", help="broken samples that are named, one a line"
+    )
 
     def stats(args: argparse.Namespace) -> Iterable[str]:
         from mmllm.data import commands
+        from mmllm.data.tables import stats_lines
 
-        return _as_json(commands.stats(args.recipe, args.steps, args.batch_size, args.html))
+        told = commands.stats(args.recipe, args.steps, args.batch_size, args.html)
+        return _as_json(told) if args.json else stats_lines(told)
 
     parser = _command(actions, "stats", "the realised mixture of a recipe's first steps", stats)
     parser.add_argument("--recipe", required=True, metavar="FILE", help="YAML")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=8, help="sequences a step")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--html", metavar="FILE", help="also write them as plots")
 
     def show(args: argparse.Namespace) -> Iterable[str]:
         from mmllm.data import commands
+        from mmllm.data.tables import show_lines
 
-        return _as_json(
-            commands.show(
-                args.recipe, args.step, args.batch_size, args.text, args.world_size, args.num_workers, args.html
-            )
-        )
+        ways = args.text, args.world_size, args.num_workers, args.html
+        told = commands.show(args.recipe, args.step, args.batch_size, *ways, starts=not args.json)
+        return _as_json(told) if args.json else show_lines(told)
 
     parser = _command(actions, "show", "exactly what a step holds", show)
     parser.add_argument("--recipe", required=True, metavar="FILE", help="YAML")
     parser.add_argument("--step", type=int, default=0, help="from 0")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences a step")
     parser.add_argument("--text", action="store_true", help="also the text of each sequence")
-    parser.add_argument("--json", action="store_true", help="print JSON, which is what is printed anyway")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines to read")
     parser.add_argument("--html", metavar="FILE", help="also write a page with texts, pictures and sounds")
     parser.add_argument("--world_size", type=int, default=1, help="read through so many ranks' loaders")
     parser.add_argument("--num_workers", type=int, default=0, help="workers of each loader")

@@ -1,7 +1,7 @@
 """The command line. Each command's code is imported when it is run; only this file prints.
 
 Exit codes: 0 done, 1 a fault of ours, 2 something in the user's hands (bad input, key or file), 130 interrupted,
-143 terminated.
+141 nobody reads what is printed (`| head`), 143 terminated.
 """
 
 from __future__ import annotations
@@ -81,8 +81,19 @@ def _run(arguments: list[str]) -> int:
         parser.print_help()
         return 0
     for line in parsed.run(parsed):
-        print(line)
+        if not _printed(line):
+            return 141
     return 0
+
+
+def _printed(line: str) -> bool:
+    """Whether somebody still reads: `| head` leaves early, which is nothing to complain about."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the exit goes nowhere
+        return False
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from mmllm.batch import IGNORE
+from mmllm.cli import main
 from mmllm.data import commands, shards
 from mmllm.data.decode import MAX_PIXELS, ImageTransform
 from mmllm.data.loader import PackedLoader, StepDataset
@@ -134,6 +135,77 @@ def test_a_full_disk_leaves_no_half_shard_that_looks_whole(tmp_path, monkeypatch
     told = commands.build(manifest, tmp_path / "s")
     assert told["num_samples"] == 40 and len(list(scan_tar(tmp_path / "s" / "text-000000.tar"))) == 40
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["shards.json", "text-000000.tar"]
+
+
+def test_a_disk_that_fills_at_the_summary_leaves_no_shards(tmp_path, monkeypatch):
+    manifest = write_manifest(tmp_path, [{"id": f"r{n}", "text": "word"} for n in range(6)])
+    out = tmp_path / "s"
+    opened = shards._open_new
+
+    class Full(io.FileIO):
+        def write(self, data):
+            super().write(data[:40])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(
+        shards, "_open_new", lambda path: Full(path, "w") if path.name.startswith(shards.SUMMARY) else opened(path)
+    )
+    with pytest.raises(OSError, match="No space left"):
+        commands.build(manifest, out, samples_per_shard=2)
+    assert not list(out.iterdir())
+
+    def die(*_: object) -> None:  # as SIGKILL would: nothing is cleared up
+        monkeypatch.setattr(shards._Writers, "abort", lambda self: None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        shards, "_open_new", lambda path: die() if path.name.startswith(shards.SUMMARY) else opened(path)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        commands.build(manifest, out, samples_per_shard=2)
+    assert len(list(out.glob("*.tar"))) == 3 and not (out / shards.SUMMARY).exists()
+    (out / f"{shards.SUMMARY}.partial").write_text("{")
+    monkeypatch.undo()
+    commands.build(write_manifest(tmp_path, [{"id": "only", "text": "new"}]), out)
+    assert sorted(path.name for path in out.iterdir()) == ["shards.json", "text-000000.tar"]
+
+
+def test_verify_counts_what_cannot_be_written_and_goes_on(made, tmp_path, capsys):
+    picture = (made / "m" / "0.png").read_bytes()
+
+    def put(name: str, files: dict[str, bytes]) -> None:
+        with tarfile.open(tmp_path / name, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for path, data in files.items():
+                member = tarfile.TarInfo(path)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+    put("a.tar", {"x.png": picture, "y.png": picture})
+    put("b.tar", {"x.png": picture, "x.txt": b"red", "y.png": picture, "y.txt": b"", "z.png": picture})
+    put("c.tar", {"x.txt": b"red", "y.txt": b"blue"})
+    told = commands.verify(tmp_path, made / "tok")
+    assert (told["documents"], told["broken"]) == (7, 4)
+    assert [error.partition(":")[2].partition(":")[0] for error in told["errors"]] == ["x", "y", "y", "z"]
+    assert all("can't be written as caption: its text is missing" in error for error in told["errors"])
+    assert commands.verify(tmp_path, made / "tok", workers=2) == told
+    assert len(commands.verify(tmp_path, made / "tok", max_named=3)["errors"]) == 3
+
+    command = ["data", "verify", str(tmp_path), "--tokenizer", str(made / "tok")]
+    assert main([*command, "--max_named", "3"]) == 2
+    said = capsys.readouterr()
+    assert [line.startswith(str(tmp_path)) for line in said.out.splitlines()] == [True] * 3
+    assert "4 samples or shards are broken, of 7" in said.err and "--max_named 4 names all" in said.err
+    assert main(command) == 2 and len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_verify_says_what_a_deaf_tokenizer_cannot_write(made, tmp_path):
+    for kind in ("audio", "interleaved"):
+        (tmp_path / f"{kind}.tar").write_bytes((made / "s" / f"{kind}-000000.tar").read_bytes())
+    folder = TokenizerFolder.load(made / "tok")
+    TokenizerFolder(folder.text, None, folder.config).save(tmp_path / "deaf")
+    told = commands.verify(sorted(tmp_path.glob("*.tar")), tmp_path / "deaf", max_named=1000)
+    assert told["broken"] == told["documents"] == len(told["errors"]) == 48
+    assert all("the tokenizer folder has no audio tokenizer" in error for error in told["errors"])
 
 
 def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path):

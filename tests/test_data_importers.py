@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mmllm import arguments
-from mmllm.data import commands
+from mmllm.data import commands, importers
 from mmllm.data.importers import FORMS, read_rows, told_form
 from mmllm.data.manifest import BadRows, ManifestError
 from tests.data_fixtures import write_picture, write_sound
@@ -212,6 +215,183 @@ def test_mmc4(tmp_path):
     (row,) = read_rows(path)
     assert [segment.get("text", "IMAGE") for segment in row.segments] == ["One.", "IMAGE", "Two.", " Three."]
     assert built(path, tmp_path / "s")["num_samples"] == 1
+
+
+def lines(path: Path, *records) -> Path:
+    return put(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def kinds(row) -> list[str]:
+    return [next(iter(segment)) for segment in row.segments]
+
+
+@pytest.mark.parametrize("form", ["obelics", "mmc4", "llava"])
+def test_documents_reach_no_file_outside_the_media_folder(tmp_path, form):
+    secret = picture(tmp_path / "secret.png")
+    media = picture(tmp_path / "media" / "a.png").parent
+    (media / "link.png").symlink_to(secret)
+
+    def record(name: str) -> dict:
+        match form:
+            case "obelics":
+                return {"texts": ["a", None], "images": [None, name]}
+            case "mmc4":
+                return {"text_list": ["a"], "image_info": [{"image_name": name, "matched_text_index": 0}]}
+        parts = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": name}}]
+        return {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "A cat."}]}
+
+    outside = ["../secret.png", str(secret), "link.png", "a/../../secret.png"]
+    good = ["a.png", str(media / "a.png")]
+    bad = BadRows(1.0)
+    path = lines(tmp_path / "d.jsonl", *map(record, good + outside))
+    rows = read_rows(path, bad, media=media)
+    assert [kinds(row).count("image") for row in rows] == [1, 1]
+    assert [reason.rpartition(" leads out of ")[0].partition(": ")[0] for reason in bad.reasons] == [
+        f"{path}:{number}" for number in range(3, 7)
+    ]
+    addresses = lines(tmp_path / "u.jsonl", *map(record, ["https://e.org/x/..", "https://e.org/" + "y" * 300, "a.png"]))
+    bad = BadRows(1.0)
+    rows = read_rows(addresses, bad, media=media)
+    assert len(rows) == (3 if form != "llava" else 1) and kinds(rows[-1]).count("image") == 1
+
+
+def test_one_odd_record_is_a_bad_row_and_not_the_end(tmp_path):
+    picture(tmp_path / "a.png")
+    good = {"texts": ["a", None], "images": [None, "a.png"]}
+    odd = [{"nothing": 1}, [1, 2], {"texts": None, "images": []}, {"texts": ["a"], "images": [None, "a.png"]}]
+    odd += [{"texts": ["a"], "images": [7]}, {"texts": [5], "images": [None]}, {"texts": [None], "images": ["\0"]}]
+    bad = BadRows(1.0)
+    assert kinds(read_rows(lines(tmp_path / "o.jsonl", odd[0], good, *odd[1:]), bad)[0]) == ["text", "image"]
+    assert len(bad.reasons) == len(odd) and "o.jsonl:5" in bad.reasons[3] and "1 texts but 2 images" in bad.reasons[3]
+
+    info = {"image_name": "a.png", "matched_text_index": 0}
+    good = {"text_list": ["One."], "image_info": [info]}
+    odd = [{**good, "image_info": [{**info, "matched_text_index": place}]} for place in (None, 7, -1, "x")]
+    odd += [{**good, "text_list": None}, {**good, "text_list": [None]}, {**good, "image_info": [None]}]
+    bad = BadRows(1.0)
+    assert kinds(read_rows(lines(tmp_path / "m.jsonl", *odd, good), bad)[0]) == ["image", "text"]
+    assert len(bad.reasons) == len(odd) and "m.jsonl:2" in bad.reasons[1] and "7 of 1 texts" in bad.reasons[1]
+
+    images = [{"id": 1, "file_name": "a.png"}, {"id": 2}, 5, {"id": [1], "file_name": "a.png"}]
+    captions = [{"id": n, "image_id": image, "caption": text} for n, (image, text) in enumerate(
+        ((1, None), (2, "b"), (1, "ok"), ([1], "c"), (1, 3))
+    )]  # fmt: skip
+    path = put(tmp_path / "c.json", json.dumps({"images": images, "annotations": [*captions, None]}))
+    bad = BadRows(1.0)
+    assert [row.text for row in read_rows(path, bad)] == ["ok"] and len(bad.reasons) == 5
+    assert "its caption is None" in bad.reasons[0] and "c.json:1" in bad.reasons[1] and "file_name" in bad.reasons[1]
+    with pytest.raises(ManifestError, match=r"n\.json: COCO captions.*'images'"):
+        read_rows(put(tmp_path / "n.json", json.dumps({"annotations": captions})))
+
+    header = "client_id\tpath\tsentence\n"
+    sound(tmp_path / "c1.wav")
+    bad = BadRows(1.0)
+    assert len(read_rows(put(tmp_path / "v.tsv", header + "abc\tc1.wav\nabc\tc1.wav\tHi\n"), bad)) == 1
+    assert "v.tsv:2: has another number of fields" in bad.reasons[0]
+
+
+def test_tables_of_another_encoding_or_with_long_fields(tmp_path):
+    (tmp_path / "l.csv").write_bytes("id,text\n1,ascii\n2,caf\u00e9\n3,more\n".encode("latin-1"))
+    bad = BadRows(1.0)
+    assert [row.text for row in read_rows(tmp_path / "l.csv", bad)] == ["ascii", "more"]
+    assert len(bad.reasons) == 1 and "l.csv:3: holds bytes that are no UTF-8" in bad.reasons[0]
+    before = csv.field_size_limit()
+    long = put(tmp_path / "long.csv", f"id,text\n1,{'word ' * 40_000}\n2,short\n")
+    assert [len(row.text) for row in read_rows(long)] == [200_000, 5]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importers, "_MAX_FIELD", 1000)
+        with pytest.raises(ManifestError, match=r"long\.csv:\d: not CSV from there on: field larger.*quote missing"):
+            read_rows(long)
+    assert csv.field_size_limit() == before
+    (tmp_path / "l.jsonl").write_bytes(
+        b'{"texts": ["a"], "images": [null]}\n{"texts": ["caf\xe9"], "images": [null]}\n'
+    )
+    bad = BadRows(1.0)
+    assert len(read_rows(tmp_path / "l.jsonl", bad)) == 1 and "l.jsonl:2: not JSON" in bad.reasons[0]
+
+
+def test_messages_with_parts(tmp_path):
+    for name in ("a.png", "b.png"):
+        picture(tmp_path / name)
+    text = {"type": "text", "text": "What?"}
+    url = {"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}
+
+    def said(*parts, **more) -> dict:
+        return {"messages": [{"role": "user", "content": list(parts)}, answer], **more}
+
+    path = lines(tmp_path / "m.jsonl", said(text, url), said({"type": "image"}, text, images=["b.png"]))
+    first, second = read_rows(path)
+    assert first.segments == (
+        {"text": "What?", "role": "user"}, {"image": tmp_path / "a.png", "role": "user"},
+        {"text": "A cat.", "role": "assistant"},
+    )  # fmt: skip
+    assert [s.get("image", s.get("text")) for s in second.segments] == [tmp_path / "b.png", "What?", "A cat."]
+    assert built(path, tmp_path / "s")["num_samples"] == 2
+    remote = {"type": "image_url", "image_url": {"url": "https://example.org/cat.png"}}
+    data = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    spoken = {"type": "input_audio", "input_audio": {"data": "AAAA"}}
+    silent = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}, answer]}
+    bad = BadRows(1.0)
+    odd = [said(text, remote), said(text, data), said(text, spoken), said({"type": "image"}), said(5), silent]
+    assert len(read_rows(lines(tmp_path / "o.jsonl", *odd, said(text, url)), bad)) == 1
+    for reason, part in zip(
+        bad.reasons, ("cat.png' names no picture", "base64", "input_audio", "1 marks", "part 5", "is None"), strict=True
+    ):
+        assert part in reason
+
+
+def test_manifests_as_a_json_list(tmp_path):
+    picture(tmp_path / "a.png")
+    rows = [{"text": "one", "n": 1}, {"text": "red", "image": "a.png"}]
+    for name, text in (("l.json", json.dumps(rows)), ("i.json", json.dumps(rows, indent=1))):
+        found = read_rows(put(tmp_path / name, text))
+        assert [(row.kind, row.text) for row in found] == [("text", "one"), ("caption", "red")]
+    found = read_rows(lines(tmp_path / "j.json", *rows))  # an object a line, whatever it is called
+    assert [row.text for row in found] == ["one", "red"]
+
+
+def test_manifests_as_parquet(tmp_path, monkeypatch):
+    picture(tmp_path / "a.png")
+    rows = [{"text": "one", "image": None, "n": 1}, {"text": "red", "image": "a.png", "n": None}]
+
+    class ParquetFile:
+        def __init__(self, path: Path) -> None:
+            if path.read_bytes() != b"PAR1":
+                raise ValueError("no magic bytes")
+
+        def iter_batches(self, size: int):
+            return [types.SimpleNamespace(to_pylist=lambda: rows)]
+
+    parquet = types.ModuleType("pyarrow.parquet")
+    parquet.ParquetFile = ParquetFile  # pyright: ignore[reportAttributeAccessIssue]
+    package = types.ModuleType("pyarrow")
+    package.parquet = parquet  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "pyarrow", package)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
+    found = read_rows(put(tmp_path / "p.parquet", "PAR1"))
+    assert [(row.kind, row.text, row.metadata) for row in found] == [("text", "one", {"n": 1}), ("caption", "red", {})]
+    with pytest.raises(ManifestError, match=r"q\.parquet:0: not to be read as parquet: no magic"):
+        read_rows(put(tmp_path / "q.parquet", "no parquet"))
+
+
+def test_folders_of_pictures_that_few_read(tmp_path):
+    put(picture(tmp_path / "t" / "A.tiff").with_suffix(".txt"), "a scan")
+    assert [(row.kind, row.text) for row in read_rows(tmp_path / "t")] == [("caption", "a scan")]
+    told = built(tmp_path / "t", tmp_path / "s")
+    assert list(told["shards"]) == ["caption-000000.tar"]
+    put(tmp_path / "h" / "b.heic", "?")
+    put(tmp_path / "h" / "b.txt", "a photo")
+    put(tmp_path / "h" / "c.txt", "a text")
+    bad = BadRows(1.0)
+    assert [row.text for row in read_rows(tmp_path / "h", bad)] == ["a text"]
+    assert "b.heic isn't of a kind that is read" in bad.reasons[0]
+
+
+def test_obelics_with_text_and_picture_in_one_place(tmp_path):
+    picture(tmp_path / "a.png")
+    (row,) = read_rows(lines(tmp_path / "o.jsonl", {"texts": ["a", "b"], "images": [None, "a.png"]}))
+    assert [segment.get("text", "IMAGE") for segment in row.segments] == ["a", "IMAGE", "b"]
 
 
 def test_forms_that_are_wrong_or_unknown(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mmllm.data import commands, index
 from mmllm.data.columns import Column, Texts, map_npz, save_npz
@@ -101,6 +102,66 @@ def test_names_that_leave_their_folder_are_refused(made, tmp_path, name):
         index_shard(shard, TokenizerFolder.load(made / "tok"))
 
 
+def png() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["a.txt", "a.b.txt"],
+        ["a.b.png", "a.b.txt", "a.c.png", "a.c.txt"],
+        ["a.b.png"],
+        ["v.0.png", "v.0.txt", "v.1.png", "v.1.txt"],
+        ["a.png", "a.txt", "a.0.png"],
+        ["a.json", "a.0.png", "a.b.json"],
+        ["a.json", "a.0.png", "a.1.json", "a.1.0.png"],
+        ["fine.txt", "a.jsonl", "a.b.jsonl"],
+        ["a.txt", "a.json", "a.b.txt"],
+        ["a.png", "a.txt", "a.json", "a.1.png"],
+    ],
+)
+def test_keys_with_dots_in_foreign_tars_are_refused(made, tmp_path, files):
+    segments = json.dumps({"segments": [{"image": "0.png"}]}) if "a.0.png" in files else "{}"
+    contents = {"png": png(), "txt": b"red", "json": segments.encode(), "jsonl": b'{"text": "red"}'}
+    shard = write_tar(tmp_path / "d.tar", {name: contents[name.rpartition(".")[2]] for name in files})
+    with pytest.raises(ValueError, match=r"d\.tar:[av]: has a file that ends in \.[bc01].*Keys must have no dots"):
+        index_shard(shard, TokenizerFolder.load(made / "tok"))
+
+
+def test_endings_of_any_case_and_names_that_segments_give(made, tmp_path):
+    folder = TokenizerFolder.load(made / "tok")
+    upper = index_shard(write_tar(tmp_path / "u.tar", {"x.PNG": png(), "x.txt": b"red", "y.Txt": b"", "y.Png": png()}),
+                        folder)  # fmt: skip
+    assert upper.kind == "caption" and upper.num_documents == 2 and upper.columns["width"][1] == 8
+    assert commands.verify(tmp_path / "u.tar", made / "tok")["broken"] == 1  # y has no text
+    dotted = {"v1.2/img.png": png(), "v1.2/img.txt": b"red"}
+    assert index_shard(write_tar(tmp_path / "v.tar", dotted), folder).keys[0] == "v1.2/img"
+    segments = [{"image": "left.PNG"}, {"text": "beside"}, {"image": "1.png"}]
+    files = {f"k.{name}.png": png() for name in ("left", "1", "2")}
+    files |= {"k.json": json.dumps({"segments": segments}).encode(), "k.cls": b"1"}
+    found = index_shard(write_tar(tmp_path / "s.tar", files), folder)
+    assert found.kind == "interleaved" and found.num_images_N.tolist() == [2]
+    assert commands.verify(tmp_path / "s.tar", made / "tok")["broken"] == 0
+
+
+@pytest.mark.parametrize("files", [{"x.gif": b"1", "x.txt": b"2"}, {"x.tiff": b"1", "x.txt": b"2", "x.json": b"{}"}])
+def test_pictures_that_shards_do_not_hold_are_no_plain_texts(made, tmp_path, files):
+    with pytest.raises(ValueError, match=r"t\.tar:x: \.(gif|tiff) files aren't read from shards; convert"):
+        index_shard(write_tar(tmp_path / "t.tar", files), TokenizerFolder.load(made / "tok"))
+
+
+def test_two_files_of_one_ending_are_refused(made, tmp_path):
+    for other in ("x.txt", "x.TXT"):
+        with tarfile.open(tmp_path / "t.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for name in ("x.txt", other):
+                tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+        with pytest.raises(ValueError, match=r"t\.tar:x: has two files that end in \.txt"):
+            index_shard(tmp_path / "t.tar", TokenizerFolder.load(made / "tok"))
+
+
 def test_counts_are_those_of_the_built_documents(made):
     folder = TokenizerFolder.load(made / "tok")
     assert folder.audio is not None
@@ -170,11 +231,10 @@ def test_only_what_changed_is_indexed_again(made, tmp_path, monkeypatch):
     monkeypatch.setattr(index, "_digest", lambda path: pytest.fail("its new time is known"))
     write_indices(shards, folder)
     monkeypatch.undo()
-    data = shards[1].read_bytes()
+    data, before = shards[1].read_bytes(), load_index(shards[1], folder.hash).sha256
     shards[1].write_bytes(data.replace(b"row 2", b"ROW 2"))
-    before = index_path(shards[1]).read_bytes(), load_index(shards[1], folder.hash).sha256
     write_indices(shards, folder)
-    assert load_index(shards[1], folder.hash).sha256 != before[1]
+    assert load_index(shards[1], folder.hash).sha256 != before
 
 
 def test_workers_index_the_same_and_say_what_is_wrong(made, tmp_path):
@@ -203,6 +263,32 @@ def test_a_shard_with_other_samples_is_refused_before_use(made, tmp_path):
     os.utime(shard, ns=(1, 1))
     with pytest.raises(ValueError, match="'c' lies where 'b' was"):
         load_index(shard, folder.hash)
+
+
+def test_a_shard_whose_bytes_changed_under_the_same_names_is_refused(made, tmp_path, monkeypatch, caplog):
+    folder = TokenizerFolder.load(made / "tok")
+    shard = write_tar(tmp_path / "t.tar", {"a.txt": b"one", "b.txt": b"two"})
+    index_shard(shard, folder)
+    data = shard.read_bytes()
+    os.utime(shard, ns=(1, 1))
+    digest, digested = index._digest, []
+    monkeypatch.setattr(index, "_digest", lambda path: digested.append(path) or digest(path))
+    for _ in range(3):
+        assert load_index(shard, folder.hash).num_documents == 2
+    assert digested == [shard]  # once: then the new time is noted
+    shard.write_bytes(data.replace(b"two", b"TWO"))
+    os.utime(shard, ns=(2, 2))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"t\.tar: its bytes changed since it was indexed.*mmllm data index"):
+            load_index(shard, folder.hash)
+    shard.write_bytes(data)
+    os.utime(shard, ns=(3, 3))
+
+    def refuse(*_: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(index, "_put", refuse)
+    assert load_index(shard, folder.hash).num_documents == 2 and "can't be noted (read-only)" in caplog.text
 
 
 def test_the_digest_of_the_build_is_taken_where_the_shard_is_the_same(made, tmp_path):

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 
 import lightning as L
 import numpy as np
@@ -10,6 +13,7 @@ import torch
 import yaml
 
 from mmllm.batch import IGNORE, PackedBatch
+from mmllm.cli import main
 from mmllm.data import commands
 from mmllm.data import loader as loader_module
 from mmllm.data.augment import AugmentConfig
@@ -23,7 +27,7 @@ from mmllm.data.plan import open_plan
 from mmllm.data.recipe import recipe_from_dict
 from mmllm.data.tars import scan_tar
 from mmllm_tokenizers.folder import TokenizerFolder
-from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict, write_manifest, write_picture
+from tests.data_fixtures import WORDS, make_folder, mixed_manifest, recipe_dict, write_manifest, write_picture
 from tests.data_ranks import rows
 
 
@@ -142,6 +146,8 @@ def broken_copy(made, tmp_path, num_broken: int):
         (picture,) = [member for member in span.members if member.ending == "png"]
         data[picture.offset : picture.offset + picture.size] = b"\0" * picture.size
     shard.write_bytes(bytes(data))
+    told = (made / "s" / shard.name).stat()
+    os.utime(shard, ns=(told.st_atime_ns, told.st_mtime_ns))  # as a disk that goes bad does it: nothing tells of it
     for path in (index_path(made / "s" / shard.name), sidecar_path(made / "s" / shard.name)):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     recipe = recipe_dict(made / "s", made / "tok")
@@ -178,6 +184,18 @@ def test_failures_are_bounded(made, tmp_path, num_workers):
     recipe["on_error"] = {"action": "raise"}
     with pytest.raises(ValueError, match=r"caption-000000\.tar:c_"):
         list(loader_of(made, 12, recipe=recipe, num_workers=num_workers))
+
+
+def test_few_failures_early_end_no_run(made, tmp_path):
+    recipe = broken_copy(made, tmp_path, 1)  # on_error.max_fraction is 0.001, of about 100 documents
+    loader = loader_of(made, 12, recipe=recipe)
+    assert len(list(loader)) == 12 and 2 <= loader.state_dict()["failed"] <= 10
+    recipe["sources"] = [{**recipe["sources"][0], "max_epochs": 2}]
+    with pytest.raises(ValueError, match=r"2 of 48 documents failed, more than on_error\.max_fraction 0\.001"):
+        list(loader_of(made, 100, recipe=recipe))  # the stream has ended: there is nothing to wait for
+    recipe["on_error"] = {"max_fraction": 0.0}
+    with pytest.raises(ValueError, match="1 of"):
+        list(loader_of(made, 100, recipe=recipe))
 
 
 def test_a_shard_that_vanishes_is_named(made, tmp_path):
@@ -271,6 +289,24 @@ def test_showing_a_step(made):
         commands.show(made / "recipe.yaml", batch_size=4, world_size=3)
 
 
+@pytest.mark.parametrize("action", ["mask", "raise"])
+def test_errors_are_shown_with_the_sequence_that_has_them(made, tmp_path, action):
+    recipe = tmp_path / "broken.yaml"
+    recipe.write_text(
+        yaml.safe_dump({**broken_copy(made, tmp_path, 20), "on_error": {"action": action, "max_fraction": 0}})
+    )
+    for choices in ({}, {"world_size": 2}, {"world_size": 4, "num_workers": 1}):
+        told = commands.show(recipe, step=1, batch_size=8, text=True, **choices)
+        broken = 0
+        for sequence in told["sequences"]:
+            keys = [document["key"] for document in sequence["documents"] if document["source"] == "caption"]
+            assert len(sequence["errors"]) <= len(keys)
+            assert all(any(f":{key} as caption" in message for key in keys) for message in sequence["errors"])
+            broken += len(sequence["errors"])
+        assert broken > 1 and any(not sequence["errors"] for sequence in told["sequences"])
+    assert any("errors" in sequence for sequence in commands.show(recipe, 1, 8, world_size=2)["sequences"])
+
+
 def test_a_step_as_a_page(made, tmp_path):
     told = commands.show(made / "recipe.yaml", step=3, batch_size=4, html=tmp_path / "step.html")
     page = (tmp_path / "step.html").read_text()
@@ -294,6 +330,41 @@ def test_statistics_as_plots(made, tmp_path):
     for name, rows_ in told["lengths"].items():
         assert sum(count for _, _, count in rows_) == told["documents"][name]
         assert all(low <= high for low, high, _ in rows_)
+
+
+def test_a_step_and_statistics_to_read(made, capsys, tmp_path):
+    recipe = str(made / "recipe.yaml")
+    told = commands.show(recipe, step=5, batch_size=4)
+    assert main(["data", "show", "--recipe", recipe, "--step", "5", "--batch_size", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == told
+    page = ["--html", str(tmp_path / "step.html")]
+    assert main(["data", "show", "--recipe", recipe, "--step", "5", "--batch_size", "4", *page]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    documents = [document for sequence in told["sequences"] for document in sequence["documents"]]
+    assert len(lines) == 1 + 4 + len(documents) and (tmp_path / "step.html").is_file()
+    for document in documents:
+        place = f"{document['shard']}:{document['key']}"
+        (line,) = [line for line in lines if f"{place} " in line and f" {document['task']} " in line]
+        assert all(f" {document[key]} " in line for key in ("source", "tokens")) and f"@{document['offset']} " in line
+        assert line.split("@")[1].split(maxsplit=1)[1].split()[0].strip("…") in " ".join(WORDS)
+    assert main(["data", "stats", "--recipe", recipe, "--steps", "30", "--json"]) == 0
+    stats = json.loads(capsys.readouterr().out)
+    assert main(["data", "stats", "--recipe", recipe, "--steps", "30"]) == 0
+    table = capsys.readouterr().out
+    assert len(table.splitlines()) < 12 and f"padding {100 * stats['padding']:.2f}%" in table
+    for name, share in stats["share"].items():
+        wanted = f"{100 * stats['wanted_share'][name]:.2f}%"
+        assert any(line.split()[:3] == [name, wanted, f"{100 * share:.2f}%"] for line in table.splitlines())
+
+
+@pytest.mark.parametrize("json_too", [[], ["--json"]])
+def test_a_reader_that_leaves_early_is_no_fault(made, json_too):
+    command = [sys.executable, "-m", "mmllm.cli", "data", "show", "--recipe", str(made / "recipe.yaml"), *json_too]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert done.returncode == 141 and not done.stderr
 
 
 def test_verifying_names_what_is_broken(made, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from mmllm.batch import IGNORE
 from mmllm.data import commands, source
 from mmllm.data.decode import ImageTransform
-from mmllm.data.documents import build_document, template_tokens
+from mmllm.data.documents import Document, build_document, template_tokens
 from mmllm.data.loader import StepDataset
 from mmllm.data.plan import Plan, open_plan
 from mmllm.data.recipe import CurriculumConfig, SourceConfig, recipe_from_dict
@@ -77,7 +77,7 @@ def slow_draw(plan: Plan, cursors: list, step: int) -> tuple[list[tuple[int, int
         {"mixture": {"on_exhausted": "renormalize"}, "caps": [1, 2, None, 0.5]},
         {"mixture": {"on_exhausted": "stop"}, "caps": [2, None, None, None]},
         {"mixture": {"on_exhausted": "repeat"}, "caps": [1, 1, 1, 1]},
-        {"curriculum": {"start": 0.2, "steps": 30}, "caps": [3, None, None, None]},
+        {"curriculum": {"start": 0.2, "steps": 30}},
         {"weights": [[[0, 1.0], [10, 0.0]], [[0, 0.0], [5, 0.0], [6, 2.0]], None, None]},
     ],
 )
@@ -150,20 +150,47 @@ def test_curriculum_orders(made, order):
     assert order != "random" or tokens[:10].sum() < sum(drawn.values()) < tokens[-10:].sum()
 
 
-@pytest.mark.parametrize("metric", ["length", "rarity", "image_area", "seconds", "num_frames", "speaker"])
+@pytest.mark.parametrize("metric", ["length", "rarity", "image_area", "seconds", "num_frames", "missing"])
 def test_curriculum_metrics(made, metric, caplog):
     kind = {"image_area": "caption", "rarity": "text", "length": "text"}.get(metric, "audio")
-    item = plan_of(made, sources=[one(made, kind)], curriculum={"metric": metric}).sources[0]
+    if metric == "missing":  # one source has it, the other is named
+        sources = [one(made, "text"), one(made, "audio")]
+        item = plan_of(made, sources=sources, curriculum={"metric": "duration"}).sources[0]
+        assert "source text: no document has 'duration'" in caplog.text
+    else:
+        item = plan_of(made, sources=[one(made, kind)], curriculum={"metric": metric}).sources[0]
+        assert "no document has" not in caplog.text
     assert item.rank_M is not None and sorted(item.rank_M) == list(range(item.num_items))
     index = item.indices[0]
     rows = [(item.rank_M[number], item.item(number).row) for number in range(item.num_items)]
     by_rank = [row for _, row in sorted(rows) if item.item(0).shard == 0]
-    assert by_rank and ("no document has" in caplog.text) == (metric == "speaker")
+    assert by_rank
     if metric == "seconds":
         mine = [n for n in range(item.num_items) if item.item(n).shard == 0]
         ordered = sorted(mine, key=lambda n: item.rank_M[n])
         seconds = [index.columns["duration"][item.item(n).row] for n in ordered]
         assert seconds == sorted(seconds)
+
+
+def test_keys_and_metrics_that_no_document_has_are_refused(made):
+    for text in ("not pertrubed", "num_frames >= 1 and lengh > 3"):
+        with pytest.raises(
+            ValueError, match=r"source 'audio': filter .* reads '(pertrubed|lengh)'.*known are.*speaker"
+        ):
+            plan_of(made, sources=[one(made, "audio", filter=text)])
+    assert plan_of(made, sources=[one(made, "audio", filter="not perturbed")]).sources[0].num_filtered == 0
+    for metric in ("lenght", "speaker"):  # a speaker is no number
+        with pytest.raises(ValueError, match=f"curriculum.metric is '{metric}'.*known are.*duration.*rarity"):
+            plan_of(made, sources=[one(made, "audio")], curriculum={"metric": metric})
+
+
+def test_a_curriculum_and_a_cap_are_refused_together(made):
+    """What is held back would count as drawn: a cap of one epoch would end before all documents were seen."""
+    sources, curriculum = [one(made, "caption", max_epochs=1)], {"start": 0.3}
+    with pytest.raises(ValueError, match=r"source 'caption' has max_epochs and the recipe a curriculum.*leave out one"):
+        plan_of(made, sources=sources, curriculum=curriculum)
+    plan_of(made, sources=sources, curriculum=curriculum, mixture={"on_exhausted": "repeat"})
+    plan_of(made, sources=sources, curriculum={"start": 1.0})
 
 
 def test_exponential_pacing():
@@ -255,6 +282,11 @@ def test_templates_of_a_source(made):
         ({"caption": {"prompt": "{image}", "target": "<|end|>"}}, "must have"),
         ({"caption": {"prompt": "{image}"}}, "prompt and target"),
         ({"speak": own}, "templates.speak"),
+        (
+            {"caption": {**own, "prompt": "{image}{"}},
+            r"source 'caption': templates\.caption\.prompt is '\{image\}\{': ",
+        ),
+        ({"caption": {**own, "target": "{}"}}, r"templates\.caption\.target is '\{\}': a field is without a name"),
     ):
         with pytest.raises(ValueError, match=message):
             plan_of(made, sources=[one(made, "caption", templates=wrong)])
@@ -307,3 +339,27 @@ def test_conversations_are_learnt_by_their_answers(chats):
     batch = dataset[plan.at(0)]
     assert (batch.labels_BT != IGNORE).any() and "errors" not in batch.state
     assert commands.verify(chats / "s", chats / "tok")["broken"] == 0
+
+
+def test_conversations_in_a_template_of_their_source(chats):
+    """Each turn has more tokens than in the tokenizer's template, so that the index alone doesn't tell how many."""
+    folder = TokenizerFolder.load(chats / "tok")
+    own = {"prompt": "red one: {segments}<|assistant|>", "target": "two {text}<|end|> blue"}
+    sources = [one(chats, "interleaved", templates={"chat": own})]
+    plan = plan_of(chats, sources=sources, mixture={"on_exhausted": "renormalize"}, on_error={"action": "raise"})
+    plain = plan_of(chats, sources=[one(chats, "interleaved")])
+    more = {int(tokens) for tokens in plan.sources[0].tokens_M - plain.sources[0].tokens_M}
+    assert len(more) == 4 and min(more) == 0  # one, two or three turns; what is no conversation is as it was
+    dataset = StepDataset(plan, folder, ImageTransform(folder.image_size))
+    turns = set()
+    for number in range(plan.sources[0].num_items):
+        document = dataset.document(plan.sources[0].item(number), [])
+        assert isinstance(document, Document)
+        if plan.sources[0].item(number).task == "chat":
+            text = folder.text.decode(document.token_ids_T.tolist())
+            turns.add(text.count("red one: "))
+            assert text.startswith("red one: ") and text.count("two ") >= text.count("red one: ")
+            assert document.targets_T[document.token_ids_T == folder.id("<|end|>")].all()
+    assert turns == {1, 2, 3}
+    with pytest.raises(ValueError, match=r"templates\.chat is .*its prompt must have \{segments\}"):
+        plan_of(chats, sources=[one(chats, "interleaved", templates={"chat": {**own, "prompt": "red"}})])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -49,6 +51,32 @@ def test_best_fit_decreasing_is_the_slow_one(seed):
     images, frames = rng.integers(0, 4, len(tokens)), rng.integers(0, 50, len(tokens))
     ours = best_fit_decreasing(tokens, length, [(images, 5), (frames, 60)])
     assert ours == slow_best_fit(tokens.tolist(), length, [(images.tolist(), 5), (frames.tolist(), 60)])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_many_sequences_that_have_spent_a_budget(seed):
+    """Wide costs, so that what is left of a budget has many levels, some of whose sequences fit and some don't."""
+    rng = np.random.default_rng(seed)
+    tokens = np.minimum(500, 1 + np.exp(rng.normal(4, 1, 400)).astype(np.int64))
+    images, frames = rng.integers(0, 9, len(tokens)), rng.integers(0, 300, len(tokens))
+    ours = best_fit_decreasing(tokens, 500, [(frames, 400)])
+    assert ours == slow_best_fit(tokens.tolist(), 500, [(frames.tolist(), 400)])
+    ours = best_fit_decreasing(tokens, 500, [(images, 12), (frames, 1000)])
+    assert ours == slow_best_fit(tokens.tolist(), 500, [(images.tolist(), 12), (frames.tolist(), 1000)])
+    loose = [(images, 10_000), (frames, 1_000_000)]
+    assert best_fit_decreasing(tokens, 500, loose) == best_fit_decreasing(tokens, 500)
+
+
+@pytest.mark.parametrize("limits", [(4, None), (None, 450), (6, 900)])
+def test_a_budget_that_binds_costs_little_time(limits):
+    rng = np.random.default_rng(0)
+    tokens = np.minimum(2048, np.exp(rng.normal(np.log(400), 0.9, 4096)).astype(np.int64) + 1)
+    costs = rng.integers(0, 4, len(tokens)), rng.integers(0, 400, len(tokens))
+    budgets = [(values, limit) for values, limit in zip(costs, limits, strict=True) if limit is not None]
+    started = time.process_time()
+    bins, _ = pack_window(tokens, 2048, budgets)
+    assert time.process_time() - started < 1.5  # about 0.05; where every open sequence is looked at, above 2
+    assert all(values[documents].sum() <= limit for values, limit in budgets for documents in bins)
 
 
 @pytest.mark.parametrize("seed", range(24))

@@ -185,6 +185,10 @@ def plan_tokenizer(made) -> str:
     return TokenizerFolder.load(made / "tok").hash
 
 
+def text_source(**changes) -> dict:
+    return {"name": "a", "kind": "text", "shards": "x", **changes}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -203,6 +207,15 @@ def plan_tokenizer(made) -> str:
         ({"sources": [{"name": "a", "kind": "text", "shards": "x", "filter": "import os"}]}, "filter"),
         ({"sources": [{"name": "a", "kind": "text", "shards": "x", "weight": 0}]}, "weight"),
         ({"sources": [{"name": "a", "kind": "text", "shards": "x"}] * 2}, "names"),
+        ({"sources": [text_source(weight=float("inf"))]}, r"sources\[0\]\.weight is inf; it must be a finite number"),
+        ({"sources": [text_source(weight=10**400)]}, r"sources\[0\]\.weight is 1000.*finite"),
+        ({"sources": [text_source(max_epochs=float("nan"))]}, r"sources\[0\]\.max_epochs is nan"),
+        ({"sources": [text_source(weight_schedule=[[0, float("nan")], [3, 1]])]}, r"weight_schedule\[0\]\[1\] is nan"),
+        ({"on_error": {"max_fraction": float("nan")}}, r"on_error\.max_fraction is nan"),
+        ({"mixture": {"temperature": 1e-4}}, r"mixture\.temperature is 0\.0001.*raise the temperature"),
+        ({"sources": [text_source(weight=1e300)], "mixture": {"temperature": 0.1}}, r"mixture\.temperature is 0\.1"),
+        ({"sources": [text_source(weight_schedule=[[0, 1], [50, 0]])]}, "weight 0 at step 50; mend their weight_sched"),
+        ({"sources": [text_source(weight_schedule=[[0, 1], [5, 1], [5, 0], [9, 0], [9, 1]])]}, "weight 0 at step 5;"),
     ],
 )
 def test_wrong_recipes_are_named(tmp_path, changes, message):

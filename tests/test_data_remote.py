@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import email.utils
+import hashlib
 import http.server
+import os
 import re
 import threading
+import time
+import types
 from pathlib import Path
 
 import fsspec
@@ -32,6 +37,9 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.root, self.num_requests, self.num_ranges = root, 0, 0
         self.drop_every, self.has_ranges = 0, True
+        self.num_failing, self.status, self.num_silent = 0, 503, 0
+        self.identity = "ETag"
+        self.ended = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request, client_address) -> None:
@@ -51,9 +59,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer(with_body=True)
 
     def answer(self, with_body: bool) -> None:
-        path = self.server.root / self.path.lstrip("/")
+        path = self.server.root / self.path.partition("?")[0].lstrip("/")
         if not path.is_file():
             self.send_error(404)
+            return
+        if self.server.num_silent:
+            self.server.num_silent -= 1
+            self.server.ended.wait(60)
+            return
+        if self.server.num_failing:
+            self.server.num_failing -= 1
+            self.send_error(self.server.status)
             return
         data, status = path.read_bytes(), 200
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
@@ -64,7 +80,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.num_ranges += 1
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
-        self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
+        match self.server.identity:
+            case "ETag":
+                self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
+            case "Last-Modified":
+                self.send_header("Last-Modified", email.utils.formatdate(path.stat().st_mtime, usegmt=True))
+            case "Content-MD5" | "Digest" as header:
+                self.send_header(header, hashlib.md5(path.read_bytes()).hexdigest())
         if self.server.has_ranges:
             self.send_header("Accept-Ranges", "bytes")
         if status == 206 and span:
@@ -100,6 +122,7 @@ def server(made):
         thread = threading.Thread(target=served.serve_forever, daemon=True)
         thread.start()
         yield served
+        served.ended.set()
         served.shutdown()
 
 
@@ -149,6 +172,9 @@ def test_addresses_are_expanded(made, cache):
     assert [shard.name for shard in found] == ["text-000000.tar", "text-000001.tar"]
     assert [shard.url for shard in expand_remote("s3://b/{00..02}.tar?key=x")][2] == "s3://b/02.tar?key=x"
     assert str(RemoteShard("s3://b/02.tar?key=secret")) == "s3://b/02.tar"
+    assert expand_remote(f"{prefix}/text-00000?.tar") == found
+    for query in ("https://h/a.tar?sig=a*b", "http://h/a.tar?b", "s3://b/02.tar?versionId=x"):
+        assert [shard.url for shard in expand_remote(query)] == [query]
     with pytest.raises(FileNotFoundError, match="nothing matches"):
         expand_remote(f"{prefix}/none-*.tar")
     assert find_shards(f"{prefix}/text-*.tar") == found
@@ -179,6 +205,74 @@ def test_a_remote_shard_that_changes_is_refused(made, cache):
     recipe = recipe_dict(made / "s", made / "tok", sources=[source])
     with pytest.raises(ValueError, match=r"when it was indexed|changed since it was indexed"):
         open_plan(recipe_from_dict(recipe), 4)
+
+
+@pytest.mark.parametrize("identity", ["ETag", "Last-Modified", "Content-MD5", "Digest", ""])
+def test_a_shard_that_is_replaced_by_one_of_its_size_is_read_anew(made, cache, server, tmp_path, caplog, identity):
+    server.root, server.identity = tmp_path, identity
+    storage._warn_nameless.cache_clear()
+    first = (made / "s" / "text-000000.tar").read_bytes()
+    shards = [RemoteShard(f"{server.url}/{name}.tar") for name in "ab"]
+    for number, data in enumerate((first, first.replace(b"red", b"RED"))):
+        for shard in shards:
+            (tmp_path / shard.name).write_bytes(data)
+            os.utime(tmp_path / shard.name, (1e9 + 100 * number, 1e9 + 100 * number))
+            is_seen = ShardReader().read(shard, 0, len(data)) == data
+            assert is_seen or (number and not identity)
+    told = [record.getMessage() for record in caplog.records if "neither an ETag nor a date" in record.getMessage()]
+    assert len(told) == (not identity)
+
+
+def test_what_hf_says_of_a_file_names_its_version(monkeypatch):
+    info = {"size": 5, "blob_id": "b1", "lfs": {"sha256": "s1"}, "xet_hash": "x1"}
+    files = types.SimpleNamespace(invalidate_cache=lambda: None, info=lambda path: info)
+    monkeypatch.setattr(storage, "_open_system", lambda url: (files, url))
+    shard = RemoteShard("hf://datasets/a/b/c.tar")
+    seen = [storage.stat_shard(shard)]
+    for key, value in (("blob_id", "b2"), ("lfs", {"sha256": "s2"}), ("xet_hash", "x2")):
+        info[key] = value
+        seen.append(storage.stat_shard(shard))
+    assert len(set(seen)) == 4
+
+
+@pytest.mark.parametrize("status", [503, 429, 403])
+def test_a_server_that_fails_is_asked_again_for_what_it_has(made, cache, server, status):
+    server.status = status
+    shard = RemoteShard(f"{server.url}/text-000000.tar?token=secret")
+    size = (made / "s" / "text-000000.tar").stat().st_size
+    for num_failing in (0, 1, 2, 3):
+        server.num_failing = num_failing
+        found = storage.stat_shard(shard)
+        assert found is not None and found[0] == size and not server.num_failing
+    server.num_failing = 1000
+    with pytest.raises(OSError, match=rf"text-000000\.tar: failed 5 times: .*status {status}") as caught:
+        ShardReader().read(shard, 0, 512)
+    assert not isinstance(caught.value, FileNotFoundError) and "secret" not in str(caught.value)
+    server.num_failing = 0
+    assert storage.stat_shard(RemoteShard(f"{server.url}/none.tar")) is None
+
+
+def test_a_server_that_is_silent_is_asked_again(made, cache, server, monkeypatch):
+    assert 30 <= storage.SILENT_SECONDS <= 120
+    monkeypatch.setattr(storage, "SILENT_SECONDS", 0.2)
+    server.num_silent = 3
+    began = time.monotonic()
+    data = ShardReader().read(RemoteShard(f"{server.url}/text-000000.tar"), 0, 512)
+    assert data == (made / "s" / "text-000000.tar").read_bytes()[:512]
+    assert time.monotonic() - began < 30 and not server.num_silent
+
+
+def test_copies_that_killed_processes_left_are_removed(made, cache, server):
+    old, young, writing = (cache / f"whole-{name}" for name in ("old", "young", "writing"))
+    for folder in (old, young, writing):
+        folder.mkdir(parents=True)
+        (folder / "x.tar").write_bytes(b"half")
+    for path in (old / "x.tar", old, writing):
+        os.utime(path, (1e9, 1e9))
+    with storage.local_copy(RemoteShard(f"{server.url}/text-000000.tar")) as path:
+        assert path.read_bytes() == (made / "s" / "text-000000.tar").read_bytes()
+        assert not old.exists() and young.exists() and writing.exists()
+    assert not path.exists()
 
 
 def test_the_cache_is_bounded(made, cache, monkeypatch):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from mmllm.data.chunks import in_chunks
 from mmllm.data.decode import ImageTransform
 from mmllm.data.documents import build_document
@@ -36,19 +38,27 @@ def verify_shards(
         progress: Called with the numbers of documents done and in all.
 
     Returns:
-        `documents`, `broken` (a count) and `errors` (messages naming shard and key).
+        `documents`, `broken` (a count) and `errors` (messages naming shard and key). A document that no task can be
+        written of, such as a caption without text, is broken.
     """
     num_documents, num_broken = 0, 0
     errors: list[str] = []
     indices: list[ShardIndex] = []
     for shard in shards:
         try:
-            indices += write_indices([shard], folder)
+            (index,) = write_indices([shard], folder)
         except (ValueError, OSError) as error:
             num_broken += 1
             errors.append(str(error))
+            continue
+        empty = _empty_rows(index)
+        num_documents += len(empty)
+        num_broken += len(empty)
+        errors += [_empty(index, row, folder) for row in empty[: max(0, max_named - len(errors))]]
+        if len(empty) < index.num_documents:
+            indices.append(index)
     check = _Check(indices, folder)
-    num_all = check.num_documents
+    num_all = num_documents + check.num_documents
     for _, messages in in_chunks(check, check.places(), 1, workers):
         num_documents += len(messages)
         broken = [message for message in messages if message]
@@ -56,7 +66,20 @@ def verify_shards(
         errors += broken[: max(0, max_named - len(errors))]
         if progress:
             progress(num_documents, num_all)
-    return {"documents": num_documents, "broken": num_broken, "errors": errors[:max_named]}
+    return {"documents": num_documents, "broken": num_broken, "errors": errors[: max(0, max_named)]}
+
+
+def _empty_rows(index: ShardIndex) -> list[int]:
+    """The rows that no task can be written of."""
+    return np.flatnonzero(~np.logical_or.reduce([tokens_N > 0 for tokens_N in index.lengths.values()])).tolist()
+
+
+def _empty(index: ShardIndex, row: int, folder: TokenizerFolder) -> str:
+    """What is wrong with such a row."""
+    why = "its text is missing or empty" if index.kind != "interleaved" else "nothing is in its segments"
+    if index.kind in ("audio", "interleaved") and folder.audio is None:
+        why = "it has sounds, and the tokenizer folder has no audio tokenizer"
+    return f"{index.path}:{index.keys[row]}: can't be written as {' or '.join(index.lengths)}: {why}"
 
 
 class _Check:

@@ -21,7 +21,7 @@ from mmllm.data.pages import stats_page
 from mmllm.data.plan import Plan, open_plan
 from mmllm.data.recipe import load_recipe
 from mmllm.data.shards import ShardsConfig, find_shards, write_shards
-from mmllm.data.showing import show_step, write_step_page
+from mmllm.data.showing import add_starts, show_step, write_step_page
 from mmllm.data.storage import Shard, is_remote
 from mmllm_tokenizers.folder import TokenizerFolder
 
@@ -261,6 +261,7 @@ def show(
     world_size: int = 1,
     num_workers: int = 0,
     html: str | Path | None = None,
+    starts: bool = False,
 ) -> dict[str, Any]:
     """What a step holds, without training: exactly what every rank together would be given.
 
@@ -272,6 +273,7 @@ def show(
         world_size: Read through that many ranks' loaders.
         num_workers: Read through loaders with that many workers each.
         html: Also write the step as a page, with texts, pictures and sounds.
+        starts: Also give the start of each document's text, as `start`.
 
     Returns:
         `step`, `global_batch`, and `sequences`: `hash`, `tokens`, `documents`.
@@ -287,6 +289,8 @@ def show(
     folder = TokenizerFolder.load(read.tokenizer_folder())
     plan = open_plan(read, batch_size, folder)
     shown = show_step(plan, folder, step, text, world_size, num_workers)
+    if starts:
+        add_starts(shown, plan, folder)
     if html is not None:
         write_step_page(shown, plan, folder, html)
     return shown

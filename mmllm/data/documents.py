@@ -229,7 +229,7 @@ def build_document(
         fields.render(writer, "{segments}<|question|>{question}<|answer|>{answer}<|end|>", True)
         return writer.finish()
     if task == "chat" and any(segment.role for segment in sample.segments):
-        fields.conversation(writer)
+        fields.conversation(writer, template)
         return writer.finish()
     template = template or _template(task, folder)
     fields.render(writer, template["prompt"], False)
@@ -255,15 +255,28 @@ def template_tokens(task: str, template: Mapping[str, str], folder: TokenizerFol
     return counts[1] - counts[0]
 
 
-def chat_pieces(roles: Sequence[str | None], folder: TokenizerFolder) -> list[tuple[str, int]]:
+def chat_tokens(roles: Sequence[str | None], template: Mapping[str, str], folder: TokenizerFolder) -> int:
+    """How many tokens more than by the folder's template a conversation has; `template_tokens` checks the fields."""
+    if not any(roles):
+        return template_tokens("chat", template, folder)
+    ours, own = chat_pieces(roles, folder), chat_pieces(roles, folder, template)
+    return sum(len(_literal_ids(folder.text, text)) for text, _ in own) - sum(
+        len(_literal_ids(folder.text, text)) for text, _ in ours
+    )
+
+
+def chat_pieces(
+    roles: Sequence[str | None], folder: TokenizerFolder, template: Mapping[str, str] | None = None
+) -> list[tuple[str, int]]:
     """A conversation as the chat template writes it: template text, or "" and the number of a segment.
 
     The assistant's segments stand where the template has `{text}`, everybody else's where it has `{segments}`.
     Each run of one role is a turn; a conversation that begins with the assistant begins with an empty question.
     """
-    template = _template("chat", folder)
-    asked, _, before = template["prompt"].partition("{segments}")
-    _, _, ended = template["target"].partition("{text}")
+    template = template or _template("chat", folder)
+    asked, before = _around(template["prompt"], "segments")
+    opened, ended = _around(template["target"], "text")
+    before += opened
     pieces: list[tuple[str, int]] = []
     is_open, last = False, None
     for number, role in enumerate(roles):
@@ -458,6 +471,26 @@ def _parse(template: str) -> tuple[tuple[str, str | None], ...]:
     return tuple((literal, name) for literal, name, _, _ in string.Formatter().parse(template))
 
 
+def check_template(template: str) -> None:
+    """Refuse what isn't written as Python's format strings are.
+
+    Raises:
+        ValueError: A brace is without the other, or nothing is between them.
+    """
+    if any(name == "" for _, name in _parse(template)):
+        raise ValueError("a field is without a name")
+
+
+def _around(template: str, field: str) -> tuple[str, str]:
+    """The text of a template before and behind a field."""
+    parts = {False: "", True: ""}
+    is_behind = False
+    for literal, name in _parse(template):
+        parts[is_behind] += literal
+        is_behind = is_behind or name == field
+    return parts[False], parts[True]
+
+
 @dataclass(frozen=True)
 class _Fields:
     """The values of a template's fields."""
@@ -514,11 +547,11 @@ class _Fields:
         pixels_3HW = self.transform(image, name) if features_SC is None else np.zeros((3, 0, 0), dtype=np.uint8)
         writer.image(pixels_3HW, features_SC)
 
-    def conversation(self, writer: DocumentWriter) -> None:
+    def conversation(self, writer: DocumentWriter, template: Mapping[str, str] | None = None) -> None:
         """All turns of a conversation; what the assistant says, and the end of it, is to be predicted."""
         roles = [segment.role for segment in self.sample.segments]
         answers = False
-        for literal, number in chat_pieces(roles, self.folder):
+        for literal, number in chat_pieces(roles, self.folder, template):
             if number < 0:
                 writer.ids(_literal_ids(self.folder.text, literal), answers)
                 answers = False  # of what follows an answer only its end is said by the assistant

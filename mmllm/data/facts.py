@@ -22,7 +22,7 @@ from PIL import Image
 
 from mmllm.data.documents import KIND_TASKS, document_length
 from mmllm.data.headers import TarTable, read_headers
-from mmllm.data.samples import AUDIO_ENDINGS, IMAGE_ENDINGS, jsonl_lines
+from mmllm.data.samples import AUDIO_ENDINGS, IMAGE_ENDINGS, Names, check_endings, check_segment_files, jsonl_lines
 from mmllm.data.shards import unpack_codes
 from mmllm_tokenizers.folder import TokenizerFolder
 
@@ -64,6 +64,7 @@ class _Layout:
     image: int
     audio: int
     codes: int
+    names: Names
 
     @property
     def is_bare(self) -> bool:
@@ -78,7 +79,7 @@ def _layout(endings: tuple[str, ...], name: str) -> _Layout:
     image, audio, text = find(*IMAGE_ENDINGS), find(*AUDIO_ENDINGS), find("txt")
     lines, codes, metadata = find("jsonl"), find("codec.npz"), find("json")
     kind = "text" if lines >= 0 else "audio" if audio >= 0 or codes >= 0 else "caption" if image >= 0 else "text"
-    layout = _Layout(kind, text, metadata, lines, image, audio, codes)
+    layout = _Layout(kind, text, metadata, lines, image, audio, codes, check_endings(endings, name))
     if layout.is_bare and metadata < 0:
         raise ValueError(f"{name}: has only {sorted(endings)}; a sample needs a picture, a sound or a txt")
     return layout
@@ -135,13 +136,15 @@ class _Reader:
         self._firsts = table.firsts_S.tolist()
         self._codec = folder.audio.hash if folder.audio is not None else None
         self._codec_bytes = self._codec.encode("utf-32-le") if self._codec else b""
+        self._distinct: dict[tuple[str, ...], _Layout] = {}
         self._layouts = self._find_layouts()
         self._metadata = self._read_metadata()
+        self._check_dots()
         self.kind = self._only_kind()
 
     def _find_layouts(self) -> list[_Layout]:
         """What each sample's files are."""
-        endings, layouts = self._table.endings, {}
+        endings, layouts = self._table.endings, self._distinct
         found: list[_Layout] = []
         for sample, (first, after) in enumerate(zip(self._firsts, self._firsts[1:], strict=False)):
             key = tuple(endings[first:after])
@@ -170,6 +173,16 @@ class _Reader:
                 raise ValueError(f"{self._named(sample)}: its json is {type(value).__name__}; it must be an object")
             values[sample] = value
         return values
+
+    def _check_dots(self) -> None:
+        """Refuses what a key with dots makes of two samples: one, of which the second's files are never read."""
+        if all(layout.names == "plain" for layout in self._distinct.values()):
+            return
+        for sample, (layout, metadata) in enumerate(zip(self._layouts, self._metadata, strict=True)):
+            segments = metadata.get("segments") if layout.lines < 0 else None
+            if layout.names == "named" or (layout.names == "numbered" and segments is None):
+                endings = [self._table.endings[number] for number in self._table.files(sample)]
+                check_segment_files(endings, segments, self._named(sample))
 
     def _only_kind(self) -> str:
         """The kind that all samples are of."""
@@ -275,9 +288,9 @@ class _Reader:
             match item:
                 case {"text": str() as text}:
                     sizes.append(text)
-                case {"image": str() as ending} if ending in numbers:
+                case {"image": str() as named} if named.lower() in numbers:
                     sizes.append(None)
-                case {"audio": str() as ending} if ending in numbers:
+                case {"audio": str() as named} if (ending := named.lower()) in numbers:
                     stored = numbers.get(f"{ending.partition('.')[0]}.codec.npz")
                     codes = self._file(stored) if stored is not None else None
                     name = self._named(sample)

@@ -156,6 +156,9 @@ def _split(names: list[bytes], name: str) -> tuple[list[str], list[str]]:
     else:
         parts = [item.partition(".") for item in decoded]
         keys, endings = [key for key, _, _ in parts], [ending for _, _, ending in parts]
+        lowered = {ending: ending.lower() for ending in set(endings)}  # few are distinct
+        if any(ending != low for ending, low in lowered.items()):
+            endings = [lowered[ending] for ending in endings]
     return keys, endings
 
 

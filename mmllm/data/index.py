@@ -221,7 +221,8 @@ def _columns(metadata: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 def load_index(shard: Shard, tokenizer_hash: str) -> ShardIndex:
     """The index of a shard, mapped and checked.
 
-    Where the shard's time has changed but not its size, it may be a copy: some of its headers are compared.
+    Where the shard's time has changed but not its size, it may be a copy: some of its headers are compared, and for a
+    local shard all its bytes, once: the index then notes the new time.
 
     Raises:
         FileNotFoundError: There is none.
@@ -256,7 +257,20 @@ def load_index(shard: Shard, tokenizer_hash: str) -> ShardIndex:
         raise ValueError(f"{shard}: has {found[0]} bytes, {size} when it was indexed; {advice}")
     if changed != found[1]:
         _probe(index, advice)
+        if not isinstance(shard, RemoteShard):
+            if _digest(shard) != index.sha256:
+                raise ValueError(f"{shard}: its bytes changed since it was indexed, though not how many; {advice}")
+            _note_time(shard, arrays, info, found)
     return index
+
+
+def _note_time(shard: Shard, arrays: dict[str, np.ndarray], info: dict[str, Any], found: tuple[int, str]) -> None:
+    """The index is of this copy of the shard as well."""
+    others = {name: values for name, values in arrays.items() if name != "info"}
+    try:
+        _put(sidecar_path(shard), lambda target: save_npz(target, others, {**info, "shard": found}))
+    except OSError as error:  # another's folder, which we may read
+        _logger.warning("%s: its new time can't be noted (%s): each time it is opened it is read whole", shard, error)
 
 
 def _map_records(path: Path) -> tuple[np.ndarray, bytes]:
@@ -302,13 +316,14 @@ def is_current(shard: Shard, tokenizer_hash: str) -> bool:
         arrays = map_npz(sidecar_path(shard))
     except (FileNotFoundError, ValueError):
         return False
-    info, found = json.loads(arrays.pop("info").tobytes()), stat_shard(shard)
+    info, found = json.loads(arrays["info"].tobytes()), stat_shard(shard)
     if found is not None and info["shard"] == list(found):
         return True
     with local_copy(shard) as path:
         if _digest(path) != index.sha256:
             return False
-    _put(sidecar_path(shard), lambda target: save_npz(target, arrays, {**info, "shard": found}))  # a copy: its time
+    if found is not None:
+        _note_time(shard, arrays, info, found)
     return True
 
 

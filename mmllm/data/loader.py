@@ -29,6 +29,10 @@ from mmllm_tokenizers.folder import TokenizerFolder
 
 _logger = logging.getLogger(__name__)
 _NAMED = 5
+_NOT_STATE = ("errors", "hashes", "row_errors")
+LEAST_SEEN, LEAST_FAILED = 1000, 10
+"""Until a stream ends, `on_error.max_fraction` allows what it would of so many documents, and at least so many
+failures: of a few documents, two that are bad by chance are a large share."""
 
 
 class SampleReader:
@@ -74,7 +78,8 @@ class StepDataset(Dataset[PackedBatch]):
         transform: Pictures to pixels.
         cache_bytes: Documents kept once they are built, at most this much memory a process.
         augment: How pictures are altered; the same step always sees the same pictures.
-        hashes: Also give each sequence's hash, in `state["hashes"]`.
+        hashes: Also give each sequence's hash and errors, in `state["hashes"]` and `state["row_errors"]`.
+        raises: Whether a broken document may be an error, where the recipe says so; else it is always masked.
         features: Instead of decoding pictures, take the features of this hash that are stored with them.
     """
 
@@ -87,7 +92,9 @@ class StepDataset(Dataset[PackedBatch]):
         augment: AugmentConfig | None = None,
         hashes: bool = False,
         features: str | None = None,
+        raises: bool = True,
     ) -> None:
+        self._raises = raises and plan.recipe.on_error.action == "raise"
         self._augment, self._hashes, self._features = augment or AugmentConfig(), hashes, features
         self._plan, self._folder, self._transform = plan, folder, transform
         codec = folder.audio.hash if folder.audio is not None else None
@@ -97,12 +104,17 @@ class StepDataset(Dataset[PackedBatch]):
 
     def __getitem__(self, step: StepPlan) -> PackedBatch:
         """The batch of a step. `state["errors"]` names its documents that failed, if any."""
-        errors: list[str] = []
-        sequences = [[self.document(item, errors) for item in sequence] for sequence in step.sequences]
+        row_errors: list[list[str]] = [[] for _ in step.sequences]
+        sequences = [
+            [self.document(item, errors) for item in sequence]
+            for sequence, errors in zip(step.sequences, row_errors, strict=True)
+        ]
+        errors = [message for messages in row_errors for message in messages]
         sources = [[item.source for item in sequence] for sequence in step.sequences]
         state = {**step.state, "errors": errors} if errors else step.state
         if self._hashes:
-            state = {**state, "hashes": [self._plan.sequence_hash(sequence) for sequence in step.sequences]}
+            told = [self._plan.sequence_hash(sequence) for sequence in step.sequences]
+            state = {**state, "hashes": told, "row_errors": row_errors}
         batch = pack_documents(sequences, self._plan.recipe.sequence_length, sources, state)
         if self._augment.is_on and len(batch.images_NCHW):
             draws = [
@@ -135,7 +147,7 @@ class StepDataset(Dataset[PackedBatch]):
         except Exception as error:  # a broken sample must never stop a run: it is named, counted and bounded
             named = self._plan.describe(item)
             message = f"{named['source']}: {named['shard']}:{named['key']} as {item.task}: {error}"
-            if self._plan.recipe.on_error.action == "raise":
+            if self._raises:
                 raise ValueError(message) from error
             errors.append(message)
             return Gap(item.num_tokens)
@@ -172,6 +184,7 @@ class PackedLoader:
         num_workers: Processes that read and decode; 0: this one.
         pin_memory: For GPUs.
         restarts: Begin anew each epoch (for validation).
+        is_bounded: Too many documents that fail are an error.
     """
 
     def __init__(
@@ -184,6 +197,7 @@ class PackedLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         restarts: bool = False,
+        is_bounded: bool = True,
     ) -> None:
         if plan.batch_size % world_size:
             raise ValueError(
@@ -193,9 +207,11 @@ class PackedLoader:
         self._plan, self._dataset, self._num_steps = plan, dataset, num_steps
         self._rank, self._world_size = rank, world_size
         self._num_workers, self._pin_memory, self._restarts = num_workers, pin_memory, restarts
+        self._is_bounded = is_bounded
         self._state = plan.initial_state()
         self._position = 0
         self._num_seen = self._num_failed = 0
+        self._last_errors: list[str] = []
 
     def __len__(self) -> int:
         """Steps an epoch."""
@@ -221,7 +237,7 @@ class PackedLoader:
         for batch in self._living(iter(loader)):
             is_empty = False
             self._count(batch)
-            self._state = {key: value for key, value in batch.state.items() if key not in ("errors", "hashes")}
+            self._state = {key: value for key, value in batch.state.items() if key not in _NOT_STATE}
             self._position += 1
             batch.state = {**batch.state, "position": self._position}
             yield batch
@@ -230,6 +246,8 @@ class PackedLoader:
                 f"the recipe's documents are used up after step {self._state['step']}; train for fewer steps, raise "
                 f"max_epochs, or set mixture.on_exhausted to repeat"
             )
+        if self._position < self._num_steps:  # all documents were seen: there is nothing more to wait for
+            self._check_bound()
 
     def _living(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
         """The batches; where a worker is gone, an error that says so, in whatever way its pipe broke."""
@@ -271,11 +289,17 @@ class PackedLoader:
         self._num_failed += len(errors)
         for message in errors[:_NAMED]:
             _logger.warning("masked %s", message)
+        self._last_errors = errors[:_NAMED]
         limit = self._plan.recipe.on_error.max_fraction
-        if self._num_failed > math.ceil(limit * self._num_seen):
+        self._check_bound(max(math.ceil(limit * LEAST_SEEN), LEAST_FAILED if limit else 0))
+
+    def _check_bound(self, allowed: int = 0) -> None:
+        """Refuses more failures than the recipe allows of the documents seen, and more than `allowed`."""
+        limit = self._plan.recipe.on_error.max_fraction
+        if self._is_bounded and self._num_failed > max(allowed, math.ceil(limit * self._num_seen)):
             raise ValueError(
                 f"{self._num_failed} of {self._num_seen} documents failed, more than on_error.max_fraction {limit}; "
-                f"the last: {'; '.join(errors[:_NAMED])}"
+                f"the last: {'; '.join(self._last_errors)}"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -299,4 +323,7 @@ def _as_it_is(batch: PackedBatch) -> PackedBatch:
 
 
 def _num_documents(batch: PackedBatch) -> int:
-    return int((batch.document_ids_BT.amax(dim=1) + 1).sum()) if batch.document_ids_BT.shape[1] else 0
+    """Those that are whole: where an id begins."""
+    ids_BT = batch.document_ids_BT
+    begins_BT = ids_BT[:, 1:] != ids_BT[:, :-1]
+    return int((ids_BT[:, :1] >= 0).sum() + (begins_BT & (ids_BT[:, 1:] >= 0)).sum())

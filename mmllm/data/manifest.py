@@ -25,7 +25,9 @@ ROLES = ("user", "assistant")
 
 _logger = logging.getLogger(__name__)
 _OWN_KEYS = ("id", "text", "image", "audio", "segments")
-_MEDIA_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".wav", ".flac", ".mp3", ".ogg", ".opus")
+_MEDIA_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".wav", ".flac", ".mp3", ".ogg", ".opus",
+)  # fmt: skip
 _SHOWN = 5
 
 
@@ -214,6 +216,8 @@ def _check_unicode(value: dict[str, Any]) -> None:
             json.dumps([key, item], ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise ManifestError(f"{key!a} holds half a surrogate pair, which is no Unicode text") from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ManifestError(f"{key!r} holds what JSON can't: {error}") from error
 
 
 def _file(value: Any, folder: Path, key: str) -> Path:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -26,9 +27,13 @@ def paired(tokens_M: np.ndarray, length: int, seed: int = 0) -> list[list[int]]:
         length: Tokens of a sequence.
         seed: Of the order in which documents are tried.
     """
+    return list(each_paired(tokens_M, length, seed))
+
+
+def each_paired(tokens_M: np.ndarray, length: int, seed: int = 0) -> Iterator[list[int]]:
+    """As `paired`, one sequence after the other, so that one may stop early."""
     pool = _Pool(tokens_M, length, seed)
     mean = max(1.0, float(tokens_M.mean())) if len(tokens_M) else 1.0
-    bins: list[list[int]] = []
     while pool.num_left:
         sizes: list[int] = []
         room = length
@@ -55,8 +60,7 @@ def paired(tokens_M: np.ndarray, length: int, seed: int = 0) -> list[list[int]]:
             pool.take(size)
             sizes.append(size)
             room -= size
-        bins.append([pool.document(size) for size in sizes])
-    return bins
+        yield [pool.document(size) for size in sizes]
 
 
 def _last_swapped(pool: _Pool, sizes: list[int], room: int) -> tuple[list[int], int]:

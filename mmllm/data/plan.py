@@ -20,12 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from mmllm.data.documents import template_tokens
-from mmllm.data.index import load_index
+from mmllm.data.documents import chat_tokens, template_tokens
+from mmllm.data.index import ShardIndex, load_index
 from mmllm.data.pack import Budgets, pack_window
-from mmllm.data.recipe import Recipe, recipe_hash
+from mmllm.data.recipe import METRICS, Recipe, recipe_hash
+from mmllm.data.samples import read_sample
 from mmllm.data.shards import find_shards
 from mmllm.data.source import Drawn, Item, Source
+from mmllm.data.storage import ShardReader
+from mmllm.data.tars import read_members
 from mmllm_tokenizers.folder import TokenizerFolder
 
 __all__ = ["Item", "Plan", "Source", "StepPlan", "open_plan", "open_sources"]
@@ -375,21 +378,56 @@ def open_sources(recipe: Recipe, tokenizer_hash: str, folder: TokenizerFolder | 
 
     Raises:
         FileNotFoundError: Shards or their indices are missing.
-        ValueError: An index belongs to another tokenizer, or a source is left without documents.
+        ValueError: An index belongs to another tokenizer, a source is left without documents, its filter reads a key
+            that no document has, or no document has the curriculum's metric.
     """
     sources = []
     base = Path(recipe.folder) if recipe.folder is not None else None
     for number, config in enumerate(recipe.sources):
-        more_tokens: dict[str, int] = {}
+        more_tokens: list[dict[str, int | np.ndarray]] = []
         try:
             indices = [load_index(path, tokenizer_hash) for path in find_shards(config.shards, base)]
             if config.templates:
                 assert folder is not None, "templates are counted with the tokenizer"
-                more_tokens = {task: template_tokens(task, own, folder) for task, own in config.templates.items()}
+                more_tokens = [_more_tokens(index, config.templates, folder) for index in indices]
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"source {config.name!r}: {error}") from error
         sources.append(Source(config, number, indices, recipe, more_tokens))
+    _check_metric(recipe, sources)
     return sources
+
+
+def _more_tokens(
+    index: ShardIndex, templates: Mapping[str, Mapping[str, str]], folder: TokenizerFolder
+) -> dict[str, int | np.ndarray]:
+    """By task, how many tokens more a shard's documents have by these templates than by the tokenizer's.
+
+    A conversation has more for each of its turns, which no index counts: conversations are read.
+    """
+    more: dict[str, int | np.ndarray] = {task: template_tokens(task, own, folder) for task, own in templates.items()}
+    if "chat" in templates:
+        more_N = more["chat"] = np.zeros(index.num_documents, dtype=np.int64)
+        reader = ShardReader()
+        for row in np.flatnonzero(index.lengths["chat"]).tolist():
+            offset, size, line = index.place(row)
+            name = f"{index.path}:{index.keys[row]}"
+            _, files = read_members(reader.read(index.path, offset, size), name)
+            sample = read_sample(files, index.keys[row], name, line)
+            more_N[row] = chat_tokens([segment.role for segment in sample.segments], templates["chat"], folder)
+        reader.close()
+    return more
+
+
+def _check_metric(recipe: Recipe, sources: list[Source]) -> None:
+    """Some source may lack the curriculum's metric, and keeps its order; that none has it is a mistake."""
+    metric = recipe.curriculum.metric if recipe.curriculum is not None else None
+    if metric is None or any(source.has(metric) for source in sources):
+        return
+    columns = {name for source in sources for index in source.indices for name in index.columns if source.has(name)}
+    raise ValueError(
+        f"curriculum.metric is {metric!r}, which no document of any source has as a number; known are "
+        f"{', '.join(sorted({*METRICS, *columns}))}"
+    )
 
 
 def open_plan(recipe: Recipe, batch_size: int, folder: TokenizerFolder | None = None) -> Plan:

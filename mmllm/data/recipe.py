@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -17,8 +19,11 @@ from typing import Any, Literal
 
 import yaml
 
-from mmllm.data.documents import KIND_TASKS
+from mmllm.data.documents import KIND_TASKS, check_template
 from mmllm.data.filters import compile_filter
+
+METRICS = ("num_tokens", "length", "rarity", "image_area", "seconds", "num_frames", "num_images")
+"""Of a curriculum; besides, any numeric metadata column."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class SourceConfig:
     """`[[step, weight], …]` instead of `weight`: linear between the points, constant outside; two points at one step
     make a jump."""
     max_epochs: float | None = None
-    """How often its documents may be drawn; `None`: without end."""
+    """How often its documents may be drawn; `None`: without end. Not together with a curriculum."""
     filter: str | None = None
     """Which rows, e.g. `"not perturbed and width >= 64"`."""
     tasks: list[str] | None = None
@@ -45,7 +50,7 @@ class SourceConfig:
     """Documents with more pictures are left out."""
     templates: dict[str, dict[str, str]] | None = None
     """How this source's tasks are written instead of the tokenizer's way: `{caption: {prompt: …, target: …}}`, with the
-    same fields."""
+    same fields. For `chat`, opening the recipe reads every conversation once, to count its turns."""
 
     def __post_init__(self) -> None:
         if self.kind not in KIND_TASKS:
@@ -76,10 +81,23 @@ class SourceConfig:
                 raise ValueError(f"source {self.name!r}: {error}") from error
 
         for task, template in (self.templates or {}).items():
-            if task not in self.task_names or task in ("interleaved", "chat") or set(template) != {"prompt", "target"}:
+            if task not in self.task_names or task == "interleaved" or set(template) != {"prompt", "target"}:
                 raise ValueError(
                     f"source {self.name!r}: templates.{task} is {template}; give prompt and target, for one of "
-                    f"{', '.join(name for name in self.task_names if name not in ('interleaved', 'chat')) or 'no task'}"
+                    f"{', '.join(name for name in self.task_names if name != 'interleaved') or 'no task'}"
+                )
+            for part, text in template.items():
+                try:
+                    check_template(text)
+                except ValueError as error:
+                    raise ValueError(
+                        f"source {self.name!r}: templates.{task}.{part} is {text!r}: {error}; write {{{{ and }}}} for "
+                        f"braces that are text"
+                    ) from error
+            if task == "chat" and ("{segments}" not in template["prompt"] or "{text}" not in template["target"]):
+                raise ValueError(
+                    f"source {self.name!r}: templates.chat is {template}; its prompt must have {{segments}}, what is "
+                    f"asked, and its target {{text}}, what is answered"
                 )
 
     @property
@@ -195,7 +213,7 @@ class OnErrorConfig:
 
     action: Literal["mask", "raise"] = "mask"
     max_fraction: float = 0.001
-    """Of the documents seen (rounded up); more is an error."""
+    """Of the documents seen (rounded up); more is an error, early in a run only from the eleventh failure on."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_fraction <= 1:
@@ -228,18 +246,45 @@ class Recipe:
         names = [source.name for source in self.sources]
         if len(set(names)) != len(names):
             raise ValueError(f"sources have the names {names}; give each its own")
+        capped = [source.name for source in self.sources if source.max_epochs is not None]
+        if (
+            capped
+            and self.curriculum is not None
+            and self.curriculum.start < 1
+            and self.mixture.on_exhausted != "repeat"
+        ):
+            # An epoch passes over what is still too hard, and a state of a few numbers can't say what that was.
+            raise ValueError(
+                f"source {capped[0]!r} has max_epochs and the recipe a curriculum: what the curriculum holds back "
+                f"would be counted as drawn; leave out one of the two, or set mixture.on_exhausted to repeat"
+            )
+        for step in sorted(self._turns()):
+            self.shares(step)
 
     def shares(self, step: int = 0) -> list[float]:
         """Each source's share at a step, summing to one.
 
         Raises:
-            ValueError: The schedules leave no source a weight at this step.
+            ValueError: The schedules leave no source a weight at this step, or the temperature leaves one no share.
         """
         weights = [source.weight_at(step) for source in self.sources]
         if not any(weights):
             raise ValueError(f"all sources have weight 0 at step {step}; mend their weight_schedule")
-        powers = [weight ** (1 / self.mixture.temperature) if weight else 0.0 for weight in weights]
+        try:
+            powers = [weight ** (1 / self.mixture.temperature) if weight else 0.0 for weight in weights]
+        except OverflowError:
+            powers = [math.inf]
+        if math.isinf(sum(powers)) or any(weight and not power for weight, power in zip(weights, powers, strict=True)):
+            raise ValueError(
+                f"mixture.temperature is {self.mixture.temperature}: the weights {weights} to the power of "
+                f"1/temperature are beyond all numbers; raise the temperature, or choose weights nearer to 1"
+            )
         return [power / sum(powers) for power in powers]
+
+    def _turns(self) -> set[int]:
+        """Steps that tell whether some weight is above 0 at every step: between points, weights are lines."""
+        points = [point[0] for source in self.sources for point in source.weight_schedule or ()]
+        return {0, *(math.ceil(point) + more for point in points for more in (0, 1))}
 
     def tokenizer_folder(self) -> Path:
         """The tokenizer folder's path.
@@ -355,6 +400,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value
     if not _fits(hint, value):
         raise ValueError(f"{where} is {value!r}; it must be of type {hint.__name__}")
+    if hint is float and not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{where} is {value}; it must be a finite number")
     return hint(value)
 
 

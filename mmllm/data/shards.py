@@ -139,25 +139,37 @@ def write_shards(
                 progress(num_rows, len(rows))
         writers.close()
         bad.check(num_rows + num_known_bad, where)
+        summary = {
+            "format_version": FORMAT_VERSION,
+            "num_rows": num_rows + num_known_bad,
+            "num_samples": sum(info["num_samples"] for info in writers.shards.values()),
+            "num_bad": len(bad.reasons),
+            "bad": bad.reasons,
+            **({"left_out": left_out} if left_out is not None else {}),
+            "perturb": config.perturb,
+            "seed": config.seed,
+            "tokenizer": folder.hash if folder is not None and folder.audio is not None else None,
+            **({"image_features": encoder.hash} if encoder is not None else {}),
+            "shards": {name: {**info, **_digest(out / name)} for name, info in sorted(writers.shards.items())},
+        }
+        _write_summary(out, summary)
         is_whole = True
     finally:
         if not is_whole:
             writers.abort()
-    summary = {
-        "format_version": FORMAT_VERSION,
-        "num_rows": num_rows + num_known_bad,
-        "num_samples": sum(info["num_samples"] for info in writers.shards.values()),
-        "num_bad": len(bad.reasons),
-        "bad": bad.reasons,
-        **({"left_out": left_out} if left_out is not None else {}),
-        "perturb": config.perturb,
-        "seed": config.seed,
-        "tokenizer": folder.hash if folder is not None and folder.audio is not None else None,
-        **({"image_features": encoder.hash} if encoder is not None else {}),
-        "shards": {name: {**info, **_digest(out / name)} for name, info in sorted(writers.shards.items())},
-    }
-    (out / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return summary
+
+
+def _write_summary(out: Path, summary: dict[str, Any]) -> None:
+    """All or nothing; until it is there the journal tells which shards to remove."""
+    partial = out / f"{SUMMARY}.partial"
+    try:
+        with _open_new(partial) as stream:
+            stream.write((json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+        partial.replace(out / SUMMARY)
+    finally:
+        partial.unlink(missing_ok=True)
+    (out / JOURNAL).unlink(missing_ok=True)
 
 
 def _remove_earlier(out: Path) -> None:
@@ -168,7 +180,7 @@ def _remove_earlier(out: Path) -> None:
     with suppress(OSError, ValueError):
         names += (out / JOURNAL).read_text(encoding="utf-8").splitlines()
     _remove(out, names)
-    for unfinished in out.glob("*-*.tar.partial"):
+    for unfinished in (*out.glob("*-*.tar.partial"), out / f"{SUMMARY}.partial"):
         unfinished.unlink(missing_ok=True)
     (out / SUMMARY).unlink(missing_ok=True)
 
@@ -287,7 +299,6 @@ class _Writers:
         for kind, writer in self._writers.items():
             writer.close()
             self._close_file(kind)
-        (self._out / JOURNAL).unlink(missing_ok=True)
 
     def abort(self) -> None:
         """Removes what was written: nobody shall take a part for the whole."""
@@ -295,6 +306,7 @@ class _Writers:
             with suppress(OSError):
                 stream.close()
         self._open.clear()
+        (self._out / SUMMARY).unlink(missing_ok=True)
         _remove(self._out, self._begun)
 
 

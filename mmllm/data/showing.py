@@ -7,9 +7,11 @@ from typing import Any
 
 from mmllm.batch import IGNORE, Modality
 from mmllm.data.decode import ImageTransform
+from mmllm.data.documents import Document
 from mmllm.data.loader import PackedLoader, SampleReader, StepDataset
 from mmllm.data.pages import step_page
 from mmllm.data.plan import Item, Plan, StepPlan
+from mmllm.data.tables import start_of
 from mmllm_tokenizers.folder import TokenizerFolder
 
 
@@ -65,21 +67,44 @@ def _read_through_loaders(
     """Puts in what the loaders of all ranks gave: hashes, and with `text` texts, targets and errors."""
     before = plan.state_before(found.step)
     for rank in range(world_size):
-        dataset = StepDataset(plan, folder, ImageTransform(folder.image_size), hashes=True)
-        loader = PackedLoader(plan, dataset, found.step + 1, rank, world_size, num_workers)
+        dataset = StepDataset(plan, folder, ImageTransform(folder.image_size), hashes=True, raises=False)
+        loader = PackedLoader(plan, dataset, found.step + 1, rank, world_size, num_workers, is_bounded=False)
         loader.load_state_dict({**before, "position": found.step})
         batch = next(iter(loader))
         for row, (number, told) in enumerate(zip(loader.share(found), batch.state["hashes"], strict=True)):
             sequence = shown["sequences"][number]
             sequence["hash"] = told
+            errors = batch.state["row_errors"][row]
+            if errors:
+                sequence["errors"] = errors
             if not text:
                 continue
             is_text_T = (batch.modality_BT[row] == Modality.TEXT) & (batch.document_ids_BT[row] >= 0)
             sequence |= {
                 "text": folder.text.decode(batch.token_ids_BT[row][is_text_T].tolist()),
                 "targets": int((batch.labels_BT[row] != IGNORE).sum()),
-                "errors": list(batch.state.get("errors", ())),
+                "errors": errors,
             }
+
+
+def add_starts(shown: dict[str, Any], plan: Plan, folder: TokenizerFolder) -> None:
+    """Puts in the start of each document's text; no picture or sound is decoded."""
+    dataset = StepDataset(plan, folder, ImageTransform(folder.image_size), raises=False)
+    read = SampleReader(plan, None)
+    for sequence, told in zip(plan.at(shown["step"]).sequences, shown["sequences"], strict=True):
+        for item, named in zip(sequence, told["documents"], strict=True):
+            errors: list[str] = []
+            if item.part > 0:  # where a part begins is counted in tokens
+                document = dataset.document(item, errors)
+                text = folder.text.decode(document.token_ids_T.tolist()) if isinstance(document, Document) else ""
+            else:
+                try:
+                    sample = read(item)
+                    text = sample.text or " ".join(segment.text for segment in sample.segments if segment.text)
+                except (ValueError, OSError) as error:
+                    text = f"can't be read: {error}"
+            named["start"] = start_of(errors[0] if errors else text)
+    read.close()
 
 
 def write_step_page(shown: dict[str, Any], plan: Plan, folder: TokenizerFolder, path: str | Path) -> None:
@@ -91,7 +116,7 @@ def write_step_page(shown: dict[str, Any], plan: Plan, folder: TokenizerFolder, 
         folder: Its tokenizer folder.
         path: The file.
     """
-    dataset = StepDataset(plan, folder, ImageTransform(folder.image_size))
+    dataset = StepDataset(plan, folder, ImageTransform(folder.image_size), raises=False)
     read = SampleReader(plan, None)
     sequences = []
     for sequence, told in zip(plan.at(shown["step"]).sequences, shown["sequences"], strict=True):

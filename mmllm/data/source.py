@@ -27,6 +27,10 @@ BLOCK_ITEMS = 1 << 20
 """Items that are shuffled together, at least; fewer where the source has no more."""
 
 _CHUNK = 4096
+_COUNTED = ("num_tokens", "num_images", "num_frames")
+_LENGTHS = ("num_tokens", "length")
+_COPIED = "perturbed"
+"""What `build --perturb` writes in altered copies; without it no row has the key, and a filter may still name it."""
 _logger = logging.getLogger(__name__)
 
 
@@ -63,7 +67,7 @@ class Source:
         number: Its place in the recipe.
         indices: Its shards' indices.
         recipe: The recipe.
-        more_tokens: By task, tokens that its own templates add.
+        more_tokens: For each shard by task, tokens that the source's own templates add, to all documents or to each.
 
     Raises:
         ValueError: The shards hold another kind, or nothing is left after the filter.
@@ -75,19 +79,21 @@ class Source:
         number: int,
         indices: list[ShardIndex],
         recipe: Recipe,
-        more_tokens: Mapping[str, int] | None = None,
+        more_tokens: Sequence[Mapping[str, int | np.ndarray]] | None = None,
     ) -> None:
         self.config, self.number, self.indices = config, number, indices
         self.num_filtered = self.num_too_long = self.num_over_budget = 0
-        self._seed, self._more_tokens = recipe.seed, more_tokens or {}
+        self._seed = recipe.seed
+        more_tokens = more_tokens or [{}] * len(indices)
         self.name_seed = zlib.crc32(config.name.encode())
+        self._check_filter()
         groups: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         places: list[tuple[int, int]] = []
         for shard, index in enumerate(indices):
             if index.kind != config.kind:
                 raise ValueError(f"source {config.name!r}: {index.path} holds {index.kind} samples, not {config.kind}")
             for task_number, task in enumerate(config.task_names):
-                groups.append(self._items(index, task, recipe))
+                groups.append(self._items(index, task, recipe, more_tokens[shard].get(task, 0)))
                 places.append((shard, task_number))
         self.row_M, self.part_M, self.tokens_M = (np.concatenate(columns) for columns in zip(*groups, strict=True))
         self._starts_G = np.cumsum([0, *(len(rows) for rows, _, _ in groups)])
@@ -105,7 +111,9 @@ class Source:
         self._blocks: dict[tuple[int, int], tuple[np.ndarray, np.ndarray | None]] = {}
         self._cuts: tuple[int, np.ndarray, np.ndarray] | None = None
 
-    def _items(self, index: ShardIndex, task: str, recipe: Recipe) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _items(
+        self, index: ShardIndex, task: str, recipe: Recipe, more_tokens: int | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(row, part, tokens) of a shard's documents as one task."""
         length, packing = recipe.sequence_length, recipe.packing
         tokens_N = index.lengths[task]
@@ -119,7 +127,7 @@ class Source:
                 within_N &= values_N <= limit
         self.num_over_budget += int((keep_N & ~within_N).sum())
         rows = np.flatnonzero(keep_N & within_N)
-        tokens = tokens_N[rows] + self._more_tokens.get(task, 0)
+        tokens = tokens_N[rows] + (more_tokens if isinstance(more_tokens, int) else more_tokens[rows])
         is_long = tokens > length
         if index.kind != "text" or packing.long_documents == "drop":
             self.num_too_long += int(is_long.sum())
@@ -133,6 +141,18 @@ class Source:
         part = np.where(is_long, part, -1)
         return rows.astype(np.int32), part.astype(np.int32), tokens.astype(np.int32)
 
+    def _check_filter(self) -> None:
+        """A misspelt key would be `None` in every row, and `not` of it keep them all."""
+        if self.config.filter is None:
+            return
+        known = {*_COUNTED, _COPIED, *(name for index in self.indices for name in index.columns)}
+        unknown = [name for name in filter_names(self.config.filter) if name not in known]
+        if unknown:
+            raise ValueError(
+                f"source {self.config.name!r}: filter {self.config.filter!r} reads {unknown[0]!r}, which no document "
+                f"has; known are {', '.join(sorted(known))}"
+            )
+
     def _keep(self, index: ShardIndex, task: str) -> np.ndarray:
         keep_N = np.ones(index.num_documents, dtype=bool)
         if self.config.max_images is not None:
@@ -141,6 +161,7 @@ class Source:
             measured = {
                 "num_tokens": index.lengths[task], "num_images": index.num_images_N, "num_frames": index.num_frames_N,
             }  # fmt: skip
+            assert set(measured) == set(_COUNTED)
             names = filter_names(self.config.filter)
             columns = {name: values_N.tolist() for name, values_N in measured.items() if name in names}
             columns |= {name: list(index.columns[name]) for name in names if name in index.columns}
@@ -162,12 +183,18 @@ class Source:
         return rank_M
 
     def _difficulty(self, metric: str) -> np.ndarray:
-        if metric in ("num_tokens", "length"):
+        if metric in _LENGTHS:
             return self.tokens_M
         per_shard = [_measured(index, metric) for index in self.indices]
-        if not any(np.isfinite(values_N).any() for values_N in per_shard):
+        if not self.has(metric):
             _logger.warning("source %s: no document has %r; the curriculum keeps their order", self.config.name, metric)
         return self._gathered(per_shard)
+
+    def has(self, metric: str) -> bool:
+        """Whether any document has a number for a curriculum's metric."""
+        if metric in _LENGTHS:
+            return True
+        return any(np.isfinite(_measured(index, metric)).any() for index in self.indices)
 
     def _gathered(self, per_shard: list[np.ndarray]) -> np.ndarray:
         """[M] from values of each shard's documents."""

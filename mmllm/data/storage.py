@@ -10,22 +10,34 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
 from braceexpand import braceexpand
+from fsspec.config import conf as settings
 
 BLOCK_BYTES = 1 << 20
 TRIES = 5
+SILENT_SECONDS = 60.0
+"""A server that sends nothing for so long is asked again."""
 _WAIT_SECONDS = 0.1
-_IDENTITY = ("ETag", "etag", "md5", "sha256", "mtime", "LastModified", "updated", "last_modified", "created")
+_STALE_SECONDS = 24 * 3600.0
+_GONE = (404, 410)
+_IDENTITY = (
+    "ETag", "etag", "md5", "sha256", "mtime", "LastModified", "updated", "last_modified", "created",
+    "Last-Modified", "Content-MD5", "Digest",  # http
+    "blob_id", "lfs", "xet_hash",  # hf
+)  # fmt: skip
+"""What file systems say of a file that changes when it does."""
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -88,30 +100,51 @@ def expand_remote(spec: str) -> list[RemoteShard]:
     """
     found: list[RemoteShard] = []
     for url in braceexpand(spec):
-        if not any(mark in url for mark in "*["):
+        if not _is_glob(url):
             found.append(RemoteShard(url))
             continue
         system, path = _open_system(url)
-        matches = retried(lambda: sorted(str(item) for item in system.glob(path)), url)  # noqa: B023
+        matches = retried(lambda: sorted(str(item) for item in system.glob(path)), str(RemoteShard(url)))  # noqa: B023
         if not matches:
             raise FileNotFoundError(f"{url}: no such shard; nothing matches")
         found += [RemoteShard(str(system.unstrip_protocol(match))) for match in matches]
     return found
 
 
+def _is_glob(url: str) -> bool:
+    """Whether an address is a pattern. What follows `?` is a query on the web, and elsewhere where it has a `=`."""
+    if url.startswith(("http://", "https://")):
+        return any(mark in url.partition("?")[0] for mark in "*[")
+    return any(mark in url for mark in "*[") or re.search(r"\?(?![\w.-]+=)", url) is not None
+
+
 def _open_system(url: str) -> tuple[Any, str]:
     try:
-        system, path = fsspec.core.url_to_fs(url)
+        system, path = fsspec.core.url_to_fs(url, **_options(url.partition("://")[0]))
     except ImportError as error:
         raise ModuleNotFoundError(f"{url.partition('://')[0]}:// needs a package of its own: {error}") from error
     return system, str(path)
+
+
+def _options(protocol: str) -> dict[str, Any]:
+    """How a file system is opened: fsspec would wait minutes for a web server that says nothing."""
+    if protocol not in ("http", "https"):
+        return {}
+    from aiohttp import ClientTimeout  # fsspec reads the web with it
+
+    given: dict[str, Any] = {
+        "timeout": ClientTimeout(total=None, sock_connect=SILENT_SECONDS, sock_read=SILENT_SECONDS)
+    }
+    for name in ("http", "https"):  # what is given here would replace what the user's own settings of fsspec say
+        given |= settings.get(name, {}).get("client_kwargs", {})
+    return {"client_kwargs": given}
 
 
 def retried(function: Callable[[], _T], name: str) -> _T:
     """A remote request, tried `TRIES` times with growing pauses.
 
     Raises:
-        FileNotFoundError, PermissionError: At once.
+        FileNotFoundError, PermissionError: At once; but fsspec also calls missing what a failing server didn't tell.
         OSError: It failed each time; the message has the last reason.
     """
     last: Exception | None = None
@@ -120,12 +153,32 @@ def retried(function: Callable[[], _T], name: str) -> _T:
             time.sleep(_WAIT_SECONDS * 2 ** (attempt - 1))
         try:
             return function()
-        except (FileNotFoundError, PermissionError, ModuleNotFoundError):
+        except (PermissionError, ModuleNotFoundError):
             raise
+        except FileNotFoundError as error:
+            last = _failure(error)
+            if last is None:
+                raise
         except Exception as error:  # each backend has errors of its own
-            _logger.info("%s: attempt %d of %d failed: %s", name, attempt + 1, TRIES, error)
             last = error
-    raise OSError(f"{name}: failed {TRIES} times: {type(last).__name__}: {last}") from last
+        _logger.info("%s: attempt %d of %d failed: %s", name, attempt + 1, TRIES, _told(last))
+    raise OSError(f"{name}: failed {TRIES} times: {_told(last)}") from last
+
+
+def _failure(error: FileNotFoundError) -> Exception | None:
+    """What kept fsspec from looking a file up, where that was not its absence."""
+    cause = error.__cause__
+    status = getattr(cause, "status", None)
+    if isinstance(cause, Exception) and isinstance(status, int):
+        return None if status in _GONE else cause
+    is_transport = isinstance(cause, (ConnectionError, TimeoutError)) or type(cause).__module__.startswith("aiohttp")
+    return cause if isinstance(cause, Exception) and is_transport else None
+
+
+def _told(error: Exception | None) -> str:
+    """An error's message; an answer's status alone, for the rest of its message has the address with its signature."""
+    status = getattr(error, "status", None)
+    return f"{type(error).__name__}: {f'status {status}' if isinstance(status, int) else error}"
 
 
 def stat_shard(shard: Shard) -> tuple[int, str] | None:
@@ -147,7 +200,20 @@ def stat_shard(shard: Shard) -> tuple[int, str] | None:
         return None
     if not info.get("size"):
         raise OSError(f"{shard}: the server doesn't say how large it is; copy it to a local folder")
-    return int(info["size"]), " ".join(str(info[key]) for key in _IDENTITY if info.get(key))
+    identity = " ".join(str(info[key]) for key in _IDENTITY if info.get(key))
+    if not identity:
+        _warn_nameless(str(shard).rpartition("/")[0])
+    return int(info["size"]), identity
+
+
+@cache
+def _warn_nameless(folder: str) -> None:
+    """Says it once for each folder."""
+    _logger.warning(
+        "%s: the server gives neither an ETag nor a date, so a shard that is replaced by one of the same size goes "
+        "unseen; give changed shards other names",
+        folder,
+    )
 
 
 @contextmanager
@@ -163,6 +229,7 @@ def local_copy(shard: Shard) -> Iterator[Path]:
         yield shard
         return
     cache_folder().mkdir(parents=True, exist_ok=True)
+    _sweep()
     with tempfile.TemporaryDirectory(dir=cache_folder(), prefix="whole-") as folder:
         target = Path(folder) / shard.name
         found = stat_shard(shard)
@@ -175,6 +242,15 @@ def local_copy(shard: Shard) -> Iterator[Path]:
             for start in range(0, size, 32 * BLOCK_BYTES):
                 stream.write(_fetch(shard, start, min(start + 32 * BLOCK_BYTES, size)))
         yield target
+
+
+def _sweep() -> None:
+    """Removes the copies that killed processes left: those to which nothing was written for a day."""
+    for folder in cache_folder().glob("whole-*"):
+        with suppress(OSError):  # its own process removed it
+            latest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+            if time.time() - latest > _STALE_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fetch(shard: RemoteShard, start: int, stop: int) -> bytes:

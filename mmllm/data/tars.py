@@ -1,6 +1,7 @@
 """Reads tar headers fast, and the files of one sample from its span of bytes.
 
-A sample is the run of files that share a key, the part of the name before its first dot. `tarfile` reads some
+A sample is the run of files that share a key, the part of the name before its first dot; what follows it is the file's
+ending, in lower case. `tarfile` reads some
 ten times slower; shards are plain USTAR, as webdataset's writer makes them (GNU long names are read too).
 """
 
@@ -82,7 +83,7 @@ def member_of(path: str, offset: int, size: int) -> Member:
     """A file by its name in the tar."""
     folder, slash, base = path.rpartition("/")
     stem, _, ending = base.partition(".")
-    return Member(folder + slash + stem, ending, offset, size)
+    return Member(folder + slash + stem, ending.lower(), offset, size)
 
 
 def scan_tar(path: str | Path) -> Iterator[Span]:
