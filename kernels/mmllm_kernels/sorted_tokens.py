@@ -184,7 +184,11 @@ def decode(x_TD: Tensor, weights: Weights, gates_TJ: Tensor, experts_TJ: Tensor)
         gate_N, up_N = _matvec(gate_ups[e].to(x_D.dtype), x_D).chunk(2)
         ys_D.append(_matvec(downs[e].to(x_D.dtype), F.silu(gate_N).mul_(up_N)))
     y_JD = torch.stack(ys_D).to(gates_TJ.dtype)
-    return (gates_TJ.T * y_JD).sum(dim=0, keepdim=True).to(x_TD.dtype), torch.tensor(counts, device=x_TD.device)
+    if torch.is_autocast_enabled(x_TD.device.type):  # which would make a product one of half precision
+        out_TD = (gates_TJ.T * y_JD).sum(dim=0, keepdim=True)
+    else:
+        out_TD = gates_TJ @ y_JD
+    return out_TD.to(x_TD.dtype), torch.tensor(counts, device=x_TD.device)
 
 
 def nearest_code(x_TD: Tensor, codebook_VD: Tensor) -> Tensor:
