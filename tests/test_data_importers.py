@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mmllm import arguments
-from mmllm.data import commands, importers
+from mmllm.data import commands, records
 from mmllm.data.importers import FORMS, read_rows, told_form
 from mmllm.data.manifest import BadRows, ManifestError
 from tests.data_fixtures import write_picture, write_sound
@@ -299,7 +299,7 @@ def test_tables_of_another_encoding_or_with_long_fields(tmp_path):
     long = put(tmp_path / "long.csv", f"id,text\n1,{'word ' * 40_000}\n2,short\n")
     assert [len(row.text) for row in read_rows(long)] == [200_000, 5]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importers, "_MAX_FIELD", 1000)
+        patch.setattr(records, "_MAX_FIELD", 1000)
         with pytest.raises(ManifestError, match=r"long\.csv:\d: not CSV from there on: field larger.*quote missing"):
             read_rows(long)
     assert csv.field_size_limit() == before

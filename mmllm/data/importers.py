@@ -8,27 +8,23 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mmllm.data.manifest import BadRows, ManifestError, Row, read_manifest, row_from_dict
+from mmllm.data.records import Found, read_json, read_records, read_table
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 SOUNDS = (".flac", ".wav", ".ogg", ".mp3", ".opus")
 _UNREAD = (".heic", ".heif", ".avif", ".jp2", ".svg", ".psd", ".m4a", ".aac", ".wma", ".mp4", ".mov", ".mkv", ".webm")
 """Pictures, sounds and films that aren't read: the text beside one is a caption, and no text of its own."""
-_MAX_FIELD = 1 << 24
-"""Characters of a CSV field; longer ones come of a quote that nothing closes."""
 _LOOKED_AT = 20
 """Records from which the form is told: the first may be an odd one."""
 _ROLES = {"human": "user", "user": "user", "system": "user", "gpt": "assistant", "assistant": "assistant"}
 _SLOTS = {"<image>": "image", "<audio>": "audio"}
-
-Found = Iterator[tuple[str, dict[str, Any] | ManifestError]]
 
 
 def read_rows(
@@ -100,7 +96,7 @@ def _told_records(path: Path) -> str:
     if path.suffix.lower() == ".json" and _is_coco(path):
         return "coco"
     try:
-        records = [value for _, value in islice(_records(path), _LOOKED_AT)]
+        records = [value for _, value in islice(read_records(path), _LOOKED_AT)]
     except ManifestError:
         records = []  # the form's reader says what is wrong
     for record in records:
@@ -116,66 +112,15 @@ def _told_records(path: Path) -> str:
 
 def _is_coco(path: Path) -> bool:
     try:
-        whole = _json(path)
+        whole = read_json(path)
     except ManifestError:
         return False
     return isinstance(whole, dict) and "annotations" in whole
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{path}: not JSON: {error}") from error
-
-
-def _records(path: Path) -> Found:
-    """The records of a JSONL file, a JSON list, or a parquet file."""
-    match path.suffix.lower():
-        case ".json" if not _is_lines(path):
-            whole = _json(path)
-            for number, value in enumerate(whole if isinstance(whole, list) else [whole]):
-                yield f"{path}:{number}", value
-        case ".parquet":
-            yield from _parquet(path)
-        case _:
-            with path.open("rb") as stream:
-                for number, line in enumerate(stream, start=1):
-                    if line.strip():
-                        try:
-                            yield f"{path}:{number}", json.loads(line.decode("utf-8-sig"))
-                        except (ValueError, RecursionError) as error:
-                            yield f"{path}:{number}", ManifestError(f"not JSON: {error}")
-
-
-def _is_lines(path: Path) -> bool:
-    """Whether a `.json` holds an object a line, as JSONL does."""
-    with path.open("rb") as stream:
-        lines = list(islice((line for line in stream if line.strip()), 2))
-    try:
-        return len(lines) == 2 and isinstance(json.loads(lines[0].decode("utf-8-sig")), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _parquet(path: Path) -> Found:
-    try:
-        import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from error
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches(256):
-            for value in batch.to_pylist():
-                yield f"{path}:{number}", {key: item for key, item in value.items() if item is not None}
-                number += 1
-    except (ValueError, OSError) as error:
-        raise ManifestError(f"{path}:{number}: not to be read as parquet: {error}") from error
-
-
 def _each(path: Path, what: str, read: Callable[[dict[str, Any], int], dict[str, Any]]) -> Found:
     """What `read` makes of each record and its number; a record that it can't read is a bad row, not the end."""
-    for number, (where, record) in enumerate(_records(path)):
+    for number, (where, record) in enumerate(read_records(path)):
         if isinstance(record, dict):
             yield where, _tried(what, partial(read, record, number))
         elif isinstance(record, ManifestError):
@@ -194,51 +139,13 @@ def _tried(what: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any] | Ma
 
 
 def _manifest(path: Path, folder: Path) -> Found:
-    yield from _records(path)
-
-
-def _table(path: Path, **options: Any) -> Iterator[tuple[str, dict[str, str] | ManifestError]]:
-    """The rows of CSV or TSV.
-
-    Raises:
-        ManifestError: A field is longer than any text, so that the rows after it can't be told.
-    """
-    with path.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as stream:
-        reader = csv.DictReader(stream, **options)
-        while True:
-            before = csv.field_size_limit(_MAX_FIELD)  # python's own limit is shorter than a book's chapter
-            try:
-                row = next(reader, None)
-            except csv.Error as error:
-                raise ManifestError(
-                    f"{path}:{reader.line_num}: not CSV from there on: {error}; is a quote missing?"
-                ) from error
-            finally:
-                csv.field_size_limit(before)
-            if row is None:
-                return
-            where = f"{path}:{reader.line_num}"
-            if None in row or None in row.values():
-                yield where, ManifestError(f"has another number of fields than the header's {reader.fieldnames}")
-            elif not _is_unicode([*row, *row.values()]):
-                yield where, ManifestError("holds bytes that are no UTF-8; save the file as UTF-8")
-            else:
-                yield where, row
-
-
-def _is_unicode(texts: list[str]) -> bool:
-    """Whether no text holds the stand-ins for bytes that couldn't be decoded."""
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    yield from read_records(path)
 
 
 def _csv(path: Path, folder: Path) -> Found:
     """A header with `text` and `image` or `audio`; other columns are metadata, numbers where they are such."""
     texts = ("id", "text", "image", "audio", "question", "answer")
-    for where, row in _table(path, delimiter="\t" if path.suffix.lower() == ".tsv" else ","):
+    for where, row in read_table(path, delimiter="\t" if path.suffix.lower() == ".tsv" else ","):
         if isinstance(row, ManifestError):
             yield where, row
             continue
@@ -391,7 +298,7 @@ def _pieces(text: str, left: dict[str, list[str]]) -> list[dict[str, Any]]:
 
 def _coco(path: Path, folder: Path) -> Found:
     """COCO captions: one row for each annotation; `image_id` keeps a picture's captions together."""
-    whole = _json(path)
+    whole = read_json(path)
     if not isinstance(whole, dict) or not all(isinstance(whole.get(key), list) for key in ("images", "annotations")):
         raise ManifestError(f"{path}: COCO captions are an object with the lists 'images' and 'annotations'; one lacks")
     names: dict[Any, str] = {}
@@ -435,7 +342,7 @@ def _librispeech(path: Path, folder: Path) -> Found:
 def _common_voice(path: Path, folder: Path) -> Found:
     """One of Common Voice's `.tsv` files, beside the folder `clips`."""
     clips = folder / "clips" if (folder / "clips").is_dir() else folder
-    for where, row in _table(path, delimiter="\t", quoting=csv.QUOTE_NONE):
+    for where, row in read_table(path, delimiter="\t", quoting=csv.QUOTE_NONE):
         yield where, row if isinstance(row, ManifestError) else _tried("clip", partial(_clip, row, clips))
 
 

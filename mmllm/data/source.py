@@ -158,10 +158,8 @@ class Source:
         if self.config.max_images is not None:
             keep_N &= index.num_images_N <= self.config.max_images
         if self.config.filter is not None:
-            measured = {
-                "num_tokens": index.lengths[task], "num_images": index.num_images_N, "num_frames": index.num_frames_N,
-            }  # fmt: skip
-            assert set(measured) == set(_COUNTED)
+            counts = (index.lengths[task], index.num_images_N, index.num_frames_N)
+            measured = dict(zip(_COUNTED, counts, strict=True))
             names = filter_names(self.config.filter)
             columns = {name: values_N.tolist() for name, values_N in measured.items() if name in names}
             columns |= {name: list(index.columns[name]) for name in names if name in index.columns}
