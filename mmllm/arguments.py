@@ -55,8 +55,10 @@ def _add_data(actions: Any) -> None:
     def build(args: argparse.Namespace) -> Iterable[str]:
         from mmllm.data import commands
         from mmllm.data.cleaning import CleaningConfig
+        from mmllm.data.executors import Executor, parse_options
 
-        options = dict(item.partition("=")[::2] for item in args.executor_option)
+        work = None if args.executor == "local" else Path(args.work or f"{args.out.rstrip('/')}-work")
+        executor = Executor(args.executor, args.workers, args.tasks, work, parse_options(args.executor_option))
         encoder = None
         if args.image_features:
             from mmllm.training.image_encoder import load_image_encoder
@@ -65,8 +67,7 @@ def _add_data(actions: Any) -> None:
         written = commands.build(
             args.manifest, args.out, args.tokenizer, args.perturb, args.holdout, args.part, args.samples_per_shard,
             args.max_seconds, args.max_image_side, args.max_bad_fraction, args.seed, args.workers, ticker("rows"),
-            args.format, args.media, CleaningConfig(args.dedup, args.threshold, args.quality), args.executor, options,
-            args.work, encoder,
+            args.format, args.media, CleaningConfig(args.dedup, args.threshold, args.quality), executor, encoder,
         )  # fmt: skip
         end_line()
         return _as_json(written)
@@ -81,10 +82,12 @@ def _add_data(actions: Any) -> None:
     parser.add_argument("--threshold", type=float, default=0.8, help="similarity from which minhash leaves one out")
     parser.add_argument("--quality", metavar="FILTER", help="which rows are kept, e.g. 'words >= 5 and symbols < 0.3'")
     parser.add_argument(
-        "--executor", choices=("local", "datatrove", "slurm", "ray"), default="local", help="where rows are measured"
-    )
+        "--executor", choices=("local", "datatrove", "slurm", "ray"), default="local",
+        help="where rows are measured and shards written; local: here, without datatrove",
+    )  # fmt: skip
     parser.add_argument("--executor_option", action="append", default=[], metavar="KEY=VALUE", help="of datatrove's")
-    parser.add_argument("--work", metavar="DIR", help="datatrove's tasks; by default OUT-work")
+    parser.add_argument("--tasks", type=int, help="datatrove's tasks; by default as many as workers")
+    parser.add_argument("--work", metavar="DIR", help="folder of datatrove's tasks and logs; by default OUT-work")
     parser.add_argument("--media", metavar="DIR", help="what paths are relative to; by default each input's folder")
     parser.add_argument("--tokenizer", help="tokenizer folder; stores each sound's codes with it")
     parser.add_argument(

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
 from mmllm.data import commands
 from mmllm.data.cleaning import CleaningConfig, _near, choose, measure, minhash, text_facts
-from mmllm.data.executors import measure_rows
 from mmllm.data.manifest import ManifestError, read_manifest
 from tests.data_fixtures import write_manifest, write_picture
 
@@ -111,29 +108,3 @@ def test_wrong_settings_are_named(tmp_path):
     for wrong, said in (({"dedup": "some"}, "dedup"), ({"threshold": 0}, "threshold"), ({"quality": "a("}, "filter")):
         with pytest.raises(ValueError, match=said):
             CleaningConfig(**wrong)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="executor is 'cloud'"):
-        measure_rows([], CleaningConfig("exact"), "cloud")
-
-
-def test_without_datatrove_it_is_said(tmp_path, monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "datatrove", None)
-    rows = rows_of(tmp_path, [{"text": "x"}])
-    with pytest.raises(ModuleNotFoundError, match=r"mmllm\[datatrove\]"):
-        measure_rows(rows, CleaningConfig("exact"), "datatrove", 1, tmp_path / "w")
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_datatrove_measures_the_same(tmp_path):
-    pytest.importorskip("datatrove.executor", exc_type=ImportError)
-    rows = rows_of(tmp_path, [{"text": text(number)} for number in range(7)])
-    config = CleaningConfig("minhash", quality="words > 1")
-    wanted = json.loads(json.dumps(measure_rows(rows, config)))
-    assert measure_rows(rows, config, "datatrove", 2, tmp_path / "w") == wanted
-    (tmp_path / "w" / "measures-00001.jsonl").write_text("")
-    assert measure_rows(rows, config, "datatrove", 2, tmp_path / "w") != wanted  # what is done is not done again
-    with pytest.raises(ValueError, match="other rows, settings or workers"):
-        measure_rows(rows[1:], config, "datatrove", 2, tmp_path / "w")
-    with pytest.raises(ValueError, match="partition"):
-        measure_rows(rows, config, "slurm", 2, tmp_path / "w2")

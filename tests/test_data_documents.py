@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mmllm.batch import IGNORE, Modality
+from mmllm.data.codes import pack_codes, unpack_codes
 from mmllm.data.collate import Gap, pack_documents
 from mmllm.data.documents import (
     Sample,
@@ -17,7 +18,6 @@ from mmllm.data.documents import (
     num_parts,
     part_bounds,
 )
-from mmllm.data.shards import pack_codes, unpack_codes
 from mmllm_tokenizers.vocab import AUDIO, AUDIO_END, AUDIO_START, CAPTION, END, IMAGE, SPEAK, TRANSCRIBE
 from tests.data_fixtures import make_folder
 

@@ -6,6 +6,9 @@ import errno
 import io
 import json
 import os
+import signal
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -137,6 +140,25 @@ def test_a_full_disk_leaves_no_half_shard_that_looks_whole(tmp_path, monkeypatch
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["shards.json", "text-000000.tar"]
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mmllm.data import commands
+
+replace, targets = Path.replace, []
+
+def replace_two(path, target):
+    targets.append(target)
+    if len(targets) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(path, target)
+
+Path.replace = replace_two
+commands.build(sys.argv[1], sys.argv[2], samples_per_shard=2)
+"""
+"""A build that is killed when two of its shards have their names."""
+
+
 def test_a_disk_that_fills_at_the_summary_leaves_no_shards(tmp_path, monkeypatch):
     manifest = write_manifest(tmp_path, [{"id": f"r{n}", "text": "word"} for n in range(6)])
     out = tmp_path / "s"
@@ -154,20 +176,27 @@ def test_a_disk_that_fills_at_the_summary_leaves_no_shards(tmp_path, monkeypatch
         commands.build(manifest, out, samples_per_shard=2)
     assert not list(out.iterdir())
 
-    def die(*_: object) -> None:  # as SIGKILL would: nothing is cleared up
-        monkeypatch.setattr(shards._Writers, "abort", lambda self: None)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(
-        shards, "_open_new", lambda path: die() if path.name.startswith(shards.SUMMARY) else opened(path)
-    )
-    with pytest.raises(KeyboardInterrupt):
-        commands.build(manifest, out, samples_per_shard=2)
-    assert len(list(out.glob("*.tar"))) == 3 and not (out / shards.SUMMARY).exists()
-    (out / f"{shards.SUMMARY}.partial").write_text("{")
     monkeypatch.undo()
+    commands.build(manifest, out, samples_per_shard=3)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(manifest), str(out)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(out.glob("*.tar"))) == 2 and not (out / shards.SUMMARY).exists()
+    (out / f"{shards.SUMMARY}.partial").write_text("{")
     commands.build(write_manifest(tmp_path, [{"id": "only", "text": "new"}]), out)
     assert sorted(path.name for path in out.iterdir()) == ["shards.json", "text-000000.tar"]
+
+
+def test_a_build_that_fails_leaves_the_earlier_one(tmp_path):
+    out = tmp_path / "s"
+    commands.build(write_manifest(tmp_path, [{"id": f"r{n}", "text": "word"} for n in range(6)]), out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def stop(count: int, num_rows: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        commands.build(write_manifest(tmp_path, [{"text": "other"}]), out, progress=stop)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_verify_counts_what_cannot_be_written_and_goes_on(made, tmp_path, capsys):
@@ -220,7 +249,8 @@ def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path):
     assert not list(out.iterdir())
     (out / shards.JOURNAL).write_text("text-000004.tar\n../other.tar\n")  # as SIGKILL leaves it
     (out / "text-000004.tar").write_bytes(b"whole, but of a build that never ended")
-    (out / "text-000005.tar.partial").write_bytes(b"half")
+    (out / shards.STAGING / "text-000001").mkdir(parents=True)
+    (out / shards.STAGING / "text-000001" / "000000.tar").write_bytes(b"half")
     (tmp_path / "other.tar").write_bytes(b"mine")
     commands.build(manifest, out)
     assert sorted(path.name for path in out.iterdir()) == ["shards.json", "text-000000.tar"]

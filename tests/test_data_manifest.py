@@ -11,8 +11,9 @@ import soundfile
 from PIL import Image
 
 from mmllm.data import commands
+from mmllm.data.finding import shard_paths
 from mmllm.data.manifest import KINDS, BadRows, ManifestError, read_manifest, split_rows
-from mmllm.data.shards import safe_key, shard_paths
+from mmllm.data.sample_files import safe_key
 from tests.data_fixtures import RATE, make_folder, mixed_manifest, write_manifest, write_picture, write_sound
 
 
@@ -147,13 +148,13 @@ def test_building_is_reproducible_to_the_byte(tmp_path):
 
 
 def test_workers_write_the_same_shards(tmp_path):
-    manifest = mixed_manifest(tmp_path / "m", num=80)  # 320 rows: three chunks
+    manifest = mixed_manifest(tmp_path / "m", num=80)  # 320 rows: a chunk of each kind
     (tmp_path / "m" / "7.png").write_bytes(b"no picture")
     make_folder(tmp_path / "tok")
     told = []
     progress = lambda *counts: told.append(counts)  # noqa: E731
     alone = commands.build(manifest, tmp_path / "a", tmp_path / "tok", perturb=1, progress=progress)
-    assert told[-1] == (320, 320) and len(told) == 3 and {num_all for _, num_all in told} == {320}
+    assert told[-1] == (320, 320) and len(told) == 4 and {num_all for _, num_all in told} == {320}
     together = commands.build(manifest, tmp_path / "b", tmp_path / "tok", perturb=1, workers=2)
     assert alone == together and len(alone["bad"]) == 2
 

@@ -18,10 +18,10 @@ import yaml
 
 from mmllm.data import commands, storage
 from mmllm.data.decode import ImageTransform
+from mmllm.data.finding import find_shards, shard_paths
 from mmllm.data.loader import PackedLoader, StepDataset
 from mmllm.data.plan import open_plan
 from mmllm.data.recipe import load_recipe
-from mmllm.data.shards import find_shards, shard_paths
 from mmllm.data.storage import RemoteShard, ShardReader, cache_folder, expand_remote, shrink_cache
 from mmllm_tokenizers.folder import TokenizerFolder
 from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict

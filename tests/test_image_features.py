@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from mmllm.batch import PackedBatch
 from mmllm.cli import main
-from mmllm.data import commands, shards
+from mmllm.data import commands, sample_files
 from mmllm.data.datamodule import PackedDataModule
 from mmllm.data.decode import ImageTransform
 from mmllm.data.features import COLUMN, features_hash, unpack_features
@@ -122,7 +122,7 @@ def test_such_shards_are_indexed_verified_and_shown(
     shown = commands.show(made / "with.yaml", batch_size=2, text=True, html=tmp_path / "step.html")
     assert shown["sequences"][0]["text"] and "<img" in (tmp_path / "step.html").read_text()
 
-    monkeypatch.setattr(shards, "pack_features", lambda *_: b"broken")
+    monkeypatch.setattr(sample_files, "pack_features", lambda *_: b"broken")
     encoder = load_image_encoder(str(made / "clip"), LAYER)
     commands.build(made / "m" / "manifest.jsonl", tmp_path / "s", made / "tok", image_encoder=encoder)
     found = commands.verify(tmp_path / "s", made / "tok")

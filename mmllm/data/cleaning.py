@@ -1,6 +1,6 @@
 """Rows measured, filtered by quality, and rid of exact and near duplicates, before they are split and built.
 
-Measuring reads every file, row by row, and knows of no other row: it may run in many processes (`executors.py`).
+Measuring reads every file, row by row, and knows of no other row: it may run in many processes and elsewhere.
 Choosing looks at the measures alone. Shapes: P hash functions.
 """
 
@@ -10,12 +10,15 @@ import hashlib
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from mmllm.data.chunks import in_chunks
+from mmllm.data.executors import Executor, run_tasks
 from mmllm.data.filters import compile_filter
 from mmllm.data.manifest import ManifestError, Row
 
@@ -25,6 +28,7 @@ NUM_BANDS, BAND_ROWS = 16, 8
 SHINGLE_WORDS = 5
 MIN_SHINGLES = 8
 """Shorter texts are told by exact comparison alone: of a caption's few words, too many agree by chance."""
+_CHUNK = 256
 _FACTS = ("words", "characters", "mean_word", "letters", "symbols", "repeated_lines")
 
 
@@ -53,6 +57,22 @@ class CleaningConfig:
     def is_on(self) -> bool:
         """Whether anything is left out."""
         return self.dedup != "none" or self.quality is not None
+
+
+def measure_rows(rows: Sequence[Row], config: CleaningConfig, executor: Executor) -> list[dict[str, Any]]:
+    """Each row's measures.
+
+    Raises:
+        UnfinishedError: Tasks elsewhere aren't done yet.
+    """
+    measured = partial(_measured, config=config)
+    if not executor.is_here:
+        return run_tasks("measure", measured, rows, executor, asdict(config))
+    return [found for _, chunk in in_chunks(measured, rows, _CHUNK, executor.workers) for found in chunk]
+
+
+def _measured(rows: Sequence[Row], config: CleaningConfig) -> list[dict[str, Any]]:
+    return [measure(row, config) for row in rows]
 
 
 def measure(row: Row, config: CleaningConfig) -> dict[str, Any]:

@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from mmllm.data.checking import verify_shards
-from mmllm.data.cleaning import CleaningConfig, choose
-from mmllm.data.executors import measure_rows
+from mmllm.data.cleaning import CleaningConfig, choose, measure_rows
+from mmllm.data.executors import Executor
 from mmllm.data.features import ImageEncoder
+from mmllm.data.finding import find_shards
 from mmllm.data.importers import read_rows
 from mmllm.data.index import ShardIndex, write_indices
 from mmllm.data.manifest import BadRows, Digests, split_rows, without_shown
 from mmllm.data.pages import stats_page
 from mmllm.data.plan import Plan, open_plan
 from mmllm.data.recipe import load_recipe
-from mmllm.data.shards import ShardsConfig, find_shards, write_shards
+from mmllm.data.sample_files import ShardsConfig
+from mmllm.data.shards import write_shards
 from mmllm.data.showing import add_starts, show_step, write_step_page
 from mmllm.data.storage import Shard, is_remote
 from mmllm_tokenizers.folder import TokenizerFolder
@@ -47,9 +49,7 @@ def build(
     form: str = "auto",
     media: str | Path | None = None,
     cleaning: CleaningConfig | None = None,
-    executor: str = "local",
-    executor_options: dict[str, Any] | None = None,
-    work: str | Path | None = None,
+    executor: Executor | None = None,
     image_encoder: ImageEncoder | None = None,
 ) -> dict[str, Any]:
     """Manifests, and other people's data, to shards.
@@ -66,14 +66,13 @@ def build(
         max_image_side: Larger pictures are scaled down.
         max_bad_fraction: More unusable rows than this are an error.
         seed: Of the altered copies, and of a holdout by fraction.
-        workers: Processes that read and encode; 0: this one does. The shards are the same.
+        workers: Processes that read and encode; 0: this one does. Without an `executor`.
         progress: Called with the numbers of rows done and in all.
         form: Of the inputs; `auto`: told from each.
         media: What their paths are relative to; by default each input's folder.
         cleaning: Which rows are left out, before the holdout is drawn: by quality, and repeated ones.
-        executor: Where cleaning measures the rows: `executors.EXECUTORS`.
-        executor_options: Of datatrove's executor.
-        work: Folder of datatrove's tasks; by default `out`'s name with `-work`.
+        executor: Where cleaning measures the rows and shards are written; by default this process and its workers.
+            The shards are the same.
         image_encoder: With it, each picture's features are stored with it.
 
     Returns:
@@ -88,19 +87,20 @@ def build(
         samples_per_shard=samples_per_shard, max_seconds=max_seconds, max_image_side=max_image_side,
         perturb=perturb, seed=seed, max_bad_fraction=max_bad_fraction,
     )  # fmt: skip
+    executor = executor if executor is not None else Executor(workers=workers)
     bad = BadRows(max_bad_fraction)
     manifests = [manifest] if isinstance(manifest, str | Path) else list(manifest)
     rows = [row for path in manifests for row in read_rows(path, bad, form, media)]
     left_out = None
     if cleaning is not None and cleaning.is_on:
-        measures = measure_rows(rows, cleaning, executor, workers, work or f"{out}-work", executor_options)
+        measures = measure_rows(rows, cleaning, executor)
         rows, left_out = choose(rows, measures, cleaning)
     if holdout is not None:
         digests = Digests()
         train, heldout = split_rows(rows, holdout, seed, digests)
         rows = without_shown(train, heldout, digests) if part == "train" else heldout
     folder = TokenizerFolder.load(tokenizer) if tokenizer is not None else None
-    return write_shards(rows, out, config, folder, bad, progress, workers, left_out, image_encoder)
+    return write_shards(rows, out, config, folder, bad, progress, executor, left_out, image_encoder)
 
 
 def index(

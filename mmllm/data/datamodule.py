@@ -16,11 +16,11 @@ import lightning as L
 
 from mmllm.data.augment import AugmentConfig
 from mmllm.data.decode import ImageTransform
+from mmllm.data.finding import shard_paths
 from mmllm.data.loader import PackedLoader, StepDataset
 from mmllm.data.pairs import CaptionPairs, SoundCrops, StepLoader
 from mmllm.data.plan import Plan, open_plan
 from mmllm.data.recipe import Recipe, load_recipe
-from mmllm.data.shards import shard_paths
 from mmllm_tokenizers.folder import TokenizerFolder
 
 

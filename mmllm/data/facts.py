@@ -20,10 +20,10 @@ import numpy as np
 import soundfile
 from PIL import Image
 
+from mmllm.data.codes import unpack_codes
 from mmllm.data.documents import KIND_TASKS, document_length
 from mmllm.data.headers import TarTable, read_headers
 from mmllm.data.samples import AUDIO_ENDINGS, IMAGE_ENDINGS, Names, check_endings, check_segment_files, jsonl_lines
-from mmllm.data.shards import unpack_codes
 from mmllm_tokenizers.folder import TokenizerFolder
 
 _SHAPE = re.compile(rb"'shape': \((\d+), (\d+)\)")

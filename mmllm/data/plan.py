@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from mmllm.data.documents import chat_tokens, template_tokens
+from mmllm.data.finding import find_shards
 from mmllm.data.index import ShardIndex, load_index
 from mmllm.data.pack import Budgets, pack_window
 from mmllm.data.recipe import METRICS, Recipe, recipe_hash
 from mmllm.data.samples import read_sample
-from mmllm.data.shards import find_shards
 from mmllm.data.source import Drawn, Item, Source
 from mmllm.data.storage import ShardReader
 from mmllm.data.tars import read_members

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mmllm.data.codes import unpack_codes
 from mmllm.data.documents import Sample, Segment
 from mmllm.data.features import features_ending, unpack_features
-from mmllm.data.shards import unpack_codes
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 AUDIO_ENDINGS = ("flac", "wav", "ogg", "mp3")

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from mmllm.data.finding import shard_paths
 from mmllm.data.manifest import BadRows, read_manifest
 from mmllm.data.recipe import load_recipe
 from mmllm.data.samples import AUDIO_ENDINGS, jsonl_lines
-from mmllm.data.shards import shard_paths
 from mmllm.data.tars import Member, scan_tar
 from mmllm_tokenizers.audio import (
     AudioTokenizer,
