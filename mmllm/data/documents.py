@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import string
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from os import PathLike
 from typing import Any
@@ -29,6 +29,12 @@ from mmllm_tokenizers.vocab import AUDIO, IMAGE
 
 AudioInput = Any
 """A path, bytes, a waveform at the codec's rate, `(waveform, sample_rate)`, or int64 codes `[K, F]`."""
+
+Transform = Callable[[ImageInput, str], np.ndarray]
+"""A picture, and what errors call it, to pixels uint8 `[3, H, W]`, as an `ImageTransform` does."""
+
+NO_PIXELS = np.zeros((3, 0, 0), dtype=np.uint8)
+"""Of a picture that has features, or isn't decoded yet."""
 
 VOICE_DROP = 5
 """The voice is left out of one `speak` document in this many, so that speaking works without one."""
@@ -126,6 +132,15 @@ class Document:
         arrays += [picture.features_SC for picture in self.images if picture.features_SC is not None]
         return 500 + sum(array.nbytes for array in arrays)
 
+    def with_pixels(self, pixels: Iterable[np.ndarray]) -> Document:
+        """Its pictures, those that have features apart, with pixels `[3, H, W]` of their own."""
+        rest = iter(pixels)
+        images = tuple(
+            Picture(picture.start, next(rest), picture.num_slots) if picture.features_SC is None else picture
+            for picture in self.images
+        )
+        return replace(self, images=images)
+
     def part(self, start: int, stop: int) -> Document:
         """Tokens `[start, stop)` of a document that has neither pictures nor clips."""
         assert not self.images and not self.clips, "only documents without slots are split"
@@ -140,8 +155,7 @@ class DocumentWriter:
     def __init__(self, folder: TokenizerFolder) -> None:
         self._folder = folder
         self._ids: list[int] = []
-        self._targets: list[bool] = []
-        self._modality: list[int] = []
+        self._runs: list[tuple[int, bool, int]] = []  # tokens, whether they are targets, their modality
         self._units: list[tuple[int, np.ndarray]] = []
         self._images: list[Picture] = []
         self._clips: list[Clip] = []
@@ -151,8 +165,7 @@ class DocumentWriter:
         before = len(self._ids)
         self._ids.extend(token_ids)
         count = len(self._ids) - before
-        self._targets.extend([is_target] * count)
-        self._modality.extend([int(modality)] * count)
+        self._runs.append((count, is_target, int(modality)))
 
     def image(self, pixels_3HW: np.ndarray, features_SC: np.ndarray | None = None) -> None:
         """Append a picture's slots."""
@@ -176,13 +189,14 @@ class DocumentWriter:
     def finish(self) -> Document:
         """The document so far."""
         num_tokens = len(self._ids)
+        counts, targets, modality = zip(*self._runs, strict=True) if self._runs else ((), (), ())
         codes_TK = np.full((num_tokens, self._folder.vocabulary.num_codebooks), -1, dtype=np.int64)
         for start, codes_PK in self._units:
             codes_TK[start : start + len(codes_PK)] = codes_PK
         return Document(
             np.array(self._ids, dtype=np.int64),
-            np.array(self._targets, dtype=bool),
-            np.array(self._modality, dtype=np.int64),
+            np.repeat(np.array(targets, dtype=bool), counts),
+            np.repeat(np.array(modality, dtype=np.int64), counts),
             codes_TK,
             tuple(self._images),
             tuple(self._clips),
@@ -206,7 +220,7 @@ def build_document(
     sample: Sample,
     task: str,
     folder: TokenizerFolder,
-    transform: ImageTransform | None = None,
+    transform: Transform | None = None,
     template: Mapping[str, str] | None = None,
 ) -> Document:
     """The training document of one sample: the task's template, prompt and target.
@@ -498,7 +512,7 @@ class _Fields:
     sample: Sample
     task: str
     folder: TokenizerFolder
-    transform: ImageTransform
+    transform: Transform
     drops_voice: bool = True
 
     def render(self, writer: DocumentWriter, template: str, is_target: bool) -> None:
@@ -544,7 +558,7 @@ class _Fields:
             writer.ids(self.folder.text.encode(segment.text or ""), is_target)
 
     def _image(self, writer: DocumentWriter, image: ImageInput, features_SC: np.ndarray | None, name: str) -> None:
-        pixels_3HW = self.transform(image, name) if features_SC is None else np.zeros((3, 0, 0), dtype=np.uint8)
+        pixels_3HW = self.transform(image, name) if features_SC is None else NO_PIXELS
         writer.image(pixels_3HW, features_SC)
 
     def conversation(self, writer: DocumentWriter, template: Mapping[str, str] | None = None) -> None:

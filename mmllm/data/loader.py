@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -19,8 +20,8 @@ from mmllm.batch import PackedBatch
 from mmllm.data.augment import NUM_DRAWS, AugmentConfig, augment
 from mmllm.data.balance import FRAME_COST, IMAGE_COST, shares
 from mmllm.data.collate import Gap, pack_documents
-from mmllm.data.decode import ImageTransform
-from mmllm.data.documents import Document, Sample, build_document, part_bounds
+from mmllm.data.decode import ImageInput, ImageTransform
+from mmllm.data.documents import NO_PIXELS, Document, Sample, build_document, part_bounds
 from mmllm.data.plan import Item, Plan, StepPlan
 from mmllm.data.samples import read_sample
 from mmllm.data.storage import ShardReader
@@ -105,10 +106,10 @@ class StepDataset(Dataset[PackedBatch]):
     def __getitem__(self, step: StepPlan) -> PackedBatch:
         """The batch of a step. `state["errors"]` names its documents that failed, if any."""
         row_errors: list[list[str]] = [[] for _ in step.sequences]
-        sequences = [
-            [self.document(item, errors) for item in sequence]
-            for sequence, errors in zip(step.sequences, row_errors, strict=True)
-        ]
+        items = [item for sequence in step.sequences for item in sequence]
+        rows = [row for row, sequence in enumerate(step.sequences) for _ in sequence]
+        documents = iter(self._documents(items, [row_errors[row] for row in rows]))
+        sequences = [list(islice(documents, len(sequence))) for sequence in step.sequences]
         errors = [message for messages in row_errors for message in messages]
         sources = [[item.source for item in sequence] for sequence in step.sequences]
         state = {**step.state, "errors": errors} if errors else step.state
@@ -133,34 +134,63 @@ class StepDataset(Dataset[PackedBatch]):
 
     def document(self, item: Item, errors: list[str]) -> Document | Gap:
         """The document of an item, or where it fails a gap of its length, with the reason added to `errors`."""
-        try:
-            document = self._whole(item)
-            if item.part >= 0:
-                document = document.part(
-                    *part_bounds(document.num_tokens, self._plan.recipe.sequence_length, item.part)
-                )
-            if document.num_tokens != item.num_tokens:
-                raise ValueError(
-                    f"has {document.num_tokens} tokens, {item.num_tokens} when it was indexed; index it again"
-                )
-            return document
-        except Exception as error:  # a broken sample must never stop a run: it is named, counted and bounded
-            named = self._plan.describe(item)
-            message = f"{named['source']}: {named['shard']}:{named['key']} as {item.task}: {error}"
-            if self._raises:
-                raise ValueError(message) from error
-            errors.append(message)
-            return Gap(item.num_tokens)
+        return self._documents([item], [errors])[0]
 
-    def _whole(self, item: Item) -> Document:
-        place = (item.source, item.shard, item.row, item.task)
-        document = self._cache.get(place)
-        if document is None:
+    def _documents(self, items: Sequence[Item], errors: Sequence[list[str]]) -> list[Document | Gap]:
+        """The documents of items, each with the list that takes its error.
+
+        All are read, then all written, then all pictures decoded: a picture empties the processor's caches, and after
+        each one the code for everything else would have to come back.
+        """
+        drafts = [_Draft(item) for item in items]
+        for work in (self._read_draft, self._write_draft, self._decode_draft, self._finish_draft):
+            for draft in drafts:
+                if draft.error is None:
+                    try:
+                        work(draft)
+                    except Exception as error:  # a broken sample must never stop a run: it is named, counted, bounded
+                        draft.error = error
+        return [self._or_gap(draft, told) for draft, told in zip(drafts, errors, strict=True)]
+
+    def _or_gap(self, draft: _Draft, errors: list[str]) -> Document | Gap:
+        item = draft.item
+        if draft.error is None:
+            assert draft.document is not None
+            return draft.document
+        named = self._plan.describe(item)
+        message = f"{named['source']}: {named['shard']}:{named['key']} as {item.task}: {draft.error}"
+        if self._raises:
+            raise ValueError(message) from draft.error
+        errors.append(message)
+        return Gap(item.num_tokens)
+
+    def _read_draft(self, draft: _Draft) -> None:
+        draft.document = self._cache.get(draft.place)
+        if draft.document is None:
+            draft.sample = self._read(draft.item, self._features)
+
+    def _write_draft(self, draft: _Draft) -> None:
+        if draft.sample is not None:
+            item = draft.item
             template = (self._plan.sources[item.source].config.templates or {}).get(item.task)
-            sample = self._read(item, self._features)
-            document = build_document(sample, item.task, self._folder, self._transform, template)
-            self._keep(place, document)
-        return document
+            draft.document = build_document(draft.sample, item.task, self._folder, draft.later, template)
+
+    def _decode_draft(self, draft: _Draft) -> None:
+        if draft.sample is not None:
+            assert draft.document is not None
+            if draft.pictures:
+                pixels = [self._transform(source, name) for source, name in draft.pictures]
+                draft.document = draft.document.with_pixels(pixels)
+            self._keep(draft.place, draft.document)
+
+    def _finish_draft(self, draft: _Draft) -> None:
+        item, document = draft.item, draft.document
+        assert document is not None
+        if item.part >= 0:
+            document = document.part(*part_bounds(document.num_tokens, self._plan.recipe.sequence_length, item.part))
+        if document.num_tokens != item.num_tokens:
+            raise ValueError(f"has {document.num_tokens} tokens, {item.num_tokens} when it was indexed; index it again")
+        draft.document = document
 
     def _keep(self, place: tuple[int, int, int, str], document: Document) -> None:
         self._cached += document.num_bytes
@@ -168,6 +198,26 @@ class StepDataset(Dataset[PackedBatch]):
             self._cache[place] = document
         else:  # full: what is in stays, since every document comes round equally often
             self._cached -= document.num_bytes
+
+
+@dataclass
+class _Draft:
+    """An item on its way to its document."""
+
+    item: Item
+    sample: Sample | None = None
+    pictures: list[tuple[ImageInput, str]] = field(default_factory=list)
+    document: Document | None = None
+    error: Exception | None = None
+
+    @property
+    def place(self) -> tuple[int, int, int, str]:
+        return self.item.source, self.item.shard, self.item.row, self.item.task
+
+    def later(self, source: ImageInput, name: str = "image") -> np.ndarray:
+        """In a transform's stead: notes a picture that is to be decoded."""
+        self.pictures.append((source, name))
+        return NO_PIXELS
 
 
 class PackedLoader:
