@@ -1,6 +1,6 @@
 # make demo    from an empty machine to a trained model and its report
 # make test    lint, types, import rule, all tests
-# make proofs  what takes too long for `make test`; results go to docs/RESULTS.md
+# make proofs  what takes too long for `make test`; writes what it showed into docs/RESULTS.md
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -37,8 +37,10 @@ SHORT_PROOFS := $(addprefix tests/test_,model_decoder.py model_multimodal.py tra
 
 proofs: setup
 	@test -d "$$MMLLM_DATA" || { echo "MMLLM_DATA must name the folder of fsdd/, cifar10/, emoji/, shakespeare/"; exit 2; }
-	$(BIN)/python -m pytest -m 'not proof' $(SHORT_PROOFS)
-	$(BIN)/python -m pytest -m proof
+	rm -rf build/proofs
+	-$(BIN)/python -m pytest -m 'not proof' --junitxml build/proofs/short.xml $(SHORT_PROOFS)
+	-$(BIN)/python -m pytest -m proof --junitxml build/proofs/long.xml
+	$(BIN)/python benchmarks/record_proofs.py build/proofs/short.xml build/proofs/long.xml
 
 wheel: setup
 	$(BIN)/python -m build --wheel --no-isolation

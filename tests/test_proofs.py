@@ -12,6 +12,12 @@ from mmllm.cli import main
 
 SKIN_TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")
 MINUTES = 10
+SCORES = (
+    ("train", "seconds"), ("train", "peak_rss_bytes"), ("caption", "exact_match"), ("caption", "attribute_accuracy"),
+    ("caption", "heldout_pairs_accuracy"), ("transcribe", "wer"), ("transcribe", "heldout_voices_wer"),
+    ("speak", "round_trip_wer"), ("interleaved", "answer_accuracy"), ("interleaved", "shuffled_accuracy"),
+    ("text", "bits_per_byte"),
+)  # fmt: skip
 
 pytestmark = [pytest.mark.proof, pytest.mark.timeout(60 * (MINUTES + 5)), pytest.mark.filterwarnings("default")]
 
@@ -21,6 +27,13 @@ def data():
     if "MMLLM_DATA" not in os.environ:
         pytest.skip("MMLLM_DATA is not set: it names the folder with fsdd/, cifar10/, emoji/ and shakespeare/")
     return Path(os.environ["MMLLM_DATA"])
+
+
+def note(record_property, report: dict, where: str = "") -> None:
+    """Writes down a run's scores for docs/RESULTS.md."""
+    for task, key in SCORES:
+        if key in report.get(task, {}):
+            record_property(f"{where}{task} {key}", f"{report[task][key]:.3f}")
 
 
 def quickstart(out: Path, *options: str) -> dict:
@@ -52,22 +65,25 @@ def drawn(text: str, one_in: int) -> bool:
 
 
 @pytest.mark.timeout(4 * 60 * (MINUTES + 5))
-def test_digits_of_a_speaker_never_heard(data, tmp_path):
+def test_digits_of_a_speaker_never_heard(data, tmp_path, record_property):
     manifest = str(data / "fsdd" / "manifest.jsonl")
     right = {}
     for speaker in ("george", "jackson", "lucas", "nicolas"):
         report = quickstart(tmp_path / speaker, "--train", manifest, "--holdout", f"speaker={speaker}")
+        note(record_property, report, f"{speaker}: ")
         right[speaker] = 1 - report["transcribe"]["wer"]
     assert min(right.values()) >= 0.45, right
     assert sum(right.values()) / len(right) >= 0.60, right
 
 
-def test_photos_never_seen(data, tmp_path):
+def test_photos_never_seen(data, tmp_path, record_property):
     options = parts(data / "cifar10" / "manifest.jsonl", tmp_path, lambda row: drawn(row["id"], 8))
-    assert quickstart(tmp_path / "run", *options)["caption"]["exact_match"] >= 0.40
+    report = quickstart(tmp_path / "run", *options)
+    note(record_property, report)
+    assert report["caption"]["exact_match"] >= 0.40
 
 
-def test_drawings_in_a_skin_tone_never_seen(data, tmp_path):
+def test_drawings_in_a_skin_tone_never_seen(data, tmp_path, record_property):
     def is_test(row: dict) -> bool:
         parts = row["id"].split("_")
         tones = [part for part in parts if part in SKIN_TONES]
@@ -75,19 +91,24 @@ def test_drawings_in_a_skin_tone_never_seen(data, tmp_path):
         return len(tones) == 1 and SKIN_TONES.index(tones[0]) == sum(base.encode()) % len(SKIN_TONES)
 
     options = parts(data / "emoji" / "manifest.jsonl", tmp_path, is_test)
-    assert quickstart(tmp_path / "run", *options)["caption"]["exact_match"] >= 0.10
+    report = quickstart(tmp_path / "run", *options)
+    note(record_property, report)
+    assert report["caption"]["exact_match"] >= 0.10
 
 
-def test_plays_never_read(data, tmp_path):
+def test_plays_never_read(data, tmp_path, record_property):
     report = quickstart(tmp_path, "--train", str(data / "shakespeare" / "manifest.jsonl"))
+    note(record_property, report)
     assert report["text"]["bits_per_byte"] <= 2.6
 
 
-def test_the_demo(tmp_path):
+@pytest.mark.timeout(45 * 60)
+def test_the_demo(tmp_path, record_property):
     started = time.monotonic()
     assert main(["quickstart", "--out", str(tmp_path)]) == 0
     seconds = time.monotonic() - started
     report = json.loads((tmp_path / "report.json").read_text())
+    note(record_property, report)
     assert seconds - 30 < report["train"]["seconds"] <= seconds < 40 * 60
     assert report["train"]["peak_rss_bytes"] <= 8e9  # the goal is 6 GB; more, and it ran on no machine of 8
     assert report["caption"]["exact_match"] >= 0.40
@@ -96,6 +117,3 @@ def test_the_demo(tmp_path):
     assert report["transcribe"]["wer"] <= 0.35
     assert report["transcribe"]["heldout_voices_wer"] <= 0.55
     assert report["interleaved"]["answer_accuracy"] > report["interleaved"]["shuffled_accuracy"] + 0.1
-
-
-test_the_demo = pytest.mark.timeout(45 * 60)(test_the_demo)
