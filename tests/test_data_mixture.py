@@ -11,10 +11,11 @@ import pytest
 from mmllm.batch import IGNORE
 from mmllm.data import commands, source
 from mmllm.data.decode import ImageTransform
-from mmllm.data.documents import Document, build_document, template_tokens
+from mmllm.data.documents import Document, build_document
 from mmllm.data.loader import StepDataset
 from mmllm.data.plan import Plan, open_plan
 from mmllm.data.recipe import CurriculumConfig, SourceConfig, recipe_from_dict
+from mmllm.data.templates import template_tokens
 from mmllm_tokenizers.folder import TokenizerFolder
 from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict, words, write_manifest, write_picture
 

@@ -9,11 +9,9 @@ pixels.
 from __future__ import annotations
 
 import math
-import string
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from os import PathLike
 from typing import Any
 
@@ -22,9 +20,9 @@ import torch
 
 from mmllm.batch import Modality
 from mmllm.data.decode import ImageInput, ImageTransform
+from mmllm.data.templates import chat_pieces, literal_ids, parse_template, template_of
 from mmllm_tokenizers.audio import load_audio
 from mmllm_tokenizers.folder import TokenizerFolder
-from mmllm_tokenizers.text import TextTokenizer
 from mmllm_tokenizers.vocab import AUDIO, IMAGE
 
 AudioInput = Any
@@ -245,67 +243,10 @@ def build_document(
     if task == "chat" and any(segment.role for segment in sample.segments):
         fields.conversation(writer, template)
         return writer.finish()
-    template = template or _template(task, folder)
+    template = template or template_of(task, folder)
     fields.render(writer, template["prompt"], False)
     fields.render(writer, template["target"], True)
     return writer.finish()
-
-
-def template_tokens(task: str, template: Mapping[str, str], folder: TokenizerFolder) -> int:
-    """How many tokens more than by the folder's template a document has.
-
-    Raises:
-        ValueError: The template has other fields, so that token counts don't tell.
-    """
-    counts, fields = [], []
-    for parts in (_template(task, folder), template):
-        pieces = _parse(parts["prompt"] + parts["target"])
-        fields.append(sorted(name for _, name in pieces if name is not None))
-        counts.append(
-            sum(len(_literal_ids(folder.text, text)) for part in parts.values() for text, _ in _parse(part) if text)
-        )
-    if fields[0] != fields[1]:
-        raise ValueError(f"its template for {task} has the fields {fields[1]}; it must have {fields[0]}, each once")
-    return counts[1] - counts[0]
-
-
-def chat_tokens(roles: Sequence[str | None], template: Mapping[str, str], folder: TokenizerFolder) -> int:
-    """How many tokens more than by the folder's template a conversation has; `template_tokens` checks the fields."""
-    if not any(roles):
-        return template_tokens("chat", template, folder)
-    ours, own = chat_pieces(roles, folder), chat_pieces(roles, folder, template)
-    return sum(len(_literal_ids(folder.text, text)) for text, _ in own) - sum(
-        len(_literal_ids(folder.text, text)) for text, _ in ours
-    )
-
-
-def chat_pieces(
-    roles: Sequence[str | None], folder: TokenizerFolder, template: Mapping[str, str] | None = None
-) -> list[tuple[str, int]]:
-    """A conversation as the chat template writes it: template text, or "" and the number of a segment.
-
-    The assistant's segments stand where the template has `{text}`, everybody else's where it has `{segments}`.
-    Each run of one role is a turn; a conversation that begins with the assistant begins with an empty question.
-    """
-    template = template or _template("chat", folder)
-    asked, before = _around(template["prompt"], "segments")
-    opened, ended = _around(template["target"], "text")
-    before += opened
-    pieces: list[tuple[str, int]] = []
-    is_open, last = False, None
-    for number, role in enumerate(roles):
-        answers = role == "assistant"
-        if answers != last:
-            if not answers:
-                pieces += [(ended, -1)] * (last is True) + [(asked, -1)]
-                is_open = True
-            else:
-                pieces += [] if is_open else [(asked, -1)]
-                pieces.append((before, -1))
-                is_open = False
-            last = answers
-        pieces.append(("", number))
-    return [*pieces, (ended if last else before, -1)]
 
 
 def build_prompt(
@@ -343,7 +284,7 @@ def build_prompt(
     sample = Sample("prompt", text, image, audio, None, parts, metadata)
     fields = _Fields(sample, task, folder, transform or default_transform(folder), drops_voice=False)
     writer = DocumentWriter(folder)
-    fields.render(writer, _template(task, folder)["prompt"], False)
+    fields.render(writer, template_of(task, folder)["prompt"], False)
     if task == "interleaved":
         fields.render(writer, "{segments}", False)
     elif task == "text" and text:
@@ -398,16 +339,16 @@ def document_length(
     """
     metadata = metadata or {}
     if task == "chat" and roles:
-        total = sum(len(_literal_ids(folder.text, piece)) for piece, _ in chat_pieces(roles, folder))
+        total = sum(len(literal_ids(folder.text, piece)) for piece, _ in chat_pieces(roles, folder))
         return total + sum(_segment_length(segment, folder) for segment in segments)
     if task == "interleaved" and "question" in metadata:
         rendered = "{segments}<|question|>{question}<|answer|>{answer}<|end|>"
     else:
-        template = _template(task, folder)
+        template = template_of(task, folder)
         rendered = template["prompt"] + template["target"]
     total = 0
-    for literal, name in _parse(rendered):
-        total += len(_literal_ids(folder.text, literal)) if literal else 0
+    for literal, name in parse_template(rendered):
+        total += len(literal_ids(folder.text, literal)) if literal else 0
         match name:
             case None:
                 pass
@@ -469,42 +410,6 @@ def _is_float(array: torch.Tensor | np.ndarray) -> bool:
     return array.dtype.kind == "f" if isinstance(array, np.ndarray) else array.is_floating_point()
 
 
-def _template(task: str, folder: TokenizerFolder) -> dict[str, str]:
-    if task not in folder.templates:
-        raise ValueError(f"task is {task!r}; the tokenizer has templates for {', '.join(sorted(folder.templates))}")
-    return folder.templates[task]
-
-
-@lru_cache(maxsize=256)
-def _literal_ids(text: TextTokenizer, literal: str) -> tuple[int, ...]:
-    return tuple(text.encode_template(literal))
-
-
-@lru_cache(maxsize=256)
-def _parse(template: str) -> tuple[tuple[str, str | None], ...]:
-    return tuple((literal, name) for literal, name, _, _ in string.Formatter().parse(template))
-
-
-def check_template(template: str) -> None:
-    """Refuse what isn't written as Python's format strings are.
-
-    Raises:
-        ValueError: A brace is without the other, or nothing is between them.
-    """
-    if any(name == "" for _, name in _parse(template)):
-        raise ValueError("a field is without a name")
-
-
-def _around(template: str, field: str) -> tuple[str, str]:
-    """The text of a template before and behind a field."""
-    parts = {False: "", True: ""}
-    is_behind = False
-    for literal, name in _parse(template):
-        parts[is_behind] += literal
-        is_behind = is_behind or name == field
-    return parts[False], parts[True]
-
-
 @dataclass(frozen=True)
 class _Fields:
     """The values of a template's fields."""
@@ -516,9 +421,9 @@ class _Fields:
     drops_voice: bool = True
 
     def render(self, writer: DocumentWriter, template: str, is_target: bool) -> None:
-        for literal, name in _parse(template):
+        for literal, name in parse_template(template):
             if literal:
-                writer.ids(_literal_ids(self.folder.text, literal), is_target)
+                writer.ids(literal_ids(self.folder.text, literal), is_target)
             if name is not None:
                 self._field(writer, name, is_target)
 
@@ -567,7 +472,7 @@ class _Fields:
         answers = False
         for literal, number in chat_pieces(roles, self.folder, template):
             if number < 0:
-                writer.ids(_literal_ids(self.folder.text, literal), answers)
+                writer.ids(literal_ids(self.folder.text, literal), answers)
                 answers = False  # of what follows an answer only its end is said by the assistant
                 continue
             answers = roles[number] == "assistant"

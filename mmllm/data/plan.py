@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from mmllm.data.documents import chat_tokens, template_tokens
 from mmllm.data.finding import find_shards
 from mmllm.data.index import ShardIndex, load_index
 from mmllm.data.pack import Budgets, pack_window
@@ -29,6 +28,7 @@ from mmllm.data.samples import read_sample
 from mmllm.data.source import Drawn, Item, Source
 from mmllm.data.storage import ShardReader
 from mmllm.data.tars import read_members
+from mmllm.data.templates import chat_tokens, template_tokens
 from mmllm_tokenizers.folder import TokenizerFolder
 
 __all__ = ["Item", "Plan", "Source", "StepPlan", "open_plan", "open_sources"]

@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 import yaml
 
-from mmllm.data.documents import KIND_TASKS, check_template
+from mmllm.data.documents import KIND_TASKS
 from mmllm.data.filters import compile_filter
+from mmllm.data.templates import check_template
 
 METRICS = ("num_tokens", "length", "rarity", "image_area", "seconds", "num_frames", "num_images")
 """Of a curriculum; besides, any numeric metadata column."""
