@@ -179,18 +179,54 @@ def threads():
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("num_tokens", "num_shared"), [(1, 0), (1, 1), (3, 1)])
-def test_large_experts_decode_like_the_reference(threads, num_threads, dtype, num_tokens, num_shared):
-    """Weights of so many elements that their rows are shared out."""
-    case = Case(num_tokens, 512, 4, 2, 576, S=num_shared)
+@pytest.mark.parametrize(("num_tokens", "top_k", "num_shared"), [(1, 2, 0), (1, 3, 1), (1, 4, 2), (3, 2, 1)])
+@pytest.mark.parametrize("twist", ["", "strided"])
+def test_large_experts_decode_like_the_reference(threads, num_threads, dtype, num_tokens, top_k, num_shared, twist):
+    """Weights of so many elements that their rows are shared out, or two experts."""
+    case = Case(num_tokens, 512, 4, top_k, 576, S=num_shared, twist=twist)
     assert sorted_tokens._SHARED_ELEMENTS <= 512 * 576
     inputs = [tensor.detach() for tensor in make(case, dtype)]
     shared = dict(zip(("shared_gate_up_S2ND", "shared_down_SDN"), inputs[4:], strict=True)) if num_shared else {}
     threads(num_threads)
-    got = mmllm_kernels.moe(*inputs[:4], 2, **shared)
-    wanted = reference.moe(*(tensor.double() for tensor in inputs[:4]), 2, True, *(w.double() for w in shared.values()))
+    got = mmllm_kernels.moe(*inputs[:4], top_k, **shared)
+    wanted = reference.moe(
+        *(tensor.double() for tensor in inputs[:4]), top_k, True, *(w.double() for w in shared.values())
+    )
     assert torch.equal(got.counts_E, wanted.counts_E) and torch.equal(got.experts_TK, wanted.experts_TK)
     assert (got.out_TD - wanted.out_TD).abs().max() <= TOLERANCE[dtype] * wanted.out_TD.abs().max()
+
+
+@pytest.mark.parametrize("logits", [[2.0, 1.0, 3.0], [1.0, 2.0, 2.0], [2.0, 2.0, 2.0], [-torch.inf, 1.0, -torch.inf]])
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("width", [16, 512])
+def test_decoding_chooses_experts_like_the_reference(threads, logits, renormalise, top_k, width):
+    threads(2)
+    x, _, *weights = (tensor.detach() for tensor in make(Case(1, width, 3, top_k, width), torch.float32)[:4])
+    got = mmllm_kernels.moe(x, torch.tensor([logits]), *weights, top_k, renormalise)
+    wanted = reference.moe(x, torch.tensor([logits]), *weights, top_k, renormalise)
+    assert torch.equal(got.counts_E, wanted.counts_E) and torch.equal(got.experts_TK, wanted.experts_TK)
+    torch.testing.assert_close(got.out_TD, wanted.out_TD, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [2, 7])
+def test_decoding_takes_the_lowest_of_equal_experts(top_k):
+    x, _, *weights = (tensor.detach() for tensor in make(Case(1, E=40, K=top_k), torch.float32)[:4])
+    for seed in range(20):
+        logits = torch.randint(4, (1, 40), generator=torch.Generator().manual_seed(seed)).float()
+        experts = mmllm_kernels.moe(x, logits, *weights, top_k).experts_TK
+        assert torch.equal(experts, reference.route(logits, top_k)[1])
+
+
+def test_decoding_takes_weights_of_several_dtypes_and_no_shared_experts():
+    x, logits, w_gate_up, w_down, *none = (tensor.detach() for tensor in make(Case(1, 512, 4, 2, 512), torch.float32))
+    shared = dict(zip(("shared_gate_up_S2ND", "shared_down_SDN"), none, strict=True))
+    wanted = reference.moe(x, logits, w_gate_up, w_down, 2).out_TD
+    assert not len(none[0])
+    for each in (w_down, w_down.bfloat16()):
+        out = mmllm_kernels.moe(x, logits, w_gate_up, each, 2, **shared).out_TD
+        assert out.dtype == torch.float32
+        assert (out - wanted).abs().max() <= TOLERANCE[torch.bfloat16] * wanted.abs().max()
 
 
 def test_decoding_under_autocast_casts_the_tokens_experts_alone():
@@ -206,6 +242,7 @@ def test_decoding_under_autocast_casts_the_tokens_experts_alone():
     with torch.autocast("cpu", torch.bfloat16), Casts():
         out = mmllm_kernels.moe(x, *others, top_k=2).out_TD
     assert out.dtype == torch.bfloat16 and max(cast) == 2 * 32 * 64, "one expert's weights at most"
+    assert 2 not in cast, "the gates stay in float32"
     wanted = mmllm_kernels.moe(x, *others, top_k=2).out_TD
     assert (out - wanted).abs().max() <= TOLERANCE[torch.bfloat16] * wanted.abs().max()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmllm_kernels import backends, ops, reference
+from mmllm_kernels import backends, ops, reference, sorted_tokens
 from mmllm_kernels.backends import Backend
 from mmllm_kernels.reference import MoEOutput
 from mmllm_kernels.sorted_tokens import Weights
@@ -72,35 +72,44 @@ def moe(
     _check_shapes(x_TD, router_logits_TE, w_gate_up_E2ND, w_down_EDN, top_k)
     if (shared_gate_up_S2ND is None) != (shared_down_SDN is None):
         raise ValueError("one of shared_gate_up and shared_down was given; give both or neither")
-    if shared_gate_up_S2ND is None or shared_down_SDN is None:
-        shared_gate_up_S2ND = w_gate_up_E2ND.new_empty(0, *w_gate_up_E2ND.shape[1:])
-        shared_down_SDN = w_down_EDN.new_empty(0, *w_down_EDN.shape[1:])
-    num_slots = top_k + shared_gate_up_S2ND.shape[0]
-    if not torch.compiler.is_compiling() and x_TD.shape[0] * num_slots >= _MAX_PAIRS:
-        raise ValueError(
-            f"{x_TD.shape[0]} tokens of {num_slots} experts are {_MAX_PAIRS} pairs or more; split the batch"
-        )
-    _check_shared(shared_gate_up_S2ND, shared_down_SDN, w_gate_up_E2ND, w_down_EDN)
+    weights, shared, num_shared = (w_gate_up_E2ND, w_down_EDN), (), 0
+    if shared_gate_up_S2ND is not None and shared_down_SDN is not None:
+        _check_shared(shared_gate_up_S2ND, shared_down_SDN, w_gate_up_E2ND, w_down_EDN)
+        shared, num_shared = (shared_gate_up_S2ND, shared_down_SDN), shared_gate_up_S2ND.shape[0]
+    (num_tokens, num_experts), num_slots = router_logits_TE.shape, top_k + num_shared
+    is_compiling = torch.compiler.is_compiling()
+    device_type = "cpu" if x_TD.is_cpu else x_TD.device.type  # the first is much faster
+    if not is_compiling and num_tokens * num_slots >= _MAX_PAIRS:
+        raise ValueError(f"{num_tokens} tokens of {num_slots} experts are {_MAX_PAIRS} pairs or more; split the batch")
     out_dtype, dtype = x_TD.dtype, w_gate_up_E2ND.dtype
-    if torch.is_autocast_enabled(x_TD.device.type):
-        out_dtype = dtype = torch.get_autocast_dtype(x_TD.device.type)
-    weights = Weights(w_gate_up_E2ND, w_down_EDN, shared_gate_up_S2ND, shared_down_SDN)
-    x_TD = x_TD.to(dtype)
-    num_experts = router_logits_TE.shape[1]
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, router_logits_TE, *weights))
-    is_inference = not needs_grad and not torch.compiler.is_compiling() and backend != "reference"
-    if not is_inference and any(weight.dtype != dtype for weight in weights):
-        weights = Weights(*(weight.to(dtype) for weight in weights))
+    autocasts = torch.is_autocast_enabled(device_type)
+    if autocasts:
+        out_dtype = dtype = torch.get_autocast_dtype(device_type)
+    if x_TD.dtype != dtype:
+        x_TD = x_TD.to(dtype)
+    needs_grad = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (x_TD, router_logits_TE, *weights, *shared)
+    )
+    is_inference = not needs_grad and not is_compiling and backend != "reference"
+    num_groups = num_experts + num_shared
+    if is_inference and num_tokens == 1 and not backends.use_triton(backend, x_TD, (router_logits_TE,), num_groups):
+        decode = sorted_tokens.decode
+        if autocasts:
+            decode = torch.autocast(device_type, enabled=False)(decode)  # it casts itself, and less
+        return MoEOutput(*decode(x_TD, router_logits_TE, weights, shared, top_k, renormalise, out_dtype))
+    if not shared:
+        shared = tuple(weight.new_empty(0, *weight.shape[1:]) for weight in weights)
+    weights = Weights(*(weight.to(dtype) for weight in (*weights, *shared)))
     if backend == "reference":
         result = reference.moe(x_TD, router_logits_TE, *weights[:2], top_k, renormalise, *weights[2:])
         return result._replace(out_TD=result.out_TD.to(out_dtype))
-    if not is_inference:
+    if is_inference:
+        out_TD, counts_G, experts_TJ = ops.infer(x_TD, router_logits_TE, weights, top_k, renormalise, backend)
+    else:
         save_h = needs_grad and not recompute
         out_TD, _, experts_TJ, counts_G, *_ = ops.moe(
             x_TD, router_logits_TE, *weights, top_k, renormalise, save_h, backend
         )
-    else:
-        out_TD, counts_G, experts_TJ = ops.infer(x_TD, router_logits_TE, weights, top_k, renormalise, backend)
     return MoEOutput(out_TD.to(out_dtype), counts_G[:num_experts], experts_TJ[:, :top_k])
 
 

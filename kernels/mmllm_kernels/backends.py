@@ -30,7 +30,7 @@ def use_triton(backend: str, x: Tensor, others: tuple[Tensor, ...], num_groups: 
 
     `auto` wants them for tensors on a GPU and is silent on a CPU.
     """
-    if backend == "cpu" or (backend == "auto" and x.device.type != "cuda"):
+    if backend == "cpu" or (backend == "auto" and not x.is_cuda):
         return False
     reason = _why_not_triton(x, others, num_groups)
     if reason is not None:

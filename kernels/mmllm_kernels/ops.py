@@ -162,17 +162,9 @@ def _(x, codebook, backend):
 def infer(
     x: Tensor, router_logits: Tensor, weights: Weights, top_k: int, renormalise: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs, counts [G] and experts [T, J] without what backward needs; one token on a CPU is decoded.
-
-    Weights of another dtype than x's are cast to it.
-    """
+    """Outputs, counts [G] and experts [T, J] without what backward needs."""
     weights = Weights(*(w.contiguous() for w in weights))
-    num_shared = weights.shared_gate_up_S2ND.shape[0]
-    module = _module(backend, x, (router_logits,), _num_groups(weights[0], weights[2]))
-    if x.shape[0] == 1 and module is sorted_tokens:
-        gates, experts = sorted_tokens.choose(router_logits, top_k, renormalise, num_shared)
-        return *sorted_tokens.decode(x, weights, gates, experts), experts
-    weights = Weights(*(w.to(x.dtype) for w in weights))
-    routing = module.route(router_logits, top_k, renormalise, num_shared)
+    module = _module(backend, x, (router_logits, *weights), _num_groups(weights[0], weights[2]))
+    routing = module.route(router_logits, top_k, renormalise, len(weights.shared_gate_up_S2ND))
     out, _ = module.forward(x.contiguous(), weights, routing, False)
     return out, routing.counts_G, routing.experts_TJ

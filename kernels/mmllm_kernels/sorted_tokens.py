@@ -12,7 +12,7 @@ width, V codes, P = T·J pairs (token, slot) in expert order, R the rows of one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,28 +56,33 @@ class Weights(NamedTuple):
         return list(zip(gate_ups, [*self.down_EDN.unbind(), *self.shared_down_SDN.unbind()], strict=True))
 
 
-def choose(router_logits_TE: Tensor, top_k: int, renormalise: bool, num_shared: int) -> tuple[Tensor, Tensor]:
-    """Gates and experts [T, J] as in `mmllm_kernels.reference.route`; ties are rare, so sorting is the exception."""
+def choose(router_logits_TE: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
+    """Gates and experts [T, K] as in `mmllm_kernels.reference.route`; ties are rare, so sorting is the exception."""
     num_tokens, num_experts = router_logits_TE.shape
-    logits_TE = router_logits_TE.to(torch.promote_types(router_logits_TE.dtype, torch.float32))
-    if num_tokens > 1:
+    logits_TE = router_logits_TE if router_logits_TE.dtype.itemsize >= 4 else router_logits_TE.float()
+    # topk leaves the order of equal values open.
+    if num_tokens == 1:
+        best_TK, experts_TK = logits_TE.topk(top_k, dim=-1)
+        tied = len(set(logits_TE.tolist()[0])) < num_experts
+    else:
         best, experts = logits_TE.topk(min(top_k + 1, num_experts), dim=-1)
-        # topk leaves the order of equal values open.
+        best_TK, experts_TK = best[:, :top_k], experts[:, :top_k].contiguous()
         tied = bool((best[:, 1:] == best[:, :-1]).any())
-    if num_tokens <= 1 or tied:
+    if tied:
         best, experts = torch.sort(logits_TE, dim=-1, descending=True, stable=True)
-    best_TK, experts_TK = best[:, :top_k], experts[:, :top_k]
-    gates_TK = best_TK.softmax(dim=-1) if renormalise else logits_TE.softmax(dim=-1).gather(1, experts_TK)
-    if not num_shared:
-        return gates_TK, experts_TK.contiguous()
-    shared_TS = torch.arange(num_experts, num_experts + num_shared, device=experts.device).expand(num_tokens, -1)
-    return F.pad(gates_TK, (0, num_shared), value=1.0), torch.cat([experts_TK, shared_TS], dim=1)
+        best_TK, experts_TK = best[:, :top_k], experts[:, :top_k].contiguous()
+    return best_TK.softmax(dim=-1) if renormalise else logits_TE.softmax(dim=-1).gather(1, experts_TK), experts_TK
 
 
 def route(router_logits_TE: Tensor, top_k: int, renormalise: bool, num_shared: int) -> Routing:
     """The choice of experts and its counting sort."""
-    gates_TJ, experts_TJ = choose(router_logits_TE, top_k, renormalise, num_shared)
-    counts_G = torch.bincount(experts_TJ.flatten(), minlength=router_logits_TE.shape[1] + num_shared)
+    gates_TJ, experts_TJ = choose(router_logits_TE, top_k, renormalise)
+    num_tokens, num_experts = router_logits_TE.shape
+    if num_shared:
+        gates_TJ = F.pad(gates_TJ, (0, num_shared), value=1.0)
+        shared_S = torch.arange(num_experts, num_experts + num_shared, device=experts_TJ.device)
+        experts_TJ = torch.cat([experts_TJ, shared_S.expand(num_tokens, -1)], dim=1)
+    counts_G = torch.bincount(experts_TJ.flatten(), minlength=num_experts + num_shared)
     order_P = experts_TJ.flatten().argsort(stable=True).to(torch.int32)
     inverse_P = torch.empty_like(order_P)
     inverse_P[order_P] = torch.arange(len(order_P), dtype=torch.int32, device=order_P.device)
@@ -169,26 +174,59 @@ def _router_gradient(
     return grad_TE.scatter_add_(1, experts_TK, gate_dots_TK).to(router_logits_TE.dtype)
 
 
-def decode(x_TD: Tensor, weights: Weights, gates_TJ: Tensor, experts_TJ: Tensor) -> tuple[Tensor, Tensor]:
-    """The output and counts [G] of one token: matrix-vector products with the weights of its experts and nothing else.
+def decode(
+    x_TD: Tensor,
+    router_logits_TE: Tensor,
+    weights: tuple[Tensor, Tensor],
+    shared: tuple[Tensor, Tensor] | tuple[()],
+    top_k: int,
+    renormalise: bool,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, counts [E] and experts [T, K] of one token: matrix-vector products with its experts' weights alone.
 
-    Weights of another dtype than the token's are cast, its experts' alone. Each call counts: the products of a small
-    layer take less time than PyTorch's way to them.
+    Weights of another dtype than the token's are cast, its experts' alone. Each call of PyTorch counts, also one that
+    changes nothing: the products drive all else from the caches, and then it takes 5 to 30 µs (`to(dtype=…)` two thirds
+    of `to(…)`).
     """
-    num_experts, x_D, chosen = weights.gate_up_E2ND.shape[0], x_TD[0], experts_TJ[0].tolist()
-    counts = [0] * (num_experts + weights.shared_gate_up_S2ND.shape[0])
-    ys_D = []
-    for e in chosen:
-        counts[e] += 1
-        gate_ups, downs, e = (*weights[:2], e) if e < num_experts else (*weights[2:], e - num_experts)
-        gate_N, up_N = _matvec(gate_ups[e].to(x_D.dtype), x_D).chunk(2)
-        ys_D.append(_matvec(downs[e].to(x_D.dtype), F.silu(gate_N).mul_(up_N)))
-    y_JD = torch.stack(ys_D).to(gates_TJ.dtype)
-    if torch.is_autocast_enabled(x_TD.device.type):  # which would make a product one of half precision
-        out_TD = (gates_TJ.T * y_JD).sum(dim=0, keepdim=True)
-    else:
-        out_TD = gates_TJ @ y_JD
-    return out_TD.to(x_TD.dtype), torch.tensor(counts, device=x_TD.device)
+    gates_TK, experts_TK = choose(router_logits_TE, top_k, renormalise)
+    experts, counts = experts_TK.tolist()[0], [0] * router_logits_TE.shape[1]
+    for e in experts:
+        counts[e] = 1
+    y_KD = _swiglu_experts(x_TD, *weights, experts)
+    out_TD = torch.mm(gates_TK, y_KD if y_KD.dtype == gates_TK.dtype else y_KD.to(dtype=gates_TK.dtype))
+    if shared and len(shared[0]):
+        out_TD += _swiglu_experts(x_TD, *shared, range(len(shared[0]))).sum(dim=0, dtype=out_TD.dtype)
+    if out_TD.dtype != out_dtype:
+        out_TD = out_TD.to(dtype=out_dtype)
+    return out_TD, experts_TK.new_tensor(counts), experts_TK
+
+
+def _swiglu_experts(x_TD: Tensor, w_gate_up_E2ND: Tensor, w_down_EDN: Tensor, experts: Sequence[int]) -> Tensor:
+    """What each of K experts makes of one token, [K, D]."""
+    same_dtype = x_TD.dtype == w_gate_up_E2ND.dtype == w_down_EDN.dtype
+    # A matrix for each of two threads; more threads are busier with the rows of each matrix shared out.
+    if len(experts) % 2 == 0 and same_dtype and _needs_threads(w_gate_up_E2ND) and torch.get_num_threads() == 2:
+        pairs = zip(experts[::2], experts[1::2], strict=True)
+        ys_2D = [_swiglu_pair(x_TD, w_gate_up_E2ND, w_down_EDN, *pair) for pair in pairs]
+        return ys_2D[0] if len(ys_2D) == 1 else torch.cat(ys_2D)
+    gate_ups, downs = [w_gate_up_E2ND[e] for e in experts], [w_down_EDN[e] for e in experts]
+    if not same_dtype:
+        gate_ups, downs = ([w.to(x_TD.dtype) for w in each] for each in (gate_ups, downs))
+    x_D = x_TD[0]
+    gate_KN, up_KN = torch.stack([_matvec(w, x_D) for w in gate_ups]).chunk(2, dim=-1)
+    a_KN = F.silu(gate_KN).mul_(up_KN)
+    return torch.stack([_matvec(w, a_N) for w, a_N in zip(downs, a_KN.unbind(), strict=True)])
+
+
+def _swiglu_pair(x_TD: Tensor, w_gate_up_E2ND: Tensor, w_down_EDN: Tensor, first: int, second: int) -> Tensor:
+    """What two experts make of one token, [2, D]: the weights of any two are a strided view."""
+    low, high = min(first, second), max(first, second)
+    both = slice(low, high + 1, high - low)
+    h_212N = torch.bmm(x_TD.expand(2, 1, -1), w_gate_up_E2ND[both].transpose(1, 2))
+    gate_21N, up_21N = h_212N.chunk(2, dim=-1)
+    y_21D = torch.bmm(F.silu(gate_21N).mul_(up_21N), w_down_EDN[both].transpose(1, 2))
+    return (y_21D if first == low else y_21D.flip(0)).squeeze(1)
 
 
 def nearest_code(x_TD: Tensor, codebook_VD: Tensor) -> Tensor:
@@ -241,16 +279,21 @@ def _product(x_RD: Tensor, w_ND: Tensor, out_RN: Tensor) -> None:
 
 
 def _matvec(w_ND: Tensor, x_D: Tensor) -> Tensor:
-    """The product w · x, its rows shared out: one thread cannot read float32 weights as fast as the memory gives them.
-
-    `mv` itself shares out a product of half precision.
-    """
-    num_rows, width = w_ND.shape
-    if num_rows * width < _SHARED_ELEMENTS or w_ND.dtype != torch.float32 or w_ND.device.type != "cpu":
+    """The product w · x, its rows shared out if that is worth it."""
+    if not _needs_threads(w_ND):
         return torch.mv(w_ND, x_D)
+    num_rows, width = w_ND.shape
     parts = next(parts for parts in range(torch.get_num_threads(), 0, -1) if num_rows % parts == 0)
-    w_PDN = w_ND.view(parts, -1, width).transpose(1, 2)
+    w_PDN = w_ND.reshape(parts, -1, width).transpose(1, 2)
     return torch.bmm(x_D.expand(parts, 1, -1), w_PDN).view(-1)
+
+
+def _needs_threads(w: Tensor) -> bool:
+    """Whether products with a matrix [..., N, D] want several threads and get them not from PyTorch itself.
+
+    One thread cannot read float32 weights as fast as the memory gives them; of half precision `mv` uses them all.
+    """
+    return w.dtype == torch.float32 and w.shape[-2] * w.shape[-1] >= _SHARED_ELEMENTS and w.is_cpu
 
 
 def _swiglu_backward(h_R2N: Tensor, grad_a_RN: Tensor, gate_dots_R: Tensor) -> tuple[Tensor, Tensor]:
