@@ -57,7 +57,8 @@ def _add_data(actions: Any) -> None:
         from mmllm.data.cleaning import CleaningConfig
         from mmllm.data.executors import Executor, parse_options
 
-        work = None if args.executor == "local" else Path(args.work or f"{args.out.rstrip('/')}-work")
+        work = args.work if args.executor == "local" or args.work else f"{args.out.rstrip('/')}-work"
+        work = Path(work) if work else None
         executor = Executor(args.executor, args.workers, args.tasks, work, parse_options(args.executor_option))
         encoder = None
         if args.image_features:

@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if is_debug:
             raise
+        if hasattr(error, "exit_code"):
+            return _complain(_said(error), error.exit_code)  # pyright: ignore[reportAttributeAccessIssue]
         if _is_users(error):
             return _complain(_said(error), 2)
         return _complain(f"{type(error).__name__}: {_said(error)} (a fault in mmllm; --debug shows where)", 1)

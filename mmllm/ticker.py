@@ -14,16 +14,22 @@ FILE_SECONDS = 20.0
 def ticker(what: str) -> Callable[[int, int], None]:
     """A function to call with the numbers done so far and in all: one line redrawn on a terminal, lines elsewhere.
 
+    Where fewer are done than before, something else has begun, and its time is counted from there.
+
     Args:
         what: is counted: "rows".
     """
     is_terminal = sys.stderr.isatty()
     period = TERMINAL_SECONDS if is_terminal else FILE_SECONDS
-    began = drawn_at = time.monotonic()
+    began = drawn_at = ticked_at = time.monotonic()
+    num_before = 0
 
     def tick(num_done: int, num_all: int) -> None:
-        nonlocal drawn_at
+        nonlocal began, drawn_at, ticked_at, num_before
         now = time.monotonic()
+        if num_done < num_before:
+            began = ticked_at
+        ticked_at, num_before = now, num_done
         if now - drawn_at < period:
             return
         drawn_at = now

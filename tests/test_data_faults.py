@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -149,7 +150,7 @@ replace, targets = Path.replace, []
 
 def replace_two(path, target):
     targets.append(target)
-    if len(targets) == 3:
+    if len(targets) == 4:  # the journal came first
         os.kill(os.getpid(), signal.SIGKILL)
     return replace(path, target)
 
@@ -181,6 +182,9 @@ def test_a_disk_that_fills_at_the_summary_leaves_no_shards(tmp_path, monkeypatch
     killed = subprocess.run([sys.executable, "-c", KILLED, str(manifest), str(out)], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert len(list(out.glob("*.tar"))) == 2 and not (out / shards.SUMMARY).exists()
+    make_folder(tmp_path / "tok")
+    with pytest.raises(ValueError, match="a build was killed while it moved its shards here"):
+        commands.index(out, tmp_path / "tok")
     (out / f"{shards.SUMMARY}.partial").write_text("{")
     commands.build(write_manifest(tmp_path, [{"id": "only", "text": "new"}]), out)
     assert sorted(path.name for path in out.iterdir()) == ["shards.json", "text-000000.tar"]
@@ -197,6 +201,54 @@ def test_a_build_that_fails_leaves_the_earlier_one(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         commands.build(write_manifest(tmp_path, [{"text": "other"}]), out, progress=stop)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_what_keeps_a_build_from_its_folder_costs_no_shards(tmp_path, monkeypatch):
+    out, manifest = tmp_path / "s", write_manifest(tmp_path, [{"id": f"r{n}", "text": "word"} for n in range(6)])
+    commands.build(manifest, out, samples_per_shard=2)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    opened = shards._open_new
+
+    def full(path: Path) -> io.IOBase:
+        if path.name.startswith(shards.JOURNAL):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(path)
+
+    monkeypatch.setattr(shards, "_open_new", full)
+    with pytest.raises(OSError, match="No space left"):
+        commands.build(manifest, out)
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / "text-000003.tar").write_bytes(b"another's")
+    with pytest.raises(FileExistsError, match=r"text-000003\.tar: no build wrote this shard"):
+        commands.build(manifest, out, samples_per_shard=1)
+    (out / "text-000003.tar").unlink()
+    (out / shards.STAGING).symlink_to(tmp_path)
+    commands.build(manifest, out, samples_per_shard=2)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_faults_of_the_machine_are_no_bad_rows(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    rows = [{"id": str(n), "image": f"{n}.png", "text": "a"} for n in range(40)]
+    for row in rows:
+        write_picture(tmp_path / row["image"], rng)
+    manifest, read = write_manifest(tmp_path, rows), Path.read_bytes
+
+    def fails(number: int) -> None:
+        def failing(path: Path) -> bytes:
+            if path.name == "7.png":
+                raise OSError(number, os.strerror(number), str(path))
+            return read(path)
+
+        monkeypatch.setattr(Path, "read_bytes", failing)
+
+    for number in (errno.EMFILE, errno.EIO, errno.ESTALE, errno.ENOENT):
+        fails(number)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            commands.build(manifest, tmp_path / "s")
+    fails(errno.EACCES)
+    assert commands.build(manifest, tmp_path / "s")["num_bad"] == 1
 
 
 def test_verify_counts_what_cannot_be_written_and_goes_on(made, tmp_path, capsys):
@@ -249,8 +301,11 @@ def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path):
     assert not list(out.iterdir())
     (out / shards.JOURNAL).write_text("text-000004.tar\n../other.tar\n")  # as SIGKILL leaves it
     (out / "text-000004.tar").write_bytes(b"whole, but of a build that never ended")
-    (out / shards.STAGING / "text-000001").mkdir(parents=True)
-    (out / shards.STAGING / "text-000001" / "000000.tar").write_bytes(b"half")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = out / shards.STAGING / f"of-{socket.gethostname()}-{dead.pid}-abc" / "text-000001"
+    left.mkdir(parents=True)
+    (left / "000000.tar").write_bytes(b"half")
     (tmp_path / "other.tar").write_bytes(b"mine")
     commands.build(manifest, out)
     assert sorted(path.name for path in out.iterdir()) == ["shards.json", "text-000000.tar"]

@@ -20,6 +20,7 @@ from mmllm.data.augment import AugmentConfig
 from mmllm.data.balance import FRAME_COST, IMAGE_COST
 from mmllm.data.datamodule import AudioDataModule, ClipDataModule, PackedDataModule
 from mmllm.data.decode import ImageTransform
+from mmllm.data.documents import build_document
 from mmllm.data.index import index_path, sidecar_path
 from mmllm.data.loader import PackedLoader, StepDataset
 from mmllm.data.pairs import CaptionPairs
@@ -61,6 +62,31 @@ def test_ranks_and_workers_change_nothing(made, world_size, num_workers):
     assert found == wanted
     states = [{key: value for key, value in step[0].state.items()} for step in zip(*ranks)]  # noqa: B905
     assert states == [batch.state for batch in loader_of(made, 6)]
+
+
+def test_pictures_of_a_document_stay_in_order_and_a_split_text_is_written_once(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    folder = make_folder(tmp_path / "tok")
+    for name in "abcd":
+        write_picture(tmp_path / f"{name}.png", rng)
+    documents = [
+        {"id": "pictures", "segments": [{"image": f"{name}.png"} for name in "abcd"]},
+        {"id": "long", "text": " ".join(rng.choice(WORDS, 3000))},
+    ]
+    commands.build(write_manifest(tmp_path, documents), tmp_path / "s")
+    commands.index(tmp_path / "s", tmp_path / "tok")
+    sources = [{"name": kind, "kind": kind, "shards": f"{tmp_path}/s/{kind}*.tar"} for kind in ("interleaved", "text")]
+    recipe = {"tokenizer": str(tmp_path / "tok"), "sequence_length": 256, "sources": sources}
+    recipe["packing"] = {"window": 64, "long_documents": "split"}
+    built = []
+    monkeypatch.setattr(loader_module, "build_document", lambda *args: built.append(args[1]) or build_document(*args))
+    (batch,) = loader_of(tmp_path, 1, recipe=recipe, batch_size=16)
+    wanted = np.stack([ImageTransform(folder.image_size)(str(tmp_path / f"{name}.png")) for name in "abcd"])
+    assert len(batch.images_NCHW) and len(batch.images_NCHW) % 4 == 0
+    for start in range(0, len(batch.images_NCHW), 4):
+        assert np.array_equal(batch.images_NCHW[start : start + 4].numpy(), wanted)
+    num_texts = int((batch.source_BT == 1).any(dim=1).sum())
+    assert num_texts > 2 and sorted(built) == ["interleaved", "text"]
 
 
 def test_ranks_have_about_equal_work(made, monkeypatch):

@@ -10,17 +10,16 @@ import hashlib
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from mmllm.data.chunks import in_chunks
-from mmllm.data.executors import Executor, run_tasks
+from mmllm.data.chunks import in_order
+from mmllm.data.executors import Executor, Progress, Stage
 from mmllm.data.filters import compile_filter
-from mmllm.data.manifest import ManifestError, Row
+from mmllm.data.manifest import Digests, ManifestError, Row, row_files
 
 Dedup = Literal["none", "exact", "minhash"]
 DEDUPS: tuple[Dedup, ...] = ("none", "exact", "minhash")
@@ -28,7 +27,7 @@ NUM_BANDS, BAND_ROWS = 16, 8
 SHINGLE_WORDS = 5
 MIN_SHINGLES = 8
 """Shorter texts are told by exact comparison alone: of a caption's few words, too many agree by chance."""
-_CHUNK = 256
+_CHUNK, _MAX_CHUNKS = 256, 4096
 _FACTS = ("words", "characters", "mean_word", "letters", "symbols", "repeated_lines")
 
 
@@ -59,31 +58,59 @@ class CleaningConfig:
         return self.dedup != "none" or self.quality is not None
 
 
-def measure_rows(rows: Sequence[Row], config: CleaningConfig, executor: Executor) -> list[dict[str, Any]]:
+def measure_rows(
+    rows: Sequence[Row], config: CleaningConfig, executor: Executor, progress: Progress | None = None
+) -> list[dict[str, Any]]:
     """Each row's measures.
+
+    Args:
+        rows: The rows.
+        config: What is measured.
+        executor: Where.
+        progress: Called with the numbers of rows done and in all.
 
     Raises:
         UnfinishedError: Tasks elsewhere aren't done yet.
     """
-    measured = partial(_measured, config=config)
-    if not executor.is_here:
-        return run_tasks("measure", measured, rows, executor, asdict(config))
-    return [found for _, chunk in in_chunks(measured, rows, _CHUNK, executor.workers) for found in chunk]
+    size = max(_CHUNK, -(-len(rows) // _MAX_CHUNKS))
+    chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+    measured = _Measured(config.quality is not None, config.dedup == "minhash")
+    if executor.is_here:
+        found = []
+        for _, measures in in_order(measured, chunks, executor.workers):
+            found += measures
+            if progress:
+                progress(len(found), len(rows))
+        return found
+    stage = Stage("measure", executor, {"facts": measured.facts, "signature": measured.signature})
+    keys = [stage.key(chunk, [path for row in chunk for path in row_files(row)]) for chunk in chunks]
+    done = stage.run(measured, chunks, keys, [len(chunk) for chunk in chunks], progress)
+    return [found for measures in done for found in measures]
 
 
-def _measured(rows: Sequence[Row], config: CleaningConfig) -> list[dict[str, Any]]:
-    return [measure(row, config) for row in rows]
+@dataclass(frozen=True)
+class _Measured:
+    facts: bool
+    signature: bool
+
+    def __call__(self, rows: Sequence[Row], key: str = "") -> list[dict[str, Any]]:
+        return [measure(row, self.facts, self.signature) for row in rows]
 
 
-def measure(row: Row, config: CleaningConfig) -> dict[str, Any]:
-    """What choosing needs of a row, as JSON: a digest of what it holds, facts of its text, and a signature."""
-    text = _text(row)
-    found: dict[str, Any] = {"digest": _digest(row)}
-    if config.quality is not None:
+def measure(row: Row, facts: bool = False, signature: bool = False) -> dict[str, Any]:
+    """What choosing needs of a row, as JSON.
+
+    Returns:
+        `digest` of what it holds; `files`, the digests of its files; `facts` of its text; `signature`, uint32 `[P]` in
+        hexadecimal digits, or `None` where its text is too short or its kind has none.
+    """
+    digests, text = Digests(), _text(row)
+    found: dict[str, Any] = {"digest": _digest(row, digests), "files": [digests(path) for path in row_files(row)]}
+    if facts:
         found["facts"] = text_facts(text)
-    if config.dedup == "minhash" and row.kind in ("text", "interleaved"):
+    if signature and row.kind in ("text", "interleaved"):
         signature_P = minhash(text)
-        found["signature"] = None if signature_P is None else signature_P.tolist()
+        found["signature"] = None if signature_P is None else signature_P.astype("<u4").tobytes().hex()
     return found
 
 
@@ -91,13 +118,13 @@ def _text(row: Row) -> str:
     return row.text or "\n".join(str(segment["text"]) for segment in row.segments if "text" in segment)
 
 
-def _digest(row: Row) -> str:
+def _digest(row: Row, digests: Digests) -> str:
     digest = hashlib.sha256()
     parts: list[Any] = [row.text, row.image, row.audio]
     parts += [value for segment in row.segments for value in segment.values()]
     parts += [row.metadata.get("question"), row.metadata.get("answer")]
     for part in parts:
-        data = part.read_bytes() if isinstance(part, Path) else str(part).encode("utf-8", "surrogatepass")
+        data = (digests(part) if isinstance(part, Path) else str(part)).encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "big") + data)
     return digest.hexdigest()
 
@@ -182,7 +209,7 @@ def _near(measures: Sequence[dict[str, Any]], keep: Sequence[bool], threshold: f
     for number, found in enumerate(measures):
         if not keep[number] or found.get("signature") is None:
             continue
-        signature_P = np.array(found["signature"], dtype=np.uint32)
+        signature_P = np.frombuffer(bytes.fromhex(found["signature"]), dtype="<u4")
         names = [bytes([band]) + part.tobytes() for band, part in enumerate(signature_P.reshape(NUM_BANDS, BAND_ROWS))]
         candidates = {other for name in names for other in bands.get(name, ())}
         if any((kept[other] == signature_P).mean() >= threshold for other in candidates):

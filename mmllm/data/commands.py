@@ -12,12 +12,19 @@ from typing import Any
 
 from mmllm.data.checking import verify_shards
 from mmllm.data.cleaning import CleaningConfig, choose, measure_rows
-from mmllm.data.executors import Executor
+from mmllm.data.executors import Executor, Stage
 from mmllm.data.features import ImageEncoder
 from mmllm.data.finding import find_shards
 from mmllm.data.importers import read_rows
 from mmllm.data.index import ShardIndex, write_indices
-from mmllm.data.manifest import BadRows, Digests, split_rows, without_shown
+from mmllm.data.manifest import (
+    BadRows,
+    Digests,
+    row_files,
+    split_rows,
+    with_absolute_paths,
+    without_shown,
+)
 from mmllm.data.pages import stats_page
 from mmllm.data.plan import Plan, open_plan
 from mmllm.data.recipe import load_recipe
@@ -92,15 +99,25 @@ def build(
     manifests = [manifest] if isinstance(manifest, str | Path) else list(manifest)
     rows = [row for path in manifests for row in read_rows(path, bad, form, media)]
     left_out = None
-    if cleaning is not None and cleaning.is_on:
-        measures = measure_rows(rows, cleaning, executor)
-        rows, left_out = choose(rows, measures, cleaning)
+    cleaning, digests = cleaning or CleaningConfig(), Digests()
+    if not executor.is_here:
+        rows = [with_absolute_paths(row) for row in rows]
+    if cleaning.is_on or (holdout is not None and not executor.is_here):
+        measures = measure_rows(rows, cleaning, executor, progress)
+        for row, found in zip(rows, measures, strict=True):
+            for path, digest in zip(row_files(row), found["files"], strict=True):
+                digests.know(path, digest)
+        if cleaning.is_on:
+            rows, left_out = choose(rows, measures, cleaning)
     if holdout is not None:
-        digests = Digests()
         train, heldout = split_rows(rows, holdout, seed, digests)
         rows = without_shown(train, heldout, digests) if part == "train" else heldout
     folder = TokenizerFolder.load(tokenizer) if tokenizer is not None else None
-    return write_shards(rows, out, config, folder, bad, progress, executor, left_out, image_encoder)
+    told = write_shards(rows, out, config, folder, bad, progress, executor, left_out, image_encoder)
+    if not executor.is_here:
+        for stage in ("measure", "write"):
+            Stage(stage, executor, {}).forget_all()
+    return told
 
 
 def index(

@@ -1,33 +1,44 @@
 """Where the heavy stages run: in this process and its workers, or by datatrove's executors here, on Slurm or on Ray.
 
-A stage is a function of many items. Elsewhere, they are cut into tasks; a task reads its items from the work folder and
-writes what became of them there, so one that is done is not done again. On Slurm the jobs run on after the command has
-ended: the same command, run again, goes on from there.
+A stage is a function of items. Elsewhere, each item and what became of it are files in the work folder, named by a
+digest of all that the result depends on. So a result is never another item's, and none is made twice: tasks are only
+how the items that lack one are shared out. On Slurm the jobs run on after the command has ended; the same command, run
+again, goes on from there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import pickle
-import shutil
-import subprocess
-import sys
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
+from mmllm.data.launching import ERRORS, Task, in_queue, jobs_of, launch, write_whole
 
 EXECUTORS = ("local", "datatrove", "slurm", "ray")
-_PLAN, _JOB, _LOGS = "plan.txt", "job.txt", "logs"
+Progress = Callable[[int, int], None]
+"""Takes how much is done and how much there is in all."""
+
+_OWN_OPTIONS = ("pipeline", "tasks", "workers", "logging_dir", "skip_completed", "depends")
+_logger = logging.getLogger(__name__)
 
 
-class UnfinishedError(ValueError):
+class UnfinishedError(Exception):
     """Tasks aren't done yet. The message says what to do."""
+
+    exit_code = os.EX_TEMPFAIL
+
+
+class TaskError(ValueError):
+    """A task failed. The message has its error."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class Executor:
     tasks: int | None = None
     """Into how many tasks a stage is cut; by default as many as workers."""
     work: Path | None = None
-    """Folder of tasks and logs; all machines must see it, and the inputs and outputs, under the same path."""
+    """Folder of items, results and logs; all machines must see it, and inputs and outputs, under the same path."""
     options: dict[str, Any] = field(default_factory=dict)
     """More of the executor's own, e.g. Slurm's `partition` and `time`."""
 
@@ -50,25 +61,20 @@ class Executor:
             raise ValueError(f"executor is {self.name!r}; it must be one of {', '.join(EXECUTORS)}")
         if self.workers < 0 or (self.tasks is not None and self.tasks < 1):
             raise ValueError(f"workers is {self.workers}, tasks {self.tasks}; they must be >= 0 and >= 1")
-        if self.name == "local" and (self.tasks is not None or self.options):
-            raise ValueError("tasks and options are for the executors datatrove, slurm and ray; this one is local")
-        if self.name != "local" and self.work is None:
+        if self.is_here and (self.tasks is not None or self.options or self.work is not None):
+            raise ValueError("tasks, work and options are for the executors datatrove, slurm and ray, not for local")
+        if not self.is_here and self.work is None:
             raise ValueError(f"executor {self.name} needs a work folder")
         if self.name == "slurm" and not {"partition", "time"} <= self.options.keys():
             raise ValueError("executor slurm needs the options partition=NAME and time=HH:MM:SS")
+        for key in self.options:
+            if key in _OWN_OPTIONS:
+                raise ValueError(f"executor option {key!r} is not to be set; there are --tasks, --workers and --work")
 
     @property
     def is_here(self) -> bool:
         """Whether stages run in this process and its workers, without datatrove."""
         return self.name == "local"
-
-    def forget(self) -> None:
-        """Removes the tasks of all stages; their logs stay."""
-        if self.work is not None:
-            for stage in self.work.glob("*/"):
-                for path in (*stage.glob("*-*.pkl"), *stage.glob("*-*.json"), stage / _PLAN, stage / _JOB):
-                    path.unlink(missing_ok=True)
-                shutil.rmtree(stage / _LOGS / "completions", ignore_errors=True)
 
 
 def parse_options(items: Sequence[str]) -> dict[str, Any]:
@@ -88,125 +94,139 @@ def parse_options(items: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def run_tasks(
-    stage: str,
-    function: Callable[[Sequence[Any]], list[Any]],
-    items: Sequence[Any],
-    executor: Executor,
-    settings: dict[str, Any],
-) -> list[Any]:
-    """What became of each item, by one of datatrove's executors.
+class Stage:
+    """A stage that runs elsewhere.
 
     Args:
-        stage: Its folder's name in the work folder.
-        function: Takes some of the items, returns a JSON value for each; picklable.
-        items: Picklable; their `repr` tells them apart.
+        name: Names its folder in the work folder.
         executor: Which isn't local.
-        settings: All else that results depend on, as JSON. A task done under other settings is refused.
-
-    Raises:
-        ModuleNotFoundError: datatrove isn't installed.
-        UnfinishedError: Tasks aren't done yet.
-        ValueError: The folder holds the work of other items or settings.
+        settings: All that every result depends on besides its item, as JSON.
     """
-    assert executor.work is not None
-    folder = (executor.work / stage).absolute()
-    num_tasks = max(1, min(executor.tasks or executor.workers, len(items)))
-    _prepare(folder, items, settings, num_tasks)
-    if not all(path.is_file() for path in _outputs(folder, num_tasks)):
-        _check_queue(folder)
-        _run(executor, _Task(str(folder), function), num_tasks, folder)
-    missing = [path for path in _outputs(folder, num_tasks) if not path.is_file()]
-    if missing:
-        raise UnfinishedError(
-            f"{len(missing)} of {num_tasks} tasks of the stage {stage!r} aren't done ({missing[0].name} …); run the "
-            f"same command again when they are. Their logs lie in {folder / _LOGS}"
-        )
-    return [found for path in _outputs(folder, num_tasks) for found in json.loads(path.read_text(encoding="utf-8"))]
 
+    def __init__(self, name: str, executor: Executor, settings: dict[str, Any]) -> None:
+        assert executor.work is not None
+        self._name, self._executor = name, executor
+        self._folder = executor.work.absolute() / name
+        self._settings = json.dumps(settings, sort_keys=True)
 
-def _outputs(folder: Path, num_tasks: int) -> list[Path]:
-    return [folder / f"output-{rank:05d}.json" for rank in range(num_tasks)]
-
-
-def _prepare(folder: Path, items: Sequence[Any], settings: dict[str, Any], num_tasks: int) -> None:
-    """Writes the tasks' items and what tells this work from other work, which is refused."""
-    digest = hashlib.sha256(json.dumps([settings, num_tasks], sort_keys=True, default=str).encode())
-    for item in items:
+    def key(self, item: Any, files: Sequence[Path]) -> str:
+        """Names the result of an item: a digest of the settings, its `repr`, and its files' sizes and times."""
+        digest = hashlib.sha256(self._settings.encode())
         digest.update(repr(item).encode("utf-8", "surrogatepass"))
-    plan = folder / _PLAN
-    if plan.is_file():
-        if plan.read_text(encoding="utf-8") != digest.hexdigest():
-            raise ValueError(
-                f"{folder}: holds the work of other rows, settings or tasks, not yet ended; name another folder by "
-                f"--work, or remove this one"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for rank in range(num_tasks):
-        start, stop = rank * len(items) // num_tasks, (rank + 1) * len(items) // num_tasks
-        (folder / f"input-{rank:05d}.pkl").write_bytes(pickle.dumps(list(items[start:stop])))
-    plan.write_text(digest.hexdigest(), encoding="utf-8")
+        for path in files:
+            with suppress(OSError):
+                found = path.stat()
+                digest.update(f"{found.st_size} {found.st_mtime_ns};".encode())
+        return digest.hexdigest()[:32]
+
+    def run(
+        self,
+        function: Callable[[Any, str], Any],
+        items: Sequence[Any],
+        keys: Sequence[str],
+        sizes: Sequence[int],
+        progress: Progress | None = None,
+    ) -> list[Any]:
+        """What becomes of each item.
+
+        Args:
+            function: Takes an item and its key, returns a JSON value; picklable.
+            items: Picklable.
+            keys: Their names.
+            sizes: How much of `progress` each is.
+            progress: Called while tasks of this machine run.
+
+        Raises:
+            ModuleNotFoundError: datatrove isn't installed.
+            UnfinishedError: Tasks aren't done yet.
+            TaskError: One failed.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        missing = [number for number, key in enumerate(keys) if not self._result(key).is_file()]
+        if missing:
+            self._check_last_run()
+            for number in missing:
+                write_whole(self._item(keys[number]), pickle.dumps(items[number]))
+            pending = {keys[number]: sizes[number] for number in missing}
+
+            def tick() -> None:
+                for key in [key for key in pending if self._result(key).is_file()]:
+                    del pending[key]
+                if progress:
+                    progress(sum(sizes) - sum(pending.values()), sum(sizes))
+
+            run = self._submit(function, list(pending), tick)
+            tick()
+            if pending:
+                self._complain(
+                    run, f"the stage {self._name!r} lacks {len(pending)} of {len(keys)} results; logs: {run}"
+                )
+        return [json.loads(self._result(key).read_text(encoding="utf-8")) for key in keys]
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """Removes items and results."""
+        for key in keys:
+            self._result(key).unlink(missing_ok=True)
+            self._item(key).unlink(missing_ok=True)
+
+    def forget_all(self) -> None:
+        """Removes all items and results of the stage; logs stay."""
+        for path in self._folder.glob("*"):
+            if re.fullmatch(r"[0-9a-f]{32}\.(json|pkl)", path.name):
+                path.unlink(missing_ok=True)
+        for run in self._runs():
+            (run / Task.FUNCTION).unlink(missing_ok=True)
+
+    def _result(self, key: str) -> Path:
+        return self._folder / f"{key}.json"
+
+    def _item(self, key: str) -> Path:
+        return self._folder / f"{key}.pkl"
+
+    def _submit(self, function: Callable[[Any, str], Any], keys: Sequence[str], tick: Callable[[], None]) -> Path:
+        """Runs tasks for these keys, or on Slurm submits them."""
+        executor, run = self._executor, self._new_run()
+        num_tasks = max(1, min(executor.tasks or executor.workers, len(keys)))
+        bounds = [rank * len(keys) // num_tasks for rank in range(num_tasks + 1)]
+        shares = [list(keys[start:stop]) for start, stop in pairwise(bounds)]
+        (run / Task.FUNCTION).write_bytes(pickle.dumps(function))
+        task = Task(str(self._folder), str(run), shares)
+        launch(executor.name, task, f"mmllm-{self._name}", max(1, executor.workers), executor.options, tick)
+        return run
+
+    def _new_run(self) -> Path:
+        """A folder for what one command submits: datatrove's logs and notes, and tasks' errors."""
+        number = len(self._runs())
+        while True:
+            run = self._folder / f"run-{number:04d}"
+            with suppress(FileExistsError):
+                run.mkdir()
+                (run / ERRORS).mkdir()
+                return run
+            number += 1
+
+    def _runs(self) -> list[Path]:
+        return sorted(self._folder.glob("run-*"))
+
+    def _complain(self, run: Path, where: str) -> None:
+        errors, jobs = _errors(run), jobs_of(run)
+        if errors:
+            raise TaskError(f"{len(errors)} tasks failed, the first of {errors[0]}; {where}")
+        if not jobs:
+            raise TaskError(f"a task was killed, by lack of memory perhaps: try fewer --workers; {where}")
+        raise UnfinishedError(f"submitted job {', '.join(jobs)}; run the same command again when it has ended; {where}")
+
+    def _check_last_run(self) -> None:
+        """Refuses to submit what Slurm still has, and says what jobs that have ended failed of."""
+        for run in self._runs()[-1:]:
+            for job in jobs_of(run):
+                why = in_queue(job)
+                if why:
+                    raise UnfinishedError(f"{why}; run the same command again when job {job} has ended")
+            for error in _errors(run):
+                _logger.warning("a task of %s failed and is tried again: %s", run, error)
 
 
-class _Task:
-    """What a datatrove task does: a pipeline of this one step. It is pickled."""
-
-    def __init__(self, folder: str, function: Callable[[Sequence[Any]], list[Any]]) -> None:
-        self._folder, self._function = folder, function
-
-    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
-        folder = Path(self._folder)
-        output = folder / f"output-{rank:05d}.json"
-        if output.is_file():
-            return
-        items = pickle.loads((folder / f"input-{rank:05d}.pkl").read_bytes())
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # tasks share a machine
-        try:
-            found = self._function(items)
-        finally:
-            torch.set_num_threads(num_threads)
-        unfinished = output.with_suffix(".partial")
-        unfinished.write_text(json.dumps(found), encoding="utf-8")
-        unfinished.replace(output)
-
-
-def _check_queue(folder: Path) -> None:
-    """Refuses to submit what Slurm still has."""
-    with suppress(OSError):
-        job = (folder / _JOB).read_text(encoding="utf-8")
-        queue = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True, check=False)
-        if queue.returncode == 0 and queue.stdout.strip():
-            raise UnfinishedError(f"Slurm's job {job} is still in the queue; run the same command again when it ends")
-
-
-def _run(executor: Executor, task: Callable, num_tasks: int, folder: Path) -> None:
-    try:
-        from datatrove import executor as found  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"executor {executor.name} needs datatrove ({error}); pip install 'mmllm[datatrove]', or use the executor "
-            f"local"
-        ) from error
-    for rank, output in enumerate(_outputs(folder, num_tasks)):
-        if not output.is_file():  # whatever datatrove has noted
-            (folder / _LOGS / "completions" / f"{rank:05d}").unlink(missing_ok=True)
-    common = {
-        "pipeline": [task],
-        "tasks": num_tasks,
-        "workers": max(1, min(executor.workers, num_tasks)),
-        "logging_dir": str(folder / _LOGS),
-    }
-    match executor.name:
-        case "datatrove":
-            found.LocalPipelineExecutor(**{**common, "start_method": "spawn", **executor.options}).run()
-        case "ray":
-            found.RayPipelineExecutor(**{**common, **executor.options}).run()
-        case _:
-            here = f"export PATH={Path(sys.executable).parent}{os.pathsep}$PATH"
-            has_own = {"env_command", "venv_path", "condaenv"} & executor.options.keys()
-            own = {} if has_own else {"env_command": here}
-            slurm = found.SlurmPipelineExecutor(**{**common, **own, **executor.options})
-            slurm.run()
-            (folder / _JOB).write_text(str(slurm.job_id), encoding="utf-8")
+def _errors(run: Path) -> list[str]:
+    """What tasks of a run failed of."""
+    return [path.read_text(encoding="utf-8") for path in sorted((run / ERRORS).glob("*"))]

@@ -11,6 +11,11 @@ from braceexpand import braceexpand
 
 from mmllm.data.storage import RemoteShard, Shard, expand_remote, is_remote
 
+SUMMARY = "shards.json"
+"""What a build wrote, and what became of its rows."""
+JOURNAL = "shards.partial"
+"""Names of the shards that a build is giving their names; it is there until the summary is."""
+
 
 def shard_paths(spec: str | Sequence[str], folder: Path | None = None) -> list[Path]:
     """The local shards that a path, a glob, or brace ranges such as `{00000..00999}` name, in order.
@@ -21,7 +26,7 @@ def shard_paths(spec: str | Sequence[str], folder: Path | None = None) -> list[P
 
     Raises:
         FileNotFoundError: Nothing matches one of them.
-        ValueError: One is an address, not a path.
+        ValueError: One is an address, not a path, or a build into their folder never ended.
     """
     found: list[Path] = []
     for shard in find_shards(spec, folder):
@@ -36,6 +41,7 @@ def find_shards(spec: str | Sequence[str], folder: Path | None = None) -> list[S
 
     Raises:
         FileNotFoundError: Nothing matches one of them.
+        ValueError: A build into their folder never ended.
     """
     found: list[Shard] = []
     for item in [spec] if isinstance(spec, str) else spec:
@@ -52,6 +58,9 @@ def find_shards(spec: str | Sequence[str], folder: Path | None = None) -> list[S
                 f"{item!r} names are missing); build them with 'mmllm data build'"
             )
         found.extend(matches)
+    for folder in dict.fromkeys(shard.parent for shard in found if isinstance(shard, Path)):
+        if (folder / JOURNAL).is_file():
+            raise ValueError(f"{folder}: a build was killed while it moved its shards here; run it again")
     return list(dict.fromkeys(found))
 
 

@@ -29,7 +29,7 @@ from mmllm.data.chunks import in_chunks
 from mmllm.data.columns import Column, Texts, map_npz, save_npz
 from mmllm.data.documents import KIND_TASKS
 from mmllm.data.facts import Facts, TokenCounts, count_tokens, read_facts
-from mmllm.data.shards import SUMMARY
+from mmllm.data.finding import SUMMARY
 from mmllm.data.storage import RemoteShard, Shard, ShardReader, local_copy, side_file, stat_shard
 from mmllm.data.tars import BLOCK, read_members
 from mmllm_tokenizers.folder import TokenizerFolder

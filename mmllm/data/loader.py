@@ -142,30 +142,40 @@ class StepDataset(Dataset[PackedBatch]):
         All are read, then all written, then all pictures decoded: a picture empties the processor's caches, and after
         each one the code for everything else would have to come back.
         """
-        drafts = [_Draft(item) for item in items]
-        for work in (self._read_draft, self._write_draft, self._decode_draft, self._finish_draft):
-            for draft in drafts:
+        drafts = {_place(item): _Draft(item) for item in items}  # parts of a text that is split are of one document
+        for work in (self._read_draft, self._write_draft, self._decode_draft):
+            for draft in drafts.values():
                 if draft.error is None:
                     try:
                         work(draft)
                     except Exception as error:  # a broken sample must never stop a run: it is named, counted, bounded
                         draft.error = error
-        return [self._or_gap(draft, told) for draft, told in zip(drafts, errors, strict=True)]
+        return [self._own_part(drafts[_place(item)], item, told) for item, told in zip(items, errors, strict=True)]
 
-    def _or_gap(self, draft: _Draft, errors: list[str]) -> Document | Gap:
-        item = draft.item
-        if draft.error is None:
-            assert draft.document is not None
-            return draft.document
-        named = self._plan.describe(item)
-        message = f"{named['source']}: {named['shard']}:{named['key']} as {item.task}: {draft.error}"
-        if self._raises:
-            raise ValueError(message) from draft.error
-        errors.append(message)
-        return Gap(item.num_tokens)
+    def _own_part(self, draft: _Draft, item: Item, errors: list[str]) -> Document | Gap:
+        """An item's part of its document, or a gap."""
+        try:
+            if draft.error is not None:
+                raise draft.error
+            return self._checked_part(draft.document, item)
+        except Exception as error:
+            named = self._plan.describe(item)
+            message = f"{named['source']}: {named['shard']}:{named['key']} as {item.task}: {error}"
+            if self._raises:
+                raise ValueError(message) from error
+            errors.append(message)
+            return Gap(item.num_tokens)
+
+    def _checked_part(self, document: Document | None, item: Item) -> Document:
+        assert document is not None
+        if item.part >= 0:
+            document = document.part(*part_bounds(document.num_tokens, self._plan.recipe.sequence_length, item.part))
+        if document.num_tokens != item.num_tokens:
+            raise ValueError(f"has {document.num_tokens} tokens, {item.num_tokens} when it was indexed; index it again")
+        return document
 
     def _read_draft(self, draft: _Draft) -> None:
-        draft.document = self._cache.get(draft.place)
+        draft.document = self._cache.get(_place(draft.item))
         if draft.document is None:
             draft.sample = self._read(draft.item, self._features)
 
@@ -174,23 +184,16 @@ class StepDataset(Dataset[PackedBatch]):
             item = draft.item
             template = (self._plan.sources[item.source].config.templates or {}).get(item.task)
             draft.document = build_document(draft.sample, item.task, self._folder, draft.later, template)
+            draft.sample, draft.is_new = None, True
 
     def _decode_draft(self, draft: _Draft) -> None:
-        if draft.sample is not None:
+        if draft.is_new:
             assert draft.document is not None
             if draft.pictures:
                 pixels = [self._transform(source, name) for source, name in draft.pictures]
                 draft.document = draft.document.with_pixels(pixels)
-            self._keep(draft.place, draft.document)
-
-    def _finish_draft(self, draft: _Draft) -> None:
-        item, document = draft.item, draft.document
-        assert document is not None
-        if item.part >= 0:
-            document = document.part(*part_bounds(document.num_tokens, self._plan.recipe.sequence_length, item.part))
-        if document.num_tokens != item.num_tokens:
-            raise ValueError(f"has {document.num_tokens} tokens, {item.num_tokens} when it was indexed; index it again")
-        draft.document = document
+                draft.pictures.clear()
+            self._keep(_place(draft.item), draft.document)
 
     def _keep(self, place: tuple[int, int, int, str], document: Document) -> None:
         self._cached += document.num_bytes
@@ -202,22 +205,25 @@ class StepDataset(Dataset[PackedBatch]):
 
 @dataclass
 class _Draft:
-    """An item on its way to its document."""
+    """A document on its way."""
 
     item: Item
+    """It, or one of its parts."""
     sample: Sample | None = None
-    pictures: list[tuple[ImageInput, str]] = field(default_factory=list)
     document: Document | None = None
+    is_new: bool = False
+    pictures: list[tuple[ImageInput, str]] = field(default_factory=list)
     error: Exception | None = None
-
-    @property
-    def place(self) -> tuple[int, int, int, str]:
-        return self.item.source, self.item.shard, self.item.row, self.item.task
 
     def later(self, source: ImageInput, name: str = "image") -> np.ndarray:
         """In a transform's stead: notes a picture that is to be decoded."""
         self.pictures.append((source, name))
         return NO_PIXELS
+
+
+def _place(item: Item) -> tuple[int, int, int, str]:
+    """What tells documents apart."""
+    return item.source, item.shard, item.row, item.task
 
 
 class PackedLoader:

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -277,6 +277,16 @@ def row_files(row: Row) -> list[Path]:
     return [path for _, path in row_media(row)]
 
 
+def with_absolute_paths(row: Row) -> Row:
+    """The row, to be read from whatever working directory."""
+    image, audio = (path.absolute() if path is not None else None for path in (row.image, row.audio))
+    segments = tuple(
+        {key: value.absolute() if isinstance(value, Path) else value for key, value in segment.items()}
+        for segment in row.segments
+    )
+    return replace(row, image=image, audio=audio, segments=segments)
+
+
 def sound_seconds(path: Path) -> float:
     """A sound's length by its header; 0 where that can't be read."""
     try:
@@ -295,6 +305,10 @@ class Digests:
 
     def __init__(self) -> None:
         self._known: dict[Path, str] = {}
+
+    def know(self, path: Path, digest: str) -> None:
+        """Take a file's SHA-1 as read."""
+        self._known[path] = digest
 
     def __call__(self, path: Path) -> str:
         """The SHA-1 of a file."""

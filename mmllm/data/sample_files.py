@@ -5,6 +5,7 @@ Shapes: C channels, T samples, N pictures, P features a picture, H and W pixels.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -27,7 +28,8 @@ from mmllm.data.perturb import perturb
 from mmllm_tokenizers.audio import load_audio
 from mmllm_tokenizers.folder import TokenizerFolder
 
-_PICTURES = 32
+PICTURES = 32
+"""Pictures that are encoded together."""
 _KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _MAX_KEY = 80
 
@@ -132,11 +134,25 @@ def sample_files(
             samples.extend(_read(keyed.row, config))
             keys.extend(keyed.keys)
         except (ValueError, OSError, RuntimeError) as error:  # a decoder may raise what it likes
+            if is_of_machine(error):
+                raise
             errors.append((keyed.row.where, str(error)))
     _add_codes(samples, folder)
     if encoder is not None:
         _add_features(samples, encoder)
     return [_with_header(key, sample) for key, sample in zip(keys, samples, strict=True)], errors
+
+
+_OF_FILES = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
+
+
+def is_of_machine(error: Exception) -> bool:
+    """Whether an error is the machine's and not the file's: no more files may be open, a mount is gone, ….
+
+    What decoders and this package raise has no number; a file that was there when its row was checked is not the row's
+    fault if it is gone.
+    """
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in _OF_FILES
 
 
 def _with_header(key: str, sample: _Sample) -> SampleFiles:
@@ -189,7 +205,8 @@ def _picture(path: Path, config: ShardsConfig) -> tuple[str, bytes, tuple[int, i
 
 
 def _wave(path: Path, config: ShardsConfig) -> tuple[np.ndarray, int]:
-    wave_CT, rate = load_audio(path, max_seconds=config.max_seconds)
+    with path.open("rb"):  # says what keeps it from being opened, which the library for sounds doesn't
+        wave_CT, rate = load_audio(path, max_seconds=config.max_seconds)
     return wave_CT.numpy(), rate
 
 
@@ -257,8 +274,8 @@ def _add_features(samples: Sequence[_Sample], encoder: ImageEncoder) -> None:
     """Encodes all pictures of the samples, as they are stored, and adds their features as files."""
     endings = tuple(_KEPT.values())
     pictures = [(sample, ending) for sample in samples for ending in sample.files if ending.endswith(endings)]
-    for start in range(0, len(pictures), _PICTURES):
-        batch = pictures[start : start + _PICTURES]
+    for start in range(0, len(pictures), PICTURES):
+        batch = pictures[start : start + PICTURES]
         pixels_N3HW = np.stack([encoder.transform(sample.files[ending], sample.row.where) for sample, ending in batch])
         for (sample, ending), features_PC in zip(batch, encoder.encode(pixels_N3HW), strict=True):
             sample.files[features_ending(ending)] = pack_features(features_PC, encoder.hash, sample.row.where)

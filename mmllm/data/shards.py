@@ -2,42 +2,45 @@
 
 Rows are cut into groups before any is read; a group is written by one process, to a folder of its own, and becomes one
 shard (several, if it outgrows `bytes_per_shard`). So the shards are the same in however many processes, tasks and
-machines they were made. What is whole is published at the end: nobody takes a part for the whole.
+machines they were made. They get their names when all are whole.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
+import socket
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import psutil
 from webdataset.writer import ShardWriter
 
 from mmllm.data.chunks import in_order
-from mmllm.data.executors import Executor, run_tasks
+from mmllm.data.executors import Executor, Progress, Stage
 from mmllm.data.features import ImageEncoder
-from mmllm.data.manifest import KINDS, BadRows, Kind, Row
-from mmllm.data.sample_files import KeyedRow, SampleFiles, ShardsConfig, keyed_rows, sample_files
+from mmllm.data.finding import JOURNAL, SUMMARY
+from mmllm.data.manifest import KINDS, BadRows, Kind, Row, row_files
+from mmllm.data.sample_files import PICTURES, KeyedRow, SampleFiles, ShardsConfig, keyed_rows, sample_files
 from mmllm_tokenizers.folder import TokenizerFolder
 
-SUMMARY = "shards.json"
-JOURNAL = "shards.partial"
-"""Names of the shards that are being published; it is there until the summary is."""
 STAGING = ".building"
 """Folder of the groups of a build that goes on."""
 FORMAT_VERSION = 1
 
 _CHUNK = 128
-_PICTURES = 32
+_GROUP, _UNFINISHED, _OF_PROCESS = "group.json", "unfinished-", "of-"
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def write_shards(
     config: ShardsConfig,
     folder: TokenizerFolder | None = None,
     bad: BadRows | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     executor: Executor | None = None,
     left_out: dict[str, int] | None = None,
     encoder: ImageEncoder | None = None,
@@ -83,7 +86,7 @@ def write_shards(
         config: How.
         folder: With an audio tokenizer, each sound's codes are stored beside it.
         bad: Takes the rows whose files can't be read; by default a fresh one with the config's bound.
-        progress: Called with the numbers of rows done so far and in all; by this process's own work alone.
+        progress: Called with the numbers of rows done so far and in all.
         executor: Where groups are written; by default in this process. The shards are the same.
         left_out: What cleaning left out, for the summary.
         encoder: With it, each picture's features are stored beside it.
@@ -91,22 +94,21 @@ def write_shards(
     Raises:
         ManifestError: Too many rows are bad, or all.
         UnfinishedError: Tasks elsewhere aren't done yet.
-        OSError: The folder can't be written.
+        TaskError: One failed.
+        OSError: The folder can't be written, or a shard that no build wrote is in the way.
     """
     executor = executor if executor is not None else Executor()
     bad = bad if bad is not None else BadRows(config.max_bad_fraction)
     rows, num_known_bad, out = list(rows), len(bad.reasons), Path(out)
-    groups, staging = group_rows(rows, config), out / STAGING
-    write = _WriteGroups(str(staging.absolute()), config, folder, encoder)
-    if executor.is_here:
-        shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True, exist_ok=True)
-    try:
+    out.mkdir(parents=True, exist_ok=True)
+    groups = group_rows(rows, config)
+    with _staging(out, executor) as staging:
+        write = _WriteGroups(str(staging.absolute()), config, folder, encoder)
         if executor.is_here:
             written = list(write.each(groups, executor.workers, progress))
         else:
-            written = run_tasks("write", write, groups, executor, write.settings)
-        for where, reason in (wrong for found in written for wrong in found["bad"]):
+            written = _written_elsewhere(write, groups, executor, progress)
+        for where, reason in (wrong for group in written for wrong in group["bad"]):
             bad.add(where, reason)
         bad.check(len(rows) + num_known_bad, (rows[-1].where.rpartition(":")[0] if rows else "") or str(out))
         paths, shards = _named(staging, groups, written)
@@ -123,14 +125,50 @@ def write_shards(
             **({"image_features": encoder.hash} if encoder is not None else {}),
             "shards": shards,
         }
-        _publish(paths, out, summary, executor)
-    except BaseException:
-        if executor.is_here:  # what tasks elsewhere have done, the same command goes on from
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
-    shutil.rmtree(staging, ignore_errors=True)
-    executor.forget()
+        _publish(paths, out, summary)
     return summary
+
+
+@contextmanager
+def _staging(out: Path, executor: Executor) -> Iterator[Path]:
+    """Where groups are written: for this process a folder that goes with it, elsewhere one that stays."""
+    folder = out / STAGING
+    if folder.is_symlink():  # shards are moved out of it, which other file systems don't do
+        folder.unlink()
+    folder.mkdir(exist_ok=True)
+    if executor.is_here:
+        _clear(folder, _OF_PROCESS)
+        own = Path(tempfile.mkdtemp(prefix=f"{_OF_PROCESS}{socket.gethostname()}-{os.getpid()}-", dir=folder))
+        try:
+            yield own
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+            with suppress(OSError):  # another build's work may be there
+                folder.rmdir()
+    else:
+        yield folder
+        _clear(folder)  # also of what was given up
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _clear(folder: Path, prefix: str = "") -> None:
+    """Removes what begins so, but for the folders of processes that may live."""
+    for path in folder.iterdir():
+        if path.name.startswith(prefix):
+            host, _, process = path.name.removeprefix(_OF_PROCESS).rpartition("-")[0].rpartition("-")
+            is_dead = host == socket.gethostname() and process.isdigit() and not psutil.pid_exists(int(process))
+            if is_dead or not path.name.startswith(_OF_PROCESS):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _written_elsewhere(
+    write: _WriteGroups, groups: Sequence[Group], executor: Executor, progress: Progress | None
+) -> list[dict[str, Any]]:
+    stage = Stage("write", executor, write.settings)
+    keys = [stage.key(group, [path for keyed in group.rows for path in row_files(keyed.row)]) for group in groups]
+    stage.forget([key for key in keys if not write.is_written(key)])
+    return stage.run(write, groups, keys, [len(group.rows) for group in groups], progress)
 
 
 def _named(
@@ -144,7 +182,7 @@ def _named(
         for shard in found["shards"]:
             name = f"{group.kind}-{counts[group.kind]:06d}.tar"
             counts[group.kind] += 1
-            paths[name] = staging / group.name / shard["file"]
+            paths[name] = staging / found["folder"] / shard["file"]
             shards[name] = {"kind": group.kind, **{key: shard[key] for key in ("num_samples", "bytes", "sha256")}}
     return paths, dict(sorted(shards.items()))
 
@@ -168,22 +206,34 @@ class _WriteGroups:
             "image_features": self._encoder and self._encoder.hash,
         }
 
-    def __call__(self, groups: Sequence[Group]) -> list[dict[str, Any]]:
+    def is_written(self, key: str) -> bool:
+        """Whether the group of this name is whole."""
+        return Path(self._staging, key, _GROUP).is_file()
+
+    def __call__(self, group: Group, key: str) -> dict[str, Any]:
         """As a task does it."""
-        return list(self.each(groups))
+        return next(self.each([group], keys=[key]))
 
     def each(
-        self, groups: Sequence[Group], workers: int = 0, progress: Callable[[int, int], None] | None = None
+        self,
+        groups: Sequence[Group],
+        workers: int = 0,
+        progress: Progress | None = None,
+        keys: Sequence[str] | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """Of each group its `shards` (file, samples, bytes, digest) and `bad` rows, when it is written."""
-        size = _CHUNK if self._encoder is None else _PICTURES  # features are large, and towers slow
+        """Of each group its `folder`, `shards` (file, samples, bytes, digest) and `bad` rows, when it is written.
+
+        The folder is named by the group's key, by default its name. It gets that name when it is whole; where it is
+        there already, by the same task run twice, that one stands.
+        """
+        size = _CHUNK if self._encoder is None else PICTURES  # features are large, and towers slow
         chunks = [group.rows[start : start + size] for group in groups for start in range(0, len(group.rows), size)]
         read = partial(sample_files, config=self._config, folder=self._folder, encoder=self._encoder)
         results = in_order(read, chunks, workers)
         num_done, num_all = 0, sum(len(group.rows) for group in groups)
-        for group in groups:
+        for group, key in zip(groups, keys or [group.name for group in groups], strict=True):
             left, bad = len(group.rows), []
-            with _GroupWriter(Path(self._staging) / group.name, self._config) as writer:
+            with _GroupWriter(Path(self._staging), key, self._config) as writer:
                 while left:
                     chunk, (samples, errors) = next(results)
                     bad += errors
@@ -193,21 +243,20 @@ class _WriteGroups:
                     num_done += len(chunk)
                     if progress:
                         progress(num_done, num_all)
-            yield {"shards": writer.shards, "bad": bad}
+            yield writer.finished(bad)
 
 
 class _GroupWriter:
-    """`ShardWriter` in an empty folder; its files, with their digests, when it is left."""
+    """`ShardWriter` in a folder that gets its name in the end."""
 
-    def __init__(self, folder: Path, config: ShardsConfig) -> None:
-        self._folder, self._config = folder, config
+    def __init__(self, staging: Path, key: str, config: ShardsConfig) -> None:
+        self._staging, self._key, self._config = staging, key, config
         self._writer: ShardWriter | None = None
         self._files: list[_ShardFile] = []
         self._counts: list[int] = []
 
     def __enter__(self) -> _GroupWriter:
-        shutil.rmtree(self._folder, ignore_errors=True)  # what a task that was killed left
-        self._folder.mkdir(parents=True)
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{self._key}-", dir=self._staging))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -217,6 +266,8 @@ class _GroupWriter:
         if self._writer is not None:
             self._writer.close()  # writes the tar's end
             self._files[-1].close()
+        if kind is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def write(self, sample: SampleFiles) -> None:
         if self._writer is None:
@@ -234,13 +285,22 @@ class _GroupWriter:
         self._counts.append(0)
         return self._files[-1]
 
-    @property
-    def shards(self) -> list[dict[str, Any]]:
-        """Of each file what the summary says of it."""
-        return [
+    def finished(self, bad: Sequence[tuple[str, str]]) -> dict[str, Any]:
+        """Gives the folder its name, and what `_WriteGroups.each` says of it."""
+        shards = [
             {"file": file.path.name, "num_samples": count, "bytes": file.num_bytes, "sha256": file.digest}
             for file, count in zip(self._files, self._counts, strict=True)
         ]
+        told = {"folder": self._key, "shards": shards, "bad": list(bad)}
+        with _open_new(self._folder / _GROUP) as stream:
+            stream.write(json.dumps(told).encode())
+        whole = self._staging / self._key
+        try:
+            self._folder.rename(whole)
+        except OSError:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            told = json.loads((whole / _GROUP).read_bytes())
+        return told
 
 
 class _ShardFile:
@@ -281,43 +341,66 @@ def _open_new(path: Path) -> BinaryIO:
     return path.open("wb")
 
 
-def _publish(paths: dict[str, Path], out: Path, summary: dict[str, Any], executor: Executor) -> None:
+def _publish(paths: dict[str, Path], out: Path, summary: dict[str, Any]) -> None:
     """Moves the shards to their names and writes the summary.
 
     What needs room on the disk comes first. While shards move, the journal tells which to remove if this never ends.
     """
-    lost = [path for path in paths.values() if not path.is_file()]
-    if lost:
-        executor.forget()
-        raise FileNotFoundError(f"{lost[0]}: is gone, though it was written; run the command again")
-    partial_summary = out / f"{SUMMARY}.partial"
+    for name, path in paths.items():
+        if path.stat().st_size != summary["shards"][name]["bytes"]:
+            raise OSError(f"{path}: is no longer as it was written; remove {path.parent} and run the command again")
+    partial_summary, partial_journal = out / f"{SUMMARY}.partial", out / f"{JOURNAL}.partial"
+    with _locked(out):
+        earlier = _earlier(out)
+        for name in paths:
+            if (out / name).exists() and name not in earlier:
+                raise FileExistsError(f"{out / name}: no build wrote this shard; move it, or choose another folder")
+        try:
+            with _open_new(partial_summary) as stream:
+                stream.write((json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+            with _open_new(partial_journal) as stream:
+                stream.write("".join(f"{name}\n" for name in {**dict.fromkeys(earlier), **paths}).encode())
+            partial_journal.replace(out / JOURNAL)
+            _remove(out, earlier)
+            for name, path in paths.items():
+                path.replace(out / name)
+            partial_summary.replace(out / SUMMARY)
+            (out / JOURNAL).unlink()
+        except BaseException:
+            if (out / JOURNAL).is_file():
+                _remove(out, [*earlier, *paths])
+                (out / JOURNAL).unlink()
+            raise
+        finally:
+            partial_summary.unlink(missing_ok=True)
+            partial_journal.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps builds of this machine from publishing into a folder at once."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        with _open_new(partial_summary) as stream:
-            stream.write((json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
-        _remove_earlier(out)
-        (out / JOURNAL).write_text("".join(f"{name}\n" for name in paths), encoding="utf-8")
-        for name, path in paths.items():
-            path.replace(out / name)
-        partial_summary.replace(out / SUMMARY)
-    except BaseException:
-        if (out / JOURNAL).is_file():
-            _remove_earlier(out)
-        raise
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
     finally:
-        partial_summary.unlink(missing_ok=True)
-    (out / JOURNAL).unlink()
+        os.close(handle)
 
 
-def _remove_earlier(out: Path) -> None:
-    """Removes the shards of an earlier build, ended or not, and those shards' indices; nothing else."""
+def _earlier(out: Path) -> list[str]:
+    """The shards of an earlier build, ended or not."""
     names: list[str] = []
     with suppress(OSError, ValueError, KeyError, TypeError):
         names += json.loads((out / SUMMARY).read_text(encoding="utf-8"))["shards"]
     with suppress(OSError, ValueError):
         names += (out / JOURNAL).read_text(encoding="utf-8").splitlines()
+    return [name for name in names if re.fullmatch(r"(caption|interleaved|text|audio)-\d{6,}\.tar", str(name))]
+
+
+def _remove(out: Path, names: Iterable[str]) -> None:
+    """Removes shards, their indices and the summary; nothing else."""
     for name in names:
-        if re.fullmatch(r"(caption|interleaved|text|audio)-\d{6,}\.tar", str(name)):
-            for ending in ("", ".index", ".index.npz"):
-                (out / f"{name}{ending}").unlink(missing_ok=True)
+        for ending in ("", ".index", ".index.npz"):
+            (out / f"{name}{ending}").unlink(missing_ok=True)
     (out / SUMMARY).unlink(missing_ok=True)
-    (out / JOURNAL).unlink(missing_ok=True)
