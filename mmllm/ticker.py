@@ -33,8 +33,9 @@ def ticker(what: str) -> Callable[[int, int], None]:
         if now - drawn_at < period:
             return
         drawn_at = now
-        left = (now - began) / max(num_done, 1) * max(num_all - num_done, 0)
-        line = f"{num_done:,} of {num_all:,} {what}  {clock(now - began)} gone  {clock(left)} left"
+        line = f"{num_done:,} of {num_all:,} {what}  {clock(now - began)} gone"
+        if num_done:
+            line += f"  {clock((now - began) / num_done * max(num_all - num_done, 0))} left"
         draw_line(sys.stderr, line, is_terminal)
 
     return tick

@@ -81,7 +81,9 @@ def test_cleaning_counts_what_each_stage_leaves_out(tmp_path):
     assert len(choose(rows, [measure(row) for row in rows], exact)[0]) == 6
     told = commands.build(tmp_path / "manifest.jsonl", tmp_path / "s", cleaning=config, workers=1)
     assert told["num_samples"] == 4 and told["left_out"] == counts
-    with pytest.raises(ManifestError, match="leaves none of 8"):
+    with pytest.raises(ManifestError, match=r"reads 'wrods', which no row has; there are characters, .*words"):
+        commands.build(tmp_path / "manifest.jsonl", tmp_path / "s", cleaning=CleaningConfig(quality="wrods > 3"))
+    with pytest.raises(ManifestError, match=r"leaves none of 8 rows \(8 by quality\)"):
         commands.build(tmp_path / "manifest.jsonl", tmp_path / "s", cleaning=CleaningConfig(quality="words > 999"))
 
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from mmllm.cli import main
@@ -98,13 +99,13 @@ SETTINGS = {"samples_per_shard": 5, "perturb": 1, "max_bad_fraction": 0.5}
 def test_datatrove_writes_the_same_shards(rows, tmp_path):
     folder, manifests = rows
     commands.build(manifests, tmp_path / "here", folder / "tok", **SETTINGS)
-    work = tmp_path / "work"
+    work = tmp_path / "two-work"
     mine = work / "annotations" / "coco-2017.json"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
     told: list[tuple[int, int]] = []
     for name, tasks in (("two", 2), ("five", 5)):
-        executor = Executor("datatrove", 2, tasks, work)
+        executor = Executor("datatrove", 2, tasks, tmp_path / f"{name}-work")
         progress = lambda *counts: told.append(counts)  # noqa: E731
         built = commands.build(
             manifests, tmp_path / name, folder / "tok", executor=executor, progress=progress, **SETTINGS
@@ -113,6 +114,9 @@ def test_datatrove_writes_the_same_shards(rows, tmp_path):
         assert built["num_bad"] == 1 and "broken.png" in built["bad"][0]
         assert told[-1] == (49, 49) and sorted(told) == told
         told.clear()
+    with pytest.raises(ValueError, match=r"five-work: is where .*five is built"):
+        commands.build(manifests, tmp_path / "other", executor=executor)
+    for work in (tmp_path / "two-work", tmp_path / "five-work"):
         assert not [path for path in work.glob("w*/*") if path.is_file()] and mine.read_text() == "mine"
 
 
@@ -145,11 +149,18 @@ def test_slurm_goes_on_from_what_is_done(rows, tmp_path, monkeypatch, capsys):
     slurm.run(script, [0])
     assert main(command) == os.EX_TEMPFAIL and "'write' lacks 12 of 12 results" in capsys.readouterr().err
     assert not list((tmp_path / "s").glob("*.tar")) and (tmp_path / "s" / STAGING).is_dir()
+    slurm.queue.write_text("2 cpu mmllm-wr root R 0:01 1 here\n")
+    assert main(command) == os.EX_TEMPFAIL and "job 2 is still in the queue" in capsys.readouterr().err
+    slurm.queue.write_text("")
     slurm.run(slurm.jobs()[1], [1])
     assert main([*command, "--tasks", "9"]) == os.EX_TEMPFAIL and "lacks 6 of 12" in capsys.readouterr().err
     assert "array=0-5%1" in slurm.jobs()[2]  # those that aren't done, now in more tasks
     slurm.run(slurm.jobs()[2], [0, 1, 2, 3, 4, 5])
-    assert main(command) == 0 and len(slurm.jobs()) == 3
+    staged = next((tmp_path / "s" / STAGING).glob("*/000000.tar"))
+    staged.unlink()  # as a build leaves it that is killed while it moves its shards
+    assert main(command) == os.EX_TEMPFAIL and "lacks 1 of 12" in capsys.readouterr().err
+    slurm.run(slurm.jobs()[3], [0])
+    assert main(command) == 0 and len(slurm.jobs()) == 4
     told = commands.build(
         manifests, tmp_path / "here", folder / "tok", samples_per_shard=5, max_bad_fraction=0.5,
         cleaning=CleaningConfig("exact"),
@@ -223,11 +234,14 @@ def test_twins_write_one_group_between_them(tmp_path):
 
 @datatrove
 def test_tasks_that_fail_or_are_killed_say_so(tmp_path):
-    for function, said in ((_divide, "ZeroDivisionError: division by zero"), (_die, "a task was killed")):
+    for function, said in ((_divide, "ZeroDivisionError: division by zero"), (_die, "killed by signal 9")):
         stage = Stage(function.__name__, Executor("datatrove", 2, 2, tmp_path), {})
+        before = set(psutil.pids())
         with pytest.raises(TaskError, match=said) as error:
             stage.run(function, [1, 0], ["a" * 32, "b" * 32], [1, 1])
         assert "lacks 1 of 2 results" in str(error.value)
+        left = [psutil.Process(pid) for pid in set(psutil.pids()) - before]
+        assert not [process for process in left if "spawn_main" in " ".join(process.cmdline())]
         assert stage.run(function, [1, 2], ["a" * 32, "b" * 32], [1, 1])[0] == 1.0
 
 
@@ -256,11 +270,12 @@ def test_wrong_executors_are_named(tmp_path):
         ({"work": tmp_path}, "not for local"), ({"workers": -1}, "workers is -1"),
         ({"name": "ray", "work": tmp_path, "tasks": 0}, "tasks 0"),
         ({"name": "ray", "work": tmp_path, "options": {"tasks": 3}}, "option 'tasks' is not to be set"),
+        ({"name": "datatrove", "work": tmp_path, "options": {"local_tasks": 2}}, "'local_tasks' is not to be set"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             Executor(**wrong)
     rows = read_manifest(write_manifest(tmp_path, [{"text": "x"}]))
-    with pytest.raises(ValueError, match=r"no option 'cpus'; it has .*local_tasks"):
+    with pytest.raises(ValueError, match=r"no option 'cpus'; it has randomize_start_duration"):
         measure_rows(rows, CleaningConfig("exact"), Executor("datatrove", 1, None, tmp_path / "w", {"cpus": 4}))
     options = parse_options(["a=4", "b=04:00:00", 'c={"d": 1}', "e=x=y"])
     assert options == {"a": 4, "b": "04:00:00", "c": {"d": 1}, "e": "x=y"}

@@ -22,6 +22,7 @@ from PIL import Image
 from mmllm.batch import IGNORE
 from mmllm.cli import main
 from mmllm.data import commands, shards
+from mmllm.data.cleaning import CleaningConfig
 from mmllm.data.decode import MAX_PIXELS, ImageTransform
 from mmllm.data.loader import PackedLoader, StepDataset
 from mmllm.data.plan import open_plan
@@ -249,6 +250,36 @@ def test_faults_of_the_machine_are_no_bad_rows(tmp_path, monkeypatch):
             commands.build(manifest, tmp_path / "s")
     fails(errno.EACCES)
     assert commands.build(manifest, tmp_path / "s")["num_bad"] == 1
+    monkeypatch.undo()
+    opened = Path.open
+
+    def closed(path: Path, *args: object, **options: object) -> object:
+        if path.name == "7.png":
+            raise OSError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *args, **options)  # pyright: ignore
+
+    monkeypatch.setattr(Path, "open", closed)
+    told = commands.build(manifest, tmp_path / "s", cleaning=CleaningConfig("exact"))
+    assert told["num_bad"] == 1 and "7.png" in told["bad"][0]
+
+
+def test_a_publish_that_stops_gives_the_shards_back(tmp_path, monkeypatch):
+    """Elsewhere, they would have to be written again."""
+    manifest = write_manifest(tmp_path, [{"id": f"r{n}", "text": "word"} for n in range(6)])
+    replace, moved = Path.replace, []
+
+    def failing(path: Path, target: Path) -> Path:
+        moved.extend([path] if path.suffix == ".tar" else [])
+        if len(moved) == 3:
+            raise OSError(errno.EIO, "Input/output error")
+        return replace(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+        patch.setattr(shards.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(Path, "replace", failing)
+        commands.build(manifest, tmp_path / "s", samples_per_shard=2)
+    assert len(moved) == 5 and all(path.is_file() for path in moved[:3])
+    assert [path.name for path in (tmp_path / "s").iterdir()] == [shards.STAGING]
 
 
 def test_verify_counts_what_cannot_be_written_and_goes_on(made, tmp_path, capsys):

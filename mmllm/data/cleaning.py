@@ -18,8 +18,8 @@ import numpy as np
 
 from mmllm.data.chunks import in_order
 from mmllm.data.executors import Executor, Progress, Stage
-from mmllm.data.filters import compile_filter
-from mmllm.data.manifest import Digests, ManifestError, Row, row_files
+from mmllm.data.filters import compile_filter, filter_names
+from mmllm.data.manifest import Digests, ManifestError, Row, is_of_machine, row_files
 
 Dedup = Literal["none", "exact", "minhash"]
 DEDUPS: tuple[Dedup, ...] = ("none", "exact", "minhash")
@@ -61,7 +61,7 @@ class CleaningConfig:
 def measure_rows(
     rows: Sequence[Row], config: CleaningConfig, executor: Executor, progress: Progress | None = None
 ) -> list[dict[str, Any]]:
-    """Each row's measures.
+    """Each row's measures; of one whose files can't be read, `error`.
 
     Args:
         rows: The rows.
@@ -94,7 +94,15 @@ class _Measured:
     signature: bool
 
     def __call__(self, rows: Sequence[Row], key: str = "") -> list[dict[str, Any]]:
-        return [measure(row, self.facts, self.signature) for row in rows]
+        return [self._measure(row) for row in rows]
+
+    def _measure(self, row: Row) -> dict[str, Any]:
+        try:
+            return measure(row, self.facts, self.signature)
+        except OSError as error:
+            if is_of_machine(error):
+                raise
+            return {"error": str(error)}
 
 
 def measure(row: Row, facts: bool = False, signature: bool = False) -> dict[str, Any]:
@@ -176,6 +184,13 @@ def choose(
     keep = [True] * len(rows)
     counts = {"quality": 0, "exact": 0, "near": 0}
     if config.quality is not None:
+        known = {*_FACTS, *(key for row in rows for key in row.metadata)}
+        unknown = [name for name in filter_names(config.quality) if name not in known]
+        if unknown:
+            raise ManifestError(
+                f"the quality filter {config.quality!r} reads {unknown[0]!r}, which no row has; there are "
+                f"{', '.join(sorted(known))}"
+            )
         keeps = compile_filter(config.quality)
         for number, (row, found) in enumerate(zip(rows, measures, strict=True)):
             keep[number] = keeps({**row.metadata, **found["facts"]})
@@ -194,7 +209,8 @@ def choose(
             counts["near"] += 1
     kept = [row for row, is_kept in zip(rows, keep, strict=True) if is_kept]
     if not kept:
-        raise ManifestError(f"cleaning leaves none of {len(rows)} rows ({counts}); loosen the quality filter")
+        told = ", ".join(f"{count} by {stage}" for stage, count in counts.items() if count)
+        raise ManifestError(f"cleaning leaves none of {len(rows)} rows ({told}); loosen the quality filter")
     return kept, counts
 
 

@@ -10,6 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mmllm.data.checking import verify_shards
 from mmllm.data.cleaning import CleaningConfig, choose, measure_rows
 from mmllm.data.executors import Executor, Stage
@@ -100,10 +102,15 @@ def build(
     rows = [row for path in manifests for row in read_rows(path, bad, form, media)]
     left_out = None
     cleaning, digests = cleaning or CleaningConfig(), Digests()
-    if not executor.is_here:
-        rows = [with_absolute_paths(row) for row in rows]
+    executor.claim(Path(out))
+    rows = [with_absolute_paths(row) for row in rows]
     if cleaning.is_on or (holdout is not None and not executor.is_here):
         measures = measure_rows(rows, cleaning, executor, progress)
+        for row, found in zip(rows, measures, strict=True):
+            if "error" in found:
+                bad.add(row.where, found["error"])
+        rows = [row for row, found in zip(rows, measures, strict=True) if "error" not in found]
+        measures = [found for found in measures if "error" not in found]
         for row, found in zip(rows, measures, strict=True):
             for path, digest in zip(row_files(row), found["files"], strict=True):
                 digests.know(path, digest)
@@ -116,7 +123,7 @@ def build(
     told = write_shards(rows, out, config, folder, bad, progress, executor, left_out, image_encoder)
     if not executor.is_here:
         for stage in ("measure", "write"):
-            Stage(stage, executor, {}).forget_all()
+            Stage(stage, executor, {}).forget()
     return told
 
 
@@ -241,7 +248,7 @@ def stats(recipe: str | Path, steps: int = 100, batch_size: int = 8, html: str |
         "documents": dict(documents),
         "tokens_by_task": dict(tasks),
         "share": {name: count / total for name, count in tokens.items()} if total else {},
-        "wanted_share": dict(zip(tokens, _wanted(plan, list(tokens)), strict=True)),
+        "wanted_share": dict(zip(tokens, _wanted(plan, list(tokens), num_steps), strict=True)),
         "padding": 1 - total / room if room else 0.0,
         "mean_document_tokens": total / max(1, sum(documents.values())),
         "repeated_documents": sum(1 for count in seen.values() if count > 1),
@@ -265,9 +272,11 @@ def _histogram(values: Sequence[int]) -> list[tuple[int, int, int]]:
     return [(1 << bits - 1, (1 << bits) - 1, counts[bits]) for bits in sorted(counts) if bits]
 
 
-def _wanted(plan: Plan, names: list[str]) -> list[float]:
-    shares = {source.config.name: share for source, share in zip(plan.sources, plan.recipe.shares(), strict=True)}
-    return [shares[name] for name in names]
+def _wanted(plan: Plan, names: list[str], num_steps: int) -> list[float]:
+    """Shares as the recipe has them, the mean over steps."""
+    shares = np.mean([plan.recipe.shares(step) for step in range(max(1, num_steps))], axis=0)
+    by_name = {source.config.name: float(share) for source, share in zip(plan.sources, shares, strict=True)}
+    return [by_name[name] for name in names]
 
 
 def show(

@@ -21,13 +21,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mmllm.data.launching import ERRORS, Task, in_queue, jobs_of, launch, write_whole
+from mmllm.data.launching import ERRORS, OWN_OPTIONS, Task, in_queue, jobs_of, launch, write_whole
 
 EXECUTORS = ("local", "datatrove", "slurm", "ray")
 Progress = Callable[[int, int], None]
 """Takes how much is done and how much there is in all."""
 
-_OWN_OPTIONS = ("pipeline", "tasks", "workers", "logging_dir", "skip_completed", "depends")
+_OUT = "out.txt"
 _logger = logging.getLogger(__name__)
 
 
@@ -68,13 +68,27 @@ class Executor:
         if self.name == "slurm" and not {"partition", "time"} <= self.options.keys():
             raise ValueError("executor slurm needs the options partition=NAME and time=HH:MM:SS")
         for key in self.options:
-            if key in _OWN_OPTIONS:
+            if key in OWN_OPTIONS:
                 raise ValueError(f"executor option {key!r} is not to be set; there are --tasks, --workers and --work")
 
     @property
     def is_here(self) -> bool:
         """Whether stages run in this process and its workers, without datatrove."""
         return self.name == "local"
+
+    def claim(self, out: Path) -> None:
+        """Takes the work folder for what is built into `out`.
+
+        Raises:
+            ValueError: It is another's.
+        """
+        if self.work is not None:
+            mark, wanted = self.work / _OUT, os.fsencode(out.absolute())
+            found = mark.read_bytes() if mark.is_file() else wanted
+            if found != wanted:
+                raise ValueError(f"{self.work}: is where {os.fsdecode(found)} is built; name another by --work")
+            self.work.mkdir(parents=True, exist_ok=True)
+            write_whole(mark, wanted)
 
 
 def parse_options(items: Sequence[str]) -> dict[str, Any]:
@@ -126,6 +140,7 @@ class Stage:
         keys: Sequence[str],
         sizes: Sequence[int],
         progress: Progress | None = None,
+        still_holds: Callable[[str], bool] | None = None,
     ) -> list[Any]:
         """What becomes of each item.
 
@@ -135,6 +150,7 @@ class Stage:
             keys: Their names.
             sizes: How much of `progress` each is.
             progress: Called while tasks of this machine run.
+            still_holds: Whether the result of a key can still be used.
 
         Raises:
             ModuleNotFoundError: datatrove isn't installed.
@@ -142,10 +158,15 @@ class Stage:
             TaskError: One failed.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        missing = [number for number, key in enumerate(keys) if not self._result(key).is_file()]
+        missing = [
+            number
+            for number, key in enumerate(keys)
+            if not self._result(key).is_file() or (still_holds is not None and not still_holds(key))
+        ]
         if missing:
             self._check_last_run()
             for number in missing:
+                self._result(keys[number]).unlink(missing_ok=True)
                 write_whole(self._item(keys[number]), pickle.dumps(items[number]))
             pending = {keys[number]: sizes[number] for number in missing}
 
@@ -163,13 +184,7 @@ class Stage:
                 )
         return [json.loads(self._result(key).read_text(encoding="utf-8")) for key in keys]
 
-    def forget(self, keys: Sequence[str]) -> None:
-        """Removes items and results."""
-        for key in keys:
-            self._result(key).unlink(missing_ok=True)
-            self._item(key).unlink(missing_ok=True)
-
-    def forget_all(self) -> None:
+    def forget(self) -> None:
         """Removes all items and results of the stage; logs stay."""
         for path in self._folder.glob("*"):
             if re.fullmatch(r"[0-9a-f]{32}\.(json|pkl)", path.name):
@@ -213,7 +228,7 @@ class Stage:
         if errors:
             raise TaskError(f"{len(errors)} tasks failed, the first of {errors[0]}; {where}")
         if not jobs:
-            raise TaskError(f"a task was killed, by lack of memory perhaps: try fewer --workers; {where}")
+            raise TaskError(f"tasks ended without results; {where}")
         raise UnfinishedError(f"submitted job {', '.join(jobs)}; run the same command again when it has ended; {where}")
 
     def _check_last_run(self) -> None:

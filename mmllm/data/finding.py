@@ -53,9 +53,9 @@ def find_shards(spec: str | Sequence[str], folder: Path | None = None) -> list[S
             matches = _expand(f"{folder}{os.sep}{item}") or matches
         missing = [str(match) for match in matches if not match.is_file()]
         if missing or not matches:
+            which = f" ({len(missing)} of {len(matches)} that {item!r} names are missing)" if missing else ""
             raise FileNotFoundError(
-                f"{missing[0] if missing else item}: no such shard ({len(missing)} of {len(matches)} that "
-                f"{item!r} names are missing); build them with 'mmllm data build'"
+                f"{missing[0] if missing else item}: no such shard{which}; build them with 'mmllm data build'"
             )
         found.extend(matches)
     for folder in dict.fromkeys(shard.parent for shard in found if isinstance(shard, Path)):

@@ -7,10 +7,12 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shlex
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -20,6 +22,11 @@ import torch
 
 ERRORS = "errors"
 """Folder of a run: what its tasks failed of."""
+OWN_OPTIONS = (
+    "pipeline", "tasks", "workers", "logging_dir", "skip_completed", "depends", "local_tasks", "local_rank_offset",
+    "start_method", "job_id_position", "job_id_retriever",
+)  # fmt: skip
+"""Options of datatrove's executors that are set here."""
 _JOBS = "jobs.txt"
 _POLL_SECONDS = 1.0
 
@@ -60,7 +67,7 @@ class Task:
         try:
             self._do(rank)
         except BaseException as error:
-            write_whole(Path(self.run, ERRORS, f"{rank:05d}.txt"), f"{type(error).__name__}: {error}".encode())
+            write_whole(Path(self.run, ERRORS, f"{rank:05d}.txt"), _named(error))
             raise
 
     def _do(self, rank: int) -> None:
@@ -71,6 +78,10 @@ class Task:
             if not result.is_file():
                 item = pickle.loads(Path(self._folder, f"{key}.pkl").read_bytes())
                 write_whole(result, json.dumps(function(item, key)).encode())
+
+
+def _named(error: BaseException) -> bytes:
+    return f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace")
 
 
 def launch(
@@ -101,7 +112,8 @@ def launch(
     known = inspect.signature(kind).parameters
     for key in options:
         if key not in known:
-            raise ValueError(f"executor {executor} has no option {key!r}; it has {', '.join(known)}")
+            has = ", ".join(name for name in known if name not in OWN_OPTIONS)
+            raise ValueError(f"executor {executor} has no option {key!r}; it has {has}")
     given = {"pipeline": [task], "tasks": task.num_ranks, "logging_dir": task.run, **options}
     match executor:
         case "datatrove":
@@ -115,27 +127,48 @@ def launch(
 def _run_here(kind: type, given: dict[str, Any], workers: int, tick: Callable[[], None]) -> None:
     """A process a rank: datatrove's own pool would wait for ever for one that was killed."""
     context = multiprocessing.get_context("spawn")
-    waiting, running = list(range(given["tasks"])), []
+    waiting = list(range(given["tasks"]))
+    running: dict[int, Any] = {}
     try:
         while waiting or running:
             while waiting and len(running) < workers:
-                process = context.Process(target=_run_rank, args=(kind, given, waiting.pop(0)))
-                process.start()
-                running.append(process)
-            wait([process.sentinel for process in running], timeout=_POLL_SECONDS)
-            running = [process for process in running if process.is_alive()]
+                rank = waiting.pop(0)
+                running[rank] = context.Process(target=_run_rank, args=(kind, given, rank))
+                running[rank].start()
+            wait([process.sentinel for process in running.values()], timeout=_POLL_SECONDS)
+            for rank in [rank for rank, process in running.items() if not process.is_alive()]:
+                _note_end(given["logging_dir"], rank, running.pop(rank).exitcode)
             tick()
     finally:
-        for process in running:
+        for process in running.values():
             process.kill()
             process.join()
 
 
 def _run_rank(kind: type, given: dict[str, Any], rank: int) -> None:
-    task = given["pipeline"][0]
-    with Path(task.run, f"stderr-{rank:05d}.txt").open("w") as stream:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with Path(given["logging_dir"], _stderr(rank)).open("w") as stream:
         os.dup2(stream.fileno(), 2)  # datatrove tells each rank's story there as well as in its logs
-    kind(**given, workers=1, local_tasks=1, local_rank_offset=rank).run()
+    kind(**given, workers=1)._run_for_rank(rank, rank)  # its `run` would start a process that outlives a killed rank
+
+
+def _stderr(rank: int) -> str:
+    return f"stderr-{rank:05d}.txt"
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _note_end(run: str, rank: int, exit_code: int) -> None:
+    """Writes down why a rank ended that could not do it itself."""
+    path = Path(run, ERRORS, f"{rank:05d}.txt")
+    if exit_code and not path.is_file():
+        killed = f"it was killed by signal {-exit_code} (lack of memory, perhaps: try fewer --workers)"
+        write_whole(path, (killed if exit_code < 0 else f"what {_stderr(rank)} among its logs says").encode())
 
 
 def _run_ray(kind: type, given: dict[str, Any]) -> None:
@@ -168,7 +201,10 @@ class _NoteJob:
         self._run = run
 
     def __call__(self, said: str) -> str:
-        job = said.split()[-1]
+        found = re.search(r"job (\d+)", said)
+        if found is None:
+            raise ValueError(f"sbatch said {said!r}, which names no job")
+        job = found[1]
         with Path(self._run, _JOBS).open("a", encoding="utf-8") as stream:
             stream.write(f"{job}\n")
         return job

@@ -7,6 +7,7 @@ A row has `id`, and `text` with `image` or `audio` (paths relative to the manife
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -89,6 +90,18 @@ class BadRows:
                 f"{name}: {num_bad} of {num_rows} rows can't be used, at most {min(allowed, num_rows - 1)} may be: "
                 f"{shown}. Mend them, or raise --max_bad_fraction (now {self.max_fraction})"
             )
+
+
+_OF_FILES = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
+
+
+def is_of_machine(error: Exception) -> bool:
+    """Whether an error is the machine's and not a row's: no more files may be open, a mount is gone, ….
+
+    What decoders and this package raise has no number; a file that was there when its row was checked is not the row's
+    fault if it is gone.
+    """
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in _OF_FILES
 
 
 def read_manifest(path: str | Path, bad: BadRows | None = None) -> list[Row]:

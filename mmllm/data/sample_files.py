@@ -5,7 +5,6 @@ Shapes: C channels, T samples, N pictures, P features a picture, H and W pixels.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -23,7 +22,7 @@ from PIL import Image
 from mmllm.data.codes import pack_codes
 from mmllm.data.decode import decode_image
 from mmllm.data.features import COLUMN, ImageEncoder, features_ending, pack_features
-from mmllm.data.manifest import Row
+from mmllm.data.manifest import Row, is_of_machine
 from mmllm.data.perturb import perturb
 from mmllm_tokenizers.audio import load_audio
 from mmllm_tokenizers.folder import TokenizerFolder
@@ -141,18 +140,6 @@ def sample_files(
     if encoder is not None:
         _add_features(samples, encoder)
     return [_with_header(key, sample) for key, sample in zip(keys, samples, strict=True)], errors
-
-
-_OF_FILES = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
-
-
-def is_of_machine(error: Exception) -> bool:
-    """Whether an error is the machine's and not the file's: no more files may be open, a mount is gone, ….
-
-    What decoders and this package raise has no number; a file that was there when its row was checked is not the row's
-    fault if it is gone.
-    """
-    return isinstance(error, OSError) and error.errno is not None and error.errno not in _OF_FILES
 
 
 def _with_header(key: str, sample: _Sample) -> SampleFiles:

@@ -102,6 +102,8 @@ def write_shards(
     rows, num_known_bad, out = list(rows), len(bad.reasons), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     groups = group_rows(rows, config)
+    counts = Counter(group.kind for group in groups)
+    _refuse_others(out, [f"{kind}-{number:06d}.tar" for kind, count in counts.items() for number in range(count)])
     with _staging(out, executor) as staging:
         write = _WriteGroups(str(staging.absolute()), config, folder, encoder)
         if executor.is_here:
@@ -167,8 +169,7 @@ def _written_elsewhere(
 ) -> list[dict[str, Any]]:
     stage = Stage("write", executor, write.settings)
     keys = [stage.key(group, [path for keyed in group.rows for path in row_files(keyed.row)]) for group in groups]
-    stage.forget([key for key in keys if not write.is_written(key)])
-    return stage.run(write, groups, keys, [len(group.rows) for group in groups], progress)
+    return stage.run(write, groups, keys, [len(group.rows) for group in groups], progress, write.is_written)
 
 
 def _named(
@@ -208,7 +209,7 @@ class _WriteGroups:
 
     def is_written(self, key: str) -> bool:
         """Whether the group of this name is whole."""
-        return Path(self._staging, key, _GROUP).is_file()
+        return _is_whole(Path(self._staging, key))
 
     def __call__(self, group: Group, key: str) -> dict[str, Any]:
         """As a task does it."""
@@ -295,12 +296,25 @@ class _GroupWriter:
         with _open_new(self._folder / _GROUP) as stream:
             stream.write(json.dumps(told).encode())
         whole = self._staging / self._key
+        if whole.exists() and not _is_whole(whole):  # its shards were moved by a build that was stopped
+            shutil.rmtree(whole)
         try:
             self._folder.rename(whole)
         except OSError:
             shutil.rmtree(self._folder, ignore_errors=True)
+            if not _is_whole(whole):
+                raise
             told = json.loads((whole / _GROUP).read_bytes())
         return told
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a group's folder holds all that it should."""
+    try:
+        shards = json.loads((folder / _GROUP).read_bytes())["shards"]
+        return all((folder / shard["file"]).stat().st_size == shard["bytes"] for shard in shards)
+    except FileNotFoundError:
+        return False
 
 
 class _ShardFile:
@@ -346,29 +360,29 @@ def _publish(paths: dict[str, Path], out: Path, summary: dict[str, Any]) -> None
 
     What needs room on the disk comes first. While shards move, the journal tells which to remove if this never ends.
     """
-    for name, path in paths.items():
-        if path.stat().st_size != summary["shards"][name]["bytes"]:
-            raise OSError(f"{path}: is no longer as it was written; remove {path.parent} and run the command again")
     partial_summary, partial_journal = out / f"{SUMMARY}.partial", out / f"{JOURNAL}.partial"
     with _locked(out):
         earlier = _earlier(out)
-        for name in paths:
-            if (out / name).exists() and name not in earlier:
-                raise FileExistsError(f"{out / name}: no build wrote this shard; move it, or choose another folder")
+        _refuse_others(out, paths)
+        moved: list[str] = []
+        text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
         try:
             with _open_new(partial_summary) as stream:
-                stream.write((json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+                stream.write(text.encode("utf-8", "backslashreplace"))  # names of files may be no UTF-8
             with _open_new(partial_journal) as stream:
                 stream.write("".join(f"{name}\n" for name in {**dict.fromkeys(earlier), **paths}).encode())
             partial_journal.replace(out / JOURNAL)
             _remove(out, earlier)
             for name, path in paths.items():
                 path.replace(out / name)
+                moved.append(name)
             partial_summary.replace(out / SUMMARY)
             (out / JOURNAL).unlink()
         except BaseException:
             if (out / JOURNAL).is_file():
-                _remove(out, [*earlier, *paths])
+                for name in moved:
+                    (out / name).replace(paths[name])
+                _remove(out, earlier)
                 (out / JOURNAL).unlink()
             raise
         finally:
@@ -386,6 +400,14 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _refuse_others(out: Path, names: Iterable[str]) -> None:
+    """Raises FileExistsError where a shard that no build wrote has one of these names."""
+    earlier = set(_earlier(out))
+    for name in names:
+        if (out / name).exists() and name not in earlier:
+            raise FileExistsError(f"{out / name}: no build wrote this shard; move it, or choose another folder")
 
 
 def _earlier(out: Path) -> list[str]:
