@@ -107,17 +107,19 @@ def run(inputs: list[Tensor], case: Case, backend: Any) -> dict[str, Tensor]:
     return {"out": out.detach(), "counts": result.counts_E, "experts": result.experts_TK, **named}
 
 
-def assert_like_reference(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
+def assert_like_reference(
+    case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", least: float = 1e-3
+) -> None:
     """Outputs and every gradient of `backend` are the reference's, computed in float64 from the same inputs."""
     inputs = make(case, dtype, device)
     got = run(inputs, case, backend)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     wanted = run(exact, case, "reference")
-    assert_close(got, wanted, TOLERANCE[dtype])
+    assert_close(got, wanted, TOLERANCE[dtype], least)
 
 
-def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
-    """Integers are equal; floats differ by at most `tolerance` of the largest wanted one."""
+def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float, least: float = 1e-3) -> None:
+    """Integers are equal; floats differ by at most `tolerance` of the largest wanted one, or of `least`."""
     assert got.keys() == wanted.keys()
     for name, expected in wanted.items():
         value = got[name]
@@ -125,7 +127,7 @@ def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: f
         if not expected.is_floating_point():
             assert torch.equal(value, expected), name
         elif expected.numel():
-            error = (value.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
+            error = (value.double() - expected).abs().max() / expected.abs().max().clamp(min=least)
             assert error <= tolerance, f"{name}: off by {error:.2g} of its largest value"
 
 

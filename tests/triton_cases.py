@@ -58,11 +58,13 @@ def test_any_shape_equals_the_reference(data):
 
 
 @pytest.mark.proof
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("dtype", BOTH)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_many_more_shapes_equal_the_reference(dtype, data):
-    assert_like_reference(any_case(data, 90, 40), dtype, "triton", DEVICE)
+    # Of one token and few channels, the largest output may be small because large terms cancel.
+    assert_like_reference(any_case(data, 90, 40), dtype, "triton", DEVICE, least=0.1)
 
 
 @pytest.mark.parametrize("num_experts", [5, 300])
