@@ -31,14 +31,14 @@ from data_peers import IMAGE_TOKENS, energon_pipeline, webdataset_pipeline
 from PIL import Image
 
 from mmllm.data import commands
-from mmllm.data.chunks import in_chunks
-from mmllm.data.decode import ImageTransform
-from mmllm.data.facts import TokenCounts, count_tokens, read_facts
-from mmllm.data.index import RECORD, ShardIndex, load_index, save_index
-from mmllm.data.loader import PackedLoader, StepDataset
-from mmllm.data.pack import best_fit_decreasing, pack_window
-from mmllm.data.plan import Plan, Source, open_plan
-from mmllm.data.recipe import Recipe, recipe_from_dict
+from mmllm.data.executors.parallel import in_chunks
+from mmllm.data.index.index import RECORD, ShardIndex, load_index, save_index
+from mmllm.data.index.scan import TokenCounts, count_tokens, read_facts
+from mmllm.data.loading.loader import PackedLoader, StepDataset
+from mmllm.data.plan.best_fit import best_fit_decreasing, pack_window
+from mmllm.data.plan.plan import Plan, Source, open_plan
+from mmllm.data.plan.recipe import Recipe, recipe_from_dict
+from mmllm.data.samples.decode import ImageTransform
 from mmllm_tokenizers.folder import TokenizerConfig, TokenizerFolder
 from mmllm_tokenizers.text import TextTokenizer
 
@@ -277,10 +277,10 @@ _RESUME = """
 import json, sys, time
 from pathlib import Path
 import psutil
-from mmllm.data.decode import ImageTransform
-from mmllm.data.loader import PackedLoader, StepDataset
-from mmllm.data.plan import open_plan
-from mmllm.data.recipe import load_recipe
+from mmllm.data.samples.decode import ImageTransform
+from mmllm.data.loading.loader import PackedLoader, StepDataset
+from mmllm.data.plan.plan import open_plan
+from mmllm.data.plan.recipe import load_recipe
 from mmllm_tokenizers.folder import TokenizerFolder
 recipe, state = load_recipe(sys.argv[1]), json.loads(sys.argv[2])
 folder = TokenizerFolder.load(recipe.tokenizer_folder())

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mmllm.data.decode import ImageTransform
+from mmllm.data.samples.decode import ImageTransform
 from mmllm_tokenizers.folder import TokenizerFolder
 
 IMAGE_TOKENS = 144

@@ -54,8 +54,8 @@ def _as_json(values: Any) -> list[str]:
 def _add_data(actions: Any) -> None:
     def build(args: argparse.Namespace) -> Iterable[str]:
         from mmllm.data import commands
-        from mmllm.data.cleaning import CleaningConfig
-        from mmllm.data.executors import Executor, parse_options
+        from mmllm.data.executors.stages import Executor, parse_options
+        from mmllm.data.rows.cleaning import CleaningConfig
 
         work = args.work if args.executor == "local" or args.work else f"{args.out.rstrip('/')}-work"
         work = Path(work) if work else None
@@ -110,7 +110,7 @@ def _add_data(actions: Any) -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes that read and encode; 0: this one alone")
 
     def split(args: argparse.Namespace) -> Iterable[str]:
-        from mmllm.data.split import split as split_manifests
+        from mmllm.data.rows.split import split as split_manifests
 
         return _as_json(
             split_manifests(
@@ -166,7 +166,7 @@ def _add_data(actions: Any) -> None:
 
     def stats(args: argparse.Namespace) -> Iterable[str]:
         from mmllm.data import commands
-        from mmllm.data.tables import stats_lines
+        from mmllm.data.looking.tables import stats_lines
 
         told = commands.stats(args.recipe, args.steps, args.batch_size, args.html)
         return _as_json(told) if args.json else stats_lines(told)
@@ -180,7 +180,7 @@ def _add_data(actions: Any) -> None:
 
     def show(args: argparse.Namespace) -> Iterable[str]:
         from mmllm.data import commands
-        from mmllm.data.tables import show_lines
+        from mmllm.data.looking.tables import show_lines
 
         ways = args.text, args.world_size, args.num_workers, args.html
         told = commands.show(args.recipe, args.step, args.batch_size, *ways, starts=not args.json)

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 
 from mmllm.batch import PackedBatch
-from mmllm.data.decode import ImageTransform
-from mmllm.data.loader import PackedLoader, StepDataset
-from mmllm.data.plan import open_plan
-from mmllm.data.recipe import load_recipe
+from mmllm.data.loading.loader import PackedLoader, StepDataset
+from mmllm.data.plan.plan import open_plan
+from mmllm.data.plan.recipe import load_recipe
+from mmllm.data.samples.decode import ImageTransform
 from mmllm_tokenizers.folder import TokenizerFolder
 
 STEP_SECONDS = 0.05

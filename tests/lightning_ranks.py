@@ -14,7 +14,7 @@ import lightning as L
 import torch
 
 from mmllm.batch import PackedBatch
-from mmllm.data.datamodule import PackedDataModule
+from mmllm.data.loading.datamodules import PackedDataModule
 from tests.data_ranks import rows
 
 

@@ -74,6 +74,19 @@ def test_a_config_builds(path: Path) -> None:
                 assert math.prod(module.codec_config.ratios) == 160
 
 
+OLD_DATA_MODULES = "mmllm.data.datamodule."
+"""What class paths of data modules began with before the data engine had rooms."""
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=_name)
+def test_class_paths_of_older_configs_load(path: Path, tmp_path: Path) -> None:
+    text = path.read_text()
+    older = tmp_path / "older.yaml"
+    older.write_text(text.replace("mmllm.data.loading.datamodules.", OLD_DATA_MODULES))
+    assert older.read_text() != text
+    assert type(_built(older).datamodule) is type(_built(path).datamodule)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=_name)
 def test_a_config_keeps_a_few_checkpoints(path: Path) -> None:
     (saving,) = _built(path).trainer.checkpoint_callbacks

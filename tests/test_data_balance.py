@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from mmllm.data.balance import shares
+from mmllm.data.loading.balance import shares
 
 
 def test_the_dearest_are_shared_out() -> None:

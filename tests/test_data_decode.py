@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmllm.data.decode import ImageTransform, decode_image
+from mmllm.data.samples.decode import ImageTransform, decode_image
 
 
 def encoded(picture: Image.Image, form: str = "PNG", **options: object) -> bytes:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from mmllm.batch import IGNORE, Modality
-from mmllm.data.codes import pack_codes, unpack_codes
-from mmllm.data.collate import Gap, pack_documents
-from mmllm.data.documents import (
+from mmllm.data.loading.collate import Gap, pack_documents
+from mmllm.data.samples.codes import pack_codes, unpack_codes
+from mmllm.data.samples.documents import (
     Sample,
     Segment,
     build_document,

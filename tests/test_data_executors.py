@@ -17,11 +17,11 @@ import pytest
 
 from mmllm.cli import main
 from mmllm.data import commands
-from mmllm.data.cleaning import CleaningConfig, measure_rows
-from mmllm.data.executors import Executor, Stage, TaskError, UnfinishedError, parse_options
-from mmllm.data.manifest import ManifestError, read_manifest
-from mmllm.data.sample_files import ShardsConfig
-from mmllm.data.shards import STAGING, _WriteGroups, group_rows
+from mmllm.data.executors.stages import Executor, Stage, TaskError, UnfinishedError, parse_options
+from mmllm.data.rows.cleaning import CleaningConfig, measure_rows
+from mmllm.data.rows.rows import ManifestError, read_manifest
+from mmllm.data.shards.encode import ShardsConfig
+from mmllm.data.shards.write import STAGING, _WriteGroups, group_rows
 from tests.data_fixtures import make_folder, mixed_manifest, write_manifest, write_picture
 
 datatrove = pytest.mark.skipif(importlib.util.find_spec("datatrove") is None, reason="datatrove isn't installed")
@@ -233,16 +233,23 @@ def test_twins_write_one_group_between_them(tmp_path):
 
 
 @datatrove
-def test_tasks_that_fail_or_are_killed_say_so(tmp_path):
+def test_tasks_that_fail_or_are_killed_say_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("STARTED_BY", str(tmp_path))
     for function, said in ((_divide, "ZeroDivisionError: division by zero"), (_die, "killed by signal 9")):
         stage = Stage(function.__name__, Executor("datatrove", 2, 2, tmp_path), {})
-        before = set(psutil.pids())
         with pytest.raises(TaskError, match=said) as error:
             stage.run(function, [1, 0], ["a" * 32, "b" * 32], [1, 1])
         assert "lacks 1 of 2 results" in str(error.value)
-        left = [psutil.Process(pid) for pid in set(psutil.pids()) - before]
-        assert not [process for process in left if "spawn_main" in " ".join(process.cmdline())]
+        assert not [process for process in psutil.process_iter() if is_rank(process, str(tmp_path))]
         assert stage.run(function, [1, 2], ["a" * 32, "b" * 32], [1, 1])[0] == 1.0
+
+
+def is_rank(process: psutil.Process, mark: str) -> bool:
+    """Whether a process, or what it left, is of this test: others of other tests come and go meanwhile."""
+    try:
+        return process.environ().get("STARTED_BY") == mark and "spawn_main" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def _divide(item: int, key: str) -> float:

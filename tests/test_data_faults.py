@@ -21,13 +21,14 @@ from PIL import Image
 
 from mmllm.batch import IGNORE
 from mmllm.cli import main
-from mmllm.data import commands, shards
-from mmllm.data.cleaning import CleaningConfig
-from mmllm.data.decode import MAX_PIXELS, ImageTransform
-from mmllm.data.loader import PackedLoader, StepDataset
-from mmllm.data.plan import open_plan
-from mmllm.data.recipe import recipe_from_dict
-from mmllm.data.tars import scan_tar
+from mmllm.data import commands
+from mmllm.data.loading.loader import PackedLoader, StepDataset
+from mmllm.data.plan.plan import open_plan
+from mmllm.data.plan.recipe import recipe_from_dict
+from mmllm.data.rows.cleaning import CleaningConfig
+from mmllm.data.samples.decode import MAX_PIXELS, ImageTransform
+from mmllm.data.shards import write as shards
+from mmllm.data.shards.tar import scan_tar
 from mmllm_tokenizers.folder import TokenizerFolder
 from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict, write_manifest, write_picture
 

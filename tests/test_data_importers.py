@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from mmllm import arguments
-from mmllm.data import commands, records
-from mmllm.data.importers import FORMS, read_rows, told_form
-from mmllm.data.manifest import BadRows, ManifestError
+from mmllm.data import commands
+from mmllm.data.rows import read as records
+from mmllm.data.rows.importers import FORMS, read_rows, told_form
+from mmllm.data.rows.rows import BadRows, ManifestError
 from tests.data_fixtures import write_picture, write_sound
 
 RNG = np.random.default_rng(0)

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmllm.data import commands, index
-from mmllm.data.columns import Column, Texts, map_npz, save_npz
-from mmllm.data.documents import build_document
-from mmllm.data.facts import read_facts
-from mmllm.data.headers import read_headers
-from mmllm.data.index import RECORD, index_path, index_shard, load_index, sidecar_path, write_indices
-from mmllm.data.samples import read_sample
-from mmllm.data.tars import headers_of, read_members, scan_tar
+from mmllm.data import commands
+from mmllm.data.index import index
+from mmllm.data.index.columns import Column, Texts, map_npz, save_npz
+from mmllm.data.index.index import RECORD, index_path, index_shard, load_index, sidecar_path, write_indices
+from mmllm.data.index.scan import read_facts
+from mmllm.data.samples.documents import build_document
+from mmllm.data.samples.schema import read_sample
+from mmllm.data.shards.headers import read_headers
+from mmllm.data.shards.tar import headers_of, read_members, scan_tar
 from mmllm_tokenizers.folder import TokenizerFolder
 from tests.data_fixtures import make_folder, mixed_manifest, write_manifest
 

@@ -15,18 +15,18 @@ import yaml
 from mmllm.batch import IGNORE, PackedBatch
 from mmllm.cli import main
 from mmllm.data import commands
-from mmllm.data import loader as loader_module
-from mmllm.data.augment import AugmentConfig
-from mmllm.data.balance import FRAME_COST, IMAGE_COST
-from mmllm.data.datamodule import AudioDataModule, ClipDataModule, PackedDataModule
-from mmllm.data.decode import ImageTransform
-from mmllm.data.documents import build_document
-from mmllm.data.index import index_path, sidecar_path
-from mmllm.data.loader import PackedLoader, StepDataset
-from mmllm.data.pairs import CaptionPairs
-from mmllm.data.plan import open_plan
-from mmllm.data.recipe import recipe_from_dict
-from mmllm.data.tars import scan_tar
+from mmllm.data.index.index import index_path, sidecar_path
+from mmllm.data.loading import loader as loader_module
+from mmllm.data.loading.augment import AugmentConfig
+from mmllm.data.loading.balance import FRAME_COST, IMAGE_COST
+from mmllm.data.loading.clip_and_codec import CaptionPairs
+from mmllm.data.loading.datamodules import AudioDataModule, ClipDataModule, PackedDataModule
+from mmllm.data.loading.loader import PackedLoader, StepDataset
+from mmllm.data.plan.plan import open_plan
+from mmllm.data.plan.recipe import recipe_from_dict
+from mmllm.data.samples.decode import ImageTransform
+from mmllm.data.samples.documents import build_document
+from mmllm.data.shards.tar import scan_tar
 from mmllm_tokenizers.folder import TokenizerFolder
 from tests.data_fixtures import WORDS, make_folder, mixed_manifest, recipe_dict, write_manifest, write_picture
 from tests.data_ranks import rows

@@ -11,9 +11,9 @@ import soundfile
 from PIL import Image
 
 from mmllm.data import commands
-from mmllm.data.finding import shard_paths
-from mmllm.data.manifest import KINDS, BadRows, ManifestError, read_manifest, split_rows
-from mmllm.data.sample_files import safe_key
+from mmllm.data.rows.rows import KINDS, BadRows, ManifestError, read_manifest, split_rows
+from mmllm.data.shards.encode import safe_key
+from mmllm.data.shards.find import shard_paths
 from tests.data_fixtures import RATE, make_folder, mixed_manifest, write_manifest, write_picture, write_sound
 
 
@@ -281,7 +281,7 @@ def test_shard_specs(tmp_path):
 
 
 def test_perturbed_copies_differ_from_their_source_and_repeat(tmp_path):
-    from mmllm.data.perturb import perturb
+    from mmllm.data.shards.perturb import perturb
 
     wave = np.sin(np.arange(4000) * 0.3).astype(np.float32) * 0.5
     copies = [perturb(wave, 0, f"a#{number}") for number in range(12)]

@@ -5,8 +5,8 @@ import time
 import numpy as np
 import pytest
 
-from mmllm.data.pack import best_fit_decreasing, pack, pack_window
-from mmllm.data.pairing import paired
+from mmllm.data.plan.best_fit import best_fit_decreasing, pack, pack_window
+from mmllm.data.plan.pairing import paired
 
 
 def slow_best_fit(tokens: list[int], length: int, budgets: list[tuple[list[int], int]]) -> list[list[int]]:

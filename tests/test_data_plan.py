@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from mmllm.data import commands
-from mmllm.data.filters import compile_filter
-from mmllm.data.index import index_path, load_index
-from mmllm.data.plan import Plan, open_plan, open_sources
-from mmllm.data.recipe import CurriculumConfig, load_recipe, recipe_from_dict, recipe_hash, recipe_to_dict
-from mmllm.data.tars import scan_tar
+from mmllm.data.expressions import compile_filter
+from mmllm.data.index.index import index_path, load_index
+from mmllm.data.plan.plan import Plan, open_plan, open_sources
+from mmllm.data.plan.recipe import CurriculumConfig, load_recipe, recipe_from_dict, recipe_hash, recipe_to_dict
+from mmllm.data.shards.tar import scan_tar
 from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict, words, write_manifest
 
 

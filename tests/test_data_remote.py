@@ -16,13 +16,14 @@ import fsspec
 import pytest
 import yaml
 
-from mmllm.data import commands, storage
-from mmllm.data.decode import ImageTransform
-from mmllm.data.finding import find_shards, shard_paths
-from mmllm.data.loader import PackedLoader, StepDataset
-from mmllm.data.plan import open_plan
-from mmllm.data.recipe import load_recipe
-from mmllm.data.storage import RemoteShard, ShardReader, cache_folder, expand_remote, shrink_cache
+from mmllm.data import commands
+from mmllm.data.loading.loader import PackedLoader, StepDataset
+from mmllm.data.plan.plan import open_plan
+from mmllm.data.plan.recipe import load_recipe
+from mmllm.data.samples.decode import ImageTransform
+from mmllm.data.shards import remote as storage
+from mmllm.data.shards.find import find_shards, shard_paths
+from mmllm.data.shards.remote import RemoteShard, ShardReader, cache_folder, expand_remote, shrink_cache
 from mmllm_tokenizers.folder import TokenizerFolder
 from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict
 from tests.data_ranks import rows
@@ -200,7 +201,7 @@ def test_a_remote_shard_that_changes_is_refused(made, cache):
     source = {"name": "t", "kind": "text", "shards": "memory://shards/text-000000.tar"}
     commands.index(source["shards"], made / "tok")
     system.pipe_file("/shards/text-000000.tar", (made / "s" / "text-000001.tar").read_bytes())
-    from mmllm.data.recipe import recipe_from_dict
+    from mmllm.data.plan.recipe import recipe_from_dict
 
     recipe = recipe_dict(made / "s", made / "tok", sources=[source])
     with pytest.raises(ValueError, match=r"when it was indexed|changed since it was indexed"):

@@ -19,11 +19,11 @@ import yaml
 
 from mmllm.batch import PackedBatch
 from mmllm.data import commands
-from mmllm.data.datamodule import PackedDataModule
-from mmllm.data.decode import ImageTransform
-from mmllm.data.loader import PackedLoader, StepDataset
-from mmllm.data.plan import open_plan
-from mmllm.data.recipe import load_recipe
+from mmllm.data.loading.datamodules import PackedDataModule
+from mmllm.data.loading.loader import PackedLoader, StepDataset
+from mmllm.data.plan.plan import open_plan
+from mmllm.data.plan.recipe import load_recipe
+from mmllm.data.samples.decode import ImageTransform
 from mmllm.model.decoder import DecoderConfig
 from mmllm.model.moe import MoEConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig

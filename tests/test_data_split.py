@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mmllm.data.augment import NUM_DRAWS, AugmentConfig, augment
-from mmllm.data.manifest import ManifestError, read_manifest
-from mmllm.data.split import split
+from mmllm.data.loading.augment import NUM_DRAWS, AugmentConfig, augment
+from mmllm.data.rows.rows import ManifestError, read_manifest
+from mmllm.data.rows.split import split
 
 
 def write(path: Path, rows: list[dict]) -> Path:

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from mmllm.data.documents import Sample, build_document
-from mmllm.data.manifest import ManifestError, Row, read_manifest
+from mmllm.data.rows.rows import ManifestError, Row, read_manifest
+from mmllm.data.samples.documents import Sample, build_document
 from mmllm.evaluation import commands, tasks
 from mmllm.evaluation.metrics import word_edits
 from mmllm.evaluation.perplexity import bits_of_documents, plan_windows

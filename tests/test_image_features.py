@@ -16,11 +16,12 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from mmllm.batch import PackedBatch
 from mmllm.cli import main
-from mmllm.data import commands, sample_files
-from mmllm.data.datamodule import PackedDataModule
-from mmllm.data.decode import ImageTransform
-from mmllm.data.features import COLUMN, features_hash, unpack_features
-from mmllm.data.tars import read_members, scan_tar
+from mmllm.data import commands
+from mmllm.data.loading.datamodules import PackedDataModule
+from mmllm.data.samples.decode import ImageTransform
+from mmllm.data.samples.features import COLUMN, features_hash, unpack_features
+from mmllm.data.shards import encode as sample_files
+from mmllm.data.shards.tar import read_members, scan_tar
 from mmllm.model.decoder import DecoderConfig
 from mmllm.model.moe import MoEConfig
 from mmllm.model.multimodal import AudioConfig

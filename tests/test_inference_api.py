@@ -15,7 +15,7 @@ from PIL import Image
 
 import mmllm
 from mmllm.cli import main
-from mmllm.data.documents import Segment
+from mmllm.data.samples.documents import Segment
 from mmllm.inference.api import Model
 from mmllm.inference.folder import save_model
 from mmllm.inference.inputs import parse_parts

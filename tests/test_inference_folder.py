@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mmllm
-from mmllm.data.decode import ImageTransform
+from mmllm.data.samples.decode import ImageTransform
 from mmllm.inference.card import ModelInfo
 from mmllm.inference.folder import _self_contained, load_model, save_model
 from mmllm.inference.settings import GenerationConfig, Sampling

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mmllm.batch import IGNORE
-from mmllm.data.collate import pack_documents
-from mmllm.data.documents import Document, DocumentWriter, build_prompt
+from mmllm.data.loading.collate import pack_documents
+from mmllm.data.samples.documents import Document, DocumentWriter, build_prompt
 from mmllm.inference import generate
 from mmllm.inference.generate import draw, generate_text, generate_units
 from mmllm.inference.prompts import join, pad_left

@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 
 from mmllm.cli import main
-from mmllm.data.manifest import read_manifest
+from mmllm.data.rows.rows import read_manifest
 from mmllm.quickstart import run
 from mmllm.quickstart.budget import (
     DEMO_STEPS,

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from mmllm.cli import main
 from mmllm.data import commands
-from mmllm.data.datamodule import PackedDataModule
+from mmllm.data.loading.datamodules import PackedDataModule
 from mmllm.model.decoder import DecoderConfig
 from mmllm.model.moe import MoEConfig
 from mmllm.model.multimodal import LossConfig
@@ -111,7 +111,7 @@ def write_config(folder: Path, name: str) -> Path:
             },
         },
         "data": {
-            "class_path": "mmllm.data.datamodule.PackedDataModule",
+            "class_path": "mmllm.data.loading.datamodules.PackedDataModule",
             "init_args": {
                 "recipe": f"{folder}/train.yaml",
                 "val_recipe": f"{folder}/val.yaml",

@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from mmllm.data.checking import verify_shards
-from mmllm.data.cleaning import CleaningConfig, choose, measure_rows
-from mmllm.data.executors import Executor, Stage
-from mmllm.data.features import ImageEncoder
-from mmllm.data.finding import find_shards
-from mmllm.data.importers import read_rows
-from mmllm.data.index import ShardIndex, write_indices
-from mmllm.data.manifest import (
+from mmllm.data.executors.stages import Executor, Stage
+from mmllm.data.index.index import ShardIndex, write_indices
+from mmllm.data.looking.pages import stats_page
+from mmllm.data.looking.show import add_starts, show_step, write_step_page
+from mmllm.data.looking.verify import verify_shards
+from mmllm.data.plan.plan import Plan, open_plan
+from mmllm.data.plan.recipe import load_recipe
+from mmllm.data.rows.cleaning import CleaningConfig, choose, measure_rows
+from mmllm.data.rows.importers import read_rows
+from mmllm.data.rows.rows import (
     BadRows,
     Digests,
     row_files,
@@ -27,13 +29,11 @@ from mmllm.data.manifest import (
     with_absolute_paths,
     without_shown,
 )
-from mmllm.data.pages import stats_page
-from mmllm.data.plan import Plan, open_plan
-from mmllm.data.recipe import load_recipe
-from mmllm.data.sample_files import ShardsConfig
-from mmllm.data.shards import write_shards
-from mmllm.data.showing import add_starts, show_step, write_step_page
-from mmllm.data.storage import Shard, is_remote
+from mmllm.data.samples.features import ImageEncoder
+from mmllm.data.shards.encode import ShardsConfig
+from mmllm.data.shards.find import find_shards
+from mmllm.data.shards.remote import Shard, is_remote
+from mmllm.data.shards.write import write_shards
 from mmllm_tokenizers.folder import TokenizerFolder
 
 _logger = logging.getLogger(__name__)
@@ -105,17 +105,17 @@ def build(
     executor.claim(Path(out))
     rows = [with_absolute_paths(row) for row in rows]
     if cleaning.is_on or (holdout is not None and not executor.is_here):
-        measures = measure_rows(rows, cleaning, executor, progress)
-        for row, found in zip(rows, measures, strict=True):
+        measured = []
+        for row, found in zip(rows, measure_rows(rows, cleaning, executor, progress), strict=True):
             if "error" in found:
                 bad.add(row.where, found["error"])
-        rows = [row for row, found in zip(rows, measures, strict=True) if "error" not in found]
-        measures = [found for found in measures if "error" not in found]
-        for row, found in zip(rows, measures, strict=True):
+                continue
+            measured.append((row, found))
             for path, digest in zip(row_files(row), found["files"], strict=True):
                 digests.know(path, digest)
+        rows = [row for row, _ in measured]
         if cleaning.is_on:
-            rows, left_out = choose(rows, measures, cleaning)
+            rows, left_out = choose(rows, [found for _, found in measured], cleaning)
     if holdout is not None:
         train, heldout = split_rows(rows, holdout, seed, digests)
         rows = without_shown(train, heldout, digests) if part == "train" else heldout

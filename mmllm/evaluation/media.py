@@ -12,7 +12,7 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from mmllm.data.decode import decode_image
+from mmllm.data.samples.decode import decode_image
 from mmllm.evaluation.charts import waveform
 from mmllm_tokenizers.audio import load_audio, resample
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mmllm.data.documents import Document, Sample, build_document
+from mmllm.data.samples.documents import Document, Sample, build_document
 from mmllm.inference.api import Model
 from mmllm.inference.prompts import pad_left
 

@@ -16,8 +16,8 @@ import soundfile
 import torch
 from torch import Tensor
 
-from mmllm.data.decode import ImageInput, ImageTransform
-from mmllm.data.documents import Document, DocumentWriter, Segment, build_prompt, default_transform
+from mmllm.data.samples.decode import ImageInput, ImageTransform
+from mmllm.data.samples.documents import Document, DocumentWriter, Segment, build_prompt, default_transform
 from mmllm.inference.folder import load_model
 from mmllm.inference.generate import generate_text, generate_units
 from mmllm.inference.inputs import AudioInput, AudioPart, ImagePart, Part, as_audio, as_image, parse_parts

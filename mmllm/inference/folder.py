@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmllm.data.decode import ImageTransform
+from mmllm.data.samples.decode import ImageTransform
 from mmllm.inference.card import ModelInfo, model_card
 from mmllm.inference.settings import GenerationConfig
 from mmllm.model.multimodal import ModelConfig, MultimodalModel

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmllm.batch import Modality
-from mmllm.data.documents import Document
+from mmllm.data.samples.documents import Document
 from mmllm.inference.prompts import next_position, pad_left
 from mmllm.inference.settings import Sampling
 from mmllm.model.multimodal import MultimodalModel
@@ -74,7 +74,7 @@ def generate_text(
     Args:
         model: in any mode; it is run in eval mode and left as it was.
         tokenizer: of the model.
-        prompts: as `mmllm.data.documents.build_prompt` writes them.
+        prompts: as `mmllm.data.samples.documents.build_prompt` writes them.
         sampling: how ids are drawn.
         max_new_tokens: at most so many, the end included.
         batch_size: rows at once; prompts of like length go together.
@@ -204,7 +204,7 @@ def generate_units(
 
 
 class _UnitRules:
-    """Which codes may stand at which position of units: `mmllm.data.documents` turned round."""
+    """Which codes may stand at which position of units: `mmllm.data.samples.documents` turned round."""
 
     def __init__(self, tokenizer: TokenizerFolder, max_frames: int) -> None:
         vocabulary = tokenizer.vocabulary

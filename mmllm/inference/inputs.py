@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmllm.data.decode import ImageInput, decode_image
-from mmllm.data.documents import Segment
+from mmllm.data.samples.decode import ImageInput, decode_image
+from mmllm.data.samples.documents import Segment
 from mmllm_tokenizers.audio import load_audio
 from mmllm_tokenizers.vocab import AUDIO, IMAGE
 

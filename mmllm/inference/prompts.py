@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
-from mmllm.data.documents import Document
+from mmllm.data.samples.documents import Document
 
 
 def pad_left(documents: Sequence[Document]) -> PackedBatch:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from mmllm.data.manifest import Row, read_manifest, sound_seconds
+from mmllm.data.rows.rows import Row, read_manifest, sound_seconds
 from mmllm.evaluation.results import KIND_OF_TASK
 from mmllm.paths import config_path
 from mmllm.quickstart.budget import EVALUATION_SECONDS

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from mmllm.data.plan import open_plan
-from mmllm.data.recipe import Recipe, load_recipe
+from mmllm.data.plan.plan import open_plan
+from mmllm.data.plan.recipe import Recipe, load_recipe
 from mmllm.evaluation.charts import Points
 from mmllm.evaluation.curves import read_curves
 from mmllm.evaluation.report import REPORT_JSON, ReportInfo, Stage, now, write_report

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from mmllm.batch import Modality
-from mmllm.data.decode import decode_image
-from mmllm.data.manifest import Row, read_manifest
+from mmllm.data.rows.rows import Row, read_manifest
+from mmllm.data.samples.decode import decode_image
 from mmllm.evaluation.captions import caption_matches, reference_scene
 from mmllm.evaluation.metrics import error_rate, word_edits
 from mmllm.evaluation.routing import load_by_modality, routing_summary

@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from mmllm.data.decode import ImageTransform
-from mmllm.data.features import ImageEncoder, features_hash
+from mmllm.data.samples.decode import ImageTransform
+from mmllm.data.samples.features import ImageEncoder, features_hash
 from mmllm.model.vision import VisionConfig, VisionTower
 from mmllm.training.clip_module import load_clip_config
 

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mmllm.data.finding import shard_paths
-from mmllm.data.manifest import BadRows, read_manifest
-from mmllm.data.recipe import load_recipe
-from mmllm.data.samples import AUDIO_ENDINGS, jsonl_lines
-from mmllm.data.tars import Member, scan_tar
+from mmllm.data.plan.recipe import load_recipe
+from mmllm.data.rows.rows import BadRows, read_manifest
+from mmllm.data.samples.schema import AUDIO_ENDINGS, jsonl_lines
+from mmllm.data.shards.find import shard_paths
+from mmllm.data.shards.tar import Member, scan_tar
 from mmllm_tokenizers.audio import (
     AudioTokenizer,
     EncodecTokenizer,

@@ -1,0 +1,364 @@
+"""The Lightning data modules: packed documents for the decoder, pairs for CLIP, crops of sound for the codec.
+
+Shapes: B rows, H and W pixels, L text tokens, T samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import lightning as L
+
+from mmllm.data.loading.augment import AugmentConfig
+from mmllm.data.loading.clip_and_codec import CaptionPairs, SoundCrops, StepLoader
+from mmllm.data.loading.loader import PackedLoader, StepDataset
+from mmllm.data.plan.plan import Plan, open_plan
+from mmllm.data.plan.recipe import Recipe, load_recipe
+from mmllm.data.samples.decode import ImageTransform
+from mmllm.data.shards.find import shard_paths
+from mmllm_tokenizers.folder import TokenizerFolder
+
+
+class PackedDataModule(L.LightningDataModule):
+    """The batches of a recipe.
+
+    Args:
+        recipe: The recipe, or its YAML's path.
+        batch_size: Sequences a step, of all ranks together.
+        num_workers: Processes that read and decode, a rank; 0: the training process itself.
+        val_recipe: The recipe of validation, whose documents are taken once each; by default none.
+        num_val_sequences: At most this many of its sequences; `None`: all.
+        steps_per_epoch: How many steps Lightning calls an epoch; by default about one pass over the documents.
+        image_mode: How pictures become square: squash, pad or crop.
+        cache_mb: Memory for built documents, a process: on small sets nothing is decoded twice.
+        min_scale: In training, random crops keep at least this share of a picture's area; 1: no crops.
+        flip: In training, mirror half of the pictures (not where texts say left and right).
+        image_features: Don't decode pictures: take the features that `data build --image_features` stored with them.
+            For a frozen image tower, and without `min_scale` and `flip`.
+    """
+
+    def __init__(
+        self,
+        recipe: str | Path | Recipe,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        val_recipe: str | Path | Recipe | None = None,
+        num_val_sequences: int | None = None,
+        steps_per_epoch: int | None = None,
+        image_mode: Literal["squash", "pad", "crop"] = "squash",
+        cache_mb: int = 512,
+        min_scale: float = 1.0,
+        flip: bool = False,
+        image_features: bool = False,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or num_workers < 0:
+            raise ValueError(f"batch_size is {batch_size}, num_workers {num_workers}; they must be >= 1 and >= 0")
+        if steps_per_epoch is not None and steps_per_epoch < 1:
+            raise ValueError(f"steps_per_epoch is {steps_per_epoch}; it must be at least 1")
+        self._recipe, self._val_recipe = recipe, val_recipe
+        self._batch_size, self._num_workers = batch_size, num_workers
+        self._num_val_sequences, self._steps_per_epoch = num_val_sequences, steps_per_epoch
+        self._image_mode: Literal["squash", "pad", "crop"] = image_mode
+        self._cache_bytes = cache_mb * 2**20
+        self._augment, self._image_features = AugmentConfig(min_scale, flip), image_features
+        if image_features and self._augment.is_on:
+            raise ValueError(
+                f"image_features is on with min_scale {min_scale} and flip {flip}, but stored features are neither "
+                f"cropped nor mirrored; set min_scale to 1 and flip to false, or image_features to false"
+            )
+        self._plan: Plan | None = None
+        self._val_plan: Plan | None = None
+        self._folder: TokenizerFolder | None = None
+        self._train_loader: PackedLoader | None = None
+
+    @property
+    def folder(self) -> TokenizerFolder:
+        """The recipe's tokenizer folder."""
+        if self._folder is None:
+            self._folder = TokenizerFolder.load(_recipe(self._recipe).tokenizer_folder())
+        return self._folder
+
+    @property
+    def image_transform(self) -> ImageTransform:
+        """How pictures become the tower's squares."""
+        return ImageTransform(self.folder.image_size, mode=self._image_mode)
+
+    @property
+    def plan(self) -> Plan:
+        """The training plan; `plan.hash` is the recipe hash."""
+        if self._plan is None:
+            self._plan = open_plan(_recipe(self._recipe), self._batch_size, self.folder)
+        return self._plan
+
+    @property
+    def features(self) -> str | None:
+        """The hash of what made the image features that stand in for pictures; None: there are none to stand in.
+
+        Raises:
+            ValueError: The pictures of the recipes that are open have features of several hashes, or some have none.
+        """
+        plans = [plan for plan in (self._plan, self._val_plan) if plan is not None and self._image_features]
+        found = {
+            made_by: plan.describe(item)
+            for plan in plans
+            for source in plan.sources
+            for made_by, item in source.made_features().items()
+        }
+        if len(found) > 1 or None in found:
+            each = [
+                f"{'none' if made_by is None else str(made_by)[:12]} in {named['shard']}:{named['key']}"
+                for made_by, named in found.items()
+            ]
+            raise ValueError(
+                f"image_features is on, but pictures have features of different makers or none: {', '.join(each)}; "
+                f"build all shards with one --image_features, or set image_features to false"
+            )
+        return next(iter(found), None)
+
+    @property
+    def max_heard_seconds(self) -> float | None:
+        """The longest sound for which a sequence has slots; None without an audio tokenizer."""
+        if self.folder.audio is None:
+            return None
+        return round(self.plan.recipe.sequence_length * self.folder.audio_pool / self.folder.frame_rate, 3)
+
+    @property
+    def voices(self) -> tuple[str, ...]:
+        """Speakers of the documents that are spoken, by name."""
+        names: set[str] = set()
+        for source in self.plan.sources:
+            if "speak" in source.config.task_names:
+                for index in source.indices:
+                    names.update(str(name) for name in index.columns.get("speaker", ()) if name not in (None, ""))
+        return tuple(sorted(names))
+
+    @property
+    def source_names(self) -> list[str]:
+        """The training recipe's sources, in the order of `source_BT`."""
+        return [source.name for source in _recipe(self._recipe).sources]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the indices.
+
+        Args:
+            stage: Lightning's; a stage that doesn't train opens no training data.
+        """
+        if stage in (None, "fit"):
+            _ = self.plan
+        if self._val_recipe is not None and self._val_plan is None:
+            recipe = _once(_recipe(self._val_recipe))
+            folder = TokenizerFolder.load(recipe.tokenizer_folder())
+            if stage in (None, "fit") and folder.hash != self.folder.hash:
+                raise ValueError(
+                    f"val_recipe has tokenizer {folder.hash[:12]}, recipe {self.folder.hash[:12]}; use the same"
+                )
+            self._folder = self._folder or folder
+            self._val_plan = open_plan(recipe, self._batch_size, folder)
+
+    def train_dataloader(self) -> PackedLoader:
+        """The training batches of this rank; the stream goes on from epoch to epoch."""
+        if self._train_loader is None:
+            steps = self._steps_per_epoch or default_steps(self.plan)
+            self._train_loader = self._loader(self.plan, steps, restarts=False)
+        return self._train_loader
+
+    def val_dataloader(self) -> PackedLoader | list[PackedLoader]:
+        """The validation batches of this rank: the same ones each time."""
+        if self._val_plan is None:
+            return []
+        num_steps = sum(1 for _ in self._val_plan.steps())
+        if self._num_val_sequences is not None:
+            num_steps = min(num_steps, math.ceil(self._num_val_sequences / self._batch_size))
+        return self._loader(self._val_plan, num_steps, restarts=True)
+
+    def test_dataloader(self) -> PackedLoader | list[PackedLoader]:
+        """As validation."""
+        return self.val_dataloader()
+
+    def _loader(self, plan: Plan, num_steps: int, restarts: bool) -> PackedLoader:
+        dataset = StepDataset(
+            plan, self.folder, self.image_transform, self._cache_bytes, None if restarts else self._augment,
+            features=self.features,
+        )  # fmt: skip
+        rank, world_size = rank_of(self)
+        return PackedLoader(plan, dataset, num_steps, rank, world_size, self._num_workers, on_gpu(self), restarts)
+
+
+def _recipe(recipe: str | Path | Recipe) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+
+
+def _once(recipe: Recipe) -> Recipe:
+    """The recipe with each document once, all sources to their end, in no order of difficulty."""
+    sources = [dataclasses.replace(source, max_epochs=1.0, task_weights=None) for source in recipe.sources]
+    mixture = dataclasses.replace(recipe.mixture, on_exhausted="renormalize")
+    return dataclasses.replace(recipe, sources=sources, mixture=mixture, curriculum=None)
+
+
+def default_steps(plan: Plan) -> int:
+    """About one pass over the documents; of a stream that ends sooner, all its steps."""
+    tokens = sum(int(source.tokens_M.sum()) for source in plan.sources)
+    steps = max(1, math.ceil(tokens / (plan.batch_size * plan.recipe.sequence_length)))
+    capped = any(source.config.max_epochs is not None for source in plan.sources)
+    if capped and plan.recipe.mixture.on_exhausted != "repeat":
+        return sum(1 for _ in islice(plan.steps(), steps))
+    return steps
+
+
+def rank_of(module: L.LightningDataModule) -> tuple[int, int]:
+    """(rank, world size) of the trainer, or (0, 1) without one."""
+    if module.trainer is None:
+        return 0, 1
+    return module.trainer.global_rank, module.trainer.world_size
+
+
+class _ShardDataModule(L.LightningDataModule, ABC):
+    """Shards in a shuffled stream to train on, and others in their order to validate."""
+
+    def __init__(self, shards: str | list[str], val_shards: str | list[str] | None) -> None:
+        super().__init__()
+        self._shards, self._val_shards = shards, val_shards
+        self._train_loader: StepLoader | None = None
+
+    def train_dataloader(self) -> StepLoader:
+        """What this rank trains on; the same loader whenever it is asked for, since it keeps its place."""
+        if self._train_loader is None:
+            self._train_loader = self._loader(self._shards, shuffles=True)
+        return self._train_loader
+
+    def val_dataloader(self) -> StepLoader | list[StepLoader]:
+        """What this rank validates on, in the shards' order."""
+        return [] if self._val_shards is None else self._loader(self._val_shards, shuffles=False)
+
+    @abstractmethod
+    def _loader(self, shards: str | list[str], shuffles: bool) -> StepLoader: ...
+
+
+class ClipDataModule(_ShardDataModule):
+    """Pairs for CLIP: (images uint8 [B, 3, H, W], token ids [B, L] with `<|end|>` and padding).
+
+    Args:
+        shards: Caption shards: paths, globs or brace ranges.
+        tokenizer: The tokenizer folder.
+        batch_size: Pairs a step, of all ranks together; equal captions are kept out of one batch where possible.
+        val_shards: Shards of validation; by default none.
+        image_size: Side in pixels; by default the tokenizer's.
+        context_length: L.
+        min_scale: Random crops keep at least this share of a picture's area; 1: no crops.
+        flip: Mirror half of the pictures (not where captions say left and right).
+        filter: Which rows, as in a recipe.
+        image_mode: How pictures become square: squash, pad or crop.
+        num_workers: Processes a rank; 0: the training process itself.
+        seed: Of order and crops.
+        cache_mb: Memory for decoded pictures, a process.
+    """
+
+    def __init__(
+        self,
+        shards: str | list[str],
+        tokenizer: str | Path,
+        batch_size: int = 64,
+        val_shards: str | list[str] | None = None,
+        image_size: int | None = None,
+        context_length: int = 32,
+        min_scale: float = 1.0,
+        flip: bool = False,
+        filter: str | None = None,
+        image_mode: Literal["squash", "pad", "crop"] = "squash",
+        num_workers: int = 0,
+        seed: int = 0,
+        cache_mb: int = 1024,
+    ) -> None:
+        super().__init__(shards, val_shards)
+        if batch_size < 1 or context_length < 2 or not 0 < min_scale <= 1:
+            raise ValueError(
+                f"batch_size is {batch_size}, context_length {context_length}, min_scale {min_scale}; they must be "
+                f">= 1, >= 2 and in (0, 1]"
+            )
+        self._tokenizer, self._batch_size = tokenizer, batch_size
+        self._context_length, self._image_size = context_length, image_size
+        self._min_scale, self._flip, self._filter = min_scale, flip, filter
+        self._image_mode: Literal["squash", "pad", "crop"] = image_mode
+        self._num_workers, self._seed, self._cache_bytes = num_workers, seed, cache_mb * 2**20
+
+    def _loader(self, shards: str | list[str], shuffles: bool) -> StepLoader:
+        rank, world_size = _check_ranks(self, self._batch_size)
+        folder = TokenizerFolder.load(self._tokenizer)
+        pairs = CaptionPairs(
+            shard_paths(shards), folder, ImageTransform(self._image_size or folder.image_size, mode=self._image_mode),
+            self._batch_size, self._context_length, self._seed, self._min_scale, self._flip, self._filter,
+            self._cache_bytes, rank, world_size, shuffles,
+        )  # fmt: skip
+        return StepLoader(pairs, pairs.num_steps, self._num_workers, on_gpu(self), restarts=not shuffles)
+
+
+class AudioDataModule(_ShardDataModule):
+    """Sound for the codec: waves [B, 1, T], or with `texts` (whole clips [B, 1, T], list of B texts).
+
+    Args:
+        shards: Audio shards: paths, globs or brace ranges.
+        sample_rate: Sounds are resampled to it.
+        seconds: T in seconds.
+        batch_size: Rows a step, of all ranks together.
+        val_shards: Shards of validation, read clip by clip from the start; by default none.
+        texts: Whole clips with their texts ("" where a clip was cut), for a CTC loss.
+        gain_db: Each row is made louder or softer by up to this much.
+        filter: Which rows, as in a recipe.
+        num_workers: Processes a rank; 0: the training process itself.
+        seed: Of order and crops.
+        cache_mb: Memory for decoded sounds, a process.
+    """
+
+    def __init__(
+        self,
+        shards: str | list[str],
+        sample_rate: int,
+        seconds: float = 1.0,
+        batch_size: int = 16,
+        val_shards: str | list[str] | None = None,
+        texts: bool = False,
+        gain_db: float = 0.0,
+        filter: str | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        cache_mb: int = 1024,
+    ) -> None:
+        super().__init__(shards, val_shards)
+        self._num_samples = round(seconds * sample_rate)
+        if batch_size < 1 or self._num_samples < 1 or gain_db < 0:
+            raise ValueError(
+                f"batch_size is {batch_size}, {seconds} s at {sample_rate} Hz, gain_db {gain_db}; give at least one "
+                f"row and one sample, and gain_db >= 0"
+            )
+        self._sample_rate, self._batch_size, self._texts = sample_rate, batch_size, texts
+        self._gain_db, self._filter = gain_db, filter
+        self._num_workers, self._seed, self._cache_bytes = num_workers, seed, cache_mb * 2**20
+
+    def _loader(self, shards: str | list[str], shuffles: bool) -> StepLoader:
+        rank, world_size = _check_ranks(self, self._batch_size)
+        crops = SoundCrops(
+            shard_paths(shards), self._sample_rate, self._num_samples, self._batch_size, self._seed, self._texts,
+            self._gain_db, self._filter, self._cache_bytes, rank, world_size, shuffles,
+        )  # fmt: skip
+        return StepLoader(crops, crops.num_steps, self._num_workers, on_gpu(self), restarts=not shuffles)
+
+
+def _check_ranks(module: L.LightningDataModule, batch_size: int) -> tuple[int, int]:
+    rank, world_size = rank_of(module)
+    if batch_size % world_size:
+        raise ValueError(
+            f"batch_size is {batch_size}, which {world_size} ranks can't share equally; "
+            f"choose a multiple of {world_size}"
+        )
+    return rank, world_size
+
+
+def on_gpu(module: L.LightningDataModule) -> bool:
+    """Whether batches go to a GPU, so that pinning their memory pays."""
+    return module.trainer is not None and module.trainer.strategy.root_device.type == "cuda"

@@ -1,0 +1,420 @@
+"""A recipe: which sources, in what shares, how long, in what order of difficulty.
+
+Paths in a recipe are relative to the working directory, or else to the recipe's own folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from mmllm.data.expressions import compile_filter
+from mmllm.data.samples.documents import KIND_TASKS
+from mmllm.data.samples.templates import check_template
+
+METRICS = ("num_tokens", "length", "rarity", "image_area", "seconds", "num_frames", "num_images")
+"""Of a curriculum; besides, any numeric metadata column."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of documents."""
+
+    name: str
+    kind: Literal["caption", "interleaved", "text", "audio"]
+    shards: str | list[str]
+    """A path, a glob or brace ranges, or several."""
+    weight: float = 1.0
+    weight_schedule: list[list[float]] | None = None
+    """`[[step, weight], …]` instead of `weight`: linear between the points, constant outside; two points at one step
+    make a jump."""
+    max_epochs: float | None = None
+    """How often its documents may be drawn; `None`: without end. Not together with a curriculum."""
+    filter: str | None = None
+    """Which rows, e.g. `"not perturbed and width >= 64"`."""
+    tasks: list[str] | None = None
+    """Each sample is one document per task. By default: audio as transcribe and speak, others as their kind."""
+    task_weights: list[float] | None = None
+    """Share of the documents drawn as each task, relative to the largest."""
+    max_images: int | None = None
+    """Documents with more pictures are left out."""
+    templates: dict[str, dict[str, str]] | None = None
+    """How this source's tasks are written instead of the tokenizer's way: `{caption: {prompt: …, target: …}}`, with the
+    same fields. For `chat`, opening the recipe reads every conversation once, to count its turns."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KIND_TASKS:
+            raise ValueError(f"source {self.name!r}: kind is {self.kind!r}; it must be one of {', '.join(KIND_TASKS)}")
+        if not self.weight > 0:
+            raise ValueError(f"source {self.name!r}: weight is {self.weight}; it must be above 0 (or leave it out)")
+        if self.weight_schedule is not None:
+            _check_schedule(self.weight_schedule, f"source {self.name!r}: weight_schedule")
+        if self.max_epochs is not None and not self.max_epochs > 0:
+            raise ValueError(f"source {self.name!r}: max_epochs is {self.max_epochs}; it must be above 0")
+        known = KIND_TASKS[self.kind]
+        for task in self.tasks or ():
+            if task not in known:
+                raise ValueError(f"source {self.name!r}: task {task!r}; kind {self.kind} has {', '.join(known)}")
+        if self.tasks is not None and (not self.tasks or len(set(self.tasks)) != len(self.tasks)):
+            raise ValueError(f"source {self.name!r}: tasks is {self.tasks}; name each task once, and at least one")
+        if self.task_weights is not None and (
+            len(self.task_weights) != len(self.task_names) or not all(weight > 0 for weight in self.task_weights)
+        ):
+            raise ValueError(
+                f"source {self.name!r}: task_weights is {self.task_weights}; give a weight above 0 for each of "
+                f"{', '.join(self.task_names)}"
+            )
+        if self.filter is not None:
+            try:
+                compile_filter(self.filter)
+            except ValueError as error:
+                raise ValueError(f"source {self.name!r}: {error}") from error
+
+        for task, template in (self.templates or {}).items():
+            if task not in self.task_names or task == "interleaved" or set(template) != {"prompt", "target"}:
+                raise ValueError(
+                    f"source {self.name!r}: templates.{task} is {template}; give prompt and target, for one of "
+                    f"{', '.join(name for name in self.task_names if name != 'interleaved') or 'no task'}"
+                )
+            for part, text in template.items():
+                try:
+                    check_template(text)
+                except ValueError as error:
+                    raise ValueError(
+                        f"source {self.name!r}: templates.{task}.{part} is {text!r}: {error}; write {{{{ and }}}} for "
+                        f"braces that are text"
+                    ) from error
+            if task == "chat" and ("{segments}" not in template["prompt"] or "{text}" not in template["target"]):
+                raise ValueError(
+                    f"source {self.name!r}: templates.chat is {template}; its prompt must have {{segments}}, what is "
+                    f"asked, and its target {{text}}, what is answered"
+                )
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks its samples are written as."""
+        if self.tasks is not None:
+            return tuple(self.tasks)
+        match self.kind:
+            case "audio":
+                return KIND_TASKS["audio"]
+            case "interleaved":  # conversations are chats, everything else is not
+                return ("interleaved", "chat")
+        return KIND_TASKS[self.kind][:1]
+
+    def weight_at(self, step: int) -> float:
+        """The weight at a step; may be 0 for a while."""
+        if self.weight_schedule is None:
+            return self.weight
+        before = [point for point in self.weight_schedule if point[0] <= step]
+        after = [point for point in self.weight_schedule if point[0] > step]
+        if not before or not after:
+            return (before[-1] if before else after[0])[1]
+        (start, first), (stop, last) = before[-1], after[0]
+        return first + (last - first) * (step - start) / (stop - start)
+
+
+def _check_schedule(points: list[list[float]], where: str) -> None:
+    steps = [point[0] for point in points]
+    if (
+        not points
+        or any(len(point) != 2 or min(point) < 0 for point in points)
+        or steps != sorted(steps)
+        or not any(weight > 0 for _, weight in points)
+    ):
+        raise ValueError(f"{where} is {points}; give [step, weight] points by ascending step, some weight above 0")
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """What the weights mean, and what happens when a source that is capped runs out."""
+
+    unit: Literal["tokens", "samples"] = "tokens"
+    temperature: float = 1.0
+    """Shares are weight^(1/temperature)."""
+    on_exhausted: Literal["stop", "renormalize", "repeat"] = "stop"
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"mixture.temperature is {self.temperature}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    """How documents share a sequence."""
+
+    algorithm: Literal["best_fit"] = "best_fit"
+    window: int = 4096
+    """Documents that are packed together."""
+    long_documents: Literal["split", "drop"] = "split"
+    """Texts longer than a sequence are split into sequences, or left out. Others are always left out."""
+    max_images: int | None = None
+    """Pictures a sequence may hold; documents with more are left out."""
+    max_frames: int | None = None
+    """Frames of sound a sequence may hold (seconds times the tokenizer's frame rate); likewise."""
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"packing.window is {self.window}; it must be at least 1 document")
+        for name, limit in (("max_images", self.max_images), ("max_frames", self.max_frames)):
+            if limit is not None and limit < 0:
+                raise ValueError(f"packing.{name} is {limit}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class CurriculumConfig:
+    """Easy first: at step t only the easiest share c(t) of each source is drawn.
+
+    c(t) = min(1, (t·(1 − c₀ᵖ)/T + c₀ᵖ)^(1/p)), p = 1 linear, 2 root (Platanios et al. 2019,
+    https://arxiv.org/abs/1903.09848); `exponential` is c₀^(1 − t/T); `step` keeps c₀ until T.
+    """
+
+    metric: str = "num_tokens"
+    """`num_tokens` (or `length`), `rarity`, `image_area`, `seconds`, `num_frames`, `num_images`, or a numeric metadata
+    column. Rarity is the mean of -log p of a text's tokens, p their share in its shard (Platanios et al.)."""
+    order: Literal["easy_first", "hard_first", "random"] = "easy_first"
+    """The others are controls: the same pacing over the opposite order, or over one that means nothing."""
+    pacing: Literal["linear", "root", "step", "exponential"] = "root"
+    start: float = 0.3
+    """c₀."""
+    steps: int = 1000
+    """T."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.start <= 1 or self.steps < 1:
+            raise ValueError(f"curriculum: start is {self.start}, steps {self.steps}; they must be in (0, 1] and >= 1")
+
+    def share(self, step: int) -> float:
+        """c(step), in (0, 1]."""
+        if step >= self.steps:
+            return 1.0
+        if self.pacing == "step":
+            return self.start
+        if self.pacing == "exponential":
+            return self.start ** (1 - step / self.steps)
+        power = 1 if self.pacing == "linear" else 2
+        floor = self.start**power
+        return min(1.0, (step * (1 - floor) / self.steps + floor) ** (1 / power))
+
+
+@dataclass(frozen=True)
+class OnErrorConfig:
+    """What a sample that fails at run time becomes: masked padding of its length, or an error."""
+
+    action: Literal["mask", "raise"] = "mask"
+    max_fraction: float = 0.001
+    """Of the documents seen (rounded up); more is an error, early in a run only from the eleventh failure on."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_fraction <= 1:
+            raise ValueError(f"on_error.max_fraction is {self.max_fraction}; it must be within 0–1")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The whole recipe."""
+
+    tokenizer: str
+    """The tokenizer folder; it alone fixes token counts, the codec and the image slots."""
+    sequence_length: int
+    sources: list[SourceConfig]
+    seed: int = 0
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    curriculum: CurriculumConfig | None = None
+    on_error: OnErrorConfig = field(default_factory=OnErrorConfig)
+    folder: str | None = None
+    """Where the recipe lies; set by `load_recipe`, never written."""
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence_length is {self.sequence_length}; it must be at least 2 tokens")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must not be negative")
+        if not self.sources:
+            raise ValueError("sources is empty; a recipe needs at least one")
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"sources have the names {names}; give each its own")
+        capped = [source.name for source in self.sources if source.max_epochs is not None]
+        if (
+            capped
+            and self.curriculum is not None
+            and self.curriculum.start < 1
+            and self.mixture.on_exhausted != "repeat"
+        ):
+            # An epoch passes over what is still too hard, and a state of a few numbers can't say what that was.
+            raise ValueError(
+                f"source {capped[0]!r} has max_epochs and the recipe a curriculum: what the curriculum holds back "
+                f"would be counted as drawn; leave out one of the two, or set mixture.on_exhausted to repeat"
+            )
+        for step in sorted(self._turns()):
+            self.shares(step)
+
+    def shares(self, step: int = 0) -> list[float]:
+        """Each source's share at a step, summing to one.
+
+        Raises:
+            ValueError: The schedules leave no source a weight at this step, or the temperature leaves one no share.
+        """
+        weights = [source.weight_at(step) for source in self.sources]
+        if not any(weights):
+            raise ValueError(f"all sources have weight 0 at step {step}; mend their weight_schedule")
+        try:
+            powers = [weight ** (1 / self.mixture.temperature) if weight else 0.0 for weight in weights]
+        except OverflowError:
+            powers = [math.inf]
+        if math.isinf(sum(powers)) or any(weight and not power for weight, power in zip(weights, powers, strict=True)):
+            raise ValueError(
+                f"mixture.temperature is {self.mixture.temperature}: the weights {weights} to the power of "
+                f"1/temperature are beyond all numbers; raise the temperature, or choose weights nearer to 1"
+            )
+        return [power / sum(powers) for power in powers]
+
+    def _turns(self) -> set[int]:
+        """Steps that tell whether some weight is above 0 at every step: between points, weights are lines."""
+        points = [point[0] for source in self.sources for point in source.weight_schedule or ()]
+        return {0, *(math.ceil(point) + more for point in points for more in (0, 1))}
+
+    def tokenizer_folder(self) -> Path:
+        """The tokenizer folder's path.
+
+        Raises:
+            FileNotFoundError: There is none.
+        """
+        candidates = [Path(self.tokenizer)]
+        if self.folder is not None and not candidates[0].is_absolute():
+            candidates.append(Path(self.folder) / self.tokenizer)
+        for candidate in candidates:
+            if candidate.is_dir():
+                return candidate
+        raise FileNotFoundError(f"{self.tokenizer}: no such tokenizer folder; the recipe's 'tokenizer' must name one")
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """A recipe from its YAML.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It isn't YAML, or a key is unknown, missing, or has a wrong value; the message names it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such recipe")
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {error}") from error
+    try:
+        return recipe_from_dict(value, folder=str(path.parent))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def recipe_from_dict(value: Any, folder: str | None = None) -> Recipe:
+    """A recipe from plain dicts and lists, checked.
+
+    Raises:
+        ValueError: As `load_recipe`.
+    """
+    recipe = _parse(Recipe, value, "", hidden=("folder",))
+    return dataclasses.replace(recipe, folder=folder)
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """What `recipe_from_dict` reads; defaults that are `None` are left out."""
+    value = dataclasses.asdict(recipe)
+    value.pop("folder")
+    value["sources"] = [{k: v for k, v in source.items() if v is not None} for source in value["sources"]]
+    value["packing"] = {key: item for key, item in value["packing"].items() if item is not None}
+    if value["curriculum"] is not None and value["curriculum"]["order"] == "easy_first":
+        del value["curriculum"]["order"]  # so that recipes older than this key keep their hash
+    return {key: item for key, item in value.items() if item is not None}
+
+
+def recipe_hash(recipe: Recipe, shard_digests: list[list[str]], tokenizer_hash: str) -> str:
+    """SHA-256 of the canonical recipe, its shards' contents and its tokenizer; no path goes in.
+
+    Args:
+        recipe: The recipe.
+        shard_digests: For each source, its shards' SHA-256 in order.
+        tokenizer_hash: The tokenizer folder's.
+    """
+    value = recipe_to_dict(recipe)
+    value["tokenizer"] = tokenizer_hash
+    for source, digests in zip(value["sources"], shard_digests, strict=True):
+        source["shards"] = digests
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _parse(cls: type, value: Any, where: str, hidden: tuple[str, ...] = ()) -> Any:
+    name = where or "the recipe"
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a mapping of keys, got {type(value).__name__}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in hidden}
+    for key in value:
+        if key not in fields:
+            raise ValueError(f"{name} has the unknown key {key!r}; known are {', '.join(fields)}")
+    for key, spec in fields.items():
+        if spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING and key not in value:
+            raise ValueError(f"{name} lacks the key {key!r}")
+    prefix = f"{where}." if where else ""
+    return cls(**{key: _convert(hints[key], item, f"{prefix}{key}") for key, item in value.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        fitting = [option for option in options if option is not type(None) and _fits(option, value)]
+        return _convert(fitting[0] if fitting else options[0], value, where)
+    if dataclasses.is_dataclass(hint):
+        assert isinstance(hint, type)
+        return _parse(hint, value, where)
+    if origin is list:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} must be a list, got {value!r}")
+        (inner,) = typing.get_args(hint)
+        return [_convert(inner, item, f"{where}[{number}]") for number, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} must be a mapping, got {value!r}")
+        _, inner = typing.get_args(hint)
+        return {str(key): _convert(inner, item, f"{where}.{key}") for key, item in value.items()}
+    if origin is Literal:
+        if value not in typing.get_args(hint):
+            raise ValueError(f"{where} is {value!r}; it must be one of {', '.join(typing.get_args(hint))}")
+        return value
+    if not _fits(hint, value):
+        raise ValueError(f"{where} is {value!r}; it must be of type {hint.__name__}")
+    if hint is float and not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{where} is {value}; it must be a finite number")
+    return hint(value)
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list)
+    if typing.get_origin(hint) is dict:
+        return isinstance(value, Mapping)
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, Mapping)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint) if isinstance(hint, type) else False

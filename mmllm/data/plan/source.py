@@ -1,0 +1,342 @@
+"""A recipe's source: its documents as items, their order of difficulty, and what is drawn next.
+
+Positions count the items of all epochs on end: `position // num_items` is the epoch. Each epoch is shuffled in blocks
+of whole shards, so that a large source is never permuted at once.
+
+Shapes: M items (a document as one task, or one part of a long text), G groups of items (one shard as one task).
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mmllm.data.expressions import filter_names, kept_rows
+from mmllm.data.index.index import ShardIndex
+from mmllm.data.plan.recipe import CurriculumConfig, Recipe, SourceConfig
+from mmllm.data.samples.documents import num_parts
+from mmllm.data.samples.features import COLUMN
+
+BLOCK_ITEMS = 1 << 20
+"""Items that are shuffled together, at least; fewer where the source has no more."""
+
+_CHUNK = 4096
+_COUNTED = ("num_tokens", "num_images", "num_frames")
+_LENGTHS = ("num_tokens", "length")
+_COPIED = "perturbed"
+"""What `build --perturb` writes in altered copies; without it no row has the key, and a filter may still name it."""
+_logger = logging.getLogger(__name__)
+
+
+class Item(NamedTuple):
+    """One document of a sequence: where it is and what it becomes."""
+
+    source: int
+    shard: int
+    row: int
+    """Row of the shard's index."""
+    task: str
+    part: int
+    """Piece of a split text, or -1 for a whole document."""
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The next items of a source."""
+
+    items: np.ndarray
+    """Their numbers."""
+    after: np.ndarray
+    """The position after each."""
+    is_all: bool
+    """Nothing may be drawn after them: the source is at its limit."""
+
+
+class Source:
+    """A recipe's source with its shards' indices: its items, in the order of the shards.
+
+    Args:
+        config: The source.
+        number: Its place in the recipe.
+        indices: Its shards' indices.
+        recipe: The recipe.
+        more_tokens: For each shard by task, tokens that the source's own templates add, to all documents or to each.
+
+    Raises:
+        ValueError: The shards hold another kind, or nothing is left after the filter.
+    """
+
+    def __init__(
+        self,
+        config: SourceConfig,
+        number: int,
+        indices: list[ShardIndex],
+        recipe: Recipe,
+        more_tokens: Sequence[Mapping[str, int | np.ndarray]] | None = None,
+    ) -> None:
+        self.config, self.number, self.indices = config, number, indices
+        self.num_filtered = self.num_too_long = self.num_over_budget = 0
+        self._seed = recipe.seed
+        more_tokens = more_tokens or [{}] * len(indices)
+        self.name_seed = zlib.crc32(config.name.encode())
+        self._check_filter()
+        groups: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        places: list[tuple[int, int]] = []
+        for shard, index in enumerate(indices):
+            if index.kind != config.kind:
+                raise ValueError(f"source {config.name!r}: {index.path} holds {index.kind} samples, not {config.kind}")
+            for task_number, task in enumerate(config.task_names):
+                groups.append(self._items(index, task, recipe, more_tokens[shard].get(task, 0)))
+                places.append((shard, task_number))
+        self.row_M, self.part_M, self.tokens_M = (np.concatenate(columns) for columns in zip(*groups, strict=True))
+        self._starts_G = np.cumsum([0, *(len(rows) for rows, _, _ in groups)])
+        self._shard_G, self._task_G = (np.array(column) for column in zip(*places, strict=True))
+        if not len(self.tokens_M):
+            raise ValueError(
+                f"source {config.name!r}: no documents are left ({self.num_filtered} filtered out, "
+                f"{self.num_too_long} longer than sequence_length {recipe.sequence_length}, {self.num_over_budget} "
+                f"over the packing's budgets); check its filter, tasks and the sequence length"
+            )
+        for count, why in ((self.num_too_long, "longer than a sequence"), (self.num_over_budget, "over a budget")):
+            if count:
+                _logger.warning("source %s: left out %d documents %s", config.name, count, why)
+        self.rank_M = self._ranks(recipe.curriculum)
+        self._blocks: dict[tuple[int, int], tuple[np.ndarray, np.ndarray | None]] = {}
+        self._cuts: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def _items(
+        self, index: ShardIndex, task: str, recipe: Recipe, more_tokens: int | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(row, part, tokens) of a shard's documents as one task."""
+        length, packing = recipe.sequence_length, recipe.packing
+        tokens_N = index.lengths[task]
+        keep_N = self._keep(index, task)
+        is_chat_too = self.config.kind == "interleaved" and len(self.config.task_names) > 1
+        self.num_filtered += int((~keep_N & (tokens_N > 0)).sum() if is_chat_too else (~keep_N | (tokens_N == 0)).sum())
+        keep_N &= tokens_N > 0
+        within_N = np.ones(len(tokens_N), dtype=bool)
+        for limit, values_N in ((packing.max_images, index.num_images_N), (packing.max_frames, index.num_frames_N)):
+            if limit is not None:
+                within_N &= values_N <= limit
+        self.num_over_budget += int((keep_N & ~within_N).sum())
+        rows = np.flatnonzero(keep_N & within_N)
+        tokens = tokens_N[rows] + (more_tokens if isinstance(more_tokens, int) else more_tokens[rows])
+        is_long = tokens > length
+        if index.kind != "text" or packing.long_documents == "drop":
+            self.num_too_long += int(is_long.sum())
+            rows, tokens = rows[~is_long], tokens[~is_long]
+            is_long = is_long[~is_long]
+        counts = np.ones(len(rows), dtype=np.int64)
+        counts[is_long] = [num_parts(int(count), length) for count in tokens[is_long]]
+        part = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        rows, tokens, is_long = (np.repeat(column, counts) for column in (rows, tokens, is_long))
+        tokens = np.where(is_long, np.minimum(length, tokens - part * (length - 1)), tokens)
+        part = np.where(is_long, part, -1)
+        return rows.astype(np.int32), part.astype(np.int32), tokens.astype(np.int32)
+
+    def _check_filter(self) -> None:
+        """A misspelt key would be `None` in every row, and `not` of it keep them all."""
+        if self.config.filter is None:
+            return
+        known = {*_COUNTED, _COPIED, *(name for index in self.indices for name in index.columns)}
+        unknown = [name for name in filter_names(self.config.filter) if name not in known]
+        if unknown:
+            raise ValueError(
+                f"source {self.config.name!r}: filter {self.config.filter!r} reads {unknown[0]!r}, which no document "
+                f"has; known are {', '.join(sorted(known))}"
+            )
+
+    def _keep(self, index: ShardIndex, task: str) -> np.ndarray:
+        keep_N = np.ones(index.num_documents, dtype=bool)
+        if self.config.max_images is not None:
+            keep_N &= index.num_images_N <= self.config.max_images
+        if self.config.filter is not None:
+            counts = (index.lengths[task], index.num_images_N, index.num_frames_N)
+            measured = dict(zip(_COUNTED, counts, strict=True))
+            names = filter_names(self.config.filter)
+            columns = {name: values_N.tolist() for name, values_N in measured.items() if name in names}
+            columns |= {name: list(index.columns[name]) for name in names if name in index.columns}
+            keep_N &= np.array(kept_rows(self.config.filter, columns, index.num_documents), dtype=bool)
+        return keep_N
+
+    def _ranks(self, curriculum: CurriculumConfig | None) -> np.ndarray | None:
+        """Each item's place in the order in which the curriculum adds them, 0 the first."""
+        if curriculum is None:
+            return None
+        if curriculum.order == "random":
+            rng = np.random.default_rng([self._seed, self.name_seed, 5])
+            return rng.permutation(self.num_items).astype(np.int32)
+        difficulty_M = self._difficulty(curriculum.metric).astype(np.float64)
+        if curriculum.order == "hard_first":
+            difficulty_M = np.where(np.isfinite(difficulty_M), -difficulty_M, np.inf)
+        rank_M = np.empty(len(difficulty_M), dtype=np.int32)
+        rank_M[np.argsort(difficulty_M, kind="stable")] = np.arange(len(difficulty_M))
+        return rank_M
+
+    def _difficulty(self, metric: str) -> np.ndarray:
+        if metric in _LENGTHS:
+            return self.tokens_M
+        per_shard = [_measured(index, metric) for index in self.indices]
+        if not self.has(metric):
+            _logger.warning("source %s: no document has %r; the curriculum keeps their order", self.config.name, metric)
+        return self._gathered(per_shard)
+
+    def has(self, metric: str) -> bool:
+        """Whether any document has a number for a curriculum's metric."""
+        if metric in _LENGTHS:
+            return True
+        return any(np.isfinite(_measured(index, metric)).any() for index in self.indices)
+
+    def _gathered(self, per_shard: list[np.ndarray]) -> np.ndarray:
+        """[M] from values of each shard's documents."""
+        groups = zip(self._shard_G.tolist(), self._starts_G[:-1].tolist(), self._starts_G[1:].tolist(), strict=True)
+        return np.concatenate([per_shard[shard][self.row_M[start:stop]] for shard, start, stop in groups])
+
+    def costs(self, name: str) -> np.ndarray:
+        """int64 [M] of `num_images` or `num_frames`."""
+        return self._gathered([_measured(index, name) for index in self.indices]).astype(np.int64)
+
+    def made_features(self) -> dict[str | None, Item]:
+        """The hashes of what made the features stored with its pictures (`None`: none are), each with an item of it."""
+        numbers: dict[str | None, int] = {}
+        per_shard = []
+        for index in self.indices:
+            made_by: Sequence[Any] = index.columns.get(COLUMN, [None] * index.num_documents)
+            numbers_N = np.array([numbers.setdefault(value, len(numbers)) for value in made_by])
+            per_shard.append(np.where(index.num_images_N > 0, numbers_N, -1))
+        found, firsts = np.unique(self._gathered(per_shard), return_index=True)
+        hashes = list(numbers)
+        pairs = zip(found.tolist(), firsts.tolist(), strict=True)
+        return {hashes[number]: self.item(first) for number, first in pairs if number >= 0}
+
+    @property
+    def num_items(self) -> int:
+        """M."""
+        return len(self.tokens_M)
+
+    @property
+    def limit(self) -> int | None:
+        """The position at which `max_epochs` ends it."""
+        return None if self.config.max_epochs is None else int(np.ceil(self.config.max_epochs * self.num_items))
+
+    def upcoming(self, position: int, count: int, num_easiest: int | None, limit: int | None) -> Drawn:
+        """More than `count` items from a position on, or all up to the limit.
+
+        Args:
+            position: Where to go on.
+            count: How many are wanted.
+            num_easiest: Only items of a lower rank, if any.
+            limit: A position.
+        """
+        items: list[np.ndarray] = []
+        after: list[np.ndarray] = []
+        found, start = 0, position
+        is_all = False
+        while found <= count:
+            if (limit is not None and position >= limit) or (not found and position - start > 2 * self.num_items):
+                is_all = True
+                break
+            epoch, inside = divmod(position, self.num_items)
+            block_start, order, is_kept = self._block(epoch, inside)
+            chunk = slice(inside - block_start, inside - block_start + max(_CHUNK, 2 * count))
+            numbers = order[chunk] if limit is None else order[chunk][: limit - position]
+            keep = np.ones(len(numbers), dtype=bool) if is_kept is None else is_kept[chunk][: len(numbers)].copy()
+            if num_easiest is not None and self.rank_M is not None:
+                keep &= self.rank_M[numbers] < num_easiest
+            places = np.flatnonzero(keep)
+            items.append(numbers[places])
+            after.append(position + places + 1)
+            found += len(places)
+            position += len(numbers)
+        if not items:
+            return Drawn(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), is_all)
+        return Drawn(np.concatenate(items), np.concatenate(after), is_all)
+
+    def _block(self, epoch: int, inside: int) -> tuple[int, np.ndarray, np.ndarray | None]:
+        """(first position, items, which of them are kept for their task's weight) of the block at a position."""
+        if self._cuts is None or self._cuts[0] != epoch:
+            self._cuts = (epoch, *self._block_groups(epoch))
+        _, cuts, groups = self._cuts
+        number = int(np.searchsorted(cuts, inside, side="right")) - 1
+        if (epoch, number) not in self._blocks:
+            while len(self._blocks) > 1:  # the one before is still read when a window reaches over the border
+                self._blocks.pop(next(iter(self._blocks)))
+            self._blocks[epoch, number] = self._shuffled(
+                epoch, number, int(cuts[number]), int(cuts[number + 1]), groups
+            )
+        return int(cuts[number]), *self._blocks[epoch, number]
+
+    def _block_groups(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(first position of each block and the end, groups of items in this epoch's order)."""
+        num_shards = len(self.indices)
+        per_shard = len(self.config.task_names)
+        if self.num_items <= BLOCK_ITEMS or num_shards == 1:
+            return np.array([0, self.num_items]), np.arange(num_shards * per_shard)
+        shards = np.random.default_rng([self._seed, self.name_seed, epoch, 1]).permutation(num_shards)
+        groups = (shards[:, None] * per_shard + np.arange(per_shard)).reshape(-1)
+        ends = np.cumsum((self._starts_G[1:] - self._starts_G[:-1])[groups])[per_shard - 1 :: per_shard]
+        cuts = [0]
+        for end in ends.tolist():
+            if end - cuts[-1] >= BLOCK_ITEMS:
+                cuts.append(end)
+        if cuts[-1] != self.num_items:
+            cuts.append(self.num_items)
+        return np.array(cuts), groups
+
+    def _shuffled(
+        self, epoch: int, number: int, start: int, stop: int, groups: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        is_whole = stop - start == self.num_items
+        rng = np.random.default_rng([self._seed, self.name_seed, epoch, *([] if is_whole else [2 + number])])
+        if is_whole:
+            order = rng.permutation(self.num_items)
+        else:
+            sizes = (self._starts_G[1:] - self._starts_G[:-1])[groups]
+            ends = np.cumsum(sizes)
+            mine = groups[(ends > start) & (ends <= stop)]
+            order = rng.permutation(np.concatenate([np.arange(*self._starts_G[g : g + 2]) for g in mine.tolist()]))
+        if self.config.task_weights is None:
+            return order, None
+        weights = np.array(self.config.task_weights) / max(self.config.task_weights)
+        return order, rng.random(len(order)) < weights[self._tasks(order)]
+
+    def _tasks(self, numbers: np.ndarray) -> np.ndarray:
+        return self._task_G[np.searchsorted(self._starts_G, numbers, side="right") - 1]
+
+    def items(self, numbers: np.ndarray) -> list[Item]:
+        """Items in full."""
+        groups = np.searchsorted(self._starts_G, numbers, side="right") - 1
+        names = self.config.task_names
+        tasks = [names[task] for task in self._task_G[groups].tolist()]
+        columns = (self._shard_G[groups], self.row_M[numbers], self.part_M[numbers], self.tokens_M[numbers])
+        shards, rows, parts, tokens = (column.tolist() for column in columns)
+        return list(map(Item._make, zip(repeat(self.number), shards, rows, tasks, parts, tokens, strict=False)))
+
+    def item(self, number: int) -> Item:
+        """Item `number` in full."""
+        return self.items(np.array([number]))[0]
+
+
+def _measured(index: ShardIndex, metric: str) -> np.ndarray:
+    """[N] of one of the curriculum's metrics; infinite where a document has none."""
+
+    def column(name: str) -> np.ndarray:
+        return index.columns[name].numbers() if name in index.columns else np.full(index.num_documents, np.inf)
+
+    match metric:
+        case "num_images":
+            return index.num_images_N
+        case "num_frames":
+            return index.num_frames_N
+        case "seconds":
+            return column("duration")
+        case "image_area":
+            return column("width") * column("height")
+    return column(metric)

@@ -1,0 +1,125 @@
+"""One manifest a kind for training, one for looking, one for testing: how other people's manifests enter a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmllm.data.rows.readable import readable_rows
+from mmllm.data.rows.rows import (
+    KINDS,
+    BadRows,
+    Digests,
+    ManifestError,
+    Row,
+    even_hash,
+    read_manifest,
+    split_rows,
+    without_shown,
+)
+
+DEFAULT_HOLDOUT = "0.1"
+"""Share of the rows that is held out where neither test manifests nor `holdout` are given."""
+
+
+MIN_ROWS_FOR_VAL = 4
+
+
+def split(
+    train: Sequence[str | Path],
+    out: str | Path,
+    test: Sequence[str | Path] = (),
+    holdout: str | None = None,
+    num_val: int = 16,
+    max_bad_fraction: float = 0.05,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Writes `train-KIND.jsonl`, `val.jsonl` (rows taken from training, to look at meanwhile) and `test.jsonl`.
+
+    Args:
+        train: Manifests; kinds may be mixed.
+        out: Folder of the new manifests, whose paths are relative to it.
+        test: Manifests of held-out rows; without them, `holdout` decides.
+        holdout: `KEY=VALUE` or a fraction of the training rows to hold out; with `test`, `KEY=VALUE` rows are
+            left out of training as well.
+        num_val: Rows of each kind for `val.jsonl`; at most a fiftieth of the kind, or one.
+        max_bad_fraction: More unusable rows than this are an error.
+        seed: Of the draws by fraction.
+
+    Returns:
+        `train`, `val`, `test`: rows by kind; `repeated`: training rows left out since test rows show some of the same;
+        `skipped`: unusable rows.
+
+    Raises:
+        FileNotFoundError, ManifestError: A manifest can't be used, or a part would be empty.
+    """
+    bad, digests = BadRows(max_bad_fraction), Digests()
+    train_rows = [row for path in train for row in read_manifest(path, bad)]
+    test_rows = [row for path in test for row in read_manifest(path, bad)]
+    if test_rows and holdout is not None and "=" not in holdout:
+        raise ManifestError(f"holdout is {holdout}, a fraction, beside test manifests; give one of the two")
+    if not test_rows or holdout is not None:
+        train_rows, heldout = split_rows(train_rows, holdout or DEFAULT_HOLDOUT, seed, digests)
+        test_rows = test_rows or heldout
+    test_rows = readable_rows(test_rows, bad, "the test rows")  # now, not when all is trained
+    num_before = len(train_rows)
+    train_rows = without_shown(train_rows, test_rows, digests)
+    num_repeated = num_before - len(train_rows)
+    by_kind = {kind: [row for row in train_rows if row.kind == kind] for kind in KINDS}
+    val_rows: list[Row] = []
+    for kind, rows in by_kind.items():
+        count = max(len(rows) // 50, int(len(rows) >= MIN_ROWS_FOR_VAL))
+        chosen = {id(row) for row in _draw(rows, min(num_val, count), seed)}
+        val_rows += [row for row in rows if id(row) in chosen]
+        by_kind[kind] = [row for row in rows if id(row) not in chosen]
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    for kind, rows in by_kind.items():
+        (out / f"train-{kind}.jsonl").unlink(missing_ok=True)
+        if rows:
+            write_manifest(rows, out / f"train-{kind}.jsonl")
+    write_manifest(val_rows, out / "val.jsonl")
+    write_manifest(test_rows, out / "test.jsonl")
+    return {
+        "train": {kind: len(rows) for kind, rows in by_kind.items() if rows},
+        "val": _count(val_rows),
+        "test": _count(test_rows),
+        "repeated": num_repeated,
+        "skipped": bad.reasons,
+    }
+
+
+def write_manifest(rows: Sequence[Row], path: Path) -> None:
+    """Writes rows as JSONL with paths relative to the new file."""
+
+    def relative(file: Path) -> str:
+        return os.path.relpath(file, path.parent)
+
+    lines = []
+    for row in rows:
+        values: dict[str, Any] = {"id": row.id}
+        if row.segments:
+            values["segments"] = [
+                {key: relative(value) if isinstance(value, Path) else value for key, value in segment.items()}
+                for segment in row.segments
+            ]
+        else:
+            values["text"] = row.text
+        if row.image is not None:
+            values["image"] = relative(row.image)
+        if row.audio is not None:
+            values["audio"] = relative(row.audio)
+        lines.append(json.dumps({**values, **row.metadata}, ensure_ascii=False) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def _draw(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+    return sorted(rows, key=lambda row: even_hash(f"val {seed}:{row.id}"))[:count]
+
+
+def _count(rows: Sequence[Row]) -> dict[str, int]:
+    counts = {kind: sum(row.kind == kind for row in rows) for kind in KINDS}
+    return {kind: count for kind, count in counts.items() if count}

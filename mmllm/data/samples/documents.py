@@ -1,0 +1,499 @@
+"""A sample and a task to the tokens of one document: the templates, the slots, the targets.
+
+Training and inference both come through here, so a prompt is written the same way in both.
+
+Shapes: T tokens, K codebooks, F frames, P frames after the codebook pattern, S features a picture, C channels, H and W
+pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmllm.batch import Modality
+from mmllm.data.samples.decode import ImageInput, ImageTransform
+from mmllm.data.samples.templates import chat_pieces, literal_ids, parse_template, template_of
+from mmllm_tokenizers.audio import load_audio
+from mmllm_tokenizers.folder import TokenizerFolder
+from mmllm_tokenizers.vocab import AUDIO, IMAGE
+
+AudioInput = Any
+"""A path, bytes, a waveform at the codec's rate, `(waveform, sample_rate)`, or int64 codes `[K, F]`."""
+
+Transform = Callable[[ImageInput, str], np.ndarray]
+"""A picture, and what errors call it, to pixels uint8 `[3, H, W]`, as an `ImageTransform` does."""
+
+NO_PIXELS = np.zeros((3, 0, 0), dtype=np.uint8)
+"""Of a picture that has features, or isn't decoded yet."""
+
+VOICE_DROP = 5
+"""The voice is left out of one `speak` document in this many, so that speaking works without one."""
+
+KIND_TASKS = {
+    "caption": ("caption",),
+    "interleaved": ("interleaved", "question", "chat"),
+    "text": ("text",),
+    "audio": ("transcribe", "speak"),
+}
+"""The tasks that each kind of source can be written as."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of an interleaved document: one of text, a picture, or a sound."""
+
+    text: str | None = None
+    image: ImageInput | None = None
+    audio: AudioInput = None
+    role: str | None = None
+    """Of a conversation: `user` or `assistant`."""
+    features_SC: np.ndarray | None = None
+    """As `Sample.features_SC`."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row with its files in memory; what `build_document` reads."""
+
+    key: str
+    text: str | None = None
+    image: ImageInput | None = None
+    audio: AudioInput = None
+    codes_KF: np.ndarray | None = None
+    """Codes of `audio` stored with it; they stand in for encoding it."""
+    segments: tuple[Segment, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """The row's other keys; `speaker` is the voice, `question` and `answer` end an interleaved row."""
+    features_SC: np.ndarray | None = None
+    """Features of `image` stored with it; they stand in for decoding it and for the image tower."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A sound that is heard: codes, unpatterned, and where its slots start."""
+
+    start: int
+    codes_FK: np.ndarray
+    num_slots: int
+    target_ids: tuple[int, ...] = ()
+    """Token ids of what is said, where known (for the CTC loss)."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is seen, and where its slots start."""
+
+    start: int
+    pixels_3HW: np.ndarray
+    """uint8; without height and width where there are features."""
+    num_slots: int
+    features_SC: np.ndarray | None = None
+    """float16, what the image tower gives for it."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document or prompt: T tokens and what hangs on them. Labels are shifted when packed."""
+
+    token_ids_T: np.ndarray
+    """int64. At a frame of units, codebook 0's id (its filler's id at the delay's tail)."""
+    targets_T: np.ndarray
+    """bool: this token is to be predicted (from the position before it)."""
+    modality_T: np.ndarray
+    """int64, a `Modality`."""
+    codes_TK: np.ndarray
+    """int64: the frame's patterned codes (filler = codebook size), -1 where there are no units."""
+    images: tuple[Picture, ...] = ()
+    clips: tuple[Clip, ...] = ()
+    filler: int = 0
+    """The filler's code, which is never an audio label."""
+    has_units: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.token_ids_T)
+
+    @property
+    def num_bytes(self) -> int:
+        """About how much memory it takes."""
+        arrays = [self.token_ids_T, self.targets_T, self.modality_T, self.codes_TK]
+        arrays += [picture.pixels_3HW for picture in self.images] + [clip.codes_FK for clip in self.clips]
+        arrays += [picture.features_SC for picture in self.images if picture.features_SC is not None]
+        return 500 + sum(array.nbytes for array in arrays)
+
+    def with_pixels(self, pixels: Iterable[np.ndarray]) -> Document:
+        """Its pictures, those that have features apart, with pixels `[3, H, W]` of their own."""
+        rest = iter(pixels)
+        images = tuple(
+            Picture(picture.start, next(rest), picture.num_slots) if picture.features_SC is None else picture
+            for picture in self.images
+        )
+        return replace(self, images=images)
+
+    def part(self, start: int, stop: int) -> Document:
+        """Tokens `[start, stop)` of a document that has neither pictures nor clips."""
+        assert not self.images and not self.clips, "only documents without slots are split"
+        here = slice(start, stop)
+        columns = self.token_ids_T[here], self.targets_T[here], self.modality_T[here], self.codes_TK[here]
+        return Document(*columns, filler=self.filler)
+
+
+class DocumentWriter:
+    """Appends text, slots and units, and gives the `Document`."""
+
+    def __init__(self, folder: TokenizerFolder) -> None:
+        self._folder = folder
+        self._ids: list[int] = []
+        self._runs: list[tuple[int, bool, int]] = []  # tokens, whether they are targets, their modality
+        self._units: list[tuple[int, np.ndarray]] = []
+        self._images: list[Picture] = []
+        self._clips: list[Clip] = []
+
+    def ids(self, token_ids: Iterable[int], is_target: bool, modality: Modality = Modality.TEXT) -> None:
+        """Append tokens as they are."""
+        before = len(self._ids)
+        self._ids.extend(token_ids)
+        count = len(self._ids) - before
+        self._runs.append((count, is_target, int(modality)))
+
+    def image(self, pixels_3HW: np.ndarray, features_SC: np.ndarray | None = None) -> None:
+        """Append a picture's slots."""
+        count = self._folder.num_image_tokens
+        self._images.append(Picture(len(self._ids), pixels_3HW, count, features_SC))
+        self.ids([self._folder.id(IMAGE)] * count, False, Modality.IMAGE)
+
+    def clip(self, codes_KF: np.ndarray, target_ids: Iterable[int] = ()) -> None:
+        """Append the slots of a sound that is heard."""
+        num_slots = self._folder.num_audio_slots(codes_KF.shape[1])
+        self._clips.append(Clip(len(self._ids), codes_KF.T.astype(np.int64), num_slots, tuple(target_ids)))
+        self.ids([self._folder.id(AUDIO)] * num_slots, False, Modality.AUDIO)
+
+    def units(self, codes_KF: np.ndarray, is_target: bool) -> None:
+        """Append frames of units under the folder's pattern."""
+        vocabulary = self._folder.vocabulary
+        codes_KP = pattern_codes(codes_KF, self._folder)
+        self._units.append((len(self._ids), codes_KP.T))
+        self.ids((codes_KP[0] + vocabulary.codebook_start(0)).tolist(), is_target, Modality.UNITS)
+
+    def finish(self) -> Document:
+        """The document so far."""
+        num_tokens = len(self._ids)
+        counts, targets, modality = zip(*self._runs, strict=True) if self._runs else ((), (), ())
+        codes_TK = np.full((num_tokens, self._folder.vocabulary.num_codebooks), -1, dtype=np.int64)
+        for start, codes_PK in self._units:
+            codes_TK[start : start + len(codes_PK)] = codes_PK
+        return Document(
+            np.array(self._ids, dtype=np.int64),
+            np.repeat(np.array(targets, dtype=bool), counts),
+            np.repeat(np.array(modality, dtype=np.int64), counts),
+            codes_TK,
+            tuple(self._images),
+            tuple(self._clips),
+            self._folder.vocabulary.filler,
+            bool(self._units),
+        )
+
+
+def pattern_codes(codes_KF: np.ndarray, folder: TokenizerFolder) -> np.ndarray:
+    """Codes `[K, F]` as the frames `[K, P]` that are predicted, under the folder's pattern."""
+    codes = torch.as_tensor(np.ascontiguousarray(codes_KF), dtype=torch.int64)
+    return folder.apply_pattern(codes).numpy()
+
+
+def default_transform(folder: TokenizerFolder) -> ImageTransform:
+    """The image transform that a tokenizer folder implies."""
+    return ImageTransform(folder.image_size)
+
+
+def build_document(
+    sample: Sample,
+    task: str,
+    folder: TokenizerFolder,
+    transform: Transform | None = None,
+    template: Mapping[str, str] | None = None,
+) -> Document:
+    """The training document of one sample: the task's template, prompt and target.
+
+    Only the target's tokens are to be predicted: of `interleaved`, all text; of `speak`, the units and their end.
+
+    Args:
+        sample: The row; its pictures and sounds may be paths, bytes or arrays.
+        task: A key of the folder's templates.
+        folder: Tokenizers and templates.
+        transform: Pictures to pixels; by default what the folder implies.
+        template: `prompt` and `target` instead of the folder's.
+
+    Raises:
+        ValueError: The task is unknown, or the sample lacks what its template asks for, or can't be read.
+    """
+    writer = DocumentWriter(folder)
+    fields = _Fields(sample, task, folder, transform or default_transform(folder))
+    if task == "interleaved" and "question" in sample.metadata:
+        fields.render(writer, "{segments}<|question|>{question}<|answer|>{answer}<|end|>", True)
+        return writer.finish()
+    if task == "chat" and any(segment.role for segment in sample.segments):
+        fields.conversation(writer, template)
+        return writer.finish()
+    template = template or template_of(task, folder)
+    fields.render(writer, template["prompt"], False)
+    fields.render(writer, template["target"], True)
+    return writer.finish()
+
+
+def build_prompt(
+    task: str,
+    folder: TokenizerFolder,
+    *,
+    text: str | None = None,
+    image: ImageInput | None = None,
+    audio: AudioInput = None,
+    segments: Sequence[Any] | None = None,
+    question: str | None = None,
+    voice: str | None = None,
+    transform: ImageTransform | None = None,
+) -> Document:
+    """The prompt of a task, ready to be continued: no targets, no end.
+
+    Args:
+        task: `caption`, `transcribe`, `speak`, `text`, `interleaved`, `question` or `chat`. `text` and
+            `interleaved` continue what is given (`text` starts at `<|text|>`).
+        folder: Tokenizers and templates.
+        text: The words to speak, or the text to continue.
+        image: The picture to caption.
+        audio: The sound to transcribe: a path, bytes, a waveform, `(waveform, rate)`, or codes `[K, F]`.
+        segments: `Segment`s, or dicts with one of the keys `text`, `image`, `audio`, or plain strings and
+            PIL pictures, in order.
+        question: For `question`, what is asked about the segments.
+        voice: For `speak`, the speaker.
+        transform: Pictures to pixels; by default what the folder implies.
+
+    Raises:
+        ValueError: Something the task needs is missing or cannot be read.
+    """
+    metadata = {key: value for key, value in (("speaker", voice), ("question", question)) if value is not None}
+    parts = tuple(as_segment(segment) for segment in segments or ())
+    sample = Sample("prompt", text, image, audio, None, parts, metadata)
+    fields = _Fields(sample, task, folder, transform or default_transform(folder), drops_voice=False)
+    writer = DocumentWriter(folder)
+    fields.render(writer, template_of(task, folder)["prompt"], False)
+    if task == "interleaved":
+        fields.render(writer, "{segments}", False)
+    elif task == "text" and text:
+        fields.render(writer, "{text}", False)
+    return writer.finish()
+
+
+def as_segment(value: Any) -> Segment:
+    """A `Segment` from a dict with one key, a string (text), or a picture.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    match value:
+        case Segment():
+            return value
+        case str():
+            return Segment(text=value)
+        case {"text": text}:
+            return Segment(text=text)
+        case {"image": image}:
+            return Segment(image=image)
+        case {"audio": audio}:
+            return Segment(audio=audio)
+        case dict():
+            raise ValueError(f"a segment has the keys {sorted(value)}; give one of 'text', 'image' or 'audio'")
+    return Segment(image=value)
+
+
+def document_length(
+    task: str,
+    folder: TokenizerFolder,
+    *,
+    key: str = "",
+    text: str | int | None = None,
+    num_frames: int = 0,
+    segments: Sequence[str | int | None] = (),
+    metadata: dict[str, Any] | None = None,
+    roles: Sequence[str | None] = (),
+) -> int:
+    """Tokens that `build_document` will give, without a picture or a sound at hand.
+
+    Args:
+        task: A key of the folder's templates.
+        folder: Tokenizers and templates.
+        key: The sample's key (it decides whether the voice is dropped).
+        text: The sample's text, or how many tokens it has.
+        num_frames: Frames of its sound.
+        segments: Of an interleaved sample, in order: text as `str`, a picture as `None`, a sound as its frames.
+        metadata: The row's other keys.
+        roles: Of a conversation, who says each segment.
+    """
+    metadata = metadata or {}
+    if task == "chat" and roles:
+        total = sum(len(literal_ids(folder.text, piece)) for piece, _ in chat_pieces(roles, folder))
+        return total + sum(_segment_length(segment, folder) for segment in segments)
+    if task == "interleaved" and "question" in metadata:
+        rendered = "{segments}<|question|>{question}<|answer|>{answer}<|end|>"
+    else:
+        template = template_of(task, folder)
+        rendered = template["prompt"] + template["target"]
+    total = 0
+    for literal, name in parse_template(rendered):
+        total += len(literal_ids(folder.text, literal)) if literal else 0
+        match name:
+            case None:
+                pass
+            case "text":
+                total += text if isinstance(text, int) else len(folder.text.encode(text or ""))
+            case "image":
+                total += folder.num_image_tokens
+            case "audio":
+                total += folder.num_audio_slots(num_frames)
+            case "units":
+                total += folder.num_unit_positions(num_frames)
+            case "voice":
+                total += len(folder.text.encode(spoken_voice(key, metadata)))
+            case "segments":
+                total += sum(_segment_length(segment, folder) for segment in segments)
+            case _:
+                total += len(folder.text.encode(str(metadata.get(name, ""))))
+    return total
+
+
+def _segment_length(segment: str | int | None, folder: TokenizerFolder) -> int:
+    match segment:
+        case None:
+            return folder.num_image_tokens
+        case int():
+            return folder.num_audio_slots(segment)
+    return len(folder.text.encode(segment))
+
+
+def spoken_voice(key: str | None, metadata: dict[str, Any]) -> str:
+    """The voice as the `speak` template renders it: "" for one document in `VOICE_DROP`, by its key if it has one."""
+    if key is not None and zlib.crc32(key.encode()) % VOICE_DROP == 0:
+        return ""
+    speaker = metadata.get("speaker")
+    return "" if speaker is None else str(speaker)
+
+
+def encode_audio(audio: AudioInput, folder: TokenizerFolder, name: str = "audio") -> np.ndarray:
+    """Codes int64 `[K, F]` of a sound, with the folder's K codebooks; codes pass through.
+
+    Raises:
+        ValueError: The sound can't be read, or the folder has no audio tokenizer.
+    """
+    if isinstance(audio, torch.Tensor | np.ndarray) and not _is_float(audio):
+        codes_KF = np.asarray(audio)
+    else:
+        tokenizer = folder.require_audio()
+        source: Any = str(audio) if isinstance(audio, PathLike) else audio
+        wave_CT, rate = load_audio(source, tokenizer.sample_rate, name=None if isinstance(source, str) else name)
+        codes_KF = tokenizer.encode(wave_CT, rate).numpy()
+    if codes_KF.ndim != 2 or codes_KF.shape[0] < folder.num_codebooks:
+        raise ValueError(
+            f"{name}: codes have shape {codes_KF.shape}; the tokenizer needs {folder.num_codebooks} codebooks x frames"
+        )
+    return codes_KF[: folder.num_codebooks].astype(np.int64)
+
+
+def _is_float(array: torch.Tensor | np.ndarray) -> bool:
+    return array.dtype.kind == "f" if isinstance(array, np.ndarray) else array.is_floating_point()
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """The values of a template's fields."""
+
+    sample: Sample
+    task: str
+    folder: TokenizerFolder
+    transform: Transform
+    drops_voice: bool = True
+
+    def render(self, writer: DocumentWriter, template: str, is_target: bool) -> None:
+        for literal, name in parse_template(template):
+            if literal:
+                writer.ids(literal_ids(self.folder.text, literal), is_target)
+            if name is not None:
+                self._field(writer, name, is_target)
+
+    def _field(self, writer: DocumentWriter, name: str, is_target: bool) -> None:
+        sample, folder = self.sample, self.folder
+        match name:
+            case "text":
+                writer.ids(folder.text.encode(self._need(sample.text, "text")), is_target)
+            case "image":
+                self._image(writer, self._need(sample.image, "image"), sample.features_SC, sample.key)
+            case "audio":
+                spoken = folder.text.encode(sample.text) if sample.text else ()
+                writer.clip(self._codes(), spoken)
+            case "units":
+                writer.units(self._codes(), is_target)
+            case "voice":
+                metadata = sample.metadata
+                key = sample.key if self.drops_voice else None
+                writer.ids(folder.text.encode(spoken_voice(key, metadata)), is_target)
+            case "segments":
+                self._segments(writer, is_target)
+            case _:
+                value = self._need(sample.metadata.get(name), name)
+                writer.ids(folder.text.encode(str(value)), is_target)
+
+    def _segments(self, writer: DocumentWriter, is_target: bool) -> None:
+        for number in range(len(self.sample.segments)):
+            self._segment(writer, number, is_target)
+
+    def _segment(self, writer: DocumentWriter, number: int, is_target: bool) -> None:
+        segment = self.sample.segments[number]
+        if segment.image is not None:
+            self._image(writer, segment.image, segment.features_SC, f"{self.sample.key} segment {number}")
+        elif segment.audio is not None:
+            writer.clip(encode_audio(segment.audio, self.folder, f"{self.sample.key} segment {number}"))
+        else:
+            writer.ids(self.folder.text.encode(segment.text or ""), is_target)
+
+    def _image(self, writer: DocumentWriter, image: ImageInput, features_SC: np.ndarray | None, name: str) -> None:
+        pixels_3HW = self.transform(image, name) if features_SC is None else NO_PIXELS
+        writer.image(pixels_3HW, features_SC)
+
+    def conversation(self, writer: DocumentWriter, template: Mapping[str, str] | None = None) -> None:
+        """All turns of a conversation; what the assistant says, and the end of it, is to be predicted."""
+        roles = [segment.role for segment in self.sample.segments]
+        answers = False
+        for literal, number in chat_pieces(roles, self.folder, template):
+            if number < 0:
+                writer.ids(literal_ids(self.folder.text, literal), answers)
+                answers = False  # of what follows an answer only its end is said by the assistant
+                continue
+            answers = roles[number] == "assistant"
+            self._segment(writer, number, answers)
+
+    def _codes(self) -> np.ndarray:
+        source = self.sample.codes_KF if self.sample.codes_KF is not None else self.sample.audio
+        return encode_audio(self._need(source, "audio"), self.folder, self.sample.key)
+
+    def _need(self, value: Any, name: str) -> Any:
+        if value is None:
+            raise ValueError(f"{self.sample.key}: the task {self.task!r} needs {name!r}, which is missing")
+        return value
+
+
+def num_parts(num_tokens: int, sequence_length: int) -> int:
+    """Pieces into which a long text is split: each begins with the last token of the one before it."""
+    return max(1, math.ceil((num_tokens - 1) / (sequence_length - 1)))
+
+
+def part_bounds(num_tokens: int, sequence_length: int, part: int) -> tuple[int, int]:
+    """Tokens `[start, stop)` of a piece; every token but a document's first is a target in exactly one piece."""
+    start = part * (sequence_length - 1)
+    return start, min(start + sequence_length, num_tokens)

@@ -1,0 +1,269 @@
+"""What becomes of rows: samples, each a key and its files. Sounds are encoded by the codec, pictures by a tower.
+
+Shapes: C channels, T samples, N pictures, P features a picture, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from PIL import Image
+
+from mmllm.data.rows.rows import Row, is_of_machine
+from mmllm.data.samples.codes import pack_codes
+from mmllm.data.samples.decode import decode_image
+from mmllm.data.samples.features import COLUMN, ImageEncoder, features_ending, pack_features
+from mmllm.data.shards.perturb import perturb
+from mmllm_tokenizers.audio import load_audio
+from mmllm_tokenizers.folder import TokenizerFolder
+
+PICTURES = 32
+"""Pictures that are encoded together."""
+_KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_MAX_KEY = 80
+
+
+@dataclass(frozen=True)
+class ShardsConfig:
+    """How rows become shards."""
+
+    samples_per_shard: int = 10_000
+    bytes_per_shard: int = 1_000_000_000
+    max_image_side: int = 1024
+    """Larger pictures are scaled down to this."""
+    max_seconds: float = 60.0
+    """Longer sounds are skipped, counted and named."""
+    perturb: int = 0
+    """Altered copies of each sound, marked `"perturbed": true`."""
+    seed: int = 0
+    max_bad_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.samples_per_shard < 1 or self.bytes_per_shard < 1 or self.max_image_side < 1:
+            raise ValueError("samples_per_shard, bytes_per_shard and max_image_side must be at least 1")
+        if self.perturb < 0 or self.max_seconds <= 0 or not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(
+                f"perturb is {self.perturb}, max_seconds {self.max_seconds}, max_bad_fraction "
+                f"{self.max_bad_fraction}; they must be >= 0, > 0 and within 0–1"
+            )
+
+
+@dataclass(frozen=True)
+class KeyedRow:
+    """A row, and the keys of what it becomes: one, or of a sound one for each of its copies."""
+
+    row: Row
+    keys: tuple[str, ...]
+
+
+def keyed_rows(rows: Iterable[Row], config: ShardsConfig) -> list[KeyedRow]:
+    """Rows with keys that are safe and unlike, given before any row is read, so that processes may share the rows."""
+    found: list[KeyedRow] = []
+    taken: set[str] = set()
+    for row in rows:
+        keys = []
+        for copy in range(config.perturb + 1 if row.kind == "audio" else 1):
+            key = base = safe_key(_name(row, copy))
+            count = 0
+            while key in taken:
+                count += 1
+                key = f"{base}-{count}"
+            taken.add(key)
+            keys.append(key)
+        found.append(KeyedRow(row, tuple(keys)))
+    return found
+
+
+def _name(row: Row, copy: int) -> str:
+    return f"{row.id}#{copy}" if copy else row.id
+
+
+@dataclass
+class _Sound:
+    wave_CT: np.ndarray
+    rate: int
+    ending: str
+    """Its codes go to this ending."""
+
+
+@dataclass
+class _Sample:
+    row: Row
+    name: str
+    files: dict[str, bytes]
+    metadata: dict[str, Any]
+    sounds: list[_Sound] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SampleFiles:
+    """A sample as a tar holds it."""
+
+    key: str
+    files: dict[str, bytes]
+    """By ending."""
+
+
+def sample_files(
+    rows: Sequence[KeyedRow], config: ShardsConfig, folder: TokenizerFolder | None, encoder: ImageEncoder | None
+) -> tuple[list[SampleFiles], list[tuple[str, str]]]:
+    """What rows become, and of those that can't be read where they are and the reason.
+
+    Args:
+        rows: The rows, all read before any is encoded.
+        config: How.
+        folder: With an audio tokenizer, each sound's codes are among the files.
+        encoder: With it, each picture's features are.
+    """
+    samples: list[_Sample] = []
+    keys: list[str] = []
+    errors: list[tuple[str, str]] = []
+    for keyed in rows:
+        try:
+            samples.extend(_read(keyed.row, config))
+            keys.extend(keyed.keys)
+        except (ValueError, OSError, RuntimeError) as error:  # a decoder may raise what it likes
+            if is_of_machine(error):
+                raise
+            errors.append((keyed.row.where, str(error)))
+    _add_codes(samples, folder)
+    if encoder is not None:
+        _add_features(samples, encoder)
+    return [_with_header(key, sample) for key, sample in zip(keys, samples, strict=True)], errors
+
+
+def _with_header(key: str, sample: _Sample) -> SampleFiles:
+    header = json.dumps({"id": sample.name, **sample.metadata}, ensure_ascii=False, sort_keys=True)
+    return SampleFiles(key, {**sample.files, "json": header.encode()})
+
+
+def safe_key(name: str) -> str:
+    """An id as a tar key: ASCII letters, digits, `_` and `-` alone, at most 80 of them."""
+    key = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_") or "row"
+    if len(key) > _MAX_KEY or key != name:
+        key = f"{key[: _MAX_KEY - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return key
+
+
+def _read(row: Row, config: ShardsConfig) -> list[_Sample]:
+    metadata = row.metadata
+    match row.kind:
+        case "text":
+            return [_Sample(row, row.id, {"txt": row.text.encode()}, metadata)]
+        case "caption":
+            assert row.image is not None
+            ending, data, (width, height) = _picture(row.image, config)
+            files = {ending: data, "txt": row.text.encode()}
+            return [_Sample(row, row.id, files, {**metadata, "width": width, "height": height})]
+        case "audio":
+            return _audio_samples(row, metadata, config)
+    return [_interleaved_sample(row, metadata, config)]
+
+
+def _picture(path: Path, config: ShardsConfig) -> tuple[str, bytes, tuple[int, int]]:
+    """Ending, bytes, size. Stored as they are where any reader sees the same 8-bit RGB picture in them."""
+    data = path.read_bytes()
+    picture = decode_image(data, str(path))
+    fits = max(picture.size) <= config.max_image_side
+    with Image.open(io.BytesIO(data)) as original:
+        form = original.format or ""
+        is_rgb = original.mode == "RGB" and "transparency" not in original.info
+        plain = is_rgb and not getattr(original, "is_animated", False) and not original.getexif()
+    if form in _KEPT and plain and fits:
+        return _KEPT[form], data, picture.size
+    if not fits:
+        picture.thumbnail((config.max_image_side, config.max_image_side), Image.Resampling.BICUBIC)
+    stream = io.BytesIO()
+    if form == "JPEG":
+        picture.save(stream, "JPEG", quality=95)
+        return "jpg", stream.getvalue(), picture.size
+    picture.save(stream, "PNG")
+    return "png", stream.getvalue(), picture.size
+
+
+def _wave(path: Path, config: ShardsConfig) -> tuple[np.ndarray, int]:
+    with path.open("rb"):  # says what keeps it from being opened, which the library for sounds doesn't
+        wave_CT, rate = load_audio(path, max_seconds=config.max_seconds)
+    return wave_CT.numpy(), rate
+
+
+def _flac(wave_CT: np.ndarray, rate: int, name: str) -> bytes:
+    stream = io.BytesIO()
+    try:
+        soundfile.write(stream, wave_CT.T, rate, format="FLAC", subtype="PCM_16")
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{name}: {len(wave_CT)} channels at {rate} Hz can't be stored as FLAC: {error}") from error
+    return stream.getvalue()
+
+
+def _audio_samples(row: Row, metadata: dict[str, Any], config: ShardsConfig) -> list[_Sample]:
+    assert row.audio is not None
+    wave_CT, rate = _wave(row.audio, config)
+    samples = []
+    for copy in range(config.perturb + 1):
+        name = _name(row, copy)
+        changed_CT = perturb(wave_CT.mean(0), config.seed, name)[None] if copy else wave_CT
+        facts = {"sample_rate": rate, "duration": round(changed_CT.shape[-1] / rate, 6)}
+        if copy:
+            facts["perturbed"] = True
+        files = {"flac": _flac(changed_CT, rate, str(row.audio)), "txt": row.text.encode()}
+        sound = _Sound(changed_CT, rate, "codec.npz")
+        samples.append(_Sample(row, name, files, {**metadata, **facts}, [sound]))
+    return samples
+
+
+def _interleaved_sample(row: Row, metadata: dict[str, Any], config: ShardsConfig) -> _Sample:
+    files: dict[str, bytes] = {}
+    sounds, segments = [], []
+    for segment in row.segments:
+        number = len(files)
+        role = {"role": segment["role"]} if "role" in segment else {}
+        if "image" in segment:
+            ending, data, _ = _picture(segment["image"], config)
+            files[f"{number}.{ending}"] = data
+            segments.append({"image": f"{number}.{ending}", **role})
+        elif "audio" in segment:
+            wave_CT, rate = _wave(segment["audio"], config)
+            files[f"{number}.flac"] = _flac(wave_CT, rate, str(segment["audio"]))
+            sounds.append(_Sound(wave_CT, rate, f"{number}.codec.npz"))
+            segments.append({"audio": f"{number}.flac", **role})
+        else:
+            segments.append(segment)
+    return _Sample(row, row.id, files, {**metadata, "segments": segments}, sounds)
+
+
+def _add_codes(samples: Sequence[_Sample], folder: TokenizerFolder | None) -> None:
+    """Encodes all sounds of the samples together (the tokenizer batches them by length), and adds them as files."""
+    if folder is None or folder.audio is None:
+        return
+    tokenizer = folder.audio
+    pairs = [(sample, sound) for sample in samples for sound in sample.sounds]
+    if not pairs:
+        return
+    waves = []
+    for _, sound in pairs:
+        waves.append(tokenizer.prepare(torch.from_numpy(np.ascontiguousarray(sound.wave_CT)), sound.rate))
+    for (sample, sound), codes_KF in zip(pairs, tokenizer.encode_batch(waves), strict=True):
+        sample.files[sound.ending] = pack_codes(codes_KF.numpy(), tokenizer.hash, tokenizer.frame_rate)
+
+
+def _add_features(samples: Sequence[_Sample], encoder: ImageEncoder) -> None:
+    """Encodes all pictures of the samples, as they are stored, and adds their features as files."""
+    endings = tuple(_KEPT.values())
+    pictures = [(sample, ending) for sample in samples for ending in sample.files if ending.endswith(endings)]
+    for start in range(0, len(pictures), PICTURES):
+        batch = pictures[start : start + PICTURES]
+        pixels_N3HW = np.stack([encoder.transform(sample.files[ending], sample.row.where) for sample, ending in batch])
+        for (sample, ending), features_PC in zip(batch, encoder.encode(pixels_N3HW), strict=True):
+            sample.files[features_ending(ending)] = pack_features(features_PC, encoder.hash, sample.row.where)
+            sample.metadata[COLUMN] = encoder.hash

@@ -1,0 +1,428 @@
+"""Manifest rows to WebDataset tars, reproducible to the byte, with a summary of what became of each row.
+
+Rows are cut into groups before any is read; a group is written by one process, to a folder of its own, and becomes one
+shard (several, if it outgrows `bytes_per_shard`). So the shards are the same in however many processes, tasks and
+machines they were made. They get their names when all are whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import psutil
+from webdataset.writer import ShardWriter
+
+from mmllm.data.executors.parallel import in_order
+from mmllm.data.executors.stages import Executor, Progress, Stage
+from mmllm.data.rows.rows import KINDS, BadRows, Kind, Row, row_files
+from mmllm.data.samples.features import ImageEncoder
+from mmllm.data.shards.encode import PICTURES, KeyedRow, SampleFiles, ShardsConfig, keyed_rows, sample_files
+from mmllm.data.shards.find import JOURNAL, SUMMARY
+from mmllm_tokenizers.folder import TokenizerFolder
+
+STAGING = ".building"
+"""Folder of the groups of a build that goes on."""
+FORMAT_VERSION = 1
+
+_CHUNK = 128
+_GROUP, _UNFINISHED, _OF_PROCESS = "group.json", "unfinished-", "of-"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of one kind that go to shards of their own."""
+
+    name: str
+    """Of its folder while it is written."""
+    kind: Kind
+    rows: tuple[KeyedRow, ...]
+
+
+def group_rows(rows: Iterable[Row], config: ShardsConfig) -> list[Group]:
+    """Groups of `samples_per_shard`, by kind, in the rows' order."""
+    by_kind: dict[Kind, list[KeyedRow]] = {kind: [] for kind in KINDS}
+    for keyed in keyed_rows(rows, config):
+        by_kind[keyed.row.kind].append(keyed)
+    groups = []
+    for kind, found in by_kind.items():
+        copies = config.perturb + 1 if kind == "audio" else 1
+        size = max(1, config.samples_per_shard // copies)
+        for number, start in enumerate(range(0, len(found), size)):
+            groups.append(Group(f"{kind}-{number:06d}", kind, tuple(found[start : start + size])))
+    return groups
+
+
+def write_shards(
+    rows: Iterable[Row],
+    out: str | Path,
+    config: ShardsConfig,
+    folder: TokenizerFolder | None = None,
+    bad: BadRows | None = None,
+    progress: Progress | None = None,
+    executor: Executor | None = None,
+    left_out: dict[str, int] | None = None,
+    encoder: ImageEncoder | None = None,
+) -> dict[str, Any]:
+    """Writes `out/<kind>-000000.tar`, … and `out/shards.json`, and returns what that file holds.
+
+    Args:
+        rows: Checked rows; kinds may be mixed, each goes to its own shards.
+        out: The folder; made if need be. Shards of an earlier build there are replaced when this one is whole.
+        config: How.
+        folder: With an audio tokenizer, each sound's codes are stored beside it.
+        bad: Takes the rows whose files can't be read; by default a fresh one with the config's bound.
+        progress: Called with the numbers of rows done so far and in all.
+        executor: Where groups are written; by default in this process. The shards are the same.
+        left_out: What cleaning left out, for the summary.
+        encoder: With it, each picture's features are stored beside it.
+
+    Raises:
+        ManifestError: Too many rows are bad, or all.
+        UnfinishedError: Tasks elsewhere aren't done yet.
+        TaskError: One failed.
+        OSError: The folder can't be written, or a shard that no build wrote is in the way.
+    """
+    executor = executor if executor is not None else Executor()
+    bad = bad if bad is not None else BadRows(config.max_bad_fraction)
+    rows, num_known_bad, out = list(rows), len(bad.reasons), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    groups = group_rows(rows, config)
+    counts = Counter(group.kind for group in groups)
+    _refuse_others(out, [f"{kind}-{number:06d}.tar" for kind, count in counts.items() for number in range(count)])
+    with _staging(out, executor) as staging:
+        write = _WriteGroups(str(staging.absolute()), config, folder, encoder)
+        if executor.is_here:
+            written = list(write.each(groups, executor.workers, progress))
+        else:
+            written = _written_elsewhere(write, groups, executor, progress)
+        for where, reason in (wrong for group in written for wrong in group["bad"]):
+            bad.add(where, reason)
+        bad.check(len(rows) + num_known_bad, (rows[-1].where.rpartition(":")[0] if rows else "") or str(out))
+        paths, shards = _named(staging, groups, written)
+        summary = {
+            "format_version": FORMAT_VERSION,
+            "num_rows": len(rows) + num_known_bad,
+            "num_samples": sum(shard["num_samples"] for shard in shards.values()),
+            "num_bad": len(bad.reasons),
+            "bad": bad.reasons,
+            **({"left_out": left_out} if left_out is not None else {}),
+            "perturb": config.perturb,
+            "seed": config.seed,
+            "tokenizer": folder.hash if folder is not None and folder.audio is not None else None,
+            **({"image_features": encoder.hash} if encoder is not None else {}),
+            "shards": shards,
+        }
+        _publish(paths, out, summary)
+    return summary
+
+
+@contextmanager
+def _staging(out: Path, executor: Executor) -> Iterator[Path]:
+    """Where groups are written: for this process a folder that goes with it, elsewhere one that stays."""
+    folder = out / STAGING
+    if folder.is_symlink():  # shards are moved out of it, which other file systems don't do
+        folder.unlink()
+    folder.mkdir(exist_ok=True)
+    if executor.is_here:
+        _clear(folder, _OF_PROCESS)
+        own = Path(tempfile.mkdtemp(prefix=f"{_OF_PROCESS}{socket.gethostname()}-{os.getpid()}-", dir=folder))
+        try:
+            yield own
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+            with suppress(OSError):  # another build's work may be there
+                folder.rmdir()
+    else:
+        yield folder
+        _clear(folder)  # also of what was given up
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _clear(folder: Path, prefix: str = "") -> None:
+    """Removes what begins so, but for the folders of processes that may live."""
+    for path in folder.iterdir():
+        if path.name.startswith(prefix):
+            host, _, process = path.name.removeprefix(_OF_PROCESS).rpartition("-")[0].rpartition("-")
+            is_dead = host == socket.gethostname() and process.isdigit() and not psutil.pid_exists(int(process))
+            if is_dead or not path.name.startswith(_OF_PROCESS):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _written_elsewhere(
+    write: _WriteGroups, groups: Sequence[Group], executor: Executor, progress: Progress | None
+) -> list[dict[str, Any]]:
+    stage = Stage("write", executor, write.settings)
+    keys = [stage.key(group, [path for keyed in group.rows for path in row_files(keyed.row)]) for group in groups]
+    return stage.run(write, groups, keys, [len(group.rows) for group in groups], progress, write.is_written)
+
+
+def _named(
+    staging: Path, groups: Sequence[Group], written: Sequence[dict[str, Any]]
+) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
+    """By each shard's name where it lies before it is published, and what the summary says of it."""
+    paths: dict[str, Path] = {}
+    shards: dict[str, dict[str, Any]] = {}
+    counts: Counter[str] = Counter()
+    for group, found in zip(groups, written, strict=True):
+        for shard in found["shards"]:
+            name = f"{group.kind}-{counts[group.kind]:06d}.tar"
+            counts[group.kind] += 1
+            paths[name] = staging / found["folder"] / shard["file"]
+            shards[name] = {"kind": group.kind, **{key: shard[key] for key in ("num_samples", "bytes", "sha256")}}
+    return paths, dict(sorted(shards.items()))
+
+
+class _WriteGroups:
+    """Writes groups to their folders in the staging folder. It is pickled and run in other processes."""
+
+    def __init__(
+        self, staging: str, config: ShardsConfig, folder: TokenizerFolder | None, encoder: ImageEncoder | None
+    ) -> None:
+        self._staging, self._config, self._folder, self._encoder = staging, config, folder, encoder
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the shards depend on besides the rows."""
+        config = dataclasses.replace(self._config, max_bad_fraction=0.0)
+        return {
+            "staging": self._staging,
+            "config": dataclasses.asdict(config),
+            "tokenizer": self._folder and self._folder.hash,
+            "image_features": self._encoder and self._encoder.hash,
+        }
+
+    def is_written(self, key: str) -> bool:
+        """Whether the group of this name is whole."""
+        return _is_whole(Path(self._staging, key))
+
+    def __call__(self, group: Group, key: str) -> dict[str, Any]:
+        """As a task does it."""
+        return next(self.each([group], keys=[key]))
+
+    def each(
+        self,
+        groups: Sequence[Group],
+        workers: int = 0,
+        progress: Progress | None = None,
+        keys: Sequence[str] | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """Of each group its `folder`, `shards` (file, samples, bytes, digest) and `bad` rows, when it is written.
+
+        The folder is named by the group's key, by default its name. It gets that name when it is whole; where it is
+        there already, by the same task run twice, that one stands.
+        """
+        size = _CHUNK if self._encoder is None else PICTURES  # features are large, and towers slow
+        chunks = [group.rows[start : start + size] for group in groups for start in range(0, len(group.rows), size)]
+        read = partial(sample_files, config=self._config, folder=self._folder, encoder=self._encoder)
+        results = in_order(read, chunks, workers)
+        num_done, num_all = 0, sum(len(group.rows) for group in groups)
+        for group, key in zip(groups, keys or [group.name for group in groups], strict=True):
+            left, bad = len(group.rows), []
+            with _GroupWriter(Path(self._staging), key, self._config) as writer:
+                while left:
+                    chunk, (samples, errors) = next(results)
+                    bad += errors
+                    for sample in samples:
+                        writer.write(sample)
+                    left -= len(chunk)
+                    num_done += len(chunk)
+                    if progress:
+                        progress(num_done, num_all)
+            yield writer.finished(bad)
+
+
+class _GroupWriter:
+    """`ShardWriter` in a folder that gets its name in the end."""
+
+    def __init__(self, staging: Path, key: str, config: ShardsConfig) -> None:
+        self._staging, self._key, self._config = staging, key, config
+        self._writer: ShardWriter | None = None
+        self._files: list[_ShardFile] = []
+        self._counts: list[int] = []
+
+    def __enter__(self) -> _GroupWriter:
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{self._key}-", dir=self._staging))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            for file in self._files:
+                file.drop()
+        if self._writer is not None:
+            self._writer.close()  # writes the tar's end
+            self._files[-1].close()
+        if kind is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def write(self, sample: SampleFiles) -> None:
+        if self._writer is None:
+            self._writer = ShardWriter(
+                "%06d.tar", maxcount=self._config.samples_per_shard, maxsize=self._config.bytes_per_shard,
+                verbose=0, opener=self._open, mtime=0, encoder=False,
+            )  # fmt: skip
+        self._writer.write({"__key__": sample.key, **sample.files})
+        self._counts[-1] += 1
+
+    def _open(self, name: str) -> _ShardFile:
+        if self._files:
+            self._files[-1].close()
+        self._files.append(_ShardFile(self._folder / name))
+        self._counts.append(0)
+        return self._files[-1]
+
+    def finished(self, bad: Sequence[tuple[str, str]]) -> dict[str, Any]:
+        """Gives the folder its name, and what `_WriteGroups.each` says of it."""
+        shards = [
+            {"file": file.path.name, "num_samples": count, "bytes": file.num_bytes, "sha256": file.digest}
+            for file, count in zip(self._files, self._counts, strict=True)
+        ]
+        told = {"folder": self._key, "shards": shards, "bad": list(bad)}
+        with _open_new(self._folder / _GROUP) as stream:
+            stream.write(json.dumps(told).encode())
+        whole = self._staging / self._key
+        if whole.exists() and not _is_whole(whole):  # its shards were moved by a build that was stopped
+            shutil.rmtree(whole)
+        try:
+            self._folder.rename(whole)
+        except OSError:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            if not _is_whole(whole):
+                raise
+            told = json.loads((whole / _GROUP).read_bytes())
+        return told
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a group's folder holds all that it should."""
+    try:
+        shards = json.loads((folder / _GROUP).read_bytes())["shards"]
+        return all((folder / shard["file"]).stat().st_size == shard["bytes"] for shard in shards)
+    except FileNotFoundError:
+        return False
+
+
+class _ShardFile:
+    """What a tar is written to. Once it is dropped it swallows what the tar's own end still writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.num_bytes = path, 0
+        self._stream: BinaryIO | None = _open_new(path)
+        self._digest = hashlib.sha256()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what was written."""
+        return self._digest.hexdigest()
+
+    def write(self, data: bytes) -> int:
+        if self._stream is not None:
+            self._stream.write(data)
+            self._digest.update(data)
+            self.num_bytes += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        if self._stream is not None:
+            self._stream.flush()
+
+    def close(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
+
+    def drop(self) -> None:
+        with suppress(OSError):
+            self.close()
+
+
+def _open_new(path: Path) -> BinaryIO:
+    return path.open("wb")
+
+
+def _publish(paths: dict[str, Path], out: Path, summary: dict[str, Any]) -> None:
+    """Moves the shards to their names and writes the summary.
+
+    What needs room on the disk comes first. While shards move, the journal tells which to remove if this never ends.
+    """
+    partial_summary, partial_journal = out / f"{SUMMARY}.partial", out / f"{JOURNAL}.partial"
+    with _locked(out):
+        earlier = _earlier(out)
+        _refuse_others(out, paths)
+        moved: list[str] = []
+        text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+        try:
+            with _open_new(partial_summary) as stream:
+                stream.write(text.encode("utf-8", "backslashreplace"))  # names of files may be no UTF-8
+            with _open_new(partial_journal) as stream:
+                stream.write("".join(f"{name}\n" for name in {**dict.fromkeys(earlier), **paths}).encode())
+            partial_journal.replace(out / JOURNAL)
+            _remove(out, earlier)
+            for name, path in paths.items():
+                path.replace(out / name)
+                moved.append(name)
+            partial_summary.replace(out / SUMMARY)
+            (out / JOURNAL).unlink()
+        except BaseException:
+            if (out / JOURNAL).is_file():
+                for name in moved:
+                    (out / name).replace(paths[name])
+                _remove(out, earlier)
+                (out / JOURNAL).unlink()
+            raise
+        finally:
+            partial_summary.unlink(missing_ok=True)
+            partial_journal.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps builds of this machine from publishing into a folder at once."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _refuse_others(out: Path, names: Iterable[str]) -> None:
+    """Raises FileExistsError where a shard that no build wrote has one of these names."""
+    earlier = set(_earlier(out))
+    for name in names:
+        if (out / name).exists() and name not in earlier:
+            raise FileExistsError(f"{out / name}: no build wrote this shard; move it, or choose another folder")
+
+
+def _earlier(out: Path) -> list[str]:
+    """The shards of an earlier build, ended or not."""
+    names: list[str] = []
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        names += json.loads((out / SUMMARY).read_text(encoding="utf-8"))["shards"]
+    with suppress(OSError, ValueError):
+        names += (out / JOURNAL).read_text(encoding="utf-8").splitlines()
+    return [name for name in names if re.fullmatch(r"(caption|interleaved|text|audio)-\d{6,}\.tar", str(name))]
+
+
+def _remove(out: Path, names: Iterable[str]) -> None:
+    """Removes shards, their indices and the summary; nothing else."""
+    for name in names:
+        for ending in ("", ".index", ".index.npz"):
+            (out / f"{name}{ending}").unlink(missing_ok=True)
+    (out / SUMMARY).unlink(missing_ok=True)
