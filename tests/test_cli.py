@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from mmllm.arguments import TASKS
-from mmllm.cli import main
+from mmllm.cli.evaluation import TASKS
+from mmllm.cli.main import main
 from mmllm.paths import config_path, copy_config, list_configs
 from mmllm.training.lightning_cli import one_line
 
@@ -158,7 +158,10 @@ def test_a_failed_fit_leaves_the_process_as_it_was(
 
 
 def test_help_needs_nothing_heavy() -> None:
-    code = "import sys, mmllm.cli; mmllm.cli.main(['--help']); print(sorted({'torch', 'lightning'} & set(sys.modules)))"
+    code = (
+        "import sys; from mmllm.cli.main import main; main(['--help']); "
+        "print(sorted({'torch', 'lightning'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 

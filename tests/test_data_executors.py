@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from mmllm.cli import main
+from mmllm.cli.main import main
 from mmllm.data import commands
 from mmllm.data.executors.stages import Executor, Stage, TaskError, UnfinishedError, parse_options
 from mmllm.data.rows.cleaning import CleaningConfig, measure_rows

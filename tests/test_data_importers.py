@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmllm import arguments
+from mmllm.cli.data import DATA_FORMS
 from mmllm.data import commands
 from mmllm.data.rows import read as records
 from mmllm.data.rows.importers import FORMS, read_rows, told_form
@@ -46,7 +46,7 @@ def built(source: Path, out: Path, **options) -> dict:
 
 
 def test_the_command_line_knows_every_form():
-    assert tuple(FORMS) == arguments.DATA_FORMS
+    assert tuple(FORMS) == DATA_FORMS
 
 
 def test_csv(tmp_path):

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from mmllm.batch import IGNORE, PackedBatch
-from mmllm.cli import main
+from mmllm.cli.main import main
 from mmllm.data import commands
 from mmllm.data.index.index import index_path, sidecar_path
 from mmllm.data.loading import loader as loader_module

@@ -15,7 +15,7 @@ import yaml
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from mmllm.batch import PackedBatch
-from mmllm.cli import main
+from mmllm.cli.main import main
 from mmllm.data import commands
 from mmllm.data.loading.datamodules import PackedDataModule
 from mmllm.data.samples.decode import ImageTransform

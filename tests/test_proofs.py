@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmllm.cli import main
+from mmllm.cli.main import main
 
 SKIN_TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")
 MINUTES = 10

@@ -16,7 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
-from mmllm.cli import main
+from mmllm.cli.main import main
 from mmllm.data.rows.rows import read_manifest
 from mmllm.quickstart import run
 from mmllm.quickstart.budget import (
@@ -156,7 +156,7 @@ def test_a_quickstart_by_minutes_trains_as_two_ranks(tmp_path, monkeypatch):
 
 
 def test_the_process_that_waits_for_trainings_imports_no_torch():
-    check = "import sys, mmllm.cli, mmllm.quickstart.run; sys.exit('torch' in sys.modules)"
+    check = "import sys, mmllm.cli.main, mmllm.quickstart.run; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
@@ -267,7 +267,7 @@ def test_the_demo_trains_for_fixed_steps():
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
-from mmllm.cli import main
+from mmllm.cli.main import main
 from mmllm.quickstart import run
 from mmllm.training.decoder_module import DecoderModule
 

@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from mmllm.cli import main
+from mmllm.cli.main import main
 from mmllm.data import commands
 from mmllm.data.loading.datamodules import PackedDataModule
 from mmllm.model.decoder import DecoderConfig

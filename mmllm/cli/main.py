@@ -13,10 +13,16 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from mmllm.arguments import add_commands
+from mmllm.cli.configs import add_configs
+from mmllm.cli.data import add_data
+from mmllm.cli.evaluation import add_evaluation
+from mmllm.cli.inference import add_inference
+from mmllm.cli.interop import add_interop
+from mmllm.cli.quickstart import add_quickstart
+from mmllm.cli.tokenizer import add_tokenizer
 
 LIGHTNING = {
     "fit": "train a codec, a CLIP tower or a decoder: -c FILE",
@@ -109,7 +115,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
     for name, help_text in LIGHTNING.items():
         commands.add_parser(name, help=help_text, allow_abbrev=False)
-    add_commands(commands)
+    add_data(commands)
+    add_tokenizer(commands)
+    add_inference(commands)
+    add_evaluation(commands)
+    add_interop(commands)
+    add_configs(commands)
+    add_quickstart(commands, run_command=main)
     return parser
 
 
@@ -191,11 +203,7 @@ def _restored_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run_process(function: Callable[[], int] = main) -> NoReturn:
+def run_process() -> NoReturn:
     """The process's entry point: logs to stderr, exit code from `main`."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    sys.exit(function())
-
-
-if __name__ == "__main__":
-    run_process()
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""What the files of options share: how a command is added to the parser, and JSON to print.
+
+Nothing heavy is imported before a command runs, so that `mmllm --help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+Run = Callable[[argparse.Namespace], Iterable[str]]
+"""Runs a command and gives the lines to print."""
+
+
+def add_group(commands: Any, name: str, help_text: str) -> Any:
+    """Adds a command that has commands of its own and gives their subparsers."""
+    parser = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
+    return parser.add_subparsers(metavar="ACTION", dest="action", required=True, parser_class=type(parser))
+
+
+def add_command(commands: Any, name: str, help_text: str, run: Run) -> argparse.ArgumentParser:
+    """Adds a command to subparsers and gives its parser, for its options."""
+    parser = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
+    parser.set_defaults(run=run, prog=parser.prog)
+    return parser
+
+
+def as_json(values: Any) -> list[str]:
+    """The lines to print for a result."""
+    return [json.dumps(values, indent=2, ensure_ascii=False, default=str)]

@@ -1,0 +1,32 @@
+"""`mmllm export` and `mmllm import`: checkpoints of transformers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from typing import Any
+
+from mmllm.cli.command import add_command
+
+
+def add_interop(commands: Any) -> None:
+    """Adds `mmllm export` and `mmllm import`."""
+    parser = add_command(commands, "export", "a model's decoder as a transformers checkpoint", _export)
+    parser.add_argument("--model", required=True, metavar="DIR", help="model folder")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the checkpoint goes")
+
+    parser = add_command(commands, "import", "a transformers checkpoint as a decoder to train from", _import)
+    parser.add_argument("source", help="folder of a Mixtral or Qwen3-MoE checkpoint")
+    parser.add_argument("--out", required=True, metavar="DIR", help="for DecoderModule's `init_from`")
+
+
+def _export(args: argparse.Namespace) -> Iterable[str]:
+    from mmllm.training import interop_commands
+
+    return [interop_commands.export(args.model, args.out)]
+
+
+def _import(args: argparse.Namespace) -> Iterable[str]:
+    from mmllm.training import interop_commands
+
+    return [interop_commands.import_decoder(args.source, args.out)]
