@@ -32,8 +32,9 @@ from PIL import Image
 
 from mmllm.data import commands
 from mmllm.data.executors.parallel import in_chunks
-from mmllm.data.index.index import RECORD, ShardIndex, load_index, save_index
-from mmllm.data.index.scan import TokenCounts, count_tokens, read_facts
+from mmllm.data.index.count import TokenCounts, count_tokens
+from mmllm.data.index.index import ShardIndex, load_index, save_index
+from mmllm.data.index.scan import Scan, scan_shard
 from mmllm.data.loading.loader import PackedLoader, StepDataset
 from mmllm.data.plan.best_fit import best_fit_decreasing, pack_window
 from mmllm.data.plan.plan import Plan, Source, open_plan
@@ -231,19 +232,27 @@ def measure_packing(work: Path, quick: bool) -> list[Row]:
     return rows
 
 
-def planned(draws: dict[str, Callable], shares: list[float], count: int) -> Plan:
-    """A plan over documents that exist only as records."""
-    sources, indices = [], []
+def planned(work: Path, draws: dict[str, Callable], shares: list[float], count: int) -> Plan:
+    """A plan over documents that exist only as indices."""
+    folder, sources, indices = tokenizer(work / "tok"), [], []
     for number, (name, draw) in enumerate(draws.items()):
         tokens = np.minimum(draw(np.random.default_rng(number), count), 2048)
-        records = np.zeros(count, dtype=RECORD)
-        records["tokens"], records["block"] = tokens, np.arange(count)
-        keys = [f"{name}-{key}" for key in range(count)]
-        indices.append(ShardIndex(Path(f"{name}.tar"), name, "caption", records, keys, {}))
+        indices.append(empty_index(work / f"{name}.tar", tokens, folder))
         sources.append({"name": name, "kind": "caption", "shards": "x", "weight": shares[number]})
     recipe = recipe_from_dict({"tokenizer": "x", "sequence_length": 2048, "sources": sources})
     opened = [Source(c, n, [i], recipe) for n, (c, i) in enumerate(zip(recipe.sources, indices, strict=True))]
     return Plan(recipe, opened, 8, "x")
+
+
+def empty_index(shard: Path, tokens: np.ndarray, folder: TokenizerFolder) -> ShardIndex:
+    """The index of a shard of captions that isn't there."""
+    count = len(tokens)
+    shard.touch()
+    found = Scan(str(shard), "caption", [f"{shard.stem}-{key}" for key in range(count)])
+    found.starts, found.spans, found.lines = [0] * count, [0] * count, [-1] * count
+    found.pictures, found.sounds, found.metadata = [[(64, 64)]] * count, [[]] * count, [{}] * count
+    save_index(shard, "0" * 64, found, TokenCounts({"caption": tokens}, np.full(count, np.nan)), folder)
+    return load_index(shard, folder.hash)
 
 
 def measure_planning(work: Path, quick: bool) -> list[Row]:
@@ -254,14 +263,14 @@ def measure_planning(work: Path, quick: bool) -> list[Row]:
     for name, draws, shares in (("mixed", several, [0.45, 0.45, 0.1]), ("captions", {"captions": captions}, [1.0])):
         rates = []
         for _ in range(3):
-            plan, done, began = planned(draws, shares, count), 0, time.perf_counter()
+            plan, done, began = planned(work, draws, shares, count), 0, time.perf_counter()
             for step in plan.steps():
                 done += sum(len(sequence) for sequence in step.sequences)
                 if done >= count:
                     break
             rates.append(done / (time.perf_counter() - began))
         rows.append(row("planning", name, statistics.median(rates), "documents/s"))
-    plan = planned(several, [0.45, 0.45, 0.1], count)
+    plan = planned(work, several, [0.45, 0.45, 0.1], count)
     tokens = np.zeros(3)
     for step in islice(plan.steps(), 125):
         for sequence in step.sequences:
@@ -356,9 +365,9 @@ def scan(shards: Sequence[Path], folder: TokenizerFolder) -> int:
     for shard in shards:
         with shard.open("rb") as stream:
             data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        facts = read_facts(data, str(shard), folder)
-        zeros = TokenCounts({"caption": np.zeros(len(facts), dtype=np.int64)}, np.full(len(facts), np.nan))
-        save_index(shard, "0" * 64, facts, zeros, folder.hash)
+        found = scan_shard(data, str(shard), folder)
+        ones = TokenCounts({"caption": np.ones(len(found), dtype=np.int64)}, np.full(len(found), np.nan))
+        save_index(shard, "0" * 64, found, ones, folder)
         done += load_index(shard, folder.hash).num_documents
     return done
 
@@ -390,11 +399,11 @@ def measure_index(work: Path, quick: bool) -> list[Row]:
         return sum(done for _, done in in_chunks(partial(scan, folder=folder), shards, 1, workers))
 
     def tokenise() -> int:
-        facts = read_facts(shards[0].read_bytes(), str(shards[0]), folder)
+        found = scan_shard(shards[0].read_bytes(), str(shards[0]), folder)
         began = time.perf_counter()
-        count_tokens(facts, folder)
+        count_tokens(found, folder)
         seconds.append(time.perf_counter() - began)
-        return len(facts)
+        return len(found)
 
     def by_tarfile() -> int:
         with tarfile.open(shards[0]) as tar:

@@ -15,20 +15,30 @@ import yaml
 from mmllm.batch import IGNORE, PackedBatch
 from mmllm.cli.main import main
 from mmllm.data import commands
-from mmllm.data.index.index import index_path, sidecar_path
+from mmllm.data.index import count
+from mmllm.data.index.index import index_path
 from mmllm.data.loading import loader as loader_module
 from mmllm.data.loading.augment import AugmentConfig
 from mmllm.data.loading.balance import FRAME_COST, IMAGE_COST
 from mmllm.data.loading.clip_and_codec import CaptionPairs
 from mmllm.data.loading.datamodules import AudioDataModule, ClipDataModule, PackedDataModule
 from mmllm.data.loading.loader import PackedLoader, StepDataset
+from mmllm.data.loading.reader import SampleReader
 from mmllm.data.plan.plan import open_plan
 from mmllm.data.plan.recipe import recipe_from_dict
 from mmllm.data.samples.decode import ImageTransform
-from mmllm.data.samples.documents import build_document
+from mmllm.data.samples.documents import Document, build_document
 from mmllm.data.shards.tar import scan_tar
 from mmllm_tokenizers.folder import TokenizerFolder
-from tests.data_fixtures import WORDS, make_folder, mixed_manifest, recipe_dict, write_manifest, write_picture
+from tests.data_fixtures import (
+    WORDS,
+    make_folder,
+    mixed_manifest,
+    recipe_dict,
+    write_manifest,
+    write_picture,
+    write_tar,
+)
 from tests.data_ranks import rows
 
 
@@ -64,7 +74,8 @@ def test_ranks_and_workers_change_nothing(made, world_size, num_workers):
     assert states == [batch.state for batch in loader_of(made, 6)]
 
 
-def test_pictures_of_a_document_stay_in_order_and_a_split_text_is_written_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("long_bytes", [8192, 10**9])
+def test_pictures_stay_in_order_and_of_a_split_text_no_part_is_written_twice(tmp_path, monkeypatch, long_bytes):
     rng = np.random.default_rng(0)
     folder = make_folder(tmp_path / "tok")
     for name in "abcd":
@@ -74,6 +85,7 @@ def test_pictures_of_a_document_stay_in_order_and_a_split_text_is_written_once(t
         {"id": "long", "text": " ".join(rng.choice(WORDS, 3000))},
     ]
     commands.build(write_manifest(tmp_path, documents), tmp_path / "s")
+    monkeypatch.setattr(count, "LONG_BYTES", long_bytes)
     commands.index(tmp_path / "s", tmp_path / "tok")
     sources = [{"name": kind, "kind": kind, "shards": f"{tmp_path}/s/{kind}*.tar"} for kind in ("interleaved", "text")]
     recipe = {"tokenizer": str(tmp_path / "tok"), "sequence_length": 256, "sources": sources}
@@ -86,7 +98,67 @@ def test_pictures_of_a_document_stay_in_order_and_a_split_text_is_written_once(t
     for start in range(0, len(batch.images_NCHW), 4):
         assert np.array_equal(batch.images_NCHW[start : start + 4].numpy(), wanted)
     num_texts = int((batch.source_BT == 1).any(dim=1).sum())
-    assert num_texts > 2 and sorted(built) == ["interleaved", "text"]
+    assert num_texts > 2 and sorted(built) == (["interleaved", "text"] if long_bytes > 10**6 else ["interleaved"])
+
+
+TEXTS = {
+    "words": lambda rng: " ".join(rng.choice(WORDS, 6000)),
+    "scripts": lambda rng: "".join(rng.choice(list("añ漢字🙂 \n\t'sé\u2028 "), 9000)),
+    "one word": lambda rng: "x" * 9000,
+    "spaces": lambda rng: " " * 9000 + "end",
+}
+
+
+@pytest.mark.parametrize("form", ["txt", "jsonl"])
+@pytest.mark.parametrize("made_of", list(TEXTS))
+def test_parts_of_long_texts_are_those_of_the_whole(tmp_path, monkeypatch, made_of, form):
+    folder = make_folder(tmp_path / "tok")
+    texts = ["short", TEXTS[made_of](np.random.default_rng(0)), "short too"]
+    if form == "txt":
+        files = {f"{number}.txt": text.encode() for number, text in enumerate(texts)}
+    else:
+        files = {"all.jsonl": "\n".join(json.dumps({"text": text}) for text in texts).encode()}
+    write_tar(tmp_path / "t.tar", files)
+    commands.index(tmp_path / "t.tar", tmp_path / "tok")
+    recipe = {"tokenizer": str(tmp_path / "tok"), "sequence_length": 100}
+    template = {"text": {"prompt": "<|text|> of old:", "target": "{text} so it ends<|end|>"}}
+    for source in ({}, {"templates": template}):
+        sources = [{"name": "t", "kind": "text", "shards": str(tmp_path / "t.tar"), **source}]
+        plan = open_plan(recipe_from_dict({**recipe, "sources": sources}), 1, folder)
+        dataset, read = StepDataset(plan, folder, ImageTransform(16)), SampleReader(plan, None)
+        items = [item for item in plan.sources[0].items(np.arange(plan.sources[0].num_items)) if item.part >= 0]
+        whole = build_document(read(items[0]), "text", folder, None, source.get("templates", {}).get("text"))
+        assert len(items) > 10 and sum(item.num_tokens - 1 for item in items) == whole.num_tokens - 1
+        monkeypatch.setattr(loader_module, "build_document", lambda *args: pytest.fail("the whole is not built"))
+        if made_of in ("one word", "spaces"):
+            monkeypatch.undo()  # it can't be cut
+        for item in items:
+            errors: list[str] = []
+            part, start = dataset.document(item, errors), item.part * 99
+            assert isinstance(part, Document) and not errors
+            wanted = whole.part(start, start + item.num_tokens)
+            for name in ("token_ids_T", "targets_T", "modality_T", "codes_TK"):
+                assert np.array_equal(getattr(part, name), getattr(wanted, name)), name
+        monkeypatch.undo()
+
+
+def test_a_long_text_that_changed_is_masked(tmp_path):
+    folder = make_folder(tmp_path / "tok")
+    text = " ".join(np.random.default_rng(0).choice(WORDS, 6000))
+    shard = write_tar(tmp_path / "t.tar", {"a.txt": text.encode()})
+    told = shard.stat()
+    commands.index(shard, tmp_path / "tok")
+    source = {"name": "t", "kind": "text", "shards": str(shard)}
+    recipe = {"tokenizer": str(tmp_path / "tok"), "sequence_length": 100, "sources": [source]}
+    plan = open_plan(recipe_from_dict(recipe), 1, folder)
+    data = bytearray(shard.read_bytes())
+    data[5000:5100] = b"\xff" * 100
+    shard.write_bytes(bytes(data))
+    os.utime(shard, ns=(told.st_atime_ns, told.st_mtime_ns))
+    dataset, all_errors = StepDataset(plan, folder, ImageTransform(16)), []
+    for item in plan.sources[0].items(np.arange(plan.sources[0].num_items)):
+        dataset.document(item, all_errors)
+    assert 1 <= len(all_errors) < 40
 
 
 def test_ranks_have_about_equal_work(made, monkeypatch):
@@ -174,8 +246,8 @@ def broken_copy(made, tmp_path, num_broken: int):
     shard.write_bytes(bytes(data))
     told = (made / "s" / shard.name).stat()
     os.utime(shard, ns=(told.st_atime_ns, told.st_mtime_ns))  # as a disk that goes bad does it: nothing tells of it
-    for path in (index_path(made / "s" / shard.name), sidecar_path(made / "s" / shard.name)):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = index_path(made / "s" / shard.name)
+    (tmp_path / path.name).write_bytes(path.read_bytes())
     recipe = recipe_dict(made / "s", made / "tok")
     recipe["sources"][0]["shards"] = str(shard)
     return recipe

@@ -112,12 +112,18 @@ def _add_index(actions: Any) -> None:
     parser.add_argument("shards", nargs="+", help="paths, globs, brace ranges or folders")
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder whose tokens are counted")
     parser.add_argument("--workers", type=int, default=0, help="processes that share the shards; 0: this one alone")
+    parser.add_argument(
+        "--text_key", metavar="KEY", help="key of a sample's json that holds its text where it has no txt, e.g. caption"
+    )
+    parser.add_argument("--max_bad_fraction", type=float, default=0.05, help="more unusable rows are an error")
 
 
 def _index(args: argparse.Namespace) -> Iterable[str]:
     from mmllm.data import commands
 
-    found = commands.index(args.shards, args.tokenizer, ticker("shards"), args.workers)
+    found = commands.index(
+        args.shards, args.tokenizer, ticker("shards"), args.workers, args.text_key, args.max_bad_fraction
+    )
     end_line()
     return as_json(found)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -37,6 +38,8 @@ from mmllm.data.shards.write import write_shards
 from mmllm_tokenizers.folder import TokenizerFolder
 
 _logger = logging.getLogger(__name__)
+_NAMED, _SHOWN = 20, 5
+"""Bad rows that are named in all, and in one message."""
 Progress = Callable[[int, int], None]
 """Takes how much is done and how much there is in all."""
 
@@ -132,6 +135,8 @@ def index(
     tokenizer: str | Path,
     progress: Progress | None = None,
     workers: int = 0,
+    text_key: str | None = None,
+    max_bad_fraction: float = 0.05,
 ) -> dict[str, Any]:
     """Writes the index beside each shard, where it is missing or out of date.
 
@@ -140,16 +145,31 @@ def index(
         tokenizer: The tokenizer folder whose tokens are counted.
         progress: Called with the numbers of shards done and in all.
         workers: Processes that share the shards; 0: this one alone.
+        text_key: Where a sample has no `txt`, the key of its `json` that holds its text, such as `caption`.
+        max_bad_fraction: More rows than this of which no document can be made are an error.
 
     Returns:
-        Shards, documents, tokens by task.
+        Shards, documents, tokens by task; `bad`, how many rows no document is made of, and `errors`, which names them.
 
     Raises:
-        FileNotFoundError, ValueError: A shard is missing or damaged; the message names it.
+        FileNotFoundError, ValueError: A shard is missing or damaged, or too many rows are bad; the message names it.
     """
     folder = TokenizerFolder.load(tokenizer)
-    indices = write_indices(_all_shards(shards), folder, progress, workers)
-    return {"tokenizer": folder.hash, **_totals(indices)}
+    indices = write_indices(_all_shards(shards), folder, progress, workers, text_key)
+    counts = [index.bad for index in indices]
+    errors = [f"{name}: {reason}" for _, named in counts for name, reason in named]
+    for message in errors[:_NAMED]:
+        _logger.warning("no document of %s", message)
+    num_bad, totals = sum(count for count, _ in counts), _totals(indices)
+    num_rows = totals["documents"] + sum(index.num_unread for index in indices)
+    allowed = math.ceil(max_bad_fraction * num_rows)
+    if num_bad and (num_bad > allowed or num_bad >= num_rows):
+        raise ValueError(
+            f"{num_bad} of {num_rows} rows become no document, at most {min(allowed, num_rows - 1)} may be: "
+            f"{'; '.join(errors[:_SHOWN])}{'; …' if num_bad > _SHOWN else ''}. Mend them, or raise --max_bad_fraction "
+            f"(now {max_bad_fraction})"
+        )
+    return {"tokenizer": folder.hash, **totals, "bad": num_bad, "errors": errors[:_NAMED]}
 
 
 def _all_shards(shards: str | Path | Sequence[str | Path]) -> list[Shard]:

@@ -6,6 +6,7 @@ Shapes: C channels, T samples.
 from __future__ import annotations
 
 import json
+import logging
 import tarfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from mmllm.data.plan.recipe import load_recipe
 from mmllm.data.rows.rows import BadRows, read_manifest
-from mmllm.data.samples.schema import AUDIO_ENDINGS, jsonl_lines
+from mmllm.data.samples.schema import AUDIO_ENDINGS, jsonl_rows, parse_line
 from mmllm.data.shards.find import shard_paths
 from mmllm.data.shards.tar import Member, scan_tar
 from mmllm_tokenizers.audio import (
@@ -35,6 +36,7 @@ from mmllm_tokenizers.text import TextTokenizer
 
 DEFAULT_VOCAB_SIZE = 4096
 
+_logger = logging.getLogger(__name__)
 _MAX_BAD_FRACTION = 0.05
 _Sound = tuple[str, Callable[[], tuple[Tensor, int]]]
 """What errors call it, and how to read it: (wave [C, T], sample rate)."""
@@ -218,14 +220,27 @@ def _shard_texts(shard: Path) -> Iterator[str]:
                 file = tar.extractfile(member) if suffix in ("txt", "json", "jsonl") else None
                 if file is None:
                     continue
-                content = file.read().decode("utf-8")
-                if suffix == "txt":
-                    yield content
-                else:
-                    for line in jsonl_lines(content) if suffix == "jsonl" else [content]:
-                        yield from _document_texts(json.loads(line), own=suffix == "jsonl")
+                content = file.read()
+                match suffix:
+                    case "txt":
+                        yield content.decode("utf-8")
+                    case "json":
+                        yield from _document_texts(json.loads(content), own=False)
+                    case _:
+                        yield from _line_texts(content, f"{shard}:{member.name}")
     except (tarfile.TarError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{shard} can't be read: {error}; `mmllm data verify` names every bad sample") from error
+
+
+def _line_texts(content: bytes, name: str) -> Iterator[str]:
+    """The texts of JSONL; a line that is no row is named and left out, as it is of an index."""
+    for number, line in enumerate(jsonl_rows(content), start=1):
+        try:
+            text, others = parse_line(line)
+        except ValueError as error:
+            _logger.warning("%s line %d %s", name, number, error)
+        else:
+            yield from _document_texts({"text": text, **others})
 
 
 def _document_texts(values: Any, own: bool = True) -> Iterator[str]:

@@ -20,12 +20,10 @@ from mmllm.batch import PackedBatch
 from mmllm.data.loading.augment import NUM_DRAWS, AugmentConfig, augment
 from mmllm.data.loading.balance import FRAME_COST, IMAGE_COST, shares
 from mmllm.data.loading.collate import Gap, pack_documents
+from mmllm.data.loading.reader import SampleReader, TextPiece
 from mmllm.data.plan.plan import Item, Plan, StepPlan
 from mmllm.data.samples.decode import ImageInput, ImageTransform
 from mmllm.data.samples.documents import NO_PIXELS, Document, Sample, build_document, part_bounds
-from mmllm.data.samples.schema import read_sample
-from mmllm.data.shards.remote import ShardReader
-from mmllm.data.shards.tar import read_members
 from mmllm_tokenizers.folder import TokenizerFolder
 
 _logger = logging.getLogger(__name__)
@@ -34,40 +32,6 @@ _NOT_STATE = ("errors", "hashes", "row_errors")
 LEAST_SEEN, LEAST_FAILED = 1000, 10
 """Until a stream ends, `on_error.max_fraction` allows what it would of so many documents, and at least so many
 failures: of a few documents, two that are bad by chance are a large share."""
-
-
-class SampleReader:
-    """Reads samples by their place in the plan's shards; keeps the files open."""
-
-    def __init__(self, plan: Plan, codec: str | None) -> None:
-        self._plan, self._codec = plan, codec
-        self._reader = ShardReader()
-
-    def __call__(self, item: Item, features: str | None = None) -> Sample:
-        """The sample of a plan item.
-
-        Args:
-            item: Which.
-            features: The hash that the image features stored with it must have; `None` ignores them.
-
-        Raises:
-            ValueError, OSError: It can't be read, or isn't what was indexed.
-        """
-        index = self._plan.sources[item.source].indices[item.shard]
-        key = index.keys[item.row]
-        offset, size, line = index.place(item.row)
-        name = f"{index.path}:{key}"
-        span = self._reader.read(index.path, offset, size)
-        if len(span) < size:
-            raise ValueError(f"{name}: the shard ends {size - len(span)} bytes early; it changed since it was indexed")
-        found, files = read_members(span, name)
-        if found != key:
-            raise ValueError(f"{name}: {found!r} is there instead; the shard changed: index it again")
-        return read_sample(files, key, name, line, self._codec, features)
-
-    def close(self) -> None:
-        """Close the files."""
-        self._reader.close()
 
 
 class StepDataset(Dataset[PackedBatch]):
@@ -99,9 +63,9 @@ class StepDataset(Dataset[PackedBatch]):
         self._augment, self._hashes, self._features = augment or AugmentConfig(), hashes, features
         self._plan, self._folder, self._transform = plan, folder, transform
         codec = folder.audio.hash if folder.audio is not None else None
-        self._read = SampleReader(plan, codec)
+        self._read = SampleReader(plan, codec, folder)
         self._cache_bytes, self._cached = cache_bytes, 0
-        self._cache: OrderedDict[tuple[int, int, int, str], Document] = OrderedDict()
+        self._cache: OrderedDict[_Place, Document] = OrderedDict()
 
     def __getitem__(self, step: StepPlan) -> PackedBatch:
         """The batch of a step. `state["errors"]` names its documents that failed, if any."""
@@ -142,22 +106,29 @@ class StepDataset(Dataset[PackedBatch]):
         All are read, then all written, then all pictures decoded: a picture empties the processor's caches, and after
         each one the code for everything else would have to come back.
         """
-        drafts = {_place(item): _Draft(item) for item in items}  # parts of a text that is split are of one document
-        for work in (self._read_draft, self._write_draft, self._decode_draft):
+        places = [self._place(item) for item in items]
+        drafts = {place: _Draft(item, place) for place, item in zip(places, items, strict=True)}
+        self._read_drafts(drafts)
+        for work in (self._write_draft, self._decode_draft):
             for draft in drafts.values():
                 if draft.error is None:
                     try:
                         work(draft)
                     except Exception as error:  # a broken sample must never stop a run: it is named, counted, bounded
                         draft.error = error
-        return [self._own_part(drafts[_place(item)], item, told) for item, told in zip(items, errors, strict=True)]
+        return [self._own_part(drafts[self._place(item)], item, told) for item, told in zip(items, errors, strict=True)]
+
+    def _place(self, item: Item) -> _Place:
+        """What tells documents apart. Parts of a text are documents of their own where they can be read alone."""
+        part = item.part if self._read.reads_part(item) else -1
+        return item.source, item.shard, item.row, item.task, part
 
     def _own_part(self, draft: _Draft, item: Item, errors: list[str]) -> Document | Gap:
         """An item's part of its document, or a gap."""
         try:
             if draft.error is not None:
                 raise draft.error
-            return self._checked_part(draft.document, item)
+            return self._checked_part(draft, item)
         except Exception as error:
             named = self._plan.describe(item)
             message = f"{named['source']}: {named['shard']}:{named['key']} as {item.task}: {error}"
@@ -166,25 +137,38 @@ class StepDataset(Dataset[PackedBatch]):
             errors.append(message)
             return Gap(item.num_tokens)
 
-    def _checked_part(self, document: Document | None, item: Item) -> Document:
+    def _checked_part(self, draft: _Draft, item: Item) -> Document:
+        document = draft.document
         assert document is not None
-        if item.part >= 0:
+        if item.part >= 0 and draft.place[-1] < 0:
             document = document.part(*part_bounds(document.num_tokens, self._plan.recipe.sequence_length, item.part))
         if document.num_tokens != item.num_tokens:
             raise ValueError(f"has {document.num_tokens} tokens, {item.num_tokens} when it was indexed; index it again")
         return document
 
-    def _read_draft(self, draft: _Draft) -> None:
-        draft.document = self._cache.get(_place(draft.item))
-        if draft.document is None:
-            draft.sample = self._read(draft.item, self._features)
+    def _read_drafts(self, drafts: Mapping[_Place, _Draft]) -> None:
+        unread = []
+        for place, draft in drafts.items():
+            draft.document = self._cache.get(place)
+            if draft.document is None:
+                unread.append(draft)
+        found = self._read.read_many([draft.item for draft in unread], self._features)
+        for draft, read in zip(unread, found, strict=True):
+            if isinstance(read, Exception):
+                draft.error = read
+            else:
+                draft.read = read
 
     def _write_draft(self, draft: _Draft) -> None:
-        if draft.sample is not None:
-            item = draft.item
+        item, read = draft.item, draft.read
+        if read is None:
+            return
+        if isinstance(read, TextPiece):
+            draft.document = self._read.part_document(read, item)
+        else:
             template = (self._plan.sources[item.source].config.templates or {}).get(item.task)
-            draft.document = build_document(draft.sample, item.task, self._folder, draft.later, template)
-            draft.sample, draft.is_new = None, True
+            draft.document = build_document(read, item.task, self._folder, draft.later, template)
+        draft.read, draft.is_new = None, True
 
     def _decode_draft(self, draft: _Draft) -> None:
         if draft.is_new:
@@ -193,14 +177,18 @@ class StepDataset(Dataset[PackedBatch]):
                 pixels = [self._transform(source, name) for source, name in draft.pictures]
                 draft.document = draft.document.with_pixels(pixels)
                 draft.pictures.clear()
-            self._keep(_place(draft.item), draft.document)
+            self._keep(draft.place, draft.document)
 
-    def _keep(self, place: tuple[int, int, int, str], document: Document) -> None:
+    def _keep(self, place: _Place, document: Document) -> None:
         self._cached += document.num_bytes
         if self._cached <= self._cache_bytes:
             self._cache[place] = document
         else:  # full: what is in stays, since every document comes round equally often
             self._cached -= document.num_bytes
+
+
+_Place = tuple[int, int, int, str, int]
+"""Source, shard, row, task, and the part, or -1: whole."""
 
 
 @dataclass
@@ -209,7 +197,8 @@ class _Draft:
 
     item: Item
     """It, or one of its parts."""
-    sample: Sample | None = None
+    place: _Place
+    read: Sample | TextPiece | None = None
     document: Document | None = None
     is_new: bool = False
     pictures: list[tuple[ImageInput, str]] = field(default_factory=list)
@@ -219,11 +208,6 @@ class _Draft:
         """In a transform's stead: notes a picture that is to be decoded."""
         self.pictures.append((source, name))
         return NO_PIXELS
-
-
-def _place(item: Item) -> tuple[int, int, int, str]:
-    """What tells documents apart."""
-    return item.source, item.shard, item.row, item.task
 
 
 class PackedLoader:
@@ -333,9 +317,11 @@ class PackedLoader:
 
     def _cost(self, item: Item) -> float:
         """About how much work a document is, in tokens."""
-        index = self._plan.sources[item.source].indices[item.shard]
-        num_frames = 0 if item.task == "speak" else int(index.num_frames_N[item.row])
-        return item.num_tokens + IMAGE_COST * int(index.num_images_N[item.row]) + FRAME_COST * num_frames
+        if not self._plan.sources[item.source].has_media:
+            return item.num_tokens
+        place = self._plan.sources[item.source].indices[item.shard].place(item.row)
+        num_frames = 0 if item.task == "speak" else place.num_frames
+        return item.num_tokens + IMAGE_COST * place.num_images + FRAME_COST * num_frames
 
     def _count(self, batch: PackedBatch) -> None:
         errors = batch.state.get("errors", ())

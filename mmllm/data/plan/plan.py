@@ -14,20 +14,22 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmllm.data.index.index import ShardIndex, load_index
+from mmllm.data.index.index import ShardIndex, load_indices
 from mmllm.data.plan.best_fit import Budgets, pack_window
 from mmllm.data.plan.recipe import METRICS, Recipe, recipe_hash
 from mmllm.data.plan.source import Drawn, Item, Source
 from mmllm.data.samples.schema import read_sample
 from mmllm.data.samples.templates import chat_tokens, template_tokens
 from mmllm.data.shards.find import find_shards
-from mmllm.data.shards.remote import ShardReader
+from mmllm.data.shards.reader import ShardReader
+from mmllm.data.shards.remote import RemoteShard
 from mmllm.data.shards.tar import read_members
 from mmllm_tokenizers.folder import TokenizerFolder
 
@@ -324,11 +326,11 @@ class Plan:
     def describe(self, item: Item) -> dict[str, Any]:
         """An item by name: source, shard, key, task, part, tokens."""
         index = self.sources[item.source].indices[item.shard]
-        _, _, line = index.place(item.row)
+        line = index.place(item.row).line
         return {
             "source": self.sources[item.source].config.name,
             "shard": index.path.name,
-            "key": index.keys[item.row] + (f"-{line}" if line >= 0 else ""),
+            "key": index.key(item.row) + (f"-{line}" if line >= 0 else ""),
             "task": item.task,
             "part": item.part,
             "tokens": item.num_tokens,
@@ -384,14 +386,17 @@ def open_sources(recipe: Recipe, tokenizer_hash: str, folder: TokenizerFolder | 
     sources = []
     base = Path(recipe.folder) if recipe.folder is not None else None
     for number, config in enumerate(recipe.sources):
-        more_tokens: list[dict[str, int | np.ndarray]] = []
         try:
-            indices = [load_index(path, tokenizer_hash) for path in find_shards(config.shards, base)]
-            if config.templates:
-                assert folder is not None, "templates are counted with the tokenizer"
-                more_tokens = [_more_tokens(index, config.templates, folder) for index in indices]
+            shards = find_shards(config.shards, base)
+            if config.remote == "shards":
+                shards = [replace(shard, whole=True) if isinstance(shard, RemoteShard) else shard for shard in shards]
+            indices = list(load_indices(shards, tokenizer_hash))
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"source {config.name!r}: {error}") from error
+        more_tokens = None
+        if config.templates:
+            assert folder is not None, "templates are counted with the tokenizer"
+            more_tokens = partial(_more_tokens, templates=config.templates, folder=folder)
         sources.append(Source(config, number, indices, recipe, more_tokens))
     _check_metric(recipe, sources)
     return sources
@@ -409,10 +414,10 @@ def _more_tokens(
         more_N = more["chat"] = np.zeros(index.num_documents, dtype=np.int64)
         reader = ShardReader()
         for row in np.flatnonzero(index.lengths["chat"]).tolist():
-            offset, size, line = index.place(row)
-            name = f"{index.path}:{index.keys[row]}"
-            _, files = read_members(reader.read(index.path, offset, size), name)
-            sample = read_sample(files, index.keys[row], name, line)
+            place, key = index.place(row), index.key(row)
+            name = f"{index.path}:{key}"
+            _, files = read_members(reader.read(index.path, place.start, place.num_bytes), name)
+            sample = read_sample(files, key, name)
             more_N[row] = chat_tokens([segment.role for segment in sample.segments], templates["chat"], folder)
         reader.close()
     return more
@@ -423,7 +428,9 @@ def _check_metric(recipe: Recipe, sources: list[Source]) -> None:
     metric = recipe.curriculum.metric if recipe.curriculum is not None else None
     if metric is None or any(source.has(metric) for source in sources):
         return
-    columns = {name for source in sources for index in source.indices for name in index.columns if source.has(name)}
+    columns = {
+        name for source in sources for index in source.indices for name in index.column_names if source.has(name)
+    }
     raise ValueError(
         f"curriculum.metric is {metric!r}, which no document of any source has as a number; known are "
         f"{', '.join(sorted({*METRICS, *columns}))}"

@@ -49,6 +49,12 @@ class SourceConfig:
     """Share of the documents drawn as each task, relative to the largest."""
     max_images: int | None = None
     """Documents with more pictures are left out."""
+    text_key: str | None = None
+    """The key of a sample's json that holds its text where it has no txt, e.g. `caption`; `mmllm data index --text_key`
+    must have been told the same."""
+    remote: Literal["spans", "shards"] = "spans"
+    """How remote shards are fetched: the documents that are needed, or once any of them is, the whole shard into the
+    cache (fewer requests; the cache must hold what is shuffled together). The documents are the same."""
     templates: dict[str, dict[str, str]] | None = None
     """How this source's tasks are written instead of the tokenizer's way: `{caption: {prompt: …, target: …}}`, with the
     same fields. For `chat`, opening the recipe reads every conversation once, to count its turns."""
