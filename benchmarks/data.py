@@ -232,6 +232,40 @@ def measure_packing(work: Path, quick: bool) -> list[Row]:
     return rows
 
 
+def costly(rng: np.random.Generator, captioned: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, pictures and heard frames of a window: a share of captions, else as `mixed`."""
+    rest = 1 - captioned
+    kind = rng.choice(4, WINDOW, p=[captioned, 0.4 * rest, 0.2 * rest, 0.4 * rest])
+    draws = [captions(rng, WINDOW), *(lognormal(*of)(rng, WINDOW) for of in ((900, 0.8), (600, 1.0), (200, 0.5)))]
+    pictures = np.where(kind == 0, 1, np.where(kind == 1, 1 + np.minimum(7, rng.poisson(1.5, WINDOW)), 0))
+    frames = np.where(kind == 3, lognormal(300, 0.6)(rng, WINDOW), 0)
+    return np.choose(kind, draws), pictures, frames
+
+
+def measure_budgets(work: Path, quick: bool) -> list[Row]:
+    """Documents packed a second under budgets of which a sequence full of tokens would want a third more."""
+    rows = []
+    for length in (2048, 8192):
+        for name, captioned in (("captions", 0.9), ("mixed", 0.5)):
+            for wanted in ("pictures", "frames", "pictures and frames"):
+                rates = []
+                for seed in SEEDS:
+                    tokens, pictures, frames = costly(np.random.default_rng(seed), captioned)
+                    tokens, num_full = np.minimum(tokens, length), tokens.sum() / length
+                    budgets = [
+                        (values, max(int(values.max()), int(0.75 * values.sum() / num_full)))
+                        for kind, values in (("pictures", pictures), ("frames", frames))
+                        if kind in wanted
+                    ]
+                    began = time.perf_counter()
+                    pack_window(tokens, length, budgets, seed)
+                    rates.append(WINDOW / (time.perf_counter() - began))
+                rows.append(
+                    row("packing within budgets", f"{name} {length}, {wanted}", statistics.median(rates), "documents/s")
+                )
+    return rows
+
+
 def planned(work: Path, draws: dict[str, Callable], shares: list[float], count: int) -> Plan:
     """A plan over documents that exist only as indices."""
     folder, sources, indices = tokenizer(work / "tok"), [], []
@@ -426,6 +460,7 @@ def measure_index(work: Path, quick: bool) -> list[Row]:
 MEASURES: dict[str, Callable[[Path, bool], list[Row]]] = {
     "decoding": measure_decoding,
     "packing": measure_packing,
+    "budgets": measure_budgets,
     "planning": measure_planning,
     "resume": measure_resume,
     "memory": measure_memory,
