@@ -249,8 +249,11 @@ def test_nothing_to_score_is_an_error(done: Path, capsys: pytest.CaptureFixture[
     assert "loss" in capsys.readouterr().out
 
 
-def test_nothing_to_train_on_is_an_error(fresh: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "nothing was trained" in refused(capsys, *FIT, "--trainer.limit_train_batches", "0")
+def test_nothing_to_train_on_is_an_error(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = written(done)
+    assert "nothing was trained" in refused(capsys, *FIT, "--overwrite", "--trainer.limit_train_batches", "0")
+    after = written(done)
+    assert all(after[f"out/{kept}"] == before[f"out/{kept}"] for kept in ("log/metrics.csv", "checkpoints/last.ckpt"))
 
 
 def test_an_attempt_that_failed_is_no_run(

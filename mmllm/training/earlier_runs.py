@@ -99,7 +99,11 @@ class KeepMetrics(pl.Callback):
                 writer.save()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Puts the files back as they were where no step was begun: the checkpoint was refused, or the data."""
+        """Puts the files back as they were where training did not begin: the checkpoint was refused, or the data."""
+        self.on_fit_end(trainer, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """As above: there was nothing to train on."""
         for path, content in self._earlier.items():
             path.write_bytes(content)
 
