@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mmllm.cli.command import check_there
+
 TRAINING = {
     "fit": "train a codec, a CLIP tower or a decoder: -c FILE",
     "validate": "validation losses of a checkpoint: -c FILE --ckpt_path CKPT",
@@ -47,7 +49,7 @@ def run_training(arguments: list[str]) -> Iterable[str]:
         if len(arguments) == 1:
             raise ValueError(f"{arguments[0]} needs -c FILE")
         return
-    _check_config_files(arguments)
+    _check_files(arguments)
     from mmllm.training.lightning_cli import run_lightning
 
     run_lightning(arguments)
@@ -59,8 +61,10 @@ def _help_lines(command: str) -> list[str]:
     return (text + _FIT_HELP if is_fit else text).splitlines()
 
 
-def _check_config_files(arguments: list[str]) -> None:
-    """Names a config that isn't there before Lightning is imported."""
+def _check_files(arguments: list[str]) -> None:
+    """Names a config or checkpoint that isn't there before Lightning is imported."""
     for flag, value in itertools.pairwise(arguments):
         if flag in ("-c", "--config") and not Path(value).is_file():
             raise FileNotFoundError(f"no config file at {value}; `mmllm configs ls` lists those that are shipped")
+        if flag == "--ckpt_path" and Path(value).suffix:  # others are words: `last`
+            check_there("checkpoint", value, hint="give its file, or last")
