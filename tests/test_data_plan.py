@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from mmllm.data.plan.plan import Plan, open_plan, open_sources
 from mmllm.data.plan.recipe import CurriculumConfig, load_recipe, recipe_from_dict, recipe_hash, recipe_to_dict
 from mmllm.data.shards.tar import scan_tar
 from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict, words, write_manifest
+from tests.real_data import needs_real_data, real_set
 
 
 @pytest.fixture(scope="module")
@@ -337,14 +337,14 @@ def test_shipped_recipes_can_be_read():
         assert load_recipe(path).sources
 
 
-@pytest.mark.skipif("MMLLM_DATA" not in os.environ, reason="MMLLM_DATA names no folder of real data")
+@needs_real_data
 def test_real_data_goes_the_whole_way(made, tmp_path):
-    root = Path(os.environ["MMLLM_DATA"])
     sources = []
     for name, kind in (("fsdd", "audio"), ("cifar10", "caption"), ("emoji", "caption"), ("shakespeare", "text")):
-        rows = [json.loads(line) for line in (root / name / "manifest.jsonl").read_text().splitlines()[::100]]
+        whole = real_set(name)
+        rows = [json.loads(line) for line in whole.read_text().splitlines()[::100]]
         for row in rows:
-            row |= {key: str(root / name / row[key]) for key in ("image", "audio") if key in row}
+            row |= {key: str(whole.parent / row[key]) for key in ("image", "audio") if key in row}
         manifest = write_manifest(tmp_path, rows, f"{name}.jsonl")
         told = commands.build(manifest, tmp_path / name, made / "tok", perturb=1)
         assert told["num_bad"] == 0 and told["num_samples"] == len(rows) * (2 if kind == "audio" else 1)

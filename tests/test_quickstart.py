@@ -355,6 +355,20 @@ def test_a_training_by_minutes_that_goes_on_gets_what_is_left_beside_what_it_had
     assert config["model"]["init_args"]["max_seconds"] == pytest.approx(100 + left, abs=5)
 
 
+@pytest.mark.parametrize("left", ["nothing", "logs", "model", "checkpoint", "last checkpoint"])
+def test_a_training_that_was_stopped_goes_on_or_over_what_it_left(tmp_path, left):
+    """`fit` refuses to write over a run; a stage that isn't done is this run's own."""
+    saved_run(tmp_path, ["split"])
+    going_on = run._Run(tmp_path, SETTINGS, lambda command: 0)
+    checkpoint = tmp_path / "checkpoints" / "clip" / "last.ckpt"
+    places = {"logs": tmp_path / "logs" / "clip", "model": tmp_path / "clip", "nothing": tmp_path / "logs" / "codec"}
+    places.get(left, checkpoint.parent).mkdir(parents=True)
+    if "checkpoint" in left:
+        torch.save({"global_step": 30 if left == "last checkpoint" else 29}, checkpoint)
+    wanted = {"nothing": [], "checkpoint": ["--ckpt_path", str(checkpoint)]}.get(left, ["--overwrite"])
+    assert going_on._begun("clip", {"trainer.max_steps": 30, "model.init_args.max_seconds": None}) == wanted
+
+
 def test_minutes_may_grow_until_the_decoder_is_trained(tmp_path):
     more, less = {**SETTINGS, "minutes": 12.0}, {**SETTINGS, "minutes": 9.0}
     saved_run(tmp_path, ["split"])

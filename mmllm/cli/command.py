@@ -1,6 +1,7 @@
-"""What the files of options share: how a command is added to the parser, and JSON to print.
+"""What the files of options share: how a command is added to the parser, paths that aren't there, and JSON to print.
 
-Nothing heavy is imported before a command runs, so that `mmllm --help` is quick.
+Nothing heavy is imported before a command runs, so that `mmllm --help` is quick; a command looks at its paths before it
+imports anything, so that a misspelt one is named at once.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 Run = Callable[[argparse.Namespace], Iterable[str]]
@@ -25,6 +27,27 @@ def add_command(commands: Any, name: str, help_text: str, run: Run) -> argparse.
     parser = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
     parser.set_defaults(run=run, prog=parser.prog)
     return parser
+
+
+def check_there(what: str, *paths: str | None, hint: str = "check the path") -> None:
+    """Looks whether the files and folders that a command will read are there.
+
+    Args:
+        what: they are: "manifest".
+        paths: where; None and "" are options that weren't given. Patterns and addresses are left to what reads them.
+        hint: what to do.
+
+    Raises:
+        FileNotFoundError: one isn't there.
+    """
+    for path in paths:
+        if path and "://" not in path and not set(path) & set("*?[{") and not Path(path).exists():
+            raise FileNotFoundError(f"{path}: no such {what}; {hint}")
+
+
+def check_model(folder: str) -> None:
+    """As `check_there`, for `--model`."""
+    check_there("model folder", folder, hint="give the folder that `mmllm fit` wrote")
 
 
 def as_json(values: Any) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mmllm.cli.command import add_command, add_group, as_json
+from mmllm.cli.command import add_command, add_group, as_json, check_there
 from mmllm.ticker import end_line, ticker
 
 DATA_FORMS = (
@@ -65,6 +65,9 @@ def _add_build(actions: Any) -> None:
 
 
 def _build(args: argparse.Namespace) -> Iterable[str]:
+    check_there("manifest", *args.manifest)
+    check_there("folder", args.media)
+    check_there("tokenizer folder", args.tokenizer, hint="`mmllm tokenizer` makes one")
     from mmllm.data import commands
     from mmllm.data.executors.stages import Executor, parse_options
     from mmllm.data.rows.cleaning import CleaningConfig
@@ -98,6 +101,7 @@ def _add_split(actions: Any) -> None:
 
 
 def _split(args: argparse.Namespace) -> Iterable[str]:
+    check_there("manifest", *args.manifest, *args.test)
     from mmllm.data.rows.split import split as split_manifests
 
     return as_json(
@@ -119,6 +123,7 @@ def _add_index(actions: Any) -> None:
 
 
 def _index(args: argparse.Namespace) -> Iterable[str]:
+    _check_shards(args)
     from mmllm.data import commands
 
     found = commands.index(
@@ -126,6 +131,11 @@ def _index(args: argparse.Namespace) -> Iterable[str]:
     )
     end_line()
     return as_json(found)
+
+
+def _check_shards(args: argparse.Namespace) -> None:
+    check_there("shard", *args.shards, hint="`mmllm data build` writes them")
+    check_there("tokenizer folder", args.tokenizer, hint="`mmllm tokenizer` makes one")
 
 
 def _add_verify(actions: Any) -> None:
@@ -139,6 +149,7 @@ def _add_verify(actions: Any) -> None:
 
 
 def _verify(args: argparse.Namespace) -> Iterable[str]:
+    _check_shards(args)
     from mmllm.data import commands
 
     tick = ticker("documents")
@@ -166,6 +177,7 @@ def _add_stats(actions: Any) -> None:
 
 
 def _stats(args: argparse.Namespace) -> Iterable[str]:
+    check_there("recipe", args.recipe)
     from mmllm.data import commands
     from mmllm.data.looking.tables import stats_lines
 
@@ -186,6 +198,7 @@ def _add_show(actions: Any) -> None:
 
 
 def _show(args: argparse.Namespace) -> Iterable[str]:
+    check_there("recipe", args.recipe)
     from mmllm.data import commands
     from mmllm.data.looking.tables import show_lines
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 from typing import Any
 
-from mmllm.cli.command import add_command
+from mmllm.cli.command import add_command, check_model, check_there
 from mmllm.ticker import end_line, ticker
 
 TASKS = ("caption", "transcribe", "speak", "text", "interleaved")
@@ -29,6 +29,8 @@ def add_evaluation(commands: Any) -> None:
 
 
 def _eval(args: argparse.Namespace) -> Iterable[str]:
+    check_model(args.model)
+    check_there("manifest", args.manifest)
     from mmllm.evaluation import commands
 
     result = commands.run_eval(

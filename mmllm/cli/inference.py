@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 from typing import Any
 
-from mmllm.cli.command import add_command
+from mmllm.cli.command import add_command, check_model, check_there
 
 _SETTINGS = ("max_new_tokens", "max_seconds", "temperature", "top_k", "top_p", "seed")
 
@@ -27,6 +27,8 @@ def _add_caption(commands: Any) -> None:
 
 
 def _caption(args: argparse.Namespace) -> Iterable[str]:
+    check_model(args.model)
+    check_there("image", *args.images)
     return _loaded(args).caption(args.images, **_settings(args))
 
 
@@ -37,6 +39,8 @@ def _add_transcribe(commands: Any) -> None:
 
 
 def _transcribe(args: argparse.Namespace) -> Iterable[str]:
+    check_model(args.model)
+    check_there("sound", *args.sounds)
     return _loaded(args).transcribe(args.sounds, **_settings(args))
 
 
@@ -50,6 +54,7 @@ def _add_speak(commands: Any) -> None:
 
 
 def _speak(args: argparse.Namespace) -> Iterable[str]:
+    check_model(args.model)
     said = _loaded(args).speak(args.text, args.out, voice=args.voice, **_settings(args))
     units = " x ".join(str(size) for size in reversed(said.codes_KF.shape))
     return [f"{args.out}: {said.seconds:.2f} s at {said.sample_rate} Hz, {units} units"]
@@ -65,6 +70,9 @@ def _add_generate(commands: Any) -> None:
 
 def _generate(args: argparse.Namespace) -> Iterable[str]:
     images, sounds = args.image or (), args.audio or ()
+    check_model(args.model)
+    check_there("image", *images)
+    check_there("sound", *sounds)
     return [_loaded(args).generate(args.parts, images=images, sounds=sounds, **_settings(args))]
 
 
@@ -76,6 +84,7 @@ def _add_chat(commands: Any) -> None:
 
 
 def _chat(args: argparse.Namespace) -> Iterable[str]:
+    check_model(args.model)
     messages = [{"role": "system", "content": args.system}] if args.system else []
     return [_loaded(args).chat([*messages, {"role": "user", "content": args.parts}], **_settings(args))]
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 from typing import Any
 
-from mmllm.cli.command import add_command
+from mmllm.cli.command import add_command, check_model, check_there
 
 
 def add_interop(commands: Any) -> None:
@@ -21,12 +21,14 @@ def add_interop(commands: Any) -> None:
 
 
 def _export(args: argparse.Namespace) -> Iterable[str]:
+    check_model(args.model)
     from mmllm.training import interop_commands
 
     return [interop_commands.export(args.model, args.out)]
 
 
 def _import(args: argparse.Namespace) -> Iterable[str]:
+    check_there("checkpoint", args.source, hint="give the folder of a Mixtral or Qwen3-MoE checkpoint")
     from mmllm.training import interop_commands
 
     return [interop_commands.import_decoder(args.source, args.out)]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmllm.cli.command import add_command, as_json
+from mmllm.cli.command import add_command, as_json, check_there
 
 RunCommand = Callable[[Sequence[str]], int]
 
@@ -45,6 +45,7 @@ def _add_report(commands: Any) -> None:
 
 
 def _report(args: argparse.Namespace) -> Iterable[str]:
+    check_there("run", args.out, hint=f"`mmllm quickstart --out {args.out}` makes one")
     from mmllm.quickstart.summary import summarise
 
     return [str(summarise(Path(args.out)))]
@@ -52,6 +53,8 @@ def _report(args: argparse.Namespace) -> Iterable[str]:
 
 def _add_run(commands: Any, run_command: RunCommand) -> None:
     def run(args: argparse.Namespace) -> Iterable[str]:
+        if not Path(args.out).exists():  # a run that goes on may need them no longer
+            check_there("manifest", *args.train, *args.test)
         from mmllm.quickstart.run import quickstart
 
         quickstart(

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 from typing import Any
 
-from mmllm.cli.command import add_command, add_group, as_json
+from mmllm.cli.command import add_command, add_group, as_json, check_there
 
 
 def add_tokenizer(commands: Any) -> None:
@@ -26,6 +26,8 @@ def _add_train_text(actions: Any) -> None:
 
 
 def _train_text(args: argparse.Namespace) -> Iterable[str]:
+    check_there("manifest, recipe or shard", *args.inputs)
+    check_there("audio tokenizer", args.codec)
     from mmllm.training import tokenizer_commands
 
     config = _tokenizer_config(args)
@@ -39,6 +41,8 @@ def _add_assemble(actions: Any) -> None:
 
 
 def _assemble(args: argparse.Namespace) -> Iterable[str]:
+    check_there("text tokenizer", args.text, hint="`mmllm tokenizer train-text` writes it")
+    check_there("audio tokenizer", args.codec)
     from mmllm.training import tokenizer_commands
 
     return as_json(tokenizer_commands.assemble(args.out, args.text, args.codec, _tokenizer_config(args)))
@@ -55,6 +59,7 @@ def _add_encodec(actions: Any) -> None:
 
 
 def _encodec(args: argparse.Namespace) -> Iterable[str]:
+    check_there("file of weights", args.weights)
     from mmllm.training import tokenizer_commands
 
     return as_json(tokenizer_commands.encodec(args.name, args.out, args.weights, args.num_codebooks))
@@ -72,6 +77,7 @@ def _add_kmeans(actions: Any) -> None:
 
 
 def _kmeans(args: argparse.Namespace) -> Iterable[str]:
+    check_there("manifest or shard", *args.inputs)
     from mmllm.training import tokenizer_commands
     from mmllm_tokenizers.audio import KMeansConfig
 

@@ -340,12 +340,10 @@ class _Run:
             share: of the time that is left, with `--minutes`; None: all.
         """
         path = self.out / "configs" / f"{stage}.yaml"
-        checkpoint = self.out / "checkpoints" / stage / "last.ckpt"
-        resume = ["--ckpt_path", str(checkpoint)] if checkpoint.is_file() else []
+        begun: list[str] = []
         if not self.is_done(f"fit {stage}"):
             length = self._length(stage, share)
-            if resume and length["model.init_args.max_seconds"] is not None:
-                length["model.init_args.max_seconds"] += _trained_seconds(checkpoint)
+            begun = self._begun(stage, length)
             config = stage_config(stage, self.out, {**length, **overrides})
             config["seed_everything"] = self.settings["seed"]
             config["trainer"]["devices"] = min(self.num_processes, config["data"]["init_args"]["batch_size"])
@@ -354,10 +352,22 @@ class _Run:
             if not (self.out / "manifests" / "val.jsonl").stat().st_size:
                 callbacks = config["trainer"]["callbacks"]
                 config["trainer"]["callbacks"] = [c for c in callbacks if not c["class_path"].endswith(".Samples")]
-            write_yaml(path, config, f"Written by `mmllm quickstart`. Run again: mmllm fit -c {path}")
-        makes = self.out / OUTPUT_OF_STAGE[stage]
+            write_yaml(path, config, f"Written by `mmllm quickstart`. Run again: mmllm fit -c {path} --overwrite")
         num_threads = 1 if self.num_processes > 1 else 0
-        self.stage(f"fit {stage}", "fit", "-c", str(path), *resume, makes=makes, num_threads=num_threads)
+        self.stage(f"fit {stage}", "fit", "-c", str(path), *begun, makes=self.out / OUTPUT_OF_STAGE[stage],
+                   num_threads=num_threads)  # fmt: skip
+
+    def _begun(self, stage: str, length: dict[str, Any]) -> list[str]:
+        """The option for what a stage that was stopped left; what it has trained is added to its seconds."""
+        checkpoint, logs = self.out / "checkpoints" / stage / "last.ckpt", self.out / "logs" / stage
+        if checkpoint.is_file():
+            num_steps, seconds = _trained(checkpoint)
+            if not 0 < length["trainer.max_steps"] <= num_steps:  # else it was stopped while it wrote its model
+                if length["model.init_args.max_seconds"] is not None:
+                    length["model.init_args.max_seconds"] += seconds
+                return ["--ckpt_path", str(checkpoint)]
+        is_there = any(left.exists() for left in (checkpoint, logs, self.out / OUTPUT_OF_STAGE[stage]))
+        return ["--overwrite"] if is_there else []
 
     def _length(self, stage: str, share: float | None = None) -> dict[str, Any]:
         return self.budget.training_length(stage, self.tasks, self.seconds_left, share)
@@ -483,8 +493,9 @@ def num_ranks(minutes: float | None, max_steps: int | None) -> int:
     return MAX_RANKS if num_cores() >= MAX_RANKS and has_memory else min(num_cores(), 2)
 
 
-def _trained_seconds(checkpoint: Path) -> float:
-    """How long a stage had trained when it was saved."""
+def _trained(checkpoint: Path) -> tuple[int, float]:
+    """How many steps and how long a stage had trained when it was saved."""
     import torch  # only where a training that was stopped goes on: see NVIDIA_GPU
 
-    return float(torch.load(checkpoint, map_location="cpu", weights_only=True).get("mmllm_elapsed_seconds", 0.0))
+    saved = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
+    return int(saved.get("global_step", 0)), float(saved.get("mmllm_elapsed_seconds", 0.0))

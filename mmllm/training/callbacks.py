@@ -56,6 +56,11 @@ class RoutingLog(pl.Callback):
         self._last: torch.Tensor | None = None
         self._last_step = 0
 
+    @property
+    def files(self) -> list[Path]:
+        """What it writes."""
+        return [self.directory / "routing.csv", self.directory / "routing.json"]
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Drops the rows of another run, or after the checkpoint."""
         if trainer.is_global_zero:
@@ -165,6 +170,11 @@ class Samples(pl.Callback):
         self.num_samples = num_samples
         self.rows: dict[str, list[Row]] = {"caption": [], "audio": []}
         self._last_step = 0
+
+    @property
+    def files(self) -> list[Path]:
+        """What it writes."""
+        return [self.directory / "samples.csv"]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Reads the rows.

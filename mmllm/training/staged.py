@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from mmllm.training.optimisers import OptimiserConfig, build_optimiser, learning_rate_factor, parameter_groups
@@ -59,6 +60,14 @@ class StagedModule(pl.LightningModule):
     def export_dir(self) -> str | None:
         """Where `export` writes when training ends; None: nowhere."""
         return None
+
+    def check_export(self, directory: Path) -> None:
+        """Raises ValueError before training where `export` would refuse the folder after it."""
+
+    def on_fit_start(self) -> None:
+        """Looks at the folder of the export."""
+        if self.export_dir:
+            self.check_export(Path(self.export_dir))
 
     # --- schedule ---------------------------------------------------------------------------------------------
 
@@ -149,8 +158,25 @@ class StagedModule(pl.LightningModule):
         checkpoint["mmllm_elapsed_seconds"] = float(self.elapsed_seconds)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the clock."""
+        """Restores the clock.
+
+        Raises:
+            ValueError: the checkpoint is at the end of the training that it should go on with; Lightning would do
+                nothing, export included, and say so nowhere.
+        """
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._check_goes_on(checkpoint)
         self.elapsed_seconds = float(checkpoint.get("mmllm_elapsed_seconds", 0.0))
+
+    def _check_goes_on(self, checkpoint: Mapping[str, Any]) -> None:
+        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        steps = checkpoint["global_step"]
+        for name, done, last in (("step", steps, self.trainer.max_steps), ("epoch", epochs, self.trainer.max_epochs)):
+            if last not in (None, -1) and done >= last:
+                raise ValueError(
+                    f"nothing is left to train: the checkpoint is at {name} {done} and trainer.max_{name}s is {last}; "
+                    f"raise it, or begin anew without --ckpt_path"
+                )
 
     def on_train_end(self) -> None:
         """Writes the last metrics, and exports, after callbacks such as `EMA` have put the final weights in place."""
