@@ -29,7 +29,7 @@ from mmllm.data.rows.rows import (
     with_absolute_paths,
     without_shown,
 )
-from mmllm.data.samples.features import ImageEncoder
+from mmllm.data.samples.stored import ImageEncoder
 from mmllm.data.shards.encode import ShardsConfig
 from mmllm.data.shards.find import find_shards
 from mmllm.data.shards.remote import Shard, is_remote

@@ -20,7 +20,6 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from mmllm.data.samples.codes import unpack_codes
 from mmllm.data.samples.documents import KIND_TASKS, document_length
 from mmllm.data.samples.schema import (
     AUDIO_ENDINGS,
@@ -30,6 +29,7 @@ from mmllm.data.samples.schema import (
     check_segment_files,
     jsonl_lines,
 )
+from mmllm.data.samples.stored import unpack_codes
 from mmllm.data.shards.headers import TarTable, read_headers
 from mmllm_tokenizers.folder import TokenizerFolder
 
