@@ -144,7 +144,7 @@ def write_documents(folder: Path, num_shards: int, num_documents: int, tokenizer
         info = {
             "format_version": FORMAT_VERSION, "tokenizer": tokenizer_hash, "sha256": f"{number:064d}",
             "kind": "caption", "shard": [size, str(changed)], "columns": told, "text_key": None, "probes": [],
-            "bad": {"count": 0, "unread": 0, "named": []},
+            "bad": {"count": 0, "unread": 0, "named": []}, "skipped": {},
         }  # fmt: skip
         write_arrays(index_path(shard), arrays, info)
 

@@ -8,7 +8,6 @@ import torch
 
 from mmllm.batch import IGNORE, Modality
 from mmllm.data.loading.collate import Gap, pack_documents
-from mmllm.data.samples.codes import pack_codes, unpack_codes
 from mmllm.data.samples.documents import (
     Sample,
     Segment,
@@ -18,6 +17,7 @@ from mmllm.data.samples.documents import (
     num_parts,
     part_bounds,
 )
+from mmllm.data.samples.stored import pack_codes, unpack_codes
 from mmllm_tokenizers.vocab import AUDIO, AUDIO_END, AUDIO_START, CAPTION, END, IMAGE, SPEAK, TRANSCRIBE
 from tests.data_fixtures import make_folder
 

@@ -19,7 +19,7 @@ from mmllm.cli.main import main
 from mmllm.data import commands
 from mmllm.data.loading.datamodules import PackedDataModule
 from mmllm.data.samples.decode import ImageTransform
-from mmllm.data.samples.features import COLUMN, features_hash, unpack_features
+from mmllm.data.samples.stored import COLUMN, features_hash, unpack_features
 from mmllm.data.shards import encode as sample_files
 from mmllm.data.shards.tar import read_members, scan_tar
 from mmllm.model.decoder import DecoderConfig

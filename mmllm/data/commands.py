@@ -30,7 +30,7 @@ from mmllm.data.rows.rows import (
     with_absolute_paths,
     without_shown,
 )
-from mmllm.data.samples.features import ImageEncoder
+from mmllm.data.samples.stored import ImageEncoder
 from mmllm.data.shards.encode import ShardsConfig
 from mmllm.data.shards.find import find_shards
 from mmllm.data.shards.remote import Shard, is_remote
@@ -149,7 +149,8 @@ def index(
         max_bad_fraction: More rows than this of which no document can be made are an error.
 
     Returns:
-        Shards, documents, tokens by task; `bad`, how many rows no document is made of, and `errors`, which names them.
+        Shards, documents, tokens by task; `bad`, how many rows no document is made of, and `errors`, which names them;
+        `skipped`, members of the tars that are no sample's file, by what they are.
 
     Raises:
         FileNotFoundError, ValueError: A shard is missing or damaged, or too many rows are bad; the message names it.
@@ -169,7 +170,10 @@ def index(
             f"{'; '.join(errors[:_SHOWN])}{'; …' if num_bad > _SHOWN else ''}. Mend them, or raise --max_bad_fraction "
             f"(now {max_bad_fraction})"
         )
-    return {"tokenizer": folder.hash, **totals, "bad": num_bad, "errors": errors[:_NAMED]}
+    skipped = Counter[str]()
+    for index in indices:
+        skipped.update(index.num_skipped)
+    return {"tokenizer": folder.hash, **totals, "bad": num_bad, "errors": errors[:_NAMED], "skipped": dict(skipped)}
 
 
 def _all_shards(shards: str | Path | Sequence[str | Path]) -> list[Shard]:

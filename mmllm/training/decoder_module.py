@@ -17,7 +17,7 @@ from torch import Tensor
 from mmllm.batch import PackedBatch
 from mmllm.checkout import commit
 from mmllm.data.samples.decode import ImageTransform
-from mmllm.data.samples.features import features_hash
+from mmllm.data.samples.stored import features_hash
 from mmllm.inference.card import ModelInfo
 from mmllm.inference.folder import check_replaceable, save_model
 from mmllm.inference.settings import GenerationConfig

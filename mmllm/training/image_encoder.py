@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mmllm.data.samples.decode import ImageTransform
-from mmllm.data.samples.features import ImageEncoder, features_hash
+from mmllm.data.samples.stored import ImageEncoder, features_hash
 from mmllm.model.vision import VisionConfig, VisionTower
 from mmllm.training.clip_module import load_clip_config
 

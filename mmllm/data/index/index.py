@@ -190,6 +190,11 @@ class ShardIndex:
         return told["count"], [(name, reason) for name, reason in told["named"]]
 
     @property
+    def num_skipped(self) -> dict[str, int]:
+        """Members of the tar that are no sample's file, by what they are."""
+        return self.arrays.info["skipped"]
+
+    @property
     def num_unread(self) -> int:
         """Of the bad rows, those that are no documents: the others are, without tokens."""
         return self.arrays.info["bad"]["unread"]
@@ -344,7 +349,7 @@ def save_index(
     info = {
         "format_version": FORMAT_VERSION, "tokenizer": folder.hash, "sha256": sha256, "kind": found.kind,
         "shard": stat_shard(shard), "columns": told, "text_key": text_key, "probes": list(probes),
-        "bad": {"count": len(bad), "unread": len(found.bad), "named": bad[:_NAMED]},
+        "bad": {"count": len(bad), "unread": len(found.bad), "named": bad[:_NAMED]}, "skipped": found.num_skipped,
     }  # fmt: skip
     write_arrays(index_path(shard), arrays, info)
     if not isinstance(shard, RemoteShard):

@@ -19,7 +19,6 @@ from typing import Any
 import soundfile
 from PIL import Image
 
-from mmllm.data.samples.codes import unpack_codes
 from mmllm.data.samples.schema import (
     AUDIO_ENDINGS,
     IMAGE_ENDINGS,
@@ -29,6 +28,7 @@ from mmllm.data.samples.schema import (
     jsonl_rows,
     parse_line,
 )
+from mmllm.data.samples.stored import unpack_codes
 from mmllm.data.shards.headers import TarTable, read_headers
 from mmllm_tokenizers.folder import TokenizerFolder
 
@@ -69,6 +69,8 @@ class Scan:
     roles: list[list[str | None]] = field(default_factory=list)
     metadata: list[dict[str, Any]] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
+    num_skipped: dict[str, int] = field(default_factory=dict)
+    """Members of the tar that are no sample's file, by what they are."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -125,7 +127,7 @@ def scan_shard(data: bytes | mmap.mmap, name: str, folder: TokenizerFolder, text
     with _without_collection():
         table = read_headers(data, name)
         reader = _Reader(data, name, table, folder, text_key)
-        found = Scan(name, reader.kind)
+        found = Scan(name, reader.kind, num_skipped=table.num_skipped)
         reader.read_into(found)
     if not found.keys and not found.bad:
         raise ValueError(f"{name}: has no samples; build it again")

@@ -14,7 +14,7 @@ from mmllm.data.plan.plan import Item, Plan, Source
 from mmllm.data.plan.recipe import Recipe, SourceConfig
 from mmllm.data.samples.decode import ImageTransform
 from mmllm.data.samples.documents import build_document
-from mmllm.data.samples.features import COLUMN
+from mmllm.data.samples.stored import COLUMN
 from mmllm.data.shards.remote import Shard
 from mmllm_tokenizers.folder import TokenizerFolder
 

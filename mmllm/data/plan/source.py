@@ -24,7 +24,7 @@ from mmllm.data.expressions import filter_names, kept_rows
 from mmllm.data.index.index import ShardIndex
 from mmllm.data.plan.recipe import CurriculumConfig, Recipe, SourceConfig
 from mmllm.data.samples.documents import num_parts
-from mmllm.data.samples.features import COLUMN
+from mmllm.data.samples.stored import COLUMN
 
 BLOCK_ITEMS = 1 << 20
 """Items that are shuffled together, at least; fewer where the source has no more."""

@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mmllm.data.samples.codes import unpack_codes
 from mmllm.data.samples.documents import Sample, Segment
-from mmllm.data.samples.features import features_ending, unpack_features
+from mmllm.data.samples.stored import features_ending, unpack_codes, unpack_features
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 AUDIO_ENDINGS = ("flac", "wav", "ogg", "mp3")

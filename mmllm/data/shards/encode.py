@@ -20,9 +20,8 @@ import torch
 from PIL import Image
 
 from mmllm.data.rows.rows import Row, is_of_machine
-from mmllm.data.samples.codes import pack_codes
 from mmllm.data.samples.decode import decode_image
-from mmllm.data.samples.features import COLUMN, ImageEncoder, features_ending, pack_features
+from mmllm.data.samples.stored import COLUMN, ImageEncoder, features_ending, pack_codes, pack_features
 from mmllm.data.shards.perturb import perturb
 from mmllm_tokenizers.audio import load_audio
 from mmllm_tokenizers.folder import TokenizerFolder

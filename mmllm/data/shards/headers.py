@@ -1,7 +1,8 @@
-"""All headers of a shard at once: what `tars.scan_tar` finds one by one, some ten times sooner.
+"""All headers of a shard at once: what `tar.headers_of` finds one by one, some ten times sooner.
 
 The chain of headers is followed with two reads a file; names, kinds and checksums are then taken from all headers
-together. Long names (GNU) and prefixes (USTAR) go the slow way.
+together. Where anything but plain files with short names is met, and where anything is wrong, `headers_of` reads the
+shard instead.
 
 Shapes: M files, S samples.
 """
@@ -9,16 +10,27 @@ Shapes: M files, S samples.
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from mmllm.data.shards.tar import BLOCK, headers_of, member_of, parse_number
+from mmllm.data.shards.tar import (
+    BLOCK,
+    COMPRESSED_ENDINGS,
+    Walked,
+    apart_error,
+    check_end,
+    headers_of,
+    parse_number,
+    refuse_compressed,
+)
 
 _CHUNK = 8192
 _REGULAR = (ord("0"), 0)
+_AFTER_SIZE = (ord(" "), 0)
 _POWERS = 8 ** np.arange(5, -1, -1)
 _EVEN_BYTES = np.uint64(0x00FF00FF00FF00FF)
+_ZEROS = bytes(BLOCK)
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,8 @@ class TarTable:
     """int64, first header of each sample."""
     spans_S: np.ndarray
     """int64, bytes from there to its last file's end."""
+    num_skipped: dict[str, int] = field(default_factory=dict)
+    """What was passed over, by what it is: "folders", "._* files of macOS", …"""
 
     def files(self, sample: int) -> range:
         """The files of a sample."""
@@ -52,29 +66,44 @@ def read_headers(data: bytes | mmap.mmap, name: str) -> TarTable:
         name: What errors call it.
 
     Raises:
-        ValueError: It is empty, truncated, damaged or no tar, or a file's name leads out of its folder.
+        ValueError: It is empty, truncated, damaged or no tar; it holds what can't be read; a sample's files lie apart;
+            or a file's name leads out of its folder.
     """
+    refuse_compressed(data, name)
     if len(data) < 2 * BLOCK:
         raise ValueError(f"{name}: {len(data)} bytes are no tar; build or copy the shard again")
-    positions, sizes, ended = _chain(data, name)
-    if len(data) < ended + 2 * BLOCK:
-        raise ValueError(f"{name}: truncated: no end mark after byte {ended}; build or copy the shard again")
-    is_plain, names = _check(data, name, np.array(positions, dtype=np.int64))
-    if is_plain:
-        starts = np.array(positions, dtype=np.int64) + BLOCK
-        keys, endings = _split(names, name)
+    num_skipped: dict[str, int] = {}
+    chain = _chain(data)
+    split = _split_plain(data, chain.positions, name) if chain is not None else None
+    if chain is not None and split is not None:
+        keys, endings = split
+        end, positions, sizes = chain.end, chain.positions, chain.sizes
+        starts = positions + BLOCK
     else:
-        found = list(headers_of(data, name))
-        members, positions = [member for _, member in found], [position for position, _ in found]
-        starts = np.array([member.offset for member in members], dtype=np.int64)
-        sizes = [member.size for member in members]
+        walked = Walked()
+        found = list(headers_of(data, name, walked))
+        members = [member for _, member in found]
         keys, endings = [member.key for member in members], [member.ending for member in members]
         _refuse_traversal(keys, name)
-    return _grouped(np.array(positions, dtype=np.int64), starts, np.array(sizes, dtype=np.int64), keys, endings)
+        end, num_skipped = walked.end, dict(walked.num_skipped)
+        positions = np.array([position for position, _ in found], dtype=np.int64)
+        starts = np.array([member.offset for member in members], dtype=np.int64)
+        sizes = np.array([member.size for member in members], dtype=np.int64)
+    check_end(data, end, name)
+    return _grouped(positions, starts, sizes, keys, endings, num_skipped, name)
 
 
-def _chain(data: bytes | mmap.mmap, name: str) -> tuple[list[int], list[int], int]:
-    """Where each header is, the size of its file, and where the last one ends."""
+@dataclass(frozen=True)
+class _Chain:
+    """Where each header is and the size of its file, and where the last file's last block ends."""
+
+    positions: np.ndarray
+    sizes: np.ndarray
+    end: int
+
+
+def _chain(data: bytes | mmap.mmap) -> _Chain | None:
+    """The headers as they follow from one another's sizes; None where that leads to what is none."""
     positions: list[int] = []
     sizes: list[int] = []
     position, total = 0, len(data)
@@ -84,36 +113,23 @@ def _chain(data: bytes | mmap.mmap, name: str) -> tuple[list[int], list[int], in
         except ValueError:
             size = -1
         if size < 0:
-            if not data[position]:
-                break
-            size = _odd_size(data, position, name)
+            if data[position : position + BLOCK] != _ZEROS:
+                return None
+            break
         positions.append(position)
         sizes.append(size)
         position += (size + 2 * BLOCK - 1) // BLOCK * BLOCK
     if positions and positions[-1] + BLOCK + sizes[-1] > total:
-        _check(data, name, np.array(positions, dtype=np.int64))  # rather a wrong checksum than a wrong size
-        raise ValueError(
-            f"{name}: truncated: a file at byte {positions[-1]} needs {sizes[-1]} bytes, "
-            f"{total - positions[-1] - BLOCK} are left; build or copy the shard again"
-        )
-    return positions, sizes, position
+        return None
+    return _Chain(np.array(positions, dtype=np.int64), np.array(sizes, dtype=np.int64), position)
 
 
-def _odd_size(data: bytes | mmap.mmap, position: int, name: str) -> int:
-    try:
-        return parse_number(data[position + 124 : position + 136])
-    except ValueError as error:
-        raise ValueError(f"{name}: no tar header at byte {position}; the shard is damaged") from error
-
-
-def _check(data: bytes | mmap.mmap, name: str, positions_M: np.ndarray) -> tuple[bool, list[bytes]]:
-    """Whether all headers are of plain files with short names, and the names. Raises where a checksum is wrong."""
+def _split_plain(data: bytes | mmap.mmap, positions_M: np.ndarray, name: str) -> tuple[list[str], list[str]] | None:
+    """Keys and endings; None unless all headers are right, of plain files, and their names those of samples' files."""
     names: list[bytes] = []
-    is_plain = True
     blocks = np.frombuffer(data, dtype=np.uint8, count=len(data) // BLOCK * BLOCK).reshape(-1, BLOCK)
     for start in range(0, len(positions_M), _CHUNK):
-        here = positions_M[start : start + _CHUNK]
-        headers = blocks[here // BLOCK]
+        headers = blocks[positions_M[start : start + _CHUNK] // BLOCK]
         field = headers[:, 148:156]
         digits = field[:, :6].astype(np.int64) - ord("0")
         stored = digits @ _POWERS
@@ -121,16 +137,15 @@ def _check(data: bytes | mmap.mmap, name: str, positions_M: np.ndarray) -> tuple
         for row in np.flatnonzero(odd):
             try:
                 stored[row] = parse_number(field[row].tobytes())
-            except ValueError as error:
-                raise ValueError(f"{name}: no tar header at byte {here[row]}; the shard is damaged") from error
-        found = _byte_sums(headers) - field.sum(axis=1, dtype=np.int64) + 8 * 32
-        if (found != stored).any():
-            position = here[np.flatnonzero(found != stored)[0]]
-            raise ValueError(f"{name}: wrong header checksum at byte {position}; the shard is damaged")
-        has_prefix = (headers[:, 345] != 0) & (headers[:, 257] == ord("u"))
-        is_plain = is_plain and bool(np.isin(headers[:, 156], _REGULAR).all()) and not has_prefix.any()
+            except ValueError:
+                return None
+        is_right = (_byte_sums(headers) - field.sum(axis=1, dtype=np.int64) + 8 * 32 == stored).all()
+        is_plain = np.isin(headers[:, 156], _REGULAR).all() and np.isin(headers[:, 135], _AFTER_SIZE).all()
+        has_prefix = ((headers[:, 345] != 0) & (headers[:, 257] == ord("u"))).any()
+        if not is_right or not is_plain or has_prefix:
+            return None
         names += np.ascontiguousarray(headers[:, :100]).view("S100")[:, 0].tolist()
-    return is_plain, names
+    return _split(names, name)
 
 
 def _byte_sums(blocks: np.ndarray) -> np.ndarray:
@@ -140,25 +155,35 @@ def _byte_sums(blocks: np.ndarray) -> np.ndarray:
     return quarters.sum(axis=1).view(np.uint16).reshape(-1, 4).sum(axis=1, dtype=np.int64)
 
 
-def _split(names: list[bytes], name: str) -> tuple[list[str], list[str]]:
-    keys: list[str] = []
-    endings: list[str] = []
-    text = b"\n".join(names).decode("utf-8", "replace")
-    decoded = text.split("\n")
-    if len(decoded) != len(names):  # somebody's names hold line breaks
-        decoded = [item.decode("utf-8", "replace") for item in names]
+def _split(names: list[bytes], name: str) -> tuple[list[str], list[str]] | None:
+    """Keys and endings of plain names; None where one asks for a closer look."""
+    try:
+        text = b"\n".join(names).decode()
+    except UnicodeDecodeError:
+        return None
+    decoded = text.split("\n") if names else []
+    if len(decoded) != len(names) or "\0" in text or "__MACOSX" in text:
+        return None
     if "/" in text:
-        for item in decoded:
-            member = member_of(item, 0, 0)
-            keys.append(member.key)
-            endings.append(member.ending)
-        _refuse_traversal(keys, name)
+        keys, endings = [], []
+        for item in decoded:  # as `member_of`
+            folder, slash, base = item.rpartition("/")
+            stem, _, ending = base.partition(".")
+            keys.append(f"{folder}{slash}{stem}")
+            endings.append(ending)
+        if ".." in text or text.startswith("/") or "\n/" in text:
+            _refuse_traversal(keys, name)
+        has_key = "/." not in text and not text.startswith(".") and "\n." not in text
     else:
         parts = [item.partition(".") for item in decoded]
         keys, endings = [key for key, _, _ in parts], [ending for _, _, ending in parts]
-        lowered = {ending: ending.lower() for ending in set(endings)}  # few are distinct
-        if any(ending != low for ending, low in lowered.items()):
-            endings = [lowered[ending] for ending in endings]
+        has_key = all(keys)
+    distinct = set(endings)  # few
+    lowered = {ending: ending.lower() for ending in distinct}
+    if not has_key or "" in distinct or any(low.endswith(COMPRESSED_ENDINGS) for low in lowered.values()):
+        return None
+    if any(ending != low for ending, low in lowered.items()):
+        endings = [lowered[ending] for ending in endings]
     return keys, endings
 
 
@@ -171,11 +196,22 @@ def _refuse_traversal(keys: list[str], name: str) -> None:
 
 
 def _grouped(
-    positions_M: np.ndarray, starts_M: np.ndarray, sizes_M: np.ndarray, keys: list[str], endings: list[str]
+    positions_M: np.ndarray,
+    starts_M: np.ndarray,
+    sizes_M: np.ndarray,
+    keys: list[str],
+    endings: list[str],
+    num_skipped: dict[str, int],
+    name: str,
 ) -> TarTable:
     firsts = [row for row, (key, last) in enumerate(zip(keys, [None, *keys], strict=False)) if key != last]
     firsts_S = np.array([*firsts, len(keys)], dtype=np.int64)
+    keys_S = [keys[row] for row in firsts]
+    if len(set(keys_S)) < len(keys_S):
+        seen: set[str] = set()
+        again = next(sample for sample, key in enumerate(keys_S) if key in seen or seen.add(key))
+        raise apart_error(keys_S[again], int(positions_M[firsts[again]]), name)
     offsets_S = positions_M[firsts_S[:-1]]
     ends_M = starts_M + sizes_M
     spans_S = ends_M[firsts_S[1:] - 1] - offsets_S
-    return TarTable(starts_M, sizes_M, endings, firsts_S, [keys[row] for row in firsts], offsets_S, spans_S)
+    return TarTable(starts_M, sizes_M, endings, firsts_S, keys_S, offsets_S, spans_S, num_skipped)
