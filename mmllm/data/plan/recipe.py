@@ -344,7 +344,10 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def recipe_hash(recipe: Recipe, shard_digests: list[list[str]], tokenizer_hash: str) -> str:
-    """SHA-256 of the canonical recipe, its shards' contents and its tokenizer; no path goes in.
+    """SHA-256 of all that the plan is a function of, and of nothing else.
+
+    Sources go in by their place, their shards and the tokenizer by their contents: no name, no path. What becomes of
+    broken samples doesn't go in, nor a weight where a schedule stands instead.
 
     Args:
         recipe: The recipe.
@@ -352,9 +355,13 @@ def recipe_hash(recipe: Recipe, shard_digests: list[list[str]], tokenizer_hash: 
         tokenizer_hash: The tokenizer folder's.
     """
     value = recipe_to_dict(recipe)
+    del value["on_error"]
     value["tokenizer"] = tokenizer_hash
-    for source, digests in zip(value["sources"], shard_digests, strict=True):
-        source["shards"] = digests
+    for source, config, digests in zip(value["sources"], recipe.sources, shard_digests, strict=True):
+        del source["name"]
+        if config.weight_schedule is not None:
+            del source["weight"]
+        source |= {"shards": digests, "tasks": list(config.task_names)}
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
