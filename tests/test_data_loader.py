@@ -294,6 +294,27 @@ def test_validation_is_the_same_each_time_and_holds_each_document_once(made, tmp
     assert data.voices == ("ann", "bob")
 
 
+@pytest.mark.parametrize("schedule", [[[0, 0.0], [900, 0.0], [901, 1.0]], [[0, 1.0], [1, 0.0]]])
+def test_validation_sees_sources_that_rest(made, schedule):
+    """Also the first few sequences of it, by `num_val_sequences`."""
+    recipe = recipe_dict(made / "s", made / "tok")
+    recipe["sources"] = [{**recipe["sources"][0], "weight_schedule": schedule}, *recipe["sources"][1:]]
+    data = packed(made, val_recipe=recipe_from_dict(recipe))
+    data.setup("validate")
+    loader = data.val_dataloader()
+    assert isinstance(loader, PackedLoader)
+    sources = [document for batch in loader for document in told(batch)]
+    assert [sources.count(number) for number in range(4)] == [24, 24, 24, 48]
+    assert 0 in sources[:20]
+
+
+def told(batch) -> list[int]:
+    """Each document's source."""
+    ids_BT, source_BT = batch.document_ids_BT, batch.source_BT
+    pairs = [set(zip(*pair, strict=True)) for pair in zip(ids_BT.tolist(), source_BT.tolist(), strict=True)]
+    return [source for row in pairs for number, source in sorted(row) if number >= 0]
+
+
 def test_cached_documents_are_the_same(made):
     plain, cached = packed(made, cache_mb=0), packed(made, cache_mb=64)
     for data in (plain, cached):

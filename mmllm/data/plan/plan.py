@@ -273,9 +273,16 @@ class Plan:
         return budgets
 
     def _draw(self, cursors: list[list[float]], step: int) -> _Draw:
-        """The next documents, at most a window: a merge of the sources' next ones by their clocks."""
+        """The next documents, at most a window; those of sources at rest where no other has any left."""
+        draw = self._drawn(cursors, step, self.recipe.shares(step))
+        if not len(draw.items) and self.recipe.mixture.on_exhausted == "renormalize":
+            shares = self.recipe.shares_at_rest(step)
+            return draw if shares is None else self._drawn(cursors, step, shares)
+        return draw
+
+    def _drawn(self, cursors: list[list[float]], step: int, shares: list[float]) -> _Draw:
+        """A merge of the sources' next documents by their clocks."""
         mixture, size = self.recipe.mixture, self.recipe.packing.window
-        shares = self.recipe.shares(step)
         easiest = self._easiest(step)
         wanted = self._guess(shares, size)
         while True:

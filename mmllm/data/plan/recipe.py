@@ -124,6 +124,11 @@ class SourceConfig:
         (start, first), (stop, last) = before[-1], after[0]
         return first + (last - first) * (step - start) / (stop - start)
 
+    @property
+    def largest_weight(self) -> float:
+        """The largest weight that it has at any step; above 0."""
+        return self.weight if self.weight_schedule is None else max(point[1] for point in self.weight_schedule)
+
 
 def _check_schedule(points: list[list[float]], where: str) -> None:
     steps = [point[0] for point in points]
@@ -144,6 +149,8 @@ class MixtureConfig:
     temperature: float = 1.0
     """Shares are weight^(1/temperature)."""
     on_exhausted: Literal["stop", "renormalize", "repeat"] = "stop"
+    """End there; go on with the other sources, to the last row of each, also of those whose weight is 0 then; or draw
+    it again all the same."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -271,6 +278,17 @@ class Recipe:
         weights = [source.weight_at(step) for source in self.sources]
         if not any(weights):
             raise ValueError(f"all sources have weight 0 at step {step}; mend their weight_schedule")
+        return self._shares(weights)
+
+    def shares_at_rest(self, step: int) -> list[float] | None:
+        """The shares of the sources that have no weight at a step, by their largest weights, if all others ran out.
+
+        None: there is no such source.
+        """
+        weights = [0.0 if source.weight_at(step) else source.largest_weight for source in self.sources]
+        return self._shares(weights) if any(weights) else None
+
+    def _shares(self, weights: list[float]) -> list[float]:
         try:
             powers = [weight ** (1 / self.mixture.temperature) if weight else 0.0 for weight in weights]
         except OverflowError:
