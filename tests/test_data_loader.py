@@ -366,6 +366,27 @@ def test_validation_is_the_same_each_time_and_holds_each_document_once(made, tmp
     assert data.voices == ("ann", "bob")
 
 
+@pytest.mark.parametrize("schedule", [[[0, 0.0], [900, 0.0], [901, 1.0]], [[0, 1.0], [1, 0.0]]])
+def test_validation_sees_sources_that_rest(made, schedule):
+    """Also the first few sequences of it, by `num_val_sequences`."""
+    recipe = recipe_dict(made / "s", made / "tok")
+    recipe["sources"] = [{**recipe["sources"][0], "weight_schedule": schedule}, *recipe["sources"][1:]]
+    data = packed(made, val_recipe=recipe_from_dict(recipe))
+    data.setup("validate")
+    loader = data.val_dataloader()
+    assert isinstance(loader, PackedLoader)
+    sources = [document for batch in loader for document in told(batch)]
+    assert [sources.count(number) for number in range(4)] == [24, 24, 24, 48]
+    assert 0 in sources[:20]
+
+
+def told(batch) -> list[int]:
+    """Each document's source."""
+    ids_BT, source_BT = batch.document_ids_BT, batch.source_BT
+    pairs = [set(zip(*pair, strict=True)) for pair in zip(ids_BT.tolist(), source_BT.tolist(), strict=True)]
+    return [source for row in pairs for number, source in sorted(row) if number >= 0]
+
+
 def test_cached_documents_are_the_same(made):
     plain, cached = packed(made, cache_mb=0), packed(made, cache_mb=64)
     for data in (plain, cached):
@@ -394,7 +415,7 @@ def test_errors_are_shown_with_the_sequence_that_has_them(made, tmp_path, action
         yaml.safe_dump({**broken_copy(made, tmp_path, 20), "on_error": {"action": action, "max_fraction": 0}})
     )
     for choices in ({}, {"world_size": 2}, {"world_size": 4, "num_workers": 1}):
-        told = commands.show(recipe, step=1, batch_size=8, text=True, **choices)
+        told = commands.show(recipe, step=2, batch_size=8, text=True, **choices)
         broken = 0
         for sequence in told["sequences"]:
             keys = [document["key"] for document in sequence["documents"] if document["source"] == "caption"]
@@ -402,7 +423,7 @@ def test_errors_are_shown_with_the_sequence_that_has_them(made, tmp_path, action
             assert all(any(f":{key} as caption" in message for key in keys) for message in sequence["errors"])
             broken += len(sequence["errors"])
         assert broken > 1 and any(not sequence["errors"] for sequence in told["sequences"])
-    assert any("errors" in sequence for sequence in commands.show(recipe, 1, 8, world_size=2)["sequences"])
+    assert any("errors" in sequence for sequence in commands.show(recipe, 2, 8, world_size=2)["sequences"])
 
 
 def test_a_step_as_a_page(made, tmp_path):

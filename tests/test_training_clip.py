@@ -7,6 +7,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mmllm.model.vision import VisionConfig, VisionTower
 from mmllm.training.clip_module import ClipModule, contrastive_loss, load_clip_config, save_clip, with_text_tokens
@@ -61,6 +62,21 @@ def test_clip_learns_colours_and_its_tower_goes_to_the_decoder(tmp_path: Path) -
     told = dataclasses.replace(module.clip_config, mean=(0.5, 0.25, 0.125), std=(0.5, 0.5, 0.5))
     save_clip(tmp_path / "told", module.clip, told)
     assert load_clip_config(tmp_path / "told", None).mean == told.mean
+
+
+def test_a_checkpoint_holds_the_temperature_within_its_bound(tmp_path: Path) -> None:
+    tokenizer = _tokenizer(tmp_path / "tokenizer")
+    module = _clip_module(str(tmp_path / "tokenizer"))
+    module.configure_model()
+    with torch.no_grad():
+        module.clip.logit_scale.fill_(7.0)
+    saving = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0, every_n_train_steps=1)
+    with quiet_lightning():
+        trainer = quiet_trainer(saving, max_steps=1, enable_checkpointing=True)
+        trainer.fit(module, datamodule=ListData([_batch(tokenizer, 0)]))
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(saved["clip.logit_scale"], module.clip.logit_scale)
+    assert float(saved["clip.logit_scale"].exp()) == pytest.approx(100.0)
 
 
 def test_a_training_says_what_it_will_write_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

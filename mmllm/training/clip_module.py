@@ -102,11 +102,11 @@ class ClipModule(StagedModule):
         self.log("loss", loss, prog_bar=True, logger=False)
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keeps the temperature from collapsing, as open_clip's own training does."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Keeps the temperature from collapsing, as open_clip's own training does, before a checkpoint is written."""
+        super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.clip.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
-        super().on_train_batch_end(outputs, batch, batch_idx)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Retrieval within the batch: is the most similar caption the image's own (or one with the same words)?"""

@@ -154,6 +154,7 @@ class DecoderModule(StagedModule):
     def on_fit_start(self) -> None:
         """Checks that the data was made with this tokenizer and tower, and asks for its sources' names."""
         super().on_fit_start()
+        self._first_targets = self._accumulated_targets = 0.0  # an earlier fit may have ended before its step
         self._source_names = list(getattr(self._data, "source_names", None) or [])
         data_folder = getattr(self._data, "folder", None)
         if self.folder is not None and data_folder is not None and data_folder.hash != self.folder.hash:

@@ -195,8 +195,13 @@ def _recipe(recipe: str | Path | Recipe) -> Recipe:
 
 
 def _once(recipe: Recipe) -> Recipe:
-    """The recipe with each document once, all sources to their end, in no order of difficulty."""
-    sources = [dataclasses.replace(source, max_epochs=1.0, task_weights=None) for source in recipe.sources]
+    """The recipe with each document once, all sources to their end, in no order of difficulty or of a schedule."""
+    sources = [
+        dataclasses.replace(
+            source, max_epochs=1.0, task_weights=None, weight=source.largest_weight, weight_schedule=None
+        )
+        for source in recipe.sources
+    ]
     mixture = dataclasses.replace(recipe.mixture, on_exhausted="renormalize")
     return dataclasses.replace(recipe, sources=sources, mixture=mixture, curriculum=None)
 

@@ -35,7 +35,8 @@ from mmllm_tokenizers.folder import TokenizerFolder
 
 __all__ = ["Item", "Plan", "Source", "StepPlan", "open_plan", "open_sources"]
 
-STATE_VERSION = 2
+STATE_VERSION = 3
+"""To be raised by whatever makes another stream of the same recipe."""
 AHEAD = 32
 """Sequences among which the next one is chosen."""
 
@@ -96,7 +97,11 @@ class Plan:
         ]
 
     def initial_state(self) -> dict[str, Any]:
-        """The state before step 0: after `cursors`, a source's position and clock when the window was begun."""
+        """The state before step 0.
+
+        After `cursors`, a source's position and clock when the window was begun; `next` names the sequence that comes
+        next (`None`: there is none, or it isn't known yet).
+        """
         return {
             "version": STATE_VERSION,
             "recipe": self.hash[:16],
@@ -105,21 +110,44 @@ class Plan:
             "window": 0,
             "offset": 0,
             "cursors": [[0, 0.0] for _ in self.sources],
+            "next": None,
+            "numpy": np.__version__,
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Refuse a state that belongs to another recipe, other shards, or another batch size.
+        """Refuse a state from which this plan doesn't go on exactly.
 
         Raises:
-            ValueError: It does.
+            ValueError: It belongs to another recipe, other shards, another batch size or an earlier version, or what
+                comes next is not what came next when it was saved.
         """
+        self._check_keys(state)
+        following = next(self._sequences(state), None)
+        self._check_next(state, None if following is None else following[1])
+
+    def _check_keys(self, state: Mapping[str, Any]) -> None:
         wanted = self.initial_state()
-        for key in ("version", "recipe", "batch_size"):
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"the saved data state has version {state.get('version')!r}, this mmllm writes {STATE_VERSION} and "
+                f"draws the same recipe's documents in another order (until version 2, it went by sources' names); "
+                f"finish that run with the mmllm that began it, or begin a new one"
+            )
+        for key in ("recipe", "batch_size"):
             if state.get(key) != wanted[key]:
                 raise ValueError(
                     f"the saved data state has {key} {state.get(key)!r}, this run has {wanted[key]!r}; "
                     f"resume with the same recipe, shards, tokenizer and global batch size"
                 )
+
+    def _check_next(self, state: Mapping[str, Any], sequence: tuple[Item, ...] | None) -> None:
+        then, now = state["next"], _digest(sequence)
+        if then is not None and then != now:
+            raise ValueError(
+                f"the saved data state goes on with sequence {then}, but here {now} comes next: random numbers are "
+                f"drawn otherwise (NumPy {state['numpy']} then, {np.__version__} now) or the shards' indices changed; "
+                f"resume with the NumPy and the indices of then"
+            )
 
     def steps(self, state: Mapping[str, Any] | None = None) -> Iterator[StepPlan]:
         """Steps from a state on; ends only when a capped source runs out (see `mixture.on_exhausted`).
@@ -127,18 +155,22 @@ class Plan:
         The last step of a stream that ends is filled up with empty sequences.
         """
         state = dict(state) if state is not None else self.initial_state()
-        self.check_state(state)
+        self._check_keys(state)
+        upcoming = self._sequences(state)
+        following = next(upcoming, None)
+        self._check_next(state, None if following is None else following[1])
         step, pending = state["step"], []
-        here: dict[str, Any] = {}
-        for here, sequence in self._sequences(state):
+        while following is not None:
+            here, sequence = following
             pending.append(sequence)
+            following = next(upcoming, None)
+            if following is None:
+                pending += [()] * (self.batch_size - len(pending))
             if len(pending) == self.batch_size:
                 step += 1
-                yield StepPlan(step - 1, tuple(pending), {**here, "step": step}, self.batch_size)
+                told = {"step": step, "next": None if following is None else _digest(following[1])}
+                yield StepPlan(step - 1, tuple(pending), {**here, **told}, self.batch_size)
                 pending = []
-        if pending:
-            pending += [()] * (self.batch_size - len(pending))
-            yield StepPlan(step, tuple(pending), {**here, "step": step + 1}, self.batch_size)
 
     def at(self, step: int) -> StepPlan:
         """Step number `step`, planned from the start.
@@ -174,7 +206,7 @@ class Plan:
     def _sequences(self, state: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], tuple[Item, ...]]]:
         """(state after it, sequence), on and on."""
         window, offset, cursors = state["window"], state["offset"], state["cursors"]
-        base = {key: state[key] for key in ("version", "recipe", "batch_size")}
+        base = {key: self.initial_state()[key] for key in ("version", "recipe", "batch_size", "numpy")}
         # The curriculum reads the step at which a window began; a resumed window must read the same one.
         first = state["step"] * self.batch_size - offset
         while True:
@@ -243,9 +275,16 @@ class Plan:
         return budgets
 
     def _draw(self, cursors: list[list[float]], step: int) -> _Draw:
-        """The next documents, at most a window: a merge of the sources' next ones by their clocks."""
+        """The next documents, at most a window; those of sources at rest where no other has any left."""
+        draw = self._drawn(cursors, step, self.recipe.shares(step))
+        if not len(draw.items) and self.recipe.mixture.on_exhausted == "renormalize":
+            shares = self.recipe.shares_at_rest(step)
+            return draw if shares is None else self._drawn(cursors, step, shares)
+        return draw
+
+    def _drawn(self, cursors: list[list[float]], step: int, shares: list[float]) -> _Draw:
+        """A merge of the sources' next documents by their clocks."""
         mixture, size = self.recipe.mixture, self.recipe.packing.window
-        shares = self.recipe.shares(step)
         easiest = self._easiest(step)
         wanted = self._guess(shares, size)
         while True:
@@ -338,8 +377,16 @@ class Plan:
 
     def sequence_hash(self, sequence: tuple[Item, ...]) -> str:
         """Names a sequence by what it holds: equal for equal documents in equal order, wherever they lie."""
-        text = "\n".join("\t".join(str(value) for value in self.describe(item).values()) for item in sequence)
+        told = [{**self.describe(item), "source": item.source} for item in sequence]
+        text = "\n".join("\t".join(map(str, document.values())) for document in told)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _digest(sequence: tuple[Item, ...] | None) -> str | None:
+    """Names a sequence by the numbers of its documents, for a state; no index is read."""
+    if sequence is None:
+        return None
+    return hashlib.sha256(repr([tuple(item) for item in sequence]).encode()).hexdigest()[:16]
 
 
 def balanced(over_BS: np.ndarray, names: list[int]) -> list[int]:

@@ -12,7 +12,6 @@ Shapes: M items (a document as one task, or one part of a long text), G groups o
 from __future__ import annotations
 
 import logging
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, repeat
@@ -34,6 +33,8 @@ _COUNTED = ("num_tokens", "num_images", "num_frames")
 _LENGTHS = ("num_tokens", "length")
 _COPIED = "perturbed"
 """What `build --perturb` writes in altered copies; without it no row has the key, and a filter may still name it."""
+_ORDER, _RANKS = 6, 7
+"""What random numbers are for; others of the recipe's seed are 1 (`Plan`) and 4 (`StepDataset`)."""
 _logger = logging.getLogger(__name__)
 
 
@@ -86,8 +87,7 @@ class Source:
     ) -> None:
         self.config, self.number, self.indices = config, number, list(indices)
         self.num_filtered = self.num_too_long = self.num_over_budget = 0
-        self._seed = recipe.seed
-        self.name_seed = zlib.crc32(config.name.encode())
+        self._seed = (recipe.seed, number)
         self._check_filter()
         items = _Items(len(config.task_names) * sum(index.num_documents for index in self.indices))
         for index in self.indices:
@@ -190,7 +190,7 @@ class Source:
         if curriculum is None:
             return None
         if curriculum.order == "random":
-            rng = np.random.default_rng([self._seed, self.name_seed, 5])
+            rng = self._random(_RANKS)
             return rng.permutation(self.num_items).astype(np.int32)
         difficulty_M = self._difficulty(curriculum.metric).astype(np.float64)
         if curriculum.order == "hard_first":
@@ -314,7 +314,7 @@ class Source:
         per_shard = len(self.config.task_names)
         if self.num_items <= BLOCK_ITEMS or num_shards == 1:
             return np.array([0, self.num_items]), np.arange(num_shards * per_shard)
-        shards = np.random.default_rng([self._seed, self.name_seed, epoch, 1]).permutation(num_shards)
+        shards = self._random(_ORDER, epoch, 1).permutation(num_shards)
         groups = (shards[:, None] * per_shard + np.arange(per_shard)).reshape(-1)
         ends = np.cumsum((self._starts_G[1:] - self._starts_G[:-1])[groups])[per_shard - 1 :: per_shard]
         cuts = [0]
@@ -329,7 +329,7 @@ class Source:
         self, epoch: int, number: int, start: int, stop: int, groups: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | None]:
         is_whole = stop - start == self.num_items
-        rng = np.random.default_rng([self._seed, self.name_seed, epoch, *([] if is_whole else [2 + number])])
+        rng = self._random(_ORDER, epoch, *([] if is_whole else [2 + number]))
         if is_whole:
             order = rng.permutation(self.num_items)
         else:
@@ -346,6 +346,11 @@ class Source:
         """(group, shard, task) of items."""
         groups = np.searchsorted(self._starts_G, numbers, side="right") - 1
         return groups, *np.divmod(groups, len(self.config.task_names))
+
+    def _random(self, purpose: int, *numbers: int) -> np.random.Generator:
+        """Random numbers by the source's place in the recipe, so that its name may change."""
+        seed, place = self._seed
+        return np.random.default_rng([seed, purpose, place, *numbers])
 
     def items(self, numbers: np.ndarray) -> list[Item]:
         """Items in full."""
