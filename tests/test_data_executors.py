@@ -18,8 +18,9 @@ import pytest
 from mmllm.cli.main import main
 from mmllm.data import commands
 from mmllm.data.executors.stages import Executor, Stage, TaskError, UnfinishedError, parse_options
+from mmllm.data.rows.bad_rows import ManifestError
 from mmllm.data.rows.cleaning import CleaningConfig, measure_rows
-from mmllm.data.rows.rows import ManifestError, read_manifest
+from mmllm.data.rows.rows import read_manifest
 from mmllm.data.shards.encode import ShardsConfig
 from mmllm.data.shards.write import STAGING, _WriteGroups, group_rows
 from tests.data_fixtures import make_folder, mixed_manifest, write_manifest, write_picture

@@ -12,9 +12,9 @@ import pytest
 
 from mmllm.cli.data import DATA_FORMS
 from mmllm.data import commands
-from mmllm.data.rows import read as records
-from mmllm.data.rows.importers import FORMS, read_rows, told_form
-from mmllm.data.rows.rows import BadRows, ManifestError
+from mmllm.data.rows import records
+from mmllm.data.rows.bad_rows import BadRows, ManifestError
+from mmllm.data.rows.forms import FORMS, read_rows, told_form
 from tests.data_fixtures import write_picture, write_sound
 
 RNG = np.random.default_rng(0)

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from mmllm.data.loading.augment import NUM_DRAWS, AugmentConfig, augment
-from mmllm.data.rows.rows import ManifestError, read_manifest
+from mmllm.data.rows.bad_rows import ManifestError
+from mmllm.data.rows.rows import read_manifest
 from mmllm.data.rows.split import split
 
 

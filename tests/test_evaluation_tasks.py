@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from mmllm.data.rows.rows import ManifestError, Row, read_manifest
+from mmllm.data.rows.bad_rows import ManifestError
+from mmllm.data.rows.rows import Row, read_manifest
 from mmllm.data.samples.documents import Sample, build_document
 from mmllm.evaluation import commands, tasks
 from mmllm.evaluation.metrics import word_edits

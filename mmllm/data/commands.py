@@ -19,16 +19,11 @@ from mmllm.data.looking.show import add_starts, show_step, write_step_page
 from mmllm.data.looking.verify import verify_shards
 from mmllm.data.plan.plan import Plan, open_plan
 from mmllm.data.plan.recipe import load_recipe
+from mmllm.data.rows.bad_rows import BadRows
 from mmllm.data.rows.cleaning import CleaningConfig, choose, measure_rows
-from mmllm.data.rows.importers import read_rows
-from mmllm.data.rows.rows import (
-    BadRows,
-    Digests,
-    row_files,
-    split_rows,
-    with_absolute_paths,
-    without_shown,
-)
+from mmllm.data.rows.forms import read_rows
+from mmllm.data.rows.holdout import Digests, split_rows, without_shown
+from mmllm.data.rows.rows import row_files, with_absolute_paths
 from mmllm.data.samples.features import ImageEncoder
 from mmllm.data.shards.encode import ShardsConfig
 from mmllm.data.shards.find import find_shards
@@ -64,7 +59,7 @@ def build(
     """Manifests, and other people's data, to shards.
 
     Args:
-        manifest: One input or several, of any form that `importers.FORMS` reads; kinds may be mixed.
+        manifest: One input or several, of any form that `forms.FORMS` reads; kinds may be mixed.
         out: Folder of the shards: `caption-000000.tar`, `audio-000000.tar`, … and `shards.json`.
         tokenizer: With a tokenizer folder that has a codec, each sound's codes are stored with it.
         perturb: Altered copies of each sound row, marked `"perturbed": true`.

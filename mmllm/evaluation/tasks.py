@@ -14,8 +14,9 @@ from typing import Any, cast
 
 import numpy as np
 
+from mmllm.data.rows.bad_rows import BadRows, ManifestError
 from mmllm.data.rows.readable import readable_rows
-from mmllm.data.rows.rows import BadRows, ManifestError, Row, read_manifest, row_media, sound_seconds
+from mmllm.data.rows.rows import Row, read_manifest, row_media, sound_seconds
 from mmllm.data.samples.documents import Segment
 from mmllm.evaluation.captions import caption_matches, count_attributes, names_heldout_pairs, reference_scene
 from mmllm.evaluation.metrics import (

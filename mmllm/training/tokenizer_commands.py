@@ -16,7 +16,8 @@ import numpy as np
 from torch import Tensor
 
 from mmllm.data.plan.recipe import load_recipe
-from mmllm.data.rows.rows import BadRows, read_manifest
+from mmllm.data.rows.bad_rows import BadRows
+from mmllm.data.rows.rows import read_manifest
 from mmllm.data.samples.schema import AUDIO_ENDINGS, jsonl_lines
 from mmllm.data.shards.find import shard_paths
 from mmllm.data.shards.tar import Member, scan_tar

@@ -19,7 +19,9 @@ import numpy as np
 from mmllm.data.executors.parallel import in_order
 from mmllm.data.executors.stages import Executor, Progress, Stage
 from mmllm.data.expressions import compile_filter, filter_names
-from mmllm.data.rows.rows import Digests, ManifestError, Row, is_of_machine, row_files
+from mmllm.data.rows.bad_rows import ManifestError, is_of_machine
+from mmllm.data.rows.holdout import Digests
+from mmllm.data.rows.rows import Row, row_files
 
 Dedup = Literal["none", "exact", "minhash"]
 DEDUPS: tuple[Dedup, ...] = ("none", "exact", "minhash")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmllm.data.rows.rows import BadRows, Row, row_media
+from mmllm.data.rows.bad_rows import BadRows
+from mmllm.data.rows.rows import Row, row_media
 from mmllm.data.samples.decode import decode_image
 from mmllm_tokenizers.audio import load_audio
 

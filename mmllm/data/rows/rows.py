@@ -7,33 +7,25 @@ A row has `id`, and `text` with `image` or `audio` (paths relative to the manife
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
-import logging
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import soundfile
 
+from mmllm.data.rows.bad_rows import BadRows, ManifestError
+
 Kind = Literal["caption", "interleaved", "text", "audio"]
 KINDS: tuple[Kind, ...] = ("caption", "interleaved", "text", "audio")
 
 ROLES = ("user", "assistant")
 
-_logger = logging.getLogger(__name__)
 _OWN_KEYS = ("id", "text", "image", "audio", "segments")
 _MEDIA_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".wav", ".flac", ".mp3", ".ogg", ".opus",
 )  # fmt: skip
-_SHOWN = 5
-
-
-class ManifestError(ValueError):
-    """A manifest, or too many of its rows, can't be used. The message names the file and the rows."""
 
 
 @dataclass(frozen=True)
@@ -50,58 +42,6 @@ class Row:
     segments: tuple[dict[str, Any], ...] = ()
     """Each with one key: `text` (str), `image` or `audio` (Path); in a conversation also `role`."""
     metadata: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class BadRows:
-    """Rows that were skipped: counted, named and bounded."""
-
-    max_fraction: float
-    reasons: list[str] = field(default_factory=list)
-
-    def add(self, where: str, reason: object) -> None:
-        """Note a skipped row.
-
-        Args:
-            where: Its `file:line`.
-            reason: What is wrong with it.
-        """
-        message = f"{where}: {reason}"
-        _logger.warning("skipped %s", message)
-        self.reasons.append(message)
-
-    def check(self, num_rows: int, name: str, since: int = 0) -> None:
-        """Refuse a manifest of which too many rows were skipped.
-
-        Args:
-            num_rows: How many rows were looked at, bad ones included.
-            name: The manifest.
-            since: Only the bad rows from this one on are the manifest's.
-
-        Raises:
-            ManifestError: More than `max_fraction` of the rows (rounded up), or all of them, are bad.
-        """
-        reasons = self.reasons[since:]
-        num_bad = len(reasons)
-        allowed = math.ceil(self.max_fraction * num_rows)
-        if num_bad and (num_bad > allowed or num_bad >= num_rows):
-            shown = "; ".join(reasons[:_SHOWN]) + ("; …" if num_bad > _SHOWN else "")
-            raise ManifestError(
-                f"{name}: {num_bad} of {num_rows} rows can't be used, at most {min(allowed, num_rows - 1)} may be: "
-                f"{shown}. Mend them, or raise --max_bad_fraction (now {self.max_fraction})"
-            )
-
-
-_OF_FILES = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
-
-
-def is_of_machine(error: Exception) -> bool:
-    """Whether an error is the machine's and not a row's: no more files may be open, a mount is gone, ….
-
-    What decoders and this package raise has no number; a file that was there when its row was checked is not the row's
-    fault if it is gone.
-    """
-    return isinstance(error, OSError) and error.errno is not None and error.errno not in _OF_FILES
 
 
 def read_manifest(path: str | Path, bad: BadRows | None = None) -> list[Row]:
@@ -306,112 +246,3 @@ def sound_seconds(path: Path) -> float:
         return float(soundfile.info(str(path)).duration)
     except (OSError, RuntimeError):
         return 0.0
-
-
-def even_hash(text: str) -> float:
-    """A number in [0, 1) from a text. CRC won't do: texts that differ in one letter get numbers that hardly differ."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
-
-
-class Digests:
-    """What is in files, told by a hash: each is read once."""
-
-    def __init__(self) -> None:
-        self._known: dict[Path, str] = {}
-
-    def know(self, path: Path, digest: str) -> None:
-        """Take a file's SHA-1 as read."""
-        self._known[path] = digest
-
-    def __call__(self, path: Path) -> str:
-        """The SHA-1 of a file."""
-        if path not in self._known:
-            with path.open("rb") as stream:
-                self._known[path] = hashlib.file_digest(stream, "sha1").hexdigest()
-        return self._known[path]
-
-
-def _shown(row: Row, digests: Digests) -> str:
-    """What rows of one picture, one sound or one text have in common: never parted by a split.
-
-    Files are told by what is in them, wherever they lie and whatever they are called; a document goes with its first.
-    """
-    files = row_files(row)
-    if files:
-        return digests(files[0])
-    return row.id if row.segments else row.text
-
-
-def without_shown(rows: Sequence[Row], heldout: Sequence[Row], digests: Digests) -> list[Row]:
-    """The rows that show nothing of what held-out rows show: scores of what was trained on are no results.
-
-    Files are told by what is in them, wherever they lie: a row goes if any of its pictures or sounds is in a held-out
-    row, be it a caption's or a document's. Rows without files are told by their text.
-
-    Raises:
-        ManifestError: None would be left.
-    """
-
-    def contents(row: Row) -> set[str]:
-        files = {digests(path) for path in row_files(row)}
-        texts = [segment["text"] for segment in row.segments] if not files else []
-        return files or {"\0".join(["text", row.text, *texts])}
-
-    tested = set[str]().union(*map(contents, heldout))
-    kept = [row for row in rows if tested.isdisjoint(contents(row))]
-    if rows and not kept:
-        raise ManifestError(
-            f"each of the {len(rows)} training rows shows a picture, a sound or a text of the held-out rows; hold "
-            f"other rows out (--test, --holdout KEY=VALUE)"
-        )
-    if len(kept) < len(rows):
-        _logger.warning("%d rows are left out: what they show is held out as well", len(rows) - len(kept))
-    return kept
-
-
-def split_rows(
-    rows: Sequence[Row], holdout: str | float, seed: int = 0, digests: Digests | None = None
-) -> tuple[list[Row], list[Row]]:
-    """Rows to train on and rows held out.
-
-    Args:
-        rows: The rows.
-        holdout: `KEY=VALUE` holds out the rows whose metadata has that value; a number holds out that
-            fraction of them, chosen by the hash of what they show (so that adding rows moves none, and rows of one
-            picture, one sound or one text stay together), of each kind one at least.
-        seed: Changes the choice by fraction.
-        digests: Of files that were read before.
-
-    Returns:
-        `(train, heldout)`, each in the rows' order.
-
-    Raises:
-        ManifestError: `holdout` can't be read, or one of the two parts would be empty.
-    """
-    if isinstance(holdout, str) and "=" in holdout:
-        key, _, wanted = holdout.partition("=")
-        mask = [str(row.metadata.get(key)) == wanted for row in rows]
-    else:
-        try:
-            fraction = float(holdout)
-        except ValueError as error:
-            raise ManifestError(f"holdout is {holdout!r}; give KEY=VALUE or a fraction") from error
-        digests = digests or Digests()
-        hashes = [even_hash(f"{seed}:{_shown(row, digests)}") for row in rows]
-        least = _least_of_each_kind(rows, hashes) if fraction > 0 else set[float]()
-        mask = [value < fraction or value in least for value in hashes]
-    heldout = [row for row, out in zip(rows, mask, strict=True) if out]
-    train = [row for row, out in zip(rows, mask, strict=True) if not out]
-    if not heldout or not train:
-        keys = sorted({key for row in rows for key in row.metadata})
-        raise ManifestError(
-            f"holdout {holdout!r} leaves {len(train)} rows to train and {len(heldout)} to test; both need some "
-            f"(metadata keys: {', '.join(keys) or 'none'})"
-        )
-    return train, heldout
-
-
-def _least_of_each_kind(rows: Sequence[Row], hashes: Sequence[float]) -> set[float]:
-    """The least hash of each kind that would be left with another to train on; if none would, the least of all."""
-    of_kinds = [{value for row, value in zip(rows, hashes, strict=True) if row.kind == kind} for kind in KINDS]
-    return {min(values) for values in of_kinds if len(values) > 1} or set(sorted(hashes)[:1])

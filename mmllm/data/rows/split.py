@@ -8,18 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmllm.data.rows.bad_rows import BadRows, ManifestError
+from mmllm.data.rows.holdout import Digests, even_hash, split_rows, without_shown
 from mmllm.data.rows.readable import readable_rows
-from mmllm.data.rows.rows import (
-    KINDS,
-    BadRows,
-    Digests,
-    ManifestError,
-    Row,
-    even_hash,
-    read_manifest,
-    split_rows,
-    without_shown,
-)
+from mmllm.data.rows.rows import KINDS, Row, read_manifest
 
 DEFAULT_HOLDOUT = "0.1"
 """Share of the rows that is held out where neither test manifests nor `holdout` are given."""

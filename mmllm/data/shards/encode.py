@@ -19,7 +19,8 @@ import soundfile
 import torch
 from PIL import Image
 
-from mmllm.data.rows.rows import Row, is_of_machine
+from mmllm.data.rows.bad_rows import is_of_machine
+from mmllm.data.rows.rows import Row
 from mmllm.data.samples.codes import pack_codes
 from mmllm.data.samples.decode import decode_image
 from mmllm.data.samples.features import COLUMN, ImageEncoder, features_ending, pack_features

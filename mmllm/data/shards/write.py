@@ -29,7 +29,8 @@ from webdataset.writer import ShardWriter
 
 from mmllm.data.executors.parallel import in_order
 from mmllm.data.executors.stages import Executor, Progress, Stage
-from mmllm.data.rows.rows import KINDS, BadRows, Kind, Row, row_files
+from mmllm.data.rows.bad_rows import BadRows
+from mmllm.data.rows.rows import KINDS, Kind, Row, row_files
 from mmllm.data.samples.features import ImageEncoder
 from mmllm.data.shards.encode import PICTURES, KeyedRow, SampleFiles, ShardsConfig, keyed_rows, sample_files
 from mmllm.data.shards.find import JOURNAL, SUMMARY

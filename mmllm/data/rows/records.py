@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mmllm.data.rows.rows import ManifestError
+from mmllm.data.rows.bad_rows import ManifestError
 
 _MAX_FIELD = 1 << 24
 """Characters of a CSV field; longer ones come of a quote that nothing closes."""
@@ -108,3 +109,29 @@ def _is_unicode(texts: list[str]) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def each_record(path: Path, what: str, read: Callable[[dict[str, Any], int], dict[str, Any]]) -> Found:
+    """What `read` makes of each record and its number; a record that it can't read is a bad row, not the end."""
+    for number, (where, record) in enumerate(read_records(path)):
+        if isinstance(record, dict):
+            yield where, tried(what, partial(read, record, number))
+        elif isinstance(record, ManifestError):
+            yield where, record
+        else:
+            yield where, ManifestError(f"no {what}: a JSON object is wanted, got {type(record).__name__}")
+
+
+def tried(what: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any] | ManifestError:
+    """What `make` makes of a record, or why it can't."""
+    try:
+        return make()
+    except ManifestError as error:
+        return error
+    except (LookupError, TypeError, AttributeError, ValueError, OSError, RuntimeError) as error:
+        return ManifestError(f"no {what}: {error!r}")
+
+
+def record_id(record: dict[str, Any], default: str) -> str:
+    """The record's `id`, if it has one."""
+    return default if record.get("id") is None else str(record["id"])
