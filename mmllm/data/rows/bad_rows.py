@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 _logger = logging.getLogger(__name__)
@@ -21,6 +22,8 @@ class BadRows:
 
     max_fraction: float
     reasons: list[str] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    """What else isn't used, counted by what it is: files that aren't rows, columns that have no place."""
 
     def add(self, where: str, reason: object) -> None:
         """Note a skipped row.
@@ -57,11 +60,18 @@ class BadRows:
 
 _OF_FILES = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
 
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "malloc failed")
+"""What torch and libsndfile say, whose errors are RuntimeErrors."""
 
-def is_of_machine(error: Exception) -> bool:
-    """Whether an error is the machine's and not a row's: no more files may be open, a mount is gone, ….
+
+def is_of_machine(error: BaseException) -> bool:
+    """Whether an error is the machine's and not a row's: too many open files, no memory, a mount that is gone, ….
 
     What decoders and this package raise has no number; a file that was there when its row was checked is not the row's
     fault if it is gone.
     """
-    return isinstance(error, OSError) and error.errno is not None and error.errno not in _OF_FILES
+    if isinstance(error, OSError):
+        return error.errno is not None and error.errno not in _OF_FILES
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
+    )

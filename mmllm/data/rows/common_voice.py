@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import csv
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmllm.data.rows.bad_rows import ManifestError
-from mmllm.data.rows.records import Found, read_table, tried
+from mmllm.data.rows.inputs import Found, Input, tried
+from mmllm.data.rows.tables import open_table, read_table
+
+COLUMNS = frozenset({"client_id", "path", "sentence"})
 
 
-def common_voice_rows(path: Path, folder: Path) -> Found:
+def common_voice_rows(given: Input) -> Found:
     """One of Common Voice's `.tsv` files, beside the folder `clips`."""
-    clips = folder / "clips" if (folder / "clips").is_dir() else folder
-    for where, row in read_table(path, delimiter="\t", quoting=csv.QUOTE_NONE):
+    clips = given.folder / "clips" if (given.folder / "clips").is_dir() else given.folder
+    for where, row, _ in read_table(open_table(given.path, has_quotes=False)):
         yield where, row if isinstance(row, ManifestError) else tried("clip", partial(_clip, row, clips))
 
 
 def _clip(row: dict[str, str], clips: Path) -> dict[str, Any]:
     values = {"id": Path(row["path"]).stem, "text": row["sentence"], "speaker": row["client_id"]}
     values["audio"] = str((clips / row["path"]).absolute())
-    for theirs, ours in (("locale", "language"), ("age", "age"), ("gender", "gender"), ("accents", "accents")):
-        if row.get(theirs):
-            values[ours] = row[theirs]
-    return values
+    known = {"locale": "language"}
+    others = {key: value for key, value in row.items() if value and key not in COLUMNS}
+    return {**{known.get(key, key): value for key, value in others.items()}, **values}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from mmllm.data.rows.bad_rows import ManifestError
-from mmllm.data.rows.rows import KINDS, Row, row_files
+from mmllm.data.rows.media import Digests
+from mmllm.data.rows.rows import KINDS, Row, row_media
 
 _logger = logging.getLogger(__name__)
 
@@ -18,32 +18,14 @@ def even_hash(text: str) -> float:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
 
 
-class Digests:
-    """What is in files, told by a hash: each is read once."""
-
-    def __init__(self) -> None:
-        self._known: dict[Path, str] = {}
-
-    def know(self, path: Path, digest: str) -> None:
-        """Take a file's SHA-1 as read."""
-        self._known[path] = digest
-
-    def __call__(self, path: Path) -> str:
-        """The SHA-1 of a file."""
-        if path not in self._known:
-            with path.open("rb") as stream:
-                self._known[path] = hashlib.file_digest(stream, "sha1").hexdigest()
-        return self._known[path]
-
-
 def _shown(row: Row, digests: Digests) -> str:
     """What rows of one picture, one sound or one text have in common: never parted by a split.
 
     Files are told by what is in them, wherever they lie and whatever they are called; a document goes with its first.
     """
-    files = row_files(row)
-    if files:
-        return digests(files[0])
+    media = row_media(row)
+    if media:
+        return digests(media[0][1])
     return row.id if row.segments else row.text
 
 
@@ -58,7 +40,7 @@ def without_shown(rows: Sequence[Row], heldout: Sequence[Row], digests: Digests)
     """
 
     def contents(row: Row) -> set[str]:
-        files = {digests(path) for path in row_files(row)}
+        files = {digests(media) for _, media in row_media(row)}
         texts = [segment["text"] for segment in row.segments] if not files else []
         return files or {"\0".join(["text", row.text, *texts])}
 
