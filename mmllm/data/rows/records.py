@@ -108,7 +108,7 @@ def _lines(path: Path) -> Iterator[Record]:
                 value = json.loads(text[1:] if text[0] == _BOM else text)
             except UnicodeDecodeError as error:
                 value = ManifestError(
-                    f"not JSON: not UTF-8 ({error.reason} at byte {error.start} of the line); save it so"
+                    f"not JSON: not UTF-8 ({error.reason}, byte {error.start} of the line); save it so"
                 )
             except (ValueError, RecursionError) as error:
                 value = ManifestError(f"not JSON: {error}")
