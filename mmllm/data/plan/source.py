@@ -163,7 +163,10 @@ class Source:
             names = filter_names(self.config.filter)
             columns = {name: values_N.tolist() for name, values_N in measured.items() if name in names}
             columns |= {name: list(index.columns[name]) for name in names if name in index.columns}
-            keep_N &= np.array(kept_rows(self.config.filter, columns, index.num_documents), dtype=bool)
+            try:
+                keep_N &= np.array(kept_rows(self.config.filter, columns, index.num_documents), dtype=bool)
+            except ValueError as error:
+                raise ValueError(f"source {self.config.name!r}: {error}") from error
         return keep_N
 
     def _ranks(self, curriculum: CurriculumConfig | None) -> np.ndarray | None:
