@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmllm.cli.data import DATA_FORMS
+from mmllm.cli.command import DATA_FORMS
 from mmllm.data import commands
 from mmllm.data.rows import tables
 from mmllm.data.rows.bad_rows import BadRows, ManifestError

@@ -15,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 
 from mmllm.data.rows.bad_rows import BadRows, ManifestError
+from mmllm.data.rows.column_names import ColumnNames
 from mmllm.data.rows.forms import read_rows
 from mmllm.data.rows.media import Media, media_source, sound_seconds
 from mmllm.data.rows.readable import readable_rows
@@ -57,6 +58,8 @@ def evaluate(
     sequence_length: int = 512,
     max_bad_fraction: float = 0.05,
     progress: Callable[[int, int], None] | None = None,
+    form: str = "auto",
+    columns: ColumnNames | None = None,
 ) -> TaskResult:
     """Scores a model on one task.
 
@@ -71,6 +74,8 @@ def evaluate(
         sequence_length: for "text", the window in which tokens are predicted: the length of training's sequences.
         max_bad_fraction: more unusable rows than this are an error; fewer are named, counted and left out.
         progress: called with the numbers of prompts answered so far, controls included, and (about) in all.
+        form: of the input; "auto": told from it.
+        columns: what its columns are called here, and their types.
 
     Returns:
         Scores under the keys of report.json, and one record a row.
@@ -86,7 +91,10 @@ def evaluate(
     bad = BadRows(max_bad_fraction)
     is_manifest = isinstance(rows_or_manifest, str | Path)
     name = str(rows_or_manifest) if is_manifest else "the rows"
-    rows = read_rows(cast("str | Path", rows_or_manifest), bad) if is_manifest else list(rows_or_manifest)
+    if is_manifest:
+        rows = read_rows(cast("str | Path", rows_or_manifest), bad, form, columns=columns)
+    else:
+        rows = list(rows_or_manifest)
     rows = [row for row in cast("list[Row]", rows) if row.kind == KIND_OF_TASK[task]]
     if task == "interleaved":
         rows = [row for row in rows if "question" in row.metadata]
