@@ -18,8 +18,9 @@ import pytest
 from mmllm.cli.main import main
 from mmllm.data import commands
 from mmllm.data.executors.stages import Executor, Stage, TaskError, UnfinishedError, parse_options
+from mmllm.data.rows.bad_rows import ManifestError
 from mmllm.data.rows.cleaning import CleaningConfig, measure_rows
-from mmllm.data.rows.rows import ManifestError, read_manifest
+from mmllm.data.rows.forms import read_rows
 from mmllm.data.shards.encode import ShardsConfig
 from mmllm.data.shards.write import STAGING, _WriteGroups, group_rows
 from tests.data_fixtures import make_folder, mixed_manifest, write_manifest, write_picture
@@ -172,7 +173,7 @@ def test_slurm_goes_on_from_what_is_done(rows, tmp_path, monkeypatch, capsys):
 @datatrove
 def test_results_are_of_the_very_items(tmp_path):
     texts = [{"id": str(n), "text": f"text {n} of {'many words ' * n}"} for n in range(600)]
-    rows = read_manifest(write_manifest(tmp_path, texts))
+    rows = read_rows(write_manifest(tmp_path, texts))
     config = CleaningConfig("minhash", quality="words > 1")
     executor = Executor("datatrove", 1, None, tmp_path / "w")
     wanted = json.loads(json.dumps(measure_rows(rows, config, Executor())))
@@ -184,7 +185,7 @@ def test_results_are_of_the_very_items(tmp_path):
     assert [path.stat().st_mtime_ns for path in results] == times  # none is made twice
     assert "facts" not in measure_rows(rows, CleaningConfig("minhash"), executor)[0]
     texts[0]["text"] = "new"
-    changed = measure_rows(read_manifest(write_manifest(tmp_path, texts)), config, executor)
+    changed = measure_rows(read_rows(write_manifest(tmp_path, texts)), config, executor)
     assert changed[0]["facts"]["words"] == 1 and changed[1:] == wanted[1:]
     assert [path.stat().st_mtime_ns for path in results] == times
 
@@ -219,7 +220,7 @@ def test_a_mended_row_is_read_again_and_nothing_else(tmp_path):
 
 
 def test_twins_write_one_group_between_them(tmp_path):
-    rows = read_manifest(write_manifest(tmp_path, [{"id": str(n), "text": f"text {n}"} for n in range(4)]))
+    rows = read_rows(write_manifest(tmp_path, [{"id": str(n), "text": f"text {n}"} for n in range(4)]))
     config = ShardsConfig()
     (group,) = group_rows(rows, config)
     write = _WriteGroups(str(tmp_path / "s"), config, None, None)
@@ -264,7 +265,7 @@ def _die(item: int, key: str) -> float:
 
 def test_without_datatrove_it_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datatrove", None)
-    rows = read_manifest(write_manifest(tmp_path, [{"text": "x"}]))
+    rows = read_rows(write_manifest(tmp_path, [{"text": "x"}]))
     with pytest.raises(ModuleNotFoundError, match=r"mmllm\[datatrove\]"):
         measure_rows(rows, CleaningConfig("exact"), Executor("datatrove", 1, None, tmp_path / "w"))
 
@@ -281,7 +282,7 @@ def test_wrong_executors_are_named(tmp_path):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             Executor(**wrong)
-    rows = read_manifest(write_manifest(tmp_path, [{"text": "x"}]))
+    rows = read_rows(write_manifest(tmp_path, [{"text": "x"}]))
     with pytest.raises(ValueError, match=r"no option 'cpus'; it has randomize_start_duration"):
         measure_rows(rows, CleaningConfig("exact"), Executor("datatrove", 1, None, tmp_path / "w", {"cpus": 4}))
     options = parse_options(["a=4", "b=04:00:00", 'c={"d": 1}', "e=x=y"])

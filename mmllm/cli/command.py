@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+DATA_FORMS = (
+    "manifest", "csv", "folder", "llava", "coco", "librispeech", "commonvoice", "obelics", "mmc4", "text",
+)  # fmt: skip
 Run = Callable[[argparse.Namespace], Iterable[str]]
 """Runs a command and gives the lines to print."""
 
@@ -48,6 +51,24 @@ def check_there(what: str, *paths: str | None, hint: str = "check the path") -> 
 def check_model(folder: str) -> None:
     """As `check_there`, for `--model`."""
     check_there("model folder", folder, hint="give the folder that `mmllm fit` wrote")
+
+
+def add_input_options(parser: argparse.ArgumentParser) -> None:
+    """Adds how rows are read that aren't in our own form."""
+    parser.add_argument(
+        "--format", choices=("auto", *DATA_FORMS), default="auto", help="of the inputs; auto: told from each"
+    )
+    parser.add_argument(
+        "--columns", action="append", default=[], metavar="OURS=THEIRS:TYPE", help="what columns are called here, and "
+        "their types (text, int, float, bool), e.g. image=filepath,text=title,score:float",
+    )  # fmt: skip
+
+
+def column_names(args: argparse.Namespace) -> Any:
+    """What `--columns` says."""
+    from mmllm.data.rows.column_names import ColumnNames
+
+    return ColumnNames.parse(args.columns)
 
 
 def as_json(values: Any) -> list[str]:

@@ -7,12 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mmllm.cli.command import add_command, add_group, as_json, check_there
+from mmllm.cli.command import add_command, add_group, add_input_options, as_json, check_there, column_names
 from mmllm.ticker import end_line, ticker
-
-DATA_FORMS = (
-    "manifest", "csv", "folder", "llava", "coco", "librispeech", "commonvoice", "obelics", "mmc4", "text",
-)  # fmt: skip
 
 
 def add_data(commands: Any) -> None:
@@ -30,9 +26,7 @@ def _add_build(actions: Any) -> None:
     parser = add_command(actions, "build", "manifests to shards", _build)
     parser.add_argument("manifest", nargs="+", help="JSONL manifests, or data of other forms; kinds may be mixed")
     parser.add_argument("--out", required=True, help="folder of the shards")
-    parser.add_argument(
-        "--format", choices=("auto", *DATA_FORMS), default="auto", help="of the inputs; auto: told from each"
-    )
+    add_input_options(parser)
     parser.add_argument("--dedup", choices=("none", "exact", "minhash"), default="none", help="leave out repeated rows")
     parser.add_argument("--threshold", type=float, default=0.8, help="similarity from which minhash leaves one out")
     parser.add_argument("--quality", metavar="FILTER", help="which rows are kept, e.g. 'words >= 5 and symbols < 0.3'")
@@ -84,6 +78,7 @@ def _build(args: argparse.Namespace) -> Iterable[str]:
         args.manifest, args.out, args.tokenizer, args.perturb, args.holdout, args.part, args.samples_per_shard,
         args.max_seconds, args.max_image_side, args.max_bad_fraction, args.seed, args.workers, ticker("rows"),
         args.format, args.media, CleaningConfig(args.dedup, args.threshold, args.quality), executor, encoder,
+        column_names(args),
     )  # fmt: skip
     end_line()
     return as_json(written)
@@ -91,8 +86,10 @@ def _build(args: argparse.Namespace) -> Iterable[str]:
 
 def _add_split(actions: Any) -> None:
     parser = add_command(actions, "split", "manifests for training, looking and testing", _split)
-    parser.add_argument("manifest", nargs="+", help="JSONL manifests to train on; kinds may be mixed")
+    parser.add_argument("manifest", nargs="+", help="manifests, or data of other forms, to train on")
     parser.add_argument("--out", required=True, help="folder of the new manifests")
+    add_input_options(parser)
+    parser.add_argument("--media", metavar="DIR", help="what paths are relative to; by default each input's folder")
     parser.add_argument("--test", action="append", default=[], help="manifest of held-out rows; may be repeated")
     parser.add_argument("--holdout", metavar="KEY=VALUE", help="rows to hold out: KEY=VALUE or a fraction")
     parser.add_argument("--num_val", type=int, default=16, help="rows of each kind to look at during training")
@@ -102,13 +99,13 @@ def _add_split(actions: Any) -> None:
 
 def _split(args: argparse.Namespace) -> Iterable[str]:
     check_there("manifest", *args.manifest, *args.test)
-    from mmllm.data.rows.split import split as split_manifests
+    from mmllm.data.rows.split import split
 
-    return as_json(
-        split_manifests(
-            args.manifest, args.out, args.test, args.holdout, args.num_val, args.max_bad_fraction, args.seed
-        )
-    )
+    told = split(
+        args.manifest, args.out, args.test, args.holdout, args.num_val, args.max_bad_fraction, args.seed, args.format,
+        args.media, column_names(args),
+    )  # fmt: skip
+    return as_json(told)
 
 
 def _add_index(actions: Any) -> None:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 from typing import Any
 
-from mmllm.cli.command import add_command, check_model, check_there
+from mmllm.cli.command import add_command, add_input_options, check_model, check_there, column_names
 from mmllm.ticker import end_line, ticker
 
 TASKS = ("caption", "transcribe", "speak", "text", "interleaved")
@@ -17,7 +17,8 @@ def add_evaluation(commands: Any) -> None:
     parser = add_command(commands, "eval", "scores on held-out rows, with intervals and the blind baseline", _eval)
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder")
     parser.add_argument("--task", required=True, choices=TASKS)
-    parser.add_argument("--manifest", required=True, metavar="FILE", help="JSONL of held-out rows")
+    parser.add_argument("--manifest", required=True, metavar="FILE", help="held-out rows, of any form")
+    add_input_options(parser)
     parser.add_argument("--json", metavar="OUT", help="where scores and predictions go")
     parser.add_argument("--limit", type=int, help="at most so many rows, drawn at random")
     parser.add_argument("--sequence_length", type=int, default=512, help="of text: the length of training's sequences")
@@ -36,6 +37,7 @@ def _eval(args: argparse.Namespace) -> Iterable[str]:
     result = commands.run_eval(
         args.model, args.task, args.manifest, args.json, args.limit, args.batch_size, args.seed, args.media,
         args.sequence_length, args.device, args.max_bad_fraction, ticker(f"prompts of {args.task}"),
+        args.format, column_names(args),
     )  # fmt: skip
     end_line()
     return commands.score_lines(result)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmllm.cli.command import add_command, as_json, check_there
+from mmllm.cli.command import add_command, add_input_options, as_json, check_there, column_names
 
 RunCommand = Callable[[Sequence[str]], int]
 
@@ -57,9 +57,10 @@ def _add_run(commands: Any, run_command: RunCommand) -> None:
             check_there("manifest", *args.train, *args.test)
         from mmllm.quickstart.run import quickstart
 
+        column_names(args)  # a misspelt one is said now
         quickstart(
             run_command, args.out, args.train, args.test, args.holdout, args.minutes, args.seed, args.max_steps,
-            args.max_bad_fraction,
+            args.max_bad_fraction, args.format, args.media, args.columns,
         )  # fmt: skip
         return []
 
@@ -67,6 +68,8 @@ def _add_run(commands: Any, run_command: RunCommand) -> None:
     parser.add_argument("--train", action="append", default=[], metavar="MANIFEST", help="your data; may be repeated")
     parser.add_argument("--test", action="append", default=[], metavar="MANIFEST", help="may be repeated")
     parser.add_argument("--holdout", metavar="KEY=VALUE", help="rows to hold out where there is no --test")
+    add_input_options(parser)
+    parser.add_argument("--media", metavar="DIR", help="what paths are relative to; by default each input's folder")
     parser.add_argument(
         "--minutes", type=float, metavar="N",
         help="wall time at most, evaluation included; a run that goes on may get more until its decoder is trained",

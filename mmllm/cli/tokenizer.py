@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 from typing import Any
 
-from mmllm.cli.command import add_command, add_group, as_json, check_there
+from mmllm.cli.command import add_command, add_group, add_input_options, as_json, check_there, column_names
 
 
 def add_tokenizer(commands: Any) -> None:
@@ -20,7 +20,9 @@ def add_tokenizer(commands: Any) -> None:
 
 def _add_train_text(actions: Any) -> None:
     parser = add_command(actions, "train-text", "byte-level BPE from text, as a tokenizer folder", _train_text)
-    parser.add_argument("inputs", nargs="+", help="manifests (.jsonl), recipes (.yaml) or shards")
+    parser.add_argument("inputs", nargs="+", help="manifests, data of other forms, recipes (.yaml) or shards")
+    add_input_options(parser)
+    parser.add_argument("--media", metavar="DIR", help="what paths are relative to; by default each input's folder")
     parser.add_argument("--vocab_size", type=int, default=4096, help="ids at most, special tokens and bytes included")
     _add_tokenizer_options(parser)
 
@@ -31,7 +33,9 @@ def _train_text(args: argparse.Namespace) -> Iterable[str]:
     from mmllm.training import tokenizer_commands
 
     config = _tokenizer_config(args)
-    return as_json(tokenizer_commands.train_text(args.inputs, args.out, args.vocab_size, args.codec, config))
+    return as_json(tokenizer_commands.train_text(
+        args.inputs, args.out, args.vocab_size, args.codec, config, args.format, args.media, column_names(args)
+    ))  # fmt: skip
 
 
 def _add_assemble(actions: Any) -> None:

@@ -20,16 +20,13 @@ from mmllm.data.looking.show import add_starts, show_step, write_step_page
 from mmllm.data.looking.verify import verify_shards
 from mmllm.data.plan.plan import Plan, open_plan
 from mmllm.data.plan.recipe import load_recipe
+from mmllm.data.rows.bad_rows import BadRows
 from mmllm.data.rows.cleaning import CleaningConfig, choose, measure_rows
-from mmllm.data.rows.importers import read_rows
-from mmllm.data.rows.rows import (
-    BadRows,
-    Digests,
-    row_files,
-    split_rows,
-    with_absolute_paths,
-    without_shown,
-)
+from mmllm.data.rows.column_names import ColumnNames
+from mmllm.data.rows.forms import read_rows
+from mmllm.data.rows.holdout import split_rows, without_shown
+from mmllm.data.rows.media import Digests
+from mmllm.data.rows.rows import row_media, with_absolute_paths
 from mmllm.data.samples.stored import ImageEncoder
 from mmllm.data.shards.encode import ShardsConfig
 from mmllm.data.shards.find import find_shards
@@ -63,11 +60,12 @@ def build(
     cleaning: CleaningConfig | None = None,
     executor: Executor | None = None,
     image_encoder: ImageEncoder | None = None,
+    columns: ColumnNames | None = None,
 ) -> dict[str, Any]:
     """Manifests, and other people's data, to shards.
 
     Args:
-        manifest: One input or several, of any form that `importers.FORMS` reads; kinds may be mixed.
+        manifest: One input or several, of any form that `forms.FORMS` reads; kinds may be mixed.
         out: Folder of the shards: `caption-000000.tar`, `audio-000000.tar`, … and `shards.json`.
         tokenizer: With a tokenizer folder that has a codec, each sound's codes are stored with it.
         perturb: Altered copies of each sound row, marked `"perturbed": true`.
@@ -86,9 +84,11 @@ def build(
         executor: Where cleaning measures the rows and shards are written; by default this process and its workers.
             The shards are the same.
         image_encoder: With it, each picture's features are stored with it.
+        columns: What the inputs' columns are called here, and their types.
 
     Returns:
-        What `shards.json` holds; with cleaning, `left_out` counts rows by stage.
+        What `shards.json` holds: `bad` names the rows that can't be used, `left_out` counts what else isn't in the
+        shards, by reason.
 
     Raises:
         FileNotFoundError, ValueError: The input can't be used; the message names file and row.
@@ -102,8 +102,8 @@ def build(
     executor = executor if executor is not None else Executor(workers=workers)
     bad = BadRows(max_bad_fraction)
     manifests = [manifest] if isinstance(manifest, str | Path) else list(manifest)
-    rows = [row for path in manifests for row in read_rows(path, bad, form, media)]
-    left_out = None
+    rows = [row for path in manifests for row in read_rows(path, bad, form, media, columns)]
+    left_out = bad.left_out
     cleaning, digests = cleaning or CleaningConfig(), Digests()
     executor.claim(Path(out))
     rows = [with_absolute_paths(row) for row in rows]
@@ -114,14 +114,18 @@ def build(
                 bad.add(row.where, found["error"])
                 continue
             measured.append((row, found))
-            for path, digest in zip(row_files(row), found["files"], strict=True):
-                digests.know(path, digest)
+            for (_, item), digest in zip(row_media(row), found["files"], strict=True):
+                digests.know(item, digest)
         rows = [row for row, _ in measured]
         if cleaning.is_on:
-            rows, left_out = choose(rows, [found for _, found in measured], cleaning)
+            rows, counts = choose(rows, [found for _, found in measured], cleaning)
+            left_out.update(counts)
     if holdout is not None:
         train, heldout = split_rows(rows, holdout, seed, digests)
         rows = without_shown(train, heldout, digests) if part == "train" else heldout
+        left_out.update({"train": len(train)} if part == "heldout" else {
+            "held out": len(heldout), "shows what is held out": len(train) - len(rows),
+        })  # fmt: skip
     folder = TokenizerFolder.load(tokenizer) if tokenizer is not None else None
     told = write_shards(rows, out, config, folder, bad, progress, executor, left_out, image_encoder)
     if not executor.is_here:

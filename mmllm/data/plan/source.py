@@ -182,7 +182,10 @@ class Source:
             ):  # fmt: skip
                 if name in names:
                     columns[name] = values_N.tolist()
-            keep_N &= np.array(kept_rows(self.config.filter, columns, index.num_documents), dtype=bool)
+            try:
+                keep_N &= np.array(kept_rows(self.config.filter, columns, index.num_documents), dtype=bool)
+            except ValueError as error:
+                raise ValueError(f"source {self.config.name!r}: {error}") from error
         return keep_N
 
     def _ranks(self, curriculum: CurriculumConfig | None) -> np.ndarray | None:

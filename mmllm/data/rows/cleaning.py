@@ -11,7 +11,6 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +18,9 @@ import numpy as np
 from mmllm.data.executors.parallel import in_order
 from mmllm.data.executors.stages import Executor, Progress, Stage
 from mmllm.data.expressions import compile_filter, filter_names
-from mmllm.data.rows.rows import Digests, ManifestError, Row, is_of_machine, row_files
+from mmllm.data.rows.bad_rows import ManifestError, is_of_machine
+from mmllm.data.rows.media import Digests, Media
+from mmllm.data.rows.rows import Row, row_files, row_media
 
 Dedup = Literal["none", "exact", "minhash"]
 DEDUPS: tuple[Dedup, ...] = ("none", "exact", "minhash")
@@ -99,7 +100,7 @@ class _Measured:
     def _measure(self, row: Row) -> dict[str, Any]:
         try:
             return measure(row, self.facts, self.signature)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             if is_of_machine(error):
                 raise
             return {"error": str(error)}
@@ -113,7 +114,7 @@ def measure(row: Row, facts: bool = False, signature: bool = False) -> dict[str,
         hexadecimal digits, or `None` where its text is too short or its kind has none.
     """
     digests, text = Digests(), _text(row)
-    found: dict[str, Any] = {"digest": _digest(row, digests), "files": [digests(path) for path in row_files(row)]}
+    found: dict[str, Any] = {"digest": _digest(row, digests), "files": [digests(media) for _, media in row_media(row)]}
     if facts:
         found["facts"] = text_facts(text)
     if signature and row.kind in ("text", "interleaved"):
@@ -132,7 +133,7 @@ def _digest(row: Row, digests: Digests) -> str:
     parts += [value for segment in row.segments for value in segment.values()]
     parts += [row.metadata.get("question"), row.metadata.get("answer")]
     for part in parts:
-        data = (digests(part) if isinstance(part, Path) else str(part)).encode("utf-8", "surrogatepass")
+        data = (digests(part) if isinstance(part, Media) else str(part)).encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "big") + data)
     return digest.hexdigest()
 

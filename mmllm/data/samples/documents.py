@@ -59,6 +59,8 @@ class Segment:
     """Of a conversation: `user` or `assistant`."""
     features_SC: np.ndarray | None = None
     """As `Sample.features_SC`."""
+    is_trained: bool = True
+    """Whether an answer of a conversation is to be predicted."""
 
 
 @dataclass(frozen=True)
@@ -469,7 +471,10 @@ class _Fields:
         writer.image(pixels_3HW, features_SC)
 
     def conversation(self, writer: DocumentWriter, template: Mapping[str, str] | None = None) -> None:
-        """All turns of a conversation; what the assistant says, and the end of it, is to be predicted."""
+        """All turns of a conversation; what the assistant says, and the end of it, is to be predicted.
+
+        Answers that aren't trained on are written like others.
+        """
         roles = [segment.role for segment in self.sample.segments]
         answers = False
         for literal, number in chat_pieces(roles, self.folder, template):
@@ -477,7 +482,7 @@ class _Fields:
                 writer.ids(literal_ids(self.folder.text, literal), answers)
                 answers = False  # of what follows an answer only its end is said by the assistant
                 continue
-            answers = roles[number] == "assistant"
+            answers = roles[number] == "assistant" and self.sample.segments[number].is_trained
             self._segment(writer, number, answers)
 
     def _codes(self) -> np.ndarray:

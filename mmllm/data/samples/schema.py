@@ -187,14 +187,15 @@ def _features(files: dict[str, bytes], picture: str, made_by: str | None, name: 
 
 
 def _segment(item: Any, files: dict[str, bytes], name: str, codec: str | None, features: str | None) -> Segment:
+    role, is_trained = (item.get("role"), item.get("loss") is not False) if isinstance(item, dict) else (None, True)
     match item:
         case {"text": str() as text}:
-            return Segment(text=text, role=item.get("role"))
+            return Segment(text=text, role=role, is_trained=is_trained)
         case {"image": str() as named} if (ending := named.lower()) in files:
             features_SC = _features(files, ending, features, name)
-            return Segment(image=files[ending], role=item.get("role"), features_SC=features_SC)
+            return Segment(image=files[ending], role=role, features_SC=features_SC, is_trained=is_trained)
         case {"audio": str() as named} if (ending := named.lower()) in files:
             stored = files.get(f"{ending.partition('.')[0]}.codec.npz")
             audio = unpack_codes(stored, codec, name) if codec and stored else files[ending]
-            return Segment(audio=audio, role=item.get("role"))
+            return Segment(audio=audio, role=role, is_trained=is_trained)
     raise ValueError(f"{name}: segment {item!r} names no file of the sample ({', '.join(sorted(files))})")

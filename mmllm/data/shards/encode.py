@@ -19,7 +19,9 @@ import soundfile
 import torch
 from PIL import Image
 
-from mmllm.data.rows.rows import Row, is_of_machine
+from mmllm.data.rows.bad_rows import is_of_machine
+from mmllm.data.rows.media import Media, media_source
+from mmllm.data.rows.rows import Row
 from mmllm.data.samples.decode import decode_image
 from mmllm.data.samples.stored import COLUMN, ImageEncoder, features_ending, pack_codes, pack_features
 from mmllm.data.shards.perturb import perturb
@@ -69,14 +71,14 @@ def keyed_rows(rows: Iterable[Row], config: ShardsConfig) -> list[KeyedRow]:
     """Rows with keys that are safe and unlike, given before any row is read, so that processes may share the rows."""
     found: list[KeyedRow] = []
     taken: set[str] = set()
+    counts: dict[str, int] = {}  # of rows with one id, so that many of them don't try each other's keys
     for row in rows:
         keys = []
         for copy in range(config.perturb + 1 if row.kind == "audio" else 1):
             key = base = safe_key(_name(row, copy))
-            count = 0
             while key in taken:
-                count += 1
-                key = f"{base}-{count}"
+                counts[base] = counts.get(base, 0) + 1
+                key = f"{base}-{counts[base]}"
             taken.add(key)
             keys.append(key)
         found.append(KeyedRow(row, tuple(keys)))
@@ -169,10 +171,10 @@ def _read(row: Row, config: ShardsConfig) -> list[_Sample]:
     return [_interleaved_sample(row, metadata, config)]
 
 
-def _picture(path: Path, config: ShardsConfig) -> tuple[str, bytes, tuple[int, int]]:
+def _picture(media: Media, config: ShardsConfig) -> tuple[str, bytes, tuple[int, int]]:
     """Ending, bytes, size. Stored as they are where any reader sees the same 8-bit RGB picture in them."""
-    data = path.read_bytes()
-    picture = decode_image(data, str(path))
+    data = media.read_bytes()
+    picture = decode_image(data, str(media))
     fits = max(picture.size) <= config.max_image_side
     with Image.open(io.BytesIO(data)) as original:
         form = original.format or ""
@@ -190,9 +192,10 @@ def _picture(path: Path, config: ShardsConfig) -> tuple[str, bytes, tuple[int, i
     return "png", stream.getvalue(), picture.size
 
 
-def _wave(path: Path, config: ShardsConfig) -> tuple[np.ndarray, int]:
-    with path.open("rb"):  # says what keeps it from being opened, which the library for sounds doesn't
-        wave_CT, rate = load_audio(path, max_seconds=config.max_seconds)
+def _wave(media: Media, config: ShardsConfig) -> tuple[np.ndarray, int]:
+    if isinstance(media, Path):
+        media.open("rb").close()  # says what keeps it from being opened, which the library for sounds doesn't
+    wave_CT, rate = load_audio(media_source(media), name=str(media), max_seconds=config.max_seconds)
     return wave_CT.numpy(), rate
 
 
@@ -226,7 +229,7 @@ def _interleaved_sample(row: Row, metadata: dict[str, Any], config: ShardsConfig
     sounds, segments = [], []
     for segment in row.segments:
         number = len(files)
-        role = {"role": segment["role"]} if "role" in segment else {}
+        role = {key: segment[key] for key in ("role", "loss") if key in segment}
         if "image" in segment:
             ending, data, _ = _picture(segment["image"], config)
             files[f"{number}.{ending}"] = data

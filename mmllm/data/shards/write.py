@@ -29,7 +29,8 @@ from webdataset.writer import ShardWriter
 
 from mmllm.data.executors.parallel import in_order
 from mmllm.data.executors.stages import Executor, Progress, Stage
-from mmllm.data.rows.rows import KINDS, BadRows, Kind, Row, row_files
+from mmllm.data.rows.bad_rows import BadRows
+from mmllm.data.rows.rows import KINDS, Kind, Row, row_files
 from mmllm.data.samples.stored import ImageEncoder
 from mmllm.data.shards.encode import PICTURES, KeyedRow, SampleFiles, ShardsConfig, keyed_rows, sample_files
 from mmllm.data.shards.find import JOURNAL, SUMMARY
@@ -88,7 +89,7 @@ def write_shards(
         bad: Takes the rows whose files can't be read; by default a fresh one with the config's bound.
         progress: Called with the numbers of rows done so far and in all.
         executor: Where groups are written; by default in this process. The shards are the same.
-        left_out: What cleaning left out, for the summary.
+        left_out: What isn't in the rows, counted by reason, for the summary.
         encoder: With it, each picture's features are stored beside it.
 
     Raises:
@@ -120,7 +121,7 @@ def write_shards(
             "num_samples": sum(shard["num_samples"] for shard in shards.values()),
             "num_bad": len(bad.reasons),
             "bad": bad.reasons,
-            **({"left_out": left_out} if left_out is not None else {}),
+            **({"left_out": dict(left_out)} if left_out else {}),
             "perturb": config.perturb,
             "seed": config.seed,
             "tokenizer": folder.hash if folder is not None and folder.audio is not None else None,
