@@ -61,15 +61,15 @@ def compile_filter(expression: str) -> Callable[[_Row], bool]:
         tree = ast.parse(expression.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"filter {expression!r} can't be read: {error}") from error
-    truth = _truth(tree.body, expression)
+    truth = truth_of(tree.body, expression)
     return lambda row: truth(row) is True
 
 
-def _truth(node: ast.expr, expression: str) -> _Truth:
-    """Whether an expression holds."""
+def truth_of(node: ast.expr, expression: str) -> Callable[[_Row], bool | None]:
+    """What says whether a part of an expression holds of a row; `None` where that is unknown."""
     match node:
         case ast.UnaryOp(op=ast.Not(), operand=operand):
-            inner = _truth(operand, expression)
+            inner = truth_of(operand, expression)
 
             def negated(row: _Row) -> bool | None:
                 holds = inner(row)
@@ -77,7 +77,7 @@ def _truth(node: ast.expr, expression: str) -> _Truth:
 
             return negated
         case ast.BoolOp(op=op, values=values):
-            return _joined([_truth(item, expression) for item in values], isinstance(op, ast.Or))
+            return _joined([truth_of(item, expression) for item in values], isinstance(op, ast.Or))
         case ast.Compare(left=left, ops=ops, comparators=comparators) if all(type(op) in _COMPARE for op in ops):
             operands = [left, *comparators]
             pairs = zip(operands, ops, operands[1:], strict=False)
@@ -126,9 +126,9 @@ def _value(node: ast.expr, expression: str) -> _Value:
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
             return _computed(_BINARY[type(op)], [left, right], node, expression)
         case ast.Compare(ops=ops) if all(type(op) in _COMPARE for op in ops):
-            return _truth(node, expression)
+            return truth_of(node, expression)
         case ast.BoolOp() | ast.UnaryOp(op=ast.Not()):
-            return _truth(node, expression)
+            return truth_of(node, expression)
     raise ValueError(
         f"filter {expression!r}: {ast.unparse(node)!r} isn't allowed; use names, numbers, strings, lists, "
         f"comparisons, and, or, not and arithmetic"

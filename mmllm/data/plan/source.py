@@ -19,8 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmllm.data.expressions import filter_names, kept_rows
+from mmllm.data.expressions import filter_names
+from mmllm.data.index.columns import Column
 from mmllm.data.index.index import ShardIndex
+from mmllm.data.plan.filter import kept_documents
 from mmllm.data.plan.recipe import CurriculumConfig, Recipe, SourceConfig
 from mmllm.data.samples.documents import num_parts
 from mmllm.data.samples.stored import COLUMN
@@ -175,15 +177,10 @@ class Source:
         if self.config.max_images is not None:
             keep_N &= index.num_images_N <= self.config.max_images
         if self.config.filter is not None:
-            names, own = filter_names(self.config.filter), index.columns
-            columns: dict[str, Iterable[Any]] = {name: own[name] for name in names if name in own}
-            for name, values_N in (
-                ("num_tokens", tokens_N), ("num_images", index.num_images_N), ("num_frames", index.num_frames_N),
-            ):  # fmt: skip
-                if name in names:
-                    columns[name] = values_N.tolist()
+            columns: dict[str, Column | np.ndarray] = dict(index.columns)
+            measured = {"num_tokens": tokens_N, "num_images": index.num_images_N, "num_frames": index.num_frames_N}
             try:
-                keep_N &= np.array(kept_rows(self.config.filter, columns, index.num_documents), dtype=bool)
+                keep_N &= kept_documents(self.config.filter, columns | measured, index.num_documents)
             except ValueError as error:
                 raise ValueError(f"source {self.config.name!r}: {error}") from error
         return keep_N
