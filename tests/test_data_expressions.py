@@ -108,9 +108,10 @@ def test_columns_are_looked_at_once_a_value():
 
 
 ATOMS = (
-    "score < 0.5", "score >= 0.25", "0.5 <= score", "width == 3", "3 != width", "width * 2 > 5", "-1 < width < 4", "flag",
-    "lang == 'en'", "lang in ['de', 'fr']", "lang != 'en'", "'n' in lang", "lang == None", "score != None", "gone < 3",
-    "gone", "flag == 1", "num_tokens > 40", "width < score", "mixed == 'a'", "mixed == None", "1 < 2", "score / width > 1",
+    "score < 0.5", "score >= 0.25", "0.5 <= score", "width == 3", "3 != width", "width * 2 > 5", "-1 < width < 4",
+    "flag", "lang == 'en'", "lang in ['de', 'fr']", "lang != 'en'", "'n' in lang", "lang == None", "score != None",
+    "gone < 3", "gone", "flag == 1", "num_tokens > 40", "width < score", "mixed == 'a'", "mixed == None", "1 < 2",
+    "score / width > 1",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A source's filter over the columns of an index: the answers of `expressions.compile_filter`, some hundred times sooner.
+"""A source's filter over the columns of an index: what `expressions.compile_filter` answers, far sooner.
 
 A comparison of one column is made for its different texts, or for all its numbers at once; the answers are then joined
 for all rows. What can't be done so goes row by row.
