@@ -26,6 +26,7 @@ ROLES = ("user", "assistant")
 
 _logger = logging.getLogger(__name__)
 _OWN_KEYS = ("id", "text", "image", "audio", "segments")
+_MEDIA_KEYS = ("image", "audio")
 _MEDIA_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".wav", ".flac", ".mp3", ".ogg", ".opus",
 )  # fmt: skip
@@ -50,6 +51,33 @@ class Row:
     segments: tuple[dict[str, Any], ...] = ()
     """Each with one key: `text` (str), `image` or `audio` (Path); in a conversation also `role`."""
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON, for tasks of other processes and machines; `from_json` gives the same row again."""
+        segments = [
+            {key: _path_to_json(value) if key in _MEDIA_KEYS else value for key, value in segment.items()}
+            for segment in self.segments
+        ]
+        image, audio = _path_to_json(self.image), _path_to_json(self.audio)
+        return {**vars(self), "image": image, "audio": audio, "segments": segments}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Row:
+        """The row of which `to_json` made this."""
+        segments = tuple(
+            {key: _path_from_json(item) if key in _MEDIA_KEYS else item for key, item in segment.items()}
+            for segment in value["segments"]
+        )
+        image, audio = _path_from_json(value["image"]), _path_from_json(value["audio"])
+        return cls(**{**value, "image": image, "audio": audio, "segments": segments})
+
+
+def _path_to_json(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _path_from_json(value: str | None) -> Path | None:
+    return None if value is None else Path(value)
 
 
 @dataclass
