@@ -6,10 +6,11 @@ Choosing looks at the measures alone. Shapes: P hash functions.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from mmllm.data.executors.parallel import in_order
 from mmllm.data.executors.stages import Executor, Progress, Stage
+from mmllm.data.executors.task import Work
 from mmllm.data.expressions import compile_filter, filter_names
 from mmllm.data.rows.bad_rows import ManifestError, is_of_machine
 from mmllm.data.rows.media import Digests, Media
@@ -83,9 +85,10 @@ def measure_rows(
             if progress:
                 progress(len(found), len(rows))
         return found
-    stage = Stage("measure", executor, {"facts": measured.facts, "signature": measured.signature})
+    work = Work("mmllm.data.rows.cleaning:row_measurer", dataclasses.asdict(measured))
+    stage = Stage("measure", executor, work.settings)
     keys = [stage.key(chunk, [path for row in chunk for path in row_files(row)]) for chunk in chunks]
-    done = stage.run(measured, chunks, keys, [len(chunk) for chunk in chunks], progress)
+    done = stage.run(work, chunks, keys, [len(chunk) for chunk in chunks], progress)
     return [found for measures in done for found in measures]
 
 
@@ -94,7 +97,7 @@ class _Measured:
     facts: bool
     signature: bool
 
-    def __call__(self, rows: Sequence[Row], key: str = "") -> list[dict[str, Any]]:
+    def __call__(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         return [self._measure(row) for row in rows]
 
     def _measure(self, row: Row) -> dict[str, Any]:
@@ -104,6 +107,12 @@ class _Measured:
             if is_of_machine(error):
                 raise
             return {"error": str(error)}
+
+
+def row_measurer(settings: dict[str, Any]) -> Callable[[Sequence[Any], str], list[dict[str, Any]]]:
+    """What a task elsewhere does with a chunk of rows, given as JSON."""
+    measured = _Measured(**settings)
+    return lambda rows, key: measured([Row.from_json(row) for row in rows])
 
 
 def measure(row: Row, facts: bool = False, signature: bool = False) -> dict[str, Any]:

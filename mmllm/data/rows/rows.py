@@ -22,6 +22,7 @@ KINDS: tuple[Kind, ...] = ("caption", "interleaved", "text", "audio")
 ROLES = ("user", "assistant")
 
 _OWN_KEYS = ("id", "text", "image", "audio", "segments")
+_MEDIA_KEYS = ("image", "audio")
 _MEDIA_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".wav", ".flac", ".mp3", ".ogg", ".opus",
 )  # fmt: skip
@@ -42,6 +43,33 @@ class Row:
     """Each with one key: `text` (str), `image` or `audio` (Media); in a conversation also `role`, and `loss` (False)
     where an answer isn't trained on."""
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON, for tasks of other processes and machines; `from_json` gives the same row again."""
+        segments = [
+            {key: _media_to_json(value) if key in _MEDIA_KEYS else value for key, value in segment.items()}
+            for segment in self.segments
+        ]
+        image, audio = _media_to_json(self.image), _media_to_json(self.audio)
+        return {**vars(self), "image": image, "audio": audio, "segments": segments}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Row:
+        """The row of which `to_json` made this."""
+        segments = tuple(
+            {key: _media_from_json(item) if key in _MEDIA_KEYS else item for key, item in segment.items()}
+            for segment in value["segments"]
+        )
+        image, audio = _media_from_json(value["image"]), _media_from_json(value["audio"])
+        return cls(**{**value, "image": image, "audio": audio, "segments": segments})
+
+
+def _media_to_json(media: Media | None) -> Any:
+    return {"embedded": str(media)} if isinstance(media, Embedded) else None if media is None else str(media)
+
+
+def _media_from_json(value: Any) -> Media | None:
+    return Embedded.parse(value["embedded"]) if isinstance(value, dict) else None if value is None else Path(value)
 
 
 def row_from_dict(value: Any, folder: Path, where: str) -> Row:

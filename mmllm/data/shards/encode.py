@@ -66,6 +66,15 @@ class KeyedRow:
     row: Row
     keys: tuple[str, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        """As JSON, for tasks of other processes and machines; `from_json` gives the same again."""
+        return {"row": self.row.to_json(), "keys": self.keys}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> KeyedRow:
+        """What `to_json` made this of."""
+        return cls(Row.from_json(value["row"]), tuple(value["keys"]))
+
 
 def keyed_rows(rows: Iterable[Row], config: ShardsConfig) -> list[KeyedRow]:
     """Rows with keys that are safe and unlike, given before any row is read, so that processes may share the rows."""
