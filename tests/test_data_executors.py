@@ -426,5 +426,5 @@ def test_unfinished_work_has_an_exit_code_of_its_own(monkeypatch, capsys, tmp_pa
         raise UnfinishedError("submitted job 7")
 
     monkeypatch.setattr(commands, "build", unfinished)
-    assert main(["data", "build", "x", "--out", str(tmp_path)]) == os.EX_TEMPFAIL
+    assert main(["data", "build", str(tmp_path), "--out", str(tmp_path)]) == os.EX_TEMPFAIL
     assert capsys.readouterr().err == "mmllm: submitted job 7\n"
