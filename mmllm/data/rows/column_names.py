@@ -71,8 +71,8 @@ class ColumnNames:
                 name = self._own_name(key, record)
                 named[f"source_{name}" if name in named else name] = value
         for name, kind in self.types.items():
-            if name in named:
-                named[name] = _typed(named[name], kind, name)
+            if name in named and (value := _typed(named.pop(name), kind, name)) is not None:
+                named[name] = value
         return named
 
     def _own_name(self, key: str, record: dict[str, Any]) -> str:

@@ -122,7 +122,7 @@ def _check_unicode(value: dict[str, Any]) -> None:
 
 
 def _reference(value: Any) -> str:
-    if isinstance(value, Embedded):
+    if isinstance(value, Embedded | bytes):
         return str(value)
     raise TypeError(f"{type(value).__name__} {str(value)[:40]!r}")
 
