@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmllm.data.rows.bad_rows import ManifestError
-from mmllm.data.rows.conversations import conversation, is_conversation
+from mmllm.data.rows.conversations import SIGNS, conversation, is_conversation
 from mmllm.data.rows.inputs import Found, Input, each_record
 from mmllm.data.rows.marks import KINDS, Marked, has_marks
 from mmllm.data.rows.media_files import IMAGES, SOUNDS, drop_embedded, gathered, local_image, refuse_films
@@ -15,6 +15,9 @@ _TEXTS = ("caption", "title", "transcription", "transcript", "sentence")
 """What others call the text of a picture or a sound, where there is no `text`."""
 _FILES = ("filepath", "file_name", "image_file_name", "audio_file_name")
 """What others call a picture's or a sound's file, where there is neither `image` nor `audio`."""
+
+_SIGNS = frozenset({*SIGNS, *_FILES, "segments", *(f"{kind}{s}" for kind in (*KINDS, "video") for s in ("", "s"))})
+"""Keys that ask for more than to be taken as they are."""
 
 
 def manifest_rows(given: Input) -> Found:
@@ -37,6 +40,8 @@ def record_row(record: dict[str, Any], number: int, given: Input) -> dict[str, A
     Raises:
         ManifestError: It holds what has no place in a row.
     """
+    if _SIGNS.isdisjoint(record):  # most rows of texts
+        return drop_embedded(record, False, given.bad)
     if is_conversation(record):
         return conversation(record, number, given)
     row = dict(record)
