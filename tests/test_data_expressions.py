@@ -74,7 +74,7 @@ def test_compounds_follow_kleene():
     ],
 )
 def test_a_text_is_never_taken_for_a_number(expression, row):
-    with pytest.raises(ValueError, match=r"'width'.*--columns width:int") as caught:
+    with pytest.raises(ValueError, match=r"'width'.*--columns width:float") as caught:
         compile_filter(expression)(row)
     assert repr(expression) in str(caught.value)
 

@@ -52,17 +52,14 @@ def test_paths_between_marks_are_pictures_in_their_places(tmp_path):
     pictures(tmp_path / "p")
     (tmp_path / "p" / "s.flac").write_bytes(sound_bytes())
     turns = [
-        {
-            "from": "user",
-            "value": "Picture 1: <img>0.png</img>\nPicture 2: <img>1.png</img>\nHear <audio>s.flac</audio>",
-        },
+        {"from": "user", "value": "Picture 1: <img>0.png</img>\nPicture 2: <img>1.png</img>\n<audio>s.flac</audio>"},
         {"from": "assistant", "value": "Red."},
         {"from": "user", "value": "And <img> 2.png </img>?"},
         {"from": "assistant", "value": "Blue."},
     ]  # fmt: skip
     row = only(as_lines(tmp_path / "m.jsonl", {"conversations": turns}), media=tmp_path / "p")
     assert said(row) == [
-        "u:Picture 1: ", "u:0.png", "u:Picture 2: ", "u:1.png", "u:Hear ", "u:s.flac", "a:Red.",
+        "u:Picture 1: ", "u:0.png", "u:Picture 2: ", "u:1.png", "u:s.flac", "a:Red.",
         "u:And ", "u:2.png", "u:?", "a:Blue.",
     ]  # fmt: skip
     assert "names no picture in" in reason(tmp_path, {"conversations": [{**ASK, "value": "<img>9.png</img>"}, ANSWER]})

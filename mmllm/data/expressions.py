@@ -213,7 +213,7 @@ def _advice(node: ast.expr) -> str:
     name = next(iter(_names(node)), "NAME")
     return (
         f"compare texts with texts ({name} == '64') and numbers with numbers; columns of tables are texts unless they "
-        f"are built with --columns {name}:int (or float, bool)"
+        f"are built with --columns {name}:float (or int, bool)"
     )
 
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 from mmllm.data.rows.bad_rows import ManifestError
@@ -65,20 +66,25 @@ class ColumnNames:
         Raises:
             ManifestError: A value isn't of its column's type.
         """
+        if not self.ours and not self.types and all(_own_name(key) == key for key in record):
+            return record
         named = {ours: record[theirs] for theirs, ours in self.ours.items() if theirs in record}
         for key, value in record.items():
             if key not in self.ours:
-                name = self._own_name(key, record)
+                own = _own_name(key)
+                name = key if own in record or own in self.ours.values() else own
                 named[f"source_{name}" if name in named else name] = value
         for name, kind in self.types.items():
-            if name in named:
-                named[name] = _typed(named[name], kind, name)
+            if name in named and (value := _typed(named.pop(name), kind, name)) is not None:
+                named[name] = value
         return named
 
-    def _own_name(self, key: str, record: dict[str, Any]) -> str:
-        """`Image` is `image`, where there is no other."""
-        name = key.strip().lower()
-        return name if name in _OWN and name not in record and name not in self.ours.values() else key
+
+@lru_cache(maxsize=4096)
+def _own_name(key: str) -> str:
+    """`Image` is `image`; other names stay."""
+    name = key.strip().lower()
+    return name if name in _OWN else key
 
 
 def _typed(value: Any, kind: Type, name: str) -> Any:

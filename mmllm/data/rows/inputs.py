@@ -20,6 +20,7 @@ Found = Iterator[tuple[str, dict[str, Any] | ManifestError]]
 TALKS = ("conversations", "messages")
 _MAY_BE_JSON = (*TALKS, "texts", "segments", "history", "chosen", "rejected")
 _MAY_BE_LISTS = ("image", "images", "audio", "audios", "video", "videos")
+_MAY_BE = frozenset({*_MAY_BE_JSON, *_MAY_BE_LISTS})
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ class Input:
             )
 
     def _value(self, record: Record) -> dict[str, Any]:
-        value = {key: opened(self.columns.ours.get(key) or key, item) for key, item in record.value.items()}
+        value = record.value
+        if self.columns.ours or not _MAY_BE.isdisjoint(value):
+            value = {key: opened(self.columns.ours.get(key) or key, item) for key, item in value.items()}
         if record.may_embed:
             named = {theirs for theirs, ours in self.columns.ours.items() if ours in _MAY_BE_LISTS}
             value = with_references(value, self.path, record.place, TEXT_KEYS - named)
@@ -69,7 +72,7 @@ def opened(key: str, value: Any) -> Any:
     Raises:
         ManifestError: It begins like JSON and isn't.
     """
-    if not isinstance(value, str) or key not in (*_MAY_BE_JSON, *_MAY_BE_LISTS) or value.lstrip()[:1] not in "[{":
+    if not isinstance(value, str) or key not in _MAY_BE or value.lstrip()[:1] not in "[{":
         return value
     try:
         return json.loads(value)

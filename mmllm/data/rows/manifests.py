@@ -5,15 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from mmllm.data.rows.bad_rows import ManifestError
-from mmllm.data.rows.conversations import conversation, is_conversation
+from mmllm.data.rows.conversations import SIGNS, conversation, is_conversation
 from mmllm.data.rows.inputs import Found, Input, each_record
 from mmllm.data.rows.marks import KINDS, Marked, has_marks
 from mmllm.data.rows.media_files import IMAGES, SOUNDS, drop_embedded, gathered, local_image, refuse_films
+from mmllm.data.rows.records import is_null
 
 _TEXTS = ("caption", "title", "transcription", "transcript", "sentence")
 """What others call the text of a picture or a sound, where there is no `text`."""
 _FILES = ("filepath", "file_name", "image_file_name", "audio_file_name")
 """What others call a picture's or a sound's file, where there is neither `image` nor `audio`."""
+
+_SIGNS = frozenset({*SIGNS, *_FILES, "segments", *(f"{kind}{s}" for kind in (*KINDS, "video") for s in ("", "s"))})
+"""Keys that ask for more than to be taken as they are."""
 
 
 def manifest_rows(given: Input) -> Found:
@@ -36,6 +40,8 @@ def record_row(record: dict[str, Any], number: int, given: Input) -> dict[str, A
     Raises:
         ManifestError: It holds what has no place in a row.
     """
+    if _SIGNS.isdisjoint(record):  # most rows of texts
+        return drop_embedded(record, False, given.bad)
     if is_conversation(record):
         return conversation(record, number, given)
     row = dict(record)
@@ -43,10 +49,12 @@ def record_row(record: dict[str, Any], number: int, given: Input) -> dict[str, A
     is_null = {key for key in KINDS if key in row and row[key] is None}
     media = {kind: gathered(row, kind) for kind in KINDS}
     if not any(media.values()) and "segments" not in row:
-        media = _named_files(row)
+        media = named_files(row)
     has_media = any(media.values())
     if has_media and row.get("text") is None and "segments" not in row:
         _name_text(row)
+    if isinstance(row.get("segments"), list):
+        row["segments"] = [_without_nulls(item) for item in row["segments"]]
     row = drop_embedded(row, has_media or "segments" in row, given.bad)
     if not has_media:
         return row if "segments" in row else {**row, **dict.fromkeys(is_null)}
@@ -61,7 +69,14 @@ def record_row(record: dict[str, Any], number: int, given: Input) -> dict[str, A
     return row
 
 
-def _named_files(row: dict[str, Any]) -> dict[str, list[Any]]:
+def _without_nulls(segment: Any) -> Any:
+    """A segment without the keys that parquet gives it because others have them."""
+    return (
+        {key: value for key, value in segment.items() if not is_null(value)} if isinstance(segment, dict) else segment
+    )
+
+
+def named_files(row: dict[str, Any]) -> dict[str, list[Any]]:
     """Pictures and sounds in columns that others' forms call so; these leave the row."""
     media: dict[str, list[Any]] = {kind: [] for kind in KINDS}
     for key in _FILES:

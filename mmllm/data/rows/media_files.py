@@ -14,6 +14,8 @@ from mmllm.data.rows.records import is_null
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 SOUNDS = (".flac", ".wav", ".ogg", ".mp3", ".opus")
 FILMS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+_OF_ROWS = ("image", "images", "audio", "audios", "segments")
+_SIMPLE = (str, int, float, type(None))
 _OF_MACOS = ("__MACOSX", ".DS_Store")
 
 
@@ -74,14 +76,16 @@ def drop_embedded(record: dict[str, Any], has_media: bool, bad: BadRows) -> dict
     Raises:
         ManifestError: It has no picture or sound of its own, so that one of these is likely to be it.
     """
-    columns = [key for key, value in record.items() if _holds_embedded(value)]
+    columns = [key for key, value in record.items() if not isinstance(value, _SIMPLE) and _holds_embedded(value)]
+    columns = [key for key in columns if key not in _OF_ROWS]
     if columns and not has_media:
         raise ManifestError(
             f"the column {columns[0]!r} holds a picture or a sound, and no column is called image or audio; name it: "
             f"--columns image={columns[0]}"
         )
-    for key in columns:
-        bad.left_out[f"bytes of the column {key!r}"] += 1
+    if not columns:
+        return record
+    bad.left_out.update(f"bytes of the column {key!r}" for key in columns)
     return {key: value for key, value in record.items() if key not in columns}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmllm.data.rows.bad_rows import ManifestError
 from mmllm.data.rows.inputs import Found, Input, each_record
-from mmllm.data.rows.manifests import record_row
+from mmllm.data.rows.manifests import named_files, record_row
 from mmllm.data.rows.media_files import IMAGES, SOUNDS, visible_files
 
 _UNREAD = (".heic", ".heif", ".avif", ".jp2", ".svg", ".psd", ".m4a", ".aac", ".wma", ".mp4", ".mov", ".mkv", ".webm")
@@ -36,11 +36,13 @@ def _metadata_rows(given: Input, listed: set[Path]) -> Found:
 
     def row(record: dict[str, Any], number: int) -> dict[str, Any]:
         record = {key: value for key, value in record.items() if value is not None and value != ""}
-        names = [value for key, value in record.items() if key.endswith("file_name") and isinstance(value, str)]
-        listed.update(Path(os.path.normpath(given.folder / name)) for name in names)
+        media = named_files(record)
+        names = [name for files in media.values() for name in files]
         if not names:
             raise ManifestError(f"has no 'file_name'; its columns are {', '.join(record)}")
-        return record_row({"id": names[0].rpartition(".")[0], **record}, number, given)
+        listed.update(Path(os.path.normpath(given.folder / name)) for name in names)
+        files = {f"{kind}s": [str((given.folder / name).absolute()) for name in found] for kind, found in media.items()}
+        return record_row({"id": names[0].rpartition(".")[0], **record, **files}, number, given)
 
     yield from each_record(given, "line of metadata", row)
 

@@ -116,7 +116,7 @@ def _lines(path: Path) -> Iterator[Record]:
 
 
 def _may_embed(text: str) -> bool:
-    return any(sign in text for sign in _EMBEDDING)
+    return any(map(text.__contains__, _EMBEDDING))
 
 
 def _is_lines(path: Path) -> bool:

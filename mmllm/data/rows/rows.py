@@ -140,9 +140,14 @@ def _text(value: Any, key: str) -> str:
 
 def _check_unicode(value: dict[str, Any]) -> None:
     """Refuses half surrogate pairs, which no file could hold, wherever they stand."""
+    try:
+        _JSON.encode(value).encode()
+        return
+    except (UnicodeEncodeError, TypeError, ValueError, RecursionError):
+        pass  # which key it is, is told below
     for key, item in value.items():
         try:
-            json.dumps([key, item], ensure_ascii=False, default=_reference).encode()
+            _JSON.encode([key, item]).encode()
         except UnicodeEncodeError as error:
             raise ManifestError(f"{key!a} holds half a surrogate pair, which is no Unicode text") from error
         except (TypeError, ValueError, RecursionError) as error:
@@ -150,9 +155,12 @@ def _check_unicode(value: dict[str, Any]) -> None:
 
 
 def _reference(value: Any) -> str:
-    if isinstance(value, Embedded):
+    if isinstance(value, Embedded | bytes):
         return str(value)
     raise TypeError(f"{type(value).__name__} {str(value)[:40]!r}")
+
+
+_JSON = json.JSONEncoder(ensure_ascii=False, default=_reference)
 
 
 def _file(value: Any, folder: Path, key: str) -> Media:
