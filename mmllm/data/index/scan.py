@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import io
 import json
-import math
 import mmap
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import soundfile
 from PIL import Image
 
 from mmllm.data.samples.documents import KIND_TASKS, document_length
@@ -31,6 +29,7 @@ from mmllm.data.samples.schema import (
 )
 from mmllm.data.samples.stored import unpack_codes
 from mmllm.data.shards.headers import TarTable, read_headers
+from mmllm_tokenizers.audio import sound_length
 from mmllm_tokenizers.folder import TokenizerFolder
 
 _SHAPE = re.compile(rb"'shape': \((\d+), (\d+)\)")
@@ -319,8 +318,7 @@ class _Reader:
                 return int(found[2])
             return unpack_codes(codes, self._codec, name).shape[1]
         samples, rate = self._sound(number, name)
-        tokenizer = self._folder.require_audio()
-        return tokenizer.num_frames(math.ceil(samples * tokenizer.sample_rate / rate))
+        return self._folder.require_audio().num_frames_of(samples, rate)
 
     def _sound(self, number: int, name: str) -> tuple[int, int]:
         """(samples, samples a second) from a sound's header."""
@@ -331,11 +329,7 @@ class _Reader:
             rate, samples = packed >> 44, packed & (1 << 36) - 1
             if rate and samples:
                 return samples, rate
-        try:
-            info = soundfile.info(io.BytesIO(self._file(number)))
-        except RuntimeError as error:  # soundfile's
-            raise ValueError(f"{name}: unreadable sound: {error}") from error
-        return info.frames, info.samplerate
+        return sound_length(self._file(number), f"{name}: the sound")
 
     def _add_size(self, metadata: dict[str, Any], number: int) -> None:
         """Width and height from the picture's header, where the row doesn't say them."""
