@@ -10,6 +10,7 @@ import torch
 from encodec.model import EncodecModel
 from encodec.utils import convert_audio
 
+from mmllm_tokenizers import audio_tokenizer
 from mmllm_tokenizers.audio import EncodecTokenizer, load_audio_tokenizer
 from mmllm_tokenizers.encodec_tokenizer import RELEASES, find_checkpoint, read_checkpoint
 
@@ -84,6 +85,20 @@ def test_codes_equal_the_package(packages, name, channels, sample_rate, num_samp
     assert codes_KF.shape[1] == tokenizer.num_frames(tokenizer.prepare(wave_CT, sample_rate).shape[-1])
     if num_samples > 1000:
         assert len(codes_KF.unique()) > 10  # the codebooks do tell frames apart
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frames_of_long_sounds_are_as_many_as_counted(packages, name, monkeypatch):
+    """Above a minute, here above 1.2 s, sounds are encoded in pieces, but for models with segments of their own."""
+    monkeypatch.setattr(audio_tokenizer, "_PIECE_SECONDS", 1.2)
+    folder, models = packages
+    tokenizer = EncodecTokenizer.from_pretrained(name, folder, num_codebooks=2)
+    for rate, num_samples in ((tokenizer.sample_rate, 2 * tokenizer.sample_rate + 7), (11_027, 33_081)):
+        wave_CT = 0.3 * torch.randn(1, num_samples, generator=torch.Generator().manual_seed(1))
+        codes_KF = tokenizer.encode(wave_CT, rate)
+        assert codes_KF.shape[1] == tokenizer.num_frames_of(num_samples, rate)
+        if name == "encodec_48khz" and rate == tokenizer.sample_rate:
+            assert torch.equal(codes_KF, package_codes(models[name], wave_CT, rate, 2))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,7 +14,7 @@ from PIL import Image
 from mmllm.data.rows.media import media_source, named_media
 from mmllm.data.samples.decode import decode_image
 from mmllm.evaluation.charts import waveform
-from mmllm_tokenizers.audio import load_audio, resample
+from mmllm_tokenizers.audio import load_audio, resample, to_mono
 
 _logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class MediaBudget:
         except (OSError, ValueError) as error:
             _logger.warning("sound left out of the report: %s", error)
             return None
-        wave_T = wave_CT.mean(dim=0)
+        wave_T = to_mono(wave_CT)
         seconds = len(wave_T) / rate
         wave_T = wave_T[: int(MAX_SECONDS * rate)]
         outline = waveform(wave_T.numpy())

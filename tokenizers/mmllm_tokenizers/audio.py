@@ -7,7 +7,17 @@ from pathlib import Path
 from mmllm_tokenizers.audio_tokenizer import AudioTokenizer, read_tokenizer_folder
 from mmllm_tokenizers.encodec_tokenizer import EncodecTokenizer
 from mmllm_tokenizers.small_codec import SmallCodec
-from mmllm_tokenizers.sound import AudioSource, load_audio, resample, to_channels, to_mono
+from mmllm_tokenizers.sound import (
+    AudioSource,
+    Sound,
+    load_audio,
+    read_sound,
+    resample,
+    resampled_length,
+    sound_length,
+    to_channels,
+    to_mono,
+)
 from mmllm_tokenizers.units import KMeansConfig, KMeansUnits, deduplicate, repeat_units
 
 __all__ = [
@@ -17,11 +27,15 @@ __all__ = [
     "KMeansConfig",
     "KMeansUnits",
     "SmallCodec",
+    "Sound",
     "deduplicate",
     "load_audio",
     "load_audio_tokenizer",
+    "read_sound",
     "repeat_units",
     "resample",
+    "resampled_length",
+    "sound_length",
     "to_channels",
     "to_mono",
 ]

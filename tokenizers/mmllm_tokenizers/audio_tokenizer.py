@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmllm_tokenizers.sound import resample, to_channels
+from mmllm_tokenizers.sound import resample, resampled_length, to_channels
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -75,6 +75,10 @@ class AudioTokenizer(ABC):
         """Frames of a clip of `num_samples` at the tokenizer's own rate: the quotient by the hop, rounded up."""
         return -(-num_samples // self.hop_samples)
 
+    def num_frames_of(self, num_samples: int, sample_rate: int) -> int:
+        """Frames that `encode` gives of a sound of `num_samples` at any rate."""
+        return self.num_frames(resampled_length(num_samples, sample_rate, self.sample_rate))
+
     def use_codebooks(self, num_codebooks: int) -> None:
         """Gives only the first `num_codebooks` codes of a frame from now on.
 
@@ -120,7 +124,6 @@ class AudioTokenizer(ABC):
         Returns:
             int64 [K, F] for each, in the order given.
         """
-        piece = int(_PIECE_SECONDS * self.frame_rate) * self.hop_samples
         pieces: list[Tensor] = []
         num_pieces: list[int] = []
         for index, wave in enumerate(waves):
@@ -130,11 +133,15 @@ class AudioTokenizer(ABC):
                     f"wave {index} has shape {list(wave.shape)}; it must be [{self.num_channels}, samples] or "
                     f"[samples] with at least 1 sample; `prepare` makes it so"
                 )
-            parts = wave_CT.split(piece, dim=1)
+            parts = self._pieces(wave_CT)
             pieces += parts
             num_pieces.append(len(parts))
         codes = iter(self._encode_pieces(pieces))
         return [torch.cat([next(codes) for _ in range(count)], dim=1) for count in num_pieces]
+
+    def _pieces(self, wave_CT: Tensor) -> tuple[Tensor, ...]:
+        """A wave in parts that are encoded each as if it were alone; all but the last are whole frames."""
+        return wave_CT.split(int(_PIECE_SECONDS * self.frame_rate) * self.hop_samples, dim=1)
 
     def _encode_pieces(self, pieces_CT: list[Tensor]) -> list[Tensor]:
         """Groups pieces by length and encodes each group in batches."""

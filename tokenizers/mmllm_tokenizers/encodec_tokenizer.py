@@ -123,6 +123,10 @@ class EncodecTokenizer(AudioTokenizer):
             return [num_samples]
         return [min(segment, num_samples - start) for start in range(0, num_samples, stride)]
 
+    def _pieces(self, wave_CT: Tensor) -> tuple[Tensor, ...]:
+        """As others do, but for models that cut a clip into short segments of their own, which lie across minutes."""
+        return super()._pieces(wave_CT) if self.model.segment_length is None else (wave_CT,)
+
     def _group_samples(self, num_samples: int) -> int:
         return num_samples  # no zeros added: the package adds none
 

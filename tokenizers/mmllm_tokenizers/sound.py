@@ -6,11 +6,14 @@ Shapes: C channels, T samples.
 from __future__ import annotations
 
 import io
+import os
+import re
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -18,12 +21,31 @@ import torch
 import torchaudio
 from torch import Tensor
 
+from mmllm_tokenizers.sound_files import examine
+
 AudioSource = str | Path | bytes | np.ndarray | Tensor | tuple[Any, int]
 """A file's path or content, or (array, sample rate). Arrays are [T] or [C, T], float or integer PCM."""
 
 MAX_CHANNELS = 32
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 100, 1_000_000
 _MAX_PHASES_TIMES_TAPS = 4_000_000
+_MOST_SAMPLES = 1 << 40
+_LARGE = 16_000_000
+"""Bytes. Larger files are asked for their length before they are read."""
+_CUT = re.compile(r": (\d+) \(should be (\d+)\)")
+"""What libsndfile notes of a chunk that says it is longer than the file."""
+_UNKNOWN = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A sound that was read."""
+
+    wave_CT: Tensor
+    """float32 within [-1, 1]."""
+    sample_rate: int
+    peak: float
+    """The largest absolute sample as it was read. Above 1, the wave was divided by it."""
 
 
 def load_audio(
@@ -33,7 +55,19 @@ def load_audio(
     name: str | None = None,
     max_seconds: float | None = None,
 ) -> tuple[Tensor, int]:
-    """Reads a sound.
+    """Reads a sound: (wave_CT float32 within [-1, 1], sample rate). Arguments and errors are `read_sound`'s."""
+    sound = read_sound(source, sample_rate, name=name, max_seconds=max_seconds)
+    return sound.wave_CT, sound.sample_rate
+
+
+def read_sound(
+    source: AudioSource,
+    sample_rate: int | None = None,
+    *,
+    name: str | None = None,
+    max_seconds: float | None = None,
+) -> Sound:
+    """Reads a sound. Samples above ±1, which float files and decoders of MP3 and Ogg give, scale the whole sound down.
 
     Args:
         source: path, file content, array, tensor, or (array or tensor, sample rate).
@@ -41,23 +75,19 @@ def load_audio(
         name: how errors call the sound; by default its path.
         max_seconds: longer sounds are refused before they are decoded.
 
-    Returns:
-        (wave_CT float32 in about [-1, 1], sample rate).
-
     Raises:
         FileNotFoundError: the path does not exist.
-        ValueError: the sound is unreadable, empty, not finite, too long, or has no rate or an odd shape.
+        OSError: the machine can't read the file.
+        ValueError: the sound is unreadable, cut short, empty, not finite, too long, or has no rate or an odd shape.
     """
     if isinstance(source, tuple):
         source, sample_rate = source
     if isinstance(source, str | Path):
         name = name or str(source)
-        if not Path(source).is_file():
-            raise FileNotFoundError(f"sound file {name} does not exist")
-        wave_CT, rate = _read(str(source), name, max_seconds)
+        wave_CT, rate = _decode(_content(source, name, max_seconds), name, max_seconds)
     elif isinstance(source, bytes | bytearray | memoryview):
         name = name or "sound of bytes"
-        wave_CT, rate = _read(io.BytesIO(bytes(source)), name, max_seconds)
+        wave_CT, rate = _decode(bytes(source), name, max_seconds)
     elif isinstance(source, np.ndarray | Tensor):
         name = name or "sound array"
         if sample_rate is None:
@@ -68,45 +98,124 @@ def load_audio(
             f"a sound cannot be read from {type(source).__name__}; give a path, bytes, or (array, sample_rate)"
         )
     _check(wave_CT, rate, name, max_seconds)
-    return wave_CT, int(rate)
+    peak = float(wave_CT.abs().max())
+    return Sound(wave_CT / peak if peak > 1 else wave_CT, int(rate), peak)
+
+
+def sound_length(data: bytes, name: str) -> tuple[int, int]:
+    """(samples, samples a second) of a sound file, from its header; as many as `read_sound` gives of a whole file.
+
+    Raises:
+        ValueError: it is no sound file, or its header does not say its length.
+    """
+    with _opened(io.BytesIO(examine(data).data), name) as sound:
+        return _num_samples(sound, name), sound.samplerate
 
 
 def resample(wave: Tensor, from_rate: int, to_rate: int) -> Tensor:
     """Resamples along the last axis (windowed sinc, torchaudio's defaults).
 
-    The result has ceil(T * to / from) samples. Rates that share no small ratio (44,101 to 8,000 Hz) are
+    The result has `resampled_length` samples. Rates that share no small ratio (44,101 to 8,000 Hz) are
     taken for the nearest that does, less than 0.02% off: the exact filter bank would need gigabytes.
     """
     if from_rate == to_rate:
         return wave
-    return _resampler(*_simple_ratio(from_rate, to_rate))(wave)
+    resampler, wanted = (
+        _resampler(*_simple_ratio(from_rate, to_rate)),
+        resampled_length(wave.shape[-1], from_rate, to_rate),
+    )
+    out = resampler(wave)
+    if out.shape[-1] < wanted:  # torchaudio counts in float32
+        out = resampler(torch.nn.functional.pad(wave, (0, from_rate)))
+    return out[..., :wanted]
+
+
+def resampled_length(num_samples: int, from_rate: int, to_rate: int) -> int:
+    """How many samples `resample` makes of so many: T * to / from, rounded up."""
+    if from_rate == to_rate:
+        return num_samples
+    numerator, denominator = _simple_ratio(from_rate, to_rate)
+    return -(-num_samples * denominator // numerator)
 
 
 def to_channels(wave_CT: Tensor, num_channels: int) -> Tensor:
-    """The wave with `num_channels` channels: the mean for mono, copies of it for more.
+    """The wave with `num_channels` channels: `to_mono`'s for one, copies of it for more.
 
     Channels that are already right stay as they are.
     """
     if wave_CT.shape[0] == num_channels:
         return wave_CT
-    mono_1T = wave_CT.mean(dim=0, keepdim=True)
+    mono_1T = to_mono(wave_CT)[None]
     return mono_1T if num_channels == 1 else mono_1T.expand(num_channels, -1)
 
 
 def to_mono(wave_CT: Tensor) -> Tensor:
-    """[T] of [C, T] (the channels' mean) or of [T]."""
-    return wave_CT if wave_CT.dim() == 1 else to_channels(wave_CT, 1)[0]
+    """[T] of [C, T] or of [T]: the channels' mean, or the loudest one where they cancel each other out.
+
+    They do where the mean has less than half the power that channels without anything in common would leave in it
+    (1/C of their mean power), as of stereo whose one side is reversed.
+    """
+    if wave_CT.dim() == 1:
+        return wave_CT
+    mean_T = wave_CT.mean(dim=0)
+    power_C = wave_CT.square().mean(dim=1)
+    if len(power_C) > 1 and mean_T.square().mean() < 0.5 * power_C.mean() / len(power_C):
+        return wave_CT[power_C.argmax()]
+    return mean_T
 
 
-def _read(file: str | io.BytesIO, name: str, max_seconds: float | None) -> tuple[Tensor, int]:
-    try:
-        with soundfile.SoundFile(file) as sound:
-            rate = sound.samplerate
-            _check_length(sound.frames / max(rate, 1), name, max_seconds)
+def _content(path: str | Path, name: str, max_seconds: float | None) -> bytes:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"sound file {name} does not exist")
+    with open(path, "rb") as stream:
+        if max_seconds is not None and os.fstat(stream.fileno()).st_size > _LARGE:
+            with _opened(stream, name) as sound:
+                _check_length(sound.frames / max(sound.samplerate, 1), name, max_seconds)
+            stream.seek(0)
+        return stream.read()
+
+
+def _decode(data: bytes, name: str, max_seconds: float | None) -> tuple[Tensor, int]:
+    examined = examine(data)
+    if examined.wrong:
+        raise ValueError(f"{name} {examined.wrong}")
+    with _opened(io.BytesIO(examined.data), name) as sound:
+        rate, told = sound.samplerate, _num_samples(sound, name)
+        _check_length(told / max(rate, 1), name, max_seconds)
+        try:
             samples_TC = sound.read(dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
-        raise ValueError(f"{name} cannot be read as sound: {error}; give WAV, FLAC, OGG or MP3") from error
+        except (soundfile.LibsndfileError, RuntimeError) as error:
+            raise _unreadable(name, error) from error
+        cut = [(int(said), int(there)) for said, there in _CUT.findall(sound.extra_info)]
+    if data[:4] not in (b"RIFF", b"RIFX", b"RF64", b"BW64"):  # those were examined
+        for said, there in cut:
+            if there < said != _UNKNOWN:
+                raise ValueError(f"{name} is cut short: its header says {said} bytes, {there} are there; copy it again")
+    if len(samples_TC) < told:
+        raise ValueError(
+            f"{name} is cut short: its header says {told} samples, {len(samples_TC)} are there; copy it again"
+        )
     return torch.from_numpy(np.ascontiguousarray(samples_TC.T)), rate
+
+
+def _opened(stream: BinaryIO, name: str) -> soundfile.SoundFile:
+    try:
+        return soundfile.SoundFile(stream)
+    except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> ValueError:
+    why = error.error_string if isinstance(error, soundfile.LibsndfileError) else error
+    return ValueError(f"{name} cannot be read as sound: {why}; it is broken or cut short, or not WAV, FLAC, OGG or MP3")
+
+
+def _num_samples(sound: soundfile.SoundFile, name: str) -> int:
+    if sound.frames > _MOST_SAMPLES:
+        raise ValueError(
+            f"{name} does not say how long it is, as a FLAC written to a pipe doesn't; write it to a file, or as WAV"
+        )
+    return sound.frames
 
 
 def _from_array(array: np.ndarray | Tensor, name: str) -> Tensor:

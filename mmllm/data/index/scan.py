@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import io
 import json
-import math
 import mmap
 import re
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import soundfile
 from PIL import Image
 
 from mmllm.data.samples.schema import (
@@ -30,6 +28,7 @@ from mmllm.data.samples.schema import (
 )
 from mmllm.data.samples.stored import unpack_codes
 from mmllm.data.shards.headers import TarTable, read_headers
+from mmllm_tokenizers.audio import sound_length
 from mmllm_tokenizers.folder import TokenizerFolder
 
 _SHAPE = re.compile(rb"'shape': \((\d+), (\d+)\)")
@@ -368,8 +367,7 @@ class _Reader:
             if shape and codes[30:39] == b"codes.npy" and self._codec_bytes in codes:
                 return samples, rate, int(shape[2])
             return samples, rate, unpack_codes(codes, self._codec, name).shape[1]
-        tokenizer = self._folder.require_audio()
-        return samples, rate, tokenizer.num_frames(math.ceil(samples * tokenizer.sample_rate / rate)) if rate else 0
+        return samples, rate, self._folder.require_audio().num_frames_of(samples, rate) if rate else 0
 
     def _sound_header(self, number: int, name: str) -> tuple[int, int]:
         """(samples, samples a second)."""
@@ -380,11 +378,7 @@ class _Reader:
             rate, samples = packed >> 44, packed & (1 << 36) - 1
             if rate and samples:
                 return samples, rate
-        try:
-            info = soundfile.info(io.BytesIO(self._file(number)))
-        except RuntimeError as error:  # soundfile's
-            raise ValueError(f"{name}: unreadable sound: {error}") from error
-        return info.frames, info.samplerate
+        return sound_length(self._file(number), f"{name}: the sound")
 
     def _size(self, number: int) -> tuple[int, int]:
         """Width and height from a picture's header."""

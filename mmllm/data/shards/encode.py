@@ -25,7 +25,7 @@ from mmllm.data.rows.rows import Row
 from mmllm.data.samples.decode import decode_image
 from mmllm.data.samples.stored import COLUMN, ImageEncoder, features_ending, pack_codes, pack_features
 from mmllm.data.shards.perturb import perturb
-from mmllm_tokenizers.audio import load_audio
+from mmllm_tokenizers.audio import Sound, read_sound, to_mono
 from mmllm_tokenizers.folder import TokenizerFolder
 
 PICTURES = 32
@@ -98,6 +98,14 @@ def _name(row: Row, copy: int) -> str:
     return f"{row.id}#{copy}" if copy else row.id
 
 
+@dataclass(frozen=True)
+class Note:
+    """What a row's picture or sound lost on its way into the shard, though nothing is wrong with it."""
+
+    kind: str
+    message: str
+
+
 @dataclass
 class _Sound:
     wave_CT: np.ndarray
@@ -113,6 +121,7 @@ class _Sample:
     files: dict[str, bytes]
     metadata: dict[str, Any]
     sounds: list[_Sound] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -122,6 +131,7 @@ class SampleFiles:
     key: str
     files: dict[str, bytes]
     """By ending."""
+    notes: tuple[Note, ...] = ()
 
 
 def sample_files(
@@ -154,7 +164,7 @@ def sample_files(
 
 def _with_header(key: str, sample: _Sample) -> SampleFiles:
     header = json.dumps({"id": sample.name, **sample.metadata}, ensure_ascii=False, sort_keys=True)
-    return SampleFiles(key, {**sample.files, "json": header.encode()})
+    return SampleFiles(key, {**sample.files, "json": header.encode()}, tuple(sample.notes))
 
 
 def safe_key(name: str) -> str:
@@ -201,11 +211,17 @@ def _picture(media: Media, config: ShardsConfig) -> tuple[str, bytes, tuple[int,
     return "png", stream.getvalue(), picture.size
 
 
-def _wave(media: Media, config: ShardsConfig) -> tuple[np.ndarray, int]:
+def _wave(media: Media, config: ShardsConfig) -> Sound:
     if isinstance(media, Path):
-        media.open("rb").close()  # says what keeps it from being opened, which the library for sounds doesn't
-    wave_CT, rate = load_audio(media_source(media), name=str(media), max_seconds=config.max_seconds)
-    return wave_CT.numpy(), rate
+        media.open("rb").close()  # a file that is gone is not the row's fault: this says so in the system's own terms
+    return read_sound(media_source(media), name=str(media), max_seconds=config.max_seconds)
+
+
+def _noted(row: Row, media: Media, sound: Sound) -> list[Note]:
+    if sound.peak <= 1:
+        return []
+    message = f"{row.where}: {media} reaches {sound.peak:.4g}, more than a FLAC holds; it was scaled down to 1"
+    return [Note("scaled_sounds", message)]
 
 
 def _flac(wave_CT: np.ndarray, rate: int, name: str) -> bytes:
@@ -219,23 +235,24 @@ def _flac(wave_CT: np.ndarray, rate: int, name: str) -> bytes:
 
 def _audio_samples(row: Row, metadata: dict[str, Any], config: ShardsConfig) -> list[_Sample]:
     assert row.audio is not None
-    wave_CT, rate = _wave(row.audio, config)
+    sound = _wave(row.audio, config)
+    wave_CT, rate = sound.wave_CT.numpy(), sound.sample_rate
     samples = []
     for copy in range(config.perturb + 1):
         name = _name(row, copy)
-        changed_CT = perturb(wave_CT.mean(0), config.seed, name)[None] if copy else wave_CT
+        changed_CT = perturb(to_mono(sound.wave_CT).numpy(), config.seed, name)[None] if copy else wave_CT
         facts = {"sample_rate": rate, "duration": round(changed_CT.shape[-1] / rate, 6)}
         if copy:
             facts["perturbed"] = True
         files = {"flac": _flac(changed_CT, rate, str(row.audio)), "txt": row.text.encode()}
-        sound = _Sound(changed_CT, rate, "codec.npz")
-        samples.append(_Sample(row, name, files, {**metadata, **facts}, [sound]))
+        notes = _noted(row, row.audio, sound) if not copy else []
+        samples.append(_Sample(row, name, files, {**metadata, **facts}, [_Sound(changed_CT, rate, "codec.npz")], notes))
     return samples
 
 
 def _interleaved_sample(row: Row, metadata: dict[str, Any], config: ShardsConfig) -> _Sample:
     files: dict[str, bytes] = {}
-    sounds, segments = [], []
+    sounds, segments, notes = [], [], []
     for segment in row.segments:
         number = len(files)
         role = {key: segment[key] for key in ("role", "loss") if key in segment}
@@ -244,13 +261,15 @@ def _interleaved_sample(row: Row, metadata: dict[str, Any], config: ShardsConfig
             files[f"{number}.{ending}"] = data
             segments.append({"image": f"{number}.{ending}", **role})
         elif "audio" in segment:
-            wave_CT, rate = _wave(segment["audio"], config)
+            sound = _wave(segment["audio"], config)
+            wave_CT, rate = sound.wave_CT.numpy(), sound.sample_rate
             files[f"{number}.flac"] = _flac(wave_CT, rate, str(segment["audio"]))
+            notes += _noted(row, segment["audio"], sound)
             sounds.append(_Sound(wave_CT, rate, f"{number}.codec.npz"))
             segments.append({"audio": f"{number}.flac", **role})
         else:
             segments.append(segment)
-    return _Sample(row, row.id, files, {**metadata, "segments": segments}, sounds)
+    return _Sample(row, row.id, files, {**metadata, "segments": segments}, sounds, notes)
 
 
 def _add_codes(samples: Sequence[_Sample], folder: TokenizerFolder | None) -> None:

@@ -42,6 +42,7 @@ STAGING = ".building"
 FORMAT_VERSION = 1
 
 _CHUNK = 128
+_NAMED = 20
 _GROUP, _UNFINISHED, _OF_PROCESS = "group.json", "unfinished-", "of-"
 
 
@@ -123,6 +124,7 @@ def write_shards(
             "num_bad": len(bad.reasons),
             "bad": bad.reasons,
             **({"left_out": dict(left_out)} if left_out else {}),
+            **({"noted": noted} if (noted := _noted(written)) else {}),
             "perturb": config.perturb,
             "seed": config.seed,
             "tokenizer": folder.hash if folder is not None and folder.audio is not None else None,
@@ -131,6 +133,17 @@ def write_shards(
         }
         _publish(paths, out, summary)
     return summary
+
+
+def _noted(written: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The groups' notes by kind: how many there are, and the first of them."""
+    noted: dict[str, dict[str, Any]] = {}
+    for group in written:
+        for kind, found in group.get("noted", {}).items():  # groups of earlier versions have none
+            told = noted.setdefault(kind, {"num": 0, "first": []})
+            told["num"] += found["num"]
+            told["first"] = (told["first"] + found["first"])[:_NAMED]
+    return noted
 
 
 @contextmanager
@@ -310,6 +323,7 @@ class _GroupWriter:
         self._writer: ShardWriter | None = None
         self._files: list[_ShardFile] = []
         self._counts: list[int] = []
+        self._noted: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> _GroupWriter:
         self._folder = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{self._key}-", dir=self._staging))
@@ -333,6 +347,10 @@ class _GroupWriter:
             )  # fmt: skip
         self._writer.write({"__key__": sample.key, **sample.files})
         self._counts[-1] += 1
+        for note in sample.notes:
+            told = self._noted.setdefault(note.kind, {"num": 0, "first": []})
+            told["num"] += 1
+            told["first"] = (told["first"] + [note.message])[:_NAMED]
 
     def _open(self, name: str) -> _ShardFile:
         if self._files:
@@ -347,7 +365,7 @@ class _GroupWriter:
             {"file": file.path.name, "num_samples": count, "bytes": file.num_bytes, "sha256": file.digest}
             for file, count in zip(self._files, self._counts, strict=True)
         ]
-        told = {"folder": self._key, "shards": shards, "bad": list(bad)}
+        told = {"folder": self._key, "shards": shards, "bad": list(bad), "noted": self._noted}
         with _open_new(self._folder / _GROUP) as stream:
             stream.write(json.dumps(told).encode())
         whole = self._staging / self._key
