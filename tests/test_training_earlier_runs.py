@@ -205,7 +205,11 @@ def test_going_on_is_not_writing_over(done: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("command", ["fit", "validate", "test"])
 @pytest.mark.parametrize(
     ("checkpoint", "said"),
-    [("last", "run/out/checkpoints; "), ("nowhere.ckpt", "--ckpt_path is nowhere.ckpt")],
+    [
+        ("last", "run/out/checkpoints; "),
+        ("nowhere.ckpt", "nowhere.ckpt: no such checkpoint"),
+        ("nowhere", "--ckpt_path is nowhere,"),
+    ],
 )
 def test_a_checkpoint_that_is_not_there_is_named(
     fresh: Path, capsys: pytest.CaptureFixture[str], command: str, checkpoint: str, said: str

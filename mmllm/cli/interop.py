@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from mmllm.cli.command import add_command, check_model, check_there
+from mmllm.cli.command import add_command, check_model
 
 
 def add_interop(commands: Any) -> None:
@@ -28,7 +29,8 @@ def _export(args: argparse.Namespace) -> Iterable[str]:
 
 
 def _import(args: argparse.Namespace) -> Iterable[str]:
-    check_there("checkpoint", args.source, hint="give the folder of a Mixtral or Qwen3-MoE checkpoint")
+    if not Path(args.source).is_dir():
+        raise FileNotFoundError(f"{args.source} is no folder; give the folder of a Mixtral or Qwen3-MoE checkpoint")
     from mmllm.training import interop_commands
 
     return [interop_commands.import_decoder(args.source, args.out)]

@@ -23,6 +23,7 @@ Runs a LightningCLI config: YAML with `model`, `data` and `trainer`. Any key can
 `mmllm configs ls` lists the configs that are shipped, `mmllm configs cp NAME FILE` copies one."""
 
 _FIT_HELP = """
+
 A fit that finds the model, logs or checkpoints of an earlier run where its own would go is refused:
   --ckpt_path last     goes on with that run
   --overwrite          replaces its model, its logs and its last checkpoint"""
