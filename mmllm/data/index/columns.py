@@ -130,6 +130,11 @@ class Column(Sequence[Any]):
         return self._read(f"{self._name}.types")
 
     @property
+    def is_all_numbers(self) -> bool:
+        """Whether each row has one."""
+        return self._only_type in (_INT, _FLOAT, _BOOL)
+
+    @property
     def is_text_N(self) -> np.ndarray:
         """Bools [N]."""
         return self.types_N == _TEXT

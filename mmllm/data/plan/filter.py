@@ -66,12 +66,13 @@ class _RowByRowError(Exception):
 def _values(column: Column | np.ndarray) -> _Values:
     if isinstance(column, np.ndarray):
         return _of_numbers(column.astype(np.float64))
-    values_N, is_text_N, is_number_N = column.values_N, column.is_text_N, column.is_number_N
+    if column.is_all_numbers:
+        return _of_numbers(column.values_N.astype(np.float64))
+    values_N, is_text_N, is_number_N, words = column.values_N, column.is_text_N, column.is_number_N, column.words
     if not is_text_N.any():
         return _of_numbers(np.where(is_number_N, values_N.astype(np.float64), np.nan))
     if is_number_N.any():
         raise _RowByRowError
-    words = column.words
     return _Values([*words, None], np.where(is_text_N, values_N, len(words)).astype(np.int64))
 
 
@@ -126,17 +127,24 @@ class _Over:
         if values.numbers_N is not None:
             found, places_N = np.unique(values.numbers_N, return_inverse=True)
             different = found.tolist()
-        used = np.unique(places_N)
+        used = np.flatnonzero(np.bincount(places_N, minlength=len(different)))
         answers = np.zeros(len(different), dtype=np.int8)
         answers[used] = [_told(truth({names[0]: different[place]})) for place in used.tolist()]
         return answers[places_N]
 
 
 def _joined(parts: Sequence[np.ndarray], is_or: bool) -> np.ndarray:
-    decisive = np.int8(is_or)
-    decided = np.logical_or.reduce([part == decisive for part in parts])
-    unknown = np.logical_or.reduce([part == _UNKNOWN for part in parts])
-    return np.where(decided, decisive, np.where(unknown, _UNKNOWN, 1 - decisive)).astype(np.int8)
+    """`or` is true where a part is, else unknown where a part is; `and` is that of the opposites."""
+    if len(parts) == 1:
+        return parts[0]
+    # Written as 0 false, 1 unknown, 2 true, `or` is the largest and `and` the least.
+    orders = [_ORDERED[part] for part in parts]
+    return _ANSWERS[np.maximum.reduce(orders) if is_or else np.minimum.reduce(orders)]
+
+
+_ORDERED = np.array([0, 2, 1], dtype=np.int8)
+"""By an answer, -1 the last."""
+_ANSWERS = np.array([0, -1, 1], dtype=np.int8)
 
 
 def _number(node: ast.expr) -> float | None:

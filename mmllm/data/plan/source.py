@@ -1,6 +1,6 @@
 """A recipe's source: its documents as items, their order of difficulty, and what is drawn next.
 
-Of each item its number of tokens is kept, four bytes; which row it is where rows are left out or split, and what a
+Of each item its number of tokens is kept, two bytes; which row it is where rows are left out or split, and what a
 budget or a curriculum asks for. All else stays in the files of the indices.
 
 Positions count the items of all epochs on end: `position // num_items` is the epoch. Each epoch is shuffled in blocks
@@ -91,7 +91,9 @@ class Source:
         self.num_filtered = self.num_too_long = self.num_over_budget = 0
         self._seed = (recipe.seed, number)
         self._check_filter()
-        items = _Items(len(config.task_names) * sum(index.num_documents for index in self.indices))
+        items = _Items(
+            len(config.task_names) * sum(index.num_documents for index in self.indices), recipe.sequence_length
+        )
         for index in self.indices:
             self._check_index(index)
             more = more_tokens(index) if more_tokens is not None else {}
@@ -178,9 +180,10 @@ class Source:
             keep_N &= index.num_images_N <= self.config.max_images
         if self.config.filter is not None:
             columns: dict[str, Column | np.ndarray] = dict(index.columns)
-            measured = {"num_tokens": tokens_N, "num_images": index.num_images_N, "num_frames": index.num_frames_N}
+            for name in set(_COUNTED) & set(filter_names(self.config.filter)):
+                columns[name] = tokens_N if name == "num_tokens" else _measured(index, name)
             try:
-                keep_N &= kept_documents(self.config.filter, columns | measured, index.num_documents)
+                keep_N &= kept_documents(self.config.filter, columns, index.num_documents)
             except ValueError as error:
                 raise ValueError(f"source {self.config.name!r}: {error}") from error
         return keep_N
@@ -372,11 +375,11 @@ class Source:
 class _Items:
     """Items as they are gathered: room for as many as there are documents is set aside, and none touched before."""
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, room: int, max_tokens: int) -> None:
         self.sizes: list[int] = []
         """Items of each group."""
         self._room, self._count = room, 0
-        self._tokens = np.empty(room, dtype=np.int32)
+        self._tokens = np.empty(room, dtype=np.uint16 if max_tokens < 2**16 else np.int32)
         self._rows: np.ndarray | None = None
         self._parts: np.ndarray | None = None
 
@@ -403,7 +406,7 @@ class _Items:
 
     def _grow(self, room: int) -> None:
         def grown(column: np.ndarray) -> np.ndarray:
-            larger = np.empty(room, dtype=np.int32)
+            larger = np.empty(room, dtype=column.dtype)
             larger[: self._count] = column[: self._count]
             return larger
 
@@ -412,7 +415,7 @@ class _Items:
         self._parts = grown(self._parts) if self._parts is not None else None
 
     def whole(self) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """int32 [M] tokens, rows and parts."""
+        """[M] tokens, rows and parts."""
         columns = self._rows, self._parts
         rows, parts = (column[: self._count] if column is not None else None for column in columns)
         return self._tokens[: self._count], rows, parts
