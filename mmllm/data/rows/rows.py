@@ -69,6 +69,8 @@ def row_from_dict(value: Any, folder: Path, where: str) -> Row:
     if "image" in value and "audio" in value:
         raise ManifestError("a row has both 'image' and 'audio'; give one, or 'segments'")
     if value.get("text") is None:
+        if "image" not in value and "audio" not in value:
+            _check_keys(metadata, folder, "image' or 'audio")
         names = ", ".join(key for key in value if key != "text")
         raise ManifestError(f"'text' is missing; the row has {names or 'nothing'}: name its text, --columns text=NAME")
     text = _text(value["text"], "text")
@@ -146,7 +148,7 @@ def _file(value: Any, folder: Path, key: str) -> Media:
         case {"bytes": _} | {"array": _}:
             raise ManifestError(f"{key!r} has neither bytes nor the path of a file: {_shown(value)}")
     if not isinstance(value, str) or not value:
-        raise ManifestError(f"{key!r} must be a path, got {_shown(value)}")
+        raise ManifestError(f"{key!r} must be a path, got {_shown(value)}; leave it out where there is none")
     if value.startswith("data:") or is_encoded(value):
         raise ManifestError(f"{key!r} is {_shown(value)}, which isn't the base64 of a picture or a sound")
     path = folder / value.removeprefix("file://")
