@@ -130,7 +130,7 @@ def test_system_is_a_first_turn_and_other_columns_are_metadata(tmp_path):
     )
     assert said(told) == said(row)
     both = {"system": "One.", "conversations": [{"from": "system", "value": "Two."}, *UNMARKED]}
-    assert "'system' and a turn of the system" in reason(tmp_path, both)
+    assert "'system' and another turn of the system" in reason(tmp_path, both)
 
 
 @pytest.mark.parametrize(
@@ -304,3 +304,21 @@ def test_what_is_skipped_is_logged(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         reason(tmp_path, {"conversations": UNMARKED, "tools": "x"})
     assert any("r.jsonl:2" in record.message for record in caplog.records)
+
+
+def test_more_that_is_used_or_named(tmp_path):
+    pictures(tmp_path)
+    same = {"system": "One.", "messages": [{"role": "system", "content": "One."}, *OPENAI], "tools": "{}"}
+    assert said(only(as_lines(tmp_path / "s.jsonl", same))) == ["u:One.", "u:\na", "a:b"]
+    nulls = {"image": "0.png", "images": [None], "conversations": TALK}
+    assert said(only(as_lines(tmp_path / "n.jsonl", nulls))) == ["u:0.png", "u:Which?", "a:Red"]
+    off = {"messages": [*OPENAI, OPENAI[0], {**OPENAI[1], "train": False}]}
+    assert said(only(as_lines(tmp_path / "o.jsonl", off)))[-1] == "a:b (not trained)"
+    for key in ("label", "kto_tag"):
+        assert "is one that is refused" in reason(tmp_path, {"messages": OPENAI, key: False})
+        assert only(as_lines(tmp_path / "k.jsonl", {"messages": OPENAI, key: True})).metadata == {key: True}
+    assert "image' must be a path, got None" in reason(tmp_path, {"images": ["0.png", None], "conversations": UNMARKED})
+    masked = {"image": "0.png", "conversations": [{**ASK, "mask": {"bytes": "iVBORw0KGgo" + "A" * 80}}, ANSWER]}
+    bad = BadRows(0.0)
+    (row,) = read_rows(as_lines(tmp_path / "b.jsonl", masked), bad)
+    assert not row.metadata and bad.left_out == {"bytes of the column 'mask'": 1}

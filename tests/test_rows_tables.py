@@ -126,6 +126,19 @@ def test_tables_that_can_not_be_told(tmp_path):
         read_rows(path)
 
 
+def test_headers_and_quotes_of_others(tmp_path):
+    pictures(tmp_path)
+    row = only(put(tmp_path / "p.csv", ",FilePath,Title,\n7,0.png,red,\n"))
+    assert (row.image.name, row.text, row.metadata) == ("0.png", "red", {"column1": "7"})
+    for text in ('1.png\t"odd\n0.png\teven\n', '1.png\t"odd'):
+        with pytest.raises(ManifestError, match=r"q\.tsv: a quote in its last row is never closed"):
+            read_rows(put(tmp_path / "q.tsv", 'filepath\ttitle\n0.png\t5" wide\n' + text), BadRows(1.0))
+    assert only(put(tmp_path / "w.tsv", 'filepath\ttitle\n0.png\t5" wide')).text == '5" wide'
+    assert [row.text for row in read_rows(put(tmp_path / "r.csv", "image,text\r0.png,a\r1.png,b\r"))] == ["a", "b"]
+    with pytest.raises(ManifestError, match=r"'path' names the file 0\.png.*--columns image=path"):
+        read_rows(put(tmp_path / "n.csv", "path,sentence\n0.png,hello\n"))
+
+
 def test_rows_are_read_again_alone(tmp_path):
     """As a later step does that keeps only their places."""
     table = 'a, b\r\n1, "x\r\ny"\r\n\r\n2, café\r\n3, 🙂\r\n'

@@ -95,7 +95,7 @@ def conversation(record: dict[str, Any], number: int, given: Input) -> dict[str,
     name = record_id(others, f"chat{number}")
     others.pop("id", None)
     has_media = any(kind in segment for segment in segments for kind in KINDS)
-    return {"id": name, "segments": segments, **_metadata(drop_embedded(others, has_media, given.bad), turns)}
+    return {"id": name, "segments": segments, **drop_embedded(_metadata(others, turns), has_media, given.bad)}
 
 
 def _add(segments: list[dict[str, Any]], pieces: Sequence[dict[str, Any]], turn: _Turn) -> None:
@@ -112,7 +112,7 @@ def _refuse(record: dict[str, Any]) -> None:
     """Raises ManifestError where a record or a turn holds what has no place; keys that hold nothing leave it."""
     for key in (*_NO_PLACE, *_PREFERENCES):
         value = record.get(key)
-        if value in (None, "", [], {}, "[]", "null"):
+        if value in (None, "", [], {}, "[]", "{}", "null"):
             record.pop(key, None)
         elif key in _PREFERENCES:
             raise ManifestError(
@@ -120,6 +120,9 @@ def _refuse(record: dict[str, Any]) -> None:
             )
         else:
             raise ManifestError(f"has {key!r}: {_shown(value)}; tools and their calls have no place yet")
+    refused = next((key for key in ("label", "kto_tag") if record.get(key) is False), None)
+    if refused:
+        raise ManifestError(f"its answer is one that is refused ({refused!r} is false); give answers to learn")
 
 
 # --------------------------------------------------------------------------------------------------------------- turns
@@ -132,9 +135,10 @@ def _turns(record: dict[str, Any]) -> list[_Turn]:
         raise ManifestError(f"has both {TALKS[0]!r} and {TALKS[1]!r}; give one of the two")
     if talks:
         told = _told_turns(talks[0][1], talks[0][0])
-        if turns and any(turn.is_system for turn in told):
-            raise ManifestError("has 'system' and a turn of the system; give one of the two")
-        turns += told
+        systems = [turn.content for turn in turns if turn.is_system]
+        if systems and any(turn.is_system and turn.content not in systems for turn in told):
+            raise ManifestError("has 'system' and another turn of the system; give one of the two")
+        turns += [turn for turn in told if not (turn.is_system and systems)]
     elif _has_pairs(record.get("texts")):
         for item in record.pop("texts"):
             turns += _asked_and_answered(item, "user", "assistant")
@@ -203,8 +207,8 @@ def _told_turn(turn: Any, number: int) -> _Turn:
 
 
 def _is_trained(turn: dict[str, Any], number: int, role: str) -> bool:
-    """Whether an answer is trained on, as `loss` or `weight` says."""
-    said = {key: turn.pop(key) for key in ("loss", "weight") if key in turn}
+    """Whether an answer is trained on, as `loss`, `weight` or `train` says."""
+    said = {key: turn.pop(key) for key in ("loss", "weight", "train") if key in turn}
     for key, value in said.items():
         if value not in (0, 1):
             raise ManifestError(f"turn {number} has the {key} {value!r}; 0 (isn't trained on) and 1 are read")

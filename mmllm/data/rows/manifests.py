@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from mmllm.data.rows.bad_rows import ManifestError
@@ -18,6 +19,11 @@ _FILES = ("filepath", "file_name", "image_file_name", "audio_file_name")
 
 _SIGNS = frozenset({*SIGNS, *_FILES, "segments", *(f"{kind}{s}" for kind in (*KINDS, "video") for s in ("", "s"))})
 """Keys that ask for more than to be taken as they are."""
+
+
+@lru_cache(maxsize=4096)
+def _is_sign(key: str) -> bool:
+    return key.strip().lower() in _SIGNS
 
 
 def manifest_rows(given: Input) -> Found:
@@ -40,7 +46,7 @@ def record_row(record: dict[str, Any], number: int, given: Input) -> dict[str, A
     Raises:
         ManifestError: It holds what has no place in a row.
     """
-    if _SIGNS.isdisjoint(record):  # most rows of texts
+    if not any(map(_is_sign, record)):  # most rows of texts
         return drop_embedded(record, False, given.bad)
     if is_conversation(record):
         return conversation(record, number, given)
@@ -80,21 +86,22 @@ def named_files(row: dict[str, Any]) -> dict[str, list[Any]]:
     """Pictures and sounds in columns that others' forms call so; these leave the row."""
     media: dict[str, list[Any]] = {kind: [] for kind in KINDS}
     for key in _FILES:
-        value = row.get(key)
+        theirs = next((name for name in row if name.strip().lower() == key), key)
+        value = row.get(theirs)
         if not isinstance(value, str):
             continue
         kinds = [kind for kind, endings in zip(KINDS, (IMAGES, SOUNDS), strict=True) if value.lower().endswith(endings)]
         kind = key.partition("_file_name")[0] if key.endswith("_file_name") else next(iter(kinds), None)
         if kind is None:
             known = ", ".join(ending[1:] for ending in IMAGES + SOUNDS)
-            raise ManifestError(f"{key!r} is {value!r}, which ends as no picture or sound does ({known})")
-        media[kind].append(row.pop(key))
+            raise ManifestError(f"{theirs!r} is {value!r}, which ends as no picture or sound does ({known})")
+        media[kind].append(row.pop(theirs))
     return media
 
 
 def _name_text(row: dict[str, Any]) -> None:
     """Calls a caption or a transcript `text`, whatever its column was called, if there is one such column."""
-    found = [key for key in _TEXTS if isinstance(row.get(key), str)]
+    found = [key for key in row if key.strip().lower() in _TEXTS and isinstance(row[key], str)]
     if len(found) > 1:
         raise ManifestError(
             f"has no 'text', and {found[0]!r} as well as {found[1]!r}; say which it is: --columns text={found[0]}"

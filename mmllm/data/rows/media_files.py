@@ -58,7 +58,8 @@ def gathered(record: dict[str, Any], kind: str) -> list[Any]:
 def _listed(value: Any) -> list[Any]:
     if value is None or value == "" or is_null(value):
         return []
-    return value if isinstance(value, list) else [value]
+    found = value if isinstance(value, list) else [value]
+    return [] if all(map(is_null, found)) else found
 
 
 def refuse_films(record: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from mmllm.data.rows.bad_rows import ManifestError, is_of_machine
 from mmllm.data.rows.media import Embedded, Media, is_encoded, media_file
+from mmllm.data.rows.media_files import IMAGES, SOUNDS
 
 Kind = Literal["caption", "interleaved", "text", "audio"]
 KINDS: tuple[Kind, ...] = ("caption", "interleaved", "text", "audio")
@@ -23,9 +24,6 @@ ROLES = ("user", "assistant")
 
 _OWN_KEYS = ("id", "text", "image", "audio", "segments")
 _MEDIA_KEYS = ("image", "audio")
-_MEDIA_SUFFIXES = (
-    ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".wav", ".flac", ".mp3", ".ogg", ".opus",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,6 +97,8 @@ def row_from_dict(value: Any, folder: Path, where: str) -> Row:
     if "image" in value and "audio" in value:
         raise ManifestError("a row has both 'image' and 'audio'; give one, or 'segments'")
     if value.get("text") is None:
+        if "image" not in value and "audio" not in value:
+            _check_keys(metadata, folder, "image' or 'audio")
         names = ", ".join(key for key in value if key != "text")
         raise ManifestError(f"'text' is missing; the row has {names or 'nothing'}: name its text, --columns text=NAME")
     text = _text(value["text"], "text")
@@ -113,10 +113,11 @@ def row_from_dict(value: Any, folder: Path, where: str) -> Row:
 def _check_keys(metadata: dict[str, Any], folder: Path, wanted: str) -> None:
     """Refuses a row of texts of which another key names a picture or a sound: `image` or `audio` was misspelt."""
     for key, item in metadata.items():
-        if isinstance(item, str) and item.lower().endswith(_MEDIA_SUFFIXES) and (folder / item).is_file():
+        if isinstance(item, str) and item.lower().endswith(IMAGES + SOUNDS) and (folder / item).is_file():
+            kind = "image" if item.lower().endswith(IMAGES) else "audio"
             raise ManifestError(
                 f"{key!r} names the file {item}, which '{wanted}' should; rename the key, or say so: "
-                f"--columns image={key}"
+                f"--columns {kind}={key}"
             )
 
 
@@ -124,7 +125,7 @@ def _id(value: Any, where: str) -> str:
     if value is None or value == "":
         return f"row{where.rpartition(':')[2]}"
     if isinstance(value, (list, dict)):
-        raise ManifestError(f"'id' is {value!r}; give a string or a number, or leave it out")
+        raise ManifestError(f"'id' is {_shown(value)}; give a string or a number, or leave it out")
     return str(value)
 
 
@@ -175,7 +176,7 @@ def _file(value: Any, folder: Path, key: str) -> Media:
         case {"bytes": _} | {"array": _}:
             raise ManifestError(f"{key!r} has neither bytes nor the path of a file: {_shown(value)}")
     if not isinstance(value, str) or not value:
-        raise ManifestError(f"{key!r} must be a path, got {_shown(value)}")
+        raise ManifestError(f"{key!r} must be a path, got {_shown(value)}; leave it out where there is none")
     if value.startswith("data:") or is_encoded(value):
         raise ManifestError(f"{key!r} is {_shown(value)}, which isn't the base64 of a picture or a sound")
     path = folder / value.removeprefix("file://")
@@ -226,7 +227,7 @@ def _segment(item: Any, folder: Path, number: int) -> dict[str, Any]:
         case {"audio": path}:
             segment = {"audio": _file(path, folder, f"segment {number} audio")}
         case _:
-            raise ManifestError(f"segment {number} is {item!r}; give one of 'text', 'image' or 'audio', not empty")
+            raise ManifestError(f"segment {number} is {_shown(item)}; give a 'text', 'image' or 'audio', not empty")
     others = [key for key in item if key not in (*kinds, "role", "loss") and item[key] is not None]
     if others:
         raise ManifestError(f"segment {number} has the key {others[0]!r}, which has no place; put it beside 'segments'")

@@ -29,7 +29,7 @@ class Table:
 
     path: Path
     names: tuple[str, ...]
-    """Of its columns, without the spaces around them."""
+    """Of its columns, without the spaces around them; `column3` where the third has none."""
     delimiter: str
     skips_spaces: bool
     """Whether a space behind a delimiter belongs to it, as in the header."""
@@ -88,8 +88,9 @@ def open_table(path: Path, has_quotes: bool = True) -> Table:
             raise ManifestError(f"{path}: has no header; its first line must name the columns")
     delimiter = told or _told_delimiter(line, "\t" if path.suffix.lower() == ".tsv" else ",")
     names = _fields(line, delimiter)
+    named = [name.strip() or f"column{number}" for number, name in enumerate(names, start=1)]
     table = Table(
-        path, tuple(name.strip() for name in names), delimiter, any(name[:1] == " " for name in names[1:]), has_quotes,
+        path, tuple(named), delimiter, any(name[:1] == " " for name in names[1:]), has_quotes,
         lines.offset, num_lines,
     )  # fmt: skip
     twice = [name for name, count in Counter(table.names).items() if count > 1]
@@ -118,8 +119,9 @@ def read_table(table: Table) -> Iterator[tuple[str, dict[str, str] | ManifestErr
     with table.path.open("rb") as stream:
         lines = _Lines(stream, table.start)
         reader = table.fields(lines)
+        start = last = lines.offset
         while True:
-            start = lines.offset
+            last, start = start, lines.offset
             try:
                 fields = _next(reader)
             except csv.Error as error:
@@ -128,10 +130,26 @@ def read_table(table: Table) -> Iterator[tuple[str, dict[str, str] | ManifestErr
                     f"{table.path}:{number}: not CSV from there on: {error}; is a quote missing?"
                 ) from error
             if fields is None:
+                _check_closed(table, last, start - last)
                 return
             if fields:
                 number = table.num_lines + reader.line_num  # pyright: ignore[reportAttributeAccessIssue]
                 yield f"{table.path}:{number}", _row(table, fields), (start, lines.offset - start)
+
+
+def _check_closed(table: Table, start: int, num_bytes: int) -> None:
+    """Raises ManifestError where the last row opens a quote that nothing closes: rows may have vanished in it."""
+    with table.path.open("rb") as stream:
+        stream.seek(start)
+        text = stream.read(num_bytes).decode("utf-8", "surrogateescape")
+    if not table.has_quotes or '"' not in text:
+        return
+    strict = csv.reader(io.StringIO(text, newline=""), delimiter=table.delimiter, strict=True)
+    try:
+        _next(strict)
+    except csv.Error as error:
+        if "end of data" in str(error):
+            raise ManifestError(f"{table.path}: a quote in its last row is never closed: {text[:80]!r}") from error
 
 
 def _next(reader: Iterator[list[str]]) -> list[str] | None:
