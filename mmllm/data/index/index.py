@@ -48,6 +48,7 @@ RECORD = np.dtype(
     ]
 )
 _PROBES, _PROBE_BYTES = 8, 1024
+_DIGESTS = "text.digests"
 _NAMED = 20
 """Rows without a document that an index names; all are counted."""
 _FETCHES = 32
@@ -188,6 +189,11 @@ class ShardIndex:
         """How many rows of the shard no document is made of, and the first of them: name and reason."""
         told = self.arrays.info["bad"]
         return told["count"], [(name, reason) for name, reason in told["named"]]
+
+    @property
+    def caption_digests_N(self) -> np.ndarray | None:
+        """uint64, equal for equal texts of captions; `None` of another kind, and of an index that lacks them."""
+        return self.arrays.read(_DIGESTS) if _DIGESTS in self.arrays.places else None
 
     @property
     def num_skipped(self) -> dict[str, int]:
@@ -338,6 +344,9 @@ def save_index(
     arrays["picture.sizes"] = np.array(pictures, dtype=np.int64).reshape(-1, 2).clip(0, 2**32 - 1).astype(np.uint32)
     arrays["sound.lengths"] = np.array(sounds, dtype=np.int64).reshape(-1, 3).clip(0, 2**32 - 1).astype(np.uint32)
     arrays |= _piece_arrays(found, counts)
+    if found.kind == "caption":
+        digests = b"".join(hashlib.blake2b((text or "").encode(), digest_size=8).digest() for text in found.texts)
+        arrays[_DIGESTS] = np.frombuffer(digests, dtype="<u8")
     columns = _columns(found.metadata)
     if not np.isnan(counts.rarity_N).all() and "rarity" not in columns:
         columns["rarity"] = [None if np.isnan(value) else float(value) for value in counts.rarity_N]
@@ -398,11 +407,15 @@ def _columns(metadata: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     return columns
 
 
-def load_index(shard: Shard, tokenizer_hash: str) -> ShardIndex:
+def load_index(shard: Shard, tokenizer_hash: str | None) -> ShardIndex:
     """The index of a shard, checked. A remote shard's is taken from beside it where none is here yet.
 
     Where the shard's time has changed but not its size, it may be a copy: some of its bytes are compared, and for a
     local shard all of them, once: the index then notes the new time.
+
+    Args:
+        shard: The tar.
+        tokenizer_hash: Of the tokenizer that it must have been made with; `None`: any, no token count will matter.
 
     Raises:
         FileNotFoundError: There is none.
@@ -430,7 +443,7 @@ def load_index(shard: Shard, tokenizer_hash: str) -> ShardIndex:
         raise ValueError(f"{path}: the index is broken ({type(error).__name__}: {error}); {advice}") from error
     if info["format_version"] != FORMAT_VERSION:
         raise ValueError(f"{path}: is of format {info['format_version']}, not {FORMAT_VERSION}; {advice}")
-    if made_with != tokenizer_hash:
+    if tokenizer_hash is not None and made_with != tokenizer_hash:
         raise ValueError(
             f"{path}: was made with tokenizer {made_with[:12]}, the recipe's is {tokenizer_hash[:12]}; {advice}"
         )
@@ -487,7 +500,7 @@ def is_current(shard: Shard, tokenizer_hash: str, text_key: str | None = None) -
         index = load_index(shard, tokenizer_hash)
     except (FileNotFoundError, ValueError):
         return False
-    if index.text_key != text_key:
+    if index.text_key != text_key or (index.kind == "caption" and index.caption_digests_N is None):
         return False
     found = stat_shard(shard)
     if before is None or not isinstance(shard, RemoteShard) or (found is not None and before == list(found)):
@@ -496,8 +509,8 @@ def is_current(shard: Shard, tokenizer_hash: str, text_key: str | None = None) -
         return _digest(path) == index.sha256
 
 
-def load_indices(shards: Sequence[Shard], tokenizer_hash: str) -> Iterator[ShardIndex]:
-    """The indices of shards, in order; remote ones are looked up several at a time.
+def load_indices(shards: Sequence[Shard], tokenizer_hash: str | None) -> Iterator[ShardIndex]:
+    """The indices of shards, in order; remote ones are looked up several at a time. As `load_index`.
 
     Raises:
         FileNotFoundError, ValueError: As `load_index`.

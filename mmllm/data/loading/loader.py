@@ -11,20 +11,22 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from mmllm.batch import PackedBatch
+from mmllm.batch import CaptionBatch, PackedBatch, SoundBatch
 from mmllm.data.loading.augment import NUM_DRAWS, AugmentConfig, augment
 from mmllm.data.loading.balance import FRAME_COST, IMAGE_COST, shares
 from mmllm.data.loading.collate import Gap, pack_documents
-from mmllm.data.loading.reader import SampleReader, TextPiece
+from mmllm.data.loading.reader import SampleReader, TextPiece, named_failure
 from mmllm.data.plan.plan import Item, Plan, StepPlan
 from mmllm.data.samples.decode import ImageInput, ImageTransform
 from mmllm.data.samples.documents import NO_PIXELS, Document, Sample, build_document, part_bounds
 from mmllm_tokenizers.folder import TokenizerFolder
+
+AnyBatch = TypeVar("AnyBatch", PackedBatch, CaptionBatch, SoundBatch)
 
 _logger = logging.getLogger(__name__)
 _NAMED = 5
@@ -130,8 +132,7 @@ class StepDataset(Dataset[PackedBatch]):
                 raise draft.error
             return self._checked_part(draft, item)
         except Exception as error:
-            named = self._plan.describe(item)
-            message = f"{named['source']}: {named['shard']}:{named['key']} as {item.task}: {error}"
+            message = named_failure(self._plan, item, error)
             if self._raises:
                 raise ValueError(message) from error
             errors.append(message)
@@ -210,7 +211,7 @@ class _Draft:
         return NO_PIXELS
 
 
-class PackedLoader:
+class PackedLoader(Generic[AnyBatch]):
     """The batches of one rank, with a length, and a state that Lightning saves and restores.
 
     An epoch is `num_steps` steps; the stream goes on from one to the next.
@@ -230,7 +231,7 @@ class PackedLoader:
     def __init__(
         self,
         plan: Plan,
-        dataset: StepDataset,
+        dataset: Dataset[AnyBatch],
         num_steps: int,
         rank: int = 0,
         world_size: int = 1,
@@ -257,7 +258,7 @@ class PackedLoader:
         """Steps an epoch."""
         return self._num_steps
 
-    def __iter__(self) -> Iterator[PackedBatch]:
+    def __iter__(self) -> Iterator[AnyBatch]:
         """The rest of the epoch."""
         if self._restarts:
             self._state, self._position = self._plan.initial_state(), 0
@@ -289,7 +290,7 @@ class PackedLoader:
         if self._position < self._num_steps:  # all documents were seen: there is nothing more to wait for
             self._check_bound()
 
-    def _living(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+    def _living(self, batches: Iterator[AnyBatch]) -> Iterator[AnyBatch]:
         """The batches; where a worker is gone, an error that says so, in whatever way its pipe broke."""
         while True:
             try:
@@ -305,8 +306,9 @@ class PackedLoader:
 
     def _rank_steps(self, count: int) -> Iterator[StepPlan]:
         for step in islice(self._plan.steps(self._state), count):
-            mine = tuple(step.sequences[number] for number in self.share(step))
-            yield StepPlan(step.step, mine, step.state, step.num_global_sequences)
+            numbers = tuple(self.share(step))
+            mine = tuple(step.sequences[number] for number in numbers)
+            yield StepPlan(step.step, mine, step.state, step.num_global_sequences, numbers)
 
     def share(self, step: StepPlan) -> list[int]:
         """Which of a whole step's sequences are this rank's, in the order of its batch."""
@@ -323,9 +325,9 @@ class PackedLoader:
         num_frames = 0 if item.task == "speak" else place.num_frames
         return item.num_tokens + IMAGE_COST * place.num_images + FRAME_COST * num_frames
 
-    def _count(self, batch: PackedBatch) -> None:
+    def _count(self, batch: AnyBatch) -> None:
         errors = batch.state.get("errors", ())
-        self._num_seen += _num_documents(batch) + len(errors)
+        self._num_seen += batch.num_documents + len(errors)
         if not errors:
             return
         self._num_failed += len(errors)
@@ -360,12 +362,5 @@ class PackedLoader:
         self._num_seen, self._num_failed = int(state.get("seen", 0)), int(state.get("failed", 0))
 
 
-def _as_it_is(batch: PackedBatch) -> PackedBatch:
+def _as_it_is(batch: AnyBatch) -> AnyBatch:
     return batch
-
-
-def _num_documents(batch: PackedBatch) -> int:
-    """Those that are whole: where an id begins."""
-    ids_BT = batch.document_ids_BT
-    begins_BT = ids_BT[:, 1:] != ids_BT[:, :-1]
-    return int((ids_BT[:, :1] >= 0).sum() + (begins_BT & (ids_BT[:, 1:] >= 0)).sum())

@@ -29,6 +29,12 @@ class TextPiece:
     """Tokens of the whole text."""
 
 
+def named_failure(plan: Plan, item: Item, error: Exception) -> str:
+    """What went wrong with an item, and which it is."""
+    named = plan.describe(item)
+    return f"{named['source']}: {named['shard']}:{named['key']} as {item.task}: {error}"
+
+
 @dataclass(frozen=True)
 class _Wanted:
     """What is read for an item."""

@@ -50,6 +50,8 @@ class StepPlan:
     state: dict[str, Any]
     num_global_sequences: int
     """Of all ranks."""
+    numbers: tuple[int, ...] | None = None
+    """Which of all ranks' sequences these are; `None`: all, in order."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class Plan:
                 )
 
     def _check_next(self, state: Mapping[str, Any], sequence: tuple[Item, ...] | None) -> None:
-        then, now = state["next"], _digest(sequence)
+        then, now = state["next"], sequence_digest(sequence)
         if then is not None and then != now:
             raise ValueError(
                 f"the saved data state goes on with sequence {then}, but here {now} comes next: random numbers are "
@@ -168,7 +170,7 @@ class Plan:
                 pending += [()] * (self.batch_size - len(pending))
             if len(pending) == self.batch_size:
                 step += 1
-                told = {"step": step, "next": None if following is None else _digest(following[1])}
+                told = {"step": step, "next": None if following is None else sequence_digest(following[1])}
                 yield StepPlan(step - 1, tuple(pending), {**here, **told}, self.batch_size)
                 pending = []
 
@@ -382,7 +384,7 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _digest(sequence: tuple[Item, ...] | None) -> str | None:
+def sequence_digest(sequence: tuple[Item, ...] | None) -> str | None:
     """Names a sequence by the numbers of its documents, for a state; no index is read."""
     if sequence is None:
         return None

@@ -102,17 +102,24 @@ class Source:
         self.tokens_M, self._row_M, self._part_M = items.whole()
         self._starts_G = np.cumsum([0, *items.sizes])
         if not len(self.tokens_M):
-            raise ValueError(
-                f"source {config.name!r}: no documents are left ({self.num_filtered} filtered out, "
-                f"{self.num_too_long} longer than sequence_length {recipe.sequence_length}, {self.num_over_budget} "
-                f"over the packing's budgets); check its filter, tasks and the sequence length"
-            )
+            raise ValueError(f"source {config.name!r}: no documents are left {self._why_none_is_left(recipe)}")
         for count, why in ((self.num_too_long, "longer than a sequence"), (self.num_over_budget, "over a budget")):
             if count:
                 _logger.warning("source %s: left out %d documents %s", config.name, count, why)
         self.rank_M = self._ranks(recipe.curriculum)
         self._blocks: dict[tuple[int, int], tuple[np.ndarray, np.ndarray | None]] = {}
         self._cuts: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def _why_none_is_left(self, recipe: Recipe) -> str:
+        return (
+            f"({self.num_filtered} filtered out, {self.num_too_long} longer than sequence_length "
+            f"{recipe.sequence_length}, {self.num_over_budget} over the packing's budgets); check its filter, tasks "
+            f"and the sequence length"
+        )
+
+    def _lengths(self, index: ShardIndex, task: str) -> np.ndarray:
+        """int64 [N] of a shard's documents as a task; those of 0 are left out."""
+        return index.tokens_of(task)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a worker needs: it is told which items to read, and plans none."""
@@ -136,7 +143,7 @@ class Source:
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
         """(tokens, row, part) of a shard's documents as one task; rows are `None` where all are there, once each."""
         length, packing = recipe.sequence_length, recipe.packing
-        tokens_N = index.tokens_of(task)
+        tokens_N = self._lengths(index, task)
         keep_N = self._keep(index, task, tokens_N)
         is_chat_too = self.config.kind == "interleaved" and len(self.config.task_names) > 1
         self.num_filtered += int((~keep_N & (tokens_N > 0)).sum() if is_chat_too else (~keep_N | (tokens_N == 0)).sum())
