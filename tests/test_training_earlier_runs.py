@@ -65,7 +65,7 @@ CONFIG: dict[str, Any] = {
     },
     "data": {
         "class_path": "mmllm.data.loading.datamodules.PackedDataModule",
-        "init_args": {"recipe": "recipe.yaml", "batch_size": 2, "steps_per_epoch": 4},
+        "init_args": {"recipe": "recipe.yaml", "batch_size": 2, "steps_per_epoch": 1},
     },
 }
 FIT = ["fit", "-c", "config.yaml"]
@@ -306,4 +306,15 @@ def test_two_ranks_overwrite_together(done: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert ended.returncode == 0, ended.stderr
     assert [path.name for path in Path("out/checkpoints").iterdir()] == ["last.ckpt"]
+    assert trained_steps() == [1, 2, 3]
+
+
+def test_a_run_that_ended_by_epochs_writes_its_model_again(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its checkpoint is from before the end of the last epoch: what is left is to end it."""
+    epochs = ["--trainer.max_steps", "-1", "--trainer.max_epochs", "3"]
+    assert main([*FIT, "--overwrite", *epochs]) == 0
+    Path("out/model").rename("model")
+    assert main([*FIT, "--ckpt_path", "last", *epochs]) == 0, capsys.readouterr().err
+    weights = (Path(folder, "model.safetensors").read_bytes() for folder in ("model", "out/model"))
+    assert next(weights) == next(weights)
     assert trained_steps() == [1, 2, 3]
