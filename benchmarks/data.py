@@ -35,9 +35,10 @@ from mmllm.data.executors.parallel import in_chunks
 from mmllm.data.index.count import TokenCounts, count_tokens
 from mmllm.data.index.index import ShardIndex, load_index, save_index
 from mmllm.data.index.scan import Scan, scan_shard
-from mmllm.data.loading.loader import PackedLoader, StepDataset
+from mmllm.data.loading.ahead import Ahead
+from mmllm.data.loading.loader import PackedLoader, StepDataset, has_next_window
 from mmllm.data.plan.best_fit import best_fit_decreasing, pack_window
-from mmllm.data.plan.plan import Plan, Source, open_plan
+from mmllm.data.plan.plan import Plan, Source, StepPlan, open_plan
 from mmllm.data.plan.recipe import Recipe, recipe_from_dict
 from mmllm.data.samples.decode import ImageTransform
 from mmllm_tokenizers.folder import TokenizerConfig, TokenizerFolder
@@ -314,6 +315,34 @@ def measure_planning(work: Path, quick: bool) -> list[Row]:
     return [*rows, row("shares of tokens after 1,000 sequences", ".45/.45/.10", float(off), "points off")]
 
 
+def longest_wait(steps: Iterator[StepPlan], count: int, seconds: float) -> float:
+    """The longest wait for one of `count` steps, the first apart, in ms; each is followed by so much work of torch."""
+    waits = []
+    values = torch.randn(256, 256)
+    for _ in range(count + 1):
+        began = time.perf_counter()
+        next(steps)
+        waits.append(time.perf_counter() - began)
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            values = torch.tanh(values @ values)
+    return 1000 * max(waits[1:])
+
+
+def measure_waiting(work: Path, quick: bool) -> list[Row]:
+    """How long a step waits for its plan, with windows planned in a thread and in `next()`."""
+    count, seconds = (50, 0.002) if quick else (400, 0.01)
+    several = {"captions": captions, "web": lognormal(900, 0.8), "text": lognormal(600, 1.0)}
+    longest: list[list[float]] = [[], []]
+    for _ in range(1 if quick else 5):
+        steps = [planned(work, several, [0.45, 0.45, 0.1], 20_000 if quick else 200_000).steps() for _ in range(2)]
+        longest[1].append(longest_wait(steps[1], count, seconds))
+        with Ahead(steps[0], has_next_window) as ahead:
+            longest[0].append(longest_wait(ahead, count, seconds))
+    ours, in_next = (statistics.median(values) for values in longest)
+    return [row("longest wait for a step's plan", f"steps of {1000 * seconds:g} ms", ours, "ms", "in next()", in_next)]
+
+
 # --- resume, memory, index ----------------------------------------------------------------------------------------
 
 _RESUME = """
@@ -321,7 +350,8 @@ import json, sys, time
 from pathlib import Path
 import psutil
 from mmllm.data.samples.decode import ImageTransform
-from mmllm.data.loading.loader import PackedLoader, StepDataset
+from mmllm.data.loading.ahead import Ahead
+from mmllm.data.loading.loader import PackedLoader, StepDataset, has_next_window
 from mmllm.data.plan.plan import open_plan
 from mmllm.data.plan.recipe import load_recipe
 from mmllm_tokenizers.folder import TokenizerFolder
@@ -462,6 +492,7 @@ MEASURES: dict[str, Callable[[Path, bool], list[Row]]] = {
     "packing": measure_packing,
     "budgets": measure_budgets,
     "planning": measure_planning,
+    "waiting": measure_waiting,
     "resume": measure_resume,
     "memory": measure_memory,
     "index": measure_index,

@@ -17,6 +17,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from mmllm.batch import CaptionBatch, PackedBatch, SoundBatch
+from mmllm.data.loading.ahead import Ahead
 from mmllm.data.loading.augment import NUM_DRAWS, AugmentConfig, augment
 from mmllm.data.loading.balance import FRAME_COST, IMAGE_COST, shares
 from mmllm.data.loading.collate import Gap, pack_documents
@@ -214,7 +215,8 @@ class _Draft:
 class PackedLoader(Generic[AnyBatch]):
     """The batches of one rank, with a length, and a state that Lightning saves and restores.
 
-    An epoch is `num_steps` steps; the stream goes on from one to the next.
+    An epoch is `num_steps` steps; the stream goes on from one to the next. Steps are planned in a thread, a window
+    ahead of the one that is taken, so that no step waits for packing.
 
     Args:
         plan: The plan.
@@ -264,24 +266,25 @@ class PackedLoader(Generic[AnyBatch]):
             self._state, self._position = self._plan.initial_state(), 0
         elif self._position >= self._num_steps:
             self._position = 0
-        plans = self._rank_steps(self._num_steps - self._position)
-        loader = DataLoader(
-            self._dataset,
-            batch_size=None,
-            sampler=plans,  # pyright: ignore[reportArgumentType]
-            num_workers=self._num_workers,
-            pin_memory=self._pin_memory,
-            prefetch_factor=4 if self._num_workers else None,
-            collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]
-        )
         is_empty = True
-        for batch in self._living(iter(loader)):
-            is_empty = False
-            self._count(batch)
-            self._state = {key: value for key, value in batch.state.items() if key not in _NOT_STATE}
-            self._position += 1
-            batch.state = {**batch.state, "position": self._position}
-            yield batch
+        # Planning begins with the first step that is asked for, which is when the workers have been started.
+        with Ahead(self._rank_steps(self._num_steps - self._position), has_next_window) as plans:
+            loader = DataLoader(
+                self._dataset,
+                batch_size=None,
+                sampler=plans,  # pyright: ignore[reportArgumentType]
+                num_workers=self._num_workers,
+                pin_memory=self._pin_memory,
+                prefetch_factor=4 if self._num_workers else None,
+                collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]
+            )
+            for batch in self._living(iter(loader)):
+                is_empty = False
+                self._count(batch)
+                self._state = {key: value for key, value in batch.state.items() if key not in _NOT_STATE}
+                self._position += 1
+                batch.state = {**batch.state, "position": self._position}
+                yield batch
         if is_empty:  # silence would let a trainer count empty epochs for ever
             raise ValueError(
                 f"the recipe's documents are used up after step {self._state['step']}; train for fewer steps, raise "
@@ -360,6 +363,11 @@ class PackedLoader(Generic[AnyBatch]):
         self._state = {key: state[key] for key in self._plan.initial_state()}
         self._position = int(state.get("position", 0))
         self._num_seen, self._num_failed = int(state.get("seen", 0)), int(state.get("failed", 0))
+
+
+def has_next_window(steps: Sequence[StepPlan]) -> bool:
+    """Whether the window after that of the step that comes next is planned."""
+    return steps[-1].state["window"] > steps[0].state["window"]
 
 
 def _as_it_is(batch: AnyBatch) -> AnyBatch:

@@ -306,17 +306,16 @@ class Source:
 
     def _block(self, epoch: int, inside: int) -> tuple[int, np.ndarray, np.ndarray | None]:
         """(first position, items, which of them are kept for their task's weight) of the block at a position."""
-        if self._cuts is None or self._cuts[0] != epoch:
-            self._cuts = (epoch, *self._block_groups(epoch))
-        _, cuts, groups = self._cuts
+        found, blocks = self._cuts, self._blocks  # other threads may plan too: what is kept is replaced, not changed
+        if found is None or found[0] != epoch:
+            found = self._cuts = (epoch, *self._block_groups(epoch))
+        _, cuts, groups = found
         number = int(np.searchsorted(cuts, inside, side="right")) - 1
-        if (epoch, number) not in self._blocks:
-            while len(self._blocks) > 1:  # the one before is still read when a window reaches over the border
-                self._blocks.pop(next(iter(self._blocks)))
-            self._blocks[epoch, number] = self._shuffled(
-                epoch, number, int(cuts[number]), int(cuts[number + 1]), groups
-            )
-        return int(cuts[number]), *self._blocks[epoch, number]
+        if (epoch, number) not in blocks:
+            block = self._shuffled(epoch, number, int(cuts[number]), int(cuts[number + 1]), groups)
+            last = list(blocks.items())[-1:]  # the one before is still read when a window reaches over the border
+            blocks = self._blocks = dict([*last, ((epoch, number), block)])
+        return int(cuts[number]), *blocks[epoch, number]
 
     def _block_groups(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(first position of each block and the end, groups of items in this epoch's order)."""
