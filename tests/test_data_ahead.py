@@ -226,3 +226,11 @@ def test_workers_that_start_while_a_plan_is_made_ahead(made: Path, num_workers: 
                 validated.append([rows(batch) for batch in validation])
     assert seen == [rows(batch) for batch in loader_of(made, 14)]
     assert len(validated[0]) == 3 and all(scores == validated[0] for scores in validated)
+
+
+@pytest.mark.timeout(60)
+def test_an_error_in_what_says_enough_is_raised_and_nobody_waits_for_ever():
+    ahead = Ahead(iter(range(9)), lambda ready: [][0])
+    with pytest.raises(IndexError):
+        for _ in range(9):
+            next(ahead)

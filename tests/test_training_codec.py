@@ -151,6 +151,9 @@ def test_mel_loss_is_zero_for_equal_waves_and_grows_with_noise() -> None:
     noise = torch.randn(wave.shape, generator=torch.Generator().manual_seed(0))
     small, large = float(loss(wave + 0.001 * noise, wave)), float(loss(wave + 0.1 * noise, wave))
     assert 0 < small < large
+    silence = torch.zeros(2, 1200, requires_grad=True)
+    (grad,) = torch.autograd.grad(loss(silence, torch.zeros(2, 1200)), silence)
+    assert not grad.any()
 
 
 @pytest.mark.parametrize(("rate", "window", "mels"), [(8000, 64, 8), (8000, 1024, 64), (24000, 256, 32), (2000, 64, 8)])

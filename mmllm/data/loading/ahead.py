@@ -127,12 +127,12 @@ class _Work(Generic[Value]):
 
     def _run(self) -> None:
         while True:
-            with self._changed:
-                while not self._stops and self._has_enough():
-                    self._changed.wait()
-                if self._stops:
-                    return
             try:
+                with self._changed:
+                    while not self._stops and self._has_enough():
+                        self._changed.wait()
+                    if self._stops:
+                        return
                 value = next(self._values)
             except StopIteration:
                 return self._end(None)

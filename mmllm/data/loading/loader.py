@@ -366,8 +366,9 @@ class PackedLoader(Generic[AnyBatch]):
 
 
 def has_next_window(steps: Sequence[StepPlan]) -> bool:
-    """Whether the window after that of the step that comes next is planned."""
-    return steps[-1].state["window"] > steps[0].state["window"]
+    """Whether the window after that of the step that comes next is planned; of a plan without windows, the next step."""
+    first, last = (step.state.get("window", step.step) for step in (steps[0], steps[-1]))
+    return last > first
 
 
 def _as_it_is(batch: AnyBatch) -> AnyBatch:
