@@ -366,7 +366,7 @@ class PackedLoader(Generic[AnyBatch]):
 
 
 def has_next_window(steps: Sequence[StepPlan]) -> bool:
-    """Whether the window after that of the step that comes next is planned; of a plan without windows, the next step."""
+    """Whether the window after that of the coming step is planned; of a plan without windows, the step after it."""
     first, last = (step.state.get("window", step.step) for step in (steps[0], steps[-1]))
     return last > first
 
