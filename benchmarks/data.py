@@ -32,11 +32,13 @@ from PIL import Image
 
 from mmllm.data import commands
 from mmllm.data.executors.parallel import in_chunks
-from mmllm.data.index.index import RECORD, ShardIndex, load_index, save_index
-from mmllm.data.index.scan import TokenCounts, count_tokens, read_facts
-from mmllm.data.loading.loader import PackedLoader, StepDataset
+from mmllm.data.index.count import TokenCounts, count_tokens
+from mmllm.data.index.index import ShardIndex, load_index, save_index
+from mmllm.data.index.scan import Scan, scan_shard
+from mmllm.data.loading.ahead import Ahead
+from mmllm.data.loading.loader import PackedLoader, StepDataset, has_next_window
 from mmllm.data.plan.best_fit import best_fit_decreasing, pack_window
-from mmllm.data.plan.plan import Plan, Source, open_plan
+from mmllm.data.plan.plan import Plan, Source, StepPlan, open_plan
 from mmllm.data.plan.recipe import Recipe, recipe_from_dict
 from mmllm.data.samples.decode import ImageTransform
 from mmllm_tokenizers.folder import TokenizerConfig, TokenizerFolder
@@ -231,19 +233,61 @@ def measure_packing(work: Path, quick: bool) -> list[Row]:
     return rows
 
 
-def planned(draws: dict[str, Callable], shares: list[float], count: int) -> Plan:
-    """A plan over documents that exist only as records."""
-    sources, indices = [], []
+def costly(rng: np.random.Generator, captioned: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, pictures and heard frames of a window: a share of captions, else as `mixed`."""
+    rest = 1 - captioned
+    kind = rng.choice(4, WINDOW, p=[captioned, 0.4 * rest, 0.2 * rest, 0.4 * rest])
+    draws = [captions(rng, WINDOW), *(lognormal(*of)(rng, WINDOW) for of in ((900, 0.8), (600, 1.0), (200, 0.5)))]
+    pictures = np.where(kind == 0, 1, np.where(kind == 1, 1 + np.minimum(7, rng.poisson(1.5, WINDOW)), 0))
+    frames = np.where(kind == 3, lognormal(300, 0.6)(rng, WINDOW), 0)
+    return np.choose(kind, draws), pictures, frames
+
+
+def measure_budgets(work: Path, quick: bool) -> list[Row]:
+    """Documents packed a second under budgets of which a sequence full of tokens would want a third more."""
+    rows = []
+    for length in (2048, 8192):
+        for name, captioned in (("captions", 0.9), ("mixed", 0.5)):
+            for wanted in ("pictures", "frames", "pictures and frames"):
+                rates = []
+                for seed in SEEDS:
+                    tokens, pictures, frames = costly(np.random.default_rng(seed), captioned)
+                    tokens, num_full = np.minimum(tokens, length), tokens.sum() / length
+                    budgets = [
+                        (values, max(int(values.max()), int(0.75 * values.sum() / num_full)))
+                        for kind, values in (("pictures", pictures), ("frames", frames))
+                        if kind in wanted
+                    ]
+                    began = time.perf_counter()
+                    pack_window(tokens, length, budgets, seed)
+                    rates.append(WINDOW / (time.perf_counter() - began))
+                rows.append(
+                    row("packing within budgets", f"{name} {length}, {wanted}", statistics.median(rates), "documents/s")
+                )
+    return rows
+
+
+def planned(work: Path, draws: dict[str, Callable], shares: list[float], count: int) -> Plan:
+    """A plan over documents that exist only as indices."""
+    folder, sources, indices = tokenizer(work / "tok"), [], []
     for number, (name, draw) in enumerate(draws.items()):
         tokens = np.minimum(draw(np.random.default_rng(number), count), 2048)
-        records = np.zeros(count, dtype=RECORD)
-        records["tokens"], records["block"] = tokens, np.arange(count)
-        keys = [f"{name}-{key}" for key in range(count)]
-        indices.append(ShardIndex(Path(f"{name}.tar"), name, "caption", records, keys, {}))
+        indices.append(empty_index(work / f"{name}.tar", tokens, folder))
         sources.append({"name": name, "kind": "caption", "shards": "x", "weight": shares[number]})
     recipe = recipe_from_dict({"tokenizer": "x", "sequence_length": 2048, "sources": sources})
     opened = [Source(c, n, [i], recipe) for n, (c, i) in enumerate(zip(recipe.sources, indices, strict=True))]
     return Plan(recipe, opened, 8, "x")
+
+
+def empty_index(shard: Path, tokens: np.ndarray, folder: TokenizerFolder) -> ShardIndex:
+    """The index of a shard of captions that isn't there."""
+    count = len(tokens)
+    shard.touch()
+    found = Scan(str(shard), "caption", [f"{shard.stem}-{key}" for key in range(count)])
+    found.starts, found.spans, found.lines = [0] * count, [0] * count, [-1] * count
+    found.pictures, found.sounds, found.metadata = [[(64, 64)]] * count, [[]] * count, [{}] * count
+    save_index(shard, "0" * 64, found, TokenCounts({"caption": tokens}, np.full(count, np.nan)), folder)
+    return load_index(shard, folder.hash)
 
 
 def measure_planning(work: Path, quick: bool) -> list[Row]:
@@ -254,14 +298,14 @@ def measure_planning(work: Path, quick: bool) -> list[Row]:
     for name, draws, shares in (("mixed", several, [0.45, 0.45, 0.1]), ("captions", {"captions": captions}, [1.0])):
         rates = []
         for _ in range(3):
-            plan, done, began = planned(draws, shares, count), 0, time.perf_counter()
+            plan, done, began = planned(work, draws, shares, count), 0, time.perf_counter()
             for step in plan.steps():
                 done += sum(len(sequence) for sequence in step.sequences)
                 if done >= count:
                     break
             rates.append(done / (time.perf_counter() - began))
         rows.append(row("planning", name, statistics.median(rates), "documents/s"))
-    plan = planned(several, [0.45, 0.45, 0.1], count)
+    plan = planned(work, several, [0.45, 0.45, 0.1], count)
     tokens = np.zeros(3)
     for step in islice(plan.steps(), 125):
         for sequence in step.sequences:
@@ -271,6 +315,34 @@ def measure_planning(work: Path, quick: bool) -> list[Row]:
     return [*rows, row("shares of tokens after 1,000 sequences", ".45/.45/.10", float(off), "points off")]
 
 
+def longest_wait(steps: Iterator[StepPlan], count: int, seconds: float) -> float:
+    """The longest wait for one of `count` steps, the first apart, in ms; each is followed by so much work of torch."""
+    waits = []
+    values = torch.randn(256, 256)
+    for _ in range(count + 1):
+        began = time.perf_counter()
+        next(steps)
+        waits.append(time.perf_counter() - began)
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            values = torch.tanh(values @ values)
+    return 1000 * max(waits[1:])
+
+
+def measure_waiting(work: Path, quick: bool) -> list[Row]:
+    """How long a step waits for its plan, with windows planned in a thread and in `next()`."""
+    count, seconds = (50, 0.002) if quick else (400, 0.01)
+    several = {"captions": captions, "web": lognormal(900, 0.8), "text": lognormal(600, 1.0)}
+    longest: list[list[float]] = [[], []]
+    for _ in range(1 if quick else 5):
+        steps = [planned(work, several, [0.45, 0.45, 0.1], 20_000 if quick else 200_000).steps() for _ in range(2)]
+        longest[1].append(longest_wait(steps[1], count, seconds))
+        with Ahead(steps[0], has_next_window) as ahead:
+            longest[0].append(longest_wait(ahead, count, seconds))
+    ours, in_next = (statistics.median(values) for values in longest)
+    return [row("longest wait for a step's plan", f"steps of {1000 * seconds:g} ms", ours, "ms", "in next()", in_next)]
+
+
 # --- resume, memory, index ----------------------------------------------------------------------------------------
 
 _RESUME = """
@@ -278,7 +350,8 @@ import json, sys, time
 from pathlib import Path
 import psutil
 from mmllm.data.samples.decode import ImageTransform
-from mmllm.data.loading.loader import PackedLoader, StepDataset
+from mmllm.data.loading.ahead import Ahead
+from mmllm.data.loading.loader import PackedLoader, StepDataset, has_next_window
 from mmllm.data.plan.plan import open_plan
 from mmllm.data.plan.recipe import load_recipe
 from mmllm_tokenizers.folder import TokenizerFolder
@@ -356,9 +429,9 @@ def scan(shards: Sequence[Path], folder: TokenizerFolder) -> int:
     for shard in shards:
         with shard.open("rb") as stream:
             data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        facts = read_facts(data, str(shard), folder)
-        zeros = TokenCounts({"caption": np.zeros(len(facts), dtype=np.int64)}, np.full(len(facts), np.nan))
-        save_index(shard, "0" * 64, facts, zeros, folder.hash)
+        found = scan_shard(data, str(shard), folder)
+        ones = TokenCounts({"caption": np.ones(len(found), dtype=np.int64)}, np.full(len(found), np.nan))
+        save_index(shard, "0" * 64, found, ones, folder)
         done += load_index(shard, folder.hash).num_documents
     return done
 
@@ -390,11 +463,11 @@ def measure_index(work: Path, quick: bool) -> list[Row]:
         return sum(done for _, done in in_chunks(partial(scan, folder=folder), shards, 1, workers))
 
     def tokenise() -> int:
-        facts = read_facts(shards[0].read_bytes(), str(shards[0]), folder)
+        found = scan_shard(shards[0].read_bytes(), str(shards[0]), folder)
         began = time.perf_counter()
-        count_tokens(facts, folder)
+        count_tokens(found, folder)
         seconds.append(time.perf_counter() - began)
-        return len(facts)
+        return len(found)
 
     def by_tarfile() -> int:
         with tarfile.open(shards[0]) as tar:
@@ -417,7 +490,9 @@ def measure_index(work: Path, quick: bool) -> list[Row]:
 MEASURES: dict[str, Callable[[Path, bool], list[Row]]] = {
     "decoding": measure_decoding,
     "packing": measure_packing,
+    "budgets": measure_budgets,
     "planning": measure_planning,
+    "waiting": measure_waiting,
     "resume": measure_resume,
     "memory": measure_memory,
     "index": measure_index,

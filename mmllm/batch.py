@@ -1,15 +1,15 @@
 """The typed contracts in which data, model, training and inference meet. Imports torch only.
 
 Shapes: B sequences, T positions, K codebooks, N images, S slots an image or a clip, P features an image, C clips
-(of features: channels), F frames a clip, L target tokens a clip, H and W pixels.
+(of features: channels), F frames a clip, L target tokens a clip, H and W pixels. Of a `CaptionBatch` N pairs, L text
+tokens; of a `SoundBatch` N rows, T samples.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -29,8 +29,28 @@ class Modality(IntEnum):
     """A frame of units that is (or was) predicted: speech that is spoken."""
 
 
+class Batch:
+    """What batches have in common: a dataclass of tensors, and a state that is no tensor."""
+
+    state: dict[str, Any]
+    """The plan's state *after* this batch: what resuming needs. Small and JSON-serialisable. Its `errors` name the
+    documents that failed, if any."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The batch with every tensor on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The batch in pinned memory; `torch.utils.data.DataLoader` calls this by name."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function) -> Self:
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}  # pyright: ignore
+        return type(self)(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+
 @dataclass
-class PackedBatch:
+class PackedBatch(Batch):
     """B packed sequences of T positions, with the images and sounds that they hold.
 
     Every document's positions are contiguous, attend only to each other, and restart at zero.
@@ -68,21 +88,46 @@ class PackedBatch:
     """float16: what a frozen tower gives for each image, before the projector, as it was stored with the sample. It
     stands in for `images_NCHW`; [0, 0, 0] otherwise."""
     state: dict[str, Any] = field(default_factory=dict)
-    """The plan's state *after* this batch: what resuming needs. Small and JSON-serialisable."""
+
+    @property
+    def num_documents(self) -> int:
+        """Those that are whole: where an id begins."""
+        ids_BT = self.document_ids_BT
+        begins_BT = ids_BT[:, 1:] != ids_BT[:, :-1]
+        return int((ids_BT[:, :1] >= 0).sum() + (begins_BT & (ids_BT[:, 1:] >= 0)).sum())
 
     @property
     def num_images(self) -> int:
         """N."""
         return len(self.images_NCHW) + len(self.image_features_NPC)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        """The batch with every tensor on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> PackedBatch:
-        """The batch in pinned memory; `torch.utils.data.DataLoader` calls this by name."""
-        return self._map(lambda tensor: tensor.pin_memory())
+@dataclass
+class CaptionBatch(Batch):
+    """N pictures with their captions, for CLIP."""
 
-    def _map(self, function) -> PackedBatch:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return PackedBatch(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+    images_N3HW: Tensor
+    """uint8; black where there is no pair."""
+    token_ids_NL: Tensor
+    """int64: the caption's tokens, `<|end|>`, padding."""
+    is_pair_N: Tensor
+    """bool. False: the row's sample failed, or there was none left for it; it counts in no loss and no score."""
+    state: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_documents(self) -> int:
+        """Pairs that are there."""
+        return int(self.is_pair_N.sum())
+
+
+@dataclass
+class SoundBatch(Batch):
+    """N rows of sound, for the codec. A row of which a clip failed is left out: N may be less than planned, or 0."""
+
+    waves_N1T: Tensor
+    """float32 in [-1, 1]."""
+    texts: list[str] | None
+    """What is said in each row, "" where it isn't known whole; None: nobody asked."""
+    num_documents: int
+    """Clips that were read for it, also for rows that were left out."""
+    state: dict[str, Any] = field(default_factory=dict)

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from mmllm.arguments import TASKS
-from mmllm.cli import main
+from mmllm.cli.command import check_there
+from mmllm.cli.evaluation import TASKS
+from mmllm.cli.main import main
 from mmllm.paths import config_path, copy_config, list_configs
 from mmllm.training.lightning_cli import one_line
 
@@ -158,9 +159,60 @@ def test_a_failed_fit_leaves_the_process_as_it_was(
 
 
 def test_help_needs_nothing_heavy() -> None:
-    code = "import sys, mmllm.cli; mmllm.cli.main(['--help']); print(sorted({'torch', 'lightning'} & set(sys.modules)))"
+    code = (
+        "import sys; from mmllm.cli.main import main; main(['--help']); "
+        "print(sorted({'torch', 'lightning'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+MISSPELT = [
+    "data build absent.jsonl --out x",
+    "data build there.jsonl --out x --tokenizer absent",
+    "data split there.jsonl --test absent.jsonl --out x",
+    "data index absent --tokenizer there",
+    "data verify there --tokenizer absent",
+    "data stats --recipe absent.yaml",
+    "data show --recipe absent.yaml",
+    "tokenizer train-text absent.jsonl --out x",
+    "tokenizer assemble --text there --codec absent --out x",
+    "tokenizer encodec encodec_24khz --weights absent --out x",
+    "tokenizer kmeans absent.jsonl --out x",
+    "fit -c absent.yaml",
+    "fit -c there.jsonl --ckpt_path absent.ckpt",
+    "caption absent.png --model there",
+    "transcribe absent.wav --model there",
+    "speak hello --out x.wav --model absent",
+    "generate hello --image absent.png --model there",
+    "chat hello --model absent",
+    "eval --model there --task caption --manifest absent.jsonl",
+    "export --model absent --out x",
+    "import absent --out x",
+    "report --out absent",
+    "quickstart --train absent.jsonl --out x",
+]
+
+
+def test_a_misspelt_path_is_named_before_anything_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there.jsonl").write_text("{}")
+    code = (
+        "import sys; from mmllm.cli.main import main; print([main(line.split()) for line in sys.argv[1:]]); "
+        "print(sorted({'torch', 'lightning', 'numpy'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, *MISSPELT]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [str([2] * len(MISSPELT)), "[]"]
+    for line, said in zip(MISSPELT, done.stderr.splitlines(), strict=True):
+        assert said.startswith("mmllm: error: ") and "absent" in said, line
+    assert not (tmp_path / "x").exists()
+
+
+def test_patterns_and_addresses_are_left_to_what_reads_them(tmp_path: Path) -> None:
+    check_there("shard", None, "", "s3://bucket/a.tar", "a-*.tar", "a-{000..009}.tar", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"a\.tar: no such shard; build it"):
+        check_there("shard", str(tmp_path), "a.tar", hint="build it")
 
 
 def test_one_line_keeps_the_keys_and_what_is_wrong() -> None:

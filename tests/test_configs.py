@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from mmllm import paths
-from mmllm.cli import main
+from mmllm.cli.main import main
 from mmllm.model.multimodal import MultimodalModel
 from mmllm.training.clip_module import ClipModule, with_text_tokens
 from mmllm.training.codec_module import CodecModule

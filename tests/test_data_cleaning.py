@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from mmllm.data import commands
+from mmllm.data.rows.bad_rows import ManifestError
 from mmllm.data.rows.cleaning import CleaningConfig, _near, choose, measure, minhash, text_facts
-from mmllm.data.rows.rows import ManifestError, read_manifest
+from mmllm.data.rows.forms import read_rows
 from tests.data_fixtures import write_manifest, write_picture
 
 VOCABULARY = [f"word{number}" for number in range(400)]
@@ -23,7 +24,7 @@ def changed(seed: int, places: int) -> str:
 
 
 def rows_of(folder, rows: list[dict]):
-    return read_manifest(write_manifest(folder, rows))
+    return read_rows(write_manifest(folder, rows))
 
 
 def jaccard(first: str, second: str) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import signal
+import pickle
+import pickletools
 import stat
 import subprocess
 import sys
@@ -15,13 +16,21 @@ import numpy as np
 import psutil
 import pytest
 
-from mmllm.cli import main
+from mmllm.cli.main import main
 from mmllm.data import commands
+from mmllm.data.executors.launching import jobs_of, launch
 from mmllm.data.executors.stages import Executor, Stage, TaskError, UnfinishedError, parse_options
+from mmllm.data.executors.task import ERRORS, FUNCTIONS, Task, Work, function_named, item_lines
+from mmllm.data.rows.bad_rows import ManifestError
 from mmllm.data.rows.cleaning import CleaningConfig, measure_rows
-from mmllm.data.rows.rows import ManifestError, read_manifest
-from mmllm.data.shards.encode import ShardsConfig
-from mmllm.data.shards.write import STAGING, _WriteGroups, group_rows
+from mmllm.data.rows.forms import read_rows
+from mmllm.data.rows.media import Embedded
+from mmllm.data.rows.rows import Row
+from mmllm.data.samples.decode import ImageTransform
+from mmllm.data.samples.stored import ImageEncoder
+from mmllm.data.shards.encode import KeyedRow, ShardsConfig
+from mmllm.data.shards.write import STAGING, _WriteGroups, group_rows, group_writer
+from mmllm_tokenizers.folder import TokenizerFolder
 from tests.data_fixtures import make_folder, mixed_manifest, write_manifest, write_picture
 
 datatrove = pytest.mark.skipif(importlib.util.find_spec("datatrove") is None, reason="datatrove isn't installed")
@@ -92,11 +101,50 @@ def contents(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
 
 
+def is_pickle(data: bytes) -> bool:
+    try:
+        return bool(list(pickletools.genops(data)))
+    except Exception:
+        return data.startswith(b"\x80")  # of a newer protocol, or cut short
+
+
+@pytest.fixture
+def left(monkeypatch) -> dict[Path, bytes]:
+    """Takes all that lies in work folders when a build is done, just before items and results are removed.
+
+    By path from the work folder's own name on.
+    """
+    found: dict[Path, bytes] = {}
+    forget = Stage.forget
+
+    def look_and_forget(stage: Stage) -> None:
+        work = stage._folder.parent
+        files = [path for path in work.rglob("*") if path.is_file()]
+        found.update({path.relative_to(work.parent): path.read_bytes() for path in files})
+        forget(stage)
+
+    monkeypatch.setattr(Stage, "forget", look_and_forget)
+    return found
+
+
+def check_all_is_data(left: dict[Path, bytes], stages: tuple[str, ...]) -> None:
+    """No file is a pickle; tasks, items and results are JSON."""
+    assert all(is_pickle(pickle.dumps({"a": [1]}, protocol)) for protocol in range(6))
+    assert [path for path, data in left.items() if is_pickle(data)] == []
+    for stage in stages:
+        mine = {path: data for path, data in left.items() if path.parts[1] == stage}
+        tasks = [json.loads(data) for path, data in mine.items() if path.name == "task.json"]
+        assert tasks and {task["function"] for task in tasks} < set(FUNCTIONS)
+        items = [line for path, data in mine.items() if path.suffix == ".jsonl" for line in data.splitlines()]
+        assert items and all(map(json.loads, items))
+        assert [json.loads(data) for path, data in mine.items() if path.parent.name == stage and path.suffix == ".json"]
+
+
 SETTINGS = {"samples_per_shard": 5, "perturb": 1, "max_bad_fraction": 0.5}
 
 
 @datatrove
-def test_datatrove_writes_the_same_shards(rows, tmp_path):
+def test_datatrove_writes_the_same_shards(rows, tmp_path, left):
     folder, manifests = rows
     commands.build(manifests, tmp_path / "here", folder / "tok", **SETTINGS)
     work = tmp_path / "two-work"
@@ -116,12 +164,13 @@ def test_datatrove_writes_the_same_shards(rows, tmp_path):
         told.clear()
     with pytest.raises(ValueError, match=r"five-work: is where .*five is built"):
         commands.build(manifests, tmp_path / "other", executor=executor)
+    check_all_is_data(left, ("write",))
     for work in (tmp_path / "two-work", tmp_path / "five-work"):
         assert not [path for path in work.glob("w*/*") if path.is_file()] and mine.read_text() == "mine"
 
 
 @datatrove
-def test_slurm_goes_on_from_what_is_done(rows, tmp_path, monkeypatch, capsys):
+def test_slurm_goes_on_from_what_is_done(rows, tmp_path, monkeypatch, capsys, left):
     folder, manifests = rows
     slurm = FakeSlurm(tmp_path / "slurm", monkeypatch)
     command = [
@@ -165,6 +214,7 @@ def test_slurm_goes_on_from_what_is_done(rows, tmp_path, monkeypatch, capsys):
         manifests, tmp_path / "here", folder / "tok", samples_per_shard=5, max_bad_fraction=0.5,
         cleaning=CleaningConfig("exact"),
     )  # fmt: skip
+    check_all_is_data(left, ("measure", "write"))
     assert contents(tmp_path / "s") == contents(tmp_path / "here")
     assert told["left_out"] == json.loads(capsys.readouterr().out)["left_out"]
 
@@ -172,7 +222,7 @@ def test_slurm_goes_on_from_what_is_done(rows, tmp_path, monkeypatch, capsys):
 @datatrove
 def test_results_are_of_the_very_items(tmp_path):
     texts = [{"id": str(n), "text": f"text {n} of {'many words ' * n}"} for n in range(600)]
-    rows = read_manifest(write_manifest(tmp_path, texts))
+    rows = read_rows(write_manifest(tmp_path, texts))
     config = CleaningConfig("minhash", quality="words > 1")
     executor = Executor("datatrove", 1, None, tmp_path / "w")
     wanted = json.loads(json.dumps(measure_rows(rows, config, Executor())))
@@ -184,7 +234,7 @@ def test_results_are_of_the_very_items(tmp_path):
     assert [path.stat().st_mtime_ns for path in results] == times  # none is made twice
     assert "facts" not in measure_rows(rows, CleaningConfig("minhash"), executor)[0]
     texts[0]["text"] = "new"
-    changed = measure_rows(read_manifest(write_manifest(tmp_path, texts)), config, executor)
+    changed = measure_rows(read_rows(write_manifest(tmp_path, texts)), config, executor)
     assert changed[0]["facts"]["words"] == 1 and changed[1:] == wanted[1:]
     assert [path.stat().st_mtime_ns for path in results] == times
 
@@ -219,7 +269,7 @@ def test_a_mended_row_is_read_again_and_nothing_else(tmp_path):
 
 
 def test_twins_write_one_group_between_them(tmp_path):
-    rows = read_manifest(write_manifest(tmp_path, [{"id": str(n), "text": f"text {n}"} for n in range(4)]))
+    rows = read_rows(write_manifest(tmp_path, [{"id": str(n), "text": f"text {n}"} for n in range(4)]))
     config = ShardsConfig()
     (group,) = group_rows(rows, config)
     write = _WriteGroups(str(tmp_path / "s"), config, None, None)
@@ -235,13 +285,31 @@ def test_twins_write_one_group_between_them(tmp_path):
 @datatrove
 def test_tasks_that_fail_or_are_killed_say_so(tmp_path, monkeypatch):
     monkeypatch.setenv("STARTED_BY", str(tmp_path))
-    for function, said in ((_divide, "ZeroDivisionError: division by zero"), (_die, "killed by signal 9")):
-        stage = Stage(function.__name__, Executor("datatrove", 2, 2, tmp_path), {})
+    good = tmp_path / "good.png"
+    write_picture(good, np.random.default_rng(0))
+
+    def ranks() -> list[psutil.Process]:
+        return [process for process in psutil.process_iter() if is_rank(process, str(tmp_path))]
+
+    def kill_the_other(done: int, num_all: int) -> None:
+        for process in ranks() if done == 1 else []:
+            process.kill()
+
+    for name, said in (("gone", "FileNotFoundError: .*No such file"), ("pipe", "killed by signal 9")):
+        path = tmp_path / f"{name}.png"
+        if name == "pipe":
+            os.mkfifo(path)  # whoever reads it waits for ever
+        items = [[Row(file.stem, "caption", "m:1", "a", file)] for file in (good, path)]
+        work = Work("mmllm.data.rows.cleaning:row_measurer", {"facts": False, "signature": False})
+        stage, given = Stage(name, Executor("datatrove", 2, 2, tmp_path), {}), (["a" * 32, "b" * 32], [1, 1])
         with pytest.raises(TaskError, match=said) as error:
-            stage.run(function, [1, 0], ["a" * 32, "b" * 32], [1, 1])
+            stage.run(work, items, *given, kill_the_other if name == "pipe" else None)
         assert "lacks 1 of 2 results" in str(error.value)
-        assert not [process for process in psutil.process_iter() if is_rank(process, str(tmp_path))]
-        assert stage.run(function, [1, 2], ["a" * 32, "b" * 32], [1, 1])[0] == 1.0
+        assert not ranks()
+        path.unlink(missing_ok=True)
+        path.write_bytes(good.read_bytes())
+        first, second = stage.run(work, items, *given)
+        assert first == second and first[0]["files"]
 
 
 def is_rank(process: psutil.Process, mark: str) -> bool:
@@ -252,19 +320,81 @@ def is_rank(process: psutil.Process, mark: str) -> bool:
         return False
 
 
-def _divide(item: int, key: str) -> float:
-    return 1 / item
+def test_tasks_call_nothing_but_what_is_named(tmp_path):
+    for name in FUNCTIONS:
+        function = function_named(name)
+        assert name == f"{function.__module__}:{function.__name__}"
+    for name in ("os:system", "mmllm.data.commands:build", "mmllm.data.shards.write:shutil.rmtree", "", "__main__:x"):
+        with pytest.raises(ValueError, match=r"but tasks call only mmllm\.data\.rows\.cleaning:row_measurer"):
+            Task.describe(tmp_path, tmp_path, Work(name, {}), [["a" * 32]])
+    (tmp_path / ERRORS).mkdir()
+    Task.describe(tmp_path, tmp_path, Work(FUNCTIONS[0], {}), [["a" * 32]])
+    task = json.loads((tmp_path / "task.json").read_text())
+    (tmp_path / "task.json").write_text(json.dumps({**task, "function": "os:system", "settings": "touch bad"}))
+    with pytest.raises(ValueError, match="names the function 'os:system'"):
+        Task(str(tmp_path))(None, 0)
+    assert "os:system" in (tmp_path / ERRORS / "00000.txt").read_text()
+    settings = {"staging": str(tmp_path), "config": {}, "tokenizer": None}
+    with pytest.raises(ValueError, match="names the function 'os:system'"):
+        group_writer({**settings, "encoder": {"function": "os:system", "settings": {"command": "touch bad"}}})
 
 
-def _die(item: int, key: str) -> float:
-    if not item:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return 1.0
+def test_tasks_refuse_a_tokenizer_that_has_changed(tmp_path):
+    make_folder(tmp_path / "tok")
+    folder = TokenizerFolder.load(tmp_path / "tok")
+    work = _WriteGroups(str(tmp_path), ShardsConfig(), folder, None).work
+    assert json.loads(json.dumps(work.settings)) == work.settings
+    group_writer(work.settings)
+    work.settings["tokenizer"]["hash"] = "0" * 64
+    with pytest.raises(ValueError, match=f"tok is {folder.hash[:12]} here, but was 000000000000 when the build began"):
+        group_writer(work.settings)
+    with pytest.raises(ValueError, match="is in memory alone"):
+        _ = _WriteGroups(str(tmp_path), ShardsConfig(), TokenizerFolder(folder.text), None).work
+    encoder = ImageEncoder(ImageTransform(16), "hash", lambda images: images)
+    with pytest.raises(ValueError, match="can't make this image encoder"):
+        _ = _WriteGroups(str(tmp_path), ShardsConfig(), None, encoder).work
+
+
+def test_rows_come_back_from_json():
+    odd = Path(os.fsdecode(b"/a/\xff \xe2\x80\xa8.png"))
+    metadata = {"a": 0.1, "b": [1, None, {"c": "\u2028\n"}], "d": float("inf"), "e": 2**70, "question": "ä"}
+    segments = ({"image": odd, "role": "user"}, {"audio": Path("b.wav")}, {"text": "image\x85", "role": "assistant"})
+    for row in (
+        Row("1", "text", "m:1", "a\u2028b\r\nc"),
+        Row("2", "caption", "m:2", "t", image=odd, metadata=metadata),
+        Row("3", "audio", "m:3", "t", audio=odd),
+        Row("4", "interleaved", "m:4", segments=segments, metadata=metadata),
+        Row("5", "caption", "m:5", "t", image=Embedded(odd, (3, 99), ("images", "0/1"), 7)),
+        Row("6", "interleaved", "m:6", segments=({"audio": Embedded(Path("x.parquet"), 12, ("audio", "bytes"), 8)},)),
+    ):
+        keyed = KeyedRow(row, ("a", "b"))
+        first, second = map(json.loads, item_lines([keyed, keyed]).splitlines())
+        assert KeyedRow.from_json(first) == KeyedRow.from_json(second) == keyed
+
+
+@datatrove
+def test_slurm_takes_more_ranks_than_a_job_may_have(tmp_path, monkeypatch):
+    slurm = FakeSlurm(tmp_path / "slurm", monkeypatch)
+    options = {
+        "partition": "cpu", "time": "1:00:00", "max_array_size": 2, "tasks_per_job": 2, "venv_path": "v/bin/activate",
+        "srun_args": {"mem": "4G"}, "depends_job_id": "77",
+    }  # fmt: skip
+    run = tmp_path / "a run"
+    run.mkdir()
+    launch("slurm", run, 7, "job", 3, options, lambda: None)
+    first, second = (json.loads(line) for line in (slurm.folder / "submitted.jsonl").read_text().splitlines())
+    assert first[0] == ["--export=ALL,RUN_OFFSET=0", "--dependency=afterok:77", str(run / "launch_script.slurm")]
+    assert second[0][:2] == ["--export=ALL,RUN_OFFSET=1", "--dependency=afterok:77,afterany:1"]
+    assert jobs_of(run) == ["1", "2"] and json.loads((run / "ranks_to_run.json").read_text()) == list(range(7))
+    command = f"srun --mem=4G -l -n 1 python -m mmllm.data.executors.launching '{run}'\n"
+    assert "#SBATCH --array=0-1%3\n" in first[1] and command in first[1] and "source v/bin/activate\n" in first[1]
+    with pytest.raises(ValueError, match="options of executor slurm must be JSON"):
+        launch("slurm", run, 7, "job", 3, {**options, "sbatch_args": {"account": Path("x")}}, lambda: None)
 
 
 def test_without_datatrove_it_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datatrove", None)
-    rows = read_manifest(write_manifest(tmp_path, [{"text": "x"}]))
+    rows = read_rows(write_manifest(tmp_path, [{"text": "x"}]))
     with pytest.raises(ModuleNotFoundError, match=r"mmllm\[datatrove\]"):
         measure_rows(rows, CleaningConfig("exact"), Executor("datatrove", 1, None, tmp_path / "w"))
 
@@ -281,7 +411,7 @@ def test_wrong_executors_are_named(tmp_path):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             Executor(**wrong)
-    rows = read_manifest(write_manifest(tmp_path, [{"text": "x"}]))
+    rows = read_rows(write_manifest(tmp_path, [{"text": "x"}]))
     with pytest.raises(ValueError, match=r"no option 'cpus'; it has randomize_start_duration"):
         measure_rows(rows, CleaningConfig("exact"), Executor("datatrove", 1, None, tmp_path / "w", {"cpus": 4}))
     options = parse_options(["a=4", "b=04:00:00", 'c={"d": 1}', "e=x=y"])
@@ -296,5 +426,5 @@ def test_unfinished_work_has_an_exit_code_of_its_own(monkeypatch, capsys, tmp_pa
         raise UnfinishedError("submitted job 7")
 
     monkeypatch.setattr(commands, "build", unfinished)
-    assert main(["data", "build", "x", "--out", str(tmp_path)]) == os.EX_TEMPFAIL
+    assert main(["data", "build", str(tmp_path), "--out", str(tmp_path)]) == os.EX_TEMPFAIL
     assert capsys.readouterr().err == "mmllm: submitted job 7\n"

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from mmllm.batch import IGNORE
-from mmllm.cli import main
+from mmllm.cli.main import main
 from mmllm.data import commands
 from mmllm.data.loading.loader import PackedLoader, StepDataset
 from mmllm.data.plan.plan import open_plan

@@ -9,18 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from mmllm.data import commands
-from mmllm.data.index import index
-from mmllm.data.index.columns import Column, Texts, map_npz, save_npz
-from mmllm.data.index.index import RECORD, index_path, index_shard, load_index, sidecar_path, write_indices
-from mmllm.data.index.scan import read_facts
+from mmllm.data.index import arrays, index
+from mmllm.data.index.arrays import open_arrays, write_arrays
+from mmllm.data.index.columns import Column, Texts
+from mmllm.data.index.index import RECORD, index_path, index_shard, load_index, write_indices
+from mmllm.data.index.scan import scan_shard
 from mmllm.data.samples.documents import build_document
 from mmllm.data.samples.schema import read_sample
+from mmllm.data.shards import files
 from mmllm.data.shards.headers import read_headers
 from mmllm.data.shards.tar import headers_of, read_members, scan_tar
 from mmllm_tokenizers.folder import TokenizerFolder
-from tests.data_fixtures import make_folder, mixed_manifest, write_manifest
+from tests.data_fixtures import make_folder, mixed_manifest, write_manifest, write_tar
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +33,6 @@ def made(tmp_path_factory):
     commands.build(mixed_manifest(root / "m"), root / "s", root / "tok", perturb=1, samples_per_shard=10)
     commands.index(root / "s", root / "tok")
     return root
-
-
-def write_tar(path: Path, files: dict[str, bytes], form: int = tarfile.USTAR_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=form) as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
 
 
 def same_as_scanning(path: Path) -> bool:
@@ -170,10 +164,10 @@ def test_counts_are_those_of_the_built_documents(made):
     for shard in sorted((made / "s").glob("*.tar")):
         found = load_index(shard, folder.hash)
         for row in range(found.num_documents):
-            offset, size, line = found.place(row)
+            place = found.place(row)
             with shard.open("rb") as stream:
-                key, files = read_members(os.pread(stream.fileno(), size, offset), str(shard))
-            assert key == found.keys[row] and line == -1
+                key, files = read_members(os.pread(stream.fileno(), place.num_bytes, place.start), str(shard))
+            assert key == found.keys[row] == found.key(row) and place.line == -1
             sample = read_sample(files, key, key, codec=folder.audio.hash)
             for task, tokens_N in found.lengths.items():
                 if tokens_N[row]:
@@ -184,16 +178,39 @@ def test_counts_are_those_of_the_built_documents(made):
     assert num_checked == 24 * 6 + 8 + 24  # sounds twice, with a copy each; eight questions
 
 
-def test_a_record_is_24_bytes_and_mapped(made):
+def test_a_document_is_one_read_of_24_bytes_and_nothing_stays_mapped(made):
     shard = sorted((made / "s").glob("audio-*.tar"))[0]
-    assert RECORD.itemsize <= 24
+    assert RECORD.itemsize == 24
     found = load_index(shard, TokenizerFolder.load(made / "tok").hash)
-    assert index_path(shard).stat().st_size == 32 + 24 * found.num_documents
-    assert not found.records_N.flags.writeable and found.records_N.base is not None
+    for row in range(found.num_documents):
+        record = found.records_N[row]
+        place = found.place(row)
+        assert (place.start, place.num_bytes, place.line) == (record["start"], record["bytes"], record["line"])
+        assert (place.num_frames, place.num_images) == (record["frames"], record["images"])
+    assert str(index_path(shard)) not in Path("/proc/self/maps").read_text()
     with pytest.raises(ValueError, match="read-only"):
-        found.records_N["tokens"][0] = 1
+        found.records_N["bytes"][0] = 1
     assert list(found.columns["speaker"])[:2] == [found.columns["speaker"][0], found.columns["speaker"][1]]
     assert 0 < found.columns["rarity"][0] < 10
+
+
+def test_any_reader_of_safetensors_reads_an_index(made):
+    shard = sorted((made / "s").glob("caption-*.tar"))[0]
+    found, theirs = load_index(shard, TokenizerFolder.load(made / "tok").hash), load_file(index_path(shard))
+    assert theirs["tokens"].tolist() == found.tokens_N.tolist()
+    assert theirs["picture.sizes"].tolist() == found.picture_sizes_P2.tolist() == [[16, 16]] * found.num_documents
+
+
+def test_sizes_of_all_pictures_and_sounds_are_in_the_index(made):
+    folder = TokenizerFolder.load(made / "tok")
+    for kind in ("interleaved", "audio"):
+        for shard in sorted((made / "s").glob(f"{kind}-*.tar")):
+            found = load_index(shard, folder.hash)
+            assert found.picture_sizes_P2.tolist() == [[16, 16]] * int(found.num_images_N.sum())
+            assert found.sounds_Q3[:, 2].sum() == found.num_frames_N.sum() > 0
+            assert set(found.sounds_Q3[:, 1].tolist()) == {8000}
+            frames = [folder.require_audio().num_frames(samples) for samples in found.sounds_Q3[:, 0].tolist()]
+            assert frames == found.sounds_Q3[:, 2].tolist()
 
 
 def test_facts_that_the_rows_lack_are_read_from_the_files(made, tmp_path):
@@ -223,7 +240,9 @@ def test_only_what_changed_is_indexed_again(made, tmp_path, monkeypatch):
     folder = TokenizerFolder.load(made / "tok")
     write_indices(shards, folder)
     indexed: list[Path] = []
-    monkeypatch.setattr(index, "index_shard", lambda shard, folder: indexed.append(shard) or load_index(shard, "x"))
+    monkeypatch.setattr(
+        index, "index_shard", lambda shard, folder, text_key: indexed.append(shard) or load_index(shard, "x")
+    )
     write_indices(shards, folder)
     assert not indexed
     os.utime(shards[0], ns=(1, 1))  # a copy: same bytes, another time
@@ -250,7 +269,12 @@ def test_workers_index_the_same_and_say_what_is_wrong(made, tmp_path):
     write_indices(alone, folder)
     write_indices(shared, folder, lambda *counts: ticks.append(counts), workers=2)
     assert ticks == [(1, 3), (2, 3), (3, 3)]
-    assert [index_path(shard).read_bytes() for shard in alone] == [index_path(shard).read_bytes() for shard in shared]
+    for one, other in zip(alone, shared, strict=True):
+        ours, theirs = (open_arrays(index_path(shard)) for shard in (one, other))
+        assert {**ours.info, "shard": None} == {**theirs.info, "shard": None} and list(ours.places) == list(
+            theirs.places
+        )
+        assert all(np.array_equal(ours.read(name), theirs.read(name)) for name in ours.places)
     shared[1].write_bytes(shared[1].read_bytes()[:700])
     with pytest.raises(ValueError, match=rf"{shared[1].name}: 700 bytes are no tar"):
         write_indices(shared, folder, workers=2)
@@ -262,34 +286,35 @@ def test_a_shard_with_other_samples_is_refused_before_use(made, tmp_path):
     index_shard(shard, folder)
     write_tar(shard, {"a.txt": b"one", "c.txt": b"two"})
     os.utime(shard, ns=(1, 1))
-    with pytest.raises(ValueError, match="'c' lies where 'b' was"):
+    with pytest.raises(ValueError, match="changed since it was indexed: other bytes lie at 1024"):
         load_index(shard, folder.hash)
 
 
 def test_a_shard_whose_bytes_changed_under_the_same_names_is_refused(made, tmp_path, monkeypatch, caplog):
     folder = TokenizerFolder.load(made / "tok")
-    shard = write_tar(tmp_path / "t.tar", {"a.txt": b"one", "b.txt": b"two"})
+    shard = write_tar(tmp_path / "t.tar", {f"{n:02d}.txt": b"text %02d" % n for n in range(40)})
     index_shard(shard, folder)
     data = shard.read_bytes()
     os.utime(shard, ns=(1, 1))
     digest, digested = index._digest, []
     monkeypatch.setattr(index, "_digest", lambda path: digested.append(path) or digest(path))
     for _ in range(3):
-        assert load_index(shard, folder.hash).num_documents == 2
+        assert load_index(shard, folder.hash).num_documents == 40
     assert digested == [shard]  # once: then the new time is noted
-    shard.write_bytes(data.replace(b"two", b"TWO"))
-    os.utime(shard, ns=(2, 2))
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"t\.tar: its bytes changed since it was indexed.*mmllm data index"):
-            load_index(shard, folder.hash)
+    for number, told in ((0, r"other bytes lie at 0"), (1, r"its bytes changed since it was indexed")):
+        shard.write_bytes(data.replace(b"text %02d" % number, b"TEXT %02d" % number))
+        os.utime(shard, ns=(2, 2))
+        for _ in range(2):
+            with pytest.raises(ValueError, match=rf"t\.tar: .*{told}.*mmllm data index"):
+                load_index(shard, folder.hash)
     shard.write_bytes(data)
     os.utime(shard, ns=(3, 3))
 
     def refuse(*_: object) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(index, "_put", refuse)
-    assert load_index(shard, folder.hash).num_documents == 2 and "can't be noted (read-only)" in caplog.text
+    monkeypatch.setattr(index, "write_arrays", refuse)
+    assert load_index(shard, folder.hash).num_documents == 40 and "can't be noted (read-only)" in caplog.text
 
 
 def test_the_digest_of_the_build_is_taken_where_the_shard_is_the_same(made, tmp_path):
@@ -301,41 +326,73 @@ def test_the_digest_of_the_build_is_taken_where_the_shard_is_the_same(made, tmp_
     assert index._built_digest(shard) is None
 
 
-def test_records_and_sidecar_of_two_indices_are_refused(made, tmp_path):
+def test_broken_and_older_indices_are_named(made, tmp_path):
     folder = TokenizerFolder.load(made / "tok")
     shard = write_tar(tmp_path / "t.tar", {"a.txt": b"one", "b.txt": b"two"})
     index_shard(shard, folder)
-    old = sidecar_path(shard).read_bytes()
-    write_tar(shard, {"a.txt": b"one more", "b.txt": b"two"})
-    index_shard(shard, folder)
-    sidecar_path(shard).write_bytes(old)
-    with pytest.raises(ValueError, match="two indices"):
+    path = index_path(shard)
+    whole = path.read_bytes()
+    for size in (0, 7, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"the index is broken .*mmllm data index"):
+            load_index(shard, folder.hash)
+    path.write_bytes(b"mmllmidx" + b"\2\0\0\0\x18\0\0\0" + bytes(60))
+    sidecar = tmp_path / "t.tar.index.npz"
+    sidecar.write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"of an earlier format than 3; run 'mmllm data index'"):
         load_index(shard, folder.hash)
     assert write_indices([shard], folder)[0].num_documents == 2
-    for path in (index_path(shard), sidecar_path(shard)):
-        whole = path.read_bytes()
-        for size in (0, 7, len(whole) // 2, len(whole) - 1):
-            path.write_bytes(whole[:size])
-            with pytest.raises(ValueError, match="broken"):
-                load_index(shard, folder.hash)
-        path.write_bytes(whole)
+    assert path.read_bytes() == whole and not sidecar.exists()
+    arrays = open_arrays(path)
+    write_arrays(path, {name: arrays.read(name) for name in arrays.places}, {**arrays.info, "format_version": 4})
+    with pytest.raises(ValueError, match="is of format 4, not 3"):
+        load_index(shard, folder.hash)
+
+
+def test_an_index_that_is_replaced_in_use_is_no_index_of_the_old_one(made, tmp_path):
+    folder = TokenizerFolder.load(made / "tok")
+    shard = write_tar(tmp_path / "t.tar", {"a.txt": b"one", "b.txt": b"two"})
+    found = index_shard(shard, folder)
+    assert found.place(1).start == 1024
+    write_tar(shard, {"c.txt": b"three", "d.txt": b"four", "e.txt": b"5"})
+    assert index_shard(shard, folder).num_documents == 3
+    assert found.key(1) == "b"  # what is open stays what it was
+    arrays._of_thread.kept.clear()
+    files._of_thread.files.close()
+    for read in (lambda: found.key(1), lambda: found.place(1)):
+        with pytest.raises(ValueError, match="was replaced while it was in use"):
+            read()
 
 
 def test_columns_keep_types_and_gaps(tmp_path):
-    values = [None, True, 3, 2.5, "x", "", "x", -7, False]
-    save_npz(tmp_path / "c.npz", {**Column.arrays(values, "c"), **Texts.arrays(["a", "", "ü"], "t")}, {"a": 1})
-    arrays = map_npz(tmp_path / "c.npz")
-    column = Column(arrays["c.values"], arrays["c.types"], Texts(arrays["c.words.bytes"], arrays["c.words.ends"]))
-    for found in (list(column), [column[row] for row in range(len(values))]):
-        assert found == values and [type(item) for item in found] == [type(item) for item in values]
-    assert column.numbers().tolist() == [np.inf, 1, 3, 2.5, np.inf, np.inf, np.inf, -7, 0]
-    assert list(Texts(arrays["t.bytes"], arrays["t.ends"])) == ["a", "", "ü"]
+    columns = {
+        "mixed": [None, True, 3, 2.5, "x", "", "x", -7, False],
+        "large": [2**53 + 1, -(2**63), 2**63 - 1], "some": [None, 2**53 + 1, 5], "small": [1, 255, 0],
+        "flags": [True, False], "texts": ["b", "a", "b"], "numbers": [0.5, 1e300, -0.0], "few": [-1, 70_000],
+    }  # fmt: skip
+    arrays, more = Texts.arrays(["a", "", "ü"], "t"), {}
+    for name, values in columns.items():
+        made, more[name] = Column.arrays(values, name)
+        arrays |= made
+    write_arrays(tmp_path / "c", arrays, {})
+    read = open_arrays(tmp_path / "c").read
+    for name, values in columns.items():
+        column = Column(read, name, len(values), **more[name])
+        for found in (list(column), [column[row] for row in range(len(values))], column[:]):
+            assert found == values and [type(item) for item in found] == [type(item) for item in values]
+        assert column[-1] == values[-1]
+        with pytest.raises(IndexError):
+            column[len(values)]
+    mixed = Column(read, "mixed", 9, **more["mixed"])
+    assert mixed.numbers().tolist() == [np.inf, 1, 3, 2.5, np.inf, np.inf, np.inf, -7, 0]
+    assert list(Texts(read, "t", 3)) == ["a", "", "ü"]
+    assert Column.arrays([2**53 + 1, 0.5], "x")[0]["x.values"].tolist() == [float(2**53 + 1), 0.5]
 
 
 def test_what_a_record_cannot_hold_is_said(made):
     folder = TokenizerFolder.load(made / "tok")
-    facts = read_facts(sorted((made / "s").glob("text-*.tar"))[0].read_bytes(), "t.tar", folder)
-    facts.images[1] = 70_000
-    counts = index.count_tokens(facts, folder)
-    with pytest.raises(ValueError, match=rf"{facts.keys[1]} has 70000 images"):
-        index.make_records(facts, counts)
+    found = scan_shard(sorted((made / "s").glob("text-*.tar"))[0].read_bytes(), "t.tar", folder)
+    found.pictures[1] = [(1, 1)] * 70_000
+    counts = index.count_tokens(found, folder)
+    with pytest.raises(ValueError, match=rf"{found.keys[1]} has 70000 images"):
+        index.make_records(found, counts)

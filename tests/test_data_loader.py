@@ -13,22 +13,32 @@ import torch
 import yaml
 
 from mmllm.batch import IGNORE, PackedBatch
-from mmllm.cli import main
+from mmllm.cli.main import main
 from mmllm.data import commands
-from mmllm.data.index.index import index_path, sidecar_path
+from mmllm.data.index import count
+from mmllm.data.index.index import index_path
+from mmllm.data.loading import datamodules
 from mmllm.data.loading import loader as loader_module
 from mmllm.data.loading.augment import AugmentConfig
 from mmllm.data.loading.balance import FRAME_COST, IMAGE_COST
-from mmllm.data.loading.clip_and_codec import CaptionPairs
 from mmllm.data.loading.datamodules import AudioDataModule, ClipDataModule, PackedDataModule
 from mmllm.data.loading.loader import PackedLoader, StepDataset
+from mmllm.data.loading.reader import SampleReader
 from mmllm.data.plan.plan import open_plan
 from mmllm.data.plan.recipe import recipe_from_dict
 from mmllm.data.samples.decode import ImageTransform
-from mmllm.data.samples.documents import build_document
+from mmllm.data.samples.documents import Document, build_document
 from mmllm.data.shards.tar import scan_tar
 from mmllm_tokenizers.folder import TokenizerFolder
-from tests.data_fixtures import WORDS, make_folder, mixed_manifest, recipe_dict, write_manifest, write_picture
+from tests.data_fixtures import (
+    WORDS,
+    make_folder,
+    mixed_manifest,
+    recipe_dict,
+    write_manifest,
+    write_picture,
+    write_tar,
+)
 from tests.data_ranks import rows
 
 
@@ -64,7 +74,8 @@ def test_ranks_and_workers_change_nothing(made, world_size, num_workers):
     assert states == [batch.state for batch in loader_of(made, 6)]
 
 
-def test_pictures_of_a_document_stay_in_order_and_a_split_text_is_written_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("long_bytes", [8192, 10**9])
+def test_pictures_stay_in_order_and_of_a_split_text_no_part_is_written_twice(tmp_path, monkeypatch, long_bytes):
     rng = np.random.default_rng(0)
     folder = make_folder(tmp_path / "tok")
     for name in "abcd":
@@ -74,6 +85,7 @@ def test_pictures_of_a_document_stay_in_order_and_a_split_text_is_written_once(t
         {"id": "long", "text": " ".join(rng.choice(WORDS, 3000))},
     ]
     commands.build(write_manifest(tmp_path, documents), tmp_path / "s")
+    monkeypatch.setattr(count, "LONG_BYTES", long_bytes)
     commands.index(tmp_path / "s", tmp_path / "tok")
     sources = [{"name": kind, "kind": kind, "shards": f"{tmp_path}/s/{kind}*.tar"} for kind in ("interleaved", "text")]
     recipe = {"tokenizer": str(tmp_path / "tok"), "sequence_length": 256, "sources": sources}
@@ -86,7 +98,67 @@ def test_pictures_of_a_document_stay_in_order_and_a_split_text_is_written_once(t
     for start in range(0, len(batch.images_NCHW), 4):
         assert np.array_equal(batch.images_NCHW[start : start + 4].numpy(), wanted)
     num_texts = int((batch.source_BT == 1).any(dim=1).sum())
-    assert num_texts > 2 and sorted(built) == ["interleaved", "text"]
+    assert num_texts > 2 and sorted(built) == (["interleaved", "text"] if long_bytes > 10**6 else ["interleaved"])
+
+
+TEXTS = {
+    "words": lambda rng: " ".join(rng.choice(WORDS, 6000)),
+    "scripts": lambda rng: "".join(rng.choice(list("añ漢字🙂 \n\t'sé\u2028 "), 9000)),
+    "one word": lambda rng: "x" * 9000,
+    "spaces": lambda rng: " " * 9000 + "end",
+}
+
+
+@pytest.mark.parametrize("form", ["txt", "jsonl"])
+@pytest.mark.parametrize("made_of", list(TEXTS))
+def test_parts_of_long_texts_are_those_of_the_whole(tmp_path, monkeypatch, made_of, form):
+    folder = make_folder(tmp_path / "tok")
+    texts = ["short", TEXTS[made_of](np.random.default_rng(0)), "short too"]
+    if form == "txt":
+        files = {f"{number}.txt": text.encode() for number, text in enumerate(texts)}
+    else:
+        files = {"all.jsonl": "\n".join(json.dumps({"text": text}) for text in texts).encode()}
+    write_tar(tmp_path / "t.tar", files)
+    commands.index(tmp_path / "t.tar", tmp_path / "tok")
+    recipe = {"tokenizer": str(tmp_path / "tok"), "sequence_length": 100}
+    template = {"text": {"prompt": "<|text|> of old:", "target": "{text} so it ends<|end|>"}}
+    for source in ({}, {"templates": template}):
+        sources = [{"name": "t", "kind": "text", "shards": str(tmp_path / "t.tar"), **source}]
+        plan = open_plan(recipe_from_dict({**recipe, "sources": sources}), 1, folder)
+        dataset, read = StepDataset(plan, folder, ImageTransform(16)), SampleReader(plan, None)
+        items = [item for item in plan.sources[0].items(np.arange(plan.sources[0].num_items)) if item.part >= 0]
+        whole = build_document(read(items[0]), "text", folder, None, source.get("templates", {}).get("text"))
+        assert len(items) > 10 and sum(item.num_tokens - 1 for item in items) == whole.num_tokens - 1
+        monkeypatch.setattr(loader_module, "build_document", lambda *args: pytest.fail("the whole is not built"))
+        if made_of in ("one word", "spaces"):
+            monkeypatch.undo()  # it can't be cut
+        for item in items:
+            errors: list[str] = []
+            part, start = dataset.document(item, errors), item.part * 99
+            assert isinstance(part, Document) and not errors
+            wanted = whole.part(start, start + item.num_tokens)
+            for name in ("token_ids_T", "targets_T", "modality_T", "codes_TK"):
+                assert np.array_equal(getattr(part, name), getattr(wanted, name)), name
+        monkeypatch.undo()
+
+
+def test_a_long_text_that_changed_is_masked(tmp_path):
+    folder = make_folder(tmp_path / "tok")
+    text = " ".join(np.random.default_rng(0).choice(WORDS, 6000))
+    shard = write_tar(tmp_path / "t.tar", {"a.txt": text.encode()})
+    told = shard.stat()
+    commands.index(shard, tmp_path / "tok")
+    source = {"name": "t", "kind": "text", "shards": str(shard)}
+    recipe = {"tokenizer": str(tmp_path / "tok"), "sequence_length": 100, "sources": [source]}
+    plan = open_plan(recipe_from_dict(recipe), 1, folder)
+    data = bytearray(shard.read_bytes())
+    data[5000:5100] = b"\xff" * 100
+    shard.write_bytes(bytes(data))
+    os.utime(shard, ns=(told.st_atime_ns, told.st_mtime_ns))
+    dataset, all_errors = StepDataset(plan, folder, ImageTransform(16)), []
+    for item in plan.sources[0].items(np.arange(plan.sources[0].num_items)):
+        dataset.document(item, all_errors)
+    assert 1 <= len(all_errors) < 40
 
 
 def test_ranks_have_about_equal_work(made, monkeypatch):
@@ -174,8 +246,8 @@ def broken_copy(made, tmp_path, num_broken: int):
     shard.write_bytes(bytes(data))
     told = (made / "s" / shard.name).stat()
     os.utime(shard, ns=(told.st_atime_ns, told.st_mtime_ns))  # as a disk that goes bad does it: nothing tells of it
-    for path in (index_path(made / "s" / shard.name), sidecar_path(made / "s" / shard.name)):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = index_path(made / "s" / shard.name)
+    (tmp_path / path.name).write_bytes(path.read_bytes())
     recipe = recipe_dict(made / "s", made / "tok")
     recipe["sources"][0]["shards"] = str(shard)
     return recipe
@@ -294,6 +366,27 @@ def test_validation_is_the_same_each_time_and_holds_each_document_once(made, tmp
     assert data.voices == ("ann", "bob")
 
 
+@pytest.mark.parametrize("schedule", [[[0, 0.0], [900, 0.0], [901, 1.0]], [[0, 1.0], [1, 0.0]]])
+def test_validation_sees_sources_that_rest(made, schedule):
+    """Also the first few sequences of it, by `num_val_sequences`."""
+    recipe = recipe_dict(made / "s", made / "tok")
+    recipe["sources"] = [{**recipe["sources"][0], "weight_schedule": schedule}, *recipe["sources"][1:]]
+    data = packed(made, val_recipe=recipe_from_dict(recipe))
+    data.setup("validate")
+    loader = data.val_dataloader()
+    assert isinstance(loader, PackedLoader)
+    sources = [document for batch in loader for document in told(batch)]
+    assert [sources.count(number) for number in range(4)] == [24, 24, 24, 48]
+    assert 0 in sources[:20]
+
+
+def told(batch) -> list[int]:
+    """Each document's source."""
+    ids_BT, source_BT = batch.document_ids_BT, batch.source_BT
+    pairs = [set(zip(*pair, strict=True)) for pair in zip(ids_BT.tolist(), source_BT.tolist(), strict=True)]
+    return [source for row in pairs for number, source in sorted(row) if number >= 0]
+
+
 def test_cached_documents_are_the_same(made):
     plain, cached = packed(made, cache_mb=0), packed(made, cache_mb=64)
     for data in (plain, cached):
@@ -322,7 +415,7 @@ def test_errors_are_shown_with_the_sequence_that_has_them(made, tmp_path, action
         yaml.safe_dump({**broken_copy(made, tmp_path, 20), "on_error": {"action": action, "max_fraction": 0}})
     )
     for choices in ({}, {"world_size": 2}, {"world_size": 4, "num_workers": 1}):
-        told = commands.show(recipe, step=1, batch_size=8, text=True, **choices)
+        told = commands.show(recipe, step=2, batch_size=8, text=True, **choices)
         broken = 0
         for sequence in told["sequences"]:
             keys = [document["key"] for document in sequence["documents"] if document["source"] == "caption"]
@@ -330,7 +423,7 @@ def test_errors_are_shown_with_the_sequence_that_has_them(made, tmp_path, action
             assert all(any(f":{key} as caption" in message for key in keys) for message in sequence["errors"])
             broken += len(sequence["errors"])
         assert broken > 1 and any(not sequence["errors"] for sequence in told["sequences"])
-    assert any("errors" in sequence for sequence in commands.show(recipe, 1, 8, world_size=2)["sequences"])
+    assert any("errors" in sequence for sequence in commands.show(recipe, 2, 8, world_size=2)["sequences"])
 
 
 def test_a_step_as_a_page(made, tmp_path):
@@ -409,35 +502,36 @@ def clip_batches(root, **changes):
 def test_clip_pairs(made):
     batches = clip_batches(made, context_length=10)
     assert len(batches) == 3
-    images, ids = batches[0]
+    images, ids = batches[0].images_N3HW, batches[0].token_ids_NL
+    assert all(batch.is_pair_N.all() for batch in batches)
     assert images.shape == (8, 3, 16, 16) and images.dtype == torch.uint8 and ids.shape == (8, 10)
     folder = TokenizerFolder.load(made / "tok")
     assert ((ids == folder.id("<|end|>")).sum(1) == 1).all()
-    assert len({tuple(row.tolist()) for _, ids in clip_batches(made) for row in ids}) >= 23
+    assert len({tuple(row.tolist()) for batch in clip_batches(made) for row in batch.token_ids_NL}) >= 23
     for workers in (0, 2):
         again = clip_batches(made, context_length=10, num_workers=workers)
-        assert all(
-            torch.equal(a, b) for one, two in zip(batches, again, strict=True) for a, b in zip(one, two, strict=True)
-        )
+        for one, two in zip(batches, again, strict=True):
+            assert torch.equal(one.images_N3HW, two.images_N3HW) and torch.equal(one.token_ids_NL, two.token_ids_NL)
     moved = clip_batches(made, min_scale=0.5, flip=True)
-    assert not torch.equal(moved[0][0], images) and moved[0][0].dtype == torch.uint8
+    assert not torch.equal(moved[0].images_N3HW, images) and moved[0].images_N3HW.dtype == torch.uint8
 
 
-def test_validation_shows_each_caption_once_and_leaves_no_rank_without(tmp_path):
-    folder = make_folder(tmp_path / "tok")
+def test_validation_shows_each_caption_once_and_leaves_no_rank_without(tmp_path, monkeypatch):
+    make_folder(tmp_path / "tok")
     write_picture(tmp_path / "a.png", np.random.default_rng(0))
     path = write_manifest(tmp_path, [{"id": str(n), "image": "a.png", "text": f"one {n}"} for n in range(9)])
     commands.build(path, tmp_path / "s")
-    shards, transform = sorted((tmp_path / "s").glob("*.tar")), ImageTransform(folder.image_size)
+    shards = str(tmp_path / "s" / "*.tar")
     for batch_size, world_size, num_steps in ((4, 1, 3), (4, 2, 2), (4, 4, 2), (6, 2, 2), (6, 6, 1), (32, 2, 1)):
         seen = []
         for rank in range(world_size):
-            ranks = {"rank": rank, "world_size": world_size, "shuffles": False}
-            pairs = CaptionPairs(shards, folder, transform, batch_size, 10, **ranks)
-            assert pairs.num_steps == num_steps
-            steps = [pairs[step] for step in range(num_steps)]
-            assert all(len(images) == len(ids) > 0 for images, ids in steps)
-            seen += [tuple(row.tolist()) for _, ids in steps for row in ids]
+            monkeypatch.setattr(datamodules, "rank_of", lambda _, ranks=(rank, world_size): ranks)
+            data = ClipDataModule(shards, tmp_path / "tok", batch_size=batch_size, val_shards=shards)
+            steps = list(data.val_dataloader())
+            assert len(steps) == len(data.val_dataloader()) == num_steps
+            assert all(len(batch.images_N3HW) == len(batch.token_ids_NL) for batch in steps)
+            assert all(batch.is_pair_N.any() for batch in steps)
+            seen += [tuple(row.tolist()) for batch in steps for row in batch.token_ids_NL[batch.is_pair_N]]
         assert len(seen) == len(set(seen)) == 9
 
 
@@ -447,26 +541,35 @@ def test_equal_captions_are_kept_apart(tmp_path):
     texts = ["red"] * 6 + ["blue"] * 6 + [f"two {n}" for n in range(36)]
     path = write_manifest(tmp_path, [{"id": str(n), "image": "a.png", "text": text} for n, text in enumerate(texts)])
     commands.build(path, tmp_path / "s")
-    repeats = sum(8 - len({tuple(row.tolist()) for row in ids}) for _, ids in clip_batches(tmp_path))
+    ids = [batch.token_ids_NL for batch in clip_batches(tmp_path)]
+    repeats = sum(8 - len({tuple(row.tolist()) for row in rows}) for rows in ids)
     assert repeats <= 2  # shuffled at random, about ten
+
+
+def waves_of(loader):
+    return [batch.waves_N1T for batch in loader]
 
 
 def test_sound_crops_and_whole_clips(made):
     shards = str(made / "s" / "audio-*.tar")
-    crops = list(AudioDataModule(shards, 8000, seconds=0.25, batch_size=4).train_dataloader())
-    again = list(AudioDataModule(shards, 8000, seconds=0.25, batch_size=4, num_workers=1).train_dataloader())
+    crops = waves_of(AudioDataModule(shards, 8000, seconds=0.25, batch_size=4).train_dataloader())
+    again = waves_of(AudioDataModule(shards, 8000, seconds=0.25, batch_size=4, num_workers=1).train_dataloader())
     assert crops[0].shape == (4, 1, 2000) and all(torch.equal(a, b) for a, b in zip(crops, again, strict=True))
     assert (crops[0].abs().amax(dim=2) > 0.05).all()
-    waves, texts = next(iter(AudioDataModule(shards, 16000, seconds=0.5, batch_size=4, texts=True).train_dataloader()))
+    batch = next(iter(AudioDataModule(shards, 16000, seconds=0.5, batch_size=4, texts=True).train_dataloader()))
+    waves, texts = batch.waves_N1T, batch.texts
     assert waves.shape == (4, 1, 8000) and len(texts) == 4 and all(texts)
     cut = next(iter(AudioDataModule(shards, 8000, seconds=0.05, batch_size=4, texts=True).train_dataloader()))
-    assert cut[1] == [""] * 4
+    assert cut.texts == [""] * 4
     data = AudioDataModule(shards, 8000, 0.25, 4)
     loader = data.train_dataloader()
-    stream = [batch for _ in range(2) for batch in loader]
+    states, stream = [], []
+    for batch in [batch for _ in range(2) for batch in loader]:
+        states.append(batch.state)
+        stream.append(batch.waves_N1T)
     resumed = AudioDataModule(shards, 8000, 0.25, 4).train_dataloader()
-    resumed.load_state_dict({"step": len(stream) - 2})
-    assert all(torch.equal(a, b) for a, b in zip(list(resumed), stream[-2:], strict=True))
+    resumed.load_state_dict(json.loads(json.dumps(states[-3])))
+    assert all(torch.equal(a, b) for a, b in zip(waves_of(resumed), stream[-2:], strict=True))
 
 
 def test_data_modules_refuse_nonsense(made):
@@ -476,5 +579,5 @@ def test_data_modules_refuse_nonsense(made):
         ClipDataModule("x", "y", min_scale=0.0)
     with pytest.raises(ValueError, match="gain_db"):
         AudioDataModule("x", 8000, gain_db=-1)
-    with pytest.raises(ValueError, match="no samples are left"):
+    with pytest.raises(ValueError, match="no documents are left"):
         AudioDataModule(str(made / "s" / "audio-*.tar"), 8000, filter="speaker == 'carl'").train_dataloader()

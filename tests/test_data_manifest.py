@@ -11,14 +11,17 @@ import soundfile
 from PIL import Image
 
 from mmllm.data import commands
-from mmllm.data.rows.rows import KINDS, BadRows, ManifestError, read_manifest, split_rows
+from mmllm.data.rows.bad_rows import BadRows, ManifestError
+from mmllm.data.rows.forms import read_rows
+from mmllm.data.rows.holdout import split_rows
+from mmllm.data.rows.rows import KINDS
 from mmllm.data.shards.encode import safe_key
 from mmllm.data.shards.find import shard_paths
 from tests.data_fixtures import RATE, make_folder, mixed_manifest, write_manifest, write_picture, write_sound
 
 
 def test_rows_of_each_kind(tmp_path):
-    rows = read_manifest(mixed_manifest(tmp_path, num=3))
+    rows = read_rows(mixed_manifest(tmp_path, num=3))
     assert [row.kind for row in rows[:4]] == ["caption", "audio", "text", "interleaved"]
     assert rows[0].metadata == {"split": "train"} and rows[1].metadata == {"speaker": "bob"}
     assert rows[3].metadata == {"question": "which colour?", "answer": "red"}
@@ -59,41 +62,41 @@ def test_bad_rows_name_file_and_row(tmp_path, line, message):
     path = tmp_path / "m.jsonl"
     path.write_text('{"id": "good", "text": "x"}\n' + line + "\n")
     with pytest.raises(ManifestError, match=message) as caught:
-        read_manifest(path)
+        read_rows(path)
     assert f"{path}:2" in str(caught.value)
     bad = BadRows(max_fraction=0.5)
-    assert len(read_manifest(path, bad)) == 1 and len(bad.reasons) == 1
+    assert len(read_rows(path, bad)) == 1 and len(bad.reasons) == 1
 
 
 def test_ids_are_kept_also_zero_and_made_where_there_is_none(tmp_path):
     ids = ({"id": 0}, {"id": "a"}, {}, {"id": None}, {"id": ""})
     path = write_manifest(tmp_path, [{**values, "text": "x"} for values in ids])
-    assert [row.id for row in read_manifest(path)] == ["0", "a", "row3", "row4", "row5"]
+    assert [row.id for row in read_rows(path)] == ["0", "a", "row3", "row4", "row5"]
 
 
 def test_manifests_that_are_none(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
-        read_manifest(tmp_path / "none.jsonl")
+        read_rows(tmp_path / "none.jsonl")
     with pytest.raises(ManifestError, match="folder"):
-        read_manifest(tmp_path)
+        read_rows(tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n \n")
     with pytest.raises(ManifestError, match="is empty"):
-        read_manifest(tmp_path / "empty.jsonl", BadRows(1.0))
+        read_rows(tmp_path / "empty.jsonl", BadRows(1.0))
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ManifestError, match="UTF-8"):
-        read_manifest(tmp_path / "binary.jsonl", BadRows(1.0))
+        read_rows(tmp_path / "binary.jsonl", BadRows(1.0))
 
 
 def test_the_bound_on_bad_rows(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"id": "a", "text": "x"}\n' * 8 + "bad\n" * 2)
-    assert len(read_manifest(path, BadRows(0.2))) == 8
+    assert len(read_rows(path, BadRows(0.2))) == 8
     with pytest.raises(ManifestError, match="2 of 10 rows"):
-        read_manifest(path, BadRows(0.1))
+        read_rows(path, BadRows(0.1))
 
 
 def test_holdouts(tmp_path):
-    rows = read_manifest(mixed_manifest(tmp_path, num=12))
+    rows = read_rows(mixed_manifest(tmp_path, num=12))
     train, heldout = split_rows(rows, "speaker=bob")
     assert {row.metadata.get("speaker") for row in heldout} == {"bob"} and len(train) + len(heldout) == len(rows)
     train, heldout = split_rows(rows, 0.25)
@@ -106,14 +109,14 @@ def test_holdouts(tmp_path):
 def test_of_few_rows_one_is_held_out_at_least(tmp_path):
     for count in range(2, 12):
         rows = [{"id": f"r{number}", "text": f"row {number} of {count}"} for number in range(count)]
-        train, heldout = split_rows(read_manifest(write_manifest(tmp_path, rows)), 0.01)
+        train, heldout = split_rows(read_rows(write_manifest(tmp_path, rows)), 0.01)
         assert len(heldout) == 1 and len(train) == count - 1
 
 
 def test_of_each_kind_one_is_held_out_at_least(tmp_path):
     """Eight sounds among many pictures would else stay unscored in nearly every other run."""
     for seed in range(8):
-        rows = read_manifest(mixed_manifest(tmp_path / str(seed), num=3, seed=seed))
+        rows = read_rows(mixed_manifest(tmp_path / str(seed), num=3, seed=seed))
         train, heldout = split_rows(rows, 0.001, seed)
         assert Counter(row.kind for row in heldout) == dict.fromkeys(KINDS, 1)
         assert {row.kind for row in train} == set(KINDS)
@@ -129,7 +132,7 @@ def test_files_of_one_name_in_many_folders_are_not_one_file(tmp_path):
         write_sound(tmp_path / f"utt_{number}" / "audio.wav", np.random.default_rng(number))
         rows.append({"id": f"r{number}", "text": "word", "audio": f"utt_{number}/audio.wav"})
     rows.append({**rows[0], "id": "again", "text": "another word"})
-    _, heldout = split_rows(read_manifest(write_manifest(tmp_path, rows)), 0.3)
+    _, heldout = split_rows(read_rows(write_manifest(tmp_path, rows)), 0.3)
     assert 5 <= len(heldout) <= 20
     assert ("r0" in {row.id for row in heldout}) == ("again" in {row.id for row in heldout})
 

@@ -40,9 +40,20 @@ def plan_of(root, batch_size: int = 4, **changes) -> Plan:
 
 
 def slow_draw(plan: Plan, cursors: list, step: int) -> tuple[list[tuple[int, int]], bool]:
-    """One document after the other, always from the source whose clock is lowest."""
+    """One document after the other, always from the source whose clock is lowest; at rest, where none else has any."""
+    drawn = slowly_drawn(plan, cursors, step, plan.recipe.shares(step))
+    if not drawn[0] and plan.recipe.mixture.on_exhausted == "renormalize":
+        sources = plan.recipe.sources
+        largest = [max(point[1] for point in s.weight_schedule) if s.weight_schedule else s.weight for s in sources]
+        shares = [
+            weight if not source.weight_at(step) else 0.0 for source, weight in zip(sources, largest, strict=True)
+        ]
+        return slowly_drawn(plan, cursors, step, [share / (sum(shares) or 1) for share in shares])
+    return drawn
+
+
+def slowly_drawn(plan: Plan, cursors: list, step: int, shares: list[float]) -> tuple[list[tuple[int, int]], bool]:
     mixture, curriculum = plan.recipe.mixture, plan.recipe.curriculum
-    shares = plan.recipe.shares(step)
     clocks = [clock for _, clock in cursors]
     costs = [0] * len(cursors)
     left: list[list[int]] = []
@@ -81,6 +92,11 @@ def slow_draw(plan: Plan, cursors: list, step: int) -> tuple[list[tuple[int, int
         {"mixture": {"on_exhausted": "repeat"}, "caps": [1, 1, 1, 1]},
         {"curriculum": {"start": 0.2, "steps": 30}},
         {"weights": [[[0, 1.0], [10, 0.0]], [[0, 0.0], [5, 0.0], [6, 2.0]], None, None]},
+        {
+            "mixture": {"on_exhausted": "renormalize"},
+            "caps": [2, 2, 0.5, 0.5],
+            "weights": [[[0, 1.0], [4, 0.0]], [[0, 0.0], [500, 0.0], [501, 2.0]], None, None],
+        },
     ],
 )
 def test_drawing_is_the_slow_one(made, changes):
@@ -133,6 +149,27 @@ def test_weights_follow_their_schedule(made):
     for wrong in ([], [[0, -1]], [[5, 1], [0, 1]], [[0, 0]], [[0, 1, 2]]):
         with pytest.raises(ValueError, match="weight_schedule"):
             SourceConfig("a", "text", "x", weight_schedule=wrong)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [[[0, 0.0], [1000, 0.0], [1001, 1.0]], [[0, 1.0], [3, 0.0]], [[0, 0.0], [2, 0.0], [3, 1.0], [4, 0.0]]],
+)
+def test_sources_at_rest_are_drawn_to_their_end_when_no_other_has_rows(made, schedule):
+    """They rest for long, for ever from some step on, or but for a few steps."""
+    sources = [one(made, "caption", max_epochs=1), one(made, "text", max_epochs=2, weight_schedule=schedule)]
+    plan = plan_of(made, sources=sources, mixture={"on_exhausted": "renormalize"}, packing={"window": 16})
+    steps = list(plan.steps())
+    drawn = [item for step in steps for sequence in step.sequences for item in sequence]
+    counts = [np.bincount([item.shard * 100 + item.row for item in drawn if item.source == n]) for n in (0, 1)]
+    assert [set(count[count > 0].tolist()) for count in counts] == [{1}, {2}]
+    assert [(count > 0).sum() for count in counts] == [source.num_items for source in plan.sources]
+    if schedule[1][0] == 1000:
+        assert {item.source for sequence in steps[0].sequences for item in sequence} == {0}
+    for step in steps[:: max(1, len(steps) // 7)]:
+        assert list(plan.steps(step.state)) == steps[step.step + 1 :]
+    stopped = list(plan_of(made, sources=sources, packing={"window": 16}).steps())
+    assert len(stopped) < len(steps)
 
 
 @pytest.mark.parametrize("order", ["easy_first", "hard_first", "random"])

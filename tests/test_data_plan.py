@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from mmllm.data.plan.plan import Plan, open_plan, open_sources
 from mmllm.data.plan.recipe import CurriculumConfig, load_recipe, recipe_from_dict, recipe_hash, recipe_to_dict
 from mmllm.data.shards.tar import scan_tar
 from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict, words, write_manifest
+from tests.real_data import needs_real_data, real_set
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,8 @@ def test_long_texts_are_split_and_others_left_out(made):
     parts = [item for step in islice(plan.steps(), 40) for sequence in step.sequences for item in sequence]
     assert any(item.part > 0 for item in parts) and all(item.num_tokens <= 32 for item in parts)
     dropped = plan_of(made, sequence_length=32, sources=[source(made, "text")], packing={"long_documents": "drop"})
-    assert dropped.sources[0].num_too_long and (dropped.sources[0].part_M == -1).all()
+    (kept,) = dropped.sources
+    assert kept.num_too_long and all(item.part == -1 for item in kept.items(np.arange(kept.num_items)))
     with pytest.raises(ValueError, match="longer than sequence_length"):
         plan_of(made, sequence_length=4, sources=[source(made, "caption")])
 
@@ -336,14 +337,14 @@ def test_shipped_recipes_can_be_read():
         assert load_recipe(path).sources
 
 
-@pytest.mark.skipif("MMLLM_DATA" not in os.environ, reason="MMLLM_DATA names no folder of real data")
+@needs_real_data
 def test_real_data_goes_the_whole_way(made, tmp_path):
-    root = Path(os.environ["MMLLM_DATA"])
     sources = []
     for name, kind in (("fsdd", "audio"), ("cifar10", "caption"), ("emoji", "caption"), ("shakespeare", "text")):
-        rows = [json.loads(line) for line in (root / name / "manifest.jsonl").read_text().splitlines()[::100]]
+        whole = real_set(name)
+        rows = [json.loads(line) for line in whole.read_text().splitlines()[::100]]
         for row in rows:
-            row |= {key: str(root / name / row[key]) for key in ("image", "audio") if key in row}
+            row |= {key: str(whole.parent / row[key]) for key in ("image", "audio") if key in row}
         manifest = write_manifest(tmp_path, rows, f"{name}.jsonl")
         told = commands.build(manifest, tmp_path / name, made / "tok", perturb=1)
         assert told["num_bad"] == 0 and told["num_samples"] == len(rows) * (2 if kind == "audio" else 1)

@@ -10,20 +10,26 @@ import re
 import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 import yaml
 
 from mmllm.data import commands
+from mmllm.data.index.index import index_path, is_current, load_index
 from mmllm.data.loading.loader import PackedLoader, StepDataset
 from mmllm.data.plan.plan import open_plan
 from mmllm.data.plan.recipe import load_recipe
 from mmllm.data.samples.decode import ImageTransform
 from mmllm.data.shards import remote as storage
+from mmllm.data.shards.cache import CachedShard, shrink_cache
+from mmllm.data.shards.files import OpenFiles
 from mmllm.data.shards.find import find_shards, shard_paths
-from mmllm.data.shards.remote import RemoteShard, ShardReader, cache_folder, expand_remote, shrink_cache
+from mmllm.data.shards.reader import ShardReader
+from mmllm.data.shards.remote import RemoteShard, cache_bytes, cache_folder, expand_remote, fetch_many
 from mmllm_tokenizers.folder import TokenizerFolder
 from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict
 from tests.data_ranks import rows
@@ -36,7 +42,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.root, self.num_requests, self.num_ranges = root, 0, 0
+        self.root, self.num_requests, self.num_ranges, self.num_bytes = root, 0, 0, 0
         self.drop_every, self.has_ranges = 0, True
         self.num_failing, self.status, self.num_silent = 0, 503, 0
         self.identity = "ETag"
@@ -95,6 +101,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if with_body:
             self.server.num_requests += 1
+            self.server.num_bytes += len(data)
             is_dropped = self.server.drop_every and self.server.num_requests % self.server.drop_every == 0
             self.wfile.write(data[: len(data) // 2] if is_dropped else data)
             if is_dropped:
@@ -184,7 +191,6 @@ def test_addresses_are_expanded(made, cache):
 
 
 def test_what_is_gone_or_has_no_ranges_is_said(made, cache, server, monkeypatch):
-    monkeypatch.setattr(storage, "BLOCK_BYTES", 4096)
     with pytest.raises(FileNotFoundError, match=r"none\.tar: no such shard"):
         commands.index(f"{server.url}/none.tar", made / "tok")
     server.has_ranges = False
@@ -277,17 +283,99 @@ def test_copies_that_killed_processes_left_are_removed(made, cache, server):
 
 
 def test_the_cache_is_bounded(made, cache, monkeypatch):
-    monkeypatch.setattr(storage, "BLOCK_BYTES", 4096)
-    monkeypatch.setenv("MMLLM_CACHE_GB", str((16 * 4096 + 5 * 4096) / 2**30))
+    monkeypatch.setenv("MMLLM_CACHE_GB", str(30_000 / 2**30))
     put_in_memory(made)
-    reader, shard = ShardReader(), RemoteShard("memory://shards/caption-000000.tar")
-    whole = (made / "s" / "caption-000000.tar").read_bytes()
-    for start in range(0, len(whole), 3000):
-        assert reader.read(shard, start, 7000) == whole[start : start + 7000]
-    blocks = list((cache_folder() / "blocks").glob("*/*"))
-    assert blocks and sum(path.stat().st_size for path in blocks) <= (16 + 5) * 4096
+    reader, shards = ShardReader(), [RemoteShard(f"memory://shards/caption-00000{n}.tar") for n in (0, 1)]
+    for shard in shards:
+        whole = (made / "s" / shard.name).read_bytes()
+        for start in range(0, len(whole), 3000):
+            assert reader.read(shard, start, 7000) == whole[start : start + 7000]
+        kept = list((cache_folder() / "spans").glob("*"))
+        assert sum(path.stat().st_blocks * 512 for path in kept) <= 30_000 + 3 * 8192
     assert shrink_cache(4096) <= 4096 and shrink_cache(0) == 0
     assert reader.read(shard, 100, 200) == whole[100:300]
     monkeypatch.setenv("MMLLM_CACHE_GB", "much")
     with pytest.raises(ValueError, match="MMLLM_CACHE_GB"):
-        storage.cache_bytes()
+        cache_bytes()
+
+
+def test_what_is_kept_is_what_was_read(made, cache, monkeypatch):
+    put_in_memory(made)
+    shard = RemoteShard("memory://shards/caption-000000.tar")
+    whole = (made / "s" / "caption-000000.tar").read_bytes()
+    rng = np.random.default_rng(0)
+    here, other = CachedShard(shard, OpenFiles()), CachedShard(shard, OpenFiles())
+    have = np.zeros(len(whole), dtype=bool)
+    for _ in range(300):
+        start = int(rng.integers(0, len(whole)))
+        size = int(rng.integers(1, 3000))
+        stop = min(start + size, len(whole))
+        found = other.read(start, size)
+        if have[start:stop].all():
+            assert found == whole[start:stop]
+        else:
+            assert found is None or found == whole[start:stop]
+        if rng.random() < 0.3:
+            here.add(start, whole[start:stop])
+            first, last = -(-start // 64) * 64, stop if stop == len(whole) else stop // 64 * 64
+            have[first:last] = True
+    assert have.mean() > 0.5
+    here.path.write_bytes(here.path.read_bytes()[:-1])  # a copy that was cut short is nothing, and is made anew
+    assert here.read(len(whole) - 64, 64) is None
+    here.add(0, whole)
+    assert here.read(0, len(whole)) == whole == other.read(0, len(whole))
+    here.path.unlink()  # by another process that made room
+    assert here.read(0, 64) in (None, whole[:64])
+
+
+def test_only_what_is_read_is_fetched_near_ranges_together(made, cache, server):
+    shard = RemoteShard(f"{server.url}/caption-000000.tar")
+    whole = (made / "s" / "caption-000000.tar").read_bytes()
+    reader = ShardReader()
+    ranges = [(shard, 5120, 1024), (shard, 0, 512), (shard, 6208, 1000), (shard, 9000, 50)]
+    kept = 512 + (7232 - 5120) + (9088 - 8960)  # in grains of 64 bytes
+    assert reader.read_many(ranges) == [whole[start : start + size] for _, start, size in ranges]
+    assert server.num_ranges == 3 and server.num_bytes == kept
+    assert ShardReader().read_many(ranges) == [whole[start : start + size] for _, start, size in ranges]
+    assert server.num_ranges == 3
+
+
+def test_ranges_that_fail_are_asked_for_again_and_others_not(made, cache, server):
+    shard = RemoteShard(f"{server.url}/caption-000000.tar")
+    whole = (made / "s" / "caption-000000.tar").read_bytes()
+    assert storage.stat_shard(shard) is not None
+    server.num_failing = 2
+    spans = [(shard, start, start + 700) for start in range(0, 7000, 1000)]
+    assert fetch_many(spans) == [whole[start:stop] for _, start, stop in spans]
+    gone = RemoteShard(f"{server.url}/none.tar")
+    found = fetch_many([(gone, 0, 10), *spans])
+    assert isinstance(found[0], FileNotFoundError) and found[1:] == [whole[start:stop] for _, start, stop in spans]
+
+
+def test_whole_shards_are_fetched_once_by_all_processes(made, cache, server):
+    shard = RemoteShard(f"{server.url}/caption-000000.tar", whole=True)
+    whole = (made / "s" / "caption-000000.tar").read_bytes()
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda start: ShardReader().read(shard, start, 100), range(0, 4000, 500)))
+    assert found == [whole[start : start + 100] for start in range(0, 4000, 500)]
+    assert server.num_ranges == 1 and server.num_bytes == len(whole)
+
+
+def test_the_index_beside_a_remote_shard_is_taken(made, cache, server):
+    tokenizer = TokenizerFolder.load(made / "tok")
+    shard = RemoteShard(f"{server.url}/text-000000.tar")
+    local = made / "s" / "text-000000.tar"
+    found = load_index(shard, tokenizer.hash)
+    assert found.lengths["text"].tolist() == load_index(local, tokenizer.hash).lengths["text"].tolist()
+    assert server.num_bytes <= index_path(local).stat().st_size + 8 * (1024 + 128)
+    assert is_current(shard, tokenizer.hash) and load_index(shard, tokenizer.hash).sha256 == found.sha256
+    assert server.num_bytes <= index_path(local).stat().st_size + 8 * (1024 + 128)  # its new identity is noted
+
+
+def test_an_index_beside_another_shard_is_refused(made, cache, server, tmp_path):
+    server.root = tmp_path
+    data = (made / "s" / "text-000000.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(data.replace(b".txt", b".TXT"))
+    (tmp_path / "a.tar.index").write_bytes(index_path(made / "s" / "text-000000.tar").read_bytes())
+    with pytest.raises(ValueError, match="changed since it was indexed"):
+        load_index(RemoteShard(f"{server.url}/a.tar"), TokenizerFolder.load(made / "tok").hash)

@@ -34,6 +34,7 @@ from mmllm.training.optimisers import OptimiserConfig
 from mmllm_tokenizers.folder import TokenizerFolder
 from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict
 from tests.data_ranks import STEP_SECONDS, rows
+from tests.real_data import needs_real_data, real_set
 from tests.training_fixtures import CLIP_CONFIG
 
 STEPS, BATCH = 16, 4
@@ -230,14 +231,13 @@ def small_module(tokenizer: Path) -> DecoderModule:
 
 @pytest.mark.proof
 @pytest.mark.timeout(1800)
-@pytest.mark.skipif("MMLLM_DATA" not in os.environ, reason="MMLLM_DATA names no folder of real data")
+@needs_real_data
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*LeafSpec:FutureWarning")
 def test_four_real_sets_are_built_shown_trained_on_and_resumed(tmp_path):
     make_folder(tmp_path / "tok")
     sources = []
     for name, kind in (("fsdd", "audio"), ("cifar10", "caption"), ("emoji", "caption"), ("shakespeare", "text")):
-        manifest = Path(os.environ["MMLLM_DATA"]) / name / "manifest.jsonl"
-        commands.build(manifest, tmp_path / name, tmp_path / "tok")
+        commands.build(real_set(name), tmp_path / name, tmp_path / "tok")
         commands.index(tmp_path / name, tmp_path / "tok")
         sources.append({"name": name, "kind": kind, "shards": str(tmp_path / name / "*.tar")})
     recipe = {"tokenizer": str(tmp_path / "tok"), "sequence_length": 256, "sources": sources}

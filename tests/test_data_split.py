@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from mmllm.data.loading.augment import NUM_DRAWS, AugmentConfig, augment
-from mmllm.data.rows.rows import ManifestError, read_manifest
+from mmllm.data.rows.bad_rows import ManifestError
+from mmllm.data.rows.forms import read_rows
 from mmllm.data.rows.split import split
 
 
@@ -32,9 +33,9 @@ def test_split_by_key_keeps_every_row_once_and_its_files(manifest, tmp_path):
     assert counts["val"] == {"text": 1}
     assert counts["test"] == {"text": 25}
     names = ("train-interleaved", "train-text", "val", "test")
-    parts = {name: read_manifest(tmp_path / "out" / f"{name}.jsonl") for name in names}
+    parts = {name: read_rows(tmp_path / "out" / f"{name}.jsonl") for name in names}
     ids = [row.id for rows in parts.values() for row in rows]
-    assert sorted(ids) == sorted(row.id for row in read_manifest(manifest))
+    assert sorted(ids) == sorted(row.id for row in read_rows(manifest))
     (document,) = parts["train-interleaved"]
     assert document.segments[1]["image"].is_file()
     assert document.metadata["answer"] == "red"
@@ -59,7 +60,7 @@ def test_split_leaves_out_training_rows_that_a_test_row_repeats(manifest, tmp_pa
     counts = split([manifest], tmp_path / "out", test=[test], num_val=0)
     assert counts["repeated"] == 2
     assert counts["train"] == {"text": 99}
-    assert "text 7" not in {row.text for row in read_manifest(tmp_path / "out" / "train-text.jsonl")}
+    assert "text 7" not in {row.text for row in read_rows(tmp_path / "out" / "train-text.jsonl")}
 
 
 def test_split_refuses_to_test_on_all_that_is_trained_on(manifest, tmp_path):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mmllm.cli import main
+from mmllm.cli.main import main
 from mmllm.quickstart.interleaved import make_interleaved
 from mmllm.quickstart.prose import make_prose
 from mmllm.quickstart.scenes import heldout_pairs

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from mmllm.data.rows.rows import ManifestError, Row, read_manifest
+from mmllm.data.rows.bad_rows import ManifestError
+from mmllm.data.rows.forms import read_rows
+from mmllm.data.rows.rows import Row
 from mmllm.data.samples.documents import Sample, build_document
 from mmllm.evaluation import commands, tasks
 from mmllm.evaluation.metrics import word_edits
@@ -304,7 +306,7 @@ def test_a_real_model_runs_every_task_from_the_command(tiny, tmp_path: Path, mon
     manifest = write_rows(tmp_path, rows)
     (tmp_path / "i2.png").rename(tmp_path / "i2")
     manifest.write_text(manifest.read_text().replace("i2.png", "i2"))
-    assert len(read_manifest(manifest)) == len(rows)
+    assert len(read_rows(manifest)) == len(rows)
     monkeypatch.setattr(commands, "load", lambda directory, device: tiny)
     monkeypatch.setattr(tasks, "CONTINUATION_TOKENS", 4)
     told: list[tuple[int, int]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import pickle
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ import yaml
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from mmllm.batch import PackedBatch
-from mmllm.cli import main
+from mmllm.cli.main import main
 from mmllm.data import commands
 from mmllm.data.loading.datamodules import PackedDataModule
 from mmllm.data.samples.decode import ImageTransform
@@ -101,6 +102,18 @@ def test_workers_build_the_same_bytes(made: Path) -> None:
     for shard in sorted((made / "with").glob("*.tar")):
         assert shard.read_bytes() == (made / "workers" / shard.name).read_bytes(), shard.name
     assert (made / "with" / "shards.json").read_bytes() == (made / "workers" / "shards.json").read_bytes()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datatrove") is None, reason="datatrove isn't installed")
+def test_tasks_elsewhere_build_the_same_bytes(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task makes the tower itself, of its name and settings."""
+    monkeypatch.chdir(made)
+    build = ["data", "build", "m/manifest.jsonl", "--tokenizer", "tok", "--out", str(tmp_path / "s")]
+    features = ["--image_features", "clip", "--image_layer", str(LAYER), "--executor", "datatrove"]
+    assert main([*build, *features]) == 0
+    for path in sorted((made / "with").glob("*.tar")):
+        assert path.read_bytes() == (tmp_path / "s" / path.name).read_bytes(), path.name
+    assert (made / "with" / "shards.json").read_bytes() == (tmp_path / "s" / "shards.json").read_bytes()
 
 
 def test_nothing_else_in_the_shards_changes(made: Path) -> None:

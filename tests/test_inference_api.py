@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import mmllm
-from mmllm.cli import main
+from mmllm.cli.main import main
 from mmllm.data.samples.documents import Segment
 from mmllm.inference.api import Model
 from mmllm.inference.folder import save_model

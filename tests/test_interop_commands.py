@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmllm.cli import main
+from mmllm.cli.main import main
 from mmllm.inference.folder import load_model, save_model
 from mmllm.interop.transformers import from_mixtral
 from mmllm.model.config import config_from_dict

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 
 import pytest
 
-from mmllm.cli import main
+from mmllm.cli.main import main
+from tests.real_data import needs_real_data, real_set
 
 SKIN_TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")
 MINUTES = 10
@@ -20,13 +20,6 @@ SCORES = (
 )  # fmt: skip
 
 pytestmark = [pytest.mark.proof, pytest.mark.timeout(60 * (MINUTES + 5)), pytest.mark.filterwarnings("default")]
-
-
-@pytest.fixture
-def data():
-    if "MMLLM_DATA" not in os.environ:
-        pytest.skip("MMLLM_DATA is not set: it names the folder with fsdd/, cifar10/, emoji/ and shakespeare/")
-    return Path(os.environ["MMLLM_DATA"])
 
 
 def note(record_property, report: dict, where: str = "") -> None:
@@ -64,9 +57,10 @@ def drawn(text: str, one_in: int) -> bool:
     return int(hashlib.sha256(text.encode()).hexdigest(), 16) % one_in == 0
 
 
+@needs_real_data
 @pytest.mark.timeout(4 * 60 * (MINUTES + 5))
-def test_digits_of_a_speaker_never_heard(data, tmp_path, record_property):
-    manifest = str(data / "fsdd" / "manifest.jsonl")
+def test_digits_of_a_speaker_never_heard(tmp_path, record_property):
+    manifest = str(real_set("fsdd"))
     right = {}
     for speaker in ("george", "jackson", "lucas", "nicolas"):
         report = quickstart(tmp_path / speaker, "--train", manifest, "--holdout", f"speaker={speaker}")
@@ -76,28 +70,31 @@ def test_digits_of_a_speaker_never_heard(data, tmp_path, record_property):
     assert sum(right.values()) / len(right) >= 0.60, right
 
 
-def test_photos_never_seen(data, tmp_path, record_property):
-    options = parts(data / "cifar10" / "manifest.jsonl", tmp_path, lambda row: drawn(row["id"], 8))
+@needs_real_data
+def test_photos_never_seen(tmp_path, record_property):
+    options = parts(real_set("cifar10"), tmp_path, lambda row: drawn(row["id"], 8))
     report = quickstart(tmp_path / "run", *options)
     note(record_property, report)
     assert report["caption"]["exact_match"] >= 0.40
 
 
-def test_drawings_in_a_skin_tone_never_seen(data, tmp_path, record_property):
+@needs_real_data
+def test_drawings_in_a_skin_tone_never_seen(tmp_path, record_property):
     def is_test(row: dict) -> bool:
         parts = row["id"].split("_")
         tones = [part for part in parts if part in SKIN_TONES]
         base = "_".join(part for part in parts if part not in SKIN_TONES)
         return len(tones) == 1 and SKIN_TONES.index(tones[0]) == sum(base.encode()) % len(SKIN_TONES)
 
-    options = parts(data / "emoji" / "manifest.jsonl", tmp_path, is_test)
+    options = parts(real_set("emoji"), tmp_path, is_test)
     report = quickstart(tmp_path / "run", *options)
     note(record_property, report)
     assert report["caption"]["exact_match"] >= 0.10
 
 
-def test_plays_never_read(data, tmp_path, record_property):
-    report = quickstart(tmp_path, "--train", str(data / "shakespeare" / "manifest.jsonl"))
+@needs_real_data
+def test_plays_never_read(tmp_path, record_property):
+    report = quickstart(tmp_path, "--train", str(real_set("shakespeare")))
     note(record_property, report)
     assert report["text"]["bits_per_byte"] <= 2.6
 

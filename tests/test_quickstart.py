@@ -16,8 +16,8 @@ import torch
 import yaml
 from PIL import Image
 
-from mmllm.cli import main
-from mmllm.data.rows.rows import read_manifest
+from mmllm.cli.main import main
+from mmllm.data.rows.forms import read_rows
 from mmllm.quickstart import run
 from mmllm.quickstart.budget import (
     DEMO_STEPS,
@@ -156,7 +156,7 @@ def test_a_quickstart_by_minutes_trains_as_two_ranks(tmp_path, monkeypatch):
 
 
 def test_the_process_that_waits_for_trainings_imports_no_torch():
-    check = "import sys, mmllm.cli, mmllm.quickstart.run; sys.exit('torch' in sys.modules)"
+    check = "import sys, mmllm.cli.main, mmllm.quickstart.run; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
@@ -197,7 +197,7 @@ def test_quickstart_says_what_is_wrong(arguments, message, tmp_path, capfd):
 
 
 def test_choices_follow_the_rows(manifest, tmp_path):
-    contents = Contents.of(read_manifest(manifest))
+    contents = Contents.of(read_rows(manifest))
     assert contents.kinds == ("audio", "caption", "interleaved", "text")
     assert contents.has_images
     assert contents.has_sounds
@@ -209,7 +209,7 @@ def test_choices_follow_the_rows(manifest, tmp_path):
 
 
 def test_pictures_are_not_mirrored_where_an_answer_says_left(manifest):
-    rows = read_manifest(manifest)
+    rows = read_rows(manifest)
     asked = next(row for row in rows if row.kind == "interleaved")
     sided = dataclasses.replace(asked, metadata={"question": "on which side?", "answer": "Left"})
     assert Contents.of([*rows, sided]).names_sides and not Contents.of(rows).names_sides
@@ -223,7 +223,7 @@ def test_a_gpu_that_is_not_used_is_mentioned(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize(("seconds", "length", "batch"), [(2.0, 512, 4), (12.0, 1024, 2), (300.0, 2048, 2)])
 def test_sequences_are_as_long_as_the_speech_that_they_hold(manifest, seconds, length, batch):
-    contents = dataclasses.replace(Contents.of(read_manifest(manifest)), long_seconds=seconds)
+    contents = dataclasses.replace(Contents.of(read_rows(manifest)), long_seconds=seconds)
     choices = choose(contents, is_demo=False)
     assert (choices.sequence_length, choices.batch_size) == (length, batch)
 
@@ -267,7 +267,7 @@ def test_the_demo_trains_for_fixed_steps():
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
-from mmllm.cli import main
+from mmllm.cli.main import main
 from mmllm.quickstart import run
 from mmllm.training.decoder_module import DecoderModule
 
@@ -355,6 +355,20 @@ def test_a_training_by_minutes_that_goes_on_gets_what_is_left_beside_what_it_had
     assert config["model"]["init_args"]["max_seconds"] == pytest.approx(100 + left, abs=5)
 
 
+@pytest.mark.parametrize("left", ["nothing", "logs", "model", "checkpoint", "last checkpoint"])
+def test_a_training_that_was_stopped_goes_on_or_over_what_it_left(tmp_path, left):
+    """`fit` refuses to write over a run; a stage that isn't done is this run's own."""
+    saved_run(tmp_path, ["split"])
+    going_on = run._Run(tmp_path, SETTINGS, lambda command: 0)
+    checkpoint = tmp_path / "checkpoints" / "clip" / "last.ckpt"
+    places = {"logs": tmp_path / "logs" / "clip", "model": tmp_path / "clip", "nothing": tmp_path / "logs" / "codec"}
+    places.get(left, checkpoint.parent).mkdir(parents=True)
+    if "checkpoint" in left:
+        torch.save({"global_step": 30 if left == "last checkpoint" else 29}, checkpoint)
+    wanted = {"nothing": [], "checkpoint": ["--ckpt_path", str(checkpoint)]}.get(left, ["--overwrite"])
+    assert going_on._begun("clip", {"trainer.max_steps": 30, "model.init_args.max_seconds": None}) == wanted
+
+
 def test_minutes_may_grow_until_the_decoder_is_trained(tmp_path):
     more, less = {**SETTINGS, "minutes": 12.0}, {**SETTINGS, "minutes": 9.0}
     saved_run(tmp_path, ["split"])
@@ -409,7 +423,7 @@ def test_what_is_not_scored_is_named(manifest, tmp_path):
     del asked["question"], asked["answer"]
     test = manifest.parent / "some.jsonl"
     test.write_text("".join(line + "\n" for line in [*lines, json.dumps({**asked, "id": "unasked"})]))
-    tasks, left_out = evaluation_tasks(test, Contents.of(read_manifest(manifest)))
+    tasks, left_out = evaluation_tasks(test, Contents.of(read_rows(manifest)))
     assert set(tasks) == {"caption", "interleaved"} and tasks["interleaved"] == [24]
     assert left_out == [
         "transcribe is not scored: no audio row is held out",
@@ -417,6 +431,6 @@ def test_what_is_not_scored_is_named(manifest, tmp_path):
         "1 interleaved rows are not scored: they have no question",
         "text is not scored: no text row is held out",
     ]
-    texts = Contents.of([row for row in read_manifest(manifest) if row.kind == "text"])
+    texts = Contents.of([row for row in read_rows(manifest) if row.kind == "text"])
     _, left_out = evaluation_tasks(test, texts)
     assert left_out[0] == "caption is not scored on 24 caption rows: no training row teaches it"

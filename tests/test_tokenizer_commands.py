@@ -13,7 +13,7 @@ import pytest
 import torch
 from encodec.model import EncodecModel
 
-from mmllm.cli import main
+from mmllm.cli.main import main
 from mmllm.data import commands
 from mmllm_tokenizers.audio import EncodecTokenizer, KMeansUnits, load_audio, load_audio_tokenizer
 from mmllm_tokenizers.encodec_tokenizer import RELEASES

@@ -7,7 +7,9 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from mmllm.batch import CaptionBatch
 from mmllm.model.vision import VisionConfig, VisionTower
 from mmllm.training.clip_module import ClipModule, contrastive_loss, load_clip_config, save_clip, with_text_tokens
 from mmllm.training.lightning_cli import quiet_lightning
@@ -63,6 +65,21 @@ def test_clip_learns_colours_and_its_tower_goes_to_the_decoder(tmp_path: Path) -
     assert load_clip_config(tmp_path / "told", None).mean == told.mean
 
 
+def test_a_checkpoint_holds_the_temperature_within_its_bound(tmp_path: Path) -> None:
+    tokenizer = _tokenizer(tmp_path / "tokenizer")
+    module = _clip_module(str(tmp_path / "tokenizer"))
+    module.configure_model()
+    with torch.no_grad():
+        module.clip.logit_scale.fill_(7.0)
+    saving = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0, every_n_train_steps=1)
+    with quiet_lightning():
+        trainer = quiet_trainer(saving, max_steps=1, enable_checkpointing=True)
+        trainer.fit(module, datamodule=ListData([_batch(tokenizer, 0)]))
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(saved["clip.logit_scale"], module.clip.logit_scale)
+    assert float(saved["clip.logit_scale"].exp()) == pytest.approx(100.0)
+
+
 def test_a_training_says_what_it_will_write_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer, out = _tokenizer(tmp_path / "tokenizer"), tmp_path / "clip"
     for wanted in ([], [f"{out} is not empty: this training writes over it when it ends"]):
@@ -89,6 +106,53 @@ def test_pairs_with_the_same_caption_are_not_told_apart() -> None:
     assert float(apart) == pytest.approx(0.0, abs=1e-5)
     told = contrastive_loss(directions, directions, directions, directions, torch.tensor(50.0), torch.eye(5) > 0)
     assert float(told) > 0.5
+
+
+def test_rows_that_are_no_pairs_count_nowhere() -> None:
+    torch.manual_seed(0)
+    image_NC, text_NC = (F.normalize(torch.randn(6, 8), dim=1).requires_grad_() for _ in range(2))
+    is_pair_N, classes = torch.tensor([True, False, True, True, False, True]), torch.tensor([0, 1, 2, 0, 1, 3])
+    same_NM, scale = classes[:, None] == classes, torch.tensor(7.0)
+    all_four = (image_NC, text_NC, image_NC, text_NC)
+    loss = contrastive_loss(*all_four, scale, same_NM, is_pair_N, is_pair_N)
+    grads = torch.autograd.grad(loss, (image_NC, text_NC))
+    wanted = contrastive_loss(*(rows[is_pair_N] for rows in all_four), scale, same_NM[is_pair_N][:, is_pair_N])
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    for grad, expected in zip(grads, torch.autograd.grad(wanted, (image_NC, text_NC)), strict=True):
+        assert torch.allclose(grad, expected, atol=1e-6) and not grad[~is_pair_N].any()
+    ranks = [
+        contrastive_loss(
+            image_NC[part], text_NC[part], image_NC, text_NC, scale, same_NM[part], is_pair_N[part], is_pair_N
+        )
+        for part in (slice(0, 2), slice(2, 4), slice(4, 6))
+    ]
+    assert float(sum(ranks).detach()) / 3 == pytest.approx(float(loss.detach()), rel=1e-5)
+    nothing = torch.zeros(6, dtype=torch.bool)
+    nobody = contrastive_loss(*all_four, scale, same_NM, nothing, nothing)
+    assert float(nobody.detach()) == 0 and not torch.autograd.grad(nobody, image_NC)[0].any()
+
+
+def test_a_batch_whose_pairs_all_failed_trains_nothing_and_validates(tmp_path: Path) -> None:
+    tokenizer = _tokenizer(tmp_path / "tokenizer")
+    images, tokens = _batch(tokenizer, 0)
+    empty = torch.zeros_like(tokens)
+    empty[:, 0] = tokenizer.id("<|end|>")
+    failed = CaptionBatch(torch.zeros_like(images), empty, torch.zeros(4, dtype=torch.bool))
+    module = _clip_module(str(tmp_path / "tokenizer"))
+    module.optimiser = OptimiserConfig(lr=1e-3, weight_decay=0.0)
+    module.configure_model()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    data = ListData([failed])
+    with quiet_lightning():
+        trainer = quiet_trainer(max_steps=1)
+        trainer.fit(module, datamodule=data)
+        good = CaptionBatch(images, tokens, torch.tensor([True, True, True, False]))
+        loaders = [torch.utils.data.DataLoader([good, failed], batch_size=None)]
+        (told,) = trainer.validate(module, loaders, verbose=False)
+        part = CaptionBatch(images[:3], tokens[:3], torch.ones(3, dtype=torch.bool))
+        (wanted,) = trainer.validate(module, [torch.utils.data.DataLoader([part], batch_size=None)], verbose=False)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert told == pytest.approx(wanted, rel=1e-5)
 
 
 def _fit_clip_rank(rank: int, port: int, out: str, folder: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from mmllm.batch import SoundBatch
 from mmllm.training.audio_losses import Balancer, MultiScaleMelLoss
 from mmllm.training.codec_module import CodecLossConfig, CodecModule, character_ctc, si_sdr_db
 from mmllm.training.lightning_cli import quiet_lightning
@@ -108,6 +109,21 @@ class _StopAfter(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         trainer.should_stop = trainer.global_step >= self.steps
+
+
+def test_a_batch_whose_clips_all_failed_trains_nothing() -> None:
+    wave_N1T = chords(1)[:, None]
+    for ctc in (0.0, 1.0):
+        module = _module(losses=CodecLossConfig(ctc=ctc, ctc_width=16))
+        module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
+        full = SoundBatch(wave_N1T, ["ab", "", "c", "de"], 4)
+        assert float(module.training_step(full, 0).detach()) != 0 and module.window.num_batches == 1
+        loss = module.training_step(SoundBatch(wave_N1T[:0], [], 0), 1)
+        loss.backward()
+        grads = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        assert float(loss.detach()) == 0 and grads and not any(grad.any() for grad in grads)
+        assert module.window.num_batches == 1
+        module.validation_step(SoundBatch(wave_N1T[:0], None, 0), 0)
 
 
 def test_the_ctc_head_learns_and_needs_texts() -> None:

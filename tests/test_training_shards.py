@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from mmllm.cli import main
+from mmllm.cli.main import main
 from mmllm.data import commands
 from mmllm.data.loading.datamodules import PackedDataModule
 from mmllm.model.decoder import DecoderConfig
@@ -40,13 +40,13 @@ MOE: dict[str, Any] = {"num_experts": 4, "top_k": 2, "expert_width": 16}
 
 
 class StopsBefore(pl.Callback):
-    """Ctrl-C, just before a step."""
+    """Ctrl-C, just before a step, or before the batch of a number in the whole run."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int | None = None, batch: int | None = None) -> None:
+        self.step, self.batch = step, batch
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step:
+        if trainer.global_step == self.step or trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
             raise KeyboardInterrupt
 
 
@@ -161,6 +161,28 @@ def test_resuming_equals_not_stopping(run: Path, whole: Path, capsys: pytest.Cap
     weights, resumed = (load_file(out / "model" / "model.safetensors") for out in (whole, cut))
     assert weights.keys() == resumed.keys()
     assert [name for name in weights if not torch.equal(weights[name], resumed[name])] == []
+
+
+def test_a_run_that_is_stopped_between_the_batches_of_a_step_resumes_exactly(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Epochs of four batches make steps of three and of one; what is saved on Ctrl-C is in the middle of the fourth."""
+
+    def fit(name: str, *options: str) -> int:
+        path = write_config(run, name)
+        config = yaml.safe_load(path.read_text())
+        config["trainer"]["accumulate_grad_batches"] = 3
+        del config["trainer"]["callbacks"][0]["init_args"]["every_n_train_steps"]
+        config["trainer"]["callbacks"][0]["init_args"]["save_on_exception"] = True
+        path.write_text(yaml.safe_dump(config))
+        return main(["fit", "-c", str(path), "--data.init_args.num_workers", "1", *options])
+
+    stops = json.dumps([{"class_path": "tests.test_training_shards.StopsBefore", "init_args": {"batch": 6}}])
+    assert fit("unstopped") == 0
+    assert fit("between", "--trainer.callbacks+", stops) == 130
+    assert fit("between", "--ckpt_path", "last") == 0, capsys.readouterr().err
+    whole, cut = (load_file(run / name / "model" / "model.safetensors") for name in ("unstopped", "between"))
+    assert [name for name in whole if not torch.equal(whole[name], cut[name])] == []
 
 
 @pytest.mark.parametrize(("command", "split"), [("validate", "val"), ("test", "test")])

@@ -229,6 +229,7 @@ def fit_rank(
     module: pl.LightningModule,
     data: pl.LightningDataModule,
     *callbacks: pl.Callback,
+    ckpt: Path | None = None,
     **settings: Any,
 ) -> None:
     """One of two gloo processes; writes the losses and (whole) weights that it ends with."""
@@ -252,7 +253,7 @@ def fit_rank(
             use_distributed_sampler=False,
             **{"strategy": "ddp", **settings},
         )
-        trainer.fit(module, datamodule=data)
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
     weights = {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in module.state_dict().items()}
     torch.save({"losses": recorder.losses, "weights": weights}, f"{out}/rank{rank}.pt")
 

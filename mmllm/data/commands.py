@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -19,16 +20,13 @@ from mmllm.data.looking.show import add_starts, show_step, write_step_page
 from mmllm.data.looking.verify import verify_shards
 from mmllm.data.plan.plan import Plan, open_plan
 from mmllm.data.plan.recipe import load_recipe
+from mmllm.data.rows.bad_rows import BadRows
 from mmllm.data.rows.cleaning import CleaningConfig, choose, measure_rows
-from mmllm.data.rows.importers import read_rows
-from mmllm.data.rows.rows import (
-    BadRows,
-    Digests,
-    row_files,
-    split_rows,
-    with_absolute_paths,
-    without_shown,
-)
+from mmllm.data.rows.column_names import ColumnNames
+from mmllm.data.rows.forms import read_rows
+from mmllm.data.rows.holdout import split_rows, without_shown
+from mmllm.data.rows.media import Digests
+from mmllm.data.rows.rows import row_media, with_absolute_paths
 from mmllm.data.samples.stored import ImageEncoder
 from mmllm.data.shards.encode import ShardsConfig
 from mmllm.data.shards.find import find_shards
@@ -37,6 +35,8 @@ from mmllm.data.shards.write import write_shards
 from mmllm_tokenizers.folder import TokenizerFolder
 
 _logger = logging.getLogger(__name__)
+_NAMED, _SHOWN = 20, 5
+"""Bad rows that are named in all, and in one message."""
 Progress = Callable[[int, int], None]
 """Takes how much is done and how much there is in all."""
 
@@ -60,11 +60,12 @@ def build(
     cleaning: CleaningConfig | None = None,
     executor: Executor | None = None,
     image_encoder: ImageEncoder | None = None,
+    columns: ColumnNames | None = None,
 ) -> dict[str, Any]:
     """Manifests, and other people's data, to shards.
 
     Args:
-        manifest: One input or several, of any form that `importers.FORMS` reads; kinds may be mixed.
+        manifest: One input or several, of any form that `forms.FORMS` reads; kinds may be mixed.
         out: Folder of the shards: `caption-000000.tar`, `audio-000000.tar`, … and `shards.json`.
         tokenizer: With a tokenizer folder that has a codec, each sound's codes are stored with it.
         perturb: Altered copies of each sound row, marked `"perturbed": true`.
@@ -83,9 +84,11 @@ def build(
         executor: Where cleaning measures the rows and shards are written; by default this process and its workers.
             The shards are the same.
         image_encoder: With it, each picture's features are stored with it.
+        columns: What the inputs' columns are called here, and their types.
 
     Returns:
-        What `shards.json` holds; with cleaning, `left_out` counts rows by stage.
+        What `shards.json` holds: `bad` names the rows that can't be used, `left_out` counts what else isn't in the
+        shards, by reason.
 
     Raises:
         FileNotFoundError, ValueError: The input can't be used; the message names file and row.
@@ -99,8 +102,8 @@ def build(
     executor = executor if executor is not None else Executor(workers=workers)
     bad = BadRows(max_bad_fraction)
     manifests = [manifest] if isinstance(manifest, str | Path) else list(manifest)
-    rows = [row for path in manifests for row in read_rows(path, bad, form, media)]
-    left_out = None
+    rows = [row for path in manifests for row in read_rows(path, bad, form, media, columns)]
+    left_out = bad.left_out
     cleaning, digests = cleaning or CleaningConfig(), Digests()
     executor.claim(Path(out))
     rows = [with_absolute_paths(row) for row in rows]
@@ -111,14 +114,18 @@ def build(
                 bad.add(row.where, found["error"])
                 continue
             measured.append((row, found))
-            for path, digest in zip(row_files(row), found["files"], strict=True):
-                digests.know(path, digest)
+            for (_, item), digest in zip(row_media(row), found["files"], strict=True):
+                digests.know(item, digest)
         rows = [row for row, _ in measured]
         if cleaning.is_on:
-            rows, left_out = choose(rows, [found for _, found in measured], cleaning)
+            rows, counts = choose(rows, [found for _, found in measured], cleaning)
+            left_out.update(counts)
     if holdout is not None:
         train, heldout = split_rows(rows, holdout, seed, digests)
         rows = without_shown(train, heldout, digests) if part == "train" else heldout
+        left_out.update({"train": len(train)} if part == "heldout" else {
+            "held out": len(heldout), "shows what is held out": len(train) - len(rows),
+        })  # fmt: skip
     folder = TokenizerFolder.load(tokenizer) if tokenizer is not None else None
     told = write_shards(rows, out, config, folder, bad, progress, executor, left_out, image_encoder)
     if not executor.is_here:
@@ -132,6 +139,8 @@ def index(
     tokenizer: str | Path,
     progress: Progress | None = None,
     workers: int = 0,
+    text_key: str | None = None,
+    max_bad_fraction: float = 0.05,
 ) -> dict[str, Any]:
     """Writes the index beside each shard, where it is missing or out of date.
 
@@ -140,16 +149,35 @@ def index(
         tokenizer: The tokenizer folder whose tokens are counted.
         progress: Called with the numbers of shards done and in all.
         workers: Processes that share the shards; 0: this one alone.
+        text_key: Where a sample has no `txt`, the key of its `json` that holds its text, such as `caption`.
+        max_bad_fraction: More rows than this of which no document can be made are an error.
 
     Returns:
-        Shards, documents, tokens by task.
+        Shards, documents, tokens by task; `bad`, how many rows no document is made of, and `errors`, which names them;
+        `skipped`, members of the tars that are no sample's file, by what they are.
 
     Raises:
-        FileNotFoundError, ValueError: A shard is missing or damaged; the message names it.
+        FileNotFoundError, ValueError: A shard is missing or damaged, or too many rows are bad; the message names it.
     """
     folder = TokenizerFolder.load(tokenizer)
-    indices = write_indices(_all_shards(shards), folder, progress, workers)
-    return {"tokenizer": folder.hash, **_totals(indices)}
+    indices = write_indices(_all_shards(shards), folder, progress, workers, text_key)
+    counts = [index.bad for index in indices]
+    errors = [f"{name}: {reason}" for _, named in counts for name, reason in named]
+    for message in errors[:_NAMED]:
+        _logger.warning("no document of %s", message)
+    num_bad, totals = sum(count for count, _ in counts), _totals(indices)
+    num_rows = totals["documents"] + sum(index.num_unread for index in indices)
+    allowed = math.ceil(max_bad_fraction * num_rows)
+    if num_bad and (num_bad > allowed or num_bad >= num_rows):
+        raise ValueError(
+            f"{num_bad} of {num_rows} rows become no document, at most {min(allowed, num_rows - 1)} may be: "
+            f"{'; '.join(errors[:_SHOWN])}{'; …' if num_bad > _SHOWN else ''}. Mend them, or raise --max_bad_fraction "
+            f"(now {max_bad_fraction})"
+        )
+    skipped = Counter[str]()
+    for index in indices:
+        skipped.update(index.num_skipped)
+    return {"tokenizer": folder.hash, **totals, "bad": num_bad, "errors": errors[:_NAMED], "skipped": dict(skipped)}
 
 
 def _all_shards(shards: str | Path | Sequence[str | Path]) -> list[Shard]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mmllm.data.rows.column_names import ColumnNames
 from mmllm.evaluation.results import TaskResult, save_result
 from mmllm.evaluation.tasks import evaluate
 from mmllm.inference.api import load
@@ -24,13 +25,15 @@ def run_eval(
     device: str = "auto",
     max_bad_fraction: float = 0.05,
     progress: Callable[[int, int], None] | None = None,
+    form: str = "auto",
+    columns: ColumnNames | None = None,
 ) -> TaskResult:
     """Scores a model on held-out rows, with intervals and the blind baseline.
 
     Args:
         model_dir: The model folder.
         task: caption, transcribe, speak, interleaved or text.
-        manifest: JSONL file of held-out rows; those of other kinds are left out.
+        manifest: Input of held-out rows, of any form; those of other kinds are left out.
         json_out: Where scores and predictions go: `{"task", TASK: scores, "predictions"}`.
         limit: At most so many rows of each set, drawn at random.
         batch_size: Prompts at once.
@@ -40,6 +43,8 @@ def run_eval(
         device: "cpu", "cuda", or "auto".
         max_bad_fraction: More unusable rows than this are an error.
         progress: See `evaluate`.
+        form: Of `manifest`; "auto": told from it.
+        columns: What its columns are called here, and their types.
 
     Returns:
         What `json_out` holds.
@@ -54,7 +59,18 @@ def run_eval(
         media_dir = str(Path(json_out).parent / "spoken")
     model = load(model_dir, device)
     result = evaluate(
-        model, task, manifest, batch_size, limit, seed, media_dir, sequence_length, max_bad_fraction, progress
+        model,
+        task,
+        manifest,
+        batch_size,
+        limit,
+        seed,
+        media_dir,
+        sequence_length,
+        max_bad_fraction,
+        progress,
+        form,
+        columns,
     )
     if json_out is not None:
         save_result(result, json_out)

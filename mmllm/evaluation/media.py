@@ -6,12 +6,12 @@ import base64
 import io
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import soundfile
 from PIL import Image
 
+from mmllm.data.rows.media import media_source, named_media
 from mmllm.data.samples.decode import decode_image
 from mmllm.evaluation.charts import waveform
 from mmllm_tokenizers.audio import load_audio, resample, to_mono
@@ -69,7 +69,7 @@ class MediaBudget:
         if path is None:
             return None
         try:
-            wave_CT, rate = load_audio(path)
+            wave_CT, rate = load_audio(media_source(named_media(path)), name=path)
         except (OSError, ValueError) as error:
             _logger.warning("sound left out of the report: %s", error)
             return None
@@ -88,7 +88,7 @@ class MediaBudget:
 
 def _embed_image(path: str) -> EmbeddedImage | None:
     try:
-        picture = decode_image(Path(path).read_bytes(), path)
+        picture = decode_image(named_media(path).read_bytes(), path)
     except (OSError, ValueError) as error:
         _logger.warning("picture left out of the report: %s", error)
         return None

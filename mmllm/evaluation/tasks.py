@@ -14,8 +14,12 @@ from typing import Any, cast
 
 import numpy as np
 
+from mmllm.data.rows.bad_rows import BadRows, ManifestError
+from mmllm.data.rows.column_names import ColumnNames
+from mmllm.data.rows.forms import read_rows
+from mmllm.data.rows.media import Media, media_source, sound_seconds
 from mmllm.data.rows.readable import readable_rows
-from mmllm.data.rows.rows import BadRows, ManifestError, Row, read_manifest, row_media, sound_seconds
+from mmllm.data.rows.rows import Row, row_media
 from mmllm.data.samples.documents import Segment
 from mmllm.evaluation.captions import caption_matches, count_attributes, names_heldout_pairs, reference_scene
 from mmllm.evaluation.metrics import (
@@ -54,13 +58,15 @@ def evaluate(
     sequence_length: int = 512,
     max_bad_fraction: float = 0.05,
     progress: Callable[[int, int], None] | None = None,
+    form: str = "auto",
+    columns: ColumnNames | None = None,
 ) -> TaskResult:
     """Scores a model on one task.
 
     Args:
         model: as `mmllm.load` gives it.
         task: "caption", "transcribe", "speak", "interleaved" or "text".
-        rows_or_manifest: rows, or the manifest to read them from; those of other kinds are left out.
+        rows_or_manifest: rows, or the input to read them from, of any form; those of other kinds are left out.
         batch_size: prompts at once.
         limit: at most so many rows of each set (test, held-out pairs, held-out voices), drawn at random by `seed`.
         seed: of that draw, of the shuffled controls, of sampling and of the bootstrap.
@@ -68,6 +74,8 @@ def evaluate(
         sequence_length: for "text", the window in which tokens are predicted: the length of training's sequences.
         max_bad_fraction: more unusable rows than this are an error; fewer are named, counted and left out.
         progress: called with the numbers of prompts answered so far, controls included, and (about) in all.
+        form: of the input; "auto": told from it.
+        columns: what its columns are called here, and their types.
 
     Returns:
         Scores under the keys of report.json, and one record a row.
@@ -83,7 +91,10 @@ def evaluate(
     bad = BadRows(max_bad_fraction)
     is_manifest = isinstance(rows_or_manifest, str | Path)
     name = str(rows_or_manifest) if is_manifest else "the rows"
-    rows = read_manifest(cast("str | Path", rows_or_manifest), bad) if is_manifest else list(rows_or_manifest)
+    if is_manifest:
+        rows = read_rows(cast("str | Path", rows_or_manifest), bad, form, columns=columns)
+    else:
+        rows = list(rows_or_manifest)
     rows = [row for row in cast("list[Row]", rows) if row.kind == KIND_OF_TASK[task]]
     if task == "interleaved":
         rows = [row for row in rows if "question" in row.metadata]
@@ -149,7 +160,7 @@ def _short_enough(rows: list[Row], max_seconds: float | None, bad: BadRows, name
         return rows
     kept, since = [], len(bad.reasons)
     for row in rows:
-        longest = max((sound_seconds(path) for kind, path in row_media(row) if kind == "audio"), default=0.0)
+        longest = max((sound_seconds(media) for kind, media in row_media(row) if kind == "audio"), default=0.0)
         if longest <= max_seconds:
             kept.append(row)
         else:
@@ -182,7 +193,7 @@ def evaluate_captions(model: Model, rows: Sequence[Row], batch_size: int, seed: 
     `mmllm.evaluation.captions.count_attributes`), `heldout_pairs_accuracy` the share of the held-out rows that
     name the held-out object's shape and colour both right. `shuffled_` scores are other pictures' captions.
     """
-    images = cast("list[Any]", [row.image for row in rows])
+    images = cast("list[Any]", [media_source(cast("Media", row.image)) for row in rows])
     max_new_tokens = _max_new_tokens(model, [row.text for row in rows])
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "temperature": 0.0}
     said = model.caption(images, **settings)
@@ -238,7 +249,7 @@ def evaluate_transcripts(model: Model, rows: Sequence[Row], batch_size: int, see
 
     `shuffled_wer` is that of other sounds' transcripts.
     """
-    sounds = cast("list[Any]", [row.audio for row in rows])
+    sounds = cast("list[Any]", [media_source(cast("Media", row.audio)) for row in rows])
     settings = _transcription_settings(model, rows, batch_size)
     said = model.transcribe(sounds, **settings)
     blind = model.transcribe(sounds, blind=True, **settings)
@@ -302,7 +313,7 @@ def evaluate_speech(
     named = [row.metadata.get("speaker") for row in rows]
     speakers = [None if speaker is None else str(speaker) for speaker in named]
     voices = [speaker if not known or speaker in known else None for speaker in speakers]
-    sounds = [as_audio(cast("Path", row.audio)) for row in rows]
+    sounds = [as_audio(cast("Any", media_source(cast("Media", row.audio)))) for row in rows]
     longest = max(sound.seconds for sound in sounds)
     generation = model.generation
     bound = min(generation.max_seconds, generation.max_heard_seconds or generation.max_seconds)
@@ -379,7 +390,10 @@ def evaluate_answers(model: Model, rows: Sequence[Row], batch_size: int, seed: i
     predictions = [
         Prediction(
             row.id, reference, answer, float(correct), correct, "test", without, question=question,
-            segments=[{kind: str(value) for kind, value in segment.items()} for segment in row.segments],
+            segments=[
+                {kind: str(segment[kind]) for kind in ("text", "image", "audio") if kind in segment}
+                for segment in row.segments
+            ],
         )
         for row, reference, answer, correct, without, question in zip(
             rows, references, answers, right, blind, questions, strict=True
@@ -393,7 +407,14 @@ def _matches(texts: Sequence[str], references: Sequence[str]) -> list[bool]:
 
 
 def _segments(row: Row) -> list[Segment]:
-    return [Segment(**segment) for segment in row.segments]
+    return [
+        Segment(
+            segment.get("text"),
+            media_source(segment["image"]) if "image" in segment else None,
+            media_source(segment["audio"]) if "audio" in segment else None,
+        )
+        for segment in row.segments
+    ]
 
 
 def shuffled_segments(rows: Sequence[Row], seed: int) -> list[list[Segment]]:

@@ -86,7 +86,7 @@ def save_model(
     """
     directory = Path(directory)
     _check_vocabulary(model.config, tokenizer)
-    _check_replaceable(directory)
+    check_replaceable(directory)
     image_transform = _checked_transform(model, image_transform)
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
@@ -156,7 +156,12 @@ def load_model(
     return LoadedModel(model, tokenizer, transform, generation)
 
 
-def _check_replaceable(directory: Path) -> None:
+def check_replaceable(directory: Path) -> None:
+    """Makes sure that `save_model` would replace no more than an older model.
+
+    Raises:
+        ValueError: `directory` is a file, or a folder with something else in it.
+    """
     if directory.is_file():
         raise ValueError(f"cannot save a model to {directory}: it is a file; give a folder")
     if directory.is_dir() and any(directory.iterdir()) and not (directory / CONFIG).is_file():

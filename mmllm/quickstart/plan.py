@@ -12,7 +12,9 @@ from typing import Any
 
 import yaml
 
-from mmllm.data.rows.rows import Row, read_manifest, sound_seconds
+from mmllm.data.rows.forms import read_rows
+from mmllm.data.rows.media import sound_seconds
+from mmllm.data.rows.rows import Row
 from mmllm.evaluation.results import KIND_OF_TASK
 from mmllm.paths import config_path
 from mmllm.quickstart.budget import EVALUATION_SECONDS
@@ -76,7 +78,7 @@ class Contents:
 
 def read_contents(folder: Path) -> Contents:
     """Of the `train-*.jsonl` manifests in a folder."""
-    return Contents.of([row for path in sorted(folder.glob("train-*.jsonl")) for row in read_manifest(path)])
+    return Contents.of([row for path in sorted(folder.glob("train-*.jsonl")) for row in read_rows(path)])
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ def _moved(value: Any, out: str) -> Any:
 
 def evaluation_tasks(test: Path, contents: Contents) -> tuple[dict[str, list[int]], list[str]]:
     """Tasks that the test rows allow, with the number of rows of each set that is scored apart; what is not scored."""
-    rows = read_manifest(test)
+    rows = read_rows(test)
     kinds = {"caption": contents.has_images, "transcribe": contents.has_sounds, "speak": contents.has_sounds,
              "interleaved": "interleaved" in contents.kinds, "text": "text" in contents.kinds}  # fmt: skip
     tasks, left_out = {}, []

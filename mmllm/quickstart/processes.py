@@ -69,11 +69,11 @@ class Processes:
 
 
 class _Shared:
-    """A process of `mmllm.worker`."""
+    """A process of `mmllm.cli.worker`."""
 
     def __init__(self) -> None:
         answers, fd = os.pipe()
-        command = [sys.executable, "-m", "mmllm.worker", str(fd)]
+        command = [sys.executable, "-m", "mmllm.cli.worker", str(fd)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=(fd,))
         os.close(fd)
         self._answers = os.fdopen(answers, "rb")

@@ -69,6 +69,9 @@ def quickstart(
     seed: int = 0,
     max_steps: int | None = None,
     max_bad_fraction: float | None = None,
+    form: str = "auto",
+    media: str | None = None,
+    columns: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The whole way on one machine.
 
@@ -76,7 +79,7 @@ def quickstart(
         run_command: runs a command line (`["data", "build", …]`) in this process and gives its exit code; used with
             `max_steps`, where processes of their own would take longer than their work.
         out: the run's folder.
-        train: manifests; none: the demo's own data.
+        train: manifests, or data of other forms; none: the demo's own data.
         test: manifests of held-out rows.
         holdout: `KEY=VALUE` or a fraction, where there are no test manifests.
         minutes: wall time at most, evaluation included; None: the demo's fixed steps. A run that is continued may be
@@ -84,6 +87,9 @@ def quickstart(
         seed: of data, order and weights.
         max_steps: of each training at most (with a small demo data set): for trying the whole way out.
         max_bad_fraction: more unusable rows of a manifest than this are an error; None: the commands' own bound.
+        form: of `train` and `test`; "auto": told from each.
+        media: what their paths are relative to; by default each input's folder.
+        columns: what their columns are called here, as `--columns` says it.
 
     Returns:
         What report.json holds.
@@ -100,6 +106,8 @@ def quickstart(
         raise ValueError(f"--max_steps is {max_steps}; give at least 1")
     settings = {"train": list(train), "test": list(test), "holdout": holdout, "minutes": minutes, "seed": seed,
                 "max_steps": max_steps, "max_bad_fraction": max_bad_fraction}  # fmt: skip
+    given = {"format": form if form != "auto" else None, "media": media, "columns": list(columns) or None}
+    settings |= {key: value for key, value in given.items() if value is not None}
     run = _Run(Path(out), settings, run_command)
     with MemoryMonitor(run.save_now_and_then) as memory, terminated_as_interrupt():
         run.memory = memory
@@ -135,7 +143,7 @@ class _Run:
 
     def _check_settings(self, before: dict[str, Any]) -> None:
         """Refuses to go on with a run of other settings; only `minutes` may grow, until the decoder is trained."""
-        changed = [key for key in self.settings if before.get(key) != self.settings[key]]
+        changed = [key for key in {**before, **self.settings} if before.get(key) != self.settings.get(key)]
         old, new = before.get("minutes"), self.settings["minutes"]
         has_more_time = old is not None and new is not None and new > old and not self.is_done("fit decoder")
         if changed and not (changed == ["minutes"] and has_more_time):
@@ -302,6 +310,11 @@ class _Run:
             command += ["--test", manifest]
         if self.settings["holdout"] is not None:
             command += ["--holdout", self.settings["holdout"]]
+        for key in ("format", "media"):
+            if key in self.settings:
+                command += [f"--{key}", self.settings[key]]
+        for item in self.settings.get("columns", ()):
+            command += ["--columns", item]
         self.stage("split", *command, "--out", str(self.out / "manifests"), "--seed", seed, *self.bad_rows)
 
     def _tokenizers(self, contents: Contents, choices: Choices) -> None:
@@ -340,12 +353,10 @@ class _Run:
             share: of the time that is left, with `--minutes`; None: all.
         """
         path = self.out / "configs" / f"{stage}.yaml"
-        checkpoint = self.out / "checkpoints" / stage / "last.ckpt"
-        resume = ["--ckpt_path", str(checkpoint)] if checkpoint.is_file() else []
+        begun: list[str] = []
         if not self.is_done(f"fit {stage}"):
             length = self._length(stage, share)
-            if resume and length["model.init_args.max_seconds"] is not None:
-                length["model.init_args.max_seconds"] += _trained_seconds(checkpoint)
+            begun = self._begun(stage, length)
             config = stage_config(stage, self.out, {**length, **overrides})
             config["seed_everything"] = self.settings["seed"]
             config["trainer"]["devices"] = min(self.num_processes, config["data"]["init_args"]["batch_size"])
@@ -354,10 +365,22 @@ class _Run:
             if not (self.out / "manifests" / "val.jsonl").stat().st_size:
                 callbacks = config["trainer"]["callbacks"]
                 config["trainer"]["callbacks"] = [c for c in callbacks if not c["class_path"].endswith(".Samples")]
-            write_yaml(path, config, f"Written by `mmllm quickstart`. Run again: mmllm fit -c {path}")
-        makes = self.out / OUTPUT_OF_STAGE[stage]
+            write_yaml(path, config, f"Written by `mmllm quickstart`. Run again: mmllm fit -c {path} --overwrite")
         num_threads = 1 if self.num_processes > 1 else 0
-        self.stage(f"fit {stage}", "fit", "-c", str(path), *resume, makes=makes, num_threads=num_threads)
+        self.stage(f"fit {stage}", "fit", "-c", str(path), *begun, makes=self.out / OUTPUT_OF_STAGE[stage],
+                   num_threads=num_threads)  # fmt: skip
+
+    def _begun(self, stage: str, length: dict[str, Any]) -> list[str]:
+        """The option for what a stage that was stopped left; what it has trained is added to its seconds."""
+        checkpoint, logs = self.out / "checkpoints" / stage / "last.ckpt", self.out / "logs" / stage
+        if checkpoint.is_file():
+            num_steps, seconds = _trained(checkpoint)
+            if not 0 < length["trainer.max_steps"] <= num_steps:  # else it was stopped while it wrote its model
+                if length["model.init_args.max_seconds"] is not None:
+                    length["model.init_args.max_seconds"] += seconds
+                return ["--ckpt_path", str(checkpoint)]
+        is_there = any(left.exists() for left in (checkpoint, logs, self.out / OUTPUT_OF_STAGE[stage]))
+        return ["--overwrite"] if is_there else []
 
     def _length(self, stage: str, share: float | None = None) -> dict[str, Any]:
         return self.budget.training_length(stage, self.tasks, self.seconds_left, share)
@@ -483,8 +506,9 @@ def num_ranks(minutes: float | None, max_steps: int | None) -> int:
     return MAX_RANKS if num_cores() >= MAX_RANKS and has_memory else min(num_cores(), 2)
 
 
-def _trained_seconds(checkpoint: Path) -> float:
-    """How long a stage had trained when it was saved."""
+def _trained(checkpoint: Path) -> tuple[int, float]:
+    """How many steps and how long a stage had trained when it was saved."""
     import torch  # only where a training that was stopped goes on: see NVIDIA_GPU
 
-    return float(torch.load(checkpoint, map_location="cpu", weights_only=True).get("mmllm_elapsed_seconds", 0.0))
+    saved = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
+    return int(saved.get("global_step", 0)), float(saved.get("mmllm_elapsed_seconds", 0.0))

@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 
 from mmllm.batch import Modality
-from mmllm.data.rows.rows import Row, read_manifest
+from mmllm.data.rows.forms import read_rows
+from mmllm.data.rows.media import media_source
+from mmllm.data.rows.rows import Row
 from mmllm.data.samples.decode import decode_image
 from mmllm.evaluation.captions import caption_matches, reference_scene
 from mmllm.evaluation.metrics import error_rate, word_edits
@@ -55,6 +57,11 @@ class RoutingLog(pl.Callback):
         self._total: torch.Tensor | None = None
         self._last: torch.Tensor | None = None
         self._last_step = 0
+
+    @property
+    def files(self) -> list[Path]:
+        """What it writes."""
+        return [self.directory / "routing.csv", self.directory / "routing.json"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Drops the rows of another run, or after the checkpoint."""
@@ -166,6 +173,11 @@ class Samples(pl.Callback):
         self.rows: dict[str, list[Row]] = {"caption": [], "audio": []}
         self._last_step = 0
 
+    @property
+    def files(self) -> list[Path]:
+        """What it writes."""
+        return [self.directory / "samples.csv"]
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Reads the rows.
 
@@ -177,7 +189,7 @@ class Samples(pl.Callback):
         if pl_module.device_mesh is not None:
             log.warning("Samples are not looked at while training: no rank has the whole of a sharded model")
         else:
-            rows = [row for manifest in self.manifests for row in read_manifest(manifest)]
+            rows = [row for manifest in self.manifests for row in read_rows(manifest)]
             for kind, chosen in self.rows.items():
                 readable = (row for row in rows if row.kind == kind and _is_readable(row))
                 chosen[:] = itertools.islice(readable, self.num_samples)
@@ -227,7 +239,7 @@ class Samples(pl.Callback):
         self, step: int, kind: str, write: Callable[..., list[str]], field: str, trainer: pl.Trainer
     ) -> list[str]:
         rows: list[Row] = self.rows[kind]
-        predictions = write([getattr(row, field) for row in rows], max_new_tokens=64)
+        predictions = write([media_source(getattr(row, field)) for row in rows], max_new_tokens=64)
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / "samples.csv"
         is_new = not path.exists()
@@ -265,9 +277,9 @@ def _is_readable(row: Row) -> bool:
     """Whether a row's picture or sound can be read; says so where it can't."""
     try:
         if row.image is not None:
-            decode_image(row.image)
+            decode_image(media_source(row.image), str(row.image))
         if row.audio is not None:
-            as_audio(row.audio)
+            as_audio(media_source(row.audio))
     except (OSError, ValueError) as error:
         log.warning("%s is not looked at while training: %s", row.where, error)
         return False

@@ -19,6 +19,7 @@ from open_clip.loss import gather_features
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mmllm.batch import CaptionBatch
 from mmllm.model.vision import VisionConfig, build_clip, pixel_statistics
 from mmllm.training.optimisers import OptimiserConfig
 from mmllm.training.staged import StagedModule
@@ -28,6 +29,9 @@ from mmllm_tokenizers.vocab import END, PAD
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 MAX_LOGIT_SCALE = math.log(100.0)
+_NEVER = -1e4
+"""A logit that has no share in a softmax; finite, since targets of 0 are multiplied with its logarithm."""
+_VALIDATION = ("val/loss", "val/image_to_text_accuracy", "val/text_to_image_accuracy")
 
 
 class ClipModule(StagedModule):
@@ -85,55 +89,79 @@ class ClipModule(StagedModule):
         """Writes weights and config."""
         save_clip(directory, self.clip, self.clip_config)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """One batch of uint8 images [N, 3, H, W] and token ids [N, L]; the loss of all ranks' pairs together."""
+    def training_step(self, batch: CaptionBatch | tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """One batch, or uint8 images [N, 3, H, W] and token ids [N, L]; the loss of all ranks' pairs together."""
+        batch = _captions(batch)
         image_NC, text_NC, scale = self._features(batch)
-        tokens_NL = batch[1]
-        all_image_MC, all_text_MC, all_tokens_ML = image_NC, text_NC, tokens_NL
+        tokens_NL, is_pair_N = batch.token_ids_NL, batch.is_pair_N
+        all_image_MC, all_text_MC, all_tokens_ML, is_pair_M = image_NC, text_NC, tokens_NL, is_pair_N
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         if world_size > 1:
             all_image_MC, all_text_MC = gather_features(image_NC, text_NC, True, True, rank, world_size)
-            gathered = self.all_gather(tokens_NL)
-            assert isinstance(gathered, Tensor)
-            all_tokens_ML = gathered.flatten(0, 1)
+            all_tokens_ML, is_pair_M = (self._of_all_ranks(values) for values in (tokens_NL, is_pair_N))
         same_NM = (tokens_NL[:, None] == all_tokens_ML[None]).all(dim=-1)
-        loss = contrastive_loss(image_NC, text_NC, all_image_MC, all_text_MC, scale, same_NM)
+        loss = contrastive_loss(
+            image_NC, text_NC, all_image_MC, all_text_MC, scale, same_NM, is_pair_N, is_pair_M
+        )  # fmt: skip
         self.window.add({"loss": loss, "logit_scale": scale})
         self.log("loss", loss, prog_bar=True, logger=False)
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keeps the temperature from collapsing, as open_clip's own training does."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Keeps the temperature from collapsing, as open_clip's own training does, before a checkpoint is written."""
+        super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.clip.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
-        super().on_train_batch_end(outputs, batch, batch_idx)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: CaptionBatch | tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Retrieval within the batch: is the most similar caption the image's own (or one with the same words)?"""
+        batch = _captions(batch)
         image_NC, text_NC, scale = self._features(batch)
+        image_NC, text_NC, tokens_NL = (values[batch.is_pair_N] for values in (image_NC, text_NC, batch.token_ids_NL))
+        if not len(tokens_NL):
+            self._log_nothing()
+            return
         logits_NN = scale * image_NC @ text_NC.T
-        tokens_NL = batch[1]
         own_N = torch.arange(len(tokens_NL), device=tokens_NL.device)
         loss = (F.cross_entropy(logits_NN, own_N) + F.cross_entropy(logits_NN.T, own_N)) / 2
         to_text_N = (tokens_NL[logits_NN.argmax(dim=1)] == tokens_NL).all(dim=1)
         to_image_N = (tokens_NL[logits_NN.argmax(dim=0)] == tokens_NL).all(dim=1)
-        values = {
-            "val/loss": loss,
-            "val/image_to_text_accuracy": to_text_N.float().mean(),
-            "val/text_to_image_accuracy": to_image_N.float().mean(),
-        }
-        self.log_dict(values, batch_size=len(tokens_NL), sync_dist=True)
+        values = (loss, to_text_N.float().mean(), to_image_N.float().mean())
+        self.log_dict(dict(zip(_VALIDATION, values, strict=True)), batch_size=len(tokens_NL), sync_dist=True)
 
-    def _features(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        images_N3HW, tokens_NL = batch
-        pixels = (images_N3HW - self.get_buffer("pixel_mean")) / self.get_buffer("pixel_std")
+    def _log_nothing(self) -> None:
+        """Ranks must log alike, also one all of whose rows failed; in the means it has no weight."""
+        self.log_dict({name: torch.zeros((), device=self.device) for name in _VALIDATION}, batch_size=0, sync_dist=True)
+
+    def _features(self, batch: CaptionBatch | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        batch = _captions(batch)
+        pixels = (batch.images_N3HW - self.get_buffer("pixel_mean")) / self.get_buffer("pixel_std")
         image_NC = self.clip.encode_image(pixels, normalize=True)
-        text_NC = self.clip.encode_text(tokens_NL, normalize=True)
+        text_NC = self.clip.encode_text(batch.token_ids_NL, normalize=True)
         return image_NC, text_NC, self.clip.logit_scale.exp()
+
+    def _of_all_ranks(self, values: Tensor) -> Tensor:
+        gathered = self.all_gather(values)
+        assert isinstance(gathered, Tensor)
+        return gathered.flatten(0, 1)
+
+
+def _captions(batch: CaptionBatch | tuple[Tensor, Tensor]) -> CaptionBatch:
+    if isinstance(batch, CaptionBatch):
+        return batch
+    images_N3HW, tokens_NL = batch
+    return CaptionBatch(images_N3HW, tokens_NL, torch.ones(len(tokens_NL), dtype=torch.bool, device=tokens_NL.device))
 
 
 def contrastive_loss(
-    image_NC: Tensor, text_NC: Tensor, all_image_MC: Tensor, all_text_MC: Tensor, scale: Tensor, same_NM: Tensor
+    image_NC: Tensor,
+    text_NC: Tensor,
+    all_image_MC: Tensor,
+    all_text_MC: Tensor,
+    scale: Tensor,
+    same_NM: Tensor,
+    is_pair_N: Tensor | None = None,
+    is_pair_M: Tensor | None = None,
 ) -> Tensor:
     """CLIP's loss of N pairs among M, in which every caption of the same words is right (UniCL, arXiv 2204.03610).
 
@@ -147,13 +175,23 @@ def contrastive_loss(
         all_text_MC: those of all ranks.
         scale: what cosines are multiplied by.
         same_NM: bool, which of all captions have the words of this rank's.
+        is_pair_N: bool, which of this rank's rows are pairs; others are neither asked nor answers. By default all are.
+        is_pair_M: those of all ranks.
+
+    Returns:
+        The sum of this rank's losses over the mean number of pairs of a rank: the ranks' mean is the mean of all pairs.
     """
-    targets_NM = same_NM.to(image_NC.dtype)
-    targets_NM = targets_NM / targets_NM.sum(dim=1, keepdim=True)
-    to_text = F.cross_entropy(scale * image_NC @ all_text_MC.T, targets_NM)
-    to_image = F.cross_entropy(scale * text_NC @ all_image_MC.T, targets_NM)
-    entropy = torch.special.entr(targets_NM).sum(dim=1).mean()
-    return (to_text + to_image) / 2 - entropy
+    is_pair_N = torch.ones_like(same_NM[:, 0]) if is_pair_N is None else is_pair_N
+    is_pair_M = torch.ones_like(same_NM[0]) if is_pair_M is None else is_pair_M
+    targets_NM = (same_NM & is_pair_M).to(image_NC.dtype)
+    targets_NM = targets_NM / targets_NM.sum(dim=1, keepdim=True).clamp(min=1)
+    logits = (scale * image_NC @ all_text_MC.T, scale * text_NC @ all_image_MC.T)
+    to_text_N, to_image_N = (
+        F.cross_entropy(values_NM.masked_fill(~is_pair_M, _NEVER), targets_NM, reduction="none") for values_NM in logits
+    )
+    losses_N = (to_text_N + to_image_N) / 2 - torch.special.entr(targets_NM).sum(dim=1)
+    num_pairs = is_pair_M.sum().clamp(min=1) * (len(is_pair_N) / len(is_pair_M))
+    return torch.where(is_pair_N, losses_N, 0.0).sum() / num_pairs
 
 
 def with_text_tokens(config: VisionConfig, vocab_size: int, end_id: int, pad_id: int) -> VisionConfig:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmllm.batch import SoundBatch
 from mmllm.training.audio_losses import Balancer, MultiScaleMelLoss
 from mmllm.training.optimisers import OptimiserConfig
 from mmllm.training.staged import StagedModule
@@ -90,8 +91,11 @@ class CodecModule(StagedModule):
         SmallCodec(self.codec).save(directory)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """One batch: waves [N, 1, T] or [N, T], or a pair of waves and their N texts."""
+        """One batch: a `SoundBatch`, waves [N, 1, T] or [N, T], or a pair of waves and their N texts."""
         wave_NT, texts = _unpack(batch)
+        is_empty = not len(wave_NT)
+        if is_empty:  # all its clips failed; but ranks wait for each other's gradients and codes
+            wave_NT, texts = wave_NT.new_zeros(1, wave_NT.shape[-1]), [""]
         output = self.codec(wave_NT)
         losses = {
             "l1": (output.wave - wave_NT).abs().mean(),
@@ -102,6 +106,8 @@ class CodecModule(StagedModule):
         if self.ctc_head is not None:
             losses["ctc"] = character_ctc(self.ctc_head(output.quantised), texts)
             total = total + self.losses.ctc * losses["ctc"]
+        if is_empty:
+            return total * 0
         self.window.add(losses | {"codes_used": _share_of_codes_used(output.codes, self.codec_config)})
         self.log("mel", losses["mel"], prog_bar=True, logger=False)
         return total
@@ -109,6 +115,9 @@ class CodecModule(StagedModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs the same losses, and the signal-to-distortion ratio in dB."""
         wave_NT, _ = _unpack(batch)
+        num_rows = len(wave_NT)
+        if not num_rows:  # ranks must log alike; in the means it has no weight
+            wave_NT = wave_NT.new_zeros(1, wave_NT.shape[-1])
         output = self.codec(wave_NT)
         values = {
             "val/l1": (output.wave - wave_NT).abs().mean(),
@@ -116,7 +125,7 @@ class CodecModule(StagedModule):
             "val/si_sdr_db": si_sdr_db(output.wave, wave_NT).mean(),
             "val/codes_used": _share_of_codes_used(output.codes, self.codec_config),
         }
-        self.log_dict(values, batch_size=len(wave_NT), sync_dist=True)
+        self.log_dict(values, batch_size=num_rows, sync_dist=True)
 
 
 def si_sdr_db(wave_NT: Tensor, target_NT: Tensor) -> Tensor:
@@ -171,6 +180,8 @@ def _ctc_head(dimension: int, width: int) -> nn.Module:
 
 
 def _unpack(batch: Any) -> tuple[Tensor, list[str] | None]:
+    if isinstance(batch, SoundBatch):
+        return batch.waves_N1T[:, 0], batch.texts
     wave, texts = batch if isinstance(batch, (tuple, list)) else (batch, None)
     return (wave[:, 0] if wave.ndim == 3 else wave), texts
 

@@ -19,7 +19,7 @@ from mmllm.checkout import commit
 from mmllm.data.samples.decode import ImageTransform
 from mmllm.data.samples.stored import features_hash
 from mmllm.inference.card import ModelInfo
-from mmllm.inference.folder import save_model
+from mmllm.inference.folder import check_replaceable, save_model
 from mmllm.inference.settings import GenerationConfig
 from mmllm.model.decoder import DecoderConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, ModelOutput, MultimodalModel
@@ -153,6 +153,8 @@ class DecoderModule(StagedModule):
 
     def on_fit_start(self) -> None:
         """Checks that the data was made with this tokenizer and tower, and asks for its sources' names."""
+        super().on_fit_start()
+        self._first_targets = self._accumulated_targets = 0.0  # an earlier fit may have ended before its step
         self._source_names = list(getattr(self._data, "source_names", None) or [])
         data_folder = getattr(self._data, "folder", None)
         if self.folder is not None and data_folder is not None and data_folder.hash != self.folder.hash:
@@ -286,6 +288,10 @@ class DecoderModule(StagedModule):
         metrics = self.window.means()
         metrics["tokens_per_second"] = num_tokens / max(self.window.seconds, 1e-9)
         return metrics
+
+    def check_export(self, directory: Path) -> None:
+        """A model folder is replaced as a whole, with whatever lies in it."""
+        check_replaceable(directory)
 
     def export(self, directory: Path) -> None:
         """Writes the model folder."""

@@ -35,9 +35,10 @@ def load_image_encoder(
     """
     name, colon, weights = source.partition(":")
     if not colon or Path(source).is_dir():
-        config = load_clip_config(source, None)
+        config, anywhere = load_clip_config(source, None), str(Path(source).absolute())
     else:
         is_file = Path(weights).is_file()
+        anywhere = f"{name}:{Path(weights).absolute()}" if is_file else source
         config = VisionConfig(name, None if is_file else weights, weights if is_file else None)
     number = str(layer)
     layer = int(number) if number.removeprefix("-").isdigit() else layer
@@ -45,7 +46,9 @@ def load_image_encoder(
         tower = VisionTower(dataclasses.replace(config, layer=layer, trainable=False))
         tower.load_pretrained()
     transform = ImageTransform(tower.image_size, mode=mode)
-    return ImageEncoder(transform, features_hash(tower.hash, transform), _Encode(tower))
+    settings = {"source": anywhere, "layer": layer, "mode": mode}
+    hashed = features_hash(tower.hash, transform)
+    return ImageEncoder(transform, hashed, _Encode(tower), f"{__name__}:load_image_encoder", settings)
 
 
 class _Encode:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import itertools
 import logging
 import os
 import re
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
+
+from mmllm.training.earlier_runs import KeepMetrics, ReplaceEarlierRun, checkpoint_to_load, find_earlier_run
 
 SUBCOMMANDS = ("fit", "validate", "test")
 
@@ -61,15 +60,77 @@ class MmllmCLI(LightningCLI):
         """Without `predict`: inference works on model folders."""
         return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in SUBCOMMANDS}
 
+    def __init__(self, *args: Any, overwrite: bool = False, **kwargs: Any) -> None:
+        """Runs the subcommand, as LightningCLI does.
+
+        Args:
+            args: LightningCLI's.
+            overwrite: an earlier run may be written over.
+            kwargs: LightningCLI's.
+        """
+        self._overwrite = overwrite
+        super().__init__(*args, **kwargs)
+
     def before_instantiate_classes(self) -> None:
-        """Scores are printed alone: Lightning would delete the training's metrics.csv and write its config anew."""
+        """Scores are printed alone: Lightning would delete the training's metrics.csv and write its config anew.
+
+        Without a logger it would write the config to the folder in which it was started, over a `config.yaml` there.
+        """
         if self.subcommand in ("validate", "test"):
             self.config[self.subcommand].trainer.logger = False
+        if self.subcommand and self.config[self.subcommand].trainer.logger in (False, []):
             self.save_config_callback = None
 
     def before_fit(self) -> None:
-        """Resumed runs keep their metrics."""
-        self.trainer.callbacks.insert(0, _KeepMetrics(self.trainer))  # pyright: ignore[reportAttributeAccessIssue]
+        """Refuses to write over an earlier run unless it is told to, or goes on with it.
+
+        Raises:
+            FileExistsError: an earlier run's model, logs or checkpoints lie where this one's would go.
+            FileNotFoundError: `ckpt_path` names no checkpoint.
+        """
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        if self._checkpoint(TrainerFn.FITTING) is None and (earlier := find_earlier_run(self.trainer, self.model)):
+            if not self._overwrite:
+                raise FileExistsError(
+                    f"fit would write over an earlier run: {earlier}; --overwrite replaces it, --ckpt_path last goes "
+                    f"on with it, or give this run other folders"
+                )
+            callbacks.insert(0, ReplaceEarlierRun(earlier))
+        callbacks.insert(0, KeepMetrics(self.trainer))
+
+    def after_fit(self) -> None:
+        """Raises ValueError where nothing was trained: Lightning ends well then, and writes no model."""
+        if not self.trainer.fit_loop.epoch_loop.batch_progress.total.ready:
+            raise ValueError(
+                f"nothing was trained: {type(self.datamodule).__name__} gives no batch; give it more rows, a smaller "
+                f"batch_size, or a trainer.limit_train_batches above 0"
+            )
+
+    def before_validate(self) -> None:
+        """Raises FileNotFoundError where `ckpt_path` names no checkpoint."""
+        self._checkpoint(TrainerFn.VALIDATING)
+
+    def before_test(self) -> None:
+        """Raises FileNotFoundError where `ckpt_path` names no checkpoint."""
+        self._checkpoint(TrainerFn.TESTING)
+
+    def after_validate(self) -> None:
+        """Raises ValueError where there was nothing to score: Lightning ends well then, and prints nothing."""
+        self._check_scored(self.trainer.num_val_batches)
+
+    def after_test(self) -> None:
+        """Raises ValueError where there was nothing to score."""
+        self._check_scored(self.trainer.num_test_batches)
+
+    def _checkpoint(self, command: TrainerFn) -> str | None:
+        return checkpoint_to_load(self.trainer, command, self._get(self.config_init, "ckpt_path"))
+
+    def _check_scored(self, num_batches: list[int | float]) -> None:
+        if not sum(num_batches):
+            raise ValueError(
+                f"{self.subcommand} has nothing to score: {type(self.datamodule).__name__} gives no validation data; "
+                f"set its val_recipe or val_shards (`--data.init_args.KEY`) to some"
+            )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses `args` alone; `sys.argv` is another program's when this runs in-process."""
@@ -82,40 +143,13 @@ class MmllmCLI(LightningCLI):
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
 
-class _KeepMetrics(pl.Callback):
-    """Lightning's CSV logger deletes an earlier metrics.csv; a resumed run goes on with its rows instead."""
-
-    def __init__(self, trainer: pl.Trainer) -> None:
-        """Reads the rows; Lightning starts its loggers before any hook."""
-        self._earlier: dict[Path, list[dict[str, str]]] = {}
-        for logger in _csv_loggers(trainer):
-            path = Path(logger.log_dir) / "metrics.csv"
-            if path.is_file():
-                with path.open(newline="", encoding="utf-8") as file:
-                    self._earlier[path] = list(csv.DictReader(file))
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes those up to the checkpoint's step; a run that starts at step 0 has none."""
-        if not trainer.global_step:
-            return
-        for logger in _csv_loggers(trainer):
-            path, writer = Path(logger.log_dir) / "metrics.csv", logger.experiment
-            rows = [row for row in self._earlier.get(path, []) if float(row.get("step") or 0) <= trainer.global_step]
-            if rows:
-                writer.metrics = [*rows, *writer.metrics]
-                writer.save()
-
-
-def _csv_loggers(trainer: pl.Trainer) -> list[CSVLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, CSVLogger) and trainer.is_global_zero]
-
-
-def build_cli(argv: list[str], run: bool = True) -> MmllmCLI:
+def build_cli(argv: list[str], run: bool = True, overwrite: bool = False) -> MmllmCLI:
     """Parses `argv`, instantiates trainer, module and data, and (with `run`) runs the subcommand.
 
     Args:
         argv: the subcommand and its options: `["fit", "-c", "decoder.yaml"]`; without `run`: options alone.
         run: False: only instantiate.
+        overwrite: `fit` may write over an earlier run.
 
     Raises:
         ValueError: a wrong key or value; the message names it.
@@ -136,6 +170,7 @@ def build_cli(argv: list[str], run: bool = True) -> MmllmCLI:
         load_from_checkpoint_support=False,
         args=argv,
         run=run,
+        overwrite=overwrite,
     )
 
 
@@ -143,15 +178,19 @@ def run_lightning(argv: list[str]) -> MmllmCLI:
     """Runs `fit`, `validate` or `test` and leaves the process as it was.
 
     Args:
-        argv: the subcommand and its options.
+        argv: the subcommand and its options. `fit --overwrite` is none of the config's keys, so that the config
+            that is saved with the logs, run again, is asked anew.
 
     Raises:
-        ValueError: a wrong key or value, or a file that the config names and does not exist.
+        ValueError: a wrong key or value, a run that is over, or nothing to score.
+        FileNotFoundError: the config or `ckpt_path` names a file that isn't there.
+        FileExistsError: an earlier run would be written over.
     """
-    _check_config_files(argv)
+    overwrite = argv[:1] == ["fit"] and "--overwrite" in argv
+    argv = [argument for argument in argv if not (overwrite and argument == "--overwrite")]
     with quiet_lightning(), _restored_environment():
         try:
-            return build_cli(argv)
+            return build_cli(argv, overwrite=overwrite)
         except ValueError as error:
             hint = f"; `mmllm {argv[0]} --help` says how to list all keys" if isinstance(error, ConfigError) else ""
             raise ValueError(one_line(str(error)) + hint) from error
@@ -202,9 +241,3 @@ def one_line(message: str) -> str:
         if line and not _NOISE.match(line):
             kept.append(re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line))
     return ": ".join(kept)
-
-
-def _check_config_files(argv: list[str]) -> None:
-    for flag, value in itertools.pairwise(argv):
-        if flag in ("-c", "--config") and not Path(value).is_file():
-            raise FileNotFoundError(f"no config file at {value}; `mmllm configs ls` lists those that are shipped")

@@ -12,9 +12,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from mmllm.training.optimisers import OptimiserConfig, build_optimiser, learning_rate_factor, parameter_groups
+from mmllm.training.step_start import StepStart
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,8 @@ class StagedModule(pl.LightningModule):
         self.elapsed_seconds = 0.0
         self.window = MetricWindow()
         self._last_tick: float | None = None
+        self._step_start: StepStart | None = None
+        self._resumed: dict[str, Any] | None = None
         self._peak_lrs: list[float] = []
         self._seed = torch.initial_seed()
 
@@ -59,6 +63,14 @@ class StagedModule(pl.LightningModule):
     def export_dir(self) -> str | None:
         """Where `export` writes when training ends; None: nowhere."""
         return None
+
+    def check_export(self, directory: Path) -> None:
+        """Raises ValueError before training where `export` would refuse the folder after it."""
+
+    def on_fit_start(self) -> None:
+        """Looks at the folder of the export."""
+        if self.export_dir:
+            self.check_export(Path(self.export_dir))
 
     # --- schedule ---------------------------------------------------------------------------------------------
 
@@ -94,6 +106,7 @@ class StagedModule(pl.LightningModule):
             log.warning("%s is not empty: this training writes over it when it ends", directory)
         self._last_tick = time.monotonic()
         self.window.reset()
+        self._step_start, self._resumed = StepStart(self, self._resumed), None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Sets each group's learning rate, and the random numbers of this batch: a resumed run draws the same."""
@@ -114,6 +127,9 @@ class StagedModule(pl.LightningModule):
         step = trainer.global_step
         if step and step % trainer.log_every_n_steps == 0 and self.window.num_batches:
             self._write_metrics(step)
+        assert self._step_start is not None, "on_train_start makes it"
+        if self._step_start.is_over:
+            self._step_start.note()
 
     def _shared_progress(self) -> float:
         return self._shared(self.progress) if self.max_seconds is not None else self.progress
@@ -145,12 +161,32 @@ class StagedModule(pl.LightningModule):
     # --- state and export -------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the clock."""
+        """Keeps the clock, and the place in the run: where the last optimizer step ended."""
         checkpoint["mmllm_elapsed_seconds"] = float(self.elapsed_seconds)
+        if self._step_start is not None:
+            self._step_start.rewind(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the clock."""
+        """Restores the clock.
+
+        Raises:
+            ValueError: the checkpoint is at the end of the training that it should go on with; Lightning would do
+                nothing, export included, and say so nowhere.
+        """
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._check_goes_on(checkpoint)
         self.elapsed_seconds = float(checkpoint.get("mmllm_elapsed_seconds", 0.0))
+        self._resumed = checkpoint.get("loops", {}).get("fit_loop")
+
+    def _check_goes_on(self, checkpoint: Mapping[str, Any]) -> None:
+        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        steps = checkpoint["global_step"]
+        for name, done, last in (("step", steps, self.trainer.max_steps), ("epoch", epochs, self.trainer.max_epochs)):
+            if last not in (None, -1) and done >= last:
+                raise ValueError(
+                    f"nothing is left to train: the checkpoint is at {name} {done} and trainer.max_{name}s is {last}; "
+                    f"raise it, or begin anew without --ckpt_path"
+                )
 
     def on_train_end(self) -> None:
         """Writes the last metrics, and exports, after callbacks such as `EMA` have put the final weights in place."""

@@ -6,6 +6,7 @@ Shapes: C channels, T samples.
 from __future__ import annotations
 
 import json
+import logging
 import tarfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,8 +17,12 @@ import numpy as np
 from torch import Tensor
 
 from mmllm.data.plan.recipe import load_recipe
-from mmllm.data.rows.rows import BadRows, read_manifest
-from mmllm.data.samples.schema import AUDIO_ENDINGS, jsonl_lines
+from mmllm.data.rows.bad_rows import BadRows, is_of_machine
+from mmllm.data.rows.column_names import ColumnNames
+from mmllm.data.rows.forms import is_input, read_rows
+from mmllm.data.rows.media import Media, media_source
+from mmllm.data.rows.rows import Row, row_media
+from mmllm.data.samples.schema import AUDIO_ENDINGS, jsonl_rows, parse_line
 from mmllm.data.shards.find import shard_paths
 from mmllm.data.shards.tar import Member, scan_tar
 from mmllm_tokenizers.audio import (
@@ -35,6 +40,7 @@ from mmllm_tokenizers.text import TextTokenizer
 
 DEFAULT_VOCAB_SIZE = 4096
 
+_logger = logging.getLogger(__name__)
 _MAX_BAD_FRACTION = 0.05
 _Sound = tuple[str, Callable[[], tuple[Tensor, int]]]
 """What errors call it, and how to read it: (wave [C, T], sample rate)."""
@@ -46,26 +52,33 @@ def train_text(
     vocab_size: int = DEFAULT_VOCAB_SIZE,
     codec: str | None = None,
     config: TokenizerConfig | None = None,
+    form: str = "auto",
+    media: str | None = None,
+    columns: ColumnNames | None = None,
 ) -> dict[str, Any]:
     """Trains byte-level BPE and writes a tokenizer folder.
 
     Args:
-        inputs: manifests (`.jsonl`), recipes (`.yaml`), or shards (`.tar`, globs, folders).
+        inputs: manifests and inputs of other forms, recipes (`.yaml`), or shards (`.tar`, globs, folders).
         out: tokenizer folder.
         vocab_size: ids at most, special tokens and the 256 bytes included.
         codec: folder of an audio tokenizer, copied into `out`; None: a folder without sound.
         config: how images and sound become positions.
+        form: of the inputs; "auto": told from each.
+        media: what their paths are relative to; by default each input's folder.
+        columns: what their columns are called here, and their types.
 
     Returns:
-        `out`, `vocab_size` as trained, `documents`, `characters`, `hash`.
+        `out`, `vocab_size` as trained, `documents`, `characters`, `hash`, and `skipped`: rows that can't be used.
 
     Raises:
         FileNotFoundError, ValueError: an input can't be used, or holds no text.
     """
     counts = {"documents": 0, "characters": 0}
+    bad = BadRows(_MAX_BAD_FRACTION)
 
     def counted() -> Iterator[str]:
-        for text in _texts(inputs):
+        for text in _texts(inputs, lambda name: read_rows(name, bad, form, media, columns)):
             counts["documents"] += 1
             counts["characters"] += len(text)
             yield text
@@ -73,7 +86,7 @@ def train_text(
     text = TextTokenizer.train(counted(), vocab_size)
     if not counts["characters"]:
         raise ValueError(f"there is no text in {', '.join(inputs)}; give manifests, recipes or shards with text")
-    return {**_write(text, out, codec, config), **counts}
+    return {**_write(text, out, codec, config), **counts, "skipped": bad.reasons}
 
 
 def assemble(out: str, text: str, codec: str | None = None, config: TokenizerConfig | None = None) -> dict[str, Any]:
@@ -119,7 +132,8 @@ def kmeans(
     """Clusters the frames of sounds and writes an audio tokenizer folder of k-means units.
 
     Args:
-        inputs: manifests (`.jsonl`) or shards (`.tar`, globs, folders); of interleaved documents, their sounds.
+        inputs: manifests and inputs of other forms, or shards (`.tar`, globs, folders); of interleaved documents,
+            their sounds.
         out: audio tokenizer folder, for `assemble(codec=…)`.
         config: what the units are made of.
         max_minutes: at most this much sound is used, drawn at random from all.
@@ -145,6 +159,8 @@ def kmeans(
         try:
             wave_CT, rate = read()
         except (ValueError, OSError) as error:
+            if is_of_machine(error):
+                raise
             bad.add(where, error)
             continue
         left = max(1, int(max_minutes * 60 * config.sample_rate)) - num_samples
@@ -165,13 +181,17 @@ def _save_audio(audio: AudioTokenizer, out: str) -> dict[str, Any]:
 
 def _sounds(inputs: list[str], bad: BadRows) -> Iterator[_Sound]:
     for name in inputs:
-        if name.endswith(".jsonl"):
-            for row in read_manifest(name, bad):
-                paths = [row.audio, *(segment.get("audio") for segment in row.segments)]
-                yield from ((row.where, partial(load_audio, path)) for path in paths if path is not None)
+        if is_input(Path(name)):
+            for row in read_rows(name, bad):
+                sounds = [media for kind, media in row_media(row) if kind == "audio"]
+                yield from ((row.where, partial(_load, media)) for media in sounds)
         else:
             for shard in shard_paths(f"{name}/*.tar" if Path(name).is_dir() else name):
                 yield from _shard_sounds(shard)
+
+
+def _load(media: Media) -> tuple[Tensor, int]:
+    return load_audio(media_source(media), name=str(media))
 
 
 def _shard_sounds(shard: Path) -> Iterator[_Sound]:
@@ -195,10 +215,10 @@ def _write(text: TextTokenizer, out: str, codec: str | None, config: TokenizerCo
     return {"out": out, "vocab_size": text.vocab_size, "ids": folder.vocabulary.size, "hash": folder.hash}
 
 
-def _texts(inputs: list[str]) -> Iterator[str]:
+def _texts(inputs: list[str], read: Callable[[str], list[Row]]) -> Iterator[str]:
     for name in inputs:
-        if name.endswith(".jsonl"):
-            for row in read_manifest(name):
+        if is_input(Path(name)):
+            for row in read(name):
                 yield from _document_texts({"text": row.text, "segments": row.segments, **row.metadata})
         elif name.endswith((".yaml", ".yml")):
             path = Path(name)
@@ -218,14 +238,27 @@ def _shard_texts(shard: Path) -> Iterator[str]:
                 file = tar.extractfile(member) if suffix in ("txt", "json", "jsonl") else None
                 if file is None:
                     continue
-                content = file.read().decode("utf-8")
-                if suffix == "txt":
-                    yield content
-                else:
-                    for line in jsonl_lines(content) if suffix == "jsonl" else [content]:
-                        yield from _document_texts(json.loads(line), own=suffix == "jsonl")
+                content = file.read()
+                match suffix:
+                    case "txt":
+                        yield content.decode("utf-8")
+                    case "json":
+                        yield from _document_texts(json.loads(content), own=False)
+                    case _:
+                        yield from _line_texts(content, f"{shard}:{member.name}")
     except (tarfile.TarError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{shard} can't be read: {error}; `mmllm data verify` names every bad sample") from error
+
+
+def _line_texts(content: bytes, name: str) -> Iterator[str]:
+    """The texts of JSONL; a line that is no row is named and left out, as it is of an index."""
+    for number, line in enumerate(jsonl_rows(content), start=1):
+        try:
+            text, others = parse_line(line)
+        except ValueError as error:
+            _logger.warning("%s line %d %s", name, number, error)
+        else:
+            yield from _document_texts({"text": text, **others})
 
 
 def _document_texts(values: Any, own: bool = True) -> Iterator[str]:

@@ -152,6 +152,11 @@ class TokenizerFolder:
             audio.save(folder / self.config.codec)
 
     @property
+    def path(self) -> Path | None:
+        """The folder that was read; None for one that was made in memory."""
+        return self._folder
+
+    @property
     def audio(self) -> AudioTokenizer | None:
         """The audio tokenizer, limited to `config.num_codebooks`; None without sound."""
         if self._audio is None and self.config.codec is not None and self._folder is not None:

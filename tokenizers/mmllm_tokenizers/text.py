@@ -16,6 +16,8 @@ from tokenizers.trainers import BpeTrainer
 
 from mmllm_tokenizers.vocab import SPECIAL_TOKENS
 
+PIECE_TOKENS = 512
+_MAX_FAILED_CUTS = 8
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 """The special tokens and one token for each byte."""
 
@@ -134,6 +136,37 @@ class TextTokenizer:
             ValueError: the text holds half of a surrogate pair, which no Unicode text has.
         """
         return self._plain.encode(_valid_unicode(text), add_special_tokens=False).ids
+
+    def encode_pieces(self, text: str, least: int = PIECE_TOKENS) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a long text, and where it can be cut so that each piece, encoded alone, gives its part of them.
+
+        Args:
+            text: A user's text.
+            least: Tokens of a piece, the last one apart.
+
+        Returns:
+            (ids, (first token, first byte in UTF-8) of each piece; the first is (0, 0), which may be the only one).
+        """
+        encoding = self._plain.encode(_valid_unicode(text), add_special_tokens=False)
+        ids, words, spans = encoding.ids, encoding.word_ids, encoding.offsets
+        pieces, start, begin, begin_bytes, num_failed = [(0, 0)], 0, 0, 0, 0
+        stop = least
+        while stop < len(ids) and num_failed < _MAX_FAILED_CUTS:
+            if words[stop] == words[stop - 1] or spans[stop][0] < spans[stop - 1][1]:
+                stop += 1
+                continue
+            piece = text[begin : spans[stop][0]]
+            if self._plain.encode(piece, add_special_tokens=False).ids == ids[start:stop]:
+                start, begin, begin_bytes = stop, spans[stop][0], begin_bytes + len(piece.encode())
+                pieces.append((start, begin_bytes))
+            else:  # some normalisers and splits look further than a word
+                num_failed += 1
+            stop += least
+        while len(pieces) > 1 and self._plain.encode(text[begin:], add_special_tokens=False).ids != ids[start:]:
+            pieces.pop()
+            start, begin_bytes = pieces[-1]
+            begin = len(text.encode()[:begin_bytes].decode())
+        return ids, pieces
 
     def encode_template(self, text: str) -> list[int]:
         """Ids of our own text, in which special tokens count. Never give it what a user wrote."""

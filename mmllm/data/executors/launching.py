@@ -1,4 +1,8 @@
-"""Tasks by datatrove's executors: processes of this machine, jobs of Slurm, workers of Ray."""
+"""Tasks by datatrove's executors: processes of this machine, jobs of Slurm, workers of Ray.
+
+datatrove's Slurm executor would leave itself in the work folder as a pickle, for its jobs to load. Here a job makes it
+anew from JSON: `python -m mmllm.data.executors.launching RUN` is what a job's script calls.
+"""
 
 from __future__ import annotations
 
@@ -6,92 +10,43 @@ import inspect
 import json
 import multiprocessing
 import os
-import pickle
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-import torch
+from mmllm.data.executors.task import ERRORS, Task, write_whole
 
-ERRORS = "errors"
-"""Folder of a run: what its tasks failed of."""
 OWN_OPTIONS = (
     "pipeline", "tasks", "workers", "logging_dir", "skip_completed", "depends", "local_tasks", "local_rank_offset",
     "start_method", "job_id_position", "job_id_retriever",
 )  # fmt: skip
 """Options of datatrove's executors that are set here."""
-_JOBS = "jobs.txt"
+_JOBS, _OPTIONS, _RANKS, _SCRIPT = "jobs.txt", "slurm.json", "ranks_to_run.json", "launch_script.slurm"
 _POLL_SECONDS = 1.0
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file that others see whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
-    try:
-        unfinished.write_bytes(data)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-class Task:
-    """The one step of datatrove's pipeline: each rank does its share of the items.
-
-    It is pickled for each rank, so it holds names alone.
-
-    Args:
-        folder: Of items and results.
-        run: Folder of the function and of errors.
-        shares: Each rank's keys.
-    """
-
-    FUNCTION = "function.pkl"
-
-    def __init__(self, folder: str, run: str, shares: Sequence[Sequence[str]]) -> None:
-        self._folder, self.run, self._shares = folder, run, shares
-
-    @property
-    def num_ranks(self) -> int:
-        """Ranks that share the items."""
-        return len(self._shares)
-
-    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> None:
-        """What datatrove calls; `data` is what a step before this one would give."""
-        try:
-            self._do(rank)
-        except BaseException as error:
-            write_whole(Path(self.run, ERRORS, f"{rank:05d}.txt"), _named(error))
-            raise
-
-    def _do(self, rank: int) -> None:
-        torch.set_num_threads(1)  # tasks share a machine
-        function = pickle.loads(Path(self.run, self.FUNCTION).read_bytes())
-        for key in self._shares[rank]:
-            result = Path(self._folder, f"{key}.json")
-            if not result.is_file():
-                item = pickle.loads(Path(self._folder, f"{key}.pkl").read_bytes())
-                write_whole(result, json.dumps(function(item, key)).encode())
-
-
-def _named(error: BaseException) -> bytes:
-    return f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace")
-
-
 def launch(
-    executor: str, task: Task, name: str, workers: int, options: dict[str, Any], tick: Callable[[], None]
+    executor: str,
+    run: Path,
+    num_ranks: int,
+    name: str,
+    workers: int,
+    options: dict[str, Any],
+    tick: Callable[[], None],
 ) -> None:
-    """Runs a task's ranks; on Slurm, submits them.
+    """Runs the ranks that `Task.describe` told of; on Slurm, submits them.
 
     Args:
         executor: `datatrove`, `slurm` or `ray`.
-        task: What they do.
+        run: Folder of the description and of logs.
+        num_ranks: That share the items.
         name: Of the job.
         workers: Ranks that run at a time.
         options: The executor's own.
@@ -101,6 +56,28 @@ def launch(
         ModuleNotFoundError: datatrove isn't installed, or ray.
         ValueError: The executor has no such option, or Slurm takes no job.
     """
+    kind = _kind(executor)
+    known = inspect.signature(kind).parameters
+    for key in options:
+        if key not in known:
+            has = ", ".join(name for name in known if name not in OWN_OPTIONS)
+            raise ValueError(f"executor {executor} has no option {key!r}; it has {has}")
+    given = {"tasks": num_ranks, "logging_dir": str(run), **options}
+    match executor:
+        case "datatrove":
+            _run_here(kind, given, workers, tick)
+        case "ray":
+            _run_ray(kind, {"pipeline": [Task(str(run))], "workers": workers, **given})
+        case _:
+            _submit(kind, {"workers": workers, "job_name": name, "qos": "", **given}, run)
+
+
+def _kind(executor: str) -> type:
+    """The executor's class in datatrove.
+
+    Raises:
+        ModuleNotFoundError: It isn't installed.
+    """
     try:
         from datatrove import executor as found  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
@@ -108,20 +85,7 @@ def launch(
             f"executor {executor} needs datatrove ({error}); pip install 'mmllm[datatrove]', or use the executor local"
         ) from error
     kinds = {"datatrove": "LocalPipelineExecutor", "slurm": "SlurmPipelineExecutor", "ray": "RayPipelineExecutor"}
-    kind = getattr(found, kinds[executor])
-    known = inspect.signature(kind).parameters
-    for key in options:
-        if key not in known:
-            has = ", ".join(name for name in known if name not in OWN_OPTIONS)
-            raise ValueError(f"executor {executor} has no option {key!r}; it has {has}")
-    given = {"pipeline": [task], "tasks": task.num_ranks, "logging_dir": task.run, **options}
-    match executor:
-        case "datatrove":
-            _run_here(kind, given, workers, tick)
-        case "ray":
-            _run_ray(kind, {"workers": workers, **given})
-        case _:
-            _submit(kind, {"workers": workers, "job_name": name, **given}, Path(task.run))
+    return getattr(found, kinds[executor])
 
 
 def _run_here(kind: type, given: dict[str, Any], workers: int, tick: Callable[[], None]) -> None:
@@ -149,7 +113,8 @@ def _run_rank(kind: type, given: dict[str, Any], rank: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with Path(given["logging_dir"], _stderr(rank)).open("w") as stream:
         os.dup2(stream.fileno(), 2)  # datatrove tells each rank's story there as well as in its logs
-    kind(**given, workers=1)._run_for_rank(rank, rank)  # its `run` would start a process that outlives a killed rank
+    executor = kind(pipeline=[Task(given["logging_dir"])], **given, workers=1)
+    executor._run_for_rank(rank, rank)  # its `run` would start a process that outlives a killed rank
 
 
 def _stderr(rank: int) -> str:
@@ -179,35 +144,58 @@ def _run_ray(kind: type, given: dict[str, Any]) -> None:
 
 
 def _submit(kind: type, given: dict[str, Any], run: Path) -> None:
+    """As datatrove's own `launch_job`, but for the pickle, and for a job that merges statistics in the end.
+
+    That job would wait for ever behind one that failed.
+    """
+    python = "python"
     if not {"env_command", "venv_path", "condaenv"} & given.keys():
         here = shlex.quote(str(Path(sys.executable).parent))
         given["env_command"] = f'export PATH={here}{os.pathsep}"$PATH"'
-    slurm = kind(**{"qos": "", "job_id_retriever": _NoteJob(str(run)), **given})
-    slurm.launch_merge_stats = _nothing  # a job more, which would wait for ever behind one that failed
+        python = shlex.quote(sys.executable)
     try:
-        slurm.run()
+        told = json.dumps(given)
+    except TypeError as error:
+        raise ValueError(f"the options of executor slurm must be JSON, got {given}: {error}") from error
+    slurm = kind(pipeline=[Task(str(run))], **given)
+    num_jobs = -(-slurm.tasks // slurm.tasks_per_job)
+    size = num_jobs if slurm.max_array_size == -1 else min(num_jobs, slurm.max_array_size)
+    command = f"{python} -m {__name__} {shlex.quote(str(run))}"
+    if slurm.with_srun:
+        more = "".join(f" --{key}={value}" for key, value in (slurm.srun_args or {}).items())
+        command = f"srun{more} -l -n {slurm.nodes_per_task} {command}"
+    script = run / _SCRIPT
+    write_whole(script, slurm.get_launch_file_contents(slurm.get_sbatch_args(size), command).encode())
+    write_whole(run / _OPTIONS, told.encode())
+    write_whole(run / _RANKS, json.dumps(list(range(slurm.tasks))).encode())
+    slurm.save_executor_as_json()  # for datatrove's own tools, which tell of jobs
+    for number in range(-(-num_jobs // size)):
+        if number and slurm.max_array_launch_parallel:
+            time.sleep(max(0, slurm.stagger_max_array_jobs))
+        options = [f"--export=ALL,RUN_OFFSET={number}"]
+        if slurm.dependency:
+            options.append(f"--dependency={slurm.dependency}")
+        slurm.job_id = _sbatch([*options, str(script)], run)
+
+
+def _sbatch(arguments: list[str], run: Path) -> str:
+    """The id of the job that is submitted; it is noted in the run's folder as soon as sbatch has said it."""
+    try:
+        said = subprocess.run(["sbatch", *arguments], stdout=subprocess.PIPE, text=True, check=True).stdout
     except (subprocess.CalledProcessError, FileNotFoundError) as error:
         raise ValueError(f"Slurm took no job: {error}; what sbatch says of it stands above; logs: {run}") from error
+    found = re.search(r"job (\d+)", said)
+    if found is None:
+        raise ValueError(f"sbatch said {said!r}, which names no job")
+    with (run / _JOBS).open("a", encoding="utf-8") as stream:
+        stream.write(f"{found[1]}\n")
+    return found[1]
 
 
-def _nothing() -> None:
-    pass
-
-
-class _NoteJob:
-    """Notes the id of a job as soon as sbatch has said it."""
-
-    def __init__(self, run: str) -> None:
-        self._run = run
-
-    def __call__(self, said: str) -> str:
-        found = re.search(r"job (\d+)", said)
-        if found is None:
-            raise ValueError(f"sbatch said {said!r}, which names no job")
-        job = found[1]
-        with Path(self._run, _JOBS).open("a", encoding="utf-8") as stream:
-            stream.write(f"{job}\n")
-        return job
+def run_job(run: Path) -> None:
+    """What a job of Slurm does: its ranks of a run."""
+    given = json.loads((run / _OPTIONS).read_bytes())
+    _kind("slurm")(pipeline=[Task(str(run))], **given).run()  # takes its rank from the job's environment
 
 
 def jobs_of(run: Path) -> list[str]:
@@ -226,3 +214,7 @@ def in_queue(job: str) -> str:
         return f"Slurm's job {job} is still in the queue" if queue.stdout.strip() else ""
     said = queue.stderr.strip()
     return "" if "Invalid job id" in said else f"squeue can't tell of job {job} ({said})"
+
+
+if __name__ == "__main__":
+    run_job(Path(sys.argv[1]))

@@ -1,9 +1,9 @@
 """Where the heavy stages run: in this process and its workers, or by datatrove's executors here, on Slurm or on Ray.
 
-A stage is a function of items. Elsewhere, each item and what became of it are files in the work folder, named by a
-digest of all that the result depends on. So a result is never another item's, and none is made twice: tasks are only
-how the items that lack one are shared out. On Slurm the jobs run on after the command has ended; the same command, run
-again, goes on from there.
+A stage is a function of items. Elsewhere, each item and what became of it are files of JSON in the work folder, named
+by a digest of all that the result depends on. So a result is never another item's, and none is made twice: tasks are
+only how the items that lack one are shared out. On Slurm the jobs run on after the command has ended; the same command,
+run again, goes on from there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -21,7 +20,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mmllm.data.executors.launching import ERRORS, OWN_OPTIONS, Task, in_queue, jobs_of, launch, write_whole
+from mmllm.data.executors.launching import OWN_OPTIONS, in_queue, jobs_of, launch
+from mmllm.data.executors.task import (
+    ERRORS,
+    Part,
+    Task,
+    Work,
+    item_lines,
+    item_path,
+    result_path,
+    write_whole,
+)
 
 EXECUTORS = ("local", "datatrove", "slurm", "ray")
 Progress = Callable[[int, int], None]
@@ -123,10 +132,10 @@ class Stage:
         self._folder = executor.work.absolute() / name
         self._settings = json.dumps(settings, sort_keys=True)
 
-    def key(self, item: Any, files: Sequence[Path]) -> str:
-        """Names the result of an item: a digest of the settings, its `repr`, and its files' sizes and times."""
+    def key(self, item: Sequence[Part], files: Sequence[Path]) -> str:
+        """Names the result of an item: a digest of the settings, its lines, and its files' sizes and times."""
         digest = hashlib.sha256(self._settings.encode())
-        digest.update(repr(item).encode("utf-8", "surrogatepass"))
+        digest.update(item_lines(item))
         for path in files:
             with suppress(OSError):
                 found = path.stat()
@@ -135,8 +144,8 @@ class Stage:
 
     def run(
         self,
-        function: Callable[[Any, str], Any],
-        items: Sequence[Any],
+        work: Work,
+        items: Sequence[Sequence[Part]],
         keys: Sequence[str],
         sizes: Sequence[int],
         progress: Progress | None = None,
@@ -145,8 +154,8 @@ class Stage:
         """What becomes of each item.
 
         Args:
-            function: Takes an item and its key, returns a JSON value; picklable.
-            items: Picklable.
+            work: What is done with an item.
+            items: Each in parts.
             keys: Their names.
             sizes: How much of `progress` each is.
             progress: Called while tasks of this machine run.
@@ -161,52 +170,44 @@ class Stage:
         missing = [
             number
             for number, key in enumerate(keys)
-            if not self._result(key).is_file() or (still_holds is not None and not still_holds(key))
+            if not result_path(self._folder, key).is_file() or (still_holds is not None and not still_holds(key))
         ]
         if missing:
             self._check_last_run()
             for number in missing:
-                self._result(keys[number]).unlink(missing_ok=True)
-                write_whole(self._item(keys[number]), pickle.dumps(items[number]))
+                result_path(self._folder, keys[number]).unlink(missing_ok=True)
+                write_whole(item_path(self._folder, keys[number]), item_lines(items[number]))
             pending = {keys[number]: sizes[number] for number in missing}
 
             def tick() -> None:
-                for key in [key for key in pending if self._result(key).is_file()]:
+                for key in [key for key in pending if result_path(self._folder, key).is_file()]:
                     del pending[key]
                 if progress:
                     progress(sum(sizes) - sum(pending.values()), sum(sizes))
 
-            run = self._submit(function, list(pending), tick)
+            run = self._submit(work, list(pending), tick)
             tick()
             if pending:
                 self._complain(
                     run, f"the stage {self._name!r} lacks {len(pending)} of {len(keys)} results; logs: {run}"
                 )
-        return [json.loads(self._result(key).read_text(encoding="utf-8")) for key in keys]
+        return [json.loads(result_path(self._folder, key).read_bytes()) for key in keys]
 
     def forget(self) -> None:
         """Removes all items and results of the stage; logs stay."""
         for path in self._folder.glob("*"):
-            if re.fullmatch(r"[0-9a-f]{32}\.(json|pkl)", path.name):
+            if re.fullmatch(r"[0-9a-f]{32}\.(json|jsonl|pkl)", path.name):  # earlier versions pickled items
                 path.unlink(missing_ok=True)
-        for run in self._runs():
-            (run / Task.FUNCTION).unlink(missing_ok=True)
 
-    def _result(self, key: str) -> Path:
-        return self._folder / f"{key}.json"
-
-    def _item(self, key: str) -> Path:
-        return self._folder / f"{key}.pkl"
-
-    def _submit(self, function: Callable[[Any, str], Any], keys: Sequence[str], tick: Callable[[], None]) -> Path:
+    def _submit(self, work: Work, keys: Sequence[str], tick: Callable[[], None]) -> Path:
         """Runs tasks for these keys, or on Slurm submits them."""
         executor, run = self._executor, self._new_run()
         num_tasks = max(1, min(executor.tasks or executor.workers, len(keys)))
         bounds = [rank * len(keys) // num_tasks for rank in range(num_tasks + 1)]
         shares = [list(keys[start:stop]) for start, stop in pairwise(bounds)]
-        (run / Task.FUNCTION).write_bytes(pickle.dumps(function))
-        task = Task(str(self._folder), str(run), shares)
-        launch(executor.name, task, f"mmllm-{self._name}", max(1, executor.workers), executor.options, tick)
+        Task.describe(run, self._folder, work, shares)
+        name, workers = f"mmllm-{self._name}", max(1, executor.workers)
+        launch(executor.name, run, len(shares), name, workers, executor.options, tick)
         return run
 
     def _new_run(self) -> Path:

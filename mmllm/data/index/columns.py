@@ -1,112 +1,175 @@
-"""Columns of an index, memory-mapped: texts, and the rows' metadata.
+"""Columns of an index: texts, and the rows' metadata, read from its file when they are asked for.
 
-Shapes: N rows.
+Shapes: N rows, W different words.
 """
 
 from __future__ import annotations
 
-import json
-import mmap
-import struct
-import zipfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 _NONE, _BOOL, _INT, _FLOAT, _TEXT = range(5)
+_EXACT = 2**53
+"""Integers up to here are floats as well."""
+_INT64 = np.iinfo(np.int64)
+
+Read = Callable[..., np.ndarray]
+"""Reads rows `[start, stop)` of an array by its name: `ArraysFile.read`."""
 
 
 class Texts(Sequence[str]):
-    """Strings that lie in one run of bytes; only those that are asked for are decoded."""
+    """Strings that lie in one run of bytes; only those that are asked for are read and decoded."""
 
-    def __init__(self, blob: np.ndarray, ends_N: np.ndarray) -> None:
-        self._blob, self._ends_N = blob, ends_N
+    def __init__(self, read: Read, name: str, count: int) -> None:
+        self._read, self._name, self._count = read, name, count
 
     @staticmethod
     def arrays(texts: Sequence[str], name: str) -> dict[str, np.ndarray]:
-        """What `Texts` is made from, as named arrays of a sidecar."""
+        """What `Texts` is read from, as named arrays: where each ends, with a 0 before the first, and their bytes."""
         encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
-        ends_N = np.cumsum([len(text) for text in encoded], dtype=np.int64)
-        return {f"{name}.bytes": np.frombuffer(b"".join(encoded), dtype=np.uint8), f"{name}.ends": ends_N}
+        ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        small = ends.astype(np.uint32) if ends[-1] < 2**32 else ends.astype(np.uint64)
+        return {f"{name}.bytes": np.frombuffer(b"".join(encoded), dtype=np.uint8), f"{name}.ends": small}
 
     def __len__(self) -> int:
-        return len(self._ends_N)
+        return self._count
 
     def __getitem__(self, row: Any) -> Any:
         if isinstance(row, slice):
             return [self[number] for number in range(*row.indices(len(self)))]
-        if row < 0:
-            row += len(self)
-        start = int(self._ends_N[row - 1]) if row else 0
-        return self._blob[start : int(self._ends_N[row])].tobytes().decode("utf-8", "surrogateescape")
+        if not -self._count <= row < self._count:
+            raise IndexError(row)
+        row %= self._count
+        start, stop = self._read(f"{self._name}.ends", row, row + 2).tolist()
+        return self._read(f"{self._name}.bytes", start, stop).tobytes().decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        ends = self._read(f"{self._name}.ends").tolist()
+        whole = self._read(f"{self._name}.bytes").tobytes()
+        for start, stop in pairwise(ends):
+            yield whole[start:stop].decode("utf-8", "surrogateescape")
 
 
 class Column(Sequence[Any]):
     """One key of the rows' metadata: a bool, a number, a text, or `None` where a row has none.
 
+    Integers are exact within 64 bits, beside floats within 53; larger ones become floats.
+
     Args:
-        values_N: float64 numbers, or for a text its place among the words.
-        types_N: uint8, what each value is.
-        words: The texts, each once.
+        read: Reads its arrays: `NAME.values` [N] (a text's is its place among the words), uint8 `NAME.types` [N] where
+            they differ, and the words.
+        name: Of its arrays.
+        count: N.
+        only_type: The type of all values, where they are of one.
+        num_words: W.
     """
 
-    def __init__(self, values_N: np.ndarray, types_N: np.ndarray, words: Sequence[str]) -> None:
-        self._values_N, self._types_N, self._words = values_N, types_N, words
+    def __init__(self, read: Read, name: str, count: int, only_type: int | None, num_words: int) -> None:
+        self._read, self._name, self._count, self._only_type = read, name, count, only_type
+        self._words = Texts(read, f"{name}.words", num_words)
 
     @staticmethod
-    def arrays(values: Sequence[Any], name: str) -> dict[str, np.ndarray]:
-        """What `Column` is made from, as named arrays of a sidecar."""
+    def arrays(values: Sequence[Any], name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """What `Column` is made from: named arrays, and its other arguments by name."""
+        types_N = np.fromiter(map(_type, values), dtype=np.uint8, count=len(values))
+        if (types_N == _FLOAT).any():
+            inexact = [row for row in np.flatnonzero(types_N == _INT).tolist() if not -_EXACT < values[row] < _EXACT]
+            types_N[inexact] = _FLOAT
+        found = np.unique(types_N).tolist()
         words: dict[str, int] = {}
-        numbers = values
-        types = set(map(type, values))
-        if len(types) == 1 and (types != {int} or max(max(values), -min(values)) < 2**53):
-            types_N = np.full(len(values), _type(values[0]), dtype=np.uint8)
-        else:
-            types_N = np.array([_type(value) for value in values], dtype=np.uint8)
-        if str in types:
+        numbers: Sequence[Any] = values
+        if _TEXT in found:
             words = {word: place for place, word in enumerate(dict.fromkeys(v for v in values if isinstance(v, str)))}
             numbers = [words[value] if isinstance(value, str) else value for value in values]
-        values_N = np.array(numbers, dtype=np.float64)  # None becomes not a number
-        return {f"{name}.values": values_N, f"{name}.types": types_N, **Texts.arrays(list(words), f"{name}.words")}
+        values_N = _packed(numbers, found)
+        arrays = {f"{name}.values": values_N}
+        if len(found) > 1:
+            arrays[f"{name}.types"] = types_N
+        if words:
+            arrays |= Texts.arrays(list(words), f"{name}.words")
+        return arrays, {"only_type": found[0] if len(found) == 1 else None, "num_words": len(words)}
 
     def __len__(self) -> int:
-        return len(self._types_N)
+        return self._count
 
     def __getitem__(self, row: Any) -> Any:
         if isinstance(row, slice):
             return [self[number] for number in range(*row.indices(len(self)))]
-        value = float(self._values_N[row])
-        match int(self._types_N[row]):
-            case 0:
-                return None
-            case 1:
-                return bool(value)
-            case 2:
-                return int(value)
-            case 3:
-                return value
-        return self._words[int(value)]
+        if not -self._count <= row < self._count:
+            raise IndexError(row)
+        row %= self._count
+        (value,) = self._read(f"{self._name}.values", row, row + 1).tolist()
+        kind = self._only_type
+        if kind is None:
+            (kind,) = self._read(f"{self._name}.types", row, row + 1).tolist()
+        return self._words[int(value)] if kind == _TEXT else _restored(value, kind)
 
     def __iter__(self) -> Iterator[Any]:
-        words = list(self._words)
-        for value, kind in zip(self._values_N.tolist(), self._types_N.tolist(), strict=True):
-            match kind:
-                case 0:
-                    yield None
-                case 1:
-                    yield bool(value)
-                case 2:
-                    yield int(value)
-                case 3:
-                    yield value
-                case _:
-                    yield words[int(value)]
+        words = self.words
+        for value, kind in zip(self.values_N.tolist(), self.types_N.tolist(), strict=True):
+            yield words[int(value)] if kind == _TEXT else _restored(value, kind)
+
+    @property
+    def words(self) -> list[str]:
+        """Its different texts."""
+        return list(self._words) if len(self._words) else []
+
+    @property
+    def values_N(self) -> np.ndarray:
+        """[N] numbers; of a text its place among the words; of what is missing nothing that means anything."""
+        return self._read(f"{self._name}.values")
+
+    @property
+    def types_N(self) -> np.ndarray:
+        """uint8 [N]."""
+        if self._only_type is not None:
+            return np.full(self._count, self._only_type, dtype=np.uint8)
+        return self._read(f"{self._name}.types")
+
+    @property
+    def is_all_numbers(self) -> bool:
+        """Whether each row has one."""
+        return self._only_type in (_INT, _FLOAT, _BOOL)
+
+    @property
+    def is_text_N(self) -> np.ndarray:
+        """Bools [N]."""
+        return self.types_N == _TEXT
+
+    @property
+    def is_number_N(self) -> np.ndarray:
+        """Bools [N]; a bool is one too."""
+        return np.isin(self.types_N, (_INT, _FLOAT, _BOOL))
 
     def numbers(self) -> np.ndarray:
         """float64 [N]; infinite where a row has no number (so that it is the hardest)."""
-        return np.where(np.isin(self._types_N, (_INT, _FLOAT, _BOOL)), self._values_N, np.inf)
+        return np.where(self.is_number_N, self.values_N.astype(np.float64), np.inf)
+
+
+def _packed(numbers: Sequence[Any], types: list[int]) -> np.ndarray:
+    """[N] in the narrowest dtype that keeps every value."""
+    if _FLOAT in types:
+        return np.array(numbers, dtype=np.float64)  # None becomes not a number
+    whole = np.array([number or 0 for number in numbers] if _NONE in types else numbers, dtype=np.int64)
+    for dtype in (np.uint8, np.uint16, np.int32):
+        limits = np.iinfo(dtype)
+        if limits.min <= whole.min() and whole.max() <= limits.max:
+            return whole.astype(dtype)
+    return whole
+
+
+def _restored(value: Any, kind: int) -> Any:
+    match kind:
+        case 0:
+            return None
+        case 1:
+            return bool(value)
+        case 2:
+            return int(value)
+    return value
 
 
 def _type(value: Any) -> int:
@@ -114,42 +177,9 @@ def _type(value: Any) -> int:
         case bool():
             return _BOOL
         case int():
-            return _INT if abs(value) < 2**53 else _FLOAT
+            return _INT if _INT64.min <= value <= _INT64.max else _FLOAT
         case float():
             return _FLOAT
         case str():
             return _TEXT
     return _NONE
-
-
-def save_npz(path: Path, arrays: dict[str, np.ndarray], info: dict[str, Any]) -> None:
-    """Writes arrays and a JSON object, uncompressed, so that they can be mapped."""
-    packed = np.frombuffer(json.dumps(info).encode(), dtype=np.uint8)
-    with path.open("wb") as stream:
-        np.savez(stream, info=packed, **arrays)  # pyright: ignore[reportArgumentType]
-
-
-def map_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an uncompressed `.npz`, read-only, as parts of one memory map: nothing is read until it is used.
-
-    Raises:
-        OSError, ValueError, KeyError, zipfile.BadZipFile: It is none, or is broken.
-    """
-    arrays: dict[str, np.ndarray] = {}
-    with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
-        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        for item in archive.infolist():
-            if item.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{item.filename} is compressed")
-            names, extra = struct.unpack_from("<HH", mapped, item.header_offset + 26)
-            stream.seek(item.header_offset + 30 + names + extra)
-            version = np.lib.format.read_magic(stream)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read(stream)
-            count = int(np.prod(shape))
-            start = stream.tell()
-            if dtype.hasobject or start + count * dtype.itemsize > len(mapped):
-                raise ValueError(f"{item.filename} doesn't fit in the file")
-            array = np.frombuffer(mapped, dtype=dtype, count=count, offset=start) if count else np.zeros(0, dtype)
-            arrays[item.filename.removesuffix(".npy")] = array.reshape(shape)
-    return arrays

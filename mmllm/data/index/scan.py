@@ -1,6 +1,6 @@
-"""What a shard holds, read in bulk: first from its headers and small files, then its token counts.
+"""What a shard holds, read in bulk from its headers and small files; tokens are counted in `count.py`.
 
-The two are apart because tokenising takes most of the time. Shapes: N documents, K codebooks.
+Shapes: N documents.
 """
 
 from __future__ import annotations
@@ -10,22 +10,21 @@ import io
 import json
 import mmap
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from mmllm.data.samples.documents import KIND_TASKS, document_length
 from mmllm.data.samples.schema import (
     AUDIO_ENDINGS,
     IMAGE_ENDINGS,
     Names,
     check_endings,
     check_segment_files,
-    jsonl_lines,
+    jsonl_rows,
+    parse_line,
 )
 from mmllm.data.samples.stored import unpack_codes
 from mmllm.data.shards.headers import TarTable, read_headers
@@ -36,27 +35,48 @@ _SHAPE = re.compile(rb"'shape': \((\d+), (\d+)\)")
 _FLAC = b"fLaC"
 
 
+@dataclass(frozen=True)
+class BadRow:
+    """A row of a shard of which no document is made: its name and what is wrong with it."""
+
+    name: str
+    reason: str
+
+
 @dataclass
-class Facts:
+class Scan:
     """The documents of one shard; a `jsonl` file's lines are documents of their own."""
 
     name: str
     kind: str = ""
     keys: list[str] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    """First byte of what is read of a document: its sample's first header, or its line."""
     spans: list[int] = field(default_factory=list)
+    """Bytes from there."""
     lines: list[int] = field(default_factory=list)
     """Line of its `jsonl`, or -1."""
     texts: list[str | None] = field(default_factory=list)
-    frames: list[int] = field(default_factory=list)
-    images: list[int] = field(default_factory=list)
+    text_starts: list[int] = field(default_factory=list)
+    """First byte of its `txt`, or 0."""
+    pictures: list[list[tuple[int, int]]] = field(default_factory=list)
+    """Width and height of each of its pictures as they are stored, (0, 0) where that can't be read."""
+    sounds: list[list[tuple[int, int, int]]] = field(default_factory=list)
+    """Samples, samples a second and frames of each of its sounds, 0 where they aren't known."""
     segments: list[list[str | int | None]] = field(default_factory=list)
     """As `document_length` wants them."""
     roles: list[list[str | None]] = field(default_factory=list)
     metadata: list[dict[str, Any]] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+    num_skipped: dict[str, int] = field(default_factory=dict)
+    """Members of the tar that are no sample's file, by what they are."""
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def num_frames(self, row: int) -> int:
+        """Frames of a document's sounds, together."""
+        return sum(frames for _, _, frames in self.sounds[row])
 
 
 @dataclass(frozen=True)
@@ -91,28 +111,26 @@ def _layout(endings: tuple[str, ...], name: str) -> _Layout:
     return layout
 
 
-def read_facts(data: bytes | mmap.mmap, name: str, folder: TokenizerFolder) -> Facts:
-    """All but the token counts.
+def scan_shard(data: bytes | mmap.mmap, name: str, folder: TokenizerFolder, text_key: str | None = None) -> Scan:
+    """All that an index holds but the token counts.
 
     Args:
         data: All bytes of the shard.
         name: What errors call it.
         folder: Of its audio tokenizer, hash and frame rate are needed.
+        text_key: Where a sample has no `txt`, the key of its `json` that holds its text.
 
     Raises:
         ValueError: The shard is truncated, damaged, empty, or mixes kinds; the message names shard and sample.
     """
     with _without_collection():
         table = read_headers(data, name)
-        reader = _Reader(data, name, table, folder)
-        facts = Facts(name, reader.kind)
-        counts = reader.read_into(facts)
-        facts.keys = _repeated(table.keys, counts)
-        facts.offsets = _repeated(table.offsets_S.tolist(), counts)
-        facts.spans = _repeated(table.spans_S.tolist(), counts)
-    if not facts.keys:
+        reader = _Reader(data, name, table, folder, text_key)
+        found = Scan(name, reader.kind, num_skipped=table.num_skipped)
+        reader.read_into(found)
+    if not found.keys and not found.bad:
         raise ValueError(f"{name}: has no samples; build it again")
-    return facts
+    return found
 
 
 @contextmanager
@@ -127,17 +145,19 @@ def _without_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _repeated(values: list[Any], counts: list[int] | None) -> list[Any]:
-    if counts is None:
-        return values
-    return [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
-
-
 class _Reader:
     """Reads the small files of samples, a column at a time."""
 
-    def __init__(self, data: bytes | mmap.mmap, name: str, table: TarTable, folder: TokenizerFolder) -> None:
+    def __init__(
+        self,
+        data: bytes | mmap.mmap,
+        name: str,
+        table: TarTable,
+        folder: TokenizerFolder,
+        text_key: str | None,
+    ) -> None:
         self._data, self._name, self._table, self._folder = data, name, table, folder
+        self._text_key = text_key
         self._starts, self._ends = table.starts_M.tolist(), (table.starts_M + table.sizes_M).tolist()
         self._firsts = table.firsts_S.tolist()
         self._codec = folder.audio.hash if folder.audio is not None else None
@@ -221,107 +241,136 @@ class _Reader:
     def _named(self, sample: int) -> str:
         return f"{self._name}:{self._table.keys[sample]}"
 
-    def read_into(self, facts: Facts) -> list[int] | None:
-        """Fills the columns but keys and places; gives how many documents each sample has, or None: one each."""
-        counts = None
+    def read_into(self, found: Scan) -> None:
+        """Fills all columns."""
+        found.keys, found.starts = self._table.keys, self._table.offsets_S.tolist()
+        found.spans, found.metadata = self._table.spans_S.tolist(), self._metadata
         if any(layout.lines >= 0 for layout in self._layouts):
-            documents = [self._documents(sample) for sample in range(len(self._layouts))]
-            counts = [len(each) for each in documents]
-            rows = [row for each in documents for row in each]
-            facts.lines, facts.texts = [line for line, _, _ in rows], [text for _, text, _ in rows]
-            facts.metadata = [metadata for _, _, metadata in rows]
+            self._read_lines(found)
         else:
-            facts.lines = [-1] * len(self._layouts)
-            facts.texts = [self._text(sample) for sample in range(len(self._layouts))]
-            facts.metadata = self._metadata
-        num_documents = len(facts.texts)
-        facts.frames = [0] * num_documents
-        facts.images = [int(self.kind == "caption")] * num_documents
-        facts.segments, facts.roles = [[] for _ in range(num_documents)], [[] for _ in range(num_documents)]
+            found.lines = [-1] * len(self._layouts)
+            found.texts = [self._text(sample) for sample in range(len(self._layouts))]
+            found.text_starts = [
+                self._starts[first + layout.text] if layout.text >= 0 else 0
+                for first, layout in zip(self._firsts, self._layouts, strict=False)
+            ]
+        count = len(found.keys)
+        found.pictures, found.sounds = [[] for _ in range(count)], [[] for _ in range(count)]
+        found.segments, found.roles = [[] for _ in range(count)], [[] for _ in range(count)]
         if self.kind == "interleaved":
-            self._read_segments(facts)
+            self._read_segments(found)
         elif self.kind == "audio":
-            self._read_sounds(facts)
+            self._read_sounds(found)
         elif self.kind == "caption":
-            for first, layout, metadata in zip(self._firsts, self._layouts, self._metadata, strict=False):
-                if "width" not in metadata or "height" not in metadata:
-                    self._add_size(metadata, first + layout.image)
-        return counts
+            self._read_pictures(found)
 
     def _text(self, sample: int) -> str | None:
         place = self._layouts[sample].text
         if place < 0:
-            return None
+            told = self._metadata[sample].get(self._text_key) if self._text_key is not None else None
+            return told if isinstance(told, str) else None
         try:
             return self._file(self._firsts[sample] + place).decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"{self._named(sample)}: broken text or json: {error!r}") from error
 
-    def _documents(self, sample: int) -> list[tuple[int, str | None, dict[str, Any]]]:
-        """(line or -1, text, metadata) of each document of a text sample."""
-        place = self._layouts[sample].lines
-        if place < 0:
-            return [(-1, self._text(sample), self._metadata[sample])]
-        try:
-            rows = [json.loads(line) for line in jsonl_lines(self._file(self._firsts[sample] + place).decode())]
-            texts = [row["text"] for row in rows]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{self._named(sample)}: broken text or json: {error!r}") from error
-        others = [{key: value for key, value in row.items() if key != "text"} for row in rows]
-        return list(zip(range(len(rows)), texts, others, strict=True))
+    def _read_lines(self, found: Scan) -> None:
+        """Samples of text of which some are `jsonl`: each line that is a row becomes a document."""
+        keys, starts, spans, metadata = found.keys, found.starts, found.spans, found.metadata
+        found.keys, found.starts, found.spans, found.metadata = [], [], [], []
+        for sample, layout in enumerate(self._layouts):
+            first = self._firsts[sample]
+            if layout.lines < 0:
+                row = -1, self._text(sample), metadata[sample], starts[sample], spans[sample]
+                self._add(found, keys[sample], row, self._starts[first + layout.text])
+                continue
+            start = self._starts[first + layout.lines]
+            for number, data in enumerate(jsonl_rows(self._file(first + layout.lines))):
+                try:
+                    text, others = parse_line(data, self._text_key)
+                except ValueError as error:
+                    found.bad.append(BadRow(f"{self._named(sample)} line {number + 1}", str(error)))
+                else:
+                    self._add(found, keys[sample], (number, text, others, start, len(data)), 0)
+                start += len(data) + 1
 
-    def _read_segments(self, facts: Facts) -> None:
+    @staticmethod
+    def _add(found: Scan, key: str, row: tuple[int, str | None, dict[str, Any], int, int], text_start: int) -> None:
+        columns = found.lines, found.texts, found.metadata, found.starts, found.spans
+        for column, value in zip(columns, row, strict=True):
+            column.append(value)  # pyright: ignore[reportArgumentType]
+        found.keys.append(key)
+        found.text_starts.append(text_start)
+
+    def _read_segments(self, found: Scan) -> None:
+        found.texts, found.text_starts = [None] * len(self._metadata), [0] * len(self._metadata)
         for sample, metadata in enumerate(self._metadata):
-            segments, facts.roles[sample] = self._segments(sample, metadata.pop("segments"))
-            facts.segments[sample], facts.images[sample] = segments, segments.count(None)
-            facts.frames[sample] = sum(item for item in segments if isinstance(item, int))
+            items = metadata.pop("segments")
+            found.segments[sample] = self._segments(sample, items, found.pictures[sample], found.sounds[sample])
+            roles = [item.get("role") for item in items] if isinstance(items, list) else []
+            found.roles[sample] = roles if any(roles) else []
 
-    def _read_sounds(self, facts: Facts) -> None:
+    def _read_sounds(self, found: Scan) -> None:
         for sample, (first, layout) in enumerate(zip(self._firsts, self._layouts, strict=False)):
             name, metadata = self._named(sample), self._metadata[sample]
-            if self._codec is not None:
-                codes = self._file(first + layout.codes) if layout.codes >= 0 else None
-                facts.frames[sample] = self._frames(first + layout.audio if layout.audio >= 0 else -1, codes, name)
-            if "duration" not in metadata and layout.audio >= 0:
-                samples, rate = self._sound(first + layout.audio, name)
-                metadata["duration"] = samples / rate
+            codes = self._file(first + layout.codes) if layout.codes >= 0 else None
+            sound = self._sound(first + layout.audio if layout.audio >= 0 else -1, codes, name)
+            found.sounds[sample].append(sound)
+            if "duration" not in metadata and sound[1]:
+                metadata["duration"] = sound[0] / sound[1]
 
-    def _segments(self, sample: int, items: Any) -> tuple[list[str | int | None], list[str | None]]:
-        """Each segment as `document_length` wants it, and who says it (for a conversation alone)."""
+    def _read_pictures(self, found: Scan) -> None:
+        for first, layout, metadata, pictures in zip(
+            self._firsts, self._layouts, self._metadata, found.pictures, strict=False
+        ):
+            width, height = metadata.get("width"), metadata.get("height")
+            if type(width) is int and type(height) is int and width >= 0 and height >= 0:
+                pictures.append((width, height))
+                continue
+            size = self._size(first + layout.image)
+            pictures.append(size)
+            if size[0] and "width" not in metadata and "height" not in metadata:
+                metadata["width"], metadata["height"] = size
+
+    def _segments(
+        self, sample: int, items: Any, pictures: list[tuple[int, int]], sounds: list[tuple[int, int, int]]
+    ) -> list[str | int | None]:
+        """Each segment as `document_length` wants it; pictures and sounds are appended."""
         numbers = {self._table.endings[number]: number for number in self._table.files(sample)}
         sizes: list[str | int | None] = []
         for item in items if isinstance(items, list) else [items]:
             match item:
                 case {"text": str() as text}:
                     sizes.append(text)
-                case {"image": str() as named} if named.lower() in numbers:
+                case {"image": str() as named} if (ending := named.lower()) in numbers:
                     sizes.append(None)
+                    pictures.append(self._size(numbers[ending]))
                 case {"audio": str() as named} if (ending := named.lower()) in numbers:
                     stored = numbers.get(f"{ending.partition('.')[0]}.codec.npz")
                     codes = self._file(stored) if stored is not None else None
-                    name = self._named(sample)
-                    sizes.append(self._frames(numbers[ending], codes, name) if self._codec is not None else 0)
+                    sounds.append(self._sound(numbers[ending], codes, self._named(sample)))
+                    sizes.append(sounds[-1][2])
                 case _:
                     raise ValueError(
                         f"{self._named(sample)}: segment {item!r} names no file of the sample "
                         f"({', '.join(sorted(numbers))})"
                     )
-        roles = [item.get("role") for item in items]
-        return sizes, roles if any(roles) else []
+        return sizes
 
-    def _frames(self, number: int, codes: bytes | None, name: str) -> int:
-        """Frames of a sound, from its codes' header or from its own."""
-        assert self._codec is not None
+    def _sound(self, number: int, codes: bytes | None, name: str) -> tuple[int, int, int]:
+        """(samples, samples a second, frames) of a sound from its header and its codes' header; 0 what isn't known."""
+        samples, rate = self._sound_header(number, name) if number >= 0 else (0, 0)
+        if self._codec is None:
+            return samples, rate, 0
         if codes is not None:
-            found = _SHAPE.search(codes)
-            if found and codes[30:39] == b"codes.npy" and self._codec_bytes in codes:
-                return int(found[2])
-            return unpack_codes(codes, self._codec, name).shape[1]
-        samples, rate = self._sound(number, name)
-        return self._folder.require_audio().num_frames_of(samples, rate)
+            shape = _SHAPE.search(codes)
+            if shape and codes[30:39] == b"codes.npy" and self._codec_bytes in codes:
+                return samples, rate, int(shape[2])
+            return samples, rate, unpack_codes(codes, self._codec, name).shape[1]
+        return samples, rate, self._folder.require_audio().num_frames_of(samples, rate) if rate else 0
 
-    def _sound(self, number: int, name: str) -> tuple[int, int]:
-        """(samples, samples a second) from a sound's header."""
+    def _sound_header(self, number: int, name: str) -> tuple[int, int]:
+        """(samples, samples a second)."""
         start = self._starts[number]
         head = self._data[start : min(start + 42, self._ends[number])]
         if head[:4] == _FLAC and len(head) == 42 and head[4] & 0x7F == 0:
@@ -331,65 +380,10 @@ class _Reader:
                 return samples, rate
         return sound_length(self._file(number), f"{name}: the sound")
 
-    def _add_size(self, metadata: dict[str, Any], number: int) -> None:
-        """Width and height from the picture's header, where the row doesn't say them."""
-        if "width" in metadata and "height" in metadata:
-            return
+    def _size(self, number: int) -> tuple[int, int]:
+        """Width and height from a picture's header."""
         try:
             with Image.open(io.BytesIO(self._file(number))) as picture:
-                metadata["width"], metadata["height"] = picture.size
+                return picture.size
         except Exception:  # whatever is wrong with it is said, counted and masked when it is decoded
-            return
-
-
-@dataclass(frozen=True)
-class TokenCounts:
-    """Tokens of each document by task, 0 where it can't be written so; and how rare its tokens are."""
-
-    by_task: dict[str, np.ndarray]
-    rarity_N: np.ndarray
-    """float64, mean of -log p of a text's tokens, p their share in this shard; not a number without a text."""
-
-
-def count_tokens(facts: Facts, folder: TokenizerFolder, progress: Callable[[int], None] | None = None) -> TokenCounts:
-    """Tokenises all texts, and counts each document's tokens by task.
-
-    Args:
-        facts: The documents.
-        folder: Tokenizers and templates.
-        progress: Called with the number of documents done.
-    """
-    kind, hears = facts.kind, folder.audio is not None
-    ids = [np.array(folder.text.encode(text) if text else [], dtype=np.int32) for text in facts.texts]
-    counts: dict[str, list[int]] = {task: [] for task in KIND_TASKS[kind]}
-    for row, key in enumerate(facts.keys):
-        line, segments, roles = facts.lines[row], facts.segments[row], facts.roles[row]
-        metadata = facts.metadata[row]
-        for task, column in counts.items():
-            needs_text = task not in ("interleaved", "question", "chat")
-            is_deaf = not hears and (kind == "audio" or any(isinstance(segment, int) for segment in segments))
-            impossible = (
-                is_deaf
-                or (needs_text and not facts.texts[row])
-                or (task == "question" and "question" not in metadata)
-                or (kind == "interleaved" and bool(roles) != (task == "chat"))
-            )
-            tokens = 0 if impossible else document_length(
-                task, folder, key=f"{key}-{line}" if line >= 0 else key, text=len(ids[row]),
-                num_frames=facts.frames[row], segments=segments, metadata=metadata, roles=roles,
-            )  # fmt: skip
-            column.append(tokens)
-        if progress and row % 1000 == 999:
-            progress(row + 1)
-    return TokenCounts({task: np.array(column, dtype=np.int64) for task, column in counts.items()}, _rarity(ids))
-
-
-def _rarity(ids: Sequence[np.ndarray]) -> np.ndarray:
-    lengths = np.array([len(item) for item in ids], dtype=np.int64)
-    if not lengths.sum():
-        return np.full(len(ids), np.nan)
-    together = np.concatenate(ids)
-    counts = np.bincount(together)
-    surprise = -np.log(np.maximum(counts, 1) / len(together))[together]
-    sums = np.diff(np.concatenate([[0.0], np.cumsum(surprise)])[np.concatenate([[0], np.cumsum(lengths)])])
-    return np.where(lengths > 0, sums / np.maximum(lengths, 1), np.nan)
+            return 0, 0

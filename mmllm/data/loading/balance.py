@@ -7,6 +7,7 @@ none. Ranks wait for each other at every step: an uneven share costs all of them
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heapify, heappop, heapreplace
 
 IMAGE_COST, FRAME_COST = 17.0, 0.3
 """What a picture's tower and a heard frame's projector cost beside one token of the decoder: measured for the demo's
@@ -25,9 +26,13 @@ def shares(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
     """
     room = len(costs) // num_ranks
     taken: list[list[int]] = [[] for _ in range(num_ranks)]
-    work = [0.0] * num_ranks
+    idlest = [(0.0, rank) for rank in range(num_ranks)]  # those with room; of equal work the lowest rank first
+    heapify(idlest)
     for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
-        rank = min((rank for rank in range(num_ranks) if len(taken[rank]) < room), key=lambda rank: work[rank])
+        work, rank = idlest[0]
         taken[rank].append(number)
-        work[rank] += costs[number]
+        if len(taken[rank]) < room:
+            heapreplace(idlest, (work + costs[number], rank))
+        else:
+            heappop(idlest)
     return [sorted(numbers) for numbers in taken]

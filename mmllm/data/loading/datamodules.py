@@ -10,17 +10,20 @@ import math
 from abc import ABC, abstractmethod
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal
 
 import lightning as L
+from torch.utils.data import Dataset
 
+from mmllm.batch import CaptionBatch, PackedBatch, SoundBatch
 from mmllm.data.loading.augment import AugmentConfig
-from mmllm.data.loading.clip_and_codec import CaptionPairs, SoundCrops, StepLoader
-from mmllm.data.loading.loader import PackedLoader, StepDataset
+from mmllm.data.loading.captions import CaptionDataset
+from mmllm.data.loading.loader import AnyBatch, PackedLoader, StepDataset
+from mmllm.data.loading.sounds import SoundDataset
 from mmllm.data.plan.plan import Plan, open_plan
-from mmllm.data.plan.recipe import Recipe, load_recipe
+from mmllm.data.plan.recipe import OnErrorConfig, Recipe, load_recipe
+from mmllm.data.plan.single import SinglePlan, open_captions, open_indices, open_sounds
 from mmllm.data.samples.decode import ImageTransform
-from mmllm.data.shards.find import shard_paths
 from mmllm_tokenizers.folder import TokenizerFolder
 
 
@@ -75,7 +78,7 @@ class PackedDataModule(L.LightningDataModule):
         self._plan: Plan | None = None
         self._val_plan: Plan | None = None
         self._folder: TokenizerFolder | None = None
-        self._train_loader: PackedLoader | None = None
+        self._train_loader: PackedLoader[PackedBatch] | None = None
 
     @property
     def folder(self) -> TokenizerFolder:
@@ -161,14 +164,14 @@ class PackedDataModule(L.LightningDataModule):
             self._folder = self._folder or folder
             self._val_plan = open_plan(recipe, self._batch_size, folder)
 
-    def train_dataloader(self) -> PackedLoader:
+    def train_dataloader(self) -> PackedLoader[PackedBatch]:
         """The training batches of this rank; the stream goes on from epoch to epoch."""
         if self._train_loader is None:
             steps = self._steps_per_epoch or default_steps(self.plan)
             self._train_loader = self._loader(self.plan, steps, restarts=False)
         return self._train_loader
 
-    def val_dataloader(self) -> PackedLoader | list[PackedLoader]:
+    def val_dataloader(self) -> PackedLoader[PackedBatch] | list[PackedLoader[PackedBatch]]:
         """The validation batches of this rank: the same ones each time."""
         if self._val_plan is None:
             return []
@@ -177,11 +180,11 @@ class PackedDataModule(L.LightningDataModule):
             num_steps = min(num_steps, math.ceil(self._num_val_sequences / self._batch_size))
         return self._loader(self._val_plan, num_steps, restarts=True)
 
-    def test_dataloader(self) -> PackedLoader | list[PackedLoader]:
+    def test_dataloader(self) -> PackedLoader[PackedBatch] | list[PackedLoader[PackedBatch]]:
         """As validation."""
         return self.val_dataloader()
 
-    def _loader(self, plan: Plan, num_steps: int, restarts: bool) -> PackedLoader:
+    def _loader(self, plan: Plan, num_steps: int, restarts: bool) -> PackedLoader[PackedBatch]:
         dataset = StepDataset(
             plan, self.folder, self.image_transform, self._cache_bytes, None if restarts else self._augment,
             features=self.features,
@@ -195,8 +198,13 @@ def _recipe(recipe: str | Path | Recipe) -> Recipe:
 
 
 def _once(recipe: Recipe) -> Recipe:
-    """The recipe with each document once, all sources to their end, in no order of difficulty."""
-    sources = [dataclasses.replace(source, max_epochs=1.0, task_weights=None) for source in recipe.sources]
+    """The recipe with each document once, all sources to their end, in no order of difficulty or of a schedule."""
+    sources = [
+        dataclasses.replace(
+            source, max_epochs=1.0, task_weights=None, weight=source.largest_weight, weight_schedule=None
+        )
+        for source in recipe.sources
+    ]
     mixture = dataclasses.replace(recipe.mixture, on_exhausted="renormalize")
     return dataclasses.replace(recipe, sources=sources, mixture=mixture, curriculum=None)
 
@@ -218,33 +226,63 @@ def rank_of(module: L.LightningDataModule) -> tuple[int, int]:
     return module.trainer.global_rank, module.trainer.world_size
 
 
-class _ShardDataModule(L.LightningDataModule, ABC):
-    """Shards in a shuffled stream to train on, and others in their order to validate."""
+class _ShardDataModule(L.LightningDataModule, ABC, Generic[AnyBatch]):
+    """Shards without a recipe: a shuffled stream to train on, and others in their order to validate."""
 
-    def __init__(self, shards: str | list[str], val_shards: str | list[str] | None) -> None:
+    def __init__(
+        self,
+        shards: str | list[str],
+        val_shards: str | list[str] | None,
+        num_workers: int,
+        on_error: OnErrorConfig | None,
+    ) -> None:
         super().__init__()
+        if num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}; it must be >= 0")
         self._shards, self._val_shards = shards, val_shards
-        self._train_loader: StepLoader | None = None
+        self._num_workers, self._on_error = num_workers, on_error or OnErrorConfig()
+        self._train_loader: PackedLoader[AnyBatch] | None = None
 
-    def train_dataloader(self) -> StepLoader:
+    def prepare_data(self) -> None:
+        """Makes the indices that are missing, in one process of each machine."""
+        for shards in (self._shards, self._val_shards):
+            if shards is not None:
+                open_indices(shards, self._folder())
+
+    def train_dataloader(self) -> PackedLoader[AnyBatch]:
         """What this rank trains on; the same loader whenever it is asked for, since it keeps its place."""
         if self._train_loader is None:
             self._train_loader = self._loader(self._shards, shuffles=True)
         return self._train_loader
 
-    def val_dataloader(self) -> StepLoader | list[StepLoader]:
+    def val_dataloader(self) -> PackedLoader[AnyBatch] | list[PackedLoader[AnyBatch]]:
         """What this rank validates on, in the shards' order."""
         return [] if self._val_shards is None else self._loader(self._val_shards, shuffles=False)
 
+    def _loader(self, shards: str | list[str], shuffles: bool) -> PackedLoader[AnyBatch]:
+        rank, world_size = rank_of(self)
+        plan = self._plan(shards, shuffles, world_size)
+        dataset = self._dataset(plan, shuffles)
+        restarts = not shuffles
+        return PackedLoader(
+            plan, dataset, plan.num_steps, rank, world_size, self._num_workers, on_gpu(self), restarts
+        )  # fmt: skip
+
     @abstractmethod
-    def _loader(self, shards: str | list[str], shuffles: bool) -> StepLoader: ...
+    def _folder(self) -> TokenizerFolder | None: ...
+
+    @abstractmethod
+    def _plan(self, shards: str | list[str], shuffles: bool, num_ranks: int) -> SinglePlan: ...
+
+    @abstractmethod
+    def _dataset(self, plan: SinglePlan, shuffles: bool) -> Dataset[AnyBatch]: ...
 
 
-class ClipDataModule(_ShardDataModule):
-    """Pairs for CLIP: (images uint8 [B, 3, H, W], token ids [B, L] with `<|end|>` and padding).
+class ClipDataModule(_ShardDataModule[CaptionBatch]):
+    """Pairs for CLIP: pictures and token ids (`CaptionBatch`). Shards without an index get one by the tokenizer.
 
     Args:
-        shards: Caption shards: paths, globs or brace ranges.
+        shards: Caption shards: paths, globs, brace ranges or addresses.
         tokenizer: The tokenizer folder.
         batch_size: Pairs a step, of all ranks together; equal captions are kept out of one batch where possible.
         val_shards: Shards of validation; by default none.
@@ -252,11 +290,12 @@ class ClipDataModule(_ShardDataModule):
         context_length: L.
         min_scale: Random crops keep at least this share of a picture's area; 1: no crops.
         flip: Mirror half of the pictures (not where captions say left and right).
-        filter: Which rows, as in a recipe.
+        filter: Which rows, as in a recipe, but not by `num_tokens` or `num_frames`.
         image_mode: How pictures become square: squash, pad or crop.
         num_workers: Processes a rank; 0: the training process itself.
         seed: Of order and crops.
         cache_mb: Memory for decoded pictures, a process.
+        on_error: What becomes of samples that fail, as in a recipe: by default they are masked, up to 0.1%.
     """
 
     def __init__(
@@ -274,8 +313,9 @@ class ClipDataModule(_ShardDataModule):
         num_workers: int = 0,
         seed: int = 0,
         cache_mb: int = 1024,
+        on_error: OnErrorConfig | None = None,
     ) -> None:
-        super().__init__(shards, val_shards)
+        super().__init__(shards, val_shards, num_workers, on_error)
         if batch_size < 1 or context_length < 2 or not 0 < min_scale <= 1:
             raise ValueError(
                 f"batch_size is {batch_size}, context_length {context_length}, min_scale {min_scale}; they must be "
@@ -283,36 +323,44 @@ class ClipDataModule(_ShardDataModule):
             )
         self._tokenizer, self._batch_size = tokenizer, batch_size
         self._context_length, self._image_size = context_length, image_size
-        self._min_scale, self._flip, self._filter = min_scale, flip, filter
+        self._augment, self._filter = AugmentConfig(min_scale, flip), filter
         self._image_mode: Literal["squash", "pad", "crop"] = image_mode
-        self._num_workers, self._seed, self._cache_bytes = num_workers, seed, cache_mb * 2**20
+        self._seed, self._cache_bytes = seed, cache_mb * 2**20
 
-    def _loader(self, shards: str | list[str], shuffles: bool) -> StepLoader:
-        rank, world_size = _check_ranks(self, self._batch_size)
-        folder = TokenizerFolder.load(self._tokenizer)
-        pairs = CaptionPairs(
-            shard_paths(shards), folder, ImageTransform(self._image_size or folder.image_size, mode=self._image_mode),
-            self._batch_size, self._context_length, self._seed, self._min_scale, self._flip, self._filter,
-            self._cache_bytes, rank, world_size, shuffles,
-        )  # fmt: skip
-        return StepLoader(pairs, pairs.num_steps, self._num_workers, on_gpu(self), restarts=not shuffles)
+    def _folder(self) -> TokenizerFolder:
+        return TokenizerFolder.load(self._tokenizer)
+
+    def _plan(self, shards: str | list[str], shuffles: bool, num_ranks: int) -> SinglePlan:
+        folder = self._folder()
+        recipe, source = open_captions(shards, self._filter, self._seed, self._on_error, folder)
+        order = "epochs" if shuffles else "once"
+        return SinglePlan(recipe, source, self._batch_size, order, num_ranks, tokenizer_hash=folder.hash)
+
+    def _dataset(self, plan: SinglePlan, shuffles: bool) -> CaptionDataset:
+        folder = self._folder()
+        transform = ImageTransform(self._image_size or folder.image_size, mode=self._image_mode)
+        augment = self._augment if shuffles else None
+        return CaptionDataset(plan, folder, transform, self._context_length, augment, self._cache_bytes)
 
 
-class AudioDataModule(_ShardDataModule):
-    """Sound for the codec: waves [B, 1, T], or with `texts` (whole clips [B, 1, T], list of B texts).
+class AudioDataModule(_ShardDataModule[SoundBatch]):
+    """Sound for the codec: crops, or with `texts` whole clips and what is said in them (`SoundBatch`).
+
+    No tokenizer is needed: any tokenizer's index serves, and shards without one get one that counts bytes.
 
     Args:
-        shards: Audio shards: paths, globs or brace ranges.
+        shards: Audio shards: paths, globs, brace ranges or addresses. Clips shorter than T are followed by others.
         sample_rate: Sounds are resampled to it.
         seconds: T in seconds.
         batch_size: Rows a step, of all ranks together.
         val_shards: Shards of validation, read clip by clip from the start; by default none.
         texts: Whole clips with their texts ("" where a clip was cut), for a CTC loss.
         gain_db: Each row is made louder or softer by up to this much.
-        filter: Which rows, as in a recipe.
+        filter: Which rows, as in a recipe, but not by `num_tokens` or `num_frames`.
         num_workers: Processes a rank; 0: the training process itself.
         seed: Of order and crops.
         cache_mb: Memory for decoded sounds, a process.
+        on_error: What becomes of samples that fail, as in a recipe: by default they are left out, up to 0.1%.
     """
 
     def __init__(
@@ -328,8 +376,9 @@ class AudioDataModule(_ShardDataModule):
         num_workers: int = 0,
         seed: int = 0,
         cache_mb: int = 1024,
+        on_error: OnErrorConfig | None = None,
     ) -> None:
-        super().__init__(shards, val_shards)
+        super().__init__(shards, val_shards, num_workers, on_error)
         self._num_samples = round(seconds * sample_rate)
         if batch_size < 1 or self._num_samples < 1 or gain_db < 0:
             raise ValueError(
@@ -338,25 +387,23 @@ class AudioDataModule(_ShardDataModule):
             )
         self._sample_rate, self._batch_size, self._texts = sample_rate, batch_size, texts
         self._gain_db, self._filter = gain_db, filter
-        self._num_workers, self._seed, self._cache_bytes = num_workers, seed, cache_mb * 2**20
+        self._seed, self._cache_bytes = seed, cache_mb * 2**20
 
-    def _loader(self, shards: str | list[str], shuffles: bool) -> StepLoader:
-        rank, world_size = _check_ranks(self, self._batch_size)
-        crops = SoundCrops(
-            shard_paths(shards), self._sample_rate, self._num_samples, self._batch_size, self._seed, self._texts,
-            self._gain_db, self._filter, self._cache_bytes, rank, world_size, shuffles,
-        )  # fmt: skip
-        return StepLoader(crops, crops.num_steps, self._num_workers, on_gpu(self), restarts=not shuffles)
+    def _folder(self) -> None:
+        return None  # it is the codec that a tokenizer of sound will be made of
 
-
-def _check_ranks(module: L.LightningDataModule, batch_size: int) -> tuple[int, int]:
-    rank, world_size = rank_of(module)
-    if batch_size % world_size:
-        raise ValueError(
-            f"batch_size is {batch_size}, which {world_size} ranks can't share equally; "
-            f"choose a multiple of {world_size}"
+    def _plan(self, shards: str | list[str], shuffles: bool, num_ranks: int) -> SinglePlan:
+        recipe, source = open_sounds(
+            shards, self._filter, self._seed, self._on_error, self._sample_rate, self._num_samples
         )
-    return rank, world_size
+        fill = self._num_samples if shuffles and not self._texts else 0
+        return SinglePlan(recipe, source, self._batch_size, "stream" if shuffles else "once", num_ranks, fill)
+
+    def _dataset(self, plan: SinglePlan, shuffles: bool) -> SoundDataset:
+        return SoundDataset(
+            plan, self._sample_rate, self._num_samples, crops=shuffles and not self._texts, texts=self._texts,
+            gain_db=self._gain_db if shuffles else 0.0, cache_bytes=self._cache_bytes,
+        )  # fmt: skip
 
 
 def on_gpu(module: L.LightningDataModule) -> bool:

@@ -11,22 +11,23 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from mmllm.batch import PackedBatch
+from mmllm.batch import CaptionBatch, PackedBatch, SoundBatch
+from mmllm.data.loading.ahead import Ahead
 from mmllm.data.loading.augment import NUM_DRAWS, AugmentConfig, augment
 from mmllm.data.loading.balance import FRAME_COST, IMAGE_COST, shares
 from mmllm.data.loading.collate import Gap, pack_documents
+from mmllm.data.loading.reader import SampleReader, TextPiece, named_failure
 from mmllm.data.plan.plan import Item, Plan, StepPlan
 from mmllm.data.samples.decode import ImageInput, ImageTransform
 from mmllm.data.samples.documents import NO_PIXELS, Document, Sample, build_document, part_bounds
-from mmllm.data.samples.schema import read_sample
-from mmllm.data.shards.remote import ShardReader
-from mmllm.data.shards.tar import read_members
 from mmllm_tokenizers.folder import TokenizerFolder
+
+AnyBatch = TypeVar("AnyBatch", PackedBatch, CaptionBatch, SoundBatch)
 
 _logger = logging.getLogger(__name__)
 _NAMED = 5
@@ -34,40 +35,6 @@ _NOT_STATE = ("errors", "hashes", "row_errors")
 LEAST_SEEN, LEAST_FAILED = 1000, 10
 """Until a stream ends, `on_error.max_fraction` allows what it would of so many documents, and at least so many
 failures: of a few documents, two that are bad by chance are a large share."""
-
-
-class SampleReader:
-    """Reads samples by their place in the plan's shards; keeps the files open."""
-
-    def __init__(self, plan: Plan, codec: str | None) -> None:
-        self._plan, self._codec = plan, codec
-        self._reader = ShardReader()
-
-    def __call__(self, item: Item, features: str | None = None) -> Sample:
-        """The sample of a plan item.
-
-        Args:
-            item: Which.
-            features: The hash that the image features stored with it must have; `None` ignores them.
-
-        Raises:
-            ValueError, OSError: It can't be read, or isn't what was indexed.
-        """
-        index = self._plan.sources[item.source].indices[item.shard]
-        key = index.keys[item.row]
-        offset, size, line = index.place(item.row)
-        name = f"{index.path}:{key}"
-        span = self._reader.read(index.path, offset, size)
-        if len(span) < size:
-            raise ValueError(f"{name}: the shard ends {size - len(span)} bytes early; it changed since it was indexed")
-        found, files = read_members(span, name)
-        if found != key:
-            raise ValueError(f"{name}: {found!r} is there instead; the shard changed: index it again")
-        return read_sample(files, key, name, line, self._codec, features)
-
-    def close(self) -> None:
-        """Close the files."""
-        self._reader.close()
 
 
 class StepDataset(Dataset[PackedBatch]):
@@ -99,9 +66,9 @@ class StepDataset(Dataset[PackedBatch]):
         self._augment, self._hashes, self._features = augment or AugmentConfig(), hashes, features
         self._plan, self._folder, self._transform = plan, folder, transform
         codec = folder.audio.hash if folder.audio is not None else None
-        self._read = SampleReader(plan, codec)
+        self._read = SampleReader(plan, codec, folder)
         self._cache_bytes, self._cached = cache_bytes, 0
-        self._cache: OrderedDict[tuple[int, int, int, str], Document] = OrderedDict()
+        self._cache: OrderedDict[_Place, Document] = OrderedDict()
 
     def __getitem__(self, step: StepPlan) -> PackedBatch:
         """The batch of a step. `state["errors"]` names its documents that failed, if any."""
@@ -142,49 +109,68 @@ class StepDataset(Dataset[PackedBatch]):
         All are read, then all written, then all pictures decoded: a picture empties the processor's caches, and after
         each one the code for everything else would have to come back.
         """
-        drafts = {_place(item): _Draft(item) for item in items}  # parts of a text that is split are of one document
-        for work in (self._read_draft, self._write_draft, self._decode_draft):
+        places = [self._place(item) for item in items]
+        drafts = {place: _Draft(item, place) for place, item in zip(places, items, strict=True)}
+        self._read_drafts(drafts)
+        for work in (self._write_draft, self._decode_draft):
             for draft in drafts.values():
                 if draft.error is None:
                     try:
                         work(draft)
                     except Exception as error:  # a broken sample must never stop a run: it is named, counted, bounded
                         draft.error = error
-        return [self._own_part(drafts[_place(item)], item, told) for item, told in zip(items, errors, strict=True)]
+        return [self._own_part(drafts[self._place(item)], item, told) for item, told in zip(items, errors, strict=True)]
+
+    def _place(self, item: Item) -> _Place:
+        """What tells documents apart. Parts of a text are documents of their own where they can be read alone."""
+        part = item.part if self._read.reads_part(item) else -1
+        return item.source, item.shard, item.row, item.task, part
 
     def _own_part(self, draft: _Draft, item: Item, errors: list[str]) -> Document | Gap:
         """An item's part of its document, or a gap."""
         try:
             if draft.error is not None:
                 raise draft.error
-            return self._checked_part(draft.document, item)
+            return self._checked_part(draft, item)
         except Exception as error:
-            named = self._plan.describe(item)
-            message = f"{named['source']}: {named['shard']}:{named['key']} as {item.task}: {error}"
+            message = named_failure(self._plan, item, error)
             if self._raises:
                 raise ValueError(message) from error
             errors.append(message)
             return Gap(item.num_tokens)
 
-    def _checked_part(self, document: Document | None, item: Item) -> Document:
+    def _checked_part(self, draft: _Draft, item: Item) -> Document:
+        document = draft.document
         assert document is not None
-        if item.part >= 0:
+        if item.part >= 0 and draft.place[-1] < 0:
             document = document.part(*part_bounds(document.num_tokens, self._plan.recipe.sequence_length, item.part))
         if document.num_tokens != item.num_tokens:
             raise ValueError(f"has {document.num_tokens} tokens, {item.num_tokens} when it was indexed; index it again")
         return document
 
-    def _read_draft(self, draft: _Draft) -> None:
-        draft.document = self._cache.get(_place(draft.item))
-        if draft.document is None:
-            draft.sample = self._read(draft.item, self._features)
+    def _read_drafts(self, drafts: Mapping[_Place, _Draft]) -> None:
+        unread = []
+        for place, draft in drafts.items():
+            draft.document = self._cache.get(place)
+            if draft.document is None:
+                unread.append(draft)
+        found = self._read.read_many([draft.item for draft in unread], self._features)
+        for draft, read in zip(unread, found, strict=True):
+            if isinstance(read, Exception):
+                draft.error = read
+            else:
+                draft.read = read
 
     def _write_draft(self, draft: _Draft) -> None:
-        if draft.sample is not None:
-            item = draft.item
+        item, read = draft.item, draft.read
+        if read is None:
+            return
+        if isinstance(read, TextPiece):
+            draft.document = self._read.part_document(read, item)
+        else:
             template = (self._plan.sources[item.source].config.templates or {}).get(item.task)
-            draft.document = build_document(draft.sample, item.task, self._folder, draft.later, template)
-            draft.sample, draft.is_new = None, True
+            draft.document = build_document(read, item.task, self._folder, draft.later, template)
+        draft.read, draft.is_new = None, True
 
     def _decode_draft(self, draft: _Draft) -> None:
         if draft.is_new:
@@ -193,14 +179,18 @@ class StepDataset(Dataset[PackedBatch]):
                 pixels = [self._transform(source, name) for source, name in draft.pictures]
                 draft.document = draft.document.with_pixels(pixels)
                 draft.pictures.clear()
-            self._keep(_place(draft.item), draft.document)
+            self._keep(draft.place, draft.document)
 
-    def _keep(self, place: tuple[int, int, int, str], document: Document) -> None:
+    def _keep(self, place: _Place, document: Document) -> None:
         self._cached += document.num_bytes
         if self._cached <= self._cache_bytes:
             self._cache[place] = document
         else:  # full: what is in stays, since every document comes round equally often
             self._cached -= document.num_bytes
+
+
+_Place = tuple[int, int, int, str, int]
+"""Source, shard, row, task, and the part, or -1: whole."""
 
 
 @dataclass
@@ -209,7 +199,8 @@ class _Draft:
 
     item: Item
     """It, or one of its parts."""
-    sample: Sample | None = None
+    place: _Place
+    read: Sample | TextPiece | None = None
     document: Document | None = None
     is_new: bool = False
     pictures: list[tuple[ImageInput, str]] = field(default_factory=list)
@@ -221,15 +212,11 @@ class _Draft:
         return NO_PIXELS
 
 
-def _place(item: Item) -> tuple[int, int, int, str]:
-    """What tells documents apart."""
-    return item.source, item.shard, item.row, item.task
-
-
-class PackedLoader:
+class PackedLoader(Generic[AnyBatch]):
     """The batches of one rank, with a length, and a state that Lightning saves and restores.
 
-    An epoch is `num_steps` steps; the stream goes on from one to the next.
+    An epoch is `num_steps` steps; the stream goes on from one to the next. Steps are planned in a thread, a window
+    ahead of the one that is taken, so that no step waits for packing.
 
     Args:
         plan: The plan.
@@ -246,7 +233,7 @@ class PackedLoader:
     def __init__(
         self,
         plan: Plan,
-        dataset: StepDataset,
+        dataset: Dataset[AnyBatch],
         num_steps: int,
         rank: int = 0,
         world_size: int = 1,
@@ -273,30 +260,31 @@ class PackedLoader:
         """Steps an epoch."""
         return self._num_steps
 
-    def __iter__(self) -> Iterator[PackedBatch]:
+    def __iter__(self) -> Iterator[AnyBatch]:
         """The rest of the epoch."""
         if self._restarts:
             self._state, self._position = self._plan.initial_state(), 0
         elif self._position >= self._num_steps:
             self._position = 0
-        plans = self._rank_steps(self._num_steps - self._position)
-        loader = DataLoader(
-            self._dataset,
-            batch_size=None,
-            sampler=plans,  # pyright: ignore[reportArgumentType]
-            num_workers=self._num_workers,
-            pin_memory=self._pin_memory,
-            prefetch_factor=4 if self._num_workers else None,
-            collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]
-        )
         is_empty = True
-        for batch in self._living(iter(loader)):
-            is_empty = False
-            self._count(batch)
-            self._state = {key: value for key, value in batch.state.items() if key not in _NOT_STATE}
-            self._position += 1
-            batch.state = {**batch.state, "position": self._position}
-            yield batch
+        # Planning begins with the first step that is asked for, which is when the workers have been started.
+        with Ahead(self._rank_steps(self._num_steps - self._position), has_next_window) as plans:
+            loader = DataLoader(
+                self._dataset,
+                batch_size=None,
+                sampler=plans,  # pyright: ignore[reportArgumentType]
+                num_workers=self._num_workers,
+                pin_memory=self._pin_memory,
+                prefetch_factor=4 if self._num_workers else None,
+                collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]
+            )
+            for batch in self._living(iter(loader)):
+                is_empty = False
+                self._count(batch)
+                self._state = {key: value for key, value in batch.state.items() if key not in _NOT_STATE}
+                self._position += 1
+                batch.state = {**batch.state, "position": self._position}
+                yield batch
         if is_empty:  # silence would let a trainer count empty epochs for ever
             raise ValueError(
                 f"the recipe's documents are used up after step {self._state['step']}; train for fewer steps, raise "
@@ -305,7 +293,7 @@ class PackedLoader:
         if self._position < self._num_steps:  # all documents were seen: there is nothing more to wait for
             self._check_bound()
 
-    def _living(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+    def _living(self, batches: Iterator[AnyBatch]) -> Iterator[AnyBatch]:
         """The batches; where a worker is gone, an error that says so, in whatever way its pipe broke."""
         while True:
             try:
@@ -321,8 +309,9 @@ class PackedLoader:
 
     def _rank_steps(self, count: int) -> Iterator[StepPlan]:
         for step in islice(self._plan.steps(self._state), count):
-            mine = tuple(step.sequences[number] for number in self.share(step))
-            yield StepPlan(step.step, mine, step.state, step.num_global_sequences)
+            numbers = tuple(self.share(step))
+            mine = tuple(step.sequences[number] for number in numbers)
+            yield StepPlan(step.step, mine, step.state, step.num_global_sequences, numbers)
 
     def share(self, step: StepPlan) -> list[int]:
         """Which of a whole step's sequences are this rank's, in the order of its batch."""
@@ -333,13 +322,15 @@ class PackedLoader:
 
     def _cost(self, item: Item) -> float:
         """About how much work a document is, in tokens."""
-        index = self._plan.sources[item.source].indices[item.shard]
-        num_frames = 0 if item.task == "speak" else int(index.num_frames_N[item.row])
-        return item.num_tokens + IMAGE_COST * int(index.num_images_N[item.row]) + FRAME_COST * num_frames
+        if not self._plan.sources[item.source].has_media:
+            return item.num_tokens
+        place = self._plan.sources[item.source].indices[item.shard].place(item.row)
+        num_frames = 0 if item.task == "speak" else place.num_frames
+        return item.num_tokens + IMAGE_COST * place.num_images + FRAME_COST * num_frames
 
-    def _count(self, batch: PackedBatch) -> None:
+    def _count(self, batch: AnyBatch) -> None:
         errors = batch.state.get("errors", ())
-        self._num_seen += _num_documents(batch) + len(errors)
+        self._num_seen += batch.num_documents + len(errors)
         if not errors:
             return
         self._num_failed += len(errors)
@@ -374,12 +365,10 @@ class PackedLoader:
         self._num_seen, self._num_failed = int(state.get("seen", 0)), int(state.get("failed", 0))
 
 
-def _as_it_is(batch: PackedBatch) -> PackedBatch:
+def has_next_window(steps: Sequence[StepPlan]) -> bool:
+    """Whether the window after that of the step that comes next is planned."""
+    return steps[-1].state["window"] > steps[0].state["window"]
+
+
+def _as_it_is(batch: AnyBatch) -> AnyBatch:
     return batch
-
-
-def _num_documents(batch: PackedBatch) -> int:
-    """Those that are whole: where an id begins."""
-    ids_BT = batch.document_ids_BT
-    begins_BT = ids_BT[:, 1:] != ids_BT[:, :-1]
-    return int((ids_BT[:, :1] >= 0).sum() + (begins_BT & (ids_BT[:, 1:] >= 0)).sum())

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mmllm.batch import IGNORE, Modality
-from mmllm.data.loading.loader import PackedLoader, SampleReader, StepDataset
+from mmllm.data.loading.loader import PackedLoader, StepDataset
+from mmllm.data.loading.reader import SampleReader
 from mmllm.data.looking.pages import step_page
 from mmllm.data.looking.tables import start_of
 from mmllm.data.plan.plan import Item, Plan, StepPlan
@@ -52,7 +53,7 @@ def show_step(
 
 
 def _offset(plan: Plan, item: Item) -> int:
-    return plan.sources[item.source].indices[item.shard].place(item.row)[0]
+    return plan.sources[item.source].indices[item.shard].place(item.row).start
 
 
 def _read_through_loaders(

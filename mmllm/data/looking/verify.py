@@ -9,7 +9,7 @@ import numpy as np
 
 from mmllm.data.executors.parallel import in_chunks
 from mmllm.data.index.index import ShardIndex, write_indices
-from mmllm.data.loading.loader import SampleReader
+from mmllm.data.loading.reader import SampleReader
 from mmllm.data.plan.plan import Item, Plan, Source
 from mmllm.data.plan.recipe import Recipe, SourceConfig
 from mmllm.data.samples.decode import ImageTransform
@@ -79,7 +79,7 @@ def _empty(index: ShardIndex, row: int, folder: TokenizerFolder) -> str:
     why = "its text is missing or empty" if index.kind != "interleaved" else "nothing is in its segments"
     if index.kind in ("audio", "interleaved") and folder.audio is None:
         why = "it has sounds, and the tokenizer folder has no audio tokenizer"
-    return f"{index.path}:{index.keys[row]}: can't be written as {' or '.join(index.lengths)}: {why}"
+    return f"{index.path}:{index.key(row)}: can't be written as {' or '.join(index.lengths)}: {why}"
 
 
 class _Check:
@@ -119,7 +119,7 @@ class _Check:
                 read(item, indexed.columns[COLUMN][item.row])
         except Exception as error:  # whatever a broken file makes a library say, the others are checked all the same
             wrong = str(error) or type(error).__name__
-        return f"{indexed.path}:{indexed.keys[item.row]} as {item.task}: {wrong}" if wrong else ""
+        return f"{indexed.path}:{indexed.key(item.row)} as {item.task}: {wrong}" if wrong else ""
 
 
 def _plan(indexed: ShardIndex, folder: TokenizerFolder) -> Plan:

@@ -4,7 +4,7 @@ Best-fit-decreasing: the longest first, each into the fullest sequence that stil
 that documents of much the same length (a picture's slots and a caption) leave gaps that nothing fills; where it leaves
 more than `GAPS`, `pairing.paired` is tried, and the packing with fewer sequences is taken.
 
-Shapes: M documents.
+Shapes: M documents, G groups of documents alike, D budgets (tokens are the first).
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ GAPS = 0.02
 """Share of all positions, the last sequence's apart."""
 FULL = 0.9
 LEAST_OF_WINDOW = 0.75
-_SHIFT = 32
-_MASK = (1 << _SHIFT) - 1
-_NOWHERE = 1 << 62
-
 
 Budgets = Sequence[tuple[np.ndarray, int]]
+
+_Open = tuple[int, int, list[int]]
+"""A sequence that takes more: tokens left, its number, what is left of each further budget."""
 
 
 def pack(tokens_M: np.ndarray, length: int, budgets: Budgets = (), seed: int = 0) -> list[list[int]]:
@@ -103,11 +102,13 @@ def best_fit_decreasing(tokens_M: np.ndarray, length: int, budgets: Budgets = ()
     Args:
         tokens_M: int64 lengths, none above `length`. Among equal ones, the later comes first.
         length: Tokens of a sequence.
-        budgets: For each further budget, what each document takes of it, and what a sequence may take.
+        budgets: For each further budget, what each document takes of it, none more than what a sequence may take,
+            and that.
 
     Returns:
         For each sequence, its documents, in the order in which they were placed.
     """
+    assert all((values_M <= limit).all() for values_M, limit in budgets)
     order_M = np.lexsort((np.arange(len(tokens_M)), tokens_M))[::-1]
     sizes_M = tokens_M[order_M]
     changes_M = np.flatnonzero(np.diff(sizes_M)) + 1
@@ -121,8 +122,8 @@ def best_fit_decreasing(tokens_M: np.ndarray, length: int, budgets: Budgets = ()
         if _keeps(bins, budgets):  # then each document went where it would have gone under the budgets
             return bins
     if budgets:
-        costs_GL = np.stack([cost_M[bounds[:-1]] for cost_M in costs], axis=1)
-        return _pack_within(order, sizes, costs_GL, bounds, length, [limit for _, limit in budgets])
+        needs_GD = np.stack([needs_M[bounds[:-1]] for needs_M in (sizes_M, *costs)], axis=1)
+        return _pack_within(order, needs_GD, bounds, [length, *(limit for _, limit in budgets)])
     return _pack(order, sizes, bounds, length)
 
 
@@ -134,14 +135,12 @@ def _may_keep(tokens_M: np.ndarray, length: int, budgets: Budgets) -> bool:
 
 def _pack(order: list[int], sizes: list[int], bounds: list[int], length: int) -> list[list[int]]:
     bins: list[list[int]] = []
-    room: list[int] = []  # tokens left in the high bits, the sequence's number in the low ones; ascending
+    room: list[tuple[int, int]] = []  # tokens left of an open sequence, and its number; ascending
     for size, (start, stop) in zip(sizes, pairwise(bounds), strict=True):
-        wanted = size << _SHIFT
         while start < stop:
-            place = bisect_left(room, wanted)
+            place = bisect_left(room, (size,))
             if place < len(room):
-                packed = room.pop(place)
-                left, number = packed >> _SHIFT, packed & _MASK
+                left, number = room.pop(place)
             else:
                 left, number = length, len(bins)
                 bins.append([])
@@ -150,119 +149,58 @@ def _pack(order: list[int], sizes: list[int], bounds: list[int], length: int) ->
             start += count
             left -= count * size
             if left:
-                insort(room, left << _SHIFT | number)
+                insort(room, (left, number))
     return bins
 
 
-def _pack_within(
-    order: list[int],
-    sizes: list[int],
-    costs_GL: np.ndarray,
-    bounds: list[int],
-    length: int,
-    limits: list[int],
-) -> list[list[int]]:
+def _pack_within(order: list[int], needs_GD: np.ndarray, bounds: list[int], limits: list[int]) -> list[list[int]]:
     """As `_pack`; a sequence takes a document only if it keeps all budgets.
 
-    What is left of a sequence's budgets is one integer, a field for each, with a bit above each field that a cost which
-    is too high borrows. The open sequences lie in one ascending list of room for each level of what is left, so that
-    those which have spent a budget are not in the way of those which haven't.
+    Open sequences are kept in pools, by how much is left of each further budget, in powers of two (`_about`); within a
+    pool they are sorted by the tokens left. A document looks through the pools that may have enough for it, from the
+    first sequence with enough tokens on, and takes the fullest found. One list of all open sequences would do as well,
+    but a document with a picture would step over hundreds of sequences that have no pictures left.
     """
     bins: list[list[int]] = []
-    budgets: list[int] = []
-    levels = _Levels(limits)
-    guards, lists_for, place_of = levels.guards, levels.lists_for, levels.place_of
-    whole = levels.joined(np.array([limits]))[0] | guards
-    least_GL = np.minimum.accumulate(costs_GL[::-1])[::-1]  # of a group and all later ones
-    groups = zip(sizes, levels.joined(costs_GL), levels.joined(least_GL), pairwise(bounds), strict=True)
-    for size, cost, least, (start, stop) in groups:
-        wanted = size << _SHIFT
+    pools: dict[tuple[int, ...], list[_Open]] = {}
+    pools_for: dict[tuple[int, ...], list[list[_Open]]] = {}  # what a document costs, about: those that may take it
+    length, *budgets = limits
+    least_GD = np.minimum.accumulate(needs_GD[::-1])[::-1]  # of a group and all later ones
+    groups = zip(needs_GD.tolist(), least_GD.tolist(), pairwise(bounds), strict=True)
+    for (size, *costs), (least_size, *least_costs), (start, stop) in groups:
+        wanted, has_tokens = _about(costs), (size,)
         while start < stop:
-            best, room, place = _NOWHERE, None, 0
-            sure, others = lists_for.get(cost) or levels.find(cost)
-            for here in sure:
-                at = bisect_left(here, wanted)
-                if at < len(here) and here[at] < best:
-                    best, room, place = here[at], here, at
-            for here in others:
-                at = bisect_left(here, wanted)
-                while at < len(here) and here[at] < best:
-                    if (budgets[here[at] & _MASK] - cost) & guards == guards:
-                        best, room, place = here[at], here, at
+            if wanted not in pools_for:
+                pools_for[wanted] = [pool for about, pool in pools.items() if all(map(ge, about, wanted))]
+            best, found, place = (length, len(bins), budgets), None, 0  # a new sequence, unless another takes it
+            for pool in pools_for[wanted]:
+                at = bisect_left(pool, has_tokens)
+                while at < len(pool) and pool[at] < best:
+                    if all(map(ge, pool[at][2], costs)):
+                        best, found, place = pool[at], pool, at
                         break
                     at += 1
-            if room is not None:
-                del room[place]
-                left, number = best >> _SHIFT, best & _MASK
-            else:
-                left, number = length, len(bins)
+            room, number, left = best
+            if found is None:
                 bins.append([])
-                budgets.append(whole)
-            count = min(left // size, stop - start)
+            else:
+                del found[place]
+            count = stop - start
             if count > 1:
-                count = min(count, levels.times(budgets[number], cost))
+                count = min(count, room // size, *(has // cost for has, cost in zip(left, costs) if cost))  # noqa: B905
             bins[number] += order[start : start + count]
             start += count
-            left -= count * size
-            budget = budgets[number] = budgets[number] - count * cost
-            if left >= sizes[-1] and (budget - least) & guards == guards:  # else nothing that comes fits
-                insort(place_of[budget] if budget in place_of else levels.open(budget), left << _SHIFT | number)
+            room -= count * size
+            left = [has - count * cost for has, cost in zip(left, costs)]  # noqa: B905 (a tenth of all the time)
+            if room >= least_size and all(map(ge, left, least_costs)):  # else nothing that comes fits
+                about = _about(left)
+                if about not in pools:
+                    pools[about] = []
+                    pools_for.clear()
+                insort(pools[about], (room, number, left))
     return bins
 
 
-class _Levels:
-    """The lists of room of `_pack_within`."""
-
-    def __init__(self, limits: list[int]) -> None:
-        self._shifts: list[int] = []
-        self.guards = at = 0
-        for limit in limits:
-            self._shifts.append(at)
-            at += limit.bit_length() + 1
-            self.guards |= 1 << at - 1
-        self._masks = [(1 << limit.bit_length()) - 1 for limit in limits]
-        self._rooms: dict[tuple[int, ...], list[int]] = {}
-        self.place_of: dict[int, list[int]] = {}
-        """The list of what is left."""
-        self.lists_for: dict[int, tuple[list[list[int]], list[list[int]]]] = {}
-        """For a cost, the lists whose sequences all can pay it, and those of which some can."""
-
-    def joined(self, values_GL: np.ndarray) -> list[int]:
-        """Each row as one integer, without guards."""
-        columns = [column.astype(object) << shift for column, shift in zip(values_GL.T, self._shifts, strict=True)]
-        return np.sum(columns, axis=0).tolist()
-
-    def _split(self, value: int) -> list[int]:
-        return [(value >> shift) & mask for shift, mask in zip(self._shifts, self._masks, strict=True)]
-
-    def times(self, budget: int, cost: int) -> int:
-        """How often a budget pays a cost."""
-        pairs = zip(self._split(budget), self._split(cost), strict=True)
-        return min((here // more for here, more in pairs if more), default=_NOWHERE)
-
-    def open(self, budget: int) -> list[int]:
-        """The list of what is left, made where there is none."""
-        level = self._level(budget)
-        if level not in self._rooms:
-            self._rooms[level] = []
-            self.lists_for.clear()
-        self.place_of[budget] = self._rooms[level]
-        return self._rooms[level]
-
-    def find(self, cost: int) -> tuple[list[list[int]], list[list[int]]]:
-        """As `lists_for`, which keeps it."""
-        wanted, sure, others = self._level(cost), [], []
-        for level, room in self._rooms.items():
-            if all(map(ge, level, wanted)):
-                is_sure = all(here > more or here < 4 for here, more in zip(level, wanted, strict=True))
-                (sure if is_sure else others).append(room)
-        self.lists_for[cost] = sure, others
-        return sure, others
-
-    def _level(self, value: int) -> tuple[int, ...]:
-        return tuple(map(_level, self._split(value)))
-
-
-def _level(value: int) -> int:
-    """Ascending with the value, which is one of few: exact below 4, then one for each power of four."""
-    return value if value < 4 else (value.bit_length() + 5) // 2
+def _about(values: list[int]) -> tuple[int, ...]:
+    """Ascending with each value, which is one of few: 0, 1, 2 to 3, 4 to 7, 8 to 15 and so on."""
+    return tuple([value.bit_length() for value in values])

@@ -14,26 +14,29 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmllm.data.index.index import ShardIndex, load_index
+from mmllm.data.index.index import ShardIndex, load_indices
 from mmllm.data.plan.best_fit import Budgets, pack_window
 from mmllm.data.plan.recipe import METRICS, Recipe, recipe_hash
 from mmllm.data.plan.source import Drawn, Item, Source
 from mmllm.data.samples.schema import read_sample
 from mmllm.data.samples.templates import chat_tokens, template_tokens
 from mmllm.data.shards.find import find_shards
-from mmllm.data.shards.remote import ShardReader
+from mmllm.data.shards.reader import ShardReader
+from mmllm.data.shards.remote import RemoteShard
 from mmllm.data.shards.tar import read_members
 from mmllm_tokenizers.folder import TokenizerFolder
 
 __all__ = ["Item", "Plan", "Source", "StepPlan", "open_plan", "open_sources"]
 
-STATE_VERSION = 2
+STATE_VERSION = 3
+"""To be raised by whatever makes another stream of the same recipe."""
 AHEAD = 32
 """Sequences among which the next one is chosen."""
 
@@ -47,6 +50,8 @@ class StepPlan:
     state: dict[str, Any]
     num_global_sequences: int
     """Of all ranks."""
+    numbers: tuple[int, ...] | None = None
+    """Which of all ranks' sequences these are; `None`: all, in order."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,11 @@ class Plan:
         ]
 
     def initial_state(self) -> dict[str, Any]:
-        """The state before step 0: after `cursors`, a source's position and clock when the window was begun."""
+        """The state before step 0.
+
+        After `cursors`, a source's position and clock when the window was begun; `next` names the sequence that comes
+        next (`None`: there is none, or it isn't known yet).
+        """
         return {
             "version": STATE_VERSION,
             "recipe": self.hash[:16],
@@ -103,21 +112,44 @@ class Plan:
             "window": 0,
             "offset": 0,
             "cursors": [[0, 0.0] for _ in self.sources],
+            "next": None,
+            "numpy": np.__version__,
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Refuse a state that belongs to another recipe, other shards, or another batch size.
+        """Refuse a state from which this plan doesn't go on exactly.
 
         Raises:
-            ValueError: It does.
+            ValueError: It belongs to another recipe, other shards, another batch size or an earlier version, or what
+                comes next is not what came next when it was saved.
         """
+        self._check_keys(state)
+        following = next(self._sequences(state), None)
+        self._check_next(state, None if following is None else following[1])
+
+    def _check_keys(self, state: Mapping[str, Any]) -> None:
         wanted = self.initial_state()
-        for key in ("version", "recipe", "batch_size"):
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"the saved data state has version {state.get('version')!r}, this mmllm writes {STATE_VERSION} and "
+                f"draws the same recipe's documents in another order (until version 2, it went by sources' names); "
+                f"finish that run with the mmllm that began it, or begin a new one"
+            )
+        for key in ("recipe", "batch_size"):
             if state.get(key) != wanted[key]:
                 raise ValueError(
                     f"the saved data state has {key} {state.get(key)!r}, this run has {wanted[key]!r}; "
                     f"resume with the same recipe, shards, tokenizer and global batch size"
                 )
+
+    def _check_next(self, state: Mapping[str, Any], sequence: tuple[Item, ...] | None) -> None:
+        then, now = state["next"], sequence_digest(sequence)
+        if then is not None and then != now:
+            raise ValueError(
+                f"the saved data state goes on with sequence {then}, but here {now} comes next: random numbers are "
+                f"drawn otherwise (NumPy {state['numpy']} then, {np.__version__} now) or the shards' indices changed; "
+                f"resume with the NumPy and the indices of then"
+            )
 
     def steps(self, state: Mapping[str, Any] | None = None) -> Iterator[StepPlan]:
         """Steps from a state on; ends only when a capped source runs out (see `mixture.on_exhausted`).
@@ -125,18 +157,22 @@ class Plan:
         The last step of a stream that ends is filled up with empty sequences.
         """
         state = dict(state) if state is not None else self.initial_state()
-        self.check_state(state)
+        self._check_keys(state)
+        upcoming = self._sequences(state)
+        following = next(upcoming, None)
+        self._check_next(state, None if following is None else following[1])
         step, pending = state["step"], []
-        here: dict[str, Any] = {}
-        for here, sequence in self._sequences(state):
+        while following is not None:
+            here, sequence = following
             pending.append(sequence)
+            following = next(upcoming, None)
+            if following is None:
+                pending += [()] * (self.batch_size - len(pending))
             if len(pending) == self.batch_size:
                 step += 1
-                yield StepPlan(step - 1, tuple(pending), {**here, "step": step}, self.batch_size)
+                told = {"step": step, "next": None if following is None else sequence_digest(following[1])}
+                yield StepPlan(step - 1, tuple(pending), {**here, **told}, self.batch_size)
                 pending = []
-        if pending:
-            pending += [()] * (self.batch_size - len(pending))
-            yield StepPlan(step, tuple(pending), {**here, "step": step + 1}, self.batch_size)
 
     def at(self, step: int) -> StepPlan:
         """Step number `step`, planned from the start.
@@ -172,7 +208,7 @@ class Plan:
     def _sequences(self, state: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], tuple[Item, ...]]]:
         """(state after it, sequence), on and on."""
         window, offset, cursors = state["window"], state["offset"], state["cursors"]
-        base = {key: state[key] for key in ("version", "recipe", "batch_size")}
+        base = {key: self.initial_state()[key] for key in ("version", "recipe", "batch_size", "numpy")}
         # The curriculum reads the step at which a window began; a resumed window must read the same one.
         first = state["step"] * self.batch_size - offset
         while True:
@@ -241,9 +277,16 @@ class Plan:
         return budgets
 
     def _draw(self, cursors: list[list[float]], step: int) -> _Draw:
-        """The next documents, at most a window: a merge of the sources' next ones by their clocks."""
+        """The next documents, at most a window; those of sources at rest where no other has any left."""
+        draw = self._drawn(cursors, step, self.recipe.shares(step))
+        if not len(draw.items) and self.recipe.mixture.on_exhausted == "renormalize":
+            shares = self.recipe.shares_at_rest(step)
+            return draw if shares is None else self._drawn(cursors, step, shares)
+        return draw
+
+    def _drawn(self, cursors: list[list[float]], step: int, shares: list[float]) -> _Draw:
+        """A merge of the sources' next documents by their clocks."""
         mixture, size = self.recipe.mixture, self.recipe.packing.window
-        shares = self.recipe.shares(step)
         easiest = self._easiest(step)
         wanted = self._guess(shares, size)
         while True:
@@ -324,11 +367,11 @@ class Plan:
     def describe(self, item: Item) -> dict[str, Any]:
         """An item by name: source, shard, key, task, part, tokens."""
         index = self.sources[item.source].indices[item.shard]
-        _, _, line = index.place(item.row)
+        line = index.place(item.row).line
         return {
             "source": self.sources[item.source].config.name,
             "shard": index.path.name,
-            "key": index.keys[item.row] + (f"-{line}" if line >= 0 else ""),
+            "key": index.key(item.row) + (f"-{line}" if line >= 0 else ""),
             "task": item.task,
             "part": item.part,
             "tokens": item.num_tokens,
@@ -336,8 +379,16 @@ class Plan:
 
     def sequence_hash(self, sequence: tuple[Item, ...]) -> str:
         """Names a sequence by what it holds: equal for equal documents in equal order, wherever they lie."""
-        text = "\n".join("\t".join(str(value) for value in self.describe(item).values()) for item in sequence)
+        told = [{**self.describe(item), "source": item.source} for item in sequence]
+        text = "\n".join("\t".join(map(str, document.values())) for document in told)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def sequence_digest(sequence: tuple[Item, ...] | None) -> str | None:
+    """Names a sequence by the numbers of its documents, for a state; no index is read."""
+    if sequence is None:
+        return None
+    return hashlib.sha256(repr([tuple(item) for item in sequence]).encode()).hexdigest()[:16]
 
 
 def balanced(over_BS: np.ndarray, names: list[int]) -> list[int]:
@@ -384,14 +435,17 @@ def open_sources(recipe: Recipe, tokenizer_hash: str, folder: TokenizerFolder | 
     sources = []
     base = Path(recipe.folder) if recipe.folder is not None else None
     for number, config in enumerate(recipe.sources):
-        more_tokens: list[dict[str, int | np.ndarray]] = []
         try:
-            indices = [load_index(path, tokenizer_hash) for path in find_shards(config.shards, base)]
-            if config.templates:
-                assert folder is not None, "templates are counted with the tokenizer"
-                more_tokens = [_more_tokens(index, config.templates, folder) for index in indices]
+            shards = find_shards(config.shards, base)
+            if config.remote == "shards":
+                shards = [replace(shard, whole=True) if isinstance(shard, RemoteShard) else shard for shard in shards]
+            indices = list(load_indices(shards, tokenizer_hash))
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"source {config.name!r}: {error}") from error
+        more_tokens = None
+        if config.templates:
+            assert folder is not None, "templates are counted with the tokenizer"
+            more_tokens = partial(_more_tokens, templates=config.templates, folder=folder)
         sources.append(Source(config, number, indices, recipe, more_tokens))
     _check_metric(recipe, sources)
     return sources
@@ -409,10 +463,10 @@ def _more_tokens(
         more_N = more["chat"] = np.zeros(index.num_documents, dtype=np.int64)
         reader = ShardReader()
         for row in np.flatnonzero(index.lengths["chat"]).tolist():
-            offset, size, line = index.place(row)
-            name = f"{index.path}:{index.keys[row]}"
-            _, files = read_members(reader.read(index.path, offset, size), name)
-            sample = read_sample(files, index.keys[row], name, line)
+            place, key = index.place(row), index.key(row)
+            name = f"{index.path}:{key}"
+            _, files = read_members(reader.read(index.path, place.start, place.num_bytes), name)
+            sample = read_sample(files, key, name)
             more_N[row] = chat_tokens([segment.role for segment in sample.segments], templates["chat"], folder)
         reader.close()
     return more
@@ -423,7 +477,9 @@ def _check_metric(recipe: Recipe, sources: list[Source]) -> None:
     metric = recipe.curriculum.metric if recipe.curriculum is not None else None
     if metric is None or any(source.has(metric) for source in sources):
         return
-    columns = {name for source in sources for index in source.indices for name in index.columns if source.has(name)}
+    columns = {
+        name for source in sources for index in source.indices for name in index.column_names if source.has(name)
+    }
     raise ValueError(
         f"curriculum.metric is {metric!r}, which no document of any source has as a number; known are "
         f"{', '.join(sorted({*METRICS, *columns}))}"

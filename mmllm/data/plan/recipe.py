@@ -49,6 +49,12 @@ class SourceConfig:
     """Share of the documents drawn as each task, relative to the largest."""
     max_images: int | None = None
     """Documents with more pictures are left out."""
+    text_key: str | None = None
+    """The key of a sample's json that holds its text where it has no txt, e.g. `caption`; `mmllm data index --text_key`
+    must have been told the same."""
+    remote: Literal["spans", "shards"] = "spans"
+    """How remote shards are fetched: the documents that are needed, or once any of them is, the whole shard into the
+    cache (fewer requests; the cache must hold what is shuffled together). The documents are the same."""
     templates: dict[str, dict[str, str]] | None = None
     """How this source's tasks are written instead of the tokenizer's way: `{caption: {prompt: …, target: …}}`, with the
     same fields. For `chat`, opening the recipe reads every conversation once, to count its turns."""
@@ -124,6 +130,11 @@ class SourceConfig:
         (start, first), (stop, last) = before[-1], after[0]
         return first + (last - first) * (step - start) / (stop - start)
 
+    @property
+    def largest_weight(self) -> float:
+        """The largest weight that it has at any step; above 0."""
+        return self.weight if self.weight_schedule is None else max(point[1] for point in self.weight_schedule)
+
 
 def _check_schedule(points: list[list[float]], where: str) -> None:
     steps = [point[0] for point in points]
@@ -144,6 +155,8 @@ class MixtureConfig:
     temperature: float = 1.0
     """Shares are weight^(1/temperature)."""
     on_exhausted: Literal["stop", "renormalize", "repeat"] = "stop"
+    """End there; go on with the other sources, to the last row of each, also of those whose weight is 0 then; or draw
+    it again all the same."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -271,6 +284,17 @@ class Recipe:
         weights = [source.weight_at(step) for source in self.sources]
         if not any(weights):
             raise ValueError(f"all sources have weight 0 at step {step}; mend their weight_schedule")
+        return self._shares(weights)
+
+    def shares_at_rest(self, step: int) -> list[float] | None:
+        """The shares of the sources that have no weight at a step, by their largest weights, if all others ran out.
+
+        None: there is no such source.
+        """
+        weights = [0.0 if source.weight_at(step) else source.largest_weight for source in self.sources]
+        return self._shares(weights) if any(weights) else None
+
+    def _shares(self, weights: list[float]) -> list[float]:
         try:
             powers = [weight ** (1 / self.mixture.temperature) if weight else 0.0 for weight in weights]
         except OverflowError:
@@ -344,7 +368,10 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def recipe_hash(recipe: Recipe, shard_digests: list[list[str]], tokenizer_hash: str) -> str:
-    """SHA-256 of the canonical recipe, its shards' contents and its tokenizer; no path goes in.
+    """SHA-256 of all that the plan is a function of, and of nothing else.
+
+    Sources go in by their place, their shards and the tokenizer by their contents: no name, no path. What becomes of
+    broken samples doesn't go in, nor a weight where a schedule stands instead.
 
     Args:
         recipe: The recipe.
@@ -352,9 +379,13 @@ def recipe_hash(recipe: Recipe, shard_digests: list[list[str]], tokenizer_hash: 
         tokenizer_hash: The tokenizer folder's.
     """
     value = recipe_to_dict(recipe)
+    del value["on_error"]
     value["tokenizer"] = tokenizer_hash
-    for source, digests in zip(value["sources"], shard_digests, strict=True):
-        source["shards"] = digests
+    for source, config, digests in zip(value["sources"], recipe.sources, shard_digests, strict=True):
+        del source["name"], source["remote"]
+        if config.weight_schedule is not None:
+            del source["weight"]
+        source |= {"shards": digests, "tasks": list(config.task_names)}
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

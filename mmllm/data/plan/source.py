@@ -1,5 +1,8 @@
 """A recipe's source: its documents as items, their order of difficulty, and what is drawn next.
 
+Of each item its number of tokens is kept, two bytes; which row it is where rows are left out or split, and what a
+budget or a curriculum asks for. All else stays in the files of the indices.
+
 Positions count the items of all epochs on end: `position // num_items` is the epoch. Each epoch is shuffled in blocks
 of whole shards, so that a large source is never permuted at once.
 
@@ -9,16 +12,17 @@ Shapes: M items (a document as one task, or one part of a long text), G groups o
 from __future__ import annotations
 
 import logging
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import pairwise, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmllm.data.expressions import filter_names, kept_rows
+from mmllm.data.expressions import filter_names
+from mmllm.data.index.columns import Column
 from mmllm.data.index.index import ShardIndex
+from mmllm.data.plan.filter import kept_documents
 from mmllm.data.plan.recipe import CurriculumConfig, Recipe, SourceConfig
 from mmllm.data.samples.documents import num_parts
 from mmllm.data.samples.stored import COLUMN
@@ -31,6 +35,8 @@ _COUNTED = ("num_tokens", "num_images", "num_frames")
 _LENGTHS = ("num_tokens", "length")
 _COPIED = "perturbed"
 """What `build --perturb` writes in altered copies; without it no row has the key, and a filter may still name it."""
+_ORDER, _RANKS = 6, 7
+"""What random numbers are for; others of the recipe's seed are 1 (`Plan`) and 4 (`StepDataset`)."""
 _logger = logging.getLogger(__name__)
 
 
@@ -67,7 +73,7 @@ class Source:
         number: Its place in the recipe.
         indices: Its shards' indices.
         recipe: The recipe.
-        more_tokens: For each shard by task, tokens that the source's own templates add, to all documents or to each.
+        more_tokens: Of a shard, by task, tokens that the source's own templates add, to all documents or to each.
 
     Raises:
         ValueError: The shards hold another kind, or nothing is left after the filter.
@@ -77,33 +83,26 @@ class Source:
         self,
         config: SourceConfig,
         number: int,
-        indices: list[ShardIndex],
+        indices: Sequence[ShardIndex],
         recipe: Recipe,
-        more_tokens: Sequence[Mapping[str, int | np.ndarray]] | None = None,
+        more_tokens: Callable[[ShardIndex], Mapping[str, int | np.ndarray]] | None = None,
     ) -> None:
-        self.config, self.number, self.indices = config, number, indices
+        self.config, self.number, self.indices = config, number, list(indices)
         self.num_filtered = self.num_too_long = self.num_over_budget = 0
-        self._seed = recipe.seed
-        more_tokens = more_tokens or [{}] * len(indices)
-        self.name_seed = zlib.crc32(config.name.encode())
+        self._seed = (recipe.seed, number)
         self._check_filter()
-        groups: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        places: list[tuple[int, int]] = []
-        for shard, index in enumerate(indices):
-            if index.kind != config.kind:
-                raise ValueError(f"source {config.name!r}: {index.path} holds {index.kind} samples, not {config.kind}")
-            for task_number, task in enumerate(config.task_names):
-                groups.append(self._items(index, task, recipe, more_tokens[shard].get(task, 0)))
-                places.append((shard, task_number))
-        self.row_M, self.part_M, self.tokens_M = (np.concatenate(columns) for columns in zip(*groups, strict=True))
-        self._starts_G = np.cumsum([0, *(len(rows) for rows, _, _ in groups)])
-        self._shard_G, self._task_G = (np.array(column) for column in zip(*places, strict=True))
+        items = _Items(
+            len(config.task_names) * sum(index.num_documents for index in self.indices), recipe.sequence_length
+        )
+        for index in self.indices:
+            self._check_index(index)
+            more = more_tokens(index) if more_tokens is not None else {}
+            for task in config.task_names:
+                items.add(*self._items(index, task, recipe, more.get(task, 0)))
+        self.tokens_M, self._row_M, self._part_M = items.whole()
+        self._starts_G = np.cumsum([0, *items.sizes])
         if not len(self.tokens_M):
-            raise ValueError(
-                f"source {config.name!r}: no documents are left ({self.num_filtered} filtered out, "
-                f"{self.num_too_long} longer than sequence_length {recipe.sequence_length}, {self.num_over_budget} "
-                f"over the packing's budgets); check its filter, tasks and the sequence length"
-            )
+            raise ValueError(f"source {config.name!r}: no documents are left {self._why_none_is_left(recipe)}")
         for count, why in ((self.num_too_long, "longer than a sequence"), (self.num_over_budget, "over a budget")):
             if count:
                 _logger.warning("source %s: left out %d documents %s", config.name, count, why)
@@ -111,20 +110,48 @@ class Source:
         self._blocks: dict[tuple[int, int], tuple[np.ndarray, np.ndarray | None]] = {}
         self._cuts: tuple[int, np.ndarray, np.ndarray] | None = None
 
+    def _why_none_is_left(self, recipe: Recipe) -> str:
+        return (
+            f"({self.num_filtered} filtered out, {self.num_too_long} longer than sequence_length "
+            f"{recipe.sequence_length}, {self.num_over_budget} over the packing's budgets); check its filter, tasks "
+            f"and the sequence length"
+        )
+
+    def _lengths(self, index: ShardIndex, task: str) -> np.ndarray:
+        """int64 [N] of a shard's documents as a task; those of 0 are left out."""
+        return index.tokens_of(task)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker needs: it is told which items to read, and plans none."""
+        nothing = np.zeros(0, dtype=np.int32)
+        planned = {"tokens_M": nothing, "_row_M": None, "_part_M": None, "rank_M": None, "_blocks": {}, "_cuts": None}
+        return {**self.__dict__, **planned}
+
+    def _check_index(self, index: ShardIndex) -> None:
+        if index.kind != self.config.kind:
+            raise ValueError(
+                f"source {self.config.name!r}: {index.path} holds {index.kind} samples, not {self.config.kind}"
+            )
+        if index.text_key != self.config.text_key:
+            raise ValueError(
+                f"source {self.config.name!r}: {index.path} was indexed with text_key {index.text_key!r}, the recipe "
+                f"has {self.config.text_key!r}; run 'mmllm data index --text_key' again, or set the source's text_key"
+            )
+
     def _items(
         self, index: ShardIndex, task: str, recipe: Recipe, more_tokens: int | np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(row, part, tokens) of a shard's documents as one task."""
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """(tokens, row, part) of a shard's documents as one task; rows are `None` where all are there, once each."""
         length, packing = recipe.sequence_length, recipe.packing
-        tokens_N = index.lengths[task]
-        keep_N = self._keep(index, task)
+        tokens_N = self._lengths(index, task)
+        keep_N = self._keep(index, task, tokens_N)
         is_chat_too = self.config.kind == "interleaved" and len(self.config.task_names) > 1
         self.num_filtered += int((~keep_N & (tokens_N > 0)).sum() if is_chat_too else (~keep_N | (tokens_N == 0)).sum())
         keep_N &= tokens_N > 0
         within_N = np.ones(len(tokens_N), dtype=bool)
-        for limit, values_N in ((packing.max_images, index.num_images_N), (packing.max_frames, index.num_frames_N)):
+        for limit, name in ((packing.max_images, "num_images"), (packing.max_frames, "num_frames")):
             if limit is not None:
-                within_N &= values_N <= limit
+                within_N &= _measured(index, name) <= limit
         self.num_over_budget += int((keep_N & ~within_N).sum())
         rows = np.flatnonzero(keep_N & within_N)
         tokens = tokens_N[rows] + (more_tokens if isinstance(more_tokens, int) else more_tokens[rows])
@@ -133,19 +160,20 @@ class Source:
             self.num_too_long += int(is_long.sum())
             rows, tokens = rows[~is_long], tokens[~is_long]
             is_long = is_long[~is_long]
+        if not is_long.any():
+            return tokens, rows if len(rows) < index.num_documents else None, None
         counts = np.ones(len(rows), dtype=np.int64)
         counts[is_long] = [num_parts(int(count), length) for count in tokens[is_long]]
         part = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
         rows, tokens, is_long = (np.repeat(column, counts) for column in (rows, tokens, is_long))
         tokens = np.where(is_long, np.minimum(length, tokens - part * (length - 1)), tokens)
-        part = np.where(is_long, part, -1)
-        return rows.astype(np.int32), part.astype(np.int32), tokens.astype(np.int32)
+        return tokens, rows, np.where(is_long, part, -1)
 
     def _check_filter(self) -> None:
         """A misspelt key would be `None` in every row, and `not` of it keep them all."""
         if self.config.filter is None:
             return
-        known = {*_COUNTED, _COPIED, *(name for index in self.indices for name in index.columns)}
+        known = {*_COUNTED, _COPIED, *self.column_names}
         unknown = [name for name in filter_names(self.config.filter) if name not in known]
         if unknown:
             raise ValueError(
@@ -153,17 +181,18 @@ class Source:
                 f"has; known are {', '.join(sorted(known))}"
             )
 
-    def _keep(self, index: ShardIndex, task: str) -> np.ndarray:
+    def _keep(self, index: ShardIndex, task: str, tokens_N: np.ndarray) -> np.ndarray:
         keep_N = np.ones(index.num_documents, dtype=bool)
         if self.config.max_images is not None:
             keep_N &= index.num_images_N <= self.config.max_images
         if self.config.filter is not None:
-            counts = (index.lengths[task], index.num_images_N, index.num_frames_N)
-            measured = dict(zip(_COUNTED, counts, strict=True))
-            names = filter_names(self.config.filter)
-            columns = {name: values_N.tolist() for name, values_N in measured.items() if name in names}
-            columns |= {name: list(index.columns[name]) for name in names if name in index.columns}
-            keep_N &= np.array(kept_rows(self.config.filter, columns, index.num_documents), dtype=bool)
+            columns: dict[str, Column | np.ndarray] = dict(index.columns)
+            for name in set(_COUNTED) & set(filter_names(self.config.filter)):
+                columns[name] = tokens_N if name == "num_tokens" else _measured(index, name)
+            try:
+                keep_N &= kept_documents(self.config.filter, columns, index.num_documents)
+            except ValueError as error:
+                raise ValueError(f"source {self.config.name!r}: {error}") from error
         return keep_N
 
     def _ranks(self, curriculum: CurriculumConfig | None) -> np.ndarray | None:
@@ -171,7 +200,7 @@ class Source:
         if curriculum is None:
             return None
         if curriculum.order == "random":
-            rng = np.random.default_rng([self._seed, self.name_seed, 5])
+            rng = self._random(_RANKS)
             return rng.permutation(self.num_items).astype(np.int32)
         difficulty_M = self._difficulty(curriculum.metric).astype(np.float64)
         if curriculum.order == "hard_first":
@@ -183,10 +212,9 @@ class Source:
     def _difficulty(self, metric: str) -> np.ndarray:
         if metric in _LENGTHS:
             return self.tokens_M
-        per_shard = [_measured(index, metric) for index in self.indices]
         if not self.has(metric):
             _logger.warning("source %s: no document has %r; the curriculum keeps their order", self.config.name, metric)
-        return self._gathered(per_shard)
+        return self._gathered(lambda index: _measured(index, metric), np.float64)
 
     def has(self, metric: str) -> bool:
         """Whether any document has a number for a curriculum's metric."""
@@ -194,27 +222,44 @@ class Source:
             return True
         return any(np.isfinite(_measured(index, metric)).any() for index in self.indices)
 
-    def _gathered(self, per_shard: list[np.ndarray]) -> np.ndarray:
+    def _gathered(self, read: Callable[[ShardIndex], np.ndarray], dtype: type) -> np.ndarray:
         """[M] from values of each shard's documents."""
-        groups = zip(self._shard_G.tolist(), self._starts_G[:-1].tolist(), self._starts_G[1:].tolist(), strict=True)
-        return np.concatenate([per_shard[shard][self.row_M[start:stop]] for shard, start, stop in groups])
+        gathered_M, bounds = np.empty(self.num_items, dtype=dtype), self._starts_G.tolist()
+        num_tasks = len(self.config.task_names)
+        for shard, index in enumerate(self.indices):
+            values_N = read(index)
+            for group in range(shard * num_tasks, (shard + 1) * num_tasks):
+                here = slice(bounds[group], bounds[group + 1])
+                gathered_M[here] = values_N if self._row_M is None else values_N[self._row_M[here]]
+        return gathered_M
 
     def costs(self, name: str) -> np.ndarray:
-        """int64 [M] of `num_images` or `num_frames`."""
-        return self._gathered([_measured(index, name) for index in self.indices]).astype(np.int64)
+        """int32 [M] of `num_images` or `num_frames`."""
+        return self._gathered(lambda index: _measured(index, name), np.int32)
 
     def made_features(self) -> dict[str | None, Item]:
         """The hashes of what made the features stored with its pictures (`None`: none are), each with an item of it."""
         numbers: dict[str | None, int] = {}
-        per_shard = []
-        for index in self.indices:
-            made_by: Sequence[Any] = index.columns.get(COLUMN, [None] * index.num_documents)
+
+        def makers(index: ShardIndex) -> np.ndarray:
+            made_by: Iterable[Any] = index.columns.get(COLUMN, [None] * index.num_documents)
             numbers_N = np.array([numbers.setdefault(value, len(numbers)) for value in made_by])
-            per_shard.append(np.where(index.num_images_N > 0, numbers_N, -1))
-        found, firsts = np.unique(self._gathered(per_shard), return_index=True)
+            return np.where(index.num_images_N > 0, numbers_N, -1)
+
+        found, firsts = np.unique(self._gathered(makers, np.int32), return_index=True)
         hashes = list(numbers)
         pairs = zip(found.tolist(), firsts.tolist(), strict=True)
         return {hashes[number]: self.item(first) for number, first in pairs if number >= 0}
+
+    @property
+    def has_media(self) -> bool:
+        """Whether its documents have pictures or sounds."""
+        return self.config.kind != "text"
+
+    @property
+    def column_names(self) -> set[str]:
+        """Keys of its rows' metadata."""
+        return {name for index in self.indices for name in index.column_names}
 
     @property
     def num_items(self) -> int:
@@ -261,17 +306,16 @@ class Source:
 
     def _block(self, epoch: int, inside: int) -> tuple[int, np.ndarray, np.ndarray | None]:
         """(first position, items, which of them are kept for their task's weight) of the block at a position."""
-        if self._cuts is None or self._cuts[0] != epoch:
-            self._cuts = (epoch, *self._block_groups(epoch))
-        _, cuts, groups = self._cuts
+        found, blocks = self._cuts, self._blocks  # other threads may plan too: what is kept is replaced, not changed
+        if found is None or found[0] != epoch:
+            found = self._cuts = (epoch, *self._block_groups(epoch))
+        _, cuts, groups = found
         number = int(np.searchsorted(cuts, inside, side="right")) - 1
-        if (epoch, number) not in self._blocks:
-            while len(self._blocks) > 1:  # the one before is still read when a window reaches over the border
-                self._blocks.pop(next(iter(self._blocks)))
-            self._blocks[epoch, number] = self._shuffled(
-                epoch, number, int(cuts[number]), int(cuts[number + 1]), groups
-            )
-        return int(cuts[number]), *self._blocks[epoch, number]
+        if (epoch, number) not in blocks:
+            block = self._shuffled(epoch, number, int(cuts[number]), int(cuts[number + 1]), groups)
+            last = list(blocks.items())[-1:]  # the one before is still read when a window reaches over the border
+            blocks = self._blocks = dict([*last, ((epoch, number), block)])
+        return int(cuts[number]), *blocks[epoch, number]
 
     def _block_groups(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(first position of each block and the end, groups of items in this epoch's order)."""
@@ -279,7 +323,7 @@ class Source:
         per_shard = len(self.config.task_names)
         if self.num_items <= BLOCK_ITEMS or num_shards == 1:
             return np.array([0, self.num_items]), np.arange(num_shards * per_shard)
-        shards = np.random.default_rng([self._seed, self.name_seed, epoch, 1]).permutation(num_shards)
+        shards = self._random(_ORDER, epoch, 1).permutation(num_shards)
         groups = (shards[:, None] * per_shard + np.arange(per_shard)).reshape(-1)
         ends = np.cumsum((self._starts_G[1:] - self._starts_G[:-1])[groups])[per_shard - 1 :: per_shard]
         cuts = [0]
@@ -294,7 +338,7 @@ class Source:
         self, epoch: int, number: int, start: int, stop: int, groups: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | None]:
         is_whole = stop - start == self.num_items
-        rng = np.random.default_rng([self._seed, self.name_seed, epoch, *([] if is_whole else [2 + number])])
+        rng = self._random(_ORDER, epoch, *([] if is_whole else [2 + number]))
         if is_whole:
             order = rng.permutation(self.num_items)
         else:
@@ -305,23 +349,82 @@ class Source:
         if self.config.task_weights is None:
             return order, None
         weights = np.array(self.config.task_weights) / max(self.config.task_weights)
-        return order, rng.random(len(order)) < weights[self._tasks(order)]
+        return order, rng.random(len(order)) < weights[self._groups(order)[2]]
 
-    def _tasks(self, numbers: np.ndarray) -> np.ndarray:
-        return self._task_G[np.searchsorted(self._starts_G, numbers, side="right") - 1]
+    def _groups(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(group, shard, task) of items."""
+        groups = np.searchsorted(self._starts_G, numbers, side="right") - 1
+        return groups, *np.divmod(groups, len(self.config.task_names))
+
+    def _random(self, purpose: int, *numbers: int) -> np.random.Generator:
+        """Random numbers by the source's place in the recipe, so that its name may change."""
+        seed, place = self._seed
+        return np.random.default_rng([seed, purpose, place, *numbers])
 
     def items(self, numbers: np.ndarray) -> list[Item]:
         """Items in full."""
-        groups = np.searchsorted(self._starts_G, numbers, side="right") - 1
+        groups, shards, tasks = self._groups(numbers)
+        rows = numbers - self._starts_G[groups] if self._row_M is None else self._row_M[numbers]
+        parts = repeat(-1) if self._part_M is None else self._part_M[numbers].tolist()
         names = self.config.task_names
-        tasks = [names[task] for task in self._task_G[groups].tolist()]
-        columns = (self._shard_G[groups], self.row_M[numbers], self.part_M[numbers], self.tokens_M[numbers])
-        shards, rows, parts, tokens = (column.tolist() for column in columns)
-        return list(map(Item._make, zip(repeat(self.number), shards, rows, tasks, parts, tokens, strict=False)))
+        columns = (
+            repeat(self.number), shards.tolist(), rows.tolist(), [names[task] for task in tasks.tolist()], parts,
+            self.tokens_M[numbers].tolist(),
+        )  # fmt: skip
+        return list(map(Item._make, zip(*columns, strict=False)))
 
     def item(self, number: int) -> Item:
         """Item `number` in full."""
         return self.items(np.array([number]))[0]
+
+
+class _Items:
+    """Items as they are gathered: room for as many as there are documents is set aside, and none touched before."""
+
+    def __init__(self, room: int, max_tokens: int) -> None:
+        self.sizes: list[int] = []
+        """Items of each group."""
+        self._room, self._count = room, 0
+        self._tokens = np.empty(room, dtype=np.uint16 if max_tokens < 2**16 else np.int32)
+        self._rows: np.ndarray | None = None
+        self._parts: np.ndarray | None = None
+
+    def add(self, tokens: np.ndarray, rows: np.ndarray | None, parts: np.ndarray | None) -> None:
+        """A group; `rows` is `None` where they are 0, 1, 2, …, and `parts` where all are whole."""
+        start, stop = self._count, self._count + len(tokens)
+        if stop > self._room:
+            self._grow(max(stop, self._room + self._room // 2))
+        self._tokens[start:stop] = tokens
+        if rows is not None and self._rows is None:
+            self._rows = np.empty(self._room, dtype=np.int32)
+            bounds = np.cumsum([0, *self.sizes]).tolist()
+            for begin, end in pairwise(bounds):
+                self._rows[begin:end] = np.arange(end - begin)
+        if parts is not None and self._parts is None:
+            self._parts = np.empty(self._room, dtype=np.int32)
+            self._parts[:start] = -1
+        if self._rows is not None:
+            self._rows[start:stop] = np.arange(len(tokens)) if rows is None else rows
+        if self._parts is not None:
+            self._parts[start:stop] = -1 if parts is None else parts
+        self.sizes.append(len(tokens))
+        self._count = stop
+
+    def _grow(self, room: int) -> None:
+        def grown(column: np.ndarray) -> np.ndarray:
+            larger = np.empty(room, dtype=column.dtype)
+            larger[: self._count] = column[: self._count]
+            return larger
+
+        self._room, self._tokens = room, grown(self._tokens)
+        self._rows = grown(self._rows) if self._rows is not None else None
+        self._parts = grown(self._parts) if self._parts is not None else None
+
+    def whole(self) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """[M] tokens, rows and parts."""
+        columns = self._rows, self._parts
+        rows, parts = (column[: self._count] if column is not None else None for column in columns)
+        return self._tokens[: self._count], rows, parts
 
 
 def _measured(index: ShardIndex, metric: str) -> np.ndarray:

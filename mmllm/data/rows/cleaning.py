@@ -6,20 +6,23 @@ Choosing looks at the measures alone. Shapes: P hash functions.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from mmllm.data.executors.parallel import in_order
 from mmllm.data.executors.stages import Executor, Progress, Stage
+from mmllm.data.executors.task import Work
 from mmllm.data.expressions import compile_filter, filter_names
-from mmllm.data.rows.rows import Digests, ManifestError, Row, is_of_machine, row_files
+from mmllm.data.rows.bad_rows import ManifestError, is_of_machine
+from mmllm.data.rows.media import Digests, Media
+from mmllm.data.rows.rows import Row, row_files, row_media
 
 Dedup = Literal["none", "exact", "minhash"]
 DEDUPS: tuple[Dedup, ...] = ("none", "exact", "minhash")
@@ -82,9 +85,10 @@ def measure_rows(
             if progress:
                 progress(len(found), len(rows))
         return found
-    stage = Stage("measure", executor, {"facts": measured.facts, "signature": measured.signature})
+    work = Work("mmllm.data.rows.cleaning:row_measurer", dataclasses.asdict(measured))
+    stage = Stage("measure", executor, work.settings)
     keys = [stage.key(chunk, [path for row in chunk for path in row_files(row)]) for chunk in chunks]
-    done = stage.run(measured, chunks, keys, [len(chunk) for chunk in chunks], progress)
+    done = stage.run(work, chunks, keys, [len(chunk) for chunk in chunks], progress)
     return [found for measures in done for found in measures]
 
 
@@ -93,16 +97,22 @@ class _Measured:
     facts: bool
     signature: bool
 
-    def __call__(self, rows: Sequence[Row], key: str = "") -> list[dict[str, Any]]:
+    def __call__(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         return [self._measure(row) for row in rows]
 
     def _measure(self, row: Row) -> dict[str, Any]:
         try:
             return measure(row, self.facts, self.signature)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             if is_of_machine(error):
                 raise
             return {"error": str(error)}
+
+
+def row_measurer(settings: dict[str, Any]) -> Callable[[Sequence[Any], str], list[dict[str, Any]]]:
+    """What a task elsewhere does with a chunk of rows, given as JSON."""
+    measured = _Measured(**settings)
+    return lambda rows, key: measured([Row.from_json(row) for row in rows])
 
 
 def measure(row: Row, facts: bool = False, signature: bool = False) -> dict[str, Any]:
@@ -113,7 +123,7 @@ def measure(row: Row, facts: bool = False, signature: bool = False) -> dict[str,
         hexadecimal digits, or `None` where its text is too short or its kind has none.
     """
     digests, text = Digests(), _text(row)
-    found: dict[str, Any] = {"digest": _digest(row, digests), "files": [digests(path) for path in row_files(row)]}
+    found: dict[str, Any] = {"digest": _digest(row, digests), "files": [digests(media) for _, media in row_media(row)]}
     if facts:
         found["facts"] = text_facts(text)
     if signature and row.kind in ("text", "interleaved"):
@@ -132,7 +142,7 @@ def _digest(row: Row, digests: Digests) -> str:
     parts += [value for segment in row.segments for value in segment.values()]
     parts += [row.metadata.get("question"), row.metadata.get("answer")]
     for part in parts:
-        data = (digests(part) if isinstance(part, Path) else str(part)).encode("utf-8", "surrogatepass")
+        data = (digests(part) if isinstance(part, Media) else str(part)).encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "big") + data)
     return digest.hexdigest()
 

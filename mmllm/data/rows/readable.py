@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmllm.data.rows.rows import BadRows, Row, row_media
+from mmllm.data.rows.bad_rows import BadRows, is_of_machine
+from mmllm.data.rows.media import media_source
+from mmllm.data.rows.rows import Row, row_media
 from mmllm.data.samples.decode import decode_image
 from mmllm_tokenizers.audio import load_audio
 
@@ -23,10 +25,13 @@ def readable_rows(rows: Sequence[Row], bad: BadRows, name: str) -> list[Row]:
     good, since = [], len(bad.reasons)
     for row in rows:
         try:
-            for kind, path in row_media(row):
-                decode_image(path) if kind == "image" else load_audio(path)
+            for kind, media in row_media(row):
+                source = media_source(media)
+                decode_image(source, str(media)) if kind == "image" else load_audio(source, name=str(media))
             good.append(row)
         except (OSError, ValueError, RuntimeError) as error:
+            if is_of_machine(error):
+                raise
             bad.add(row.where, error)
     bad.check(len(rows), name, since)
     return good

@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mmllm.data.rows.bad_rows import BadRows, ManifestError
+from mmllm.data.rows.column_names import ColumnNames
+from mmllm.data.rows.forms import read_rows
+from mmllm.data.rows.holdout import even_hash, split_rows, without_shown
+from mmllm.data.rows.media import Digests, Media
 from mmllm.data.rows.readable import readable_rows
-from mmllm.data.rows.rows import (
-    KINDS,
-    BadRows,
-    Digests,
-    ManifestError,
-    Row,
-    even_hash,
-    read_manifest,
-    split_rows,
-    without_shown,
-)
+from mmllm.data.rows.rows import KINDS, Row
 
 DEFAULT_HOLDOUT = "0.1"
 """Share of the rows that is held out where neither test manifests nor `holdout` are given."""
@@ -36,29 +32,36 @@ def split(
     num_val: int = 16,
     max_bad_fraction: float = 0.05,
     seed: int = 0,
+    form: str = "auto",
+    media: str | Path | None = None,
+    columns: ColumnNames | None = None,
 ) -> dict[str, Any]:
     """Writes `train-KIND.jsonl`, `val.jsonl` (rows taken from training, to look at meanwhile) and `test.jsonl`.
 
     Args:
-        train: Manifests; kinds may be mixed.
-        out: Folder of the new manifests, whose paths are relative to it.
-        test: Manifests of held-out rows; without them, `holdout` decides.
+        train: Inputs of any form that `forms.FORMS` reads; kinds may be mixed.
+        out: Folder of the new manifests, whose paths are relative to it. Pictures and sounds stay where they are, also
+            those that are embedded: the manifests hold references (`media.py`).
+        test: Inputs of held-out rows; without them, `holdout` decides.
         holdout: `KEY=VALUE` or a fraction of the training rows to hold out; with `test`, `KEY=VALUE` rows are
             left out of training as well.
         num_val: Rows of each kind for `val.jsonl`; at most a fiftieth of the kind, or one.
         max_bad_fraction: More unusable rows than this are an error.
         seed: Of the draws by fraction.
+        form: Of the inputs; `auto`: told from each.
+        media: What their paths are relative to; by default each input's folder.
+        columns: What their columns are called here, and their types.
 
     Returns:
         `train`, `val`, `test`: rows by kind; `repeated`: training rows left out since test rows show some of the same;
-        `skipped`: unusable rows.
+        `skipped`: unusable rows; `left_out`: what else isn't used, counted.
 
     Raises:
         FileNotFoundError, ManifestError: A manifest can't be used, or a part would be empty.
     """
     bad, digests = BadRows(max_bad_fraction), Digests()
-    train_rows = [row for path in train for row in read_manifest(path, bad)]
-    test_rows = [row for path in test for row in read_manifest(path, bad)]
+    train_rows = [row for path in train for row in read_rows(path, bad, form, media, columns)]
+    test_rows = [row for path in test for row in read_rows(path, bad, form, media, columns)]
     if test_rows and holdout is not None and "=" not in holdout:
         raise ManifestError(f"holdout is {holdout}, a fraction, beside test manifests; give one of the two")
     if not test_rows or holdout is not None:
@@ -89,21 +92,24 @@ def split(
         "test": _count(test_rows),
         "repeated": num_repeated,
         "skipped": bad.reasons,
+        **({"left_out": dict(bad.left_out)} if +bad.left_out else {}),
     }
 
 
 def write_manifest(rows: Sequence[Row], path: Path) -> None:
     """Writes rows as JSONL with paths relative to the new file."""
 
-    def relative(file: Path) -> str:
-        return os.path.relpath(file, path.parent)
+    def relative(media: Media) -> str:
+        if isinstance(media, Path):
+            return os.path.relpath(media, path.parent)
+        return str(replace(media, file=Path(os.path.relpath(media.file, path.parent))))
 
     lines = []
     for row in rows:
         values: dict[str, Any] = {"id": row.id}
         if row.segments:
             values["segments"] = [
-                {key: relative(value) if isinstance(value, Path) else value for key, value in segment.items()}
+                {key: relative(value) if key in ("image", "audio") else value for key, value in segment.items()}
                 for segment in row.segments
             ]
         else:

@@ -12,6 +12,8 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
+from operator import itemgetter
 from os import PathLike
 from typing import Any
 
@@ -57,6 +59,8 @@ class Segment:
     """Of a conversation: `user` or `assistant`."""
     features_SC: np.ndarray | None = None
     """As `Sample.features_SC`."""
+    is_trained: bool = True
+    """Whether an answer of a conversation is to be predicted."""
 
 
 @dataclass(frozen=True)
@@ -467,7 +471,10 @@ class _Fields:
         writer.image(pixels_3HW, features_SC)
 
     def conversation(self, writer: DocumentWriter, template: Mapping[str, str] | None = None) -> None:
-        """All turns of a conversation; what the assistant says, and the end of it, is to be predicted."""
+        """All turns of a conversation; what the assistant says, and the end of it, is to be predicted.
+
+        Answers that aren't trained on are written like others.
+        """
         roles = [segment.role for segment in self.sample.segments]
         answers = False
         for literal, number in chat_pieces(roles, self.folder, template):
@@ -475,7 +482,7 @@ class _Fields:
                 writer.ids(literal_ids(self.folder.text, literal), answers)
                 answers = False  # of what follows an answer only its end is said by the assistant
                 continue
-            answers = roles[number] == "assistant"
+            answers = roles[number] == "assistant" and self.sample.segments[number].is_trained
             self._segment(writer, number, answers)
 
     def _codes(self) -> np.ndarray:
@@ -486,6 +493,59 @@ class _Fields:
         if value is None:
             raise ValueError(f"{self.sample.key}: the task {self.task!r} needs {name!r}, which is missing")
         return value
+
+
+@dataclass(frozen=True)
+class TextFrame:
+    """What a template writes around a text, as tokens and whether they are to be predicted."""
+
+    before: tuple[tuple[int, bool], ...]
+    after: tuple[tuple[int, bool], ...]
+    is_target: bool
+    """Whether the text is."""
+
+
+def text_frame(task: str, folder: TokenizerFolder, template: Mapping[str, str] | None = None) -> TextFrame | None:
+    """The frame of a task whose only field is the text; `None` where it has others."""
+    template = template or template_of(task, folder)
+    sides: tuple[list[tuple[int, bool]], list[tuple[int, bool]]] = [], []
+    found: list[bool] = []
+    for part, is_target in (("prompt", False), ("target", True)):
+        for literal, name in parse_template(template[part]):
+            sides[bool(found)].extend((token, is_target) for token in literal_ids(folder.text, literal) if literal)
+            if name is not None:
+                if name != "text":
+                    return None
+                found.append(is_target)
+    return TextFrame(tuple(sides[0]), tuple(sides[1]), found[0]) if len(found) == 1 else None
+
+
+def text_part(
+    frame: TextFrame, text_ids: Sequence[int], first: int, total: int, start: int, stop: int, folder: TokenizerFolder
+) -> Document:
+    """Tokens `[start, stop)` of a text's document, as `Document.part` gives them, from those of the text alone.
+
+    Args:
+        frame: Of its task.
+        text_ids: Tokens of the text from `first` on, as many as are needed.
+        first: Which the first of them is.
+        total: Tokens of the whole text.
+        start: Of the document.
+        stop: Of the document.
+        folder: Tokenizers.
+    """
+    writer = DocumentWriter(folder)
+    begin = len(frame.before)
+    low, high = (min(max(place - begin, 0), total) for place in (start, stop))
+    pieces = [
+        frame.before[start:stop],
+        [(token, frame.is_target) for token in text_ids[low - first : high - first]],
+        frame.after[max(0, start - begin - total) : max(0, stop - begin - total)],
+    ]
+    for piece in pieces:
+        for is_target, tokens in groupby(piece, key=itemgetter(1)):
+            writer.ids([token for token, _ in tokens], is_target)
+    return writer.finish()
 
 
 def num_parts(num_tokens: int, sequence_length: int) -> int:

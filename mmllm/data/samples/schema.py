@@ -41,9 +41,38 @@ _NUMBERED = re.compile(rf"\d+\.({'|'.join(map(re.escape, IMAGE_ENDINGS + AUDIO_E
 Names = Literal["plain", "numbered", "named"]
 
 
-def jsonl_lines(text: str) -> list[str]:
-    """The lines of JSONL. `splitlines` won't do: it also cuts at U+0085 and U+2028, which JSON strings may hold."""
-    return text.removesuffix("\n").split("\n") if text else []
+_BOM = b"\xef\xbb\xbf"
+
+
+def parse_line(data: bytes, text_key: str | None = None) -> tuple[str, dict[str, Any]]:
+    """The text and the other keys of a row of JSONL.
+
+    Args:
+        data: The line. Lines end at line feeds alone: JSON strings may hold what `splitlines` also takes for an end.
+        text_key: Where the row has no `text`, the key that holds it.
+
+    Raises:
+        ValueError: It is no row; the message says why.
+    """
+    data = data.removeprefix(_BOM)
+    if not data.strip():
+        raise ValueError("is blank; leave it out")
+    try:
+        row = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"isn't JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"is {type(row).__name__} {str(row)[:40]!r}; a row is an object with a 'text'")
+    key = "text" if "text" in row or text_key is None else text_key
+    text = row.get(key)
+    if not isinstance(text, str):
+        raise ValueError(f"has no text: {key!r} is {'missing' if text is None else type(text).__name__}")
+    return text, {name: value for name, value in row.items() if name != "text"}
+
+
+def jsonl_rows(data: bytes) -> list[bytes]:
+    """The lines of JSONL."""
+    return data.removesuffix(b"\n").split(b"\n") if data else []
 
 
 def check_endings(endings: Sequence[str], name: str) -> Names:
@@ -106,9 +135,9 @@ def read_sample(
     files: dict[str, bytes],
     key: str,
     name: str,
-    line: int = -1,
     codec: str | None = None,
     features: str | None = None,
+    text_key: str | None = None,
 ) -> Sample:
     """A sample from its files by ending, as the schemas of shards have them.
 
@@ -116,23 +145,22 @@ def read_sample(
         files: Bytes by ending: `jpg`, `txt`, `json`, `0.png`, `codec.npz`, …
         key: Its key.
         name: What errors call it.
-        line: For `jsonl`, which line.
         codec: The audio tokenizer's hash, which stored codes must have; `None` ignores them.
         features: The hash that the features stored with each picture must have; `None` ignores them.
+        text_key: Where there is no `txt`, the key of the json that holds the text.
 
     Raises:
         ValueError: A file is broken, or the endings fit no schema.
     """
     try:
         metadata = json.loads(files["json"]) if "json" in files else {}
-        if line >= 0:
-            row = json.loads(jsonl_lines(files["jsonl"].decode())[line])
-            return Sample(f"{key}-{line}", row["text"], metadata={k: v for k, v in row.items() if k != "text"})
         text = files["txt"].decode() if "txt" in files else None
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: broken text or json: {error!r}") from error
     if not isinstance(metadata, dict):
         raise ValueError(f"{name}: its json is {type(metadata).__name__}; it must be an object")
+    if text is None and text_key is not None and isinstance(metadata.get(text_key), str):
+        text = metadata[text_key]
     if "segments" in metadata:
         segments = tuple(_segment(item, files, name, codec, features) for item in metadata.pop("segments"))
         return Sample(key, text, segments=segments, metadata=metadata)
@@ -158,14 +186,15 @@ def _features(files: dict[str, bytes], picture: str, made_by: str | None, name: 
 
 
 def _segment(item: Any, files: dict[str, bytes], name: str, codec: str | None, features: str | None) -> Segment:
+    role, is_trained = (item.get("role"), item.get("loss") is not False) if isinstance(item, dict) else (None, True)
     match item:
         case {"text": str() as text}:
-            return Segment(text=text, role=item.get("role"))
+            return Segment(text=text, role=role, is_trained=is_trained)
         case {"image": str() as named} if (ending := named.lower()) in files:
             features_SC = _features(files, ending, features, name)
-            return Segment(image=files[ending], role=item.get("role"), features_SC=features_SC)
+            return Segment(image=files[ending], role=role, features_SC=features_SC, is_trained=is_trained)
         case {"audio": str() as named} if (ending := named.lower()) in files:
             stored = files.get(f"{ending.partition('.')[0]}.codec.npz")
             audio = unpack_codes(stored, codec, name) if codec and stored else files[ending]
-            return Segment(audio=audio, role=item.get("role"))
+            return Segment(audio=audio, role=role, is_trained=is_trained)
     raise ValueError(f"{name}: segment {item!r} names no file of the sample ({', '.join(sorted(files))})")

@@ -11,7 +11,8 @@ import io
 import json
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -77,6 +78,10 @@ class ImageEncoder:
     """As `features_hash` gives it."""
     encode: Callable[[np.ndarray], np.ndarray]
     """uint8 [N, 3, H, W] to float32 [N, P, C]; picklable, and alike to the bit in all processes."""
+    factory: str | None = None
+    """By what name tasks of other machines find the function that makes the same encoder; without it none can."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What that function takes, as JSON."""
 
 
 def features_hash(tower: str, transform: ImageTransform) -> str:

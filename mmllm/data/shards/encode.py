@@ -19,7 +19,9 @@ import soundfile
 import torch
 from PIL import Image
 
-from mmllm.data.rows.rows import Row, is_of_machine
+from mmllm.data.rows.bad_rows import is_of_machine
+from mmllm.data.rows.media import Media, media_source
+from mmllm.data.rows.rows import Row
 from mmllm.data.samples.decode import decode_file
 from mmllm.data.samples.stored import COLUMN, ImageEncoder, features_ending, pack_codes, pack_features
 from mmllm.data.shards.perturb import perturb
@@ -65,19 +67,28 @@ class KeyedRow:
     row: Row
     keys: tuple[str, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        """As JSON, for tasks of other processes and machines; `from_json` gives the same again."""
+        return {"row": self.row.to_json(), "keys": self.keys}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> KeyedRow:
+        """What `to_json` made this of."""
+        return cls(Row.from_json(value["row"]), tuple(value["keys"]))
+
 
 def keyed_rows(rows: Iterable[Row], config: ShardsConfig) -> list[KeyedRow]:
     """Rows with keys that are safe and unlike, given before any row is read, so that processes may share the rows."""
     found: list[KeyedRow] = []
     taken: set[str] = set()
+    counts: dict[str, int] = {}  # of rows with one id, so that many of them don't try each other's keys
     for row in rows:
         keys = []
         for copy in range(config.perturb + 1 if row.kind == "audio" else 1):
             key = base = safe_key(_name(row, copy))
-            count = 0
             while key in taken:
-                count += 1
-                key = f"{base}-{count}"
+                counts[base] = counts.get(base, 0) + 1
+                key = f"{base}-{counts[base]}"
             taken.add(key)
             keys.append(key)
         found.append(KeyedRow(row, tuple(keys)))
@@ -181,15 +192,15 @@ def _read(row: Row, config: ShardsConfig) -> list[_Sample]:
     return [_interleaved_sample(row, metadata, config)]
 
 
-def _picture(row: Row, path: Path, config: ShardsConfig, notes: list[Note]) -> tuple[str, bytes, tuple[int, int]]:
+def _picture(row: Row, media: Media, config: ShardsConfig, notes: list[Note]) -> tuple[str, bytes, tuple[int, int]]:
     """Ending, bytes, size. Stored as they are where any reader sees the same 8-bit picture in them.
 
     What must change and was lossy becomes a JPEG of high quality, its colours as fine as its grey; else a PNG.
     """
-    data = path.read_bytes()
-    decoded = decode_file(data, str(path))
+    data = media.read_bytes()
+    decoded = decode_file(data, str(media))
     if decoded.is_animated:
-        message = f"{row.where}: {path} holds several pictures ({decoded.form}); the first is used"
+        message = f"{row.where}: {media} holds several pictures ({decoded.form}); the first is used"
         notes.append(Note("first_pictures", message))
     picture, is_single = decoded.picture, not decoded.is_animated or decoded.form == "MPO"
     fits = max(picture.size) <= config.max_image_side
@@ -205,15 +216,16 @@ def _picture(row: Row, path: Path, config: ShardsConfig, notes: list[Note]) -> t
     return "png", stream.getvalue(), picture.size
 
 
-def _wave(path: Path, config: ShardsConfig) -> Sound:
-    with path.open("rb"):  # a file that is gone is not the row's fault: this says so in the system's own terms
-        return read_sound(path, max_seconds=config.max_seconds)
+def _wave(media: Media, config: ShardsConfig) -> Sound:
+    if isinstance(media, Path):
+        media.open("rb").close()  # a file that is gone is not the row's fault: this says so in the system's own terms
+    return read_sound(media_source(media), name=str(media), max_seconds=config.max_seconds)
 
 
-def _noted(row: Row, path: Path, sound: Sound) -> list[Note]:
+def _noted(row: Row, media: Media, sound: Sound) -> list[Note]:
     if sound.peak <= 1:
         return []
-    message = f"{row.where}: {path} reaches {sound.peak:.4g}, more than a FLAC holds; it was scaled down to 1"
+    message = f"{row.where}: {media} reaches {sound.peak:.4g}, more than a FLAC holds; it was scaled down to 1"
     return [Note("scaled_sounds", message)]
 
 
@@ -249,7 +261,7 @@ def _interleaved_sample(row: Row, metadata: dict[str, Any], config: ShardsConfig
     notes: list[Note] = []
     for segment in row.segments:
         number = len(files)
-        role = {"role": segment["role"]} if "role" in segment else {}
+        role = {key: segment[key] for key in ("role", "loss") if key in segment}
         if "image" in segment:
             ending, data, _ = _picture(row, segment["image"], config, notes)
             files[f"{number}.{ending}"] = data

@@ -1,8 +1,8 @@
 """Shards wherever they lie: local files, and anything that fsspec opens (`s3://`, `gs://`, `http://`, `hf://`, …).
 
-Remote bytes are read by range, tried again when a server fails, and kept in blocks in a bounded folder. That folder is
-`MMLLM_CACHE` (by default `~/.cache/mmllm`), at most `MMLLM_CACHE_GB` large (by default 8); remote shards' indices lie
-there too.
+Remote bytes are fetched by range, tried again when a server fails, and kept in a bounded folder (`cache.py`). That
+folder is `MMLLM_CACHE` (by default `~/.cache/mmllm`), at most `MMLLM_CACHE_GB` large (by default 8); remote shards'
+indices lie there too.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +26,8 @@ import fsspec
 from braceexpand import braceexpand
 from fsspec.config import conf as settings
 
-BLOCK_BYTES = 1 << 20
+FETCH_BYTES = 1 << 25
+"""Of a whole shard, at a time."""
 TRIES = 5
 SILENT_SECONDS = 60.0
 """A server that sends nothing for so long is asked again."""
@@ -48,6 +50,8 @@ class RemoteShard:
     """A shard that fsspec opens."""
 
     url: str
+    whole: bool = False
+    """Fetch all of it once any of it is read, rather than the ranges that are."""
 
     @property
     def name(self) -> str:
@@ -239,8 +243,8 @@ def local_copy(shard: Shard) -> Iterator[Path]:
         if size > shutil.disk_usage(folder).free:
             raise OSError(f"{shard}: has {size} bytes, more than is free in {cache_folder()}; set MMLLM_CACHE")
         with target.open("wb") as stream:
-            for start in range(0, size, 32 * BLOCK_BYTES):
-                stream.write(_fetch(shard, start, min(start + 32 * BLOCK_BYTES, size)))
+            for start in range(0, size, FETCH_BYTES):
+                stream.write(fetch(shard, start, min(start + FETCH_BYTES, size)))
         yield target
 
 
@@ -253,7 +257,29 @@ def _sweep() -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fetch(shard: RemoteShard, start: int, stop: int) -> bytes:
+def fetch_side_file(shard: RemoteShard, ending: str) -> bool:
+    """Brings a file that lies beside a remote shard to where `side_file` says; whether there is one.
+
+    Raises:
+        OSError: The server can't be asked.
+    """
+    if "?" in shard.url:  # a signature, which is the shard's alone
+        return False
+    beside = RemoteShard(shard.url + ending)
+    system, path = _open_system(beside.url)
+    try:
+        data = retried(lambda: system.cat_file(path), str(beside))
+    except (FileNotFoundError, PermissionError):  # where listing is forbidden, what is missing is forbidden too
+        return False
+    target = side_file(shard, ending)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    partial.write_bytes(data)
+    partial.replace(target)
+    return True
+
+
+def fetch(shard: RemoteShard, start: int, stop: int) -> bytes:
     """Bytes `[start, stop)` from the server.
 
     Raises:
@@ -262,104 +288,43 @@ def _fetch(shard: RemoteShard, start: int, stop: int) -> bytes:
     system, path = _open_system(shard.url)
 
     def read() -> bytes:
-        data = system.cat_file(path, start=start, end=stop)
-        if len(data) > stop - start:
-            raise PermissionError(f"{shard}: the server gives no ranges of bytes; copy the shard to a local folder")
-        if len(data) < stop - start:
-            raise OSError(f"{len(data)} bytes came, {stop - start} were asked for")
-        return data
+        return _checked(shard, system.cat_file(path, start=start, end=stop), start, stop)
 
     return retried(read, f"{shard} bytes {start}-{stop}")
 
 
-class ShardReader:
-    """Reads ranges of bytes of shards; keeps local files open, and remote blocks in the cache folder."""
+def _checked(shard: RemoteShard, data: bytes, start: int, stop: int) -> bytes:
+    if len(data) > stop - start:
+        raise PermissionError(f"{shard}: the server gives no ranges of bytes; copy the shard to a local folder")
+    if len(data) < stop - start:
+        raise OSError(f"{len(data)} bytes came, {stop - start} were asked for")
+    return data
 
-    def __init__(self) -> None:
-        self._files: dict[Path, int] = {}
-        self._folders: dict[RemoteShard, tuple[Path, int]] = {}
-        self._num_stored = 0
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_files": {}, "_folders": {}, "_num_stored": 0}
-
-    def read(self, shard: Shard, offset: int, size: int) -> bytes:
-        """At most `size` bytes from `offset`; fewer where the shard ends.
-
-        Raises:
-            OSError: It can't be read.
-        """
-        if isinstance(shard, RemoteShard):
-            return self._read_remote(shard, offset, size)
-        if shard not in self._files:
-            self._files[shard] = os.open(shard, os.O_RDONLY)
-        return os.pread(self._files[shard], size, offset)
-
-    def _read_remote(self, shard: RemoteShard, offset: int, size: int) -> bytes:
-        folder, total = self._folder(shard)
-        stop = min(offset + size, total)
-        numbers = range(offset // BLOCK_BYTES, -(-stop // BLOCK_BYTES))
-        blocks = {number: block for number in numbers if (block := self._stored(folder, number)) is not None}
-        missing = [number for number in numbers if number not in blocks]
-        if missing:  # one request, from the first block that lacks to the last
-            start, end = missing[0] * BLOCK_BYTES, min((missing[-1] + 1) * BLOCK_BYTES, total)
-            data = _fetch(shard, start, end)
-            for number in range(missing[0], missing[-1] + 1):
-                block = data[number * BLOCK_BYTES - start :][:BLOCK_BYTES]
-                if number not in blocks:
-                    blocks[number] = block
-                    self._store(folder, number, block)
-        return b"".join(blocks[number] for number in numbers)[offset - numbers.start * BLOCK_BYTES :][: stop - offset]
-
-    def _folder(self, shard: RemoteShard) -> tuple[Path, int]:
-        """Where a shard's blocks are kept (another version of it has another folder), and its size."""
-        if shard not in self._folders:
-            found = stat_shard(shard)
-            if found is None:
-                raise FileNotFoundError(f"{shard}: no such shard")
-            version = hashlib.sha256(repr(found).encode()).hexdigest()[:8]
-            self._folders[shard] = cache_folder() / "blocks" / f"{shard.cache_name}-{version}", found[0]
-        return self._folders[shard]
-
-    def _stored(self, folder: Path, number: int) -> bytes | None:
-        path = folder / str(number)
+def fetch_many(spans: Sequence[tuple[RemoteShard, int, int]]) -> list[bytes | Exception]:
+    """As `fetch`, several requests under way at a time; for each span its bytes or what went wrong."""
+    found: list[bytes | Exception] = [OSError("not fetched")] * len(spans)
+    by_system: dict[int, tuple[Any, list[tuple[int, str]]]] = {}
+    for number, (shard, _, _) in enumerate(spans):
         try:
-            block = path.read_bytes()
-            os.utime(path)  # the least recently used go first
-        except OSError:
-            return None
-        return block
-
-    def _store(self, folder: Path, number: int, block: bytes) -> None:
+            system, path = _open_system(shard.url)
+        except (OSError, ModuleNotFoundError, ValueError) as error:
+            found[number] = error
+        else:
+            by_system.setdefault(id(system), (system, []))[1].append((number, path))
+    for system, items in by_system.values():
+        starts, stops = ([spans[number][place] for number, _ in items] for place in (1, 2))
+        got: list[Any]
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = folder / f"{number}.{os.getpid()}.partial"
-            partial.write_bytes(block)
-            partial.replace(folder / str(number))
-        except OSError as error:  # a full disk: what was read is used all the same
-            _logger.warning("%s: a block couldn't be kept: %s", folder, error)
-        self._num_stored += 1
-        if self._num_stored % 16 == 1:
-            shrink_cache(cache_bytes() - 16 * BLOCK_BYTES)
-
-    def close(self) -> None:
-        """Close the files."""
-        for file in self._files.values():
-            os.close(file)
-        self._files.clear()
-
-
-def shrink_cache(limit_bytes: int) -> int:
-    """Removes the least recently used blocks until the rest take at most `limit_bytes`; returns what they take."""
-    blocks = []
-    for path in (cache_folder() / "blocks").glob("*/*"):
-        with suppress(OSError):  # another process removed it
-            found = path.stat()
-            blocks.append((found.st_mtime_ns, found.st_size, path))
-    total = sum(size for _, size, _ in blocks)
-    for _, size, path in sorted(blocks):
-        if total <= max(0, limit_bytes):
-            break
-        path.unlink(missing_ok=True)
-        total -= size
-    return total
+            got = system.cat_ranges([path for _, path in items], starts, stops, on_error="return")
+        except Exception:  # each is asked for alone, which tells what is wrong
+            got = [OSError("not fetched")] * len(items)
+        for (number, _), data in zip(items, got, strict=True):
+            try:
+                found[number] = _checked(spans[number][0], data, *spans[number][1:])
+            except (TypeError, OSError):  # an error, or not those bytes: now with patience
+                try:
+                    found[number] = fetch(*spans[number])
+                except (OSError, ModuleNotFoundError) as error:
+                    found[number] = error
+    return found

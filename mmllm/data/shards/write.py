@@ -17,7 +17,7 @@ import shutil
 import socket
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,9 @@ from webdataset.writer import ShardWriter
 
 from mmllm.data.executors.parallel import in_order
 from mmllm.data.executors.stages import Executor, Progress, Stage
-from mmllm.data.rows.rows import KINDS, BadRows, Kind, Row, row_files
+from mmllm.data.executors.task import Work, function_named
+from mmllm.data.rows.bad_rows import BadRows
+from mmllm.data.rows.rows import KINDS, Kind, Row, row_files
 from mmllm.data.samples.stored import ImageEncoder
 from mmllm.data.shards.encode import PICTURES, KeyedRow, SampleFiles, ShardsConfig, keyed_rows, sample_files
 from mmllm.data.shards.find import JOURNAL, SUMMARY
@@ -89,7 +91,7 @@ def write_shards(
         bad: Takes the rows whose files can't be read; by default a fresh one with the config's bound.
         progress: Called with the numbers of rows done so far and in all.
         executor: Where groups are written; by default in this process. The shards are the same.
-        left_out: What cleaning left out, for the summary.
+        left_out: What isn't in the rows, counted by reason, for the summary.
         encoder: With it, each picture's features are stored beside it.
 
     Raises:
@@ -121,7 +123,7 @@ def write_shards(
             "num_samples": sum(shard["num_samples"] for shard in shards.values()),
             "num_bad": len(bad.reasons),
             "bad": bad.reasons,
-            **({"left_out": left_out} if left_out is not None else {}),
+            **({"left_out": dict(left_out)} if left_out else {}),
             **({"noted": noted} if (noted := _noted(written)) else {}),
             "perturb": config.perturb,
             "seed": config.seed,
@@ -180,9 +182,9 @@ def _clear(folder: Path, prefix: str = "") -> None:
 def _written_elsewhere(
     write: _WriteGroups, groups: Sequence[Group], executor: Executor, progress: Progress | None
 ) -> list[dict[str, Any]]:
-    stage = Stage("write", executor, write.settings)
-    keys = [stage.key(group, [path for keyed in group.rows for path in row_files(keyed.row)]) for group in groups]
-    return stage.run(write, groups, keys, [len(group.rows) for group in groups], progress, write.is_written)
+    stage, items = Stage("write", executor, write.settings), [group.rows for group in groups]
+    keys = [stage.key(rows, [path for keyed in rows for path in row_files(keyed.row)]) for rows in items]
+    return stage.run(write.work, items, keys, [len(rows) for rows in items], progress, write.is_written)
 
 
 def _named(
@@ -202,7 +204,7 @@ def _named(
 
 
 class _WriteGroups:
-    """Writes groups to their folders in the staging folder. It is pickled and run in other processes."""
+    """Writes groups to their folders in the staging folder."""
 
     def __init__(
         self, staging: str, config: ShardsConfig, folder: TokenizerFolder | None, encoder: ImageEncoder | None
@@ -219,6 +221,29 @@ class _WriteGroups:
             "tokenizer": self._folder and self._folder.hash,
             "image_features": self._encoder and self._encoder.hash,
         }
+
+    @property
+    def work(self) -> Work:
+        """What `group_writer` makes the same of.
+
+        Raises:
+            ValueError: The tokenizer or the tower is in this process alone.
+        """
+        tokenizer = encoder = None
+        if self._folder is not None:
+            if self._folder.path is None:
+                raise ValueError("the tokenizer is in memory alone, where tasks elsewhere can't read it; save it first")
+            tokenizer = {"path": str(self._folder.path.absolute()), "hash": self._folder.hash}
+        if self._encoder is not None:
+            function, hashed = self._encoder.factory, self._encoder.hash
+            if function is None:
+                raise ValueError("tasks elsewhere can't make this image encoder; take one of load_image_encoder")
+            encoder = {"function": function, "settings": self._encoder.settings, "hash": hashed}
+        settings = {
+            "staging": self._staging, "config": dataclasses.asdict(self._config), "tokenizer": tokenizer,
+            "encoder": encoder,
+        }  # fmt: skip
+        return Work("mmllm.data.shards.write:group_writer", settings)
 
     def is_written(self, key: str) -> bool:
         """Whether the group of this name is whole."""
@@ -258,6 +283,36 @@ class _WriteGroups:
                     if progress:
                         progress(num_done, num_all)
             yield writer.finished(bad)
+
+
+def group_writer(settings: dict[str, Any]) -> Callable[[Sequence[Any], str], dict[str, Any]]:
+    """What a task elsewhere does with the rows of a group, given as JSON.
+
+    Raises:
+        ValueError: The tokenizer or the tower has changed since the build began.
+    """
+    folder = encoder = None
+    if settings["tokenizer"] is not None:
+        folder = TokenizerFolder.load(settings["tokenizer"]["path"])
+        _check_same(folder.hash, settings["tokenizer"]["hash"], f"tokenizer {settings['tokenizer']['path']}")
+    if settings["encoder"] is not None:
+        told = settings["encoder"]
+        encoder = function_named(told["function"])(**told["settings"])
+        _check_same(encoder.hash, told["hash"], f"image tower {told['settings']}")
+    write = _WriteGroups(settings["staging"], ShardsConfig(**settings["config"]), folder, encoder)
+
+    def write_group(lines: Sequence[Any], key: str) -> dict[str, Any]:
+        rows = tuple(map(KeyedRow.from_json, lines))
+        return write(Group(key, rows[0].row.kind, rows), key)
+
+    return write_group
+
+
+def _check_same(found: str, wanted: str, name: str) -> None:
+    if found != wanted:
+        raise ValueError(
+            f"{name} is {found[:12]} here, but was {wanted[:12]} when the build began; run the build again"
+        )
 
 
 class _GroupWriter:

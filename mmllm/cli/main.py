@@ -13,16 +13,17 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from mmllm.arguments import add_commands
-
-LIGHTNING = {
-    "fit": "train a codec, a CLIP tower or a decoder: -c FILE",
-    "validate": "validation losses of a checkpoint: -c FILE --ckpt_path CKPT",
-    "test": "test losses of a checkpoint: -c FILE --ckpt_path CKPT",
-}
+from mmllm.cli.configs import add_configs
+from mmllm.cli.data import add_data
+from mmllm.cli.evaluation import add_evaluation
+from mmllm.cli.inference import add_inference
+from mmllm.cli.interop import add_interop
+from mmllm.cli.quickstart import add_quickstart
+from mmllm.cli.tokenizer import add_tokenizer
+from mmllm.cli.training import TRAINING, add_training, run_training
 
 _NO_PREDICT = (
     "mmllm has no predict: caption, transcribe, speak, generate and chat run a model folder, "
@@ -70,10 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    if arguments and arguments[0] in LIGHTNING:
-        return _lightning(arguments)
     if arguments[:1] == ["predict"]:
         raise ValueError(_NO_PREDICT)
+    if arguments and arguments[0] in TRAINING:
+        return _print(run_training(arguments))
     parser = _parser()
     parsed, unknown = parser.parse_known_args([_underscored(argument) for argument in arguments])
     if unknown:
@@ -82,20 +83,18 @@ def _run(arguments: list[str]) -> int:
     if not hasattr(parsed, "run"):
         parser.print_help()
         return 0
-    for line in parsed.run(parsed):
-        if not _printed(line):
+    return _print(parsed.run(parsed))
+
+
+def _print(lines: Iterable[str]) -> int:
+    """Prints a command's lines while it runs; gives 141 where nobody reads them (`| head`)."""
+    for line in lines:
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the exit goes nowhere
             return 141
     return 0
-
-
-def _printed(line: str) -> bool:
-    """Whether somebody still reads: `| head` leaves early, which is nothing to complain about."""
-    try:
-        print(line, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the exit goes nowhere
-        return False
-    return True
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,9 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mmllm {_version()}")
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
-    for name, help_text in LIGHTNING.items():
-        commands.add_parser(name, help=help_text, allow_abbrev=False)
-    add_commands(commands)
+    add_training(commands)
+    add_data(commands)
+    add_tokenizer(commands)
+    add_inference(commands)
+    add_evaluation(commands)
+    add_interop(commands)
+    add_configs(commands)
+    add_quickstart(commands, run_command=main)
     return parser
 
 
@@ -119,24 +123,6 @@ def _underscored(argument: str) -> str:
         return argument
     flag, equals, value = argument.partition("=")
     return "--" + flag[2:].replace("-", "_") + equals + value
-
-
-def _lightning(arguments: list[str]) -> int:
-    if any(argument in ("-h", "--help") for argument in arguments) or len(arguments) == 1:
-        print(_LIGHTNING_HELP.format(command=arguments[0]))
-        return 0 if len(arguments) > 1 else _complain(f"{arguments[0]} needs -c FILE", 2)
-    from mmllm.training.lightning_cli import run_lightning
-
-    run_lightning(arguments)
-    return 0
-
-
-_LIGHTNING_HELP = """usage: mmllm {command} -c FILE [--ckpt_path last|FILE] [--KEY VALUE ...]
-
-Runs a LightningCLI config: YAML with `model`, `data` and `trainer`. Any key can be set on the command line:
-  mmllm {command} -c configs/quickstart/decoder.yaml --trainer.max_steps 100 --model.init_args.optimiser.lr 3e-4
-  mmllm {command} -c FILE --print_config          the whole config with all defaults
-`mmllm configs ls` lists the configs that are shipped, `mmllm configs cp NAME FILE` copies one."""
 
 
 def _version() -> str:
@@ -191,11 +177,7 @@ def _restored_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run_process(function: Callable[[], int] = main) -> NoReturn:
+def run_process() -> NoReturn:
     """The process's entry point: logs to stderr, exit code from `main`."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    sys.exit(function())
-
-
-if __name__ == "__main__":
-    run_process()
+    sys.exit(main())

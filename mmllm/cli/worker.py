@@ -9,7 +9,7 @@ import json
 import os
 import sys
 
-from mmllm.cli import main
+from mmllm.cli.main import main
 
 
 def serve(answers_fd: int) -> None:

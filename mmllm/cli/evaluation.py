@@ -1,0 +1,43 @@
+"""`mmllm eval`: scores of a model folder on held-out rows."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from typing import Any
+
+from mmllm.cli.command import add_command, add_input_options, check_model, check_there, column_names
+from mmllm.ticker import end_line, ticker
+
+TASKS = ("caption", "transcribe", "speak", "text", "interleaved")
+
+
+def add_evaluation(commands: Any) -> None:
+    """Adds `mmllm eval`."""
+    parser = add_command(commands, "eval", "scores on held-out rows, with intervals and the blind baseline", _eval)
+    parser.add_argument("--model", required=True, metavar="DIR", help="model folder")
+    parser.add_argument("--task", required=True, choices=TASKS)
+    parser.add_argument("--manifest", required=True, metavar="FILE", help="held-out rows, of any form")
+    add_input_options(parser)
+    parser.add_argument("--json", metavar="OUT", help="where scores and predictions go")
+    parser.add_argument("--limit", type=int, help="at most so many rows, drawn at random")
+    parser.add_argument("--sequence_length", type=int, default=512, help="of text: the length of training's sequences")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--media", metavar="DIR", help="folder for what is spoken")
+    parser.add_argument("--max_bad_fraction", type=float, default=0.05, help="more unusable rows are an error")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _eval(args: argparse.Namespace) -> Iterable[str]:
+    check_model(args.model)
+    check_there("manifest", args.manifest)
+    from mmllm.evaluation import commands
+
+    result = commands.run_eval(
+        args.model, args.task, args.manifest, args.json, args.limit, args.batch_size, args.seed, args.media,
+        args.sequence_length, args.device, args.max_bad_fraction, ticker(f"prompts of {args.task}"),
+        args.format, column_names(args),
+    )  # fmt: skip
+    end_line()
+    return commands.score_lines(result)

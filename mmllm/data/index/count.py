@@ -1,0 +1,83 @@
+"""How many tokens documents have as each task, and where long texts can be cut so that a part is tokenised alone.
+
+Shapes: N documents, P pieces of long texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mmllm.data.index.scan import Scan
+from mmllm.data.samples.documents import KIND_TASKS, document_length
+from mmllm_tokenizers.folder import TokenizerFolder
+
+LONG_BYTES = 8192
+"""Of a text, from which it is cut into pieces."""
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of each document by task, 0 where it can't be written so; how rare its tokens are; long texts' pieces."""
+
+    by_task: dict[str, np.ndarray]
+    rarity_N: np.ndarray
+    """float64, mean of -log p of a text's tokens, p their share in this shard; not a number without a text."""
+    pieces: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    """By a long text's row: first token and first byte of each piece."""
+    num_text_tokens: dict[int, int] = field(default_factory=dict)
+    """By a long text's row: its tokens, without a template's."""
+
+
+def count_tokens(found: Scan, folder: TokenizerFolder, progress: Callable[[int], None] | None = None) -> TokenCounts:
+    """Tokenises all texts, and counts each document's tokens by task.
+
+    Args:
+        found: The documents.
+        folder: Tokenizers and templates.
+        progress: Called with the number of documents done.
+    """
+    kind, hears = found.kind, folder.audio is not None
+    ids: list[np.ndarray] = []
+    pieces: dict[int, list[tuple[int, int]]] = {}
+    for row, text in enumerate(found.texts):
+        if text and kind == "text" and len(text) >= LONG_BYTES // 4 and len(text.encode()) >= LONG_BYTES:
+            values, pieces[row] = folder.text.encode_pieces(text)
+        else:
+            values = folder.text.encode(text) if text else []
+        ids.append(np.array(values, dtype=np.int32))
+    counts: dict[str, list[int]] = {task: [] for task in KIND_TASKS[kind]}
+    for row, key in enumerate(found.keys):
+        line, segments, roles = found.lines[row], found.segments[row], found.roles[row]
+        metadata = found.metadata[row]
+        for task, column in counts.items():
+            needs_text = task not in ("interleaved", "question", "chat")
+            is_deaf = not hears and (kind == "audio" or any(isinstance(segment, int) for segment in segments))
+            impossible = (
+                is_deaf
+                or (needs_text and not found.texts[row])
+                or (task == "question" and "question" not in metadata)
+                or (kind == "interleaved" and bool(roles) != (task == "chat"))
+            )
+            tokens = 0 if impossible else document_length(
+                task, folder, key=f"{key}-{line}" if line >= 0 else key, text=len(ids[row]),
+                num_frames=found.num_frames(row), segments=segments, metadata=metadata, roles=roles,
+            )  # fmt: skip
+            column.append(tokens)
+        if progress and row % 1000 == 999:
+            progress(row + 1)
+    by_task = {task: np.array(column, dtype=np.int64) for task, column in counts.items()}
+    return TokenCounts(by_task, _rarity(ids), pieces, {row: len(ids[row]) for row in pieces})
+
+
+def _rarity(ids: Sequence[np.ndarray]) -> np.ndarray:
+    lengths = np.array([len(item) for item in ids], dtype=np.int64)
+    if not lengths.sum():
+        return np.full(len(ids), np.nan)
+    together = np.concatenate(ids)
+    counts = np.bincount(together)
+    surprise = -np.log(np.maximum(counts, 1) / len(together))[together]
+    sums = np.diff(np.concatenate([[0.0], np.cumsum(surprise)])[np.concatenate([[0], np.cumsum(lengths)])])
+    return np.where(lengths > 0, sums / np.maximum(lengths, 1), np.nan)
