@@ -22,7 +22,9 @@ from PIL import Image
 from mmllm.batch import IGNORE
 from mmllm.cli.main import main
 from mmllm.data import commands
+from mmllm.data.loading import loader as loader_module
 from mmllm.data.loading.loader import PackedLoader, StepDataset
+from mmllm.data.looking import verify as verify_module
 from mmllm.data.plan.plan import open_plan
 from mmllm.data.plan.recipe import recipe_from_dict
 from mmllm.data.rows.cleaning import CleaningConfig
@@ -262,6 +264,29 @@ def test_faults_of_the_machine_are_no_bad_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", closed)
     told = commands.build(manifest, tmp_path / "s", cleaning=CleaningConfig("exact"))
     assert told["num_bad"] == 1 and "7.png" in told["bad"][0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files"), OSError(errno.ENOSPC, "No space left on device"), MemoryError("no"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)  # fmt: skip
+def test_what_the_machine_has_no_more_of_is_no_broken_sample(made, monkeypatch, error):
+    loader = loader_of(made, str(made / "s" / "caption-000000.tar"))
+
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(loader_module, "build_document", failing)
+    with pytest.raises(type(error)) as caught:
+        list(loader)
+    assert caught.value is error
+    monkeypatch.setattr(verify_module, "build_document", failing)
+    with pytest.raises(type(error)) as caught:
+        commands.verify(made / "s" / "caption-000000.tar", made / "tok")
+    assert caught.value is error
 
 
 def test_a_publish_that_stops_gives_the_shards_back(tmp_path, monkeypatch):

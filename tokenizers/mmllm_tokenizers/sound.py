@@ -205,8 +205,10 @@ def _opened(stream: BinaryIO, name: str) -> soundfile.SoundFile:
         raise _unreadable(name, error) from error
 
 
-def _unreadable(name: str, error: Exception) -> ValueError:
+def _unreadable(name: str, error: Exception) -> Exception:
     why = error.error_string if isinstance(error, soundfile.LibsndfileError) else error
+    if "malloc" in str(why):
+        return MemoryError(f"{name}: {why}")
     return ValueError(f"{name} cannot be read as sound: {why}; it is broken or cut short, or not WAV, FLAC, OGG or MP3")
 
 

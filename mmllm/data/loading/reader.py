@@ -11,6 +11,7 @@ from itertools import pairwise
 
 from mmllm.data.index.index import LongText, Place, ShardIndex
 from mmllm.data.plan.plan import Item, Plan
+from mmllm.data.rows.bad_rows import is_exhausted
 from mmllm.data.samples.documents import Document, Sample, TextFrame, text_frame, text_part
 from mmllm.data.samples.schema import parse_line, read_sample
 from mmllm.data.shards.reader import Range, ShardReader
@@ -30,7 +31,9 @@ class TextPiece:
 
 
 def named_failure(plan: Plan, item: Item, error: Exception) -> str:
-    """What went wrong with an item, and which it is."""
+    """What went wrong with an item, and which it is. Raises the error where it is no fault of the item's."""
+    if is_exhausted(error):
+        raise error
     named = plan.describe(item)
     return f"{named['source']}: {named['shard']}:{named['key']} as {item.task}: {error}"
 

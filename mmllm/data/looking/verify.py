@@ -12,6 +12,7 @@ from mmllm.data.index.index import ShardIndex, write_indices
 from mmllm.data.loading.reader import SampleReader
 from mmllm.data.plan.plan import Item, Plan, Source
 from mmllm.data.plan.recipe import Recipe, SourceConfig
+from mmllm.data.rows.bad_rows import is_exhausted
 from mmllm.data.samples.decode import ImageTransform
 from mmllm.data.samples.documents import build_document
 from mmllm.data.samples.stored import COLUMN
@@ -48,6 +49,8 @@ def verify_shards(
         try:
             (index,) = write_indices([shard], folder)
         except (ValueError, OSError) as error:
+            if is_exhausted(error):
+                raise
             num_broken += 1
             errors.append(str(error))
             continue
@@ -118,6 +121,8 @@ class _Check:
             if COLUMN in indexed.columns:
                 read(item, indexed.columns[COLUMN][item.row])
         except Exception as error:  # whatever a broken file makes a library say, the others are checked all the same
+            if is_exhausted(error):
+                raise
             wrong = str(error) or type(error).__name__
         return f"{indexed.path}:{indexed.key(item.row)} as {item.task}: {wrong}" if wrong else ""
 

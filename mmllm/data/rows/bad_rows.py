@@ -60,6 +60,7 @@ class BadRows:
 
 _OF_FILES = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
 
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT}
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "malloc failed")
 """What torch and libsndfile say, whose errors are RuntimeErrors."""
 
@@ -72,6 +73,13 @@ def is_of_machine(error: BaseException) -> bool:
     """
     if isinstance(error, OSError):
         return error.errno is not None and error.errno not in _OF_FILES
+    return is_exhausted(error)
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether the machine has no more of something: open files, memory, room on a disk. Whatever was read is whole."""
+    if isinstance(error, OSError):
+        return error.errno in _EXHAUSTED
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
     )

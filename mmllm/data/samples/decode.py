@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -15,24 +17,53 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize_image as resize
 
 ImageInput = str | PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
-"""What callers may pass as a picture. Arrays and tensors: H×W, H×W×C or C×H×W; uint8, or float in [0, 1]."""
+"""What callers may pass as a picture. Arrays and tensors: H×W, H×W×C or C×H×W; bool, uint8, uint16, or float in
+[0, 1]. Wider integers are taken for what fits them: 0 and 1, 8, 16 or 32 bits."""
 
 MAX_PIXELS = 64_000_000
 """More than this is refused before it is decoded: a decompression bomb, or a map sheet."""
 
 _MUCH_LARGER = 1.5
+_OVERSHOOT = 0.25
+"""So far floats may lie outside [0, 1]: sharp edges ring when a picture is resized."""
 _WHITE = (255, 255, 255, 255)
+_ORIENTATION = 0x0112
 _ORIENTATION_KEYS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
+_DEEP = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+_LOSSY = ("JPEG", "MPO", "AVIF")
+_END_OF_PNG = b"IEND\xaeB`\x82"
+
+
+class _PictureError(ValueError):
+    """Raised here, with the picture's name in it."""
+
+
+@dataclass(frozen=True)
+class DecodedFile:
+    """A picture, and what its file is."""
+
+    picture: Image.Image
+    """RGB, upright."""
+    form: str
+    """Pillow's name: JPEG, PNG, WEBP, …"""
+    is_plain: bool
+    """Whether any reader sees the same 8-bit picture in the file: RGB or grey, upright, and nothing transparent."""
+    is_lossy: bool
+    """Whether what is in it was compressed with loss."""
+    is_animated: bool
+    """Whether it has more pictures, which aren't used."""
 
 
 def decode_image(source: ImageInput, name: str = "image") -> Image.Image:
     """An RGB picture, upright, from a path, bytes, a PIL picture, an array or a tensor.
 
-    Transparency is laid over white; CMYK, palette, grey and 16-bit pictures become 8-bit RGB; an
+    Transparency is laid over white; CMYK, palette, grey, 16- and 32-bit pictures become 8-bit RGB; an
     animation gives its first frame; EXIF orientation is applied.
 
     Args:
@@ -40,21 +71,25 @@ def decode_image(source: ImageInput, name: str = "image") -> Image.Image:
         name: What errors call it, when `source` isn't a path.
 
     Raises:
-        ValueError: The picture is unreadable, truncated, empty, or larger than `MAX_PIXELS`.
+        ValueError: The picture is unreadable, truncated, empty, or larger than `MAX_PIXELS`; or an array's values are
+            out of range.
         FileNotFoundError: There is no such file.
+        OSError: The machine can't read it.
     """
     match source:
         case bytes():
-            return _from_file(io.BytesIO(source), name)
+            return decode_file(source, name).picture
         case str() | PathLike():
             path = Path(source)
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: no such picture")
-            return _from_file(io.BytesIO(path.read_bytes()), str(path))
+            return decode_file(path.read_bytes(), str(path)).picture
         case Image.Image():
-            return _to_rgb(source, name)
+            with _named_errors(name):
+                return _to_rgb(source, name)
         case torch.Tensor():
-            return _from_array(source.detach().cpu().numpy(), name)
+            tensor = source.detach().cpu()
+            return _from_array((tensor.float() if tensor.is_floating_point() else tensor).numpy(), name)
         case np.ndarray():
             return _from_array(source, name)
     raise ValueError(
@@ -63,50 +98,128 @@ def decode_image(source: ImageInput, name: str = "image") -> Image.Image:
     )
 
 
-def _from_file(stream: io.BytesIO, name: str) -> Image.Image:
-    if not stream.getbuffer().nbytes:
+def decode_file(data: bytes, name: str) -> DecodedFile:
+    """As `decode_image`, of a file's bytes, and with what kind of file it is."""
+    if not data:
         raise ValueError(f"{name}: the picture is empty (0 bytes)")
+    with _named_errors(name):
+        opened = Image.open(io.BytesIO(data))
+        form = opened.format or ""
+        is_animated = getattr(opened, "is_animated", False)
+        picture = _to_rgb(opened, name)
+        is_turned = _may_be_turned(opened) and opened.getexif().get(_ORIENTATION) in range(2, 9)
+        is_plain = opened.mode in ("RGB", "L") and "transparency" not in opened.info and not is_turned
+    if form == "PNG" and not data.endswith(_END_OF_PNG) and _END_OF_PNG not in data:
+        raise ValueError(f"{name}: the picture is truncated: its end is missing; copy or download it again")
+    return DecodedFile(picture, form, is_plain, _is_lossy(form, data, opened), is_animated)
+
+
+@contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """What Pillow raises, as a ValueError that names the picture; what the machine does wrong, as it is."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our own bound on pixels stands in for Pillow's warning
-            picture = Image.open(stream)
-            _check_size(picture.size, name)
-            return _to_rgb(picture, name)
+            yield
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name}: not a picture that can be read; give JPEG, PNG, WebP, GIF or the like") from error
+        raise ValueError(
+            f"{name}: not a picture that can be read; it is broken or cut short, or not JPEG, PNG, WebP, AVIF, GIF or "
+            f"the like"
+        ) from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: {error}") from error
-    except (OSError, SyntaxError, EOFError, IndexError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{name}: the picture is broken or truncated: {error}") from error
+    except (_PictureError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's plugins raise what they like
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"{name}: the picture is broken or truncated: {error or type(error).__name__}") from error
 
 
-def _is_turned(picture: Image.Image) -> bool:
+def _is_lossy(form: str, data: bytes, opened: Image.Image) -> bool:
+    match form:
+        case "WEBP":
+            return not _is_lossless_webp(data)
+        case "TIFF":
+            return opened.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")
+        case "JPEG2000":
+            place = data.find(b"\xff\x52")  # coding style: the wavelet is the last thing that it says
+            return place < 0 or data[place + 13 : place + 14] != b"\x01"
+    return form in _LOSSY
+
+
+def _is_lossless_webp(data: bytes) -> bool:
+    """By the chunks of the container, and of an animation's first frame."""
+    place = 12
+    while place + 8 <= len(data):
+        name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        if name in (b"VP8L", b"VP8 "):
+            return name == b"VP8L"
+        place += 24 if name == b"ANMF" else 8 + size + size % 2
+    return False
+
+
+def _may_be_turned(picture: Image.Image) -> bool:
     return any(key in picture.info for key in _ORIENTATION_KEYS)
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:
     width, height = size
     if width < 1 or height < 1:
-        raise ValueError(f"{name}: the picture is {width}x{height} pixels; it needs at least one")
+        raise _PictureError(f"{name}: the picture is {width}x{height} pixels; it needs at least one")
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{name}: the picture is {width}x{height} pixels, more than {MAX_PIXELS}; scale it down")
+        raise _PictureError(f"{name}: the picture is {width}x{height} pixels, more than {MAX_PIXELS}; scale it down")
 
 
 def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
     _check_size(picture.size, name)
     picture.load()
-    if _is_turned(picture):
+    scale = _deep_scale(picture)
+    transparent = picture.info.get("transparency")
+    if _may_be_turned(picture):
         picture = ImageOps.exif_transpose(picture)
     match picture.mode:
-        case "RGB" if "transparency" not in picture.info:
+        case "RGB" if transparent is None:
             return picture
-        case "I;16" | "I;16B" | "I;16L" | "I;16N" | "I" | "F":
-            return _from_array(np.asarray(picture), name)
+        case mode if mode in _DEEP:
+            values = np.asarray(picture)
+            if scale.is_unsigned:  # Pillow has them as signed ones
+                values = values.view(np.uint32)
+            if isinstance(transparent, int):
+                values = np.where(values == transparent, 65535, values)
+            shown = _from_array(values, name, scale.white)
+            return ImageOps.invert(shown) if scale.is_negative else shown
         case "RGBA" | "LA" | "PA" | "La" | "RGBa":
             return _over_white(picture)
-        case _ if "transparency" in picture.info:
+        case _ if transparent is not None:
             return _over_white(picture)
     return picture.convert("RGB")
+
+
+@dataclass(frozen=True)
+class _DeepScale:
+    """How a grey picture of more than 8 bits is meant."""
+
+    white: int | None = None
+    """None: the values must tell."""
+    is_unsigned: bool = False
+    """32 bits without a sign."""
+    is_negative: bool = False
+    """0 is white."""
+
+
+def _deep_scale(picture: Image.Image) -> _DeepScale:
+    if picture.mode not in _DEEP:
+        return _DeepScale()
+    if isinstance(picture, TiffImageFile):
+        bits, kind = _first(picture.tag_v2.get(_TIFF_BITS, 16)), _first(picture.tag_v2.get(_TIFF_SAMPLE_FORMAT, 1))
+        white = (1 << bits - (kind == 2)) - 1 if bits <= 16 else None
+        return _DeepScale(white, kind == 1 and bits > 16, picture.tag_v2.get(_TIFF_PHOTOMETRIC) == 0)
+    return _DeepScale(65535 if picture.mode.startswith("I;") or picture.format in ("PNG", "PPM") else None)
+
+
+def _first(value: int | tuple[int, ...]) -> int:
+    return int(value[0] if isinstance(value, tuple) else value)
 
 
 def _over_white(picture: Image.Image) -> Image.Image:
@@ -114,33 +227,59 @@ def _over_white(picture: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", picture.size, _WHITE), picture).convert("RGB")
 
 
-def _from_array(array: np.ndarray, name: str) -> Image.Image:
+def _from_array(array: np.ndarray, name: str, full_scale: int | None = None) -> Image.Image:
     if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
-        raise ValueError(f"{name}: an array of shape {array.shape} is no picture; give HxW, HxWxC or CxHxW")
+        raise _PictureError(f"{name}: an array of shape {array.shape} is no picture; give HxW, HxWxC or CxHxW")
     _check_size((array.shape[1], array.shape[0]), name)
-    picture = Image.fromarray(_to_uint8(array, name))
+    picture = Image.fromarray(np.ascontiguousarray(_to_uint8(array, name, full_scale)))
     return _over_white(picture) if picture.mode == "RGBA" else picture.convert("RGB")
 
 
-def _to_uint8(array: np.ndarray, name: str) -> np.ndarray:
-    if array.dtype == np.uint8:
-        return array
-    values = array.astype(np.float32)
-    if not np.isfinite(values).all():
-        raise ValueError(f"{name}: the array holds NaN or infinite values")
-    if values.min() < 0:
-        raise ValueError(f"{name}: the array holds {values.min():g}; give uint8, uint16, or floats in [0, 1]")
-    if array.dtype == np.uint16:
-        values = values / 257
-    elif array.dtype.kind == "f" and values.max() <= 1:
-        values = values * 255
-    elif values.max() > 255:  # 16-bit grey that PIL gives as 32-bit
-        values = values / 257 if values.max() <= 65535 else values * (255 / values.max())
-    return values.clip(0, 255).round().astype(np.uint8)
+def _to_uint8(array: np.ndarray, name: str, full_scale: int | None) -> np.ndarray:
+    """Levels 0 to 255 of whatever numbers; `full_scale` is what is white, where that is known."""
+    wanted = "give uint8, uint16, or floats in [0, 1]"
+    kind = array.dtype.kind
+    if kind not in "buif":
+        raise _PictureError(f"{name}: the array holds {array.dtype}; {wanted}")
+    if kind == "b":
+        return array.astype(np.uint8) * np.uint8(255)
+    if kind == "f" and not np.isfinite(array).all():
+        raise _PictureError(f"{name}: the array holds NaN or infinite values")
+    low, high = array.min(), array.max()
+    if kind == "f":
+        if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
+            raise _PictureError(f"{name}: the array holds {low if low < -_OVERSHOOT else high:g}; {wanted}")
+        return (array.astype(np.float32).clip(0, 1) * 255).round().astype(np.uint8)
+    if low < 0:
+        raise _PictureError(f"{name}: the array holds {low}; {wanted}")
+    if full_scale is None:
+        full_scale = _full_scale(array, int(high))
+    if full_scale is None:
+        raise _PictureError(f"{name}: the array holds {high} as {array.dtype}, so what is white is unclear; {wanted}")
+    if full_scale == 255:
+        return array.astype(np.uint8, copy=False)
+    return (array.astype(np.float64) * (255 / full_scale)).clip(0, 255).round().astype(np.uint8)
+
+
+def _full_scale(array: np.ndarray, high: int) -> int | None:
+    """What is white in an array of whole numbers up to `high`; None where neither its type nor its values say so.
+
+    Nothing but 0 and 1 is a mask, but in colours of 8 bits: those may be that dark.
+    """
+    if high == 1 and (array.ndim == 2 or array.dtype.itemsize > 1):
+        return 1
+    if array.dtype.kind == "u" and array.dtype.itemsize <= 2:
+        return int(np.iinfo(array.dtype).max)
+    for full_scale in (255, 65535):
+        if high <= full_scale:
+            return full_scale
+    full_scale = int(np.iinfo(array.dtype).max)
+    is_dark = high * 255 < full_scale  # not a single level
+    return full_scale if array.dtype.itemsize == 4 and not is_dark else None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from mmllm.data.samples.documents import Sample, Segment
 from mmllm.data.samples.stored import features_ending, unpack_codes, unpack_features
 
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "avif")
 AUDIO_ENDINGS = ("flac", "wav", "ogg", "mp3")
 _STORED = ("codec.npz", "features.npz")
 _UNREAD = (
@@ -25,7 +25,6 @@ _UNREAD = (
     "tiff",
     "heic",
     "heif",
-    "avif",
     "jp2",
     "opus",
     "m4a",

@@ -22,7 +22,7 @@ from PIL import Image
 from mmllm.data.rows.bad_rows import is_of_machine
 from mmllm.data.rows.media import Media, media_source
 from mmllm.data.rows.rows import Row
-from mmllm.data.samples.decode import decode_image
+from mmllm.data.samples.decode import decode_file
 from mmllm.data.samples.stored import COLUMN, ImageEncoder, features_ending, pack_codes, pack_features
 from mmllm.data.shards.perturb import perturb
 from mmllm_tokenizers.audio import Sound, read_sound, to_mono
@@ -30,7 +30,8 @@ from mmllm_tokenizers.folder import TokenizerFolder
 
 PICTURES = 32
 """Pictures that are encoded together."""
-_KEPT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "AVIF": "avif"}
+"""Forms that shards hold as they are, and their endings. An MPO is a JPEG with more behind it."""
 _MAX_KEY = 80
 
 
@@ -182,30 +183,34 @@ def _read(row: Row, config: ShardsConfig) -> list[_Sample]:
             return [_Sample(row, row.id, {"txt": row.text.encode()}, metadata)]
         case "caption":
             assert row.image is not None
-            ending, data, (width, height) = _picture(row.image, config)
+            notes: list[Note] = []
+            ending, data, (width, height) = _picture(row, row.image, config, notes)
             files = {ending: data, "txt": row.text.encode()}
-            return [_Sample(row, row.id, files, {**metadata, "width": width, "height": height})]
+            return [_Sample(row, row.id, files, {**metadata, "width": width, "height": height}, notes=notes)]
         case "audio":
             return _audio_samples(row, metadata, config)
     return [_interleaved_sample(row, metadata, config)]
 
 
-def _picture(media: Media, config: ShardsConfig) -> tuple[str, bytes, tuple[int, int]]:
-    """Ending, bytes, size. Stored as they are where any reader sees the same 8-bit RGB picture in them."""
+def _picture(row: Row, media: Media, config: ShardsConfig, notes: list[Note]) -> tuple[str, bytes, tuple[int, int]]:
+    """Ending, bytes, size. Stored as they are where any reader sees the same 8-bit picture in them.
+
+    What must change and was lossy becomes a JPEG of high quality, its colours as fine as its grey; else a PNG.
+    """
     data = media.read_bytes()
-    picture = decode_image(data, str(media))
+    decoded = decode_file(data, str(media))
+    if decoded.is_animated:
+        message = f"{row.where}: {media} holds several pictures ({decoded.form}); the first is used"
+        notes.append(Note("first_pictures", message))
+    picture, is_single = decoded.picture, not decoded.is_animated or decoded.form == "MPO"
     fits = max(picture.size) <= config.max_image_side
-    with Image.open(io.BytesIO(data)) as original:
-        form = original.format or ""
-        is_rgb = original.mode == "RGB" and "transparency" not in original.info
-        plain = is_rgb and not getattr(original, "is_animated", False) and not original.getexif()
-    if form in _KEPT and plain and fits:
-        return _KEPT[form], data, picture.size
+    if decoded.form in _KEPT and decoded.is_plain and is_single and fits:
+        return _KEPT[decoded.form], data, picture.size
     if not fits:
         picture.thumbnail((config.max_image_side, config.max_image_side), Image.Resampling.BICUBIC)
     stream = io.BytesIO()
-    if form == "JPEG":
-        picture.save(stream, "JPEG", quality=95)
+    if decoded.is_lossy:
+        picture.save(stream, "JPEG", quality=95, subsampling=0)
         return "jpg", stream.getvalue(), picture.size
     picture.save(stream, "PNG")
     return "png", stream.getvalue(), picture.size
@@ -252,12 +257,13 @@ def _audio_samples(row: Row, metadata: dict[str, Any], config: ShardsConfig) -> 
 
 def _interleaved_sample(row: Row, metadata: dict[str, Any], config: ShardsConfig) -> _Sample:
     files: dict[str, bytes] = {}
-    sounds, segments, notes = [], [], []
+    sounds, segments = [], []
+    notes: list[Note] = []
     for segment in row.segments:
         number = len(files)
         role = {key: segment[key] for key in ("role", "loss") if key in segment}
         if "image" in segment:
-            ending, data, _ = _picture(segment["image"], config)
+            ending, data, _ = _picture(row, segment["image"], config, notes)
             files[f"{number}.{ending}"] = data
             segments.append({"image": f"{number}.{ending}", **role})
         elif "audio" in segment:
