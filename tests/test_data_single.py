@@ -269,6 +269,11 @@ def test_few_captions_make_smaller_steps_that_ranks_share(tmp_path, monkeypatch)
     wanted = steps_of([loader_of(monkeypatch, "caption", tmp_path, batch_size=32)], 3)
     ranks = [loader_of(monkeypatch, "caption", tmp_path, rank, 4, batch_size=32) for rank in range(4)]
     assert steps_of(ranks, 3) == wanted and [len(set(step)) for step in wanted] == [9, 9, 9]
+    data = data_of("caption", tmp_path / "s", tmp_path / "tok", batch_size=32)
+    plan = data._plan(data._shards, True, 1)
+    orders = [[item.row for row in plan.at(epoch).sequences for item in row] for epoch in range(3)]
+    assert all(sorted(order) == list(range(9)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3, "each epoch is shuffled anew"
 
 
 def test_captions_of_large_sources_are_spread_within_blocks_of_shards(made, tmp_path, monkeypatch):
