@@ -12,7 +12,7 @@ from mmllm.data.rows.bad_rows import ManifestError
 
 Type = Literal["text", "int", "float", "bool"]
 TYPES: tuple[Type, ...] = ("text", "int", "float", "bool")
-_OWN = ("id", "text", "image", "audio")
+OWN = ("id", "text", "image", "audio")
 """Columns that are found however they are capitalised."""
 _INT = re.compile(r"[+-]?\d+", re.ASCII)
 _FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -78,7 +78,7 @@ class ColumnNames:
     def _own_name(self, key: str, record: dict[str, Any]) -> str:
         """`Image` is `image`, where there is no other."""
         name = key.strip().lower()
-        return name if name in _OWN and name not in record and name not in self.ours.values() else key
+        return name if name in OWN and name not in record and name not in self.ours.values() else key
 
 
 def _typed(value: Any, kind: Type, name: str) -> Any:

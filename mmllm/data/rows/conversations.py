@@ -24,7 +24,8 @@ _PAIRS = (
 )  # fmt: skip
 """Keys of a question and its answer: swift's, Alpaca's, OpenAI's and others'."""
 _PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages", "chosen_messages")
-_SIGNS = frozenset({*TALKS, *_PREFERENCES, *(question for question, _ in _PAIRS), "texts"})
+SIGNS = frozenset({*TALKS, *_PREFERENCES, *(question for question, _ in _PAIRS), "texts"})
+"""A record without any of these keys is no conversation."""
 _NO_PLACE = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")
 _WHO, _WHAT = ("from", "role"), ("value", "content")
 _MEANT = ("id", "text", "image", "audio", "segments", "question", "answer")
@@ -50,7 +51,7 @@ def is_conversation(record: Any) -> bool:
     """Whether a record is one, as its keys have it."""
     if not isinstance(record, dict):
         return False
-    if record.keys().isdisjoint(_SIGNS):
+    if record.keys().isdisjoint(SIGNS):
         return False
     keys = {key for key, value in record.items() if not is_null(value)}
     is_pair = "text" not in keys and any(keys.issuperset(pair) for pair in _PAIRS)

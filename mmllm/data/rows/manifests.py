@@ -6,19 +6,25 @@ from typing import Any
 
 from mmllm.data.rows.bad_rows import ManifestError
 from mmllm.data.rows.conversations import conversation, is_conversation
-from mmllm.data.rows.inputs import Found, Input, each_record
+from mmllm.data.rows.inputs import Found, Input, each_record, read_record
 from mmllm.data.rows.marks import KINDS, Marked, has_marks
 from mmllm.data.rows.media_files import IMAGES, SOUNDS, drop_embedded, gathered, local_image, refuse_films
+from mmllm.data.rows.records import Record
 
 _TEXTS = ("caption", "title", "transcription", "transcript", "sentence")
 """What others call the text of a picture or a sound, where there is no `text`."""
-_FILES = ("filepath", "file_name", "image_file_name", "audio_file_name")
+FILES = ("filepath", "file_name", "image_file_name", "audio_file_name")
 """What others call a picture's or a sound's file, where there is neither `image` nor `audio`."""
 
 
 def manifest_rows(given: Input) -> Found:
     """JSONL, JSON lists and parquet: a record is a row."""
     return each_record(given, "row", lambda record, number: record_row(record, number, given))
+
+
+def manifest_row(record: Record, number: int, given: Input) -> dict[str, Any] | ManifestError:
+    """One record of the file as `manifest_rows` gives it."""
+    return read_record(given.named(record), number, "row", lambda value, number: record_row(value, number, given))
 
 
 def table_rows(given: Input) -> Found:
@@ -64,7 +70,7 @@ def record_row(record: dict[str, Any], number: int, given: Input) -> dict[str, A
 def _named_files(row: dict[str, Any]) -> dict[str, list[Any]]:
     """Pictures and sounds in columns that others' forms call so; these leave the row."""
     media: dict[str, list[Any]] = {kind: [] for kind in KINDS}
-    for key in _FILES:
+    for key in FILES:
         value = row.get(key)
         if not isinstance(value, str):
             continue

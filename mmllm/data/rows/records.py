@@ -29,6 +29,7 @@ _EMBEDDING = (
     "base64,", '"bytes"', '"data"', '"array"', "/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "ZkxhQ", "T2dnUw", "SUQz",
 )  # fmt: skip
 """One of these is in every JSON text that embeds a picture or a sound."""
+_EMBEDDING_BYTES = tuple(sign.encode() for sign in _EMBEDDING)
 _SPACE = re.compile(r"[ \t\n\r]*")
 _MANY, _FEW = 256, 16
 """Rows of a parquet file that are read together; few where they may hold pictures or sounds."""
@@ -98,25 +99,50 @@ def _lines(path: Path) -> Iterator[Record]:
     offset = 0
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
-            place = (offset, len(line))
+            record = line_record(path, number, offset, line)
             offset += len(line)
-            if not line.strip():
-                continue
-            text = ""
-            try:
-                text = line.decode("utf-8")
-                value = json.loads(text[1:] if text[0] == _BOM else text)
-            except UnicodeDecodeError as error:
-                value = ManifestError(
-                    f"not JSON: not UTF-8 ({error.reason}, byte {error.start} of the line); save it so"
-                )
-            except (ValueError, RecursionError) as error:
-                value = ManifestError(f"not JSON: {error}")
-            yield Record(f"{path}:{number}", value, place, _may_embed(text))
+            if record is not None:
+                yield record
+
+
+def line_record(path: Path, number: int, offset: int, line: bytes) -> Record | None:
+    """The record of a line of JSONL, None of a blank one.
+
+    Args:
+        path: The file.
+        number: Of the line, from 1.
+        offset: Of its first byte.
+        line: The line.
+    """
+    if not line.strip():
+        return None
+    text = ""
+    try:
+        text = line.decode("utf-8")
+        value = json.loads(text[1:] if text[0] == _BOM else text)
+    except UnicodeDecodeError as error:
+        value = ManifestError(f"not JSON: not UTF-8 ({error.reason}, byte {error.start} of the line); save it so")
+    except (ValueError, RecursionError) as error:
+        value = ManifestError(f"not JSON: {error}")
+    return Record(f"{path}:{number}", value, (offset, len(line)), _may_embed(text))
 
 
 def _may_embed(text: str) -> bool:
     return any(sign in text for sign in _EMBEDDING)
+
+
+def lines_may_embed(lines: bytes) -> bool:
+    """Whether pictures or sounds may be embedded in any of these lines of JSON."""
+    return any(sign in lines for sign in _EMBEDDING_BYTES)
+
+
+def holds_lines(path: Path) -> bool:
+    """Whether its records are lines of JSON."""
+    match path.suffix.lower():
+        case ".json":
+            return _is_lines(path)
+        case suffix:
+            return suffix not in (*TABLES, ".parquet")
 
 
 def _is_lines(path: Path) -> bool:

@@ -21,9 +21,9 @@ KINDS: tuple[Kind, ...] = ("caption", "interleaved", "text", "audio")
 
 ROLES = ("user", "assistant")
 
-_OWN_KEYS = ("id", "text", "image", "audio", "segments")
+OWN_KEYS = ("id", "text", "image", "audio", "segments")
 _MEDIA_KEYS = ("image", "audio")
-_MEDIA_SUFFIXES = (
+MEDIA_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".wav", ".flac", ".mp3", ".ogg", ".opus",
 )  # fmt: skip
 
@@ -86,7 +86,7 @@ def row_from_dict(value: Any, folder: Path, where: str) -> Row:
     if not isinstance(value, dict):
         raise ManifestError(f"a row must be a JSON object, got {type(value).__name__}")
     _check_unicode(value)
-    metadata = {key: item for key, item in value.items() if key not in _OWN_KEYS}
+    metadata = {key: item for key, item in value.items() if key not in OWN_KEYS}
     name = _id(value.get("id"), where)
     if "segments" in value:
         beside = [key for key in ("text", "image", "audio") if key in value]
@@ -113,7 +113,7 @@ def row_from_dict(value: Any, folder: Path, where: str) -> Row:
 def _check_keys(metadata: dict[str, Any], folder: Path, wanted: str) -> None:
     """Refuses a row of texts of which another key names a picture or a sound: `image` or `audio` was misspelt."""
     for key, item in metadata.items():
-        if isinstance(item, str) and item.lower().endswith(_MEDIA_SUFFIXES) and (folder / item).is_file():
+        if isinstance(item, str) and item.lower().endswith(MEDIA_SUFFIXES) and (folder / item).is_file():
             raise ManifestError(
                 f"{key!r} names the file {item}, which '{wanted}' should; rename the key, or say so: "
                 f"--columns image={key}"
