@@ -107,7 +107,7 @@ def build(
     bad = BadRows(max_bad_fraction)
     manifests = [manifest] if isinstance(manifest, str | Path) else list(manifest)
     cleaning = cleaning or CleaningConfig()
-    with kept_rows(Path(out)) as kept:
+    with kept_rows(Path(out), executor) as kept:
         table = RowTable(kept, perturb + 1)
         if cleaning.is_on or holdout is not None:
             rows = [row for path in manifests for row in read_rows(path, bad, form, media, columns)]

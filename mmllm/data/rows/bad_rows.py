@@ -55,7 +55,8 @@ class BadRows:
             shown = "; ".join(reasons[:_SHOWN]) + ("; …" if num_bad > _SHOWN else "")
             raise ManifestError(
                 f"{name}: {num_bad} of {num_rows} rows can't be used, at most {min(allowed, num_rows - 1)} may be: "
-                f"{shown}. {'' if is_end else 'The rows behind these were not looked at. '}Mend them, or raise --max_bad_fraction (now {self.max_fraction})"
+                f"{shown}. {'' if is_end else 'The build ended there. '}Mend them, or raise --max_bad_fraction (now "
+                f"{self.max_fraction})"
             )
 
 

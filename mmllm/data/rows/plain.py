@@ -89,9 +89,8 @@ class PlainRows:
             value = record[key]
             if type(value) is list or type(value) is dict:
                 has_nested = True
-            elif not shape.file_key and type(value) is str:
-                if value[-_LONGEST_SUFFIX:].lower().endswith(MEDIA_SUFFIXES):
-                    return False
+            elif not shape.file_key and type(value) is str and _ends_as_file(value):
+                return False
         if (has_nested or "\\ud" in text or "\\uD" in text) and not _can_be_written(record, text):
             return False
         if not shape.file_key:
@@ -144,6 +143,10 @@ def _shape(keys: tuple[str, ...]) -> _Shape | None:
     if "image" in found:
         return _Shape("caption", "image", others)
     return _Shape("audio", "audio", others) if "audio" in found else _Shape("text", "", others)
+
+
+def _ends_as_file(value: str) -> bool:
+    return value[-_LONGEST_SUFFIX:].lower().endswith(MEDIA_SUFFIXES)
 
 
 def _can_be_written(record: dict[str, Any], text: str) -> bool:

@@ -44,6 +44,8 @@ STAGING = ".building"
 FORMAT_VERSION = 1
 
 _CHUNK = 128
+_FEW_ROWS = 256
+"""Of so few, all bad ones are found before too many of them end the build; of more, it ends at the first too many."""
 _GROUP, _UNFINISHED, _OF_PROCESS = "group.json", "unfinished-", "of-"
 
 
@@ -111,21 +113,22 @@ def write_shards(
     groups = group_rows(table, config)
     name = _last_file(table) or str(out)
 
-    def note(wrong: Iterable[Sequence[str]]) -> None:
+    def note(wrong: Iterable[Sequence[str]], num_done: int) -> None:
         for where, reason in wrong:
             bad.add(where, reason)
-        bad.check(num_rows, name)
+        if num_done >= min(_FEW_ROWS, len(table)):
+            bad.check(num_rows, name, is_end=num_done == len(table))
 
     counts = Counter(group.kind for group in groups)
     _refuse_others(out, [f"{kind}-{number:06d}.tar" for kind, count in counts.items() for number in range(count)])
-    note(())  # of several manifests, each may have few enough bad rows
+    bad.check(num_rows, name)  # of several manifests, each may have few enough bad rows
     with _staging(out, executor) as staging:
         write = _WriteGroups(str(staging.absolute()), config, folder, encoder)
         if executor.is_here:
             written = list(write.each(groups, executor.workers, progress, note=note))
         else:
             written = _written_elsewhere(write, groups, executor, progress)
-            note(wrong for group in written for wrong in group["bad"])
+            note((wrong for group in written for wrong in group["bad"]), len(table))
         paths, shards = _named(staging, groups, written)
         summary = {
             "format_version": FORMAT_VERSION,
@@ -145,22 +148,25 @@ def write_shards(
 
 
 @contextmanager
-def kept_rows(out: Path) -> Iterator[Path]:
-    """A file of this process in the staging folder, for a table's rows. It, and what it needs, is made when it is
-    written, and goes when the build has ended.
+def kept_rows(out: Path, executor: Executor) -> Iterator[Path]:
+    """A file of this process in the staging folder, for a table's rows; it goes when the build has ended.
+
+    Whoever writes it makes its folder.
     """
-    is_new, staging = not out.exists(), out / STAGING
+    is_new, staging, is_done = not out.exists(), out / STAGING, executor.is_here
     own = _own_folder(staging)
     if staging.is_symlink():
         staging.unlink()
     try:
         yield own / "rows.jsonl"
+        is_done = True
     finally:
         shutil.rmtree(own, ignore_errors=True)
-        with suppress(OSError):  # others may be there
-            staging.rmdir()
-            if is_new:
-                out.rmdir()
+        if is_done:  # else tasks elsewhere go on to write here
+            with suppress(OSError):  # others may be there
+                staging.rmdir()
+                if is_new:
+                    out.rmdir()
 
 
 def _own_folder(staging: Path) -> Path:
@@ -282,13 +288,13 @@ class _WriteGroups:
         workers: int = 0,
         progress: Progress | None = None,
         keys: Sequence[str] | None = None,
-        note: Callable[[Iterable[tuple[str, str]]], None] | None = None,
+        note: Callable[[Iterable[tuple[str, str]], int], None] | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Of each group its `folder`, `shards` (file, samples, bytes, digest) and `bad` rows, when it is written.
 
         The folder is named by the group's key, by default its name. It gets that name when it is whole; where it is
-        there already, by the same task run twice, that one stands. `note` is given bad rows as soon as they are found,
-        in the groups' order; what it raises ends the work.
+        there already, by the same task run twice, that one stands. `note` is given the bad rows of each chunk, and
+        how many rows are done; what it raises ends the work.
 
         Raises:
             ChangedError: A manifest has been changed.
@@ -307,12 +313,12 @@ class _WriteGroups:
                         raise found
                     samples, errors = found
                     bad += errors
-                    if note and errors:
-                        note(errors)
                     for sample in samples:
                         writer.write(sample)
                     left -= len(chunk)
                     num_done += len(chunk)
+                    if note:
+                        note(errors, num_done)
                     if progress:
                         progress(num_done, num_all)
             yield writer.finished(bad)
@@ -368,9 +374,6 @@ class _GroupWriter:
         self._counts: list[int] = []
 
     def __enter__(self) -> _GroupWriter:
-        self._staging.mkdir(
-            parents=True, exist_ok=True
-        )  # the command that submitted this task may have removed it, empty
         self._folder = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{self._key}-", dir=self._staging))
         return self
 
