@@ -27,8 +27,6 @@ def copy_name(name: str, copy: int) -> str:
 
 def safe_key(name: str) -> str:
     """An id as a tar key: ASCII letters, digits, `_` and `-` alone, at most 80 of them."""
-    if len(name) <= _MAX_KEY and name.isalnum() and name.isascii():  # most are, and it takes less time to see
-        return name
     if _SAFE.fullmatch(name):
         return name
     key = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_") or "row"
@@ -42,12 +40,22 @@ def numbered_key(key: str, number: int) -> str:
     return f"{key}-{number}" if number else key
 
 
-def key_hash(key: str) -> int:
-    """64 bits of a safe key. That of `numbered_key(key, n)` comes of that of `key`, by `_numbered_hash`."""
+def id_hash(name: str) -> int:
+    """64 bits of an id's key. That of `numbered_key(key, n)` comes of that of `key`, by `_numbered_hash`."""
+    if name.isalnum() and name.isascii() and len(name) <= _MAX_KEY:  # most are, and it takes the least time to see
+        return _hash(name)
+    return _key_hash(safe_key(name))
+
+
+def _key_hash(key: str) -> int:
     if "-" in key:
         base, _, digits = key.rpartition("-")
         if digits.isdecimal() and digits[0] != "0" and len(digits) <= _MAX_DIGITS:
-            return _numbered_hash(key_hash(base), int(digits))
+            return _numbered_hash(_key_hash(base), int(digits))
+    return _hash(key)
+
+
+def _hash(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
@@ -63,7 +71,7 @@ def key_numbers(hashes: Sequence[int] | array[int]) -> np.ndarray | None:
     """uint32 `[K]`: the number that each of K keys gets, in their order; None if all are 0, since all are unlike.
 
     Args:
-        hashes: `key_hash` of each key.
+        hashes: `id_hash` of each id.
     """
     hashes_K = np.frombuffer(hashes, dtype=np.uint64) if isinstance(hashes, array) else np.array(hashes, np.uint64)
     order_K = np.argsort(hashes_K, kind="stable")

@@ -18,10 +18,12 @@ from mmllm.data.rows.conversations import SIGNS
 from mmllm.data.rows.inputs import MAY_BE_JSON, MAY_BE_LISTS
 from mmllm.data.rows.manifests import FILES
 from mmllm.data.rows.marks import has_marks
-from mmllm.data.rows.records import lines_may_embed
+from mmllm.data.rows.media import is_encoded
+from mmllm.data.rows.records import may_embed
 from mmllm.data.rows.rows import MEDIA_SUFFIXES, OWN_KEYS, Kind, Row
 
-_MEANT = frozenset({*SIGNS, *MAY_BE_JSON, *MAY_BE_LISTS, *FILES, *OWN_KEYS}) - {"id", "text", "image", "audio"}
+_EMBEDDED = ("bytes", "data", "array")
+_MEANT = frozenset({*SIGNS, *MAY_BE_JSON, *MAY_BE_LISTS, *FILES, *_EMBEDDED, *OWN_KEYS}) - set(OWN)
 """Keys that mean something to an importer. A record that has one isn't plain."""
 _LONGEST_SUFFIX = max(map(len, MEDIA_SUFFIXES))
 _MAX_SHAPES = 10_000
@@ -50,7 +52,7 @@ class PlainRows:
         self._decode = json.JSONDecoder().raw_decode
         self._shapes: dict[tuple[str, ...], _Shape | None] = {}
 
-    def told(self, line: bytes, number: int, may_embed: bool) -> tuple[Kind, str] | None:
+    def told(self, line: bytes, number: int) -> tuple[Kind, str] | None:
         """Kind and id of the plain row in a line; None where it may not be one.
 
         Its file is there and isn't empty.
@@ -58,14 +60,13 @@ class PlainRows:
         Args:
             line: The line.
             number: Of the line, from 1.
-            may_embed: Whether pictures or sounds may be embedded in it.
         """
         try:
             text = line.decode()
             record, end = self._decode(text)
         except (ValueError, RecursionError):
             return None
-        if type(record) is not dict or text[end:] not in ("\n", "\r\n", "") or (may_embed and lines_may_embed(line)):
+        if type(record) is not dict or text[end:] not in ("\n", "\r\n", ""):
             return None
         keys = tuple(record)
         shape = self._shapes[keys] if keys in self._shapes else self._new_shape(keys)
@@ -87,10 +88,13 @@ class PlainRows:
         has_nested = False
         for key in shape.others:
             value = record[key]
-            if type(value) is list or type(value) is dict:
+            if type(value) is str:
+                if is_encoded(value) or (not shape.file_key and _ends_as_file(value)):
+                    return False
+            elif type(value) is list or type(value) is dict:
                 has_nested = True
-            elif not shape.file_key and type(value) is str and _ends_as_file(value):
-                return False
+        if has_nested and may_embed(text):
+            return False
         if (has_nested or "\\ud" in text or "\\uD" in text) and not _can_be_written(record, text):
             return False
         if not shape.file_key:
@@ -100,6 +104,8 @@ class PlainRows:
     def _is_file(self, value: Any) -> bool:
         """Whether it is the path of a file that isn't empty, and can be nothing else."""
         if type(value) is not str or not value or value[0] in "[{" or value[0].isspace() or ":" in value:
+            return False
+        if is_encoded(value):
             return False
         try:
             found = os.stat(value if value[0] == "/" else self._prefix + value)

@@ -29,7 +29,6 @@ _EMBEDDING = (
     "base64,", '"bytes"', '"data"', '"array"', "/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "ZkxhQ", "T2dnUw", "SUQz",
 )  # fmt: skip
 """One of these is in every JSON text that embeds a picture or a sound."""
-_EMBEDDING_BYTES = tuple(sign.encode() for sign in _EMBEDDING)
 _SPACE = re.compile(r"[ \t\n\r]*")
 _MANY, _FEW = 256, 16
 """Rows of a parquet file that are read together; few where they may hold pictures or sounds."""
@@ -124,16 +123,12 @@ def line_record(path: Path, number: int, offset: int, line: bytes) -> Record | N
         value = ManifestError(f"not JSON: not UTF-8 ({error.reason}, byte {error.start} of the line); save it so")
     except (ValueError, RecursionError) as error:
         value = ManifestError(f"not JSON: {error}")
-    return Record(f"{path}:{number}", value, (offset, len(line)), _may_embed(text))
+    return Record(f"{path}:{number}", value, (offset, len(line)), may_embed(text))
 
 
-def _may_embed(text: str) -> bool:
+def may_embed(text: str) -> bool:
+    """Whether pictures or sounds may be embedded in this JSON."""
     return any(sign in text for sign in _EMBEDDING)
-
-
-def lines_may_embed(lines: bytes) -> bool:
-    """Whether pictures or sounds may be embedded in any of these lines of JSON."""
-    return any(sign in lines for sign in _EMBEDDING_BYTES)
 
 
 def holds_lines(path: Path) -> bool:
@@ -168,7 +163,7 @@ def _json_records(path: Path) -> Iterator[Record]:
         for number, (value, first, after) in enumerate(_items(text)):
             start, done = start + _num_bytes(text[done:first]), first
             record = text[first:after]
-            yield Record(f"{path}:{number}", value, (start, _num_bytes(record)), _may_embed(record))
+            yield Record(f"{path}:{number}", value, (start, _num_bytes(record)), may_embed(record))
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{path}: not JSON: {error}") from error
 

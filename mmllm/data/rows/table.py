@@ -21,10 +21,10 @@ from mmllm.data.rows.bad_rows import BadRows, ManifestError
 from mmllm.data.rows.column_names import ColumnNames
 from mmllm.data.rows.forms import FORMS, check_read, checked_row, told_input
 from mmllm.data.rows.inputs import Input
-from mmllm.data.rows.keys import copy_name, key_hash, key_numbers, numbered_key, safe_key
+from mmllm.data.rows.keys import copy_name, id_hash, key_numbers, numbered_key, safe_key
 from mmllm.data.rows.manifests import manifest_row
 from mmllm.data.rows.plain import PlainRows
-from mmllm.data.rows.records import holds_lines, line_record, lines_may_embed
+from mmllm.data.rows.records import holds_lines, line_record
 from mmllm.data.rows.rows import KINDS, Kind, Row, with_absolute_paths
 
 _BLOCK_BYTES = 1 << 20
@@ -138,10 +138,9 @@ class RowTable:
             source = _Source(given.path.absolute(), str(given.path), plain, found.st_size, found.st_mtime_ns)
             self._sources.append(source)
             while lines := stream.readlines(_BLOCK_BYTES):
-                may_embed = lines_may_embed(b"".join(lines))
                 for line in lines:
                     number += 1
-                    if (told := plain.told(line, number, may_embed)) is not None:
+                    if (told := plain.told(line, number)) is not None:
                         self._append(len(self._sources) - 1, start, number, *told)
                         count += 1
                     elif (record := line_record(given.path, number, start, line)) is not None:
@@ -167,10 +166,10 @@ class RowTable:
         self._start.append(start)
         self._line.append(line)
         self._kind.append(_NUMBER_OF_KIND[kind])
-        self._hashes.append(key_hash(safe_key(name)))
+        self._hashes.append(id_hash(name))
         if kind == "audio":
             for copy in range(1, self._num_copies):
-                self._hashes.append(key_hash(safe_key(copy_name(name, copy))))
+                self._hashes.append(id_hash(copy_name(name, copy)))
 
     def number_keys(self) -> None:
         """Makes keys unlike. What that needs of each row's key is forgotten: no more rows can be taken."""
