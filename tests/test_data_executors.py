@@ -21,11 +21,12 @@ from mmllm.data import commands
 from mmllm.data.executors.launching import jobs_of, launch
 from mmllm.data.executors.stages import Executor, Stage, TaskError, UnfinishedError, parse_options
 from mmllm.data.executors.task import ERRORS, FUNCTIONS, Task, Work, function_named, item_lines
-from mmllm.data.rows.bad_rows import ManifestError
+from mmllm.data.rows.bad_rows import BadRows, ManifestError
 from mmllm.data.rows.cleaning import CleaningConfig, measure_rows
 from mmllm.data.rows.forms import read_rows
 from mmllm.data.rows.media import Embedded
 from mmllm.data.rows.rows import Row
+from mmllm.data.rows.table import RowTable
 from mmllm.data.samples.decode import ImageTransform
 from mmllm.data.samples.stored import ImageEncoder
 from mmllm.data.shards.encode import KeyedRow, ShardsConfig
@@ -269,9 +270,9 @@ def test_a_mended_row_is_read_again_and_nothing_else(tmp_path):
 
 
 def test_twins_write_one_group_between_them(tmp_path):
-    rows = read_rows(write_manifest(tmp_path, [{"id": str(n), "text": f"text {n}"} for n in range(4)]))
-    config = ShardsConfig()
-    (group,) = group_rows(rows, config)
+    table, config = RowTable(tmp_path / "kept"), ShardsConfig()
+    table.read(write_manifest(tmp_path, [{"id": str(n), "text": f"text {n}"} for n in range(4)]), BadRows(0.0))
+    (group,) = group_rows(table, config)
     write = _WriteGroups(str(tmp_path / "s"), config, None, None)
     (tmp_path / "s").mkdir()
     told = write(group, "k")

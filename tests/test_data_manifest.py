@@ -14,8 +14,8 @@ from mmllm.data import commands
 from mmllm.data.rows.bad_rows import BadRows, ManifestError
 from mmllm.data.rows.forms import read_rows
 from mmllm.data.rows.holdout import split_rows
+from mmllm.data.rows.keys import safe_key
 from mmllm.data.rows.rows import KINDS
-from mmllm.data.shards.encode import safe_key
 from mmllm.data.shards.find import shard_paths
 from tests.data_fixtures import RATE, make_folder, mixed_manifest, write_manifest, write_picture, write_sound
 

@@ -26,12 +26,13 @@ from mmllm.data.rows.column_names import ColumnNames
 from mmllm.data.rows.forms import read_rows
 from mmllm.data.rows.holdout import split_rows, without_shown
 from mmllm.data.rows.media import Digests
-from mmllm.data.rows.rows import row_media, with_absolute_paths
+from mmllm.data.rows.rows import Row, row_media, with_absolute_paths
+from mmllm.data.rows.table import RowTable
 from mmllm.data.samples.stored import ImageEncoder
 from mmllm.data.shards.encode import ShardsConfig
 from mmllm.data.shards.find import find_shards
 from mmllm.data.shards.remote import Shard, is_remote
-from mmllm.data.shards.write import write_shards
+from mmllm.data.shards.write import kept_rows, write_shards
 from mmllm_tokenizers.folder import TokenizerFolder
 
 _logger = logging.getLogger(__name__)
@@ -63,6 +64,9 @@ def build(
     columns: ColumnNames | None = None,
 ) -> dict[str, Any]:
     """Manifests, and other people's data, to shards.
+
+    Of each row some 40 bytes are held in memory; with `cleaning` or `holdout`, which compare rows, all of it is until
+    they are chosen.
 
     Args:
         manifest: One input or several, of any form that `forms.FORMS` reads; kinds may be mixed.
@@ -102,12 +106,40 @@ def build(
     executor = executor if executor is not None else Executor(workers=workers)
     bad = BadRows(max_bad_fraction)
     manifests = [manifest] if isinstance(manifest, str | Path) else list(manifest)
-    rows = [row for path in manifests for row in read_rows(path, bad, form, media, columns)]
-    left_out = bad.left_out
-    cleaning, digests = cleaning or CleaningConfig(), Digests()
-    executor.claim(Path(out))
-    rows = [with_absolute_paths(row) for row in rows]
-    if cleaning.is_on or (holdout is not None and not executor.is_here):
+    cleaning = cleaning or CleaningConfig()
+    with kept_rows(Path(out), executor) as kept:
+        table = RowTable(kept, perturb + 1)
+        if cleaning.is_on or holdout is not None:
+            rows = [row for path in manifests for row in read_rows(path, bad, form, media, columns)]
+            executor.claim(Path(out))
+            rows = [with_absolute_paths(row) for row in rows]
+            table.extend(_chosen(rows, bad, cleaning, holdout, part, seed, executor, progress))
+            del rows
+        else:
+            for path in manifests:
+                table.read(path, bad, form, media, columns)
+            executor.claim(Path(out))
+        folder = TokenizerFolder.load(tokenizer) if tokenizer is not None else None
+        told = write_shards(table, out, config, folder, bad, progress, executor, bad.left_out, image_encoder)
+    if not executor.is_here:
+        for stage in ("measure", "write"):
+            Stage(stage, executor, {}).forget()
+    return told
+
+
+def _chosen(
+    rows: list[Row],
+    bad: BadRows,
+    cleaning: CleaningConfig,
+    holdout: str | None,
+    part: str,
+    seed: int,
+    executor: Executor,
+    progress: Progress | None,
+) -> list[Row]:
+    """The rows that are kept and not held out, or those that are; what else there is, is counted in `bad`."""
+    left_out, digests = bad.left_out, Digests()
+    if cleaning.is_on or not executor.is_here:
         measured = []
         for row, found in zip(rows, measure_rows(rows, cleaning, executor, progress), strict=True):
             if "error" in found:
@@ -126,12 +158,7 @@ def build(
         left_out.update({"train": len(train)} if part == "heldout" else {
             "held out": len(heldout), "shows what is held out": len(train) - len(rows),
         })  # fmt: skip
-    folder = TokenizerFolder.load(tokenizer) if tokenizer is not None else None
-    told = write_shards(rows, out, config, folder, bad, progress, executor, left_out, image_encoder)
-    if not executor.is_here:
-        for stage in ("measure", "write"):
-            Stage(stage, executor, {}).forget()
-    return told
+    return rows
 
 
 def index(

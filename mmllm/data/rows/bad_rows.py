@@ -36,13 +36,14 @@ class BadRows:
         _logger.warning("skipped %s", message)
         self.reasons.append(message)
 
-    def check(self, num_rows: int, name: str, since: int = 0) -> None:
+    def check(self, num_rows: int, name: str, since: int = 0, is_end: bool = True) -> None:
         """Refuse a manifest of which too many rows were skipped.
 
         Args:
             num_rows: How many rows were looked at, bad ones included.
             name: The manifest.
             since: Only the bad rows from this one on are the manifest's.
+            is_end: Whether all rows were looked at. If not, those to come are taken for good.
 
         Raises:
             ManifestError: More than `max_fraction` of the rows (rounded up), or all of them, are bad.
@@ -54,7 +55,8 @@ class BadRows:
             shown = "; ".join(reasons[:_SHOWN]) + ("; …" if num_bad > _SHOWN else "")
             raise ManifestError(
                 f"{name}: {num_bad} of {num_rows} rows can't be used, at most {min(allowed, num_rows - 1)} may be: "
-                f"{shown}. Mend them, or raise --max_bad_fraction (now {self.max_fraction})"
+                f"{shown}. {'' if is_end else 'The build ended there. '}Mend them, or raise --max_bad_fraction (now "
+                f"{self.max_fraction})"
             )
 
 

@@ -13,7 +13,7 @@ from mmllm.data.rows.bad_rows import ManifestError
 
 Type = Literal["text", "int", "float", "bool"]
 TYPES: tuple[Type, ...] = ("text", "int", "float", "bool")
-_OWN = ("id", "text", "image", "audio")
+OWN = ("id", "text", "image", "audio")
 """Columns that are found however they are capitalised."""
 _INT = re.compile(r"[+-]?\d+", re.ASCII)
 _FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -84,7 +84,7 @@ class ColumnNames:
 def _own_name(key: str) -> str:
     """`Image` is `image`; other names stay."""
     name = key.strip().lower()
-    return name if name in _OWN else key
+    return name if name in OWN else key
 
 
 def _typed(value: Any, kind: Type, name: str) -> Any:

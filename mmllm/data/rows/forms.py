@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from mmllm.data.rows.bad_rows import BadRows, ManifestError
 from mmllm.data.rows.coco import coco_rows, is_coco
@@ -64,6 +65,27 @@ def read_rows(
         FileNotFoundError: There is no such file or folder.
         ManifestError: Its form isn't known, it is empty, or has more bad rows than `bad` allows.
     """
+    own = bad if bad is not None else BadRows(0.0)
+    form, given = told_input(path, own, form, media, columns)
+    since, count = len(own.reasons), 0
+    rows: list[Row] = []
+    for where, value in FORMS[form](given):
+        count += 1
+        if (row := checked_row(where, value, given)) is not None:
+            rows.append(row)
+    check_read(count, given, since, form)
+    return rows
+
+
+def told_input(
+    path: str | Path, bad: BadRows, form: str, media: str | Path | None, columns: ColumnNames | None
+) -> tuple[str, Input]:
+    """The form of an input, a key of `FORMS`, and what its reader takes.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder.
+        ManifestError: Its form isn't known.
+    """
     path, columns = Path(path), columns or ColumnNames()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such manifest")
@@ -76,21 +98,35 @@ def read_rows(
         what = "a folder; name the file in it" if path.is_dir() else "a file; name its folder"
         raise ManifestError(f"{path}: is {what}, which the form {form} reads")
     folder = Path(media) if media is not None else path if path.is_dir() else path.parent
-    own = bad if bad is not None else BadRows(0.0)
-    since, count = len(own.reasons), 0
-    rows: list[Row] = []
-    for where, value in FORMS[form](Input(path, folder, columns, own)):
-        count += 1
-        try:
-            if isinstance(value, ManifestError):
-                raise value
-            rows.append(row_from_dict(value, folder, where))
-        except ManifestError as error:
-            own.add(where, error)
+    return form, Input(path, folder, columns, bad)
+
+
+def checked_row(where: str, value: dict[str, Any] | ManifestError, given: Input) -> Row | None:
+    """The row of what a reader found; None of a bad one, which is counted."""
+    try:
+        if isinstance(value, ManifestError):
+            raise value
+        return row_from_dict(value, given.folder, where)
+    except ManifestError as error:
+        given.bad.add(where, error)
+        return None
+
+
+def check_read(count: int, given: Input, since: int, form: str) -> None:
+    """Refuses an input of which nothing, or too little, could be read.
+
+    Args:
+        count: Of its rows, bad ones included.
+        given: The input.
+        since: Bad rows from this one on are its.
+        form: As which it was read.
+
+    Raises:
+        ManifestError: It is empty, or has more bad rows than are allowed.
+    """
     if not count:
-        raise ManifestError(f"{path}: is empty, or holds no rows of the form {form}; --format names others")
-    own.check(count, str(path), since)
-    return rows
+        raise ManifestError(f"{given.path}: is empty, or holds no rows of the form {form}; --format names others")
+    given.bad.check(count, str(given.path), since)
 
 
 def is_input(path: Path) -> bool:

@@ -18,9 +18,9 @@ Found = Iterator[tuple[str, dict[str, Any] | ManifestError]]
 """Where each row is, and what it holds in the manifest's form (`rows.py`), or why that can't be told."""
 
 TALKS = ("conversations", "messages")
-_MAY_BE_JSON = (*TALKS, "texts", "segments", "history", "chosen", "rejected")
-_MAY_BE_LISTS = ("image", "images", "audio", "audios", "video", "videos")
-_MAY_BE = frozenset({*_MAY_BE_JSON, *_MAY_BE_LISTS})
+MAY_BE_JSON = (*TALKS, "texts", "segments", "history", "chosen", "rejected")
+MAY_BE_LISTS = ("image", "images", "audio", "audios", "video", "videos")
+_MAY_BE = frozenset({*MAY_BE_JSON, *MAY_BE_LISTS})
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,25 @@ class Input:
         for record in read_records(self.path):
             if isinstance(record.value, dict):
                 names.update(record.value if self.columns.ours else ())
-                record = record._replace(value=tried("row", partial(self._value, record)))
-            yield record
+            yield self.named(record)
         if names and (unknown := self.columns.unknown(names)):
             raise ManifestError(
                 f"{self.path}: has no column {unknown[0]!r}, which --columns names; there are "
                 f"{', '.join(sorted(names))}"
             )
 
+    def named(self, record: Record) -> Record:
+        """A record of the file as `records` gives it."""
+        if isinstance(record.value, dict):
+            return record._replace(value=tried("row", partial(self._value, record)))
+        return record
+
     def _value(self, record: Record) -> dict[str, Any]:
         value = record.value
         if self.columns.ours or not _MAY_BE.isdisjoint(value):
             value = {key: opened(self.columns.ours.get(key) or key, item) for key, item in value.items()}
         if record.may_embed:
-            named = {theirs for theirs, ours in self.columns.ours.items() if ours in _MAY_BE_LISTS}
+            named = {theirs for theirs, ours in self.columns.ours.items() if ours in MAY_BE_LISTS}
             value = with_references(value, self.path, record.place, TEXT_KEYS - named)
         return self.columns.applied(value)
 
@@ -77,7 +82,7 @@ def opened(key: str, value: Any) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        if key in _MAY_BE_LISTS:
+        if key in MAY_BE_LISTS:
             return value  # a file may be called so
         raise ManifestError(
             f"{key!r} is a text that begins like a list, and isn't JSON ({error}); write it with json.dumps"
@@ -87,13 +92,20 @@ def opened(key: str, value: Any) -> Any:
 def each_record(given: Input, what: str, read: Callable[[dict[str, Any], int], dict[str, Any]]) -> Found:
     """What `read` makes of each record and its number; a record that it can't read is a bad row, not the end."""
     for number, record in enumerate(given.records()):
-        match record.value:
-            case dict() as value:
-                yield record.where, tried(what, partial(read, value, number))
-            case ManifestError() as error:
-                yield record.where, error
-            case other:
-                yield record.where, ManifestError(f"no {what}: a JSON object is wanted, got {type(other).__name__}")
+        yield record.where, read_record(record, number, what, read)
+
+
+def read_record(
+    record: Record, number: int, what: str, read: Callable[[dict[str, Any], int], dict[str, Any]]
+) -> dict[str, Any] | ManifestError:
+    """What `read` makes of one record, or why it can't."""
+    match record.value:
+        case dict() as value:
+            return tried(what, partial(read, value, number))
+        case ManifestError() as error:
+            return error
+        case other:
+            return ManifestError(f"no {what}: a JSON object is wanted, got {type(other).__name__}")
 
 
 def tried(what: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any] | ManifestError:

@@ -7,17 +7,17 @@ from typing import Any
 
 from mmllm.data.rows.bad_rows import ManifestError
 from mmllm.data.rows.conversations import SIGNS, conversation, is_conversation
-from mmllm.data.rows.inputs import Found, Input, each_record
+from mmllm.data.rows.inputs import Found, Input, each_record, read_record
 from mmllm.data.rows.marks import KINDS, Marked, has_marks
 from mmllm.data.rows.media_files import IMAGES, SOUNDS, drop_embedded, gathered, local_image, refuse_films
-from mmllm.data.rows.records import is_null
+from mmllm.data.rows.records import Record, is_null
 
 _TEXTS = ("caption", "title", "transcription", "transcript", "sentence")
 """What others call the text of a picture or a sound, where there is no `text`."""
-_FILES = ("filepath", "file_name", "image_file_name", "audio_file_name")
+FILES = ("filepath", "file_name", "image_file_name", "audio_file_name")
 """What others call a picture's or a sound's file, where there is neither `image` nor `audio`."""
 
-_SIGNS = frozenset({*SIGNS, *_FILES, "segments", *(f"{kind}{s}" for kind in (*KINDS, "video") for s in ("", "s"))})
+_SIGNS = frozenset({*SIGNS, *FILES, "segments", *(f"{kind}{s}" for kind in (*KINDS, "video") for s in ("", "s"))})
 """Keys that ask for more than to be taken as they are."""
 
 
@@ -29,6 +29,11 @@ def _is_sign(key: str) -> bool:
 def manifest_rows(given: Input) -> Found:
     """JSONL, JSON lists and parquet: a record is a row."""
     return each_record(given, "row", lambda record, number: record_row(record, number, given))
+
+
+def manifest_row(record: Record, number: int, given: Input) -> dict[str, Any] | ManifestError:
+    """One record of the file as `manifest_rows` gives it."""
+    return read_record(given.named(record), number, "row", lambda value, number: record_row(value, number, given))
 
 
 def table_rows(given: Input) -> Found:
@@ -85,7 +90,7 @@ def _without_nulls(segment: Any) -> Any:
 def named_files(row: dict[str, Any]) -> dict[str, list[Any]]:
     """Pictures and sounds in columns that others' forms call so; these leave the row."""
     media: dict[str, list[Any]] = {kind: [] for kind in KINDS}
-    for key in _FILES:
+    for key in FILES:
         theirs = next((name for name in row if name.strip().lower() == key), key)
         value = row.get(theirs)
         if not isinstance(value, str):

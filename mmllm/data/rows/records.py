@@ -98,25 +98,46 @@ def _lines(path: Path) -> Iterator[Record]:
     offset = 0
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
-            place = (offset, len(line))
+            record = line_record(path, number, offset, line)
             offset += len(line)
-            if not line.strip():
-                continue
-            text = ""
-            try:
-                text = line.decode("utf-8")
-                value = json.loads(text[1:] if text[0] == _BOM else text)
-            except UnicodeDecodeError as error:
-                value = ManifestError(
-                    f"not JSON: not UTF-8 ({error.reason}, byte {error.start} of the line); save it so"
-                )
-            except (ValueError, RecursionError) as error:
-                value = ManifestError(f"not JSON: {error}")
-            yield Record(f"{path}:{number}", value, place, _may_embed(text))
+            if record is not None:
+                yield record
 
 
-def _may_embed(text: str) -> bool:
+def line_record(path: Path, number: int, offset: int, line: bytes) -> Record | None:
+    """The record of a line of JSONL, None of a blank one.
+
+    Args:
+        path: The file.
+        number: Of the line, from 1.
+        offset: Of its first byte.
+        line: The line.
+    """
+    if not line.strip():
+        return None
+    text = ""
+    try:
+        text = line.decode("utf-8")
+        value = json.loads(text[1:] if text[0] == _BOM else text)
+    except UnicodeDecodeError as error:
+        value = ManifestError(f"not JSON: not UTF-8 ({error.reason}, byte {error.start} of the line); save it so")
+    except (ValueError, RecursionError) as error:
+        value = ManifestError(f"not JSON: {error}")
+    return Record(f"{path}:{number}", value, (offset, len(line)), may_embed(text))
+
+
+def may_embed(text: str) -> bool:
+    """Whether pictures or sounds may be embedded in this JSON."""
     return any(map(text.__contains__, _EMBEDDING))
+
+
+def holds_lines(path: Path) -> bool:
+    """Whether its records are lines of JSON."""
+    match path.suffix.lower():
+        case ".json":
+            return _is_lines(path)
+        case suffix:
+            return suffix not in (*TABLES, ".parquet")
 
 
 def _is_lines(path: Path) -> bool:
@@ -142,7 +163,7 @@ def _json_records(path: Path) -> Iterator[Record]:
         for number, (value, first, after) in enumerate(_items(text)):
             start, done = start + _num_bytes(text[done:first]), first
             record = text[first:after]
-            yield Record(f"{path}:{number}", value, (start, _num_bytes(record)), _may_embed(record))
+            yield Record(f"{path}:{number}", value, (start, _num_bytes(record)), may_embed(record))
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{path}: not JSON: {error}") from error
 

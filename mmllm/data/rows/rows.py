@@ -22,7 +22,7 @@ KINDS: tuple[Kind, ...] = ("caption", "interleaved", "text", "audio")
 
 ROLES = ("user", "assistant")
 
-_OWN_KEYS = ("id", "text", "image", "audio", "segments")
+OWN_KEYS = ("id", "text", "image", "audio", "segments")
 _MEDIA_KEYS = ("image", "audio")
 
 
@@ -84,7 +84,7 @@ def row_from_dict(value: Any, folder: Path, where: str) -> Row:
     if not isinstance(value, dict):
         raise ManifestError(f"a row must be a JSON object, got {type(value).__name__}")
     _check_unicode(value)
-    metadata = {key: item for key, item in value.items() if key not in _OWN_KEYS}
+    metadata = {key: item for key, item in value.items() if key not in OWN_KEYS}
     name = _id(value.get("id"), where)
     if "segments" in value:
         beside = [key for key in ("text", "image", "audio") if key in value]

@@ -5,14 +5,12 @@ Shapes: C channels, T samples, N pictures, P features a picture, H and W pixels.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import soundfile
@@ -20,8 +18,10 @@ import torch
 from PIL import Image
 
 from mmllm.data.rows.bad_rows import is_of_machine
+from mmllm.data.rows.keys import copy_name
 from mmllm.data.rows.media import Media, media_source
 from mmllm.data.rows.rows import Row
+from mmllm.data.rows.table import RowTable
 from mmllm.data.samples.decode import decode_file
 from mmllm.data.samples.stored import COLUMN, ImageEncoder, features_ending, pack_codes, pack_features
 from mmllm.data.shards.perturb import perturb
@@ -32,7 +32,6 @@ PICTURES = 32
 """Pictures that are encoded together."""
 _KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "AVIF": "avif"}
 """Forms that shards hold as they are, and their endings. An MPO is a JPEG with more behind it."""
-_MAX_KEY = 80
 
 
 @dataclass(frozen=True)
@@ -77,26 +76,32 @@ class KeyedRow:
         return cls(Row.from_json(value["row"]), tuple(value["keys"]))
 
 
-def keyed_rows(rows: Iterable[Row], config: ShardsConfig) -> list[KeyedRow]:
-    """Rows with keys that are safe and unlike, given before any row is read, so that processes may share the rows."""
-    found: list[KeyedRow] = []
-    taken: set[str] = set()
-    counts: dict[str, int] = {}  # of rows with one id, so that many of them don't try each other's keys
-    for row in rows:
-        keys = []
-        for copy in range(config.perturb + 1 if row.kind == "audio" else 1):
-            key = base = safe_key(_name(row, copy))
-            while key in taken:
-                counts[base] = counts.get(base, 0) + 1
-                key = f"{base}-{counts[base]}"
-            taken.add(key)
-            keys.append(key)
-        found.append(KeyedRow(row, tuple(keys)))
-    return found
+class TableRows(Sequence[KeyedRow]):
+    """Some rows of a table, made when they are asked for, in whatever process.
 
+    Args:
+        table: Whose keys are numbered.
+        numbers: Which of its rows.
+    """
 
-def _name(row: Row, copy: int) -> str:
-    return f"{row.id}#{copy}" if copy else row.id
+    def __init__(self, table: RowTable, numbers: np.ndarray) -> None:
+        self._table, self._numbers = table, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, place: int) -> KeyedRow: ...
+    @overload
+    def __getitem__(self, place: slice) -> TableRows: ...
+    def __getitem__(self, place: int | slice) -> KeyedRow | TableRows:
+        if isinstance(place, slice):
+            return TableRows(self._table, self._numbers[place])
+        return next(iter(TableRows(self._table, self._numbers[place : place + 1])))
+
+    def __iter__(self) -> Iterator[KeyedRow]:
+        for row, keys in self._table.rows(self._numbers):
+            yield KeyedRow(row, keys)
 
 
 @dataclass(frozen=True)
@@ -168,14 +173,6 @@ def _with_header(key: str, sample: _Sample) -> SampleFiles:
     return SampleFiles(key, {**sample.files, "json": header.encode()}, tuple(sample.notes))
 
 
-def safe_key(name: str) -> str:
-    """An id as a tar key: ASCII letters, digits, `_` and `-` alone, at most 80 of them."""
-    key = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_") or "row"
-    if len(key) > _MAX_KEY or key != name:
-        key = f"{key[: _MAX_KEY - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return key
-
-
 def _read(row: Row, config: ShardsConfig) -> list[_Sample]:
     metadata = row.metadata
     match row.kind:
@@ -244,7 +241,7 @@ def _audio_samples(row: Row, metadata: dict[str, Any], config: ShardsConfig) -> 
     wave_CT, rate = sound.wave_CT.numpy(), sound.sample_rate
     samples = []
     for copy in range(config.perturb + 1):
-        name = _name(row, copy)
+        name = copy_name(row.id, copy)
         changed_CT = perturb(to_mono(sound.wave_CT).numpy(), config.seed, name)[None] if copy else wave_CT
         facts = {"sample_rate": rate, "duration": round(changed_CT.shape[-1] / rate, 6)}
         if copy:

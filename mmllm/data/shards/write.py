@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import tempfile
@@ -31,9 +32,10 @@ from mmllm.data.executors.parallel import in_order
 from mmllm.data.executors.stages import Executor, Progress, Stage
 from mmllm.data.executors.task import Work, function_named
 from mmllm.data.rows.bad_rows import BadRows
-from mmllm.data.rows.rows import KINDS, Kind, Row, row_files
+from mmllm.data.rows.rows import KINDS, Kind, row_files
+from mmllm.data.rows.table import ChangedError, RowTable
 from mmllm.data.samples.stored import ImageEncoder
-from mmllm.data.shards.encode import PICTURES, KeyedRow, SampleFiles, ShardsConfig, keyed_rows, sample_files
+from mmllm.data.shards.encode import PICTURES, KeyedRow, SampleFiles, ShardsConfig, TableRows, sample_files
 from mmllm.data.shards.find import JOURNAL, SUMMARY
 from mmllm_tokenizers.folder import TokenizerFolder
 
@@ -43,6 +45,8 @@ FORMAT_VERSION = 1
 
 _CHUNK = 128
 _NAMED = 20
+_FEW_ROWS = 256
+"""Of so few, all bad ones are found before too many of them end the build; of more, it ends at the first too many."""
 _GROUP, _UNFINISHED, _OF_PROCESS = "group.json", "unfinished-", "of-"
 
 
@@ -53,25 +57,27 @@ class Group:
     name: str
     """Of its folder while it is written."""
     kind: Kind
-    rows: tuple[KeyedRow, ...]
+    rows: Sequence[KeyedRow]
 
 
-def group_rows(rows: Iterable[Row], config: ShardsConfig) -> list[Group]:
-    """Groups of `samples_per_shard`, by kind, in the rows' order."""
-    by_kind: dict[Kind, list[KeyedRow]] = {kind: [] for kind in KINDS}
-    for keyed in keyed_rows(rows, config):
-        by_kind[keyed.row.kind].append(keyed)
+def group_rows(table: RowTable, config: ShardsConfig) -> list[Group]:
+    """Groups of `samples_per_shard`, by kind, in the rows' order.
+
+    Keys are made unlike before any row is read, so that processes may share the rows.
+    """
+    table.number_keys()
     groups = []
-    for kind, found in by_kind.items():
+    for kind in KINDS:
+        rows = TableRows(table, table.of_kind(kind))
         copies = config.perturb + 1 if kind == "audio" else 1
         size = max(1, config.samples_per_shard // copies)
-        for number, start in enumerate(range(0, len(found), size)):
-            groups.append(Group(f"{kind}-{number:06d}", kind, tuple(found[start : start + size])))
+        for number, start in enumerate(range(0, len(rows), size)):
+            groups.append(Group(f"{kind}-{number:06d}", kind, rows[start : start + size]))
     return groups
 
 
 def write_shards(
-    rows: Iterable[Row],
+    table: RowTable,
     out: str | Path,
     config: ShardsConfig,
     folder: TokenizerFolder | None = None,
@@ -84,42 +90,50 @@ def write_shards(
     """Writes `out/<kind>-000000.tar`, … and `out/shards.json`, and returns what that file holds.
 
     Args:
-        rows: Checked rows; kinds may be mixed, each goes to its own shards.
+        table: The rows; kinds may be mixed, each goes to its own shards.
         out: The folder; made if need be. Shards of an earlier build there are replaced when this one is whole.
         config: How.
         folder: With an audio tokenizer, each sound's codes are stored beside it.
-        bad: Takes the rows whose files can't be read; by default a fresh one with the config's bound.
+        bad: Takes the rows whose files can't be read; by default a fresh one with the config's bound. In this process
+            and its workers, the first one too many ends the build.
         progress: Called with the numbers of rows done so far and in all.
         executor: Where groups are written; by default in this process. The shards are the same.
         left_out: What isn't in the rows, counted by reason, for the summary.
         encoder: With it, each picture's features are stored beside it.
 
     Raises:
-        ManifestError: Too many rows are bad, or all.
+        ManifestError: Too many rows are bad, or all, or a manifest has been changed.
         UnfinishedError: Tasks elsewhere aren't done yet.
         TaskError: One failed.
         OSError: The folder can't be written, or a shard that no build wrote is in the way.
     """
     executor = executor if executor is not None else Executor()
     bad = bad if bad is not None else BadRows(config.max_bad_fraction)
-    rows, num_known_bad, out = list(rows), len(bad.reasons), Path(out)
+    num_rows, out = len(table) + len(bad.reasons), Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    groups = group_rows(rows, config)
+    groups = group_rows(table, config)
+    name = _last_file(table) or str(out)
+
+    def note(wrong: Iterable[Sequence[str]], num_done: int) -> None:
+        for where, reason in wrong:
+            bad.add(where, reason)
+        if num_done >= min(_FEW_ROWS, len(table)):
+            bad.check(num_rows, name, is_end=num_done == len(table))
+
     counts = Counter(group.kind for group in groups)
     _refuse_others(out, [f"{kind}-{number:06d}.tar" for kind, count in counts.items() for number in range(count)])
+    bad.check(num_rows, name)  # of several manifests, each may have few enough bad rows
     with _staging(out, executor) as staging:
         write = _WriteGroups(str(staging.absolute()), config, folder, encoder)
         if executor.is_here:
-            written = list(write.each(groups, executor.workers, progress))
+            written = list(write.each(groups, executor.workers, progress, note=note))
         else:
             written = _written_elsewhere(write, groups, executor, progress)
-        for where, reason in (wrong for group in written for wrong in group["bad"]):
-            bad.add(where, reason)
-        bad.check(len(rows) + num_known_bad, (rows[-1].where.rpartition(":")[0] if rows else "") or str(out))
+            note((wrong for group in written for wrong in group["bad"]), len(table))
         paths, shards = _named(staging, groups, written)
         summary = {
             "format_version": FORMAT_VERSION,
-            "num_rows": len(rows) + num_known_bad,
+            "num_rows": num_rows,
             "num_samples": sum(shard["num_samples"] for shard in shards.values()),
             "num_bad": len(bad.reasons),
             "bad": bad.reasons,
@@ -147,6 +161,32 @@ def _noted(written: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
+def kept_rows(out: Path, executor: Executor) -> Iterator[Path]:
+    """A file of this process in the staging folder, for a table's rows; it goes when the build has ended.
+
+    Whoever writes it makes its folder.
+    """
+    is_new, staging, is_done = not out.exists(), out / STAGING, executor.is_here
+    own = _own_folder(staging)
+    if staging.is_symlink():
+        staging.unlink()
+    try:
+        yield own / "rows.jsonl"
+        is_done = True
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+        if is_done:  # else tasks elsewhere go on to write here
+            with suppress(OSError):  # others may be there
+                staging.rmdir()
+                if is_new:
+                    out.rmdir()
+
+
+def _own_folder(staging: Path) -> Path:
+    return staging / f"{_OF_PROCESS}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+@contextmanager
 def _staging(out: Path, executor: Executor) -> Iterator[Path]:
     """Where groups are written: for this process a folder that goes with it, elsewhere one that stays."""
     folder = out / STAGING
@@ -155,7 +195,8 @@ def _staging(out: Path, executor: Executor) -> Iterator[Path]:
     folder.mkdir(exist_ok=True)
     if executor.is_here:
         _clear(folder, _OF_PROCESS)
-        own = Path(tempfile.mkdtemp(prefix=f"{_OF_PROCESS}{socket.gethostname()}-{os.getpid()}-", dir=folder))
+        own = _own_folder(folder)
+        own.mkdir()
         try:
             yield own
         finally:
@@ -182,8 +223,9 @@ def _clear(folder: Path, prefix: str = "") -> None:
 def _written_elsewhere(
     write: _WriteGroups, groups: Sequence[Group], executor: Executor, progress: Progress | None
 ) -> list[dict[str, Any]]:
-    stage, items = Stage("write", executor, write.settings), [group.rows for group in groups]
-    keys = [stage.key(rows, [path for keyed in rows for path in row_files(keyed.row)]) for rows in items]
+    stage, items, keys = Stage("write", executor, write.settings), [group.rows for group in groups], []
+    for rows in map(list, items):  # one group's at a time
+        keys.append(stage.key(rows, [path for keyed in rows for path in row_files(keyed.row)]))
     return stage.run(write.work, items, keys, [len(rows) for rows in items], progress, write.is_written)
 
 
@@ -259,30 +301,50 @@ class _WriteGroups:
         workers: int = 0,
         progress: Progress | None = None,
         keys: Sequence[str] | None = None,
+        note: Callable[[Iterable[tuple[str, str]], int], None] | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Of each group its `folder`, `shards` (file, samples, bytes, digest) and `bad` rows, when it is written.
 
         The folder is named by the group's key, by default its name. It gets that name when it is whole; where it is
-        there already, by the same task run twice, that one stands.
+        there already, by the same task run twice, that one stands. `note` is given the bad rows of each chunk, and
+        how many rows are done; what it raises ends the work.
+
+        Raises:
+            ChangedError: A manifest has been changed.
         """
         size = _CHUNK if self._encoder is None else PICTURES  # features are large, and towers slow
         chunks = [group.rows[start : start + size] for group in groups for start in range(0, len(group.rows), size)]
-        read = partial(sample_files, config=self._config, folder=self._folder, encoder=self._encoder)
+        read = partial(_samples_of, config=self._config, folder=self._folder, encoder=self._encoder)
         results = in_order(read, chunks, workers)
         num_done, num_all = 0, sum(len(group.rows) for group in groups)
         for group, key in zip(groups, keys or [group.name for group in groups], strict=True):
             left, bad = len(group.rows), []
             with _GroupWriter(Path(self._staging), key, self._config) as writer:
                 while left:
-                    chunk, (samples, errors) = next(results)
+                    chunk, found = next(results)
+                    if isinstance(found, ChangedError):
+                        raise found
+                    samples, errors = found
                     bad += errors
                     for sample in samples:
                         writer.write(sample)
                     left -= len(chunk)
                     num_done += len(chunk)
+                    if note:
+                        note(errors, num_done)
                     if progress:
                         progress(num_done, num_all)
             yield writer.finished(bad)
+
+
+def _samples_of(
+    rows: Sequence[KeyedRow], config: ShardsConfig, folder: TokenizerFolder | None, encoder: ImageEncoder | None
+) -> tuple[list[SampleFiles], list[tuple[str, str]]] | ChangedError:
+    """As `sample_files`; an error that is the user's is returned, for what a worker raises comes with its traceback."""
+    try:
+        return sample_files(rows, config, folder, encoder)
+    except ChangedError as error:
+        return error
 
 
 def group_writer(settings: dict[str, Any]) -> Callable[[Sequence[Any], str], dict[str, Any]]:
@@ -461,6 +523,14 @@ def _publish(paths: dict[str, Path], out: Path, summary: dict[str, Any]) -> None
         finally:
             partial_summary.unlink(missing_ok=True)
             partial_journal.unlink(missing_ok=True)
+
+
+def _last_file(table: RowTable) -> str:
+    """The file of the last row; "" where there is none."""
+    if not len(table):
+        return ""
+    ((row, _),) = table.rows([len(table) - 1])
+    return row.where.rpartition(":")[0]
 
 
 @contextmanager
