@@ -324,6 +324,13 @@ def test_a_machines_fault_is_no_bad_row(tmp_path, monkeypatch):
             raise OSError(errno.EMFILE, "Too many open files", str(self))
         return opened(self, *args, **options)
 
+    is_file = Path.is_file
+
+    def gone(self: Path) -> bool:
+        if self.name == "0.png":
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return is_file(self)
+
     def short(*args, **options):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
@@ -332,6 +339,13 @@ def test_a_machines_fault_is_no_bad_row(tmp_path, monkeypatch):
         for attempt in (lambda: read_rows(path, BadRows(1.0)), lambda: readable_rows(rows, BadRows(1.0), "rows")):
             with pytest.raises(OSError, match="Too many open files"):
                 attempt()
+    named = [{"role": "user", "content": "<img>0.png</img>"}, {"role": "assistant", "content": "a"}]
+    for record in ({"messages": named}, {"image": "0.png", "text": "a"}):
+        talk = as_lines(tmp_path / "t.jsonl", record, {"text": "b"} if "text" in record else {"messages": named[1:]})
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "is_file", gone)
+            with pytest.raises(OSError, match="Input/output error"):
+                read_rows(talk, BadRows(1.0))
     from mmllm.data.shards import encode
 
     with monkeypatch.context() as patch:

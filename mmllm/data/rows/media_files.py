@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mmllm.data.rows.bad_rows import BadRows, ManifestError
+from mmllm.data.rows.bad_rows import BadRows, ManifestError, is_of_machine
 from mmllm.data.rows.media import Embedded
 from mmllm.data.rows.records import is_null
 
@@ -120,6 +120,7 @@ def local_image(value: str, folder: Path) -> Path | None:
                 raise ManifestError(f"image {value!r} leads out of {folder}; put it there, or name it with --media")
             if path.is_file() and path.stat().st_size:
                 return path
-        except OSError:  # longer than a file's name may be
-            continue
+        except OSError as error:  # longer than a file's name may be
+            if is_of_machine(error):
+                raise
     return None
