@@ -117,6 +117,18 @@ def test_other_columns_of_parquet(tmp_path):
     assert renamed[0].image.read_bytes() == picture_bytes(0)
 
 
+@pytest.mark.parametrize("nothing", [None, "", {"bytes": None, "path": None}])
+def test_a_picture_that_is_nothing_is_named_in_json(tmp_path, nothing):
+    """In a table or parquet a row of another kind looks so; in JSON its key would be missing."""
+    pictures(tmp_path)
+    path = as_lines(tmp_path / "m.jsonl", {"image": nothing, "text": "red"}, {"images": [], "text": "blue"})
+    rows, reasons = read(path)
+    assert [(row.kind, row.text) for row in rows] == [("text", "blue")]
+    assert len(reasons) == 1 and "m.jsonl:1: 'image' must be a path, got None; leave it out" in reasons[0]
+    beside = as_lines(tmp_path / "b.jsonl", {"image": nothing, "images": ["0.png"], "audio": nothing, "text": "red"})
+    assert only(beside).image == tmp_path / "0.png"
+
+
 def test_the_cauldron_and_chats_beside_embedded_pictures(tmp_path):
     def embedded(*numbers: int) -> list[dict]:
         return [{"bytes": picture_bytes(n), "path": None} for n in numbers]

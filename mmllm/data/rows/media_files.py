@@ -47,7 +47,7 @@ def gathered(record: dict[str, Any], kind: str) -> list[Any]:
     Raises:
         ManifestError: Both name some, and not the same.
     """
-    found = [value for value in (_listed(record.pop(key, None)) for key in (kind, f"{kind}s")) if value]
+    found = [value for value in (listed(record.pop(key, None)) for key in (kind, f"{kind}s")) if value]
     if len(found) > 1 and found[0] != found[1]:
         raise ManifestError(
             f"both {kind!r} ({len(found[0])}) and '{kind}s' ({len(found[1])}) name files; put all into '{kind}s'"
@@ -55,7 +55,8 @@ def gathered(record: dict[str, Any], kind: str) -> list[Any]:
     return found[0] if found else []
 
 
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
+    """The pictures or sounds of a column: those of its list, or the one that it is, or none."""
     if value is None or value == "" or is_null(value):
         return []
     found = value if isinstance(value, list) else [value]
@@ -65,7 +66,7 @@ def _listed(value: Any) -> list[Any]:
 def refuse_films(record: dict[str, Any]) -> None:
     """Raises ManifestError where a record names films; a `video` that names no file stays as metadata."""
     for key in ("video", "videos"):
-        values = _listed(record.get(key))
+        values = listed(record.get(key))
         is_name = key == "video" and all(isinstance(item, str) and not item.lower().endswith(FILMS) for item in values)
         if values and not is_name:
             raise ManifestError(f"{key!r} names films, which aren't read; give pictures of them in 'images'")
