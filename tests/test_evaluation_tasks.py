@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from dataclasses import replace
@@ -15,10 +16,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from mmllm.data.rows.bad_rows import ManifestError
+from mmllm.data.rows.column_names import ColumnNames
 from mmllm.data.rows.forms import read_rows
 from mmllm.data.rows.rows import Row
 from mmllm.data.samples.documents import Sample, build_document
 from mmllm.evaluation import commands, tasks
+from mmllm.evaluation.media import MediaBudget
 from mmllm.evaluation.metrics import word_edits
 from mmllm.evaluation.perplexity import bits_of_documents, plan_windows
 from mmllm.evaluation.results import load_result
@@ -124,6 +127,31 @@ def test_captions_of_scenes(tmp_path: Path):
     assert [p.correct for p in result.predictions] == [True, False, False, False]
     assert [p.group for p in result.predictions] == ["test", "test", "heldout_pairs", "heldout_pairs"]
     assert result.predictions[1].score == 3 / 4
+
+
+def test_rows_of_any_form_with_embedded_media(tmp_path: Path):
+    """On a real model: pictures by data URL in a table, and a sound and a question in JSON."""
+    rows = write_rows(
+        tmp_path,
+        [
+            {"id": "s", "audio": "s.wav", "text": "one two"},
+            {"id": "q", "segments": [{"text": "See "}, {"image": "q.png"}], "question": "what?", "answer": "red"},
+        ],
+    )
+    data = {name: base64.b64encode((tmp_path / name).read_bytes()).decode() for name in ("s.wav", "q.png")}
+    text = rows.read_text().replace('"s.wav"', f'"data:audio/wav;base64,{data["s.wav"]}"')
+    rows.write_text(text.replace('"q.png"', f'"data:image/png;base64,{data["q.png"]}"'))
+    (tmp_path / "s.wav").unlink()
+    (tmp_path / "q.png").unlink()
+    table = tmp_path / "captions.csv"
+    table.write_text(f"photo|words\ndata:image/png;base64,{data['q.png']}|red square\n{data['q.png']}|blue circle\n")
+    columns = ColumnNames.parse(["image=photo,text=words"])
+    model = make()
+    result = evaluate(model, "caption", table, columns=columns)
+    assert result.scores["n"] == 2 and "captions.csv#" in (result.predictions[0].image or "")
+    assert MediaBudget().image(result.predictions[0].image) is not None, "the report shows it"
+    assert evaluate(model, "transcribe", rows).scores["n"] == 1
+    assert evaluate(model, "interleaved", rows).scores["n"] == 1
 
 
 def test_captions_without_scenes_have_no_attributes(tmp_path: Path):

@@ -434,3 +434,27 @@ def test_what_is_not_scored_is_named(manifest, tmp_path):
     texts = Contents.of([row for row in read_rows(manifest) if row.kind == "text"])
     _, left_out = evaluation_tasks(test, texts)
     assert left_out[0] == "caption is not scored on 24 caption rows: no training row teaches it"
+
+
+def test_rows_of_any_form_are_handed_to_split(tmp_path):
+    """From there on all is manifests."""
+    commands: list[list[str]] = []
+
+    def run_command(command) -> int:
+        commands.append(list(command))
+        return main(command) if command[1] == "split" else 1
+
+    rows = "".join(f"file{n}.png;words {n}\n" for n in range(12))
+    (tmp_path / "m.csv").write_text("photo;words\n" + rows)
+    for n in range(12):
+        Image.new("RGB", (8 + n, 8)).save(tmp_path / f"file{n}.png")
+    out = tmp_path / "run"
+    given = {"columns": ["image=photo", "text=words"], "form": "csv", "max_steps": 1}
+    with pytest.raises(run.StageFailed, match="text tokenizer"):
+        run.quickstart(run_command, str(out), [str(tmp_path / "m.csv")], **given)
+    split, _ = commands
+    assert split[split.index("--format") + 1] == "csv" and split.count("--columns") == 2
+    manifest = read_rows(out / "manifests" / "train-caption.jsonl")
+    assert len(manifest) > 6 and manifest[0].text.startswith("words ")
+    with pytest.raises(ValueError, match="other settings"):
+        run.quickstart(run_command, str(out), [str(tmp_path / "m.csv")], max_steps=1)

@@ -117,6 +117,18 @@ def test_other_columns_of_parquet(tmp_path):
     assert renamed[0].image.read_bytes() == picture_bytes(0)
 
 
+@pytest.mark.parametrize("nothing", [None, "", {"bytes": None, "path": None}])
+def test_a_picture_that_is_nothing_is_named_in_json(tmp_path, nothing):
+    """In a table or parquet a row of another kind looks so; in JSON its key would be missing."""
+    pictures(tmp_path)
+    path = as_lines(tmp_path / "m.jsonl", {"image": nothing, "text": "red"}, {"images": [], "text": "blue"})
+    rows, reasons = read(path)
+    assert [(row.kind, row.text) for row in rows] == [("text", "blue")]
+    assert len(reasons) == 1 and "m.jsonl:1: 'image' must be a path, got None; leave it out" in reasons[0]
+    beside = as_lines(tmp_path / "b.jsonl", {"image": nothing, "images": ["0.png"], "audio": nothing, "text": "red"})
+    assert only(beside).image == tmp_path / "0.png"
+
+
 def test_the_cauldron_and_chats_beside_embedded_pictures(tmp_path):
     def embedded(*numbers: int) -> list[dict]:
         return [{"bytes": picture_bytes(n), "path": None} for n in numbers]
@@ -324,6 +336,13 @@ def test_a_machines_fault_is_no_bad_row(tmp_path, monkeypatch):
             raise OSError(errno.EMFILE, "Too many open files", str(self))
         return opened(self, *args, **options)
 
+    is_file = Path.is_file
+
+    def gone(self: Path) -> bool:
+        if self.name == "0.png":
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return is_file(self)
+
     def short(*args, **options):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
@@ -332,6 +351,13 @@ def test_a_machines_fault_is_no_bad_row(tmp_path, monkeypatch):
         for attempt in (lambda: read_rows(path, BadRows(1.0)), lambda: readable_rows(rows, BadRows(1.0), "rows")):
             with pytest.raises(OSError, match="Too many open files"):
                 attempt()
+    named = [{"role": "user", "content": "<img>0.png</img>"}, {"role": "assistant", "content": "a"}]
+    for record in ({"messages": named}, {"image": "0.png", "text": "a"}):
+        talk = as_lines(tmp_path / "t.jsonl", record, {"text": "b"} if "text" in record else {"messages": named[1:]})
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "is_file", gone)
+            with pytest.raises(OSError, match="Input/output error"):
+                read_rows(talk, BadRows(1.0))
     from mmllm.data.shards import encode
 
     with monkeypatch.context() as patch:

@@ -86,6 +86,12 @@ def test_columns_are_named(tmp_path):
     assert (row.kind, row.text, row.metadata) == ("caption", "red", {"n": 3})
 
 
+def test_columns_that_are_not_used_are_told(tmp_path, caplog):
+    path = put(tmp_path / "a.txt", "words")
+    assert only(path, columns=names("image=x")).text == "words"
+    assert "--columns isn't used for" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [

@@ -6,6 +6,7 @@ A row that can't be told is an exception in place of the row: it is counted and 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,8 @@ from mmllm.data.rows.rows import Row, row_from_dict
 from mmllm.data.rows.tables import open_table
 from mmllm.data.rows.web_documents import mmc4_rows, obelics_rows
 
+_logger = logging.getLogger(__name__)
+
 FORMS: dict[str, Callable[[Input], Found]] = {
     "manifest": manifest_rows,
     "csv": table_rows,
@@ -38,6 +41,7 @@ FORMS: dict[str, Callable[[Input], Found]] = {
     "mmc4": mmc4_rows,
     "text": text_rows,
 }
+_WITHOUT_COLUMNS = ("coco", "librispeech", "commonvoice", "text")
 OF_FOLDERS = ("folder", "librispeech")
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 """Of files whose form can be told."""
@@ -98,6 +102,8 @@ def told_input(
         what = "a folder; name the file in it" if path.is_dir() else "a file; name its folder"
         raise ManifestError(f"{path}: is {what}, which the form {form} reads")
     folder = Path(media) if media is not None else path if path.is_dir() else path.parent
+    if columns.ours and form in _WITHOUT_COLUMNS:
+        _logger.warning("--columns isn't used for %s: the form %s has no columns to name", path, form)
     return form, Input(path, folder, columns, bad)
 
 

@@ -9,7 +9,7 @@ from mmllm.data.rows.bad_rows import ManifestError
 from mmllm.data.rows.conversations import SIGNS, conversation, is_conversation
 from mmllm.data.rows.inputs import Found, Input, each_record, read_record
 from mmllm.data.rows.marks import KINDS, Marked, has_marks
-from mmllm.data.rows.media_files import IMAGES, SOUNDS, drop_embedded, gathered, local_image, refuse_films
+from mmllm.data.rows.media_files import IMAGES, SOUNDS, drop_embedded, gathered, listed, local_image, refuse_films
 from mmllm.data.rows.records import Record, is_null
 
 _TEXTS = ("caption", "title", "transcription", "transcript", "sentence")
@@ -57,7 +57,7 @@ def record_row(record: dict[str, Any], number: int, given: Input) -> dict[str, A
         return conversation(record, number, given)
     row = dict(record)
     refuse_films(row)
-    is_null = {key for key in KINDS if key in row and row[key] is None}
+    lacking = [key for key in KINDS if key in row and row[key] != [] and not listed(row[key])]
     media = {kind: gathered(row, kind) for kind in KINDS}
     if not any(media.values()) and "segments" not in row:
         media = named_files(row)
@@ -68,7 +68,7 @@ def record_row(record: dict[str, Any], number: int, given: Input) -> dict[str, A
         row["segments"] = [_without_nulls(item) for item in row["segments"]]
     row = drop_embedded(row, has_media or "segments" in row, given.bad)
     if not has_media:
-        return row if "segments" in row else {**row, **dict.fromkeys(is_null)}
+        return row if "segments" in row else {**row, **dict.fromkeys(lacking)}
     text = row.get("text")
     if isinstance(text, str) and has_marks(text) and "segments" not in row:
         return _document(row, text, media, given)

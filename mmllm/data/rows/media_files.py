@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mmllm.data.rows.bad_rows import BadRows, ManifestError
+from mmllm.data.rows.bad_rows import BadRows, ManifestError, is_of_machine
 from mmllm.data.rows.media import Embedded
 from mmllm.data.rows.records import is_null
 
@@ -47,7 +47,7 @@ def gathered(record: dict[str, Any], kind: str) -> list[Any]:
     Raises:
         ManifestError: Both name some, and not the same.
     """
-    found = [value for value in (_listed(record.pop(key, None)) for key in (kind, f"{kind}s")) if value]
+    found = [value for value in (listed(record.pop(key, None)) for key in (kind, f"{kind}s")) if value]
     if len(found) > 1 and found[0] != found[1]:
         raise ManifestError(
             f"both {kind!r} ({len(found[0])}) and '{kind}s' ({len(found[1])}) name files; put all into '{kind}s'"
@@ -55,7 +55,8 @@ def gathered(record: dict[str, Any], kind: str) -> list[Any]:
     return found[0] if found else []
 
 
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
+    """The pictures or sounds of a column: those of its list, or the one that it is, or none."""
     if value is None or value == "" or is_null(value):
         return []
     found = value if isinstance(value, list) else [value]
@@ -65,7 +66,7 @@ def _listed(value: Any) -> list[Any]:
 def refuse_films(record: dict[str, Any]) -> None:
     """Raises ManifestError where a record names films; a `video` that names no file stays as metadata."""
     for key in ("video", "videos"):
-        values = _listed(record.get(key))
+        values = listed(record.get(key))
         is_name = key == "video" and all(isinstance(item, str) and not item.lower().endswith(FILMS) for item in values)
         if values and not is_name:
             raise ManifestError(f"{key!r} names films, which aren't read; give pictures of them in 'images'")
@@ -120,6 +121,7 @@ def local_image(value: str, folder: Path) -> Path | None:
                 raise ManifestError(f"image {value!r} leads out of {folder}; put it there, or name it with --media")
             if path.is_file() and path.stat().st_size:
                 return path
-        except OSError:  # longer than a file's name may be
-            continue
+        except OSError as error:  # longer than a file's name may be
+            if is_of_machine(error):
+                raise
     return None
