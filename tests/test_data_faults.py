@@ -269,7 +269,8 @@ def test_faults_of_the_machine_are_no_bad_rows(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "error",
     [
-        OSError(errno.EMFILE, "Too many open files"), OSError(errno.ENOSPC, "No space left on device"), MemoryError("no"),
+        OSError(errno.EMFILE, "Too many open files"), OSError(errno.ENOSPC, "No space left on device"),
+        MemoryError("none left"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
     ],
 )  # fmt: skip
