@@ -6,6 +6,7 @@ Shapes: C channels, T samples.
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ _LARGE = 16_000_000
 _CUT = re.compile(r": (\d+) \(should be (\d+)\)")
 """What libsndfile notes of a chunk that says it is longer than the file."""
 _UNKNOWN = 0xFFFFFFFF
+_TOLD_OTHERWISE = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3")
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,7 @@ def read_sound(
         raise ValueError(
             f"a sound cannot be read from {type(source).__name__}; give a path, bytes, or (array, sample_rate)"
         )
-    _check(wave_CT, rate, name, max_seconds)
-    peak = float(wave_CT.abs().max())
+    peak = _checked_peak(wave_CT, rate, name, max_seconds)
     return Sound(wave_CT / peak if peak > 1 else wave_CT, int(rate), peak)
 
 
@@ -186,11 +187,12 @@ def _decode(data: bytes, name: str, max_seconds: float | None) -> tuple[Tensor, 
             samples_TC = sound.read(dtype="float32", always_2d=True)
         except (soundfile.LibsndfileError, RuntimeError) as error:
             raise _unreadable(name, error) from error
-        cut = [(int(said), int(there)) for said, there in _CUT.findall(sound.extra_info)]
-    if data[:4] not in (b"RIFF", b"RIFX", b"RF64", b"BW64"):  # those were examined
-        for said, there in cut:
-            if there < said != _UNKNOWN:
-                raise ValueError(f"{name} is cut short: its header says {said} bytes, {there} are there; copy it again")
+        if sound.format not in _TOLD_OTHERWISE:
+            for said, there in _CUT.findall(sound.extra_info):
+                if int(there) < int(said) != _UNKNOWN:
+                    raise ValueError(
+                        f"{name} is cut short: its header says {said} bytes, {there} are there; copy it again"
+                    )
     if len(samples_TC) < told:
         raise ValueError(
             f"{name} is cut short: its header says {told} samples, {len(samples_TC)} are there; copy it again"
@@ -206,8 +208,9 @@ def _opened(stream: BinaryIO, name: str) -> soundfile.SoundFile:
 
 
 def _unreadable(name: str, error: Exception) -> Exception:
-    why = error.error_string if isinstance(error, soundfile.LibsndfileError) else error
-    if "malloc" in str(why):
+    why = str(error.error_string if isinstance(error, soundfile.LibsndfileError) else error)
+    why = why.removeprefix("Error : ").rstrip(".")
+    if "malloc" in why:
         return MemoryError(f"{name}: {why}")
     return ValueError(f"{name} cannot be read as sound: {why}; it is broken or cut short, or not WAV, FLAC, OGG or MP3")
 
@@ -240,7 +243,8 @@ def _from_array(array: np.ndarray | Tensor, name: str) -> Tensor:
     return wave
 
 
-def _check(wave_CT: Tensor, rate: int, name: str, max_seconds: float | None) -> None:
+def _checked_peak(wave_CT: Tensor, rate: int, name: str, max_seconds: float | None) -> float:
+    """The largest absolute sample, where nothing is wrong."""
     if not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
         raise ValueError(
             f"{name} has a sample rate of {rate} Hz; it must lie in [{MIN_SAMPLE_RATE}, {MAX_SAMPLE_RATE}]"
@@ -248,9 +252,12 @@ def _check(wave_CT: Tensor, rate: int, name: str, max_seconds: float | None) -> 
     if wave_CT.numel() == 0:
         raise ValueError(f"{name} holds no sound: its length is zero")
     _check_length(wave_CT.shape[1] / rate, name, max_seconds)
-    if not bool(torch.isfinite(wave_CT).all()):
+    low, high = wave_CT.aminmax()
+    peak = max(-float(low), float(high))
+    if not math.isfinite(peak):
         bad = int((~torch.isfinite(wave_CT)).sum())
         raise ValueError(f"{name} holds {bad} samples that are NaN or infinite; write it again from its source")
+    return peak
 
 
 def _check_length(seconds: float, name: str, max_seconds: float | None) -> None:
