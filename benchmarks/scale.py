@@ -46,9 +46,9 @@ folder = TokenizerFolder.load(recipe.tokenizer_folder())
 """
 
 
-def child(code: str, *arguments: str, **environment: str) -> dict[str, Any]:
+def child(code: str, *arguments: str, common: str = _COMMON, **environment: str) -> dict[str, Any]:
     """What a process of its own prints, as JSON."""
-    command = [sys.executable, "-W", "ignore", "-c", _COMMON + code, *arguments]
+    command = [sys.executable, "-W", "ignore", "-c", common + code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
@@ -373,12 +373,67 @@ def measure_shares(work: Path, quick: bool) -> list[Row]:
     return [row("share_step_s", "4,096 sequences over 512 ranks", float(np.median(seconds)), "s")]
 
 
+# --- builds -------------------------------------------------------------------------------------------------------
+
+_BUILD = """
+import json, sys, time
+import psutil
+from mmllm.data import commands
+from mmllm.data.shards import write
+
+class Begins(Exception):
+    pass
+
+def stop(*_, **__):
+    raise Begins(time.perf_counter(), time.process_time(), psutil.Process().memory_full_info().uss)
+
+write._WriteGroups.each = stop
+
+def until_the_first_group(manifest):
+    before, began, used = psutil.Process().memory_full_info().uss, time.perf_counter(), time.process_time()
+    try:
+        commands.build(manifest, sys.argv[3])
+    except Begins as told:
+        now, cpu, memory = told.args
+        return {"seconds": now - began, "cpu": cpu - used, "bytes": memory - before}
+
+until_the_first_group(sys.argv[1])  # what is loaded once
+print(json.dumps(until_the_first_group(sys.argv[2])))
+"""
+
+
+def measure_build(work: Path, quick: bool) -> list[Row]:
+    """Memory and time that `mmllm data build` takes of each row until its first group is written."""
+    num_rows, num_pictures, rng, rows = 20_000 if quick else 1_000_000, 1_000, np.random.default_rng(5), []
+    (work / "images").mkdir()
+    for number in range(num_pictures):
+        (work / "images" / f"{number:06d}.jpg").write_bytes(b"never read")
+    texts = [caption(rng) for _ in range(1_000)]
+    for kind in ("caption", "text"):
+        for name, count in (("few", 100), ("many", num_rows)):
+            with (work / f"{name}.jsonl").open("w", encoding="utf-8") as stream:
+                for number in range(count):
+                    found = {"id": f"row{number:09d}", "text": texts[number % 997], "lang": "en"}
+                    if kind == "caption":
+                        found["image"] = f"images/{number % num_pictures:06d}.jpg"
+                    stream.write(json.dumps(found) + "\n")
+        told = child(_BUILD, *(str(work / name) for name in ("few.jsonl", "many.jsonl", "out")), common="")
+        case = f"{num_rows:,} {kind} rows, until the first group"
+        rows += [
+            row("build_row_bytes", case, told["bytes"] / num_rows, "bytes"),
+            row("build_rows_per_s", case, num_rows / told["seconds"], "rows/s"),
+            row("build_rows_per_cpu_s", case, num_rows / told["cpu"], "rows/s of CPU"),
+        ]
+    return rows
+
+
 MEASURES: dict[str, Callable[[Path, bool], list[Row]]] = {
     "shards": measure_shards,
     "documents": measure_documents,
     "texts": measure_texts,
     "remote": measure_remote,
     "shares": measure_shares,
+    "build": measure_build,
 }
 
 

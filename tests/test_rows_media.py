@@ -28,7 +28,6 @@ from mmllm.data.rows.media import Digests, Embedded, sound_seconds
 from mmllm.data.rows.readable import readable_rows
 from mmllm.data.rows.rows import row_media
 from mmllm.data.rows.split import split
-from mmllm.data.shards.encode import ShardsConfig, keyed_rows
 from tests.rows_fixtures import as_lines, only, picture_bytes, pictures, put, read, said, sound_bytes
 
 
@@ -364,36 +363,3 @@ def test_a_machines_fault_is_no_bad_row(tmp_path, monkeypatch):
         patch.setattr(encode, "decode_image", short)
         with pytest.raises(RuntimeError, match="allocate memory"):
             commands.build(path, tmp_path / "s", max_bad_fraction=1.0)
-
-
-def test_thousands_of_rows_with_one_id_are_linear():
-    from mmllm.data.rows.rows import Row
-
-    def slow(names: list[str]) -> list[str]:
-        """As it was: from the first number for each row."""
-        taken: list[str] = []
-        for name in names:
-            key, count = name, 0
-            while key in taken:
-                count += 1
-                key = f"{name}-{count}"
-            taken.append(key)
-        return taken
-
-    names = ["a", "a", "a-1", "a", "a-2", "a", "b", "a-1", "a-1-1", "a-1", "b", "a"] * 3
-    keyed = keyed_rows([Row(name, "text", "x", name) for name in names], ShardsConfig())
-    assert [row.keys[0] for row in keyed] == slow(names)
-
-    class Counted(set):
-        looks = 0
-
-        def __contains__(self, item: object) -> bool:
-            Counted.looks += 1
-            return super().__contains__(item)
-
-    from mmllm.data.shards import encode
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "set", Counted, raising=False)
-        keyed_rows([Row("same", "text", "x", "t") for _ in range(8000)], ShardsConfig())
-    assert Counted.looks < 20_000

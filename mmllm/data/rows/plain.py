@@ -105,9 +105,9 @@ class PlainRows:
 
     def _is_file(self, value: Any) -> bool:
         """Whether it is the path of a file that isn't empty, and can be nothing else."""
-        if type(value) is not str or not value or value[0] in "[{" or value[0].isspace() or ":" in value:
+        if type(value) is not str or not value or ":" in value or value[0] in "[{" or value[0].isspace():
             return False
-        if is_encoded(value):
+        if len(value) > 64 and is_encoded(value):
             return False
         try:
             found = os.stat(value if value[0] == "/" else self._prefix + value)
