@@ -97,11 +97,14 @@ def measure_shards(work: Path, quick: bool) -> list[Row]:
 
 _START = """
 from itertools import islice
+from mmllm.data.loading.loader import StepDataset
+from mmllm.data.samples.decode import ImageTransform
 began = time.perf_counter()
 plan = open_plan(recipe, 8, folder)
 opened = time.perf_counter() - began
 steps = list(islice(plan.steps(), 20))
 seconds = time.perf_counter() - began
+dataset = StepDataset(plan, folder, ImageTransform(224))
 process = psutil.Process()
 documents = sum(index.num_documents for index in plan.sources[0].indices)
 print(json.dumps({

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from os import PathLike
 from pathlib import Path
 from typing import Literal
@@ -18,8 +19,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import resize_image as resize
 
 ImageInput = str | PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
 """What callers may pass as a picture. Arrays and tensors: H×W, H×W×C or C×H×W; bool, uint8, uint16, or float in
@@ -300,6 +299,7 @@ class ImageTransform:
             raise ValueError(f"size is {self.size}; it must be at least 1 pixel")
         if self.mode not in ("squash", "pad", "crop"):
             raise ValueError(f"mode is {self.mode!r}; it must be 'squash', 'pad' or 'crop'")
+        _torch_resize()  # now, so that workers that are forked from this process needn't
 
     def __call__(self, source: ImageInput, name: str = "image") -> np.ndarray:
         """A picture as uint8 [3, size, size].
@@ -321,8 +321,7 @@ class ImageTransform:
     def _squashed(self, picture: Image.Image) -> np.ndarray:
         """By torch: three times as fast as Pillow, and on photographs scaled down this far within one level of it."""
         pixels_3HW = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # channels last in memory: the fast path
-        size = [self.size, self.size]
-        return resize(pixels_3HW, size, interpolation=InterpolationMode.BICUBIC, antialias=True).contiguous().numpy()
+        return _torch_resize()(pixels_3HW, [self.size, self.size]).contiguous().numpy()
 
     def _resize(self, picture: Image.Image) -> Image.Image:
         width, height = picture.size
@@ -342,3 +341,12 @@ class ImageTransform:
         left, top = (width - side) / 2, (height - side) / 2
         box = (left, top, left + side, top + side)
         return picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+
+
+@cache
+def _torch_resize() -> Callable[..., torch.Tensor]:
+    """Bicubic resizing. Importing torchvision takes as long as importing torch, and most commands don't need it."""
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2.functional import resize_image
+
+    return partial(resize_image, interpolation=InterpolationMode.BICUBIC, antialias=True)
