@@ -70,7 +70,10 @@ class PlainRows:
         if type(record) is not dict or text[end:] not in ("\n", "\r\n", ""):
             return None
         keys = tuple(record)
-        shape = self._shapes[keys] if keys in self._shapes else self._new_shape(keys)
+        try:
+            shape = self._shapes[keys]
+        except KeyError:
+            shape = self._new_shape(keys)
         if shape is None or not self._is_plain(record, text, shape):
             return None
         name = row_id(record, number)
@@ -96,7 +99,8 @@ class PlainRows:
                 has_nested = True
         if has_nested and may_embed(text):
             return False
-        if (has_nested or "\\ud" in text or "\\uD" in text) and not _can_be_written(record, text):
+        has_escapes = "\\" in text and ("\\ud" in text or "\\uD" in text)
+        if (has_nested or has_escapes) and not _can_be_written(record, text):
             return False
         if not shape.file_key:
             return True

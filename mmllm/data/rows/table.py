@@ -140,11 +140,12 @@ class RowTable:
             path, folder = given.path.absolute(), given.folder.absolute()
             source = _Source(path, str(given.path), folder, found.st_size, found.st_mtime_ns)
             self._sources.append(source)
+            place, told_of, append = len(self._sources) - 1, plain.told, self._append
             while lines := stream.readlines(_BLOCK_BYTES):
                 for line in lines:
                     number += 1
-                    if (told := plain.told(line, number)) is not None:
-                        self._append(len(self._sources) - 1, start, number, *told)
+                    if (told := told_of(line, number)) is not None:
+                        append(place, start, number, *told)
                         count += 1
                     elif (record := line_record(given.path, number, start, line)) is not None:
                         row = checked_row(record.where, manifest_row(record, count, given), given)
