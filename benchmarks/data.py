@@ -33,8 +33,9 @@ from PIL import Image
 from mmllm.data import commands
 from mmllm.data.executors.parallel import in_chunks
 from mmllm.data.index.count import TokenCounts, count_tokens
-from mmllm.data.index.index import ShardIndex, load_index, save_index
+from mmllm.data.index.index import ShardIndex, load_index
 from mmllm.data.index.scan import Scan, scan_shard
+from mmllm.data.index.write import save_index
 from mmllm.data.loading.ahead import Ahead
 from mmllm.data.loading.loader import PackedLoader, StepDataset, has_next_window
 from mmllm.data.plan.best_fit import best_fit_decreasing, pack_window

@@ -12,11 +12,14 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from mmllm.data import commands
-from mmllm.data.index import arrays, index
+from mmllm.data.index import arrays, index, make
 from mmllm.data.index.arrays import open_arrays, write_arrays
 from mmllm.data.index.columns import Column, Texts
-from mmllm.data.index.index import RECORD, index_path, index_shard, load_index, write_indices
+from mmllm.data.index.count import count_tokens
+from mmllm.data.index.index import RECORD, index_path, load_index
+from mmllm.data.index.make import index_shard, write_indices
 from mmllm.data.index.scan import scan_shard
+from mmllm.data.index.write import make_records
 from mmllm.data.samples.documents import build_document
 from mmllm.data.samples.schema import read_sample
 from mmllm.data.shards import files
@@ -241,14 +244,14 @@ def test_only_what_changed_is_indexed_again(made, tmp_path, monkeypatch):
     write_indices(shards, folder)
     indexed: list[Path] = []
     monkeypatch.setattr(
-        index, "index_shard", lambda shard, folder, text_key: indexed.append(shard) or load_index(shard, "x")
+        make, "index_shard", lambda shard, folder, text_key: indexed.append(shard) or load_index(shard, "x")
     )
     write_indices(shards, folder)
     assert not indexed
     os.utime(shards[0], ns=(1, 1))  # a copy: same bytes, another time
     write_indices(shards, folder)
     assert not indexed
-    monkeypatch.setattr(index, "_digest", lambda path: pytest.fail("its new time is known"))
+    monkeypatch.setattr(index, "file_digest", lambda path: pytest.fail("its new time is known"))
     write_indices(shards, folder)
     monkeypatch.undo()
     data, before = shards[1].read_bytes(), load_index(shards[1], folder.hash).sha256
@@ -296,8 +299,8 @@ def test_a_shard_whose_bytes_changed_under_the_same_names_is_refused(made, tmp_p
     index_shard(shard, folder)
     data = shard.read_bytes()
     os.utime(shard, ns=(1, 1))
-    digest, digested = index._digest, []
-    monkeypatch.setattr(index, "_digest", lambda path: digested.append(path) or digest(path))
+    digest, digested = index.file_digest, []
+    monkeypatch.setattr(index, "file_digest", lambda path: digested.append(path) or digest(path))
     for _ in range(3):
         assert load_index(shard, folder.hash).num_documents == 40
     assert digested == [shard]  # once: then the new time is noted
@@ -321,9 +324,9 @@ def test_the_digest_of_the_build_is_taken_where_the_shard_is_the_same(made, tmp_
     commands.build(write_manifest(tmp_path, [{"id": "a", "text": "one"}]), tmp_path / "s")
     shard = tmp_path / "s" / "text-000000.tar"
     built = json.loads((tmp_path / "s" / "shards.json").read_text())["shards"][shard.name]["sha256"]
-    assert index._built_digest(shard) == built == index._digest(shard)
+    assert make._built_digest(shard) == built == index.file_digest(shard)
     os.utime(shard, ns=(2**62, 2**62))
-    assert index._built_digest(shard) is None
+    assert make._built_digest(shard) is None
 
 
 def test_broken_and_older_indices_are_named(made, tmp_path):
@@ -393,6 +396,6 @@ def test_what_a_record_cannot_hold_is_said(made):
     folder = TokenizerFolder.load(made / "tok")
     found = scan_shard(sorted((made / "s").glob("text-*.tar"))[0].read_bytes(), "t.tar", folder)
     found.pictures[1] = [(1, 1)] * 70_000
-    counts = index.count_tokens(found, folder)
+    counts = count_tokens(found, folder)
     with pytest.raises(ValueError, match=rf"{found.keys[1]} has 70000 images"):
-        index.make_records(found, counts)
+        make_records(found, counts)

@@ -19,7 +19,8 @@ import pytest
 import yaml
 
 from mmllm.data import commands
-from mmllm.data.index.index import index_path, is_current, load_index
+from mmllm.data.index.index import index_path, load_index
+from mmllm.data.index.make import is_current
 from mmllm.data.loading.loader import PackedLoader, StepDataset
 from mmllm.data.plan.plan import open_plan
 from mmllm.data.plan.recipe import load_recipe

@@ -19,8 +19,9 @@ import torch
 
 from mmllm.batch import CaptionBatch, SoundBatch
 from mmllm.data import commands
-from mmllm.data.index import index as index_module
-from mmllm.data.index.index import index_path, is_current, load_index
+from mmllm.data.index import write as write_module
+from mmllm.data.index.index import index_path, load_index
+from mmllm.data.index.make import is_current
 from mmllm.data.loading import datamodules
 from mmllm.data.loading.datamodules import AudioDataModule, ClipDataModule
 from mmllm.data.loading.loader import PackedLoader
@@ -296,7 +297,7 @@ def test_an_index_that_knows_no_equal_captions_is_named_and_made_anew(made, tmp_
     shard = tmp_path / "caption-000000.tar"
     shard.write_bytes((made / "s" / shard.name).read_bytes())
     with monkeypatch.context() as patch:
-        patch.setattr(index_module, "_DIGESTS", "not.yet")
+        patch.setattr(write_module, "DIGESTS", "not.yet")
         commands.index(shard, made / "tok")
     with pytest.raises(ValueError, match=r"which captions are equal; run 'mmllm data index' again"):
         loader_of(monkeypatch, "caption", made, shards=str(shard))

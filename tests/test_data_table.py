@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import threading
 import tracemalloc
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from mmllm.data.rows.cleaning import CleaningConfig
 from mmllm.data.rows.column_names import ColumnNames
 from mmllm.data.rows.forms import read_rows
 from mmllm.data.rows.keys import copy_name, id_hash, key_numbers, numbered_key, safe_key
-from mmllm.data.rows.rows import Row, with_absolute_paths
+from mmllm.data.rows.rows import KINDS, Row, with_absolute_paths
 from mmllm.data.rows.table import ChangedError, RowTable
 from mmllm.data.shards import write as shards
 from tests.data_fixtures import mixed_manifest, write_manifest, write_picture, write_sound
@@ -227,12 +228,11 @@ def test_groups_hold_the_rows_and_the_keys_of_each_copy(tmp_path):
         *(("caption", size) for size in (6, 3)), *(("interleaved", size) for size in (6, 3)),
         *(("text", size) for size in (6, 5)), *(("audio", 2) for _ in range(5)), ("audio", 1),
     ]  # fmt: skip
-    found = {
-        kind: [(one.row, one.keys) for group in groups if group.kind == kind for one in group.rows]
-        for kind in shards.KINDS
-    }
-    assert found == {kind: [pair for pair in keyed if pair[0].kind == kind] for kind in shards.KINDS}
-    assert groups[-2].rows[1].keys == groups[-2].rows[1:][0].keys == found["audio"][9][1]
+    found = [(one.row, one.keys) for group in groups for one in group.rows]
+    assert found == [pair for kind in KINDS for pair in keyed if pair[0].kind == kind]
+    again = pickle.loads(pickle.dumps(groups[-2].rows))  # as processes that are spawned get it
+    assert [(one.row, one.keys) for one in again] == found[-3:-1]
+    assert groups[-2].rows[1].keys == groups[-2].rows[1:][0].keys == found[-2][1]
 
 
 def test_a_row_takes_less_than_100_bytes(tmp_path):

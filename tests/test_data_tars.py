@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys
 
 from mmllm.data import commands
-from mmllm.data.index.index import index_shard
+from mmllm.data.index.make import index_shard
 from mmllm.data.shards.headers import read_headers
 from mmllm.data.shards.tar import BLOCK, read_members, scan_tar
 from mmllm_tokenizers.folder import TokenizerFolder

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from mmllm.data.executors.stages import Executor, Stage
-from mmllm.data.index.index import ShardIndex, write_indices
+from mmllm.data.index.index import ShardIndex
+from mmllm.data.index.make import write_indices
 from mmllm.data.looking.pages import stats_page
 from mmllm.data.looking.show import add_starts, show_step, write_step_page
 from mmllm.data.looking.verify import verify_shards

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from mmllm.data.executors.parallel import in_chunks
-from mmllm.data.index.index import ShardIndex, write_indices
+from mmllm.data.index.index import ShardIndex
+from mmllm.data.index.make import write_indices
 from mmllm.data.loading.reader import SampleReader
 from mmllm.data.plan.plan import Item, Plan, Source
 from mmllm.data.plan.recipe import Recipe, SourceConfig

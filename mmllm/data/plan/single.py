@@ -17,7 +17,8 @@ from typing import Any, Literal
 import numpy as np
 
 from mmllm.data.expressions import filter_names
-from mmllm.data.index.index import ShardIndex, index_shard, load_index, load_indices
+from mmllm.data.index.index import ShardIndex, load_index, load_indices
+from mmllm.data.index.make import index_shard
 from mmllm.data.plan.plan import Plan, StepPlan, sequence_digest
 from mmllm.data.plan.recipe import OnErrorConfig, Recipe, SourceConfig
 from mmllm.data.plan.source import Item, Source

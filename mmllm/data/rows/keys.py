@@ -42,9 +42,8 @@ def numbered_key(key: str, number: int) -> str:
 
 def id_hash(name: str) -> int:
     """64 bits of an id's key. That of `numbered_key(key, n)` comes of that of `key`, by `_numbered_hash`."""
-    if name.isalnum() and name.isascii() and len(name) <= _MAX_KEY:  # most are, and it takes the least time to see
-        return _hash(name)
-    return _key_hash(safe_key(name))
+    is_safe = name.isalnum() and name.isascii() and len(name) <= _MAX_KEY  # most are, and it takes little to see
+    return _hash(name) if is_safe else _key_hash(safe_key(name))
 
 
 def _key_hash(key: str) -> int:

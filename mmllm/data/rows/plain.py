@@ -43,16 +43,17 @@ class _Shape(NamedTuple):
 
 
 class PlainRows:
-    """Tells plain rows, and makes them.
+    """Tells plain rows.
 
     Args:
         folder: What their paths are relative to.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._prefix = folder.absolute(), os.path.join(folder, "")
+        self._prefix = os.path.join(folder, "")
         self._decode = json.JSONDecoder().raw_decode
         self._shapes: dict[tuple[str, ...], _Shape | None] = {}
+        self._last_file = ""
 
     def told(self, line: bytes, number: int) -> tuple[Kind, str] | None:
         """Kind and id of the plain row in a line; None where it may not be one.
@@ -71,7 +72,10 @@ class PlainRows:
         if type(record) is not dict or text[end:] not in ("\n", "\r\n", ""):
             return None
         keys = tuple(record)
-        shape = self._shapes[keys] if keys in self._shapes else self._new_shape(keys)
+        try:
+            shape = self._shapes[keys]
+        except KeyError:
+            shape = self._new_shape(keys)
         if shape is None or not self._is_plain(record, text, shape):
             return None
         name = row_id(record, number)
@@ -97,7 +101,8 @@ class PlainRows:
                 has_nested = True
         if has_nested and may_embed(text):
             return False
-        if (has_nested or "\\ud" in text or "\\uD" in text) and not _can_be_written(record, text):
+        has_escapes = "\\" in text and ("\\ud" in text or "\\uD" in text)
+        if (has_nested or has_escapes) and not _can_be_written(record, text):
             return False
         if not shape.file_key:
             return True
@@ -105,6 +110,8 @@ class PlainRows:
 
     def _is_file(self, value: Any) -> bool:
         """Whether it is the path of a file that isn't empty, and can be nothing else."""
+        if value and value == self._last_file:  # captions of one picture mostly follow each other
+            return True
         if type(value) is not str or not value or ":" in value or value[0] in "[{" or value[0].isspace():
             return False
         if len(value) > 64 and is_encoded(value):
@@ -113,22 +120,33 @@ class PlainRows:
             found = os.stat(value if value[0] == "/" else self._prefix + value)
         except (OSError, ValueError):  # the importer says what it is
             return False
-        return stat.S_ISREG(found.st_mode) and found.st_size > 0
+        if not stat.S_ISREG(found.st_mode) or not found.st_size:
+            return False
+        self._last_file = value
+        return True
 
-    def row(self, line: bytes, number: int, kind: Kind, where: str) -> Row:
-        """The row of a line of which `told` told the kind.
 
-        Raises:
-            ValueError, LookupError, TypeError: There is another line by now.
-        """
-        record = json.loads(line.decode())
-        name = row_id(record, number)
-        if name is None:
-            raise TypeError("the row has another id")
-        metadata = {key: value for key, value in record.items() if key not in OWN_KEYS}
-        image = self._folder / record["image"] if kind == "caption" else None
-        audio = self._folder / record["audio"] if kind == "audio" else None
-        return Row(name, kind, where, record["text"], image, audio, metadata=metadata)
+def plain_row(line: bytes, number: int, kind: Kind, folder: Path, where: str) -> Row:
+    """The row of a line of which `PlainRows` told the kind.
+
+    Args:
+        line: The line.
+        number: Of the line, from 1.
+        kind: The kind.
+        folder: What its paths are relative to; absolute.
+        where: `file:line`.
+
+    Raises:
+        ValueError, LookupError, TypeError, AttributeError: There is another line by now.
+    """
+    record = json.loads(line.decode())
+    name = row_id(record, number)
+    if name is None:
+        raise TypeError("the row has another id")
+    metadata = {key: value for key, value in record.items() if key not in OWN_KEYS}
+    image = folder / record["image"] if kind == "caption" else None
+    audio = folder / record["audio"] if kind == "audio" else None
+    return Row(name, kind, where, record["text"], image, audio, metadata=metadata)
 
 
 def row_id(record: dict[str, Any], number: int) -> str | None:

@@ -23,7 +23,7 @@ from mmllm.data.rows.forms import FORMS, check_read, checked_row, told_input
 from mmllm.data.rows.inputs import Input
 from mmllm.data.rows.keys import copy_name, id_hash, key_numbers, numbered_key, safe_key
 from mmllm.data.rows.manifests import manifest_row
-from mmllm.data.rows.plain import PlainRows
+from mmllm.data.rows.plain import PlainRows, plain_row
 from mmllm.data.rows.records import holds_lines, line_record
 from mmllm.data.rows.rows import KINDS, Kind, Row, with_absolute_paths
 
@@ -49,7 +49,8 @@ class _Source:
     path: Path
     name: str
     """As it was given, for messages."""
-    plain: PlainRows
+    folder: Path
+    """What its paths are relative to."""
     size: int
     changed: int
     """Nanoseconds."""
@@ -106,7 +107,7 @@ class RowTable:
         """
         form, given = told_input(path, bad, form, media, columns)
         since, count = len(bad.reasons), 0
-        with self:
+        try:
             if form == "manifest" and _stay_there(given):
                 count = self._read_lines(given)
             else:
@@ -114,18 +115,19 @@ class RowTable:
                     count += 1
                     if (row := checked_row(where, value, given)) is not None:
                         self._keep(row)
+        finally:
+            self._close()
         check_read(count, given, since, form)
 
     def extend(self, rows: Iterable[Row]) -> None:
         """Takes checked rows."""
-        with self:
+        try:
             for row in rows:
                 self._keep(row)
+        finally:
+            self._close()
 
-    def __enter__(self) -> None:
-        """Rows may be kept."""
-
-    def __exit__(self, *_: object) -> None:
+    def _close(self) -> None:
         stream, self._stream = self._stream, None
         if stream is not None:
             stream.close()
@@ -135,13 +137,15 @@ class RowTable:
         plain, count, number, start = PlainRows(given.folder), 0, 0, 0
         with given.path.open("rb") as stream:
             found = os.fstat(stream.fileno())
-            source = _Source(given.path.absolute(), str(given.path), plain, found.st_size, found.st_mtime_ns)
+            path, folder = given.path.absolute(), given.folder.absolute()
+            source = _Source(path, str(given.path), folder, found.st_size, found.st_mtime_ns)
             self._sources.append(source)
+            place, told_of, append = len(self._sources) - 1, plain.told, self._append
             while lines := stream.readlines(_BLOCK_BYTES):
                 for line in lines:
                     number += 1
-                    if (told := plain.told(line, number)) is not None:
-                        self._append(len(self._sources) - 1, start, number, *told)
+                    if (told := told_of(line, number)) is not None:
+                        append(place, start, number, *told)
                         count += 1
                     elif (record := line_record(given.path, number, start, line)) is not None:
                         row = checked_row(record.where, manifest_row(record, count, given), given)
@@ -225,8 +229,8 @@ class RowTable:
             return Row.from_json(json.loads(line))
         place = self._line[number]
         try:
-            return source.plain.row(line, place, KINDS[self._kind[number]], f"{source.name}:{place}")
-        except (ValueError, LookupError, TypeError) as error:
+            return plain_row(line, place, KINDS[self._kind[number]], source.folder, f"{source.name}:{place}")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise source.error() from error
 
     def _keys(self, number: int, row: Row) -> tuple[str, ...]:
