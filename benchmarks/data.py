@@ -358,9 +358,9 @@ from mmllm.data.plan.recipe import load_recipe
 from mmllm_tokenizers.folder import TokenizerFolder
 recipe, state = load_recipe(sys.argv[1]), json.loads(sys.argv[2])
 folder = TokenizerFolder.load(recipe.tokenizer_folder())
-plan = open_plan(recipe, 4, folder)
+plan, transform = open_plan(recipe, 4, folder), ImageTransform(224)
 began = time.perf_counter()
-loader = PackedLoader(plan, StepDataset(plan, folder, ImageTransform(224), hashes=True), 10**6)
+loader = PackedLoader(plan, StepDataset(plan, folder, transform, hashes=True), 10**6)
 loader.load_state_dict(state)
 batches = iter(loader)
 hashes = next(batches).state["hashes"]
