@@ -14,7 +14,7 @@ import numpy as np
 _NONE, _BOOL, _INT, _FLOAT, _TEXT = range(5)
 _EXACT = 2**53
 """Integers up to here are floats as well."""
-_INT64 = np.iinfo(np.int64)
+_INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 Read = Callable[..., np.ndarray]
 """Reads rows `[start, stop)` of an array by its name: `ArraysFile.read`."""
@@ -74,7 +74,7 @@ class Column(Sequence[Any]):
     @staticmethod
     def arrays(values: Sequence[Any], name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """What `Column` is made from: named arrays, and its other arguments by name."""
-        types_N = np.fromiter(map(_type, values), dtype=np.uint8, count=len(values))
+        types_N = _types(values)
         if (types_N == _FLOAT).any():
             inexact = [row for row in np.flatnonzero(types_N == _INT).tolist() if not -_EXACT < values[row] < _EXACT]
             types_N[inexact] = _FLOAT
@@ -172,12 +172,20 @@ def _restored(value: Any, kind: int) -> Any:
     return value
 
 
+def _types(values: Sequence[Any]) -> np.ndarray:
+    """uint8 [N]; most columns are of one type, which is seen at once."""
+    kinds = set(map(type, values))
+    if len(kinds) == 1 and (kinds != {int} or (_INT64_MIN <= min(values) and max(values) <= _INT64_MAX)):
+        return np.full(len(values), _type(values[0]), dtype=np.uint8)
+    return np.fromiter(map(_type, values), dtype=np.uint8, count=len(values))
+
+
 def _type(value: Any) -> int:
     match value:
         case bool():
             return _BOOL
         case int():
-            return _INT if _INT64.min <= value <= _INT64.max else _FLOAT
+            return _INT if _INT64_MIN <= value <= _INT64_MAX else _FLOAT
         case float():
             return _FLOAT
         case str():

@@ -35,7 +35,7 @@ def make_records(found: Scan, counts: TokenCounts) -> dict[str, np.ndarray]:
     chat_N = counts.by_task.get("chat", np.zeros(count, dtype=np.int64))
     records = {
         "start": found.starts, "bytes": found.spans, "line": found.lines,
-        "frames": [found.num_frames(row) for row in range(count)],
+        "frames": [found.num_frames(row) if found.sounds[row] else 0 for row in range(count)],
         "images": [len(pictures) for pictures in found.pictures], "chats": chat_N > 0,
     }  # fmt: skip
     records_N = np.zeros(count, dtype=RECORD)
