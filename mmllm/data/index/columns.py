@@ -175,7 +175,7 @@ def _restored(value: Any, kind: int) -> Any:
 def _types(values: Sequence[Any]) -> np.ndarray:
     """uint8 [N]; most columns are of one type, which is seen at once."""
     kinds = set(map(type, values))
-    if len(kinds) == 1 and (kinds != {int} or (_INT64_MIN <= min(values) and max(values) <= _INT64_MAX)):
+    if len(kinds) == 1 and (kinds != {int} or (min(values) >= _INT64_MIN and max(values) <= _INT64_MAX)):
         return np.full(len(values), _type(values[0]), dtype=np.uint8)
     return np.fromiter(map(_type, values), dtype=np.uint8, count=len(values))
 
