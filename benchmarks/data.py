@@ -42,6 +42,7 @@ from mmllm.data.plan.best_fit import best_fit_decreasing, pack_window
 from mmllm.data.plan.plan import Plan, Source, StepPlan, open_plan
 from mmllm.data.plan.recipe import Recipe, recipe_from_dict
 from mmllm.data.samples.decode import ImageTransform
+from mmllm.data.shards.files import stamp_of
 from mmllm_tokenizers.folder import TokenizerConfig, TokenizerFolder
 from mmllm_tokenizers.text import TextTokenizer
 
@@ -287,7 +288,9 @@ def empty_index(shard: Path, tokens: np.ndarray, folder: TokenizerFolder) -> Sha
     found = Scan(str(shard), "caption", [f"{shard.stem}-{key}" for key in range(count)])
     found.starts, found.spans, found.lines = [0] * count, [0] * count, [-1] * count
     found.pictures, found.sounds, found.metadata = [[(64, 64)]] * count, [[]] * count, [{}] * count
-    save_index(shard, "0" * 64, found, TokenCounts({"caption": tokens}, np.full(count, np.nan)), folder)
+    save_index(
+        shard, stamp_of(shard.stat()), "0" * 64, found, TokenCounts({"caption": tokens}, np.full(count, np.nan)), folder
+    )
     return load_index(shard, folder.hash)
 
 
@@ -432,7 +435,7 @@ def scan(shards: Sequence[Path], folder: TokenizerFolder) -> int:
             data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         found = scan_shard(data, str(shard), folder)
         ones = TokenCounts({"caption": np.ones(len(found), dtype=np.int64)}, np.full(len(found), np.nan))
-        save_index(shard, "0" * 64, found, ones, folder)
+        save_index(shard, stamp_of(shard.stat()), "0" * 64, found, ones, folder)
         done += load_index(shard, folder.hash).num_documents
     return done
 

@@ -175,3 +175,20 @@ def test_filtering_many_rows_takes_little_time(tmp_path):
     kept = kept_documents("score >= 0.2 and lang != 'de' or not (score < 0.9)", columns, count)
     assert time.process_time() - began < 0.5  # about 0.02; row by row 0.6
     assert 0.4 < kept.mean() < 0.6
+
+
+@pytest.mark.parametrize(
+    "expression", ["id * 2654435761 % 100 < 10", "id * id * id % 10 == 0", "id % 7 == 3", "half * 3 > 7"]
+)
+def test_arithmetic_of_columns_is_exact(tmp_path, expression):
+    values = {"id": list(range(10_000_000, 10_002_000)), "half": [n / 2 if n % 3 else n for n in range(2000)]}
+    arrays, more = {}, {}
+    for name, column in values.items():
+        made, more[name] = Column.arrays(column, name)
+        arrays |= made
+    write_arrays(tmp_path / "c", arrays, {})
+    read = open_arrays(tmp_path / "c").read
+    columns = {name: Column(read, name, 2000, **more[name]) for name in values}
+    names = filter_names(expression)
+    wanted = kept_rows(expression, {name: values[name] for name in names}, 2000)
+    assert kept_documents(expression, columns, 2000).tolist() == wanted and 0 < sum(wanted) < 2000

@@ -5,6 +5,7 @@ import json
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from mmllm.data import commands
-from mmllm.data.index import arrays, index, make
+from mmllm.data.index import arrays, index, make, stamps
 from mmllm.data.index.arrays import open_arrays, write_arrays
 from mmllm.data.index.columns import Column, Texts
 from mmllm.data.index.count import count_tokens
@@ -316,8 +317,8 @@ def test_a_shard_whose_bytes_changed_under_the_same_names_is_refused(made, tmp_p
     def refuse(*_: object) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(index, "write_arrays", refuse)
-    assert load_index(shard, folder.hash).num_documents == 40 and "can't be noted (read-only)" in caplog.text
+    monkeypatch.setattr(stamps, "put_file", refuse)
+    assert load_index(shard, folder.hash).num_documents == 40 and "can't be noted" in caplog.text
 
 
 def test_the_digest_of_the_build_is_taken_where_the_shard_is_the_same(made, tmp_path):
@@ -399,3 +400,41 @@ def test_what_a_record_cannot_hold_is_said(made):
     counts = count_tokens(found, folder)
     with pytest.raises(ValueError, match=rf"{found.keys[1]} has 70000 images"):
         make_records(found, counts)
+
+
+def test_a_shard_that_is_replaced_while_it_is_indexed_is_refused(made, tmp_path, monkeypatch):
+    folder = TokenizerFolder.load(made / "tok")
+    shard = write_tar(tmp_path / "t.tar", {"a.txt": b"one", "b.txt": b"two"})
+
+    def replaced(*args: Any) -> Any:
+        shard.write_bytes(shard.read_bytes().replace(b"two", b"TWO"))
+        os.utime(shard, ns=(5, 5))
+        return count_tokens(*args)
+
+    monkeypatch.setattr(make, "count_tokens", replaced)
+    with pytest.raises(ValueError, match=r"t\.tar: was replaced while it was indexed"):
+        index_shard(shard, folder)
+    assert not index_path(shard).exists()
+
+
+def test_flipped_bits_in_an_index_are_noticed(made, tmp_path):
+    folder = TokenizerFolder.load(made / "tok")
+    shard = write_tar(tmp_path / "t.tar", {"a.txt": b"one", "a.json": b'{"score": 1.5}'})
+    found = index_shard(shard, folder)
+    path, whole = index_path(shard), index_path(shard).read_bytes()
+    for name in ("tokens", "column0.values", "keys.bytes"):
+        data = bytearray(whole)
+        data[found.arrays.places[name][2]] ^= 1
+        path.write_bytes(bytes(data))
+        again = load_index(shard, folder.hash)
+        with pytest.raises(ValueError, match=rf"{name} is damaged; run 'mmllm data index' again"):
+            _ = again.tokens_N, list(again.columns["score"]), list(again.keys)
+
+
+def test_integers_of_any_size_are_metadata(made, tmp_path):
+    folder = TokenizerFolder.load(made / "tok")
+    values = [3, 2**53 + 1, 10**400, -(10**301), 2**64]
+    files = {f"{n}.{end}": data for n, value in enumerate(values)
+             for end, data in (("txt", b"one"), ("json", b'{"n": %d}' % value))}  # fmt: skip
+    found = index_shard(write_tar(tmp_path / "t.tar", files), folder)
+    assert list(found.columns["n"]) == [3.0, float(2**53 + 1), str(10**400), str(-(10**301)), float(2**64)]

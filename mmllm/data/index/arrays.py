@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ _DTYPES = {
     "U8": np.dtype("u1"), "BOOL": np.dtype("?"), "U16": np.dtype("<u2"), "U32": np.dtype("<u4"),
     "U64": np.dtype("<u8"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8"), "F64": np.dtype("<f8"),
 }  # fmt: skip
-_INFO = "info"
+_INFO, _CHECKSUMS = "info", "crc32"
 _KEPT = 64
 """Headers that each thread keeps."""
 
@@ -54,12 +55,16 @@ class ArraysFile:
         data = read_range(self.path, begin + start * row_bytes, size, self.version) if size else b""
         if len(data) < size:
             raise ValueError(f"{self.path}: ends {size - len(data)} bytes early")
+        if start == 0 and stop == shape[0] and zlib.crc32(data) != self.info[_CHECKSUMS][name]:
+            raise ValueError(f"{self.path}: {name} is damaged; run 'mmllm data index' again")
         return np.frombuffer(data, dtype=dtype).reshape(-1, *shape[1:])
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], info: Mapping[str, Any]) -> None:
-    """Writes arrays and a JSON object, all or nothing."""
-    data = save({name: np.ascontiguousarray(values) for name, values in arrays.items()}, {_INFO: json.dumps(info)})
+    """Writes arrays, their checksums and a JSON object, all or nothing."""
+    whole = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+    checksums = {name: zlib.crc32(values.tobytes()) for name, values in whole.items()}
+    data = save(whole, {_INFO: json.dumps({**info, _CHECKSUMS: checksums})})
     put_file(path, lambda target: target.write_bytes(data))
 
 

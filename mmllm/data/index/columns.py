@@ -135,6 +135,12 @@ class Column(Sequence[Any]):
         return self._only_type in (_INT, _FLOAT, _BOOL)
 
     @property
+    def is_whole(self) -> bool | None:
+        """Whether its numbers are integers or bools; `None`: some are."""
+        found = np.unique(self.types_N).tolist()
+        return None if _FLOAT in found and (_INT in found or _BOOL in found) else _FLOAT not in found
+
+    @property
     def is_text_N(self) -> np.ndarray:
         """Bools [N]."""
         return self.types_N == _TEXT

@@ -10,7 +10,6 @@ Shapes: N documents, P pictures, Q sounds, L pieces of long texts.
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,10 +20,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmllm.data.index.arrays import ArraysFile, open_arrays, opened, write_arrays
+from mmllm.data.index import stamps
+from mmllm.data.index.arrays import ArraysFile, open_arrays, opened
 from mmllm.data.index.columns import Column, Texts
 from mmllm.data.samples.documents import KIND_TASKS
-from mmllm.data.shards.files import Version, read_range
+from mmllm.data.shards.files import Stamp, Version, read_range
 from mmllm.data.shards.reader import ShardReader
 from mmllm.data.shards.remote import RemoteShard, Shard, fetch_side_file, side_file, stat_shard
 
@@ -47,8 +47,6 @@ DIGESTS = "text.digests"
 _FETCHES = 32
 """Indices that are looked up at a time, where shards are remote."""
 _OLD_MAGIC = b"mmllmidx"
-
-_logger = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
@@ -104,6 +102,13 @@ class ShardIndex:
     text_key: str | None
     """The key of a sample's `json` that holds its text, where it has no `txt`."""
     has_pieces: bool
+    stamp: Stamp
+    """Of the shard, when the index was opened."""
+    key_ends_start: int
+    """First byte of where keys end, and the bytes of each such number."""
+    key_end_bytes: int
+    keys_start: int
+    """First byte of the keys."""
 
     @property
     def arrays(self) -> ArraysFile:
@@ -209,7 +214,11 @@ class ShardIndex:
 
     def key(self, row: int) -> str:
         """A document's key."""
-        return self.keys[row]
+        size = self.key_end_bytes
+        ends = read_range(self.file, self.key_ends_start + row * size, 2 * size, self.version)
+        start, stop = (int.from_bytes(end, "little") for end in (ends[:size], ends[size:]))
+        key = read_range(self.file, self.keys_start + start, stop - start, self.version) if stop > start else b""
+        return key.decode("utf-8", "surrogateescape")
 
     def long_text(self, row: int) -> LongText | None:
         """Where the pieces of a long text are; `None` of another."""
@@ -243,7 +252,7 @@ def load_index(shard: Shard, tokenizer_hash: str | None) -> ShardIndex:
     """The index of a shard, checked. A remote shard's is taken from beside it where none is here yet.
 
     Where the shard's time has changed but not its size, it may be a copy: some of its bytes are compared, and for a
-    local shard all of them, once: the index then notes the new time.
+    local shard all of them, once: then it is noted (`stamps.py`).
 
     Args:
         shard: The tar.
@@ -253,40 +262,54 @@ def load_index(shard: Shard, tokenizer_hash: str | None) -> ShardIndex:
         FileNotFoundError: There is none.
         ValueError: It is broken, or was made with another tokenizer or for another version of the shard.
     """
-    path, advice = index_path(shard), "run 'mmllm data index' again"
-    found = stat_shard(shard)
+    path, found = index_path(shard), stat_shard(shard)
     if found is None:
         raise FileNotFoundError(f"{shard}: no such shard{', only its index is left' if path.is_file() else ''}")
     if isinstance(shard, RemoteShard) and not path.is_file():
         fetch_side_file(shard, ENDING)
     try:
+        return _checked(shard, tokenizer_hash, found)
+    except ValueError:  # what is here may be older than what lies beside the shard
+        if isinstance(shard, RemoteShard) and fetch_side_file(shard, ENDING, path.read_bytes()):
+            return _checked(shard, tokenizer_hash, found)
+        raise
+
+
+def _checked(shard: Shard, tokenizer_hash: str | None, found: Stamp) -> ShardIndex:
+    """The index that is here, for the shard that was found."""
+    path, advice = index_path(shard), "run 'mmllm data index' again"
+    try:
         arrays = open_arrays(path)
-        info = arrays.info
+        info, places = arrays.info, arrays.places
+        if info["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"{path}: is of format {info['format_version']}, not {FORMAT_VERSION}; {advice}")
         index = ShardIndex(
-            shard, path, arrays.version, arrays.places["records"][2], info["sha256"], info["kind"],
-            arrays.places["records"][1][0], info["text_key"], "piece.firsts" in arrays.places,
+            shard, path, arrays.version, places["records"][2], info["sha256"], info["kind"], places["records"][1][0],
+            info["text_key"], "piece.firsts" in places, found, places["keys.ends"][2],
+            places["keys.ends"][0].itemsize, places["keys.bytes"][2],
         )  # fmt: skip
         (size, changed), made_with = info["shard"], info["tokenizer"]
     except FileNotFoundError:
         raise FileNotFoundError(f"{shard}: has no index; run 'mmllm data index'") from None
     except (ValueError, KeyError, TypeError) as error:
+        if "is of format" in str(error):
+            raise
         if _is_old(path):
             raise ValueError(f"{path}: is of an earlier format than {FORMAT_VERSION}; {advice}") from error
         raise ValueError(f"{path}: the index is broken ({type(error).__name__}: {error}); {advice}") from error
-    if info["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"{path}: is of format {info['format_version']}, not {FORMAT_VERSION}; {advice}")
     if tokenizer_hash is not None and made_with != tokenizer_hash:
         raise ValueError(
             f"{path}: was made with tokenizer {made_with[:12]}, the recipe's is {tokenizer_hash[:12]}; {advice}"
         )
     if size != found[0]:
         raise ValueError(f"{shard}: has {found[0]} bytes, {size} when it was indexed; {advice}")
-    if changed == found[1]:
+    if changed == found[1] or stamps.is_known(shard, index.sha256, found):
         return index
     _probe(shard, info["probes"], advice)
     if not isinstance(shard, RemoteShard) and file_digest(shard) != index.sha256:
         raise ValueError(f"{shard}: its bytes changed since it was indexed, though not how many; {advice}")
-    return load_index(shard, tokenizer_hash) if _note_time(shard, arrays, found) else index
+    stamps.note(shard, index.sha256, found)
+    return index
 
 
 def _is_old(path: Path) -> bool:
@@ -295,28 +318,18 @@ def _is_old(path: Path) -> bool:
     return False
 
 
-def _note_time(shard: Shard, arrays: ArraysFile, found: tuple[int, str]) -> bool:
-    """The index is of this copy of the shard as well; whether that could be noted."""
-    values = {name: arrays.read(name) for name in arrays.places}
-    try:
-        write_arrays(arrays.path, values, {**arrays.info, "shard": found})
-    except OSError as error:  # another's folder, which we may read
-        _logger.warning("%s: its new time can't be noted (%s): each time it is opened it is read whole", shard, error)
-        return False
-    return True
-
-
 def _probe(shard: Shard, probes: Sequence[tuple[int, int, str]], advice: str) -> None:
     """Compares a few places of a shard with the index: a shard of the same size may be another one."""
     reader = ShardReader()
     asked = replace(shard, whole=False) if isinstance(shard, RemoteShard) else shard
     spans = [(asked, start, size) for start, size, _ in probes]
-    for (start, _, wanted), data in zip(probes, reader.read_many(spans), strict=True):
+    found = reader.read_many(spans)
+    reader.close()
+    for (start, _, wanted), data in zip(probes, found, strict=True):
         if isinstance(data, Exception):
             raise data
         if short_digest(data) != wanted:
             raise ValueError(f"{shard}: changed since it was indexed: other bytes lie at {start}; {advice}")
-    reader.close()
 
 
 def load_indices(shards: Sequence[Shard], tokenizer_hash: str | None) -> Iterator[ShardIndex]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from functools import partial
 import numpy as np
 
 from mmllm.data.executors.parallel import in_chunks
+from mmllm.data.index import stamps
 from mmllm.data.index.arrays import open_arrays
 from mmllm.data.index.count import count_tokens
 from mmllm.data.index.index import (
@@ -39,16 +41,19 @@ def index_shard(shard: Shard, folder: TokenizerFolder, text_key: str | None = No
         FileNotFoundError: There is no such shard.
         ValueError: It is truncated, damaged, empty, or mixes kinds; the message names shard and sample.
     """
+    before = stat_shard(shard)
     with local_copy(shard) as path:
         if not path.stat().st_size:
             raise ValueError(f"{shard}: 0 bytes are no tar; build or copy the shard again")
         with path.open("rb") as stream:
             data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         found = scan_shard(data, str(shard), folder, text_key)
-        digest = _built_digest(shard) or file_digest(path)
+        digest = _built_digest(shard) or hashlib.sha256(data).hexdigest()
         probes = _probes(data, found)
     counts = count_tokens(found, folder)
-    save_index(shard, digest, found, counts, folder, text_key, probes)
+    if before is None or stat_shard(shard) != before:
+        raise ValueError(f"{shard}: was replaced while it was indexed; run 'mmllm data index' again")
+    save_index(shard, before, digest, found, counts, folder, text_key, probes)
     return load_index(shard, folder.hash)
 
 
@@ -85,17 +90,17 @@ def is_current(shard: Shard, tokenizer_hash: str, text_key: str | None = None) -
     Of a remote shard the index beside it is taken without reading the whole shard; one that is here already is not,
     once the shard has changed.
     """
-    before = None
+    found, is_known = stat_shard(shard), True
     with suppress(OSError, ValueError, KeyError, TypeError):
-        before = open_arrays(index_path(shard)).info["shard"]
+        info = open_arrays(index_path(shard)).info
+        is_known = found is None or info["shard"] == list(found) or stamps.is_known(shard, info["sha256"], found)
     try:
         index = load_index(shard, tokenizer_hash)
     except (FileNotFoundError, ValueError):
         return False
     if index.text_key != text_key or (index.kind == "caption" and index.caption_digests_N is None):
         return False
-    found = stat_shard(shard)
-    if before is None or not isinstance(shard, RemoteShard) or (found is not None and before == list(found)):
+    if is_known or not isinstance(shard, RemoteShard):
         return True
     with local_copy(shard) as path:
         return file_digest(path) == index.sha256

@@ -17,12 +17,15 @@ from mmllm.data.index.count import TokenCounts
 from mmllm.data.index.index import DIGESTS, FORMAT_VERSION, RECORD, index_path
 from mmllm.data.index.scan import Scan
 from mmllm.data.samples.documents import KIND_TASKS
-from mmllm.data.shards.remote import RemoteShard, Shard, side_file, stat_shard
+from mmllm.data.shards.files import Stamp
+from mmllm.data.shards.remote import RemoteShard, Shard, side_file
 from mmllm_tokenizers.folder import TokenizerFolder
 
 _NAMED = 20
 """Rows without a document that an index names; all are counted."""
 _SCALARS = {str, int, float, bool, type(None)}
+_LARGE = 10**300
+"""Integers beyond all floats are kept as texts."""
 
 
 def make_records(found: Scan, counts: TokenCounts) -> dict[str, np.ndarray]:
@@ -63,6 +66,7 @@ def _fitting(found: Scan, name: str, values: Any, dtype: np.dtype[Any]) -> np.nd
 
 def save_index(
     shard: Shard,
+    stamp: Stamp,
     sha256: str,
     found: Scan,
     counts: TokenCounts,
@@ -90,7 +94,7 @@ def save_index(
     bad = [(row.name, row.reason) for row in found.bad] + _unwritable(found, counts, folder)
     info = {
         "format_version": FORMAT_VERSION, "tokenizer": folder.hash, "sha256": sha256, "kind": found.kind,
-        "shard": stat_shard(shard), "columns": told, "text_key": text_key, "probes": list(probes),
+        "shard": stamp, "columns": told, "text_key": text_key, "probes": list(probes),
         "bad": {"count": len(bad), "unread": len(found.bad), "named": bad[:_NAMED]}, "skipped": found.num_skipped,
     }  # fmt: skip
     write_arrays(index_path(shard), arrays, info)
@@ -135,6 +139,8 @@ def _columns(metadata: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
         values = [row.get(name) for row in metadata]
         if not set(map(type, values)) <= _SCALARS:
             values = [value if isinstance(value, str | int | float) else None for value in values]
+        if any(isinstance(value, int) and not -_LARGE < value < _LARGE for value in values):
+            values = [str(value) if isinstance(value, int) and abs(value) >= _LARGE else value for value in values]
         if values.count(None) < len(values):
             columns[name] = values
     return columns

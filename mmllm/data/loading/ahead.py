@@ -105,6 +105,10 @@ class _Work(Generic[Value]):
         """As after `hold`; the next value that is taken begins a thread."""
         self._changed.release()
 
+    def is_own_thread(self) -> bool:
+        """Whether the caller is the thread that makes the values."""
+        return self._thread is threading.current_thread()
+
     def _has_enough(self) -> bool:
         return bool(self._ready) and self._is_enough(self._ready)
 
@@ -154,6 +158,8 @@ _HELD: list[_Work] = []
 
 def _hold_all() -> None:
     for work in list(_LIVE):
+        if work.is_own_thread():  # it forks itself, and can't wait for its own end
+            continue
         work.hold()
         _HELD.append(work)
 

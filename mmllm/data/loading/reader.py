@@ -101,7 +101,9 @@ class SampleReader:
         return found
 
     def _index(self, item: Item) -> ShardIndex:
-        return self._plan.sources[item.source].indices[item.shard]
+        index = self._plan.sources[item.source].indices[item.shard]
+        self._reader.know(index.path, index.stamp)
+        return index
 
     def _whole(self, item: Item) -> _Wanted:
         index = self._index(item)

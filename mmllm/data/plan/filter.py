@@ -37,6 +37,8 @@ class _Values:
     places_N: np.ndarray
     numbers_N: np.ndarray | None = None
     """float64, not a number where a row has none."""
+    is_whole: bool | None = None
+    """Whether the numbers are integers; `None`: some are."""
 
 
 def kept_documents(expression: str, columns: Mapping[str, Column | np.ndarray], count: int) -> np.ndarray:
@@ -65,21 +67,21 @@ class _RowByRowError(Exception):
 
 def _values(column: Column | np.ndarray) -> _Values:
     if isinstance(column, np.ndarray):
-        return _of_numbers(column.astype(np.float64))
+        return _of_numbers(column.astype(np.float64), column.dtype.kind in "iu")
     if column.is_all_numbers:
-        return _of_numbers(column.values_N.astype(np.float64))
+        return _of_numbers(column.values_N.astype(np.float64), column.values_N.dtype.kind in "iu")
     values_N, is_text_N, is_number_N, words = column.values_N, column.is_text_N, column.is_number_N, column.words
     if not is_text_N.any():
-        return _of_numbers(np.where(is_number_N, values_N.astype(np.float64), np.nan))
+        return _of_numbers(np.where(is_number_N, values_N.astype(np.float64), np.nan), column.is_whole)
     if is_number_N.any():
         raise _RowByRowError
     return _Values([*words, None], np.where(is_text_N, values_N, len(words)).astype(np.int64))
 
 
-def _of_numbers(numbers_N: np.ndarray) -> _Values:
-    if (np.abs(numbers_N) >= _EXACT).any():
+def _of_numbers(numbers_N: np.ndarray, is_whole: bool | None) -> _Values:
+    if is_whole is not False and (np.abs(numbers_N) >= _EXACT).any():
         raise _RowByRowError
-    return _Values((), np.zeros(0, dtype=np.int64), numbers_N)
+    return _Values((), np.zeros(0, dtype=np.int64), numbers_N, is_whole)
 
 
 class _Over:
@@ -127,6 +129,10 @@ class _Over:
         if values.numbers_N is not None:
             found, places_N = np.unique(values.numbers_N, return_inverse=True)
             different = found.tolist()
+            if values.is_whole is not False and any(isinstance(item, ast.BinOp) for item in ast.walk(node)):
+                if values.is_whole is None:
+                    raise _RowByRowError
+                different = [None if np.isnan(value) else int(value) for value in different]  # exact, as Python's are
         used = np.flatnonzero(np.bincount(places_N, minlength=len(different)))
         answers = np.zeros(len(different), dtype=np.int8)
         answers[used] = [_told(truth({names[0]: different[place]})) for place in used.tolist()]

@@ -9,10 +9,13 @@ import fcntl
 import hashlib
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
 
-from mmllm.data.shards.files import OpenFiles
+from mmllm.data.shards.files import OpenFiles, Stamp
 from mmllm.data.shards.remote import RemoteShard, cache_bytes, cache_folder, stat_shard
 
 GRAIN = 64
@@ -20,27 +23,33 @@ GRAIN = 64
 _CHECKED_EVERY = 1 << 26
 """Bytes that a process adds before it looks whether the folder has grown too large."""
 
+_LOCK = ".lock"
+
 _logger = logging.getLogger(__name__)
 
 
 class CachedShard:
     """The part of one version of a remote shard that is here. Several processes may read and add to it.
 
+    A mark is set after its bytes are written. Where the machine stops in between, the disk may have one without the
+    other, so what an earlier start of the machine left isn't read.
+
     Args:
         shard: The shard.
         files: What reads it.
+        found: As `stat_shard` gives it, where that is known.
 
     Raises:
         FileNotFoundError: There is no such shard.
         OSError: The server can't be asked.
     """
 
-    def __init__(self, shard: RemoteShard, files: OpenFiles) -> None:
-        found = stat_shard(shard)
+    def __init__(self, shard: RemoteShard, files: OpenFiles, found: Stamp | None = None) -> None:
+        found = found or stat_shard(shard)
         if found is None:
             raise FileNotFoundError(f"{shard}: no such shard")
         self.size = found[0]
-        version = hashlib.sha256(repr(found).encode()).hexdigest()[:8]
+        version = hashlib.sha256(repr((*found, _boot())).encode()).hexdigest()[:8]
         self.path = cache_folder() / "spans" / f"{shard.cache_name}-{version}"
         self._files = files
         self._grains = -(-self.size // GRAIN)
@@ -78,8 +87,8 @@ class CachedShard:
         try:
             file = self._opened()
             try:
-                os.pwrite(file, data[begin - offset : end - offset], begin)
-                self._mark(file, first, last)  # after the bytes: a killed process leaves no mark without them
+                _write(file, data[begin - offset : end - offset], begin)
+                self._mark(file, first, last)
             finally:
                 os.close(file)
                 self._files.forget(self.path)  # it may be another file now: the one before was removed
@@ -87,27 +96,58 @@ class CachedShard:
             _logger.warning("%s: bytes couldn't be kept: %s", self.path, error)
 
     def _opened(self) -> int:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        if os.fstat(file).st_size != self._whole:  # new, or of no use
-            os.ftruncate(file, 0)
-            os.ftruncate(file, self._whole)
-        return file
+        """The file, which gets its name when it has its size: no process sees it smaller."""
+        while True:
+            with suppress(FileNotFoundError):
+                file = os.open(self.path, os.O_RDWR)
+                if os.fstat(file).st_size == self._whole:
+                    return file
+                os.close(file)
+                self.path.unlink(missing_ok=True)  # cut short by whatever it was
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, made = tempfile.mkstemp(dir=self.path.parent, prefix=f"{self.path.name}.")
+            try:
+                os.ftruncate(handle, self._whole)
+                os.link(made, self.path)
+            except FileExistsError:  # another process was sooner
+                pass
+            except OSError:  # no links there: what another process has written meanwhile is lost, and is fetched again
+                os.replace(made, self.path)
+            finally:
+                os.close(handle)
+                with suppress(FileNotFoundError):
+                    os.unlink(made)
 
     def _mark(self, file: int, first: int, last: int) -> None:
-        """Sets the bits `[first, last)`. A mark that another process overwrites is only missed."""
+        """Sets the bits `[first, last)`. Of two processes that set bits of one byte, one may be lost: a miss."""
         start, stop = first // 8, -(-last // 8)
         have = int.from_bytes(os.pread(file, stop - start, self.size + start), "little")
         have |= ((1 << last - first) - 1) << first % 8
-        os.pwrite(file, have.to_bytes(stop - start, "little"), self.size + start)
+        _write(file, have.to_bytes(stop - start, "little"), self.size + start)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """One process at a time, so that two don't fetch the same."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{self.path}.lock", "w") as lock:
+        with (self.path.parent / f"{self.path.name}{_LOCK}").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+@cache
+def _boot() -> str:
+    """Names this start of the machine; "" where it has no name."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _write(file: int, data: bytes, offset: int) -> None:
+    """All of it: a disk that is nearly full takes a part, and says nothing."""
+    while data:
+        count = os.pwrite(file, data, offset)
+        data, offset = data[count:], offset + count
 
 
 class CacheBound:
@@ -128,6 +168,8 @@ def shrink_cache(limit_bytes: int) -> int:
     """Removes what was least recently used until the rest takes at most `limit_bytes`; returns what it takes."""
     found = []
     for path in (cache_folder() / "spans").glob("*"):
+        if path.name.endswith(_LOCK):  # without it, two processes would fetch the same
+            continue
         with suppress(OSError):  # another process removed it
             told = path.stat()
             found.append((told.st_mtime_ns, told.st_blocks * 512, path))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from mmllm.data.shards.cache import CacheBound, CachedShard
-from mmllm.data.shards.files import OpenFiles
-from mmllm.data.shards.remote import FETCH_BYTES, RemoteShard, Shard, fetch, fetch_many
+from mmllm.data.shards.files import OpenFiles, Stamp
+from mmllm.data.shards.remote import FETCH_BYTES, RemoteShard, Shard, cache_bytes, fetch, fetch_many
 
 Range = tuple[Shard, int, int]
 """A shard, the first byte, and how many."""
+_logger = logging.getLogger(__name__)
 WASTE = 8
 """Two ranges are fetched as one where what lies between is at most an eighth of them."""
 
@@ -21,6 +23,8 @@ class ShardReader:
     def __init__(self) -> None:
         self._files = OpenFiles()
         self._cached: dict[RemoteShard, CachedShard] = {}
+        self._stamps: dict[Shard, Stamp] = {}
+        self._too_large: set[RemoteShard] = set()
         self._bound = CacheBound()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -28,6 +32,10 @@ class ShardReader:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         ShardReader.__init__(self)
+
+    def know(self, shard: Shard, stamp: Stamp) -> None:
+        """Take a shard as looked up already: no other version of it is read, and its server isn't asked again."""
+        self._stamps[shard] = stamp
 
     def read(self, shard: Shard, offset: int, size: int) -> bytes:
         """At most `size` bytes from `offset`; fewer where the shard ends.
@@ -52,8 +60,8 @@ class ShardReader:
                     if found[number] is None:
                         missing.setdefault(shard, []).append(number)
                 else:
-                    found[number] = self._files.read(shard, offset, size)
-            except OSError as error:
+                    found[number] = self._files.read(shard, offset, size, self._stamps.get(shard))
+            except (OSError, ValueError) as error:
                 found[number] = error
         if missing:
             self._fetch(ranges, missing, found)
@@ -61,7 +69,7 @@ class ShardReader:
 
     def _here(self, shard: RemoteShard) -> CachedShard:
         if shard not in self._cached:
-            self._cached[shard] = CachedShard(shard, self._files)
+            self._cached[shard] = CachedShard(shard, self._files, self._stamps.get(shard))
         return self._cached[shard]
 
     def _fetch(
@@ -74,7 +82,7 @@ class ShardReader:
         spans: list[tuple[RemoteShard, int, int, list[int]]] = []
         for shard, numbers in missing.items():
             here = self._here(shard)
-            if shard.whole:
+            if shard.whole and self._may_hold(shard, here):
                 try:
                     self._fetch_whole(shard, here)
                     for number in numbers:
@@ -97,6 +105,19 @@ class ShardReader:
             if not isinstance(data, Exception):
                 self._cached[shard].add(start, data)
                 self._bound.added(len(data))
+
+    def _may_hold(self, shard: RemoteShard, here: CachedShard) -> bool:
+        """Whether the cache has room for a whole shard; says so once where it hasn't."""
+        if here.size <= cache_bytes():
+            return True
+        if shard not in self._too_large:
+            self._too_large.add(shard)
+            _logger.warning(
+                "%s: has %d bytes, more than MMLLM_CACHE_GB allows: its documents are fetched one by one",
+                shard,
+                here.size,
+            )
+        return False
 
     def _fetch_whole(self, shard: RemoteShard, here: CachedShard) -> None:
         """Brings a whole shard; other processes that want it wait, and find it here."""

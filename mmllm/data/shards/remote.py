@@ -7,13 +7,13 @@ indices lie there too.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
 import re
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +25,8 @@ from typing import Any, TypeVar
 import fsspec
 from braceexpand import braceexpand
 from fsspec.config import conf as settings
+
+from mmllm.data.shards.files import Stamp, stamp_of
 
 FETCH_BYTES = 1 << 25
 """Of a whole shard, at a time."""
@@ -185,13 +187,12 @@ def _told(error: Exception | None) -> str:
     return f"{type(error).__name__}: {f'status {status}' if isinstance(status, int) else error}"
 
 
-def stat_shard(shard: Shard) -> tuple[int, str] | None:
+def stat_shard(shard: Shard) -> Stamp | None:
     """(bytes, what changes when it changes) of a shard; `None` where there is none."""
     if isinstance(shard, Path):
         if not shard.is_file():
             return None
-        found = shard.stat()
-        return found.st_size, str(found.st_mtime_ns)
+        return stamp_of(shard.stat())
     system, path = _open_system(shard.url)
 
     def look() -> dict[str, Any]:
@@ -245,6 +246,8 @@ def local_copy(shard: Shard) -> Iterator[Path]:
         with target.open("wb") as stream:
             for start in range(0, size, FETCH_BYTES):
                 stream.write(fetch(shard, start, min(start + FETCH_BYTES, size)))
+        if stat_shard(shard) != found:
+            raise OSError(f"{shard}: was replaced while it was copied; try again")
         yield target
 
 
@@ -257,25 +260,40 @@ def _sweep() -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def fetch_side_file(shard: RemoteShard, ending: str) -> bool:
-    """Brings a file that lies beside a remote shard to where `side_file` says; whether there is one.
+def fetch_side_file(shard: RemoteShard, ending: str, unlike: bytes | None = None) -> bool:
+    """Brings a file that lies beside a remote shard to where `side_file` says, once for all processes.
+
+    Args:
+        shard: The shard.
+        ending: What the file's name has behind the shard's.
+        unlike: What is here already and of no use: another file replaces it. Without it, what is here stays.
+
+    Returns:
+        Whether the file is here now, and is another one.
 
     Raises:
         OSError: The server can't be asked.
     """
     if "?" in shard.url:  # a signature, which is the shard's alone
         return False
-    beside = RemoteShard(shard.url + ending)
-    system, path = _open_system(beside.url)
-    try:
-        data = retried(lambda: system.cat_file(path), str(beside))
-    except (FileNotFoundError, PermissionError):  # where listing is forbidden, what is missing is forbidden too
-        return False
     target = side_file(shard, ending)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}-{threading.get_ident()}.partial")
-    partial.write_bytes(data)
-    partial.replace(target)
+    with open(f"{target}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        here = target.read_bytes() if target.is_file() else None
+        if here != unlike:  # another process brought it
+            return True
+        beside = RemoteShard(shard.url + ending)
+        system, path = _open_system(beside.url)
+        try:
+            data = retried(lambda: system.cat_file(path), str(beside))
+        except (FileNotFoundError, PermissionError):  # where listing is forbidden, what is missing is forbidden too
+            return False
+        if data == unlike:
+            return False
+        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        partial.write_bytes(data)
+        partial.replace(target)
     return True
 
 

@@ -566,6 +566,6 @@ def _earlier(out: Path) -> list[str]:
 def _remove(out: Path, names: Iterable[str]) -> None:
     """Removes shards, their indices and the summary; nothing else."""
     for name in names:
-        for ending in ("", ".index", ".index.npz"):
+        for ending in ("", ".index", ".index.copies", ".index.npz"):
             (out / f"{name}{ending}").unlink(missing_ok=True)
     (out / SUMMARY).unlink(missing_ok=True)
