@@ -278,6 +278,8 @@ class SaveEach(pl.Callback):
 
 
 def train_on(path: Path) -> None:
+    if path.exists() and torch.load(path, weights_only=True)["global_step"] >= settings_of(ACCUMULATED)["max_steps"]:
+        return  # it was killed after its last step
     fit(SaveEach(path), ckpt=path if path.exists() else None)
 
 
