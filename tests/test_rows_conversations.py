@@ -110,8 +110,9 @@ def test_marks_that_stand_for_no_picture_are_named(tmp_path, text, why):
         {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, OPENAI[1]]},
     ],
 )  # fmt: skip
-def test_films_are_named(tmp_path, record):
-    assert "video" in reason(tmp_path, record)
+def test_videos_are_named(tmp_path, record):
+    why = reason(tmp_path, record)
+    assert "video" in why and "film" not in why
 
 
 def test_system_is_a_first_turn_and_other_columns_are_metadata(tmp_path):

@@ -12,7 +12,7 @@ from mmllm.data.rows.bad_rows import ManifestError
 from mmllm.data.rows.inputs import TALKS, Found, Input, each_record, record_id
 from mmllm.data.rows.marks import KINDS, Marked
 from mmllm.data.rows.media import Embedded
-from mmllm.data.rows.media_files import drop_embedded, gathered, local_image, refuse_films
+from mmllm.data.rows.media_files import drop_embedded, gathered, local_image, refuse_videos
 from mmllm.data.rows.records import is_null
 
 _ROLES = {
@@ -83,7 +83,7 @@ def conversation(record: dict[str, Any], number: int, given: Input) -> dict[str,
     _refuse_loss(others)
     turns = _turns(others)
     files = {kind: gathered(others, kind) for kind in KINDS}
-    refuse_films(others)
+    refuse_videos(others)
     contents = [_content(turn.content, number, given.folder) for number, turn in enumerate(turns)]
     texts = [item for content in contents for item in content if isinstance(item, str)]
     marked = Marked(texts, files, lambda kind, path: _local_file(path, kind, given.folder))

@@ -14,7 +14,7 @@ from mmllm.data.rows.manifests import named_files, record_row
 from mmllm.data.rows.media_files import IMAGES, SOUNDS, visible_files
 
 _UNREAD = (".heic", ".heif", ".avif", ".jp2", ".svg", ".psd", ".m4a", ".aac", ".wma", ".mp4", ".mov", ".mkv", ".webm")
-"""Pictures, sounds and films that aren't read: the text beside one is a caption, and no text of its own."""
+"""Pictures, sounds and videos that aren't read: the text beside one is a caption, and no text of its own."""
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """What imagefolder and audiofolder of `datasets` call the file of captions."""
 
