@@ -360,6 +360,6 @@ def test_a_machines_fault_is_no_bad_row(tmp_path, monkeypatch):
     from mmllm.data.shards import encode
 
     with monkeypatch.context() as patch:
-        patch.setattr(encode, "decode_image", short)
+        patch.setattr(encode, "decode_file", short)
         with pytest.raises(RuntimeError, match="allocate memory"):
             commands.build(path, tmp_path / "s", max_bad_fraction=1.0)
