@@ -110,8 +110,9 @@ def test_marks_that_stand_for_no_picture_are_named(tmp_path, text, why):
         {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, OPENAI[1]]},
     ],
 )  # fmt: skip
-def test_films_are_named(tmp_path, record):
-    assert "video" in reason(tmp_path, record)
+def test_videos_are_named(tmp_path, record):
+    why = reason(tmp_path, record)
+    assert "video" in why and "film" not in why
 
 
 def test_system_is_a_first_turn_and_other_columns_are_metadata(tmp_path):
@@ -322,3 +323,71 @@ def test_more_that_is_used_or_named(tmp_path):
     bad = BadRows(0.0)
     (row,) = read_rows(as_lines(tmp_path / "b.jsonl", masked), bad)
     assert not row.metadata and bad.left_out == {"bytes of the column 'mask'": 1}
+
+
+def asked(*parts) -> dict:
+    return {"messages": [{"role": "user", "content": list(parts)}, OPENAI[1]]}
+
+
+@pytest.mark.parametrize(
+    ("part", "why"),
+    [
+        ({"type": "text", "text": "q", "image": "0.png"}, "type text also has 'image': '0.png'"),
+        ({"type": "text", "text": "q", "content": "r"}, "type text also has 'content': 'r'"),
+        ({"type": "text", "text": "q", "loss": False}, "type text also has 'loss': False"),
+        ({"type": "image", "image": "0.png", "text": "what is it?"}, "type image also has 'text': 'what is it?'"),
+        ({"type": "image", "image": "0.png", "url": "1.png"}, "type image also has 'url': '1.png'"),
+        ({"type": "image", "text": "what is it?"}, "type image also has 'text': 'what is it?'"),
+        ({"type": "image", "image": "0.png", "index": 1}, "type image also has 'index': 1"),
+        ({"type": "image_url", "image_url": "0.png", "text": "q"}, "type image_url also has 'text': 'q'"),
+        ({"type": "image_url", "image_url": {"url": "0.png", "text": "q"}}, "type image_url also has 'text': 'q'"),
+        (
+            {"type": "input_audio", "input_audio": {"data": "UklGR" + "A" * 99, "format": "wav", "transcript": "a"}},
+            "type input_audio also has 'transcript': 'a'",
+        ),
+    ],
+)
+def test_what_a_part_holds_beside_its_own_is_named(tmp_path, part, why):
+    pictures(tmp_path)
+    assert why in reason(tmp_path, {"image": "2.png", **asked({"type": "text", "text": "<image>"}, part)})
+
+
+def test_keys_of_parts_that_mean_nothing_here_are_passed_over(tmp_path):
+    pictures(tmp_path)
+    record = asked(
+        {"type": "image_url", "image_url": {"url": "0.png", "detail": "low"}},
+        {"type": "image", "image": "1.png", "max_pixels": 100, "text": None, "url": ""},
+        {"type": "text", "text": "q", "cache_control": {"type": "ephemeral"}, "image": None, "index": None},
+    )
+    assert said(only(as_lines(tmp_path / "m.jsonl", record))) == ["u:0.png", "u:1.png", "u:q", "a:b"]
+
+
+def test_a_part_may_name_a_picture_by_its_index(tmp_path):
+    pictures(tmp_path)
+    record = {"images": ["0.png", "1.png"], **asked({"type": "image", "index": 1}, {"type": "image", "index": 0})}
+    assert said(only(as_lines(tmp_path / "m.jsonl", record))) == ["u:1.png", "u:0.png", "a:b"]
+    record = {"images": ["0.png"], **asked({"type": "image", "index": 1})}
+    assert "<image2>" in reason(tmp_path, record)
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+def test_a_system_is_a_content_like_any_other(tmp_path, key):
+    pictures(tmp_path)
+    parts = [{"type": "text", "text": "Answer in rhyme."}, {"type": "image", "image": "0.png"}]
+    row = only(as_lines(tmp_path / "m.jsonl", {key: parts, "messages": OPENAI}))
+    assert said(row) == ["u:Answer in rhyme.", "u:0.png", "u:a", "a:b"] and not row.metadata
+    for nothing in (None, [], " "):
+        assert said(only(as_lines(tmp_path / "n.jsonl", {key: nothing, "messages": OPENAI}))) == ["u:a", "a:b"]
+    for wrong in ({"text": "x"}, 5, True):
+        why = reason(tmp_path, {key: wrong, "messages": OPENAI})
+        assert f"{key!r} is " in why and "give a text or a list of parts" in why
+    assert "also has 'image'" in reason(tmp_path, {key: [{**parts[0], "image": "0.png"}], "messages": OPENAI})
+
+
+def test_a_record_that_is_not_trained_on_is_named(tmp_path):
+    for said_so in ({"loss": False}, {"weight": 0}, {"weight": 0.5}, {"loss": "false"}, {"loss": [0, 1]}):
+        ((key, value),) = said_so.items()
+        shown = json.dumps(value) if isinstance(value, list) else repr(value)
+        assert f"has the {key} {shown} beside its turns" in reason(tmp_path, {**said_so, "messages": OPENAI})
+    for nothing in ({"loss": True}, {"weight": 1}, {"weight": 1.0}, {"loss": None}):
+        assert said(only(as_lines(tmp_path / "n.jsonl", {**nothing, "messages": OPENAI}))) == ["u:a", "a:b"]

@@ -147,3 +147,38 @@ def test_karpathys_coco(tmp_path, is_flat):
     wanted = ("no sentences", "its filename is None", "no sentences", "sentence 0 is None")
     for reason, why in zip(reasons, wanted, strict=True):
         assert why in reason
+
+
+def test_coco_images_without_an_id_or_a_name_are_counted(tmp_path):
+    pictures(tmp_path)
+    images = [{"id": 0, "file_name": "0.png"}, {"file_name": "1.png"}, {"id": 2}, 7, {"id": 3, "file_name": None}]
+    captions = [{"id": 5, "image_id": 0, "caption": "a"}, {"id": 6, "image_id": 3, "caption": "b"}]
+    bad = BadRows(1.0)
+    rows = read_rows(put(tmp_path / "c.json", json.dumps({"images": images, "annotations": captions})), bad)
+    assert [row.text for row in rows] == ["a"]
+    (reason,) = bad.reasons
+    assert "annotation 6: its image 3 isn't listed with an id and a file_name" in reason
+    assert bad.left_out == {"images without an id or a file_name": 3}
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        ("caf\u00e9".encode("latin-1"), "isn't UTF-8 (unexpected end of data, byte 3); save it as UTF-8"),
+        ("words".encode("utf-16"), "isn't UTF-8 (invalid start byte, byte 0); save it as UTF-8"),
+        ("words".encode("utf-16-le"), "holds NUL bytes (the first is byte 1); save it as UTF-8"),
+        (b"one\0two", "holds NUL bytes (the first is byte 3); save it as UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("has_pictures", [True, False])
+def test_texts_that_are_not_utf_8_are_named(tmp_path, data, why, has_pictures):
+    if has_pictures:
+        pictures(tmp_path, 2)
+    (tmp_path / "0.txt").write_bytes("\ufeffcaf\u00e9\n".encode())
+    (tmp_path / "1.txt").write_bytes(data)
+    rows, reasons = read(tmp_path)
+    assert [row.text for row in rows] == ["caf\u00e9"]
+    (reason,) = reasons
+    assert reason.startswith(str(tmp_path / ("1.png" if has_pictures else "1.txt"))) and f"1.txt {why}" in reason
+    with pytest.raises(ManifestError, match=r"1\.txt (isn't UTF-8|holds NUL bytes)"):
+        read_rows(tmp_path / "1.txt")

@@ -198,3 +198,17 @@ def test_the_command_line_takes_columns(tmp_path, capsys):
     assert "m.csv:2: 'n' is '007'" in capsys.readouterr().err
     assert main([*command, "image=nothing"]) == 2
     assert "no column 'nothing'" in capsys.readouterr().err
+
+
+def test_integers_beyond_64_bits_are_named(tmp_path):
+    good = [2**63 - 1, -(2**63), 0, -7]
+    texts = [*map(str, good), "0" * 5000 + "12", "-" + "0" * 30]
+    beyond = [str(2**63), str(-(2**63) - 1), "9" * 30, "1" * 5000]
+    table = put(tmp_path / "m.csv", "text,n\n" + "".join(f"x,{text}\n" for text in [*texts, *beyond]))
+    rows, reasons = read(table, columns=names("n:int"))
+    assert [row.metadata["n"] for row in rows] == [*good, 12, 0]
+    assert len(reasons) == len(beyond) and "'n' is 9223372036854775808, which 64 bits don't hold" in reasons[0]
+    assert all("(n:text)" in reason and len(reason) < 400 for reason in reasons)
+    lines = as_lines(tmp_path / "m.jsonl", {"text": "x", "n": 2**64}, {"text": "y", "n": 5})
+    rows, reasons = read(lines, columns=names("n:int"))
+    assert [row.metadata for row in rows] == [{"n": 5}] and "is 18446744073709551616, which 64 bits" in reasons[0]

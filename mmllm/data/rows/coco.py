@@ -30,7 +30,11 @@ def _has_sentences(whole: dict[str, Any]) -> bool:
 
 
 def coco_rows(given: Input) -> Found:
-    """One row for each caption; `image_id` keeps a picture's captions together. A picture without one is named."""
+    """One row for each caption; `image_id` keeps a picture's captions together.
+
+    A picture without a caption is named. One that lacks its id or its file's name is counted, where no caption has
+    named it.
+    """
     whole = read_json(given.path)
     if isinstance(whole, dict) and _has_sentences(whole):
         yield from _karpathy_rows(given, whole["images"])
@@ -40,10 +44,16 @@ def coco_rows(given: Input) -> Found:
             f"{given.path}: COCO captions are an object with the lists 'images' and 'annotations'; one lacks"
         )
     names: dict[Any, str] = {}
+    unusable: list[Any] = []
+    """Ids of images that lack an id or a file's name."""
     for image in whole["images"]:
         match image:
             case {"id": int() | str() as its_id, "file_name": str() as name}:
                 names[its_id] = name
+            case {"id": int() | str() as its_id}:
+                unusable.append(its_id)
+            case _:
+                unusable.append(None)
     told: set[Any] = set()
     for number, annotation in enumerate(whole["annotations"]):
         if isinstance(annotation, dict) and isinstance(annotation.get("image_id"), int | str):
@@ -52,6 +62,8 @@ def coco_rows(given: Input) -> Found:
     for its_id, name in names.items():
         if its_id not in told:
             yield str(given.path), ManifestError(f"image {its_id!r} ({name}) has no caption")
+    if num_unusable := sum(its_id not in told for its_id in unusable):
+        given.bad.left_out["images without an id or a file_name"] += num_unusable
 
 
 def _coco_row(annotation: dict[str, Any], number: int, names: dict[Any, str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ OWN = ("id", "text", "image", "audio")
 """Columns that are found however they are capitalised."""
 _INT = re.compile(r"[+-]?\d+", re.ASCII)
 _FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_INT64_MIN, _INT64_MAX, _INT64_DIGITS = -(2**63), 2**63 - 1, 19
 _NO_NUMBER = ("", "nan", "na", "n/a", "null", "none")
 """What stands in a column of numbers where there is none: such a row has no value."""
 _BOOLS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
@@ -98,10 +99,25 @@ def _typed(value: Any, kind: Type, name: str) -> Any:
         case "int" | "float" | "bool" if text.lower() in _NO_NUMBER:
             return None
         case "int" if _INT.fullmatch(text):
-            return int(text)
+            if (whole := _int64(text)) is not None:
+                return whole
+            shown = text if len(text) <= 40 else f"{text[:40]}…"
+            raise ManifestError(
+                f"{name!r} is {shown}, which 64 bits don't hold; keep it as a text ({name}:text), or take the nearest "
+                f"number ({name}:float)"
+            )
         case "float" if _FLOAT.fullmatch(text) and math.isfinite(float(text)):
             return float(text)
         case "bool" if text.lower() in _BOOLS:
             return _BOOLS[text.lower()]
     wanted = {"int": "a whole number", "float": "a number", "bool": "true or false"}[kind]
     raise ManifestError(f"{name!r} is {value!r}; --columns {name}:{kind} wants {wanted}")
+
+
+def _int64(text: str) -> int | None:
+    """The integer that digits stand for; None where an index can't hold it."""
+    digits = text.lstrip("+-0") or "0"
+    if len(digits) > _INT64_DIGITS:  # also more than Python reads at all
+        return None
+    value = -int(digits) if text.startswith("-") else int(digits)
+    return value if _INT64_MIN <= value <= _INT64_MAX else None

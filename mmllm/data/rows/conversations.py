@@ -12,7 +12,7 @@ from mmllm.data.rows.bad_rows import ManifestError
 from mmllm.data.rows.inputs import TALKS, Found, Input, each_record, record_id
 from mmllm.data.rows.marks import KINDS, Marked
 from mmllm.data.rows.media import Embedded
-from mmllm.data.rows.media_files import drop_embedded, gathered, local_image, refuse_films
+from mmllm.data.rows.media_files import drop_embedded, gathered, local_image, refuse_videos
 from mmllm.data.rows.records import is_null
 
 _ROLES = {
@@ -30,6 +30,10 @@ _NO_PLACE = ("tools", "functions", "tool_calls", "function_call", "tool_call_id"
 _WHO, _WHAT = ("from", "role"), ("value", "content")
 _MEANT = ("id", "text", "image", "audio", "segments", "question", "answer")
 """Keys that mean something in a row: another's column of that name gets `source_` before it."""
+_OF_OTHER_READERS = (
+    "detail", "min_pixels", "max_pixels", "resized_height", "resized_width", "cache_control", "format", "media_type",
+)  # fmt: skip
+"""Keys of parts that say how others read, scale or cache it: they change nothing here."""
 
 
 @dataclass
@@ -65,19 +69,21 @@ def _has_pairs(texts: Any) -> bool:
 def conversation(record: dict[str, Any], number: int, given: Input) -> dict[str, Any]:
     """A conversation as a row of segments, each with its role.
 
-    A `system` text is a first turn of the user's. `<image>` in a text stands for the next picture of `image` or
-    `images` (see `Marked`); pictures without a mark come first. A content may be a list of parts: `text`, `image_url`
-    and `input_audio` (data URLs, base64, or files in the media folder), and `image` or `audio`, which stand for the
-    next one where they name none. A turn with `loss: false` or `weight: 0` isn't trained on. Other keys are metadata.
+    `system`, a content like any other, is a first turn of the user's. `<image>` in a text stands for the next picture
+    of `image` or `images` (see `Marked`); pictures without a mark come first. A content may be a list of parts: `text`,
+    `image_url` and `input_audio` (data URLs, base64, or files in the media folder), and `image` or `audio`, which stand
+    for the next one, or that of their `index` from 0, where they name none. A turn with `loss: false` or `weight: 0`
+    isn't trained on. Other keys are metadata.
 
     Raises:
         ManifestError: It holds what has no place in a conversation, or nobody answers.
     """
     others = dict(record)
     _refuse(others)
+    _refuse_loss(others)
     turns = _turns(others)
     files = {kind: gathered(others, kind) for kind in KINDS}
-    refuse_films(others)
+    refuse_videos(others)
     contents = [_content(turn.content, number, given.folder) for number, turn in enumerate(turns)]
     texts = [item for content in contents for item in content if isinstance(item, str)]
     marked = Marked(texts, files, lambda kind, path: _local_file(path, kind, given.folder))
@@ -125,6 +131,17 @@ def _refuse(record: dict[str, Any]) -> None:
         raise ManifestError(f"its answer is one that is refused ({refused!r} is false); give answers to learn")
 
 
+def _refuse_loss(record: dict[str, Any]) -> None:
+    """Raises ManifestError where a record says of itself how much it is trained on, which only turns can."""
+    for key in ("loss", "weight"):
+        value = record.get(key)
+        if not is_null(value) and value != 1:
+            raise ManifestError(
+                f"has the {key} {_shown(value)} beside its turns; give each answer its own {key}, leave the record "
+                f"out, or keep it as metadata: --columns source_{key}={key}"
+            )
+
+
 # --------------------------------------------------------------------------------------------------------------- turns
 def _turns(record: dict[str, Any]) -> list[_Turn]:
     """Who says what; the keys that say it leave the record."""
@@ -154,8 +171,15 @@ def _turns(record: dict[str, Any]) -> list[_Turn]:
 
 
 def _system(record: dict[str, Any]) -> list[_Turn]:
-    found = [record.pop(key) for key in ("system", "system_prompt") if isinstance(record.get(key), str)]
-    return [_Turn("user", text, is_system=True) for text in found if text.strip()]
+    turns: list[_Turn] = []
+    for key in ("system", "system_prompt"):
+        value = record.pop(key, None)
+        if is_null(value) or value == [] or (isinstance(value, str) and not value.strip()):
+            continue
+        if not isinstance(value, (str, list)):
+            raise ManifestError(f"{key!r} is {_shown(value)}; give a text or a list of parts")
+        turns.append(_Turn("user", value, is_system=True))
+    return turns
 
 
 def _history(record: dict[str, Any]) -> list[_Turn]:
@@ -232,27 +256,51 @@ def _content(value: Any, number: int, folder: Path) -> list[str | dict[str, Any]
 
 
 def _part(part: Any, folder: Path) -> str | dict[str, Any]:
+    """A text, a mark, or a named file. Whatever else a part holds would be lost, so it is refused."""
     if isinstance(part, dict):
         part = {key: value for key, value in part.items() if not is_null(value)}
+    found: str | dict[str, Any]
     match part:
         case str():
             return part
-        case {"type": "text", "text": str() as text} | {"type": "text", "content": str() as text}:
-            return text
-        case {"type": "image_url" | "audio_url" as kind, **others}:
-            url = others.get(kind)
-            url = url.get("url") if isinstance(url, dict) and "url" in url else url
-            return _named(url, "image" if kind == "image_url" else "audio", folder, kind)
-        case {"type": "input_audio", "input_audio": {"data": Embedded() as data}}:
-            return {"audio": data}
-        case {"type": "image", "source": {"data": Embedded() as data}}:
-            return {"image": data}
-        case {"type": "image" | "audio" as kind, **others}:
-            named = [others[key] for key in (kind, "url", "path", f"{kind}_url", "file") if others.get(key)]
-            return _named(named[0], kind, folder, kind) if named else f"<{kind}>"
-    raise ManifestError(
-        f"a turn has the part {_shown(part)}; those of type text, image, image_url, audio and input_audio are read"
-    )
+        case {"type": "text", "text": str() as found, **left} | {"type": "text", "content": str() as found, **left}:
+            pass
+        case {"type": "image_url" | "audio_url" as key, **left}:
+            url = left.pop(key, None)
+            if isinstance(url, dict) and "url" in url:
+                left |= {name: value for name, value in url.items() if name != "url"}
+                url = url["url"]
+            found = _named(url, key.removesuffix("_url"), folder, key)
+        case {"type": "input_audio", "input_audio": {"data": Embedded() as data, **within}, **left}:
+            found, left = {"audio": data}, left | within
+        case {"type": "image", "source": {"data": Embedded() as data, **within}, **left}:
+            within.pop("type", None)
+            found, left = {"image": data}, left | within
+        case {"type": "image" | "audio" as kind, **left}:
+            found = _file_or_mark(kind, left, folder)
+        case _:
+            raise ManifestError(
+                f"a turn has the part {_shown(part)}; those of type text, image, image_url, audio and input_audio are "
+                f"read"
+            )
+    for key, value in left.items():
+        if key not in _OF_OTHER_READERS and not is_null(value) and value not in ("", []):
+            raise ManifestError(
+                f"a part of type {part['type']} also has {key!r}: {_shown(value)}; give it a part of its own, or leave "
+                f"it out"
+            )
+    return found
+
+
+def _file_or_mark(kind: str, left: dict[str, Any], folder: Path) -> str | dict[str, Any]:
+    """The file that a part names, else a mark for the next one or for that of its `index`; takes the key it used."""
+    for key in (kind, "url", "path", f"{kind}_url", "file"):
+        if left.get(key):
+            return _named(left.pop(key), kind, folder, kind)
+    index = left.get("index")
+    if isinstance(index, int) and index >= 0:
+        return f"<{kind}{left.pop('index') + 1}>"
+    return f"<{kind}>"
 
 
 def _named(url: Any, kind: str, folder: Path, part: str) -> dict[str, Any]:

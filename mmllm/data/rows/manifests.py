@@ -9,7 +9,7 @@ from mmllm.data.rows.bad_rows import ManifestError
 from mmllm.data.rows.conversations import SIGNS, conversation, is_conversation
 from mmllm.data.rows.inputs import Found, Input, each_record, read_record
 from mmllm.data.rows.marks import KINDS, Marked, has_marks
-from mmllm.data.rows.media_files import IMAGES, SOUNDS, drop_embedded, gathered, listed, local_image, refuse_films
+from mmllm.data.rows.media_files import IMAGES, SOUNDS, drop_embedded, gathered, listed, local_image, refuse_videos
 from mmllm.data.rows.records import Record, is_null
 
 _TEXTS = ("caption", "title", "transcription", "transcript", "sentence")
@@ -56,7 +56,7 @@ def record_row(record: dict[str, Any], number: int, given: Input) -> dict[str, A
     if is_conversation(record):
         return conversation(record, number, given)
     row = dict(record)
-    refuse_films(row)
+    refuse_videos(row)
     lacking = [key for key in KINDS if key in row and row[key] != [] and not listed(row[key])]
     media = {kind: gathered(row, kind) for kind in KINDS}
     if not any(media.values()) and "segments" not in row:

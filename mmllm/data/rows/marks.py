@@ -13,7 +13,7 @@ _MARK = re.compile(
     r"<img>(?P<image_path>[^<>]+)</img>|<audio>(?P<audio_path>[^<>\n]+)</audio>"
     r"|<\|?(?P<kind>image|audio)(?:[ _-]?(?P<number>\d+))?\|?>"
 )
-_FILM = re.compile(r"<video>|<\|?video[ _-]?\d*\|?>")
+_VIDEO = re.compile(r"<video>|<\|?video[ _-]?\d*\|?>")
 
 Find = Callable[[str, str], Any]
 """Takes a kind and a path that a text names, and gives the file."""
@@ -38,8 +38,8 @@ class Marked:
         self._files, self._find = files, find
         self._next: dict[str, int] = dict.fromkeys(KINDS, 0)
         marks = [match for text in texts for match in _MARK.finditer(text)]
-        if any(_FILM.search(text) for text in texts):
-            raise ManifestError("a text has the mark <video>; films aren't read: give pictures of them, as <image>")
+        if any(_VIDEO.search(text) for text in texts):
+            raise ManifestError("a text has the mark <video>; videos aren't read: give pictures of them, as <image>")
         self.unmarked: dict[str, list[Any]] = {}
         """Of each kind the files that no mark stands for: they come first."""
         for kind in KINDS:

@@ -13,7 +13,7 @@ from mmllm.data.rows.records import is_null
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 SOUNDS = (".flac", ".wav", ".ogg", ".mp3", ".opus")
-FILMS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 _OF_ROWS = ("image", "images", "audio", "audios", "segments")
 _SIMPLE = (str, int, float, type(None))
 _OF_MACOS = ("__MACOSX", ".DS_Store")
@@ -63,13 +63,13 @@ def listed(value: Any) -> list[Any]:
     return [] if all(map(is_null, found)) else found
 
 
-def refuse_films(record: dict[str, Any]) -> None:
-    """Raises ManifestError where a record names films; a `video` that names no file stays as metadata."""
+def refuse_videos(record: dict[str, Any]) -> None:
+    """Raises ManifestError where a record names videos; a `video` that names no file stays as metadata."""
     for key in ("video", "videos"):
         values = listed(record.get(key))
-        is_name = key == "video" and all(isinstance(item, str) and not item.lower().endswith(FILMS) for item in values)
+        is_name = key == "video" and all(isinstance(item, str) and not item.lower().endswith(VIDEOS) for item in values)
         if values and not is_name:
-            raise ManifestError(f"{key!r} names films, which aren't read; give pictures of them in 'images'")
+            raise ManifestError(f"{key!r} names videos, which aren't read; give pictures of them in 'images'")
 
 
 def drop_embedded(record: dict[str, Any], has_media: bool, bad: BadRows) -> dict[str, Any]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmllm.data.rows.bad_rows import ManifestError
-from mmllm.data.rows.inputs import Found, Input, each_record
+from mmllm.data.rows.inputs import Found, Input, each_record, tried
 from mmllm.data.rows.manifests import named_files, record_row
 from mmllm.data.rows.media_files import IMAGES, SOUNDS, visible_files
 
 _UNREAD = (".heic", ".heif", ".avif", ".jp2", ".svg", ".psd", ".m4a", ".aac", ".wma", ".mp4", ".mov", ".mkv", ".webm")
-"""Pictures, sounds and films that aren't read: the text beside one is a caption, and no text of its own."""
+"""Pictures, sounds and videos that aren't read: the text beside one is a caption, and no text of its own."""
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """What imagefolder and audiofolder of `datasets` call the file of captions."""
 
@@ -62,7 +63,8 @@ def _files_with_texts(given: Input, files: Sequence[Path], listed: set[Path]) ->
             given.bad.left_out["other files"] += 1
     for item in media:
         if item not in listed:
-            yield str(item), _with_text(given, item, texts.get(item.with_suffix("")), bool(listed))
+            text = texts.get(item.with_suffix(""))
+            yield str(item), tried("text", partial(_with_text, given, item, text, bool(listed)))
     for stem, item in texts.items():
         if stem in told:
             continue
@@ -72,22 +74,38 @@ def _files_with_texts(given: Input, files: Sequence[Path], listed: set[Path]) ->
                 ManifestError(f"{item.relative_to(given.path)} has no picture or sound beside it"),
             )
         else:
-            yield str(item), {"id": stem.relative_to(given.path).as_posix(), "text": _read_text(item)}
+            yield str(item), tried("text", partial(_text_row, item, stem.relative_to(given.path).as_posix()))
 
 
-def _with_text(given: Input, item: Path, text: Path | None, has_metadata: bool) -> dict[str, Any] | ManifestError:
+def _with_text(given: Input, item: Path, text: Path | None, has_metadata: bool) -> dict[str, Any]:
     name = item.relative_to(given.path)
     if text is None:
         more = " and no line of metadata" if has_metadata else ""
-        return ManifestError(f"{name} has no {name.with_suffix('.txt').name} beside it{more}; give it a text")
+        raise ManifestError(f"{name} has no {name.with_suffix('.txt').name} beside it{more}; give it a text")
     kind = "image" if item.suffix.lower() in IMAGES else "audio"
     return {"id": name.with_suffix("").as_posix(), "text": _read_text(text), kind: str(item.absolute())}
 
 
+def _text_row(path: Path, name: str) -> dict[str, Any]:
+    return {"id": name, "text": _read_text(path)}
+
+
 def _read_text(path: Path) -> str:
-    return path.read_bytes().decode("utf-8-sig", "replace").strip()
+    """What a file says.
+
+    Raises:
+        ManifestError: It isn't UTF-8, or holds NUL bytes, as UTF-16 does where it happens to be UTF-8 too.
+    """
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path.name} isn't UTF-8 ({error.reason}, byte {error.start}); save it as UTF-8") from None
+    if "\0" in text:
+        raise ManifestError(f"{path.name} holds NUL bytes (the first is byte {data.index(0)}); save it as UTF-8")
+    return text.strip()
 
 
 def text_rows(given: Input) -> Found:
     """A file is a document."""
-    yield str(given.path), {"id": given.path.stem, "text": _read_text(given.path)}
+    yield str(given.path), tried("text", partial(_text_row, given.path, given.path.stem))

@@ -34,7 +34,7 @@ _UNREAD = (
     "mkv",
     "webm",
 )
-"""Pictures, sounds and films that shards don't hold: the text beside one is a caption, and no text of its own."""
+"""Pictures, sounds and videos that shards don't hold: the text beside one is a caption, and no text of its own."""
 _NUMBERED = re.compile(rf"\d+\.({'|'.join(map(re.escape, IMAGE_ENDINGS + AUDIO_ENDINGS + _STORED))})")
 
 
