@@ -29,6 +29,7 @@ from mmllm_tokenizers.text import MIN_VOCAB_SIZE, TextTokenizer
 
 _ANY_LENGTH = 2**31 - 1
 _TOKENS = ("num_tokens", "num_frames")
+_NAMED = 5
 _FILLERS, _SPREAD = 8, 9
 """What random numbers are for; `source.py` has the others."""
 
@@ -311,7 +312,12 @@ def _index(shard: Shard, folder: TokenizerFolder) -> ShardIndex:
     except (FileNotFoundError, ValueError) as reason:
         _logger.info("%s: its index is made (%s)", shard, reason)
     try:
-        return index_shard(shard, folder)
+        index = index_shard(shard, folder)
+        num_bad, named = index.bad
+        if num_bad:
+            first = "; ".join(f"{name}: {why}" for name, why in named[:_NAMED])
+            _logger.warning("%s: %d of its rows become no document: %s", shard, num_bad, first)
+        return index
     except PermissionError as error:
         raise PermissionError(
             f"{shard}: has no index that can be used, and none can be written beside it ({error}); run 'mmllm data "
