@@ -21,9 +21,12 @@ from mmllm.data.index.index import RECORD, index_path, load_index
 from mmllm.data.index.make import index_shard, write_indices
 from mmllm.data.index.scan import scan_shard
 from mmllm.data.index.write import make_records
+from mmllm.data.plan.plan import open_plan
+from mmllm.data.plan.recipe import recipe_from_dict
 from mmllm.data.samples.documents import build_document
 from mmllm.data.samples.schema import read_sample
 from mmllm.data.shards import files
+from mmllm.data.shards.find import find_shards
 from mmllm.data.shards.headers import read_headers
 from mmllm.data.shards.tar import headers_of, read_members, scan_tar
 from mmllm_tokenizers.folder import TokenizerFolder
@@ -438,3 +441,69 @@ def test_integers_of_any_size_are_metadata(made, tmp_path):
              for end, data in (("txt", b"one"), ("json", b'{"n": %d}' % value))}  # fmt: skip
     found = index_shard(write_tar(tmp_path / "t.tar", files), folder)
     assert list(found.columns["n"]) == [3.0, float(2**53 + 1), str(10**400), str(-(10**301)), float(2**64)]
+
+
+def tar_of(path: Path, **changed: bytes | None) -> Path:
+    """Captions c0 … c9, of which c3 has other files."""
+    files: dict[str, bytes] = {}
+    for number in range(10):
+        own = {"png": png(), "txt": b"red", "json": b'{"score": 1}'} | (changed if number == 3 else {})
+        files |= {f"c{number}.{ending}": data for ending, data in own.items() if data is not None}
+    return write_tar(path, files)
+
+
+@pytest.mark.parametrize(
+    "changed, told",
+    [
+        ({"txt": b"caf\xe9"}, "its txt isn't UTF-8"),
+        ({"json": b"{"}, "its json can't be read"),
+        ({"json": b"[1]"}, "its json is list; it must be an object"),
+        ({"png": b""}, "its picture can't be read"),
+        ({"png": b"junk"}, "its picture can't be read"),
+        ({"txt": None}, "its text is missing or empty"),
+    ],
+)
+def test_one_bad_sample_is_counted_and_named(made, tmp_path, changed, told):
+    shard = tar_of(tmp_path / "t.tar", **changed)
+    found = commands.index(shard, made / "tok", max_bad_fraction=0.1)
+    assert found["bad"] == len(found["errors"]) == 1
+    assert told in found["errors"][0] and f"{shard}:c3: " in found["errors"][0]
+    folder = TokenizerFolder.load(made / "tok")
+    index_of = load_index(shard, folder.hash)
+    assert [key for key, tokens in zip(index_of.keys, index_of.tokens_N, strict=True) if tokens] == [
+        f"c{n}" for n in range(10) if n != 3
+    ]
+    for row, key in enumerate(index_of.keys):
+        place = index_of.place(row)
+        with shard.open("rb") as stream:
+            assert read_members(os.pread(stream.fileno(), place.num_bytes, place.start), "t")[0] == key
+    with pytest.raises(ValueError, match=r"1 of 10 rows become no document, at most 0 may be: .*c3"):
+        commands.index(shard, made / "tok", max_bad_fraction=0.0)
+
+
+def test_files_that_are_nothing_of_a_sample_are_counted_and_media_refused(made, tmp_path):
+    shard = write_tar(tmp_path / "t.tar", {"a.png": png(), "a.txt": b"red", "a.cls": b"1", "a.npy": b"2"})
+    assert commands.index(shard, made / "tok")["skipped"] == {".cls files": 1, ".npy files": 1}
+    for ending in ("jpe", "jfif", "ppm", "jxl", "aiff", "svg"):
+        with pytest.raises(ValueError, match=rf"x: \.{ending} files aren't read from shards"):
+            commands.index(write_tar(tmp_path / "u.tar", {f"x.{ending}": b"1", "x.txt": b"2"}), made / "tok")
+    for names, told in ((("x.png", "x.jpg", "x.txt"), "2 pictures"), (("x.jsonl", "x.txt"), "beside its jsonl")):
+        with pytest.raises(ValueError, match=told):
+            commands.index(write_tar(tmp_path / "v.tar", dict.fromkeys(names, b"1")), made / "tok")
+
+
+def test_folders_and_names_with_signs_of_patterns(made, tmp_path):
+    folder = tmp_path / "we ird[1] {a,b}"
+    folder.mkdir()
+    for name in ("s-00000.tar", "s[1].tar"):
+        write_tar(folder / name, {"a.txt": b"one"})
+    assert commands.index(str(folder), made / "tok")["shards"] == 2
+    assert commands.index(str(folder / "s[1].tar"), made / "tok")["shards"] == 1
+    for shards, count in ((str(folder), 2), (f"{folder}/s[1].tar", 1)):
+        assert len(find_shards(shards)) == count
+    recipe = {"tokenizer": str(made / "tok"), "sequence_length": 64, "sources": [
+        {"name": "t", "kind": "text", "shards": str(folder)}]}  # fmt: skip
+    assert open_plan(recipe_from_dict(recipe), 1).sources[0].num_items == 2
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty: a folder without \.tar files"):
+        find_shards(str(tmp_path / "empty"))

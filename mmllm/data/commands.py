@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import math
 from collections import Counter
@@ -32,7 +31,7 @@ from mmllm.data.rows.table import RowTable
 from mmllm.data.samples.stored import ImageEncoder
 from mmllm.data.shards.encode import ShardsConfig
 from mmllm.data.shards.find import find_shards
-from mmllm.data.shards.remote import Shard, is_remote
+from mmllm.data.shards.remote import Shard
 from mmllm.data.shards.write import kept_rows, write_shards
 from mmllm_tokenizers.folder import TokenizerFolder
 
@@ -209,13 +208,7 @@ def index(
 
 
 def _all_shards(shards: str | Path | Sequence[str | Path]) -> list[Shard]:
-    specs = [str(spec) for spec in ([shards] if isinstance(shards, str | Path) else shards)]
-    return find_shards([_all_in(spec) if not is_remote(spec) and Path(spec).is_dir() else spec for spec in specs])
-
-
-def _all_in(folder: str) -> str:
-    """The glob of a folder's shards, whatever its name holds."""
-    return f"{glob.escape(folder)}/*.tar"
+    return find_shards([str(spec) for spec in ([shards] if isinstance(shards, str | Path) else shards)])
 
 
 def _totals(indices: Sequence[ShardIndex]) -> dict[str, Any]:

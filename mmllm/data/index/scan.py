@@ -10,6 +10,7 @@ import io
 import json
 import mmap
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from mmllm_tokenizers.folder import TokenizerFolder
 
 _SHAPE = re.compile(rb"'shape': \((\d+), (\d+)\)")
 _FLAC = b"fLaC"
+_OWN_ENDINGS = frozenset({*IMAGE_ENDINGS, *AUDIO_ENDINGS, "txt", "json", "jsonl"})
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,12 @@ class Scan:
         return sum(frames for _, _, frames in self.sounds[row])
 
 
+_COLUMNS = (
+    "keys", "starts", "spans", "lines", "texts", "text_starts", "pictures", "sounds", "segments", "roles", "metadata",
+)  # fmt: skip
+_NO_PICTURE = "its picture can't be read"
+
+
 @dataclass(frozen=True)
 class _Layout:
     """What the files of a sample are, by their place in it; -1: it has none."""
@@ -91,6 +99,8 @@ class _Layout:
     audio: int
     codes: int
     names: Names
+    passed_over: tuple[str, ...]
+    """Endings of files that are nothing of a sample's."""
 
     @property
     def is_bare(self) -> bool:
@@ -105,7 +115,8 @@ def _layout(endings: tuple[str, ...], name: str) -> _Layout:
     image, audio, text = find(*IMAGE_ENDINGS), find(*AUDIO_ENDINGS), find("txt")
     lines, codes, metadata = find("jsonl"), find("codec.npz"), find("json")
     kind = "text" if lines >= 0 else "audio" if audio >= 0 or codes >= 0 else "caption" if image >= 0 else "text"
-    layout = _Layout(kind, text, metadata, lines, image, audio, codes, check_endings(endings, name))
+    over = tuple(ending for ending in endings if "." not in ending and ending not in _OWN_ENDINGS)
+    layout = _Layout(kind, text, metadata, lines, image, audio, codes, check_endings(endings, name), over)
     if layout.is_bare and metadata < 0:
         raise ValueError(f"{name}: has only {sorted(endings)}; a sample needs a picture, a sound or a txt")
     return layout
@@ -126,7 +137,7 @@ def scan_shard(data: bytes | mmap.mmap, name: str, folder: TokenizerFolder, text
     with _without_collection():
         table = read_headers(data, name)
         reader = _Reader(data, name, table, folder, text_key)
-        found = Scan(name, reader.kind, num_skipped=table.num_skipped)
+        found = Scan(name, reader.kind, num_skipped=table.num_skipped | reader.num_passed_over)
         reader.read_into(found)
     if not found.keys and not found.bad:
         raise ValueError(f"{name}: has no samples; build it again")
@@ -163,6 +174,7 @@ class _Reader:
         self._codec = folder.audio.hash if folder.audio is not None else None
         self._codec_bytes = self._codec.encode("utf-32-le") if self._codec else b""
         self._distinct: dict[tuple[str, ...], _Layout] = {}
+        self._bad: dict[int, str] = {}  # samples of which nothing is made, and why
         self._layouts = self._find_layouts()
         self._metadata = self._read_metadata()
         self._check_dots()
@@ -195,9 +207,10 @@ class _Reader:
             found = [self._one_json(sample, number) for sample, number in places]
         values: list[dict[str, Any]] = [{} for _ in self._layouts]
         for (sample, _), value in zip(places, found, strict=True):
-            if not isinstance(value, dict):
-                raise ValueError(f"{self._named(sample)}: its json is {type(value).__name__}; it must be an object")
-            values[sample] = value
+            if isinstance(value, dict):
+                values[sample] = value
+            else:
+                self._bad.setdefault(sample, f"its json is {type(value).__name__}; it must be an object")
         return values
 
     def _check_dots(self) -> None:
@@ -206,28 +219,39 @@ class _Reader:
             return
         for sample, (layout, metadata) in enumerate(zip(self._layouts, self._metadata, strict=True)):
             segments = metadata.get("segments") if layout.lines < 0 else None
+            if sample in self._bad:
+                continue
             if layout.names == "named" or (layout.names == "numbered" and segments is None):
                 endings = [self._table.endings[number] for number in self._table.files(sample)]
                 check_segment_files(endings, segments, self._named(sample))
 
     def _only_kind(self) -> str:
         """The kind that all samples are of."""
-        kinds = [
-            "interleaved" if "segments" in values and layout.lines < 0 else layout.kind
-            for layout, values in zip(self._layouts, self._metadata, strict=True)
-        ]
+        kinds = {
+            sample: "interleaved" if "segments" in values and layout.lines < 0 else layout.kind
+            for sample, (layout, values) in enumerate(zip(self._layouts, self._metadata, strict=True))
+            if sample not in self._bad
+        }
         if not kinds:
             return ""
-        other = next((sample for sample, kind in enumerate(kinds) if kind != kinds[0]), None)
+        first = next(iter(kinds.values()))
+        other = next((sample for sample, kind in kinds.items() if kind != first), None)
         if other is not None:
             raise ValueError(
-                f"{self._name}: {self._table.keys[other]} is a sample of kind {kinds[other]}, others are {kinds[0]}; "
+                f"{self._name}: {self._table.keys[other]} is a sample of kind {kinds[other]}, others are {first}; "
                 f"split them"
             )
-        bare = [sample for sample, layout in enumerate(self._layouts) if layout.is_bare] if kinds[0] == "text" else []
+        bare = [sample for sample in kinds if self._layouts[sample].is_bare] if first == "text" else []
         if bare:
             raise ValueError(f"{self._named(bare[0])}: has only a json; a sample needs a picture, a sound or a txt")
-        return kinds[0]
+        return first
+
+    @property
+    def num_passed_over(self) -> dict[str, int]:
+        """Files of samples that are nothing of theirs, by ending."""
+        if not any(layout.passed_over for layout in self._distinct.values()):
+            return {}
+        return dict(Counter(f".{ending} files" for layout in self._layouts for ending in layout.passed_over))
 
     def _file(self, number: int) -> bytes:
         return self._data[self._starts[number] : self._ends[number]]
@@ -236,7 +260,8 @@ class _Reader:
         try:
             return json.loads(self._file(number))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self._named(sample)}: broken text or json: {error!r}") from error
+            self._bad[sample] = f"its json can't be read: {error}"
+            return None
 
     def _named(self, sample: int) -> str:
         return f"{self._name}:{self._table.keys[sample]}"
@@ -263,6 +288,17 @@ class _Reader:
             self._read_sounds(found)
         elif self.kind == "caption":
             self._read_pictures(found)
+        if self._bad:
+            found.bad += [BadRow(self._named(sample), reason) for sample, reason in sorted(self._bad.items())]
+            if not any(layout.lines >= 0 for layout in self._layouts):  # else they were never added
+                self._leave_out(found)
+
+    def _leave_out(self, found: Scan) -> None:
+        """Removes the bad samples from all columns."""
+        kept = [sample for sample in range(len(self._layouts)) if sample not in self._bad]
+        for name in _COLUMNS:
+            column = getattr(found, name)
+            setattr(found, name, [column[sample] for sample in kept])
 
     def _text(self, sample: int) -> str | None:
         place = self._layouts[sample].text
@@ -272,7 +308,8 @@ class _Reader:
         try:
             return self._file(self._firsts[sample] + place).decode()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self._named(sample)}: broken text or json: {error!r}") from error
+            self._bad[sample] = f"its txt isn't UTF-8 ({error.reason} at byte {error.start}); save it so"
+            return None
 
     def _read_lines(self, found: Scan) -> None:
         """Samples of text of which some are `jsonl`: each line that is a row becomes a document."""
@@ -282,6 +319,8 @@ class _Reader:
             first = self._firsts[sample]
             if layout.lines < 0:
                 row = -1, self._text(sample), metadata[sample], starts[sample], spans[sample]
+                if sample in self._bad:
+                    continue
                 self._add(found, keys[sample], row, self._starts[first + layout.text])
                 continue
             start = self._starts[first + layout.lines]
@@ -305,30 +344,45 @@ class _Reader:
     def _read_segments(self, found: Scan) -> None:
         found.texts, found.text_starts = [None] * len(self._metadata), [0] * len(self._metadata)
         for sample, metadata in enumerate(self._metadata):
-            items = metadata.pop("segments")
-            found.segments[sample] = self._segments(sample, items, found.pictures[sample], found.sounds[sample])
+            items = metadata.pop("segments", [])
+            try:
+                found.segments[sample] = self._segments(sample, items, found.pictures[sample], found.sounds[sample])
+            except ValueError as error:
+                self._bad[sample] = self._reason(error, sample)
+                continue
+            if (0, 0) in found.pictures[sample]:
+                self._bad[sample] = _NO_PICTURE
             roles = [item.get("role") for item in items] if isinstance(items, list) else []
             found.roles[sample] = roles if any(roles) else []
+
+    def _reason(self, error: ValueError, sample: int) -> str:
+        """An error without the sample's name, which stands before it."""
+        return str(error).removeprefix(f"{self._named(sample)}: ")
 
     def _read_sounds(self, found: Scan) -> None:
         for sample, (first, layout) in enumerate(zip(self._firsts, self._layouts, strict=False)):
             name, metadata = self._named(sample), self._metadata[sample]
             codes = self._file(first + layout.codes) if layout.codes >= 0 else None
-            sound = self._sound(first + layout.audio if layout.audio >= 0 else -1, codes, name)
+            try:
+                sound = self._sound(first + layout.audio if layout.audio >= 0 else -1, codes, name)
+            except ValueError as error:
+                self._bad[sample] = self._reason(error, sample)
+                continue
             found.sounds[sample].append(sound)
             if "duration" not in metadata and sound[1]:
                 metadata["duration"] = sound[0] / sound[1]
 
     def _read_pictures(self, found: Scan) -> None:
-        for first, layout, metadata, pictures in zip(
-            self._firsts, self._layouts, self._metadata, found.pictures, strict=False
-        ):
+        columns = zip(self._firsts, self._layouts, self._metadata, found.pictures, strict=False)
+        for sample, (first, layout, metadata, pictures) in enumerate(columns):
             width, height = metadata.get("width"), metadata.get("height")
             if type(width) is int and type(height) is int and width >= 0 and height >= 0:
                 pictures.append((width, height))
                 continue
             size = self._size(first + layout.image)
             pictures.append(size)
+            if size == (0, 0):
+                self._bad.setdefault(sample, _NO_PICTURE)
             if size[0] and "width" not in metadata and "height" not in metadata:
                 metadata["width"], metadata["height"] = size
 

@@ -19,21 +19,9 @@ IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "avif")
 AUDIO_ENDINGS = ("flac", "wav", "ogg", "mp3")
 _STORED = ("codec.npz", "features.npz")
 _UNREAD = (
-    "gif",
-    "bmp",
-    "tif",
-    "tiff",
-    "heic",
-    "heif",
-    "jp2",
-    "opus",
-    "m4a",
-    "aac",
-    "mp4",
-    "mov",
-    "mkv",
-    "webm",
-)
+    "gif", "bmp", "tif", "tiff", "heic", "heif", "jp2", "jpe", "jfif", "jxl", "ppm", "pgm", "pbm", "pnm", "svg", "psd",
+    "opus", "m4a", "aac", "aif", "aiff", "au", "caf", "wma", "amr", "mp4", "mov", "mkv", "webm", "avi",
+)  # fmt: skip
 """Pictures, sounds and videos that shards don't hold: the text beside one is a caption, and no text of its own."""
 _NUMBERED = re.compile(rf"\d+\.({'|'.join(map(re.escape, IMAGE_ENDINGS + AUDIO_ENDINGS + _STORED))})")
 
@@ -84,6 +72,16 @@ def check_endings(endings: Sequence[str], name: str) -> Names:
     if len(set(endings)) < len(endings):
         twice = next(ending for ending in endings if endings.count(ending) > 1)
         raise ValueError(f"{name}: has two files that end in .{twice}; give each sample a key of its own")
+    for kinds, what in ((IMAGE_ENDINGS, "pictures"), (AUDIO_ENDINGS, "sounds")):
+        several = [ending for ending in endings if ending in kinds]
+        if len(several) > 1:
+            raise ValueError(
+                f"{name}: has {len(several)} {what} (.{', .'.join(several)}), of which one would be lost; give each a "
+                f"sample of its own"
+            )
+    other = next((ending for ending in endings if ending != "jsonl" and "." not in ending), None)
+    if "jsonl" in endings and other is not None:
+        raise ValueError(f"{name}: has a .{other} beside its jsonl, which would be lost; give it a key of its own")
     dotted = [ending for ending in endings if "." in ending and ending not in _STORED]
     if not dotted and _unread(endings) is None:
         return "plain"

@@ -53,6 +53,8 @@ def find_shards(spec: str | Sequence[str], folder: Path | None = None) -> list[S
             matches = _expand(f"{folder}{os.sep}{item}") or matches
         missing = [str(match) for match in matches if not match.is_file()]
         if missing or not matches:
+            if not missing and Path(item).is_dir():
+                raise FileNotFoundError(f"{item}: a folder without .tar files; build shards with 'mmllm data build'")
             which = f" ({len(missing)} of {len(matches)} that {item!r} names are missing)" if missing else ""
             raise FileNotFoundError(
                 f"{missing[0] if missing else item}: no such shard{which}; build them with 'mmllm data build'"
@@ -65,7 +67,15 @@ def find_shards(spec: str | Sequence[str], folder: Path | None = None) -> list[S
 
 
 def _expand(pattern: str) -> list[Path]:
-    paths: list[Path] = []
-    for name in braceexpand(pattern):
-        paths.extend(Path(match) for match in (sorted(glob.glob(name)) if glob.has_magic(name) else [name]))
-    return paths
+    """What a name names: itself, if it is there, whatever signs it has; a folder's shards; what a pattern matches."""
+    found: list[Path] = []
+    for name in [pattern] if os.path.exists(pattern) else braceexpand(pattern):
+        if os.path.isdir(name):
+            found.extend(sorted(Path(name).glob("*.tar")))
+        elif os.path.exists(name) or not glob.has_magic(name):
+            found.append(Path(name))
+        else:
+            folder, last = os.path.split(name)
+            literal = os.path.join(glob.escape(folder), last) if os.path.isdir(folder) else name
+            found.extend(Path(match) for match in sorted(glob.glob(literal)))
+    return found
