@@ -317,3 +317,23 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_bad_mode_is_refused():
     with pytest.raises(ValueError, match="mode"):
         ImageTransform(8, mode="stretch")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_png_whose_checksums_do_not_fit_is_named():
+    data = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)))
+    start = data.index(b"IDAT") + 4
+    end = start + int.from_bytes(data[start - 8 : start - 4], "big")
+    for place in (*range(start + 2, end, 997), end):  # the last: the checksum itself
+        broken = data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :]
+        with pytest.raises(ValueError, match=r"^row 7: the picture is broken"):
+            decode_image(broken, "row 7")
+    with pytest.raises(ValueError, match=r"chunk IDAT at byte 33 doesn't fit.*copy or download it again"):
+        decode_image(data[:end] + b"abcd" + data[end + 4 :], "row 7")
+
+
+def test_what_comes_after_a_pngs_pixels_may_be_anything():
+    data = encoded(photo())
+    end = data.index(b"IEND") - 4
+    note = struct.pack(">I", 4) + b"tEXtword" + b"abcd"  # a wrong checksum, of what isn't shown
+    for more in (data[:end] + note + data[end:], data + b"more"):
+        assert (pixels(more) == pixels(data)).all()

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -406,3 +407,24 @@ def test_an_index_of_another_tokenizer_is_refused(made, tmp_path):
     recipe = recipe_dict(made / "s", tmp_path / "tok")
     with pytest.raises(ValueError, match=r"source 'caption'.*was made with tokenizer"):
         open_plan(recipe_from_dict(recipe), 4)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    manifest = write_manifest(tmp_path, [{"text": "word"}])
+    (tmp_path / "file").write_bytes(b"x")
+    where = re.escape(str(tmp_path))
+    with pytest.raises(OSError, match=f"^{where}/file: this folder can't be made, because it is there and"):
+        commands.build(manifest, tmp_path / "file")
+    with pytest.raises(OSError, match=f"^{where}/file/x/y: .*because {where}/file is there and is no folder; choose"):
+        commands.build(manifest, tmp_path / "file" / "x" / "y")
+    with pytest.raises(OSError, match=r"the system makes none in .* \(File name too long\); choose another by --out"):
+        commands.build(manifest, tmp_path / "new" / ("x" * 300))
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(OSError, match="link: this folder can't be made, because it is there and is no folder"):
+        commands.build(manifest, tmp_path / "link")
+
+
+def test_a_build_without_a_manifest_leaves_no_folders(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        commands.build(tmp_path / "missing.jsonl", tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())

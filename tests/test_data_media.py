@@ -15,6 +15,7 @@ import soundfile
 from PIL import Image, ImageOps
 
 from mmllm.data import commands
+from mmllm.data.rows.bad_rows import ManifestError
 from mmllm.data.samples.decode import decode_image
 from mmllm_tokenizers.audio import load_audio
 from tests.data_fixtures import RATE, make_folder, write_manifest
@@ -210,3 +211,23 @@ def test_files_that_the_machine_cannot_open_are_no_bad_rows(tmp_path, monkeypatc
         commands.build(write_manifest(tmp_path, rows), tmp_path / "s", max_bad_fraction=1.0)
     with pytest.raises(OSError, match="Too many open files"):
         load_audio(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize(("num_channels", "rate"), [(9, 16_000), (1, 700_000)])
+def test_sounds_that_no_flac_holds_are_named_in_plain_words(tmp_path, num_channels, rate):
+    soundfile.write(tmp_path / "a.wav", np.stack([tone()] * num_channels, 1), rate, subtype="PCM_16")
+    manifest = write_manifest(tmp_path, [{"audio": "a.wav", "text": "a tone"}])
+    with pytest.raises(ManifestError) as caught:
+        commands.build(manifest, tmp_path / "out")
+    said = str(caught.value)
+    assert f"a.wav: {num_channels} channels at {rate} Hz can't be stored as FLAC" in said and "convert it" in said
+    assert "object at" not in said
+
+
+def test_a_png_with_a_wrong_checksum_is_a_bad_row(tmp_path):
+    photo().save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    place = data.index(b"IDAT") + 4 + int.from_bytes(data[33:37], "big")
+    (tmp_path / "a.png").write_bytes(data[:place] + b"abcd" + data[place + 4 :])
+    with pytest.raises(ManifestError, match=r"a\.png: the picture is broken: the checksum of chunk IDAT"):
+        commands.build(write_manifest(tmp_path, [{"image": "a.png", "text": "x"}]), tmp_path / "out")

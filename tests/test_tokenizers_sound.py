@@ -289,3 +289,43 @@ def test_frames_at_odd_rates_and_beyond_a_minute(tokenizers):
     for rate, num_samples in ((11_027, 3264), (11_027, 361_355), (44_101, 34_928), (11_025, 61 * 11_025 + 3)):
         codes_KF = tokenizers[0].encode(torch.zeros(1, num_samples), rate)
         assert codes_KF.shape[1] == tokenizers[0].num_frames_of(num_samples, rate)
+
+
+def written(form: str, subtype: str, num_channels: int = 1) -> tuple[np.ndarray, bytes]:
+    wave_T = 0.5 * np.sin(np.arange(4800) / 9)
+    stream = io.BytesIO()
+    soundfile.write(stream, np.stack([wave_T] * num_channels, 1), 8000, format=form, subtype=subtype)
+    return wave_T, stream.getvalue()
+
+
+@pytest.mark.parametrize("form", ["WAV", "AIFF"])
+def test_gsm_which_cannot_be_sought_in_is_read(form):
+    wave_T, data = written(form, "GSM610")
+    found_CT, rate = load_audio(data, name="row 7")
+    assert rate == 8000 and sound_length(data, "row 7") == (found_CT.shape[1], rate)
+    assert 4800 <= found_CT.shape[1] < 4800 + 2 * 320  # whole blocks
+    assert np.abs(found_CT[0, :4800].numpy() - wave_T).mean() < 0.03
+
+
+def test_sounds_of_kinds_that_cannot_be_read_are_named():
+    with pytest.raises(ValueError, match=r"^row 7 cannot be read as sound: .*convert it to WAV or FLAC$"):
+        load_audio(written("AIFF", "DWVW_16")[1], name="row 7")
+
+
+@pytest.mark.parametrize("error", [ValueError("odd"), TypeError("odd"), RuntimeError("odd")])
+def test_whatever_the_decoder_raises_is_named(error, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", fail)
+    with pytest.raises(ValueError, match=r"^row 7 cannot be read as sound: odd; .*convert it"):
+        load_audio(written("WAV", "PCM_16")[1], name="row 7")
+
+
+def test_a_sound_for_which_there_is_no_memory_is_named(monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError("Unable to allocate")
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", fail)
+    with pytest.raises(MemoryError, match=r"^row 7 has 4800 samples, for which there is no memory; split it"):
+        load_audio(written("WAV", "PCM_16")[1], name="row 7")

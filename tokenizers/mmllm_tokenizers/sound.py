@@ -184,8 +184,10 @@ def _decode(data: bytes, name: str, max_seconds: float | None) -> tuple[Tensor, 
         rate, told = sound.samplerate, _num_samples(sound, name)
         _check_length(told / max(rate, 1), name, max_seconds)
         try:
-            samples_TC = sound.read(dtype="float32", always_2d=True)
-        except (soundfile.LibsndfileError, RuntimeError) as error:
+            samples_TC = sound.read(told, dtype="float32", always_2d=True)  # GSM 6.10 must be told how many
+        except MemoryError as error:
+            raise MemoryError(f"{name} has {told} samples, for which there is no memory; split it") from error
+        except (soundfile.LibsndfileError, RuntimeError, TypeError, ValueError) as error:
             raise _unreadable(name, error) from error
         if sound.format not in _TOLD_OTHERWISE:
             for said, there in _CUT.findall(sound.extra_info):
@@ -203,7 +205,7 @@ def _decode(data: bytes, name: str, max_seconds: float | None) -> tuple[Tensor, 
 def _opened(stream: BinaryIO, name: str) -> soundfile.SoundFile:
     try:
         return soundfile.SoundFile(stream)
-    except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
+    except (soundfile.LibsndfileError, RuntimeError, TypeError, ValueError) as error:
         raise _unreadable(name, error) from error
 
 
@@ -212,7 +214,10 @@ def _unreadable(name: str, error: Exception) -> Exception:
     why = why.removeprefix("Error : ").rstrip(".")
     if "malloc" in why:
         return MemoryError(f"{name}: {why}")
-    return ValueError(f"{name} cannot be read as sound: {why}; it is broken or cut short, or not WAV, FLAC, OGG or MP3")
+    return ValueError(
+        f"{name} cannot be read as sound: {why}; it is broken, cut short or of an unknown kind: copy or download it "
+        f"again, or convert it to WAV or FLAC"
+    )
 
 
 def _num_samples(sound: soundfile.SoundFile, name: str) -> int:

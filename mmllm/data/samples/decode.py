@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
 _DEEP = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 _LOSSY = ("JPEG", "MPO", "AVIF")
 _END_OF_PNG = b"IEND\xaeB`\x82"
+_PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")
+"""Chunks that the pixels depend on. Pillow checks the sums of those before the first IDAT alone."""
 
 
 class _PictureError(ValueError):
@@ -110,6 +113,10 @@ def decode_file(data: bytes, name: str) -> DecodedFile:
         is_plain = opened.mode in ("RGB", "L") and "transparency" not in opened.info and not is_turned
     if form == "PNG" and not data.endswith(_END_OF_PNG) and _END_OF_PNG not in data:
         raise ValueError(f"{name}: the picture is truncated: its end is missing; copy or download it again")
+    if form == "PNG" and (wrong := _wrong_png_chunk(data)):
+        raise ValueError(
+            f"{name}: the picture is broken: the checksum of {wrong} doesn't fit its data; copy or download it again"
+        )
     return DecodedFile(picture, form, is_plain, _is_lossy(form, data, opened), is_animated)
 
 
@@ -133,6 +140,17 @@ def _named_errors(name: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ValueError(f"{name}: the picture is broken or truncated: {error or type(error).__name__}") from error
+
+
+def _wrong_png_chunk(data: bytes) -> str:
+    """The first chunk of pixels that isn't what was written; "" where all are."""
+    view, place = memoryview(data), 8
+    while place + 12 <= len(data):
+        kind, end = data[place + 4 : place + 8], place + 8 + int.from_bytes(data[place : place + 4], "big")
+        if kind in _PNG_PIXELS and zlib.crc32(view[place + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            return f"chunk {kind.decode()} at byte {place}"
+        place = end + 4
+    return ""
 
 
 def _is_lossy(form: str, data: bytes, opened: Image.Image) -> bool:

@@ -231,7 +231,10 @@ def _flac(wave_CT: np.ndarray, rate: int, name: str) -> bytes:
     try:
         soundfile.write(stream, wave_CT.T, rate, format="FLAC", subtype="PCM_16")
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{name}: {len(wave_CT)} channels at {rate} Hz can't be stored as FLAC: {error}") from error
+        raise ValueError(
+            f"{name}: {len(wave_CT)} channels at {rate} Hz can't be stored as FLAC, which takes at most 8 channels and "
+            f"655350 Hz; convert it to a WAV or FLAC of fewer channels or a usual rate"
+        ) from error
     return stream.getvalue()
 
 

@@ -110,7 +110,7 @@ def write_shards(
     executor = executor if executor is not None else Executor()
     bad = bad if bad is not None else BadRows(config.max_bad_fraction)
     num_rows, out = len(table) + len(bad.reasons), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    _make(out)
     groups = group_rows(table, config)
     name = _last_file(table) or str(out)
 
@@ -165,8 +165,14 @@ def kept_rows(out: Path, executor: Executor) -> Iterator[Path]:
     """A file of this process in the staging folder, for a table's rows; it goes when the build has ended.
 
     Whoever writes it makes its folder.
+
+    Raises:
+        OSError: `out` can't be made.
     """
-    is_new, staging, is_done = not out.exists(), out / STAGING, executor.is_here
+    new, staging, is_done = _make(out), out / STAGING, executor.is_here
+    with suppress(OSError):  # another build may have begun there
+        for folder in new:  # only tried: a build that can't begin leaves nothing
+            folder.rmdir()
     own = _own_folder(staging)
     if staging.is_symlink():
         staging.unlink()
@@ -178,8 +184,24 @@ def kept_rows(out: Path, executor: Executor) -> Iterator[Path]:
         if is_done:  # else tasks elsewhere go on to write here
             with suppress(OSError):  # others may be there
                 staging.rmdir()
-                if is_new:
+                if new:
                     out.rmdir()
+
+
+def _make(folder: Path) -> list[Path]:
+    """Makes a folder, if need be; those that are new, the innermost first."""
+    try:
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        around = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), Path())
+        why = (
+            f"the system makes none in {around} ({error.strerror})"
+            if os.path.isdir(around)
+            else f"{'it' if around == folder else around} is there and is no folder"
+        )
+        raise type(error)(f"{folder}: this folder can't be made, because {why}; choose another by --out") from error
+    return new
 
 
 def _own_folder(staging: Path) -> Path:
@@ -192,7 +214,7 @@ def _staging(out: Path, executor: Executor) -> Iterator[Path]:
     folder = out / STAGING
     if folder.is_symlink():  # shards are moved out of it, which other file systems don't do
         folder.unlink()
-    folder.mkdir(exist_ok=True)
+    _make(folder)
     if executor.is_here:
         _clear(folder, _OF_PROCESS)
         own = _own_folder(folder)
