@@ -70,6 +70,25 @@ def test_what_macos_puts_beside_files_is_counted(tmp_path):
         commands.build(folder, tmp_path / "t", max_bad_fraction=0.0)
 
 
+def test_links_to_folders_are_followed_once(tmp_path):
+    folder, other = tmp_path / "d", tmp_path / "other"
+    for place, count in ((folder, 1), (folder / "z", 2), (other / "deep", 3), (folder / ".store", 1)):
+        pictures(place, count)
+        for number in range(count):
+            put(place / f"{number}.txt", f"{place.name} {number}")
+    links = {
+        "a": folder / "z", "linked": other, "b": other / "deep", "loop": folder, "up": tmp_path, "stored": folder / ".store",
+    }  # fmt: skip
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    (other / "back").symlink_to(folder)
+    bad = BadRows(1.0)
+    rows = read_rows(folder, bad)
+    assert sorted(row.id for row in rows) == ["0", "b/0", "b/1", "b/2", "stored/0", "z/0", "z/1"]
+    assert not bad.reasons
+    assert bad.left_out == {"hidden files": 2, "folders that links lead to a second time": 5}
+
+
 def test_texts_without_a_picture_are_named_beside_pictures(tmp_path):
     pictures(tmp_path, 1)
     for name in ("0", "7", "README"):
