@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from mmllm.data.rows.bad_rows import ManifestError
-from mmllm.data.rows.conversations import SIGNS, conversation, is_conversation
+from mmllm.data.rows.conversations import SIGNS, conversation, empty_talk, is_conversation
 from mmllm.data.rows.inputs import Found, Input, each_record, read_record
 from mmllm.data.rows.marks import KINDS, Marked, has_marks
 from mmllm.data.rows.media_files import IMAGES, SOUNDS, drop_embedded, gathered, listed, local_image, refuse_videos
@@ -81,6 +81,8 @@ def record_row(record: dict[str, Any], number: int, given: Input) -> dict[str, A
     if not has_media:
         if "segments" not in row:
             _note_lacking(lacking, given)
+            if row.get("text") is None and (empty := empty_talk(record)):
+                raise ManifestError(empty)
         return row
     row = {key: value for key, value in row.items() if key not in lacking}
     text = row.get("text")
