@@ -391,3 +391,23 @@ def test_a_record_that_is_not_trained_on_is_named(tmp_path):
         assert f"has the {key} {shown} beside its turns" in reason(tmp_path, {**said_so, "messages": OPENAI})
     for nothing in ({"loss": True}, {"weight": 1}, {"weight": 1.0}, {"loss": None}):
         assert said(only(as_lines(tmp_path / "n.jsonl", {**nothing, "messages": OPENAI}))) == ["u:a", "a:b"]
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        ({"conversations": None}, "'conversations' is null"),
+        ({"conversations": []}, "'conversations' is empty"),
+        ({"id": 1, "messages": []}, "'messages' is empty"),
+        ({"instruction": None, "output": "x"}, "'instruction' is null"),
+        ({"instruction": "x", "output": None}, "'output' is null"),
+        ({"query": "x", "response": None}, "'response' is null"),
+        ({"texts": []}, "'texts' is empty"),
+    ],
+)
+def test_what_is_null_or_empty_is_said(tmp_path, record, why):
+    _, reasons = read(as_lines(tmp_path / "c.jsonl", {"text": "good", "n": 1}, record), form="manifest")
+    assert len(reasons) == 1 and f"c.jsonl:2: no conversation: {why}; " in reasons[0]
+    answered = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    _, reasons = read(as_lines(tmp_path / "d.jsonl", answered, record))
+    assert len(reasons) == 1 and f"d.jsonl:2: no conversation: {why}; " in reasons[0]

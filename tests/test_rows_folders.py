@@ -70,6 +70,26 @@ def test_what_macos_puts_beside_files_is_counted(tmp_path):
         commands.build(folder, tmp_path / "t", max_bad_fraction=0.0)
 
 
+def test_links_to_folders_are_followed_once(tmp_path):
+    folder, other = tmp_path / "d", tmp_path / "other"
+    for place, count in ((folder, 1), (folder / "z", 2), (other / "deep", 3), (folder / ".store", 1)):
+        pictures(place, count)
+        for number in range(count):
+            put(place / f"{number}.txt", f"{place.name} {number}")
+    links = {
+        "a": folder / "z", "linked": other, "b": other / "deep", "loop": folder, "up": tmp_path,
+        "stored": folder / ".store",
+    }  # fmt: skip
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    (other / "back").symlink_to(folder)
+    bad = BadRows(1.0)
+    rows = read_rows(folder, bad)
+    assert sorted(row.id for row in rows) == ["0", "b/0", "b/1", "b/2", "stored/0", "z/0", "z/1"]
+    assert not bad.reasons
+    assert bad.left_out == {"hidden files": 2, "folders that links lead to a second time": 5}
+
+
 def test_texts_without_a_picture_are_named_beside_pictures(tmp_path):
     pictures(tmp_path, 1)
     for name in ("0", "7", "README"):
@@ -112,6 +132,27 @@ def test_librispeech_lines_and_sounds(tmp_path, separator):
     assert "1-2.trans.txt:3" in gone and "1-2-0009.flac doesn't exist" in gone
     assert "1-2.trans.txt:4" in empty and "'text' is empty" in empty
     assert untold.startswith(str(chapter / "1-2-0005.flac")) and "has a line for 1-2-0005" in untold
+
+
+def test_sounds_of_one_name_without_a_line_are_all_named(tmp_path):
+    for name in ("1-2-0000.flac", "1-2-0001.flac", "1-2-0001.wav"):
+        (tmp_path / name).write_bytes(sound_bytes(form=name[-4:].strip(".").upper()))
+    put(tmp_path / "1-2.trans.txt", "1-2-0000 HELLO\n")
+    rows, reasons = read(tmp_path)
+    assert [row.id for row in rows] == ["1-2-0000"]
+    assert [reason.partition(": ")[0] for reason in reasons] == [
+        str(tmp_path / "1-2-0001.flac"), str(tmp_path / "1-2-0001.wav"),
+    ]  # fmt: skip
+
+
+def test_coco_images_with_two_files_are_named(tmp_path):
+    """Which of the two a caption is of can't be told."""
+    pictures(tmp_path)
+    images = [{"id": number, "file_name": f"{name}.png"} for number, name in ((1, 0), (2, 1), (1, 2), (2, 1))]
+    captions = [{"id": 5, "image_id": 1, "caption": "a"}, {"id": 6, "image_id": 2, "caption": "b"}]
+    rows, reasons = read(put(tmp_path / "c.json", json.dumps({"images": images, "annotations": captions})))
+    assert [(row.text, row.image.name) for row in rows] == [("b", "1.png")]
+    assert len(reasons) == 1 and "annotation 5: image 1 is listed twice, as 0.png and 2.png" in reasons[0]
 
 
 def test_coco_pictures_without_a_caption_are_named(tmp_path):

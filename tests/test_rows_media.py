@@ -91,21 +91,22 @@ def test_other_columns_of_parquet(tmp_path):
         {"images": [{"bytes": picture_bytes(n), "path": None} for n in range(2)], "text": "<image> beside <image>"},
     ]  # fmt: skip
     bad = BadRows(0.0)
+    left_out = {"bytes of the column 'mask'": 1, "rows with neither picture nor sound, kept as texts": 1}
     found = read_rows(parquet(tmp_path / "m.parquet", rows), bad)
     assert [row.kind for row in found] == ["caption", "audio", "caption", "text", "caption", "interleaved"]
-    assert found[0].image == tmp_path / "1.png" and bad.left_out == {"bytes of the column 'mask'": 1}
+    assert found[0].image == tmp_path / "1.png" and bad.left_out == left_out
     sound, rate = soundfile.read(io.BytesIO(found[1].audio.read_bytes()), dtype="float32")
     assert rate == 8000 and np.array_equal(sound, np.array(wave, dtype=np.float32))
     assert found[3].metadata == {"at": "2024-05-01T12:00:00", "price": "1.50"}
     assert said(found[5]) == ["-:bytes", "-: beside ", "-:bytes"]
     assert found[5].segments[2]["image"].read_bytes() == picture_bytes(1)
-    assert commands.build(tmp_path / "m.parquet", tmp_path / "s")["left_out"] == {"bytes of the column 'mask'": 1}
+    assert commands.build(tmp_path / "m.parquet", tmp_path / "s")["left_out"] == left_out
     wrong = [
         {"img": {"bytes": picture_bytes(0), "path": None}, "text": "unnamed"},
         {"image": {"bytes": b"", "path": None}, "text": "nothing"},
         {"images": [{"bytes": picture_bytes(n), "path": None} for n in range(2)], "text": "no marks"},
         {"image": {"bytes": None, "path": "9.png"}, "text": "gone"},
-        {"text": "good"},
+        {"image": {"bytes": picture_bytes(1), "path": None}, "text": "good"},
     ]
     rows_read, reasons = read(parquet(tmp_path / "w.parquet", wrong))
     assert [row.text for row in rows_read] == ["good"]
@@ -116,9 +117,37 @@ def test_other_columns_of_parquet(tmp_path):
     assert renamed[0].image.read_bytes() == picture_bytes(0)
 
 
+@pytest.mark.parametrize("form", ["csv", "tsv", "parquet"])
+@pytest.mark.parametrize("key", ["image", "Image", "file_name"])
+def test_a_row_of_a_table_that_lacks_its_picture_is_named(tmp_path, form, key):
+    """Its column says that rows have one: taken as a text, it would pass unnoticed."""
+    pictures(tmp_path)
+    if form == "parquet":
+        path = parquet(tmp_path / "m.parquet", [{key: "0.png", "text": "red"}, {key: None, "text": "blue"}])
+    else:
+        path = put(tmp_path / f"m.{form}", f"{key},text\n0.png,red\n,blue\n")
+    rows, reasons = read(path)
+    assert [(row.kind, row.text) for row in rows] == [("caption", "red")]
+    assert (
+        len(reasons) == 1
+        and f"{key.lower()!r} must be a path, got None" in reasons[0]
+        and "out of a table" in reasons[0]
+    )
+
+
+def test_texts_of_a_table_of_several_kinds_are_counted(tmp_path):
+    pictures(tmp_path)
+    (tmp_path / "a.flac").write_bytes(sound_bytes())
+    bad = BadRows(0.0)
+    table = "image,audio,text,n\n0.png,,red,1\n,a.flac,one,2\n,,words,3\n"
+    rows = read_rows(put(tmp_path / "m.csv", table), bad)
+    assert [(row.kind, row.text) for row in rows] == [("caption", "red"), ("audio", "one"), ("text", "words")]
+    assert [row.metadata for row in rows] == [{"n": "1"}, {"n": "2"}, {"n": "3"}]
+    assert bad.left_out == {"rows with neither picture nor sound, kept as texts": 1}
+
+
 @pytest.mark.parametrize("nothing", [None, "", {"bytes": None, "path": None}])
 def test_a_picture_that_is_nothing_is_named_in_json(tmp_path, nothing):
-    """In a table or parquet a row of another kind looks so; in JSON its key would be missing."""
     pictures(tmp_path)
     path = as_lines(tmp_path / "m.jsonl", {"image": nothing, "text": "red"}, {"images": [], "text": "blue"})
     rows, reasons = read(path)

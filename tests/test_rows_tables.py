@@ -145,6 +145,40 @@ def test_headers_and_quotes_of_others(tmp_path):
         read_rows(put(tmp_path / "n.csv", "path,sentence\n0.png,hello\n"))
 
 
+def test_a_stray_quote_takes_no_rows_with_it(tmp_path):
+    """Python's reader would go on to the next quote, and drop it: rows between vanish, and texts are changed."""
+    pictures(tmp_path, 4)
+    for lines in ('0.png,"a dog\n1.png,a cat\n2.png,says "hi"\n3.png,fine\n', '0.png,"a dog\n1.png,"a cat"\n3.png,b\n'):
+        with pytest.raises(
+            ManifestError, match=r"s\.csv:2: a quote that this line opens closes within .* of line [34]"
+        ):
+            read_rows(put(tmp_path / "s.csv", "image,text\n" + lines), BadRows(1.0))
+    lines = [
+        '0.png,"a "big" dog"',
+        '1.png,"a \\"big\\" dog"',
+        '2.png,"a ""big""\n dog"',
+        '3.png,5" wide',
+        '"0.png","a, b"',
+    ]
+    path = put(tmp_path / "q.csv", "image,text\n" + "\n".join(lines) + "\n")
+    rows, reasons = read(path)
+    assert [row.text for row in rows] == ['a "big"\n dog', '5" wide', "a, b"]
+    assert [row.where for row in rows] == [f"{path}:{number}" for number in (5, 6, 7)]
+    assert (
+        len(reasons) == 2 and "q.csv:2: has text behind a closing quote; write" in reasons[0] and ":3: " in reasons[1]
+    )
+
+
+def test_common_voice_has_no_quotes(tmp_path):
+    (tmp_path / "clips").mkdir()
+    table = "client_id\tpath\tsentence\n"
+    for name, text in (("a", '"hi" he said'), ("b", '"open'), ("c", "end")):
+        (tmp_path / "clips" / f"{name}.flac").write_bytes(sound_bytes())
+        table += f"x\t{name}.flac\t{text}\n"
+    rows = read_rows(put(tmp_path / "train.tsv", table))
+    assert [row.text for row in rows] == ['"hi" he said', '"open', "end"]
+
+
 def test_rows_are_read_again_alone(tmp_path):
     """As a later step does that keeps only their places."""
     table = 'a, b\r\n1, "x\r\ny"\r\n\r\n2, café\r\n3, 🙂\r\n'

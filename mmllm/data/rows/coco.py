@@ -44,12 +44,15 @@ def coco_rows(given: Input) -> Found:
             f"{given.path}: COCO captions are an object with the lists 'images' and 'annotations'; one lacks"
         )
     names: dict[Any, str] = {}
+    twice: dict[Any, str] = {}
+    """The other file of an image that is listed with two."""
     unusable: list[Any] = []
     """Ids of images that lack an id or a file's name."""
     for image in whole["images"]:
         match image:
             case {"id": int() | str() as its_id, "file_name": str() as name}:
-                names[its_id] = name
+                if names.setdefault(its_id, name) != name:
+                    twice.setdefault(its_id, name)
             case {"id": int() | str() as its_id}:
                 unusable.append(its_id)
             case _:
@@ -58,7 +61,7 @@ def coco_rows(given: Input) -> Found:
     for number, annotation in enumerate(whole["annotations"]):
         if isinstance(annotation, dict) and isinstance(annotation.get("image_id"), int | str):
             told.add(annotation["image_id"])
-        yield f"{given.path}:{number}", tried("annotation", partial(_coco_row, annotation, number, names))
+        yield f"{given.path}:{number}", tried("annotation", partial(_coco_row, annotation, number, names, twice))
     for its_id, name in names.items():
         if its_id not in told:
             yield str(given.path), ManifestError(f"image {its_id!r} ({name}) has no caption")
@@ -66,10 +69,15 @@ def coco_rows(given: Input) -> Found:
         given.bad.left_out["images without an id or a file_name"] += num_unusable
 
 
-def _coco_row(annotation: dict[str, Any], number: int, names: dict[Any, str]) -> dict[str, Any]:
+def _coco_row(annotation: dict[str, Any], number: int, names: dict[Any, str], twice: dict[Any, str]) -> dict[str, Any]:
     image, name = annotation.get("image_id"), annotation.get("id", number)
     if image not in names:
         raise ManifestError(f"annotation {name}: its image {image!r} isn't listed with an id and a file_name")
+    if image in twice:
+        raise ManifestError(
+            f"annotation {name}: image {image!r} is listed twice, as {names[image]} and {twice[image]}; give each "
+            f"picture an id of its own"
+        )
     if not isinstance(annotation.get("caption"), str):
         raise ManifestError(f"annotation {name}: its caption is {annotation.get('caption')!r}; it must be a text")
     return {"id": f"{image}-{name}", "text": annotation["caption"].strip(), "image": names[image], "image_id": image}

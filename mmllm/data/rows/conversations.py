@@ -66,6 +66,17 @@ def _has_pairs(texts: Any) -> bool:
     return isinstance(texts, list) and bool(texts) and isinstance(texts[0], dict) and "user" in texts[0]
 
 
+def empty_talk(record: dict[str, Any]) -> str:
+    """What a record says of a key that should hold a conversation and is null or empty; "" where there is none."""
+    asked = (key for pair in _PAIRS if pair[0] in record for key in pair)
+    for key in (*TALKS, "texts", *asked):
+        if key in record and (is_null(record[key]) or record[key] in ([], "")):
+            return (
+                f"no conversation: {key!r} is {'null' if is_null(record[key]) else 'empty'}; leave it out, or fill it"
+            )
+    return ""
+
+
 def conversation(record: dict[str, Any], number: int, given: Input) -> dict[str, Any]:
     """A conversation as a row of segments, each with its role.
 
@@ -145,6 +156,7 @@ def _refuse_loss(record: dict[str, Any]) -> None:
 # --------------------------------------------------------------------------------------------------------------- turns
 def _turns(record: dict[str, Any]) -> list[_Turn]:
     """Who says what; the keys that say it leave the record."""
+    empty = empty_talk(record)
     turns = _system(record) + _history(record)
     talks = [(key, record.pop(key)) for key in TALKS if not is_null(record.get(key))]
     pair = next((pair for pair in _PAIRS if all(not is_null(record.get(key)) for key in pair)), None)
@@ -165,6 +177,8 @@ def _turns(record: dict[str, Any]) -> list[_Turn]:
             del record[key]
         if pair[0] == "instruction":
             record.pop("input", None)
+    if not turns and empty:
+        raise ManifestError(empty)
     if not turns:
         raise ManifestError(f"no conversation: it needs {TALKS[0]!r} or {TALKS[1]!r}; it has {', '.join(record)}")
     return turns

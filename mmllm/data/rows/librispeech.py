@@ -31,8 +31,8 @@ def librispeech_rows(given: Input) -> Found:
                 name, *texts = line.split(maxsplit=1)
                 told.add(transcript.with_name(name))
                 yield where, _row(name, "".join(texts), transcript.with_name(name), sounds)
-    for stem, sound in sounds.items():
-        if stem not in told:
+    for sound in (item for item in files if item.suffix.lower() in SOUNDS):
+        if (stem := sound.with_suffix("")) not in told:
             yield str(sound), ManifestError(f"no {TRANSCRIPT[1:]} beside it has a line for {stem.name}; add one")
 
 

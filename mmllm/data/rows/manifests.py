@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from mmllm.data.rows.bad_rows import ManifestError
-from mmllm.data.rows.conversations import SIGNS, conversation, is_conversation
+from mmllm.data.rows.conversations import SIGNS, conversation, empty_talk, is_conversation
 from mmllm.data.rows.inputs import Found, Input, each_record, read_record
 from mmllm.data.rows.marks import KINDS, Marked, has_marks
 from mmllm.data.rows.media_files import IMAGES, SOUNDS, drop_embedded, gathered, listed, local_image, refuse_videos
@@ -17,6 +17,7 @@ _TEXTS = ("caption", "title", "transcription", "transcript", "sentence")
 FILES = ("filepath", "file_name", "image_file_name", "audio_file_name")
 """What others call a picture's or a sound's file, where there is neither `image` nor `audio`."""
 
+_OF_FILES = frozenset({*KINDS, *FILES})
 _SIGNS = frozenset({*SIGNS, *FILES, "segments", *(f"{kind}{s}" for kind in (*KINDS, "video") for s in ("", "s"))})
 """Keys that ask for more than to be taken as they are."""
 
@@ -27,7 +28,9 @@ def _is_sign(key: str) -> bool:
 
 
 def manifest_rows(given: Input) -> Found:
-    """JSONL, JSON lists and parquet: a record is a row."""
+    """JSONL, JSON lists and parquet: a record is a row. Parquet's nulls are no values."""
+    if given.path.suffix.lower() == ".parquet":
+        return each_record(given, "row", lambda record, number: record_row(_filled(record, ()), number, given))
     return each_record(given, "row", lambda record, number: record_row(record, number, given))
 
 
@@ -38,11 +41,19 @@ def manifest_row(record: Record, number: int, given: Input) -> dict[str, Any] | 
 
 def table_rows(given: Input) -> Found:
     """CSV and TSV: `text` with `image` or `audio`; other columns are metadata. Values are texts, empty ones none."""
-    return each_record(given, "row", lambda record, number: record_row(_filled(record), number, given))
+    return each_record(given, "row", lambda record, number: record_row(_filled(record, ("",)), number, given))
 
 
-def _filled(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if value != "" and value is not None}
+def _filled(record: dict[str, Any], nothing: tuple[str, ...]) -> dict[str, Any]:
+    """A table's record without what is nothing, but for pictures and sounds, which a row must not lack unnoticed."""
+    found: dict[str, Any] = {}
+    for key, value in record.items():
+        is_nothing = value is None or (isinstance(value, str) and value in nothing)
+        if not is_nothing:
+            found[key] = value
+        elif key.strip().lower() in _OF_FILES:
+            found[key] = None
+    return found
 
 
 def record_row(record: dict[str, Any], number: int, given: Input) -> dict[str, Any]:
@@ -57,7 +68,7 @@ def record_row(record: dict[str, Any], number: int, given: Input) -> dict[str, A
         return conversation(record, number, given)
     row = dict(record)
     refuse_videos(row)
-    lacking = [key for key in KINDS if key in row and row[key] != [] and not listed(row[key])]
+    lacking = [key for key in row if key.strip().lower() in _OF_FILES and row[key] != [] and not listed(row[key])]
     media = {kind: gathered(row, kind) for kind in KINDS}
     if not any(media.values()) and "segments" not in row:
         media = named_files(row)
@@ -68,7 +79,12 @@ def record_row(record: dict[str, Any], number: int, given: Input) -> dict[str, A
         row["segments"] = [_without_nulls(item) for item in row["segments"]]
     row = drop_embedded(row, has_media or "segments" in row, given.bad)
     if not has_media:
-        return row if "segments" in row else {**row, **dict.fromkeys(lacking)}
+        if "segments" not in row:
+            _note_lacking(lacking, given)
+            if row.get("text") is None and (empty := empty_talk(record)):
+                raise ManifestError(empty)
+        return row
+    row = {key: value for key, value in row.items() if key not in lacking}
     text = row.get("text")
     if isinstance(text, str) and has_marks(text) and "segments" not in row:
         return _document(row, text, media, given)
@@ -78,6 +94,21 @@ def record_row(record: dict[str, Any], number: int, given: Input) -> dict[str, A
         if files:
             row[kind] = files[0]
     return row
+
+
+def _note_lacking(keys: list[str], given: Input) -> None:
+    """Counts a row of texts whose `image` and `audio` are both empty: tables of several kinds have such rows.
+
+    Raises:
+        ManifestError: It has one such key, so that its picture or its sound is missing.
+    """
+    if len(keys) == 1:
+        raise ManifestError(
+            f"{keys[0]!r} must be a path, got None; leave it out where there is none, or the row out of a table whose "
+            f"rows have one"
+        )
+    if keys:
+        given.bad.left_out["rows with neither picture nor sound, kept as texts"] += 1
 
 
 def _without_nulls(segment: Any) -> Any:

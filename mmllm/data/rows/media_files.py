@@ -20,18 +20,36 @@ _OF_MACOS = ("__MACOSX", ".DS_Store")
 
 
 def visible_files(folder: Path, bad: BadRows) -> list[Path]:
-    """All files below a folder, in order; what macOS puts beside files, and hidden ones, are counted in `bad`."""
+    """All files below a folder, in order; what macOS puts beside files, and hidden ones, are counted in `bad`.
+
+    Links to folders elsewhere are followed, each folder once; those that lead to one a second time are counted.
+    """
     found: list[Path] = []
-    for name, folders, files in os.walk(folder):
-        for each in [each for each in folders if _hidden_as(each)]:
-            folders.remove(each)
-            bad.left_out[_hidden_as(each)] += sum(len(names) for _, _, names in os.walk(Path(name, each)))
+    root, seen = folder.resolve(), set[str]()
+    for name, folders, files in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(name))
+        folders.sort()
+        for each in list(folders):
+            path = Path(name, each)
+            if hidden := _hidden_as(each):
+                folders.remove(each)
+                bad.left_out[hidden] += sum(len(names) for _, _, names in os.walk(path))
+            elif os.path.realpath(path) in seen or (path.is_symlink() and _is_read_anyway(path.resolve(), root)):
+                folders.remove(each)
+                bad.left_out["folders that links lead to a second time"] += 1
         for each in files:
             if hidden := _hidden_as(each):
                 bad.left_out[hidden] += 1
             else:
                 found.append(Path(name, each))
     return sorted(found)
+
+
+def _is_read_anyway(target: Path, root: Path) -> bool:
+    """Whether a folder is below the one that is read, and not in a hidden one; or above it, so that it has no end."""
+    if target.is_relative_to(root):
+        return not any(map(_hidden_as, target.relative_to(root).parts))
+    return root.is_relative_to(target)
 
 
 def _hidden_as(name: str) -> str:

@@ -217,7 +217,7 @@ def _parquet_records(path: Path) -> Iterator[Record]:
         size = _FEW if _has_bytes(file) else _MANY
         for batch in file.iter_batches(size):
             for value in batch.to_pylist():
-                found = {key: _plain(item) for key, item in value.items() if not is_null(item)}
+                found = {key: None if is_null(item) else _plain(item) for key, item in value.items()}
                 yield Record(f"{path}:{number}", found, number)
                 number += 1
     except (ValueError, OSError) as error:

@@ -42,7 +42,10 @@ class Table:
     def fields(self, lines: Iterator[str]) -> Iterator[list[str]]:
         """A reader of the rows' fields; its `line_num` counts lines."""
         quoting = csv.QUOTE_MINIMAL if self.has_quotes else csv.QUOTE_NONE
-        return csv.reader(lines, delimiter=self.delimiter, skipinitialspace=self.skips_spaces, quoting=quoting)
+        return csv.reader(
+            lines, delimiter=self.delimiter, skipinitialspace=self.skips_spaces, quoting=quoting,
+            strict=self.has_quotes,
+        )  # fmt: skip
 
 
 class _Lines:
@@ -114,42 +117,46 @@ def read_table(table: Table) -> Iterator[tuple[str, dict[str, str] | ManifestErr
     """The rows: where each is for messages, its fields by column, and where its bytes begin and how many they are.
 
     Raises:
-        ManifestError: A field is longer than any text, so that the rows after it can't be told.
+        ManifestError: A quote holds several lines together and closes within a text, or never, or a field is longer
+            than any text: which rows are in it can't be told.
     """
     with table.path.open("rb") as stream:
         lines = _Lines(stream, table.start)
         reader = table.fields(lines)
-        start = last = lines.offset
+        first = number = table.num_lines
         while True:
-            last, start = start, lines.offset
+            start, first = lines.offset, number + 1
             try:
                 fields = _next(reader)
             except csv.Error as error:
                 number = table.num_lines + reader.line_num  # pyright: ignore[reportAttributeAccessIssue]
-                raise ManifestError(
-                    f"{table.path}:{number}: not CSV from there on: {error}; is a quote missing?"
-                ) from error
+                fields = _misquoted(table, error, first, number)
             if fields is None:
-                _check_closed(table, last, start - last)
                 return
+            number = table.num_lines + reader.line_num  # pyright: ignore[reportAttributeAccessIssue]
             if fields:
-                number = table.num_lines + reader.line_num  # pyright: ignore[reportAttributeAccessIssue]
-                yield f"{table.path}:{number}", _row(table, fields), (start, lines.offset - start)
+                row = fields if isinstance(fields, ManifestError) else _row(table, fields)
+                yield f"{table.path}:{number}", row, (start, lines.offset - start)
 
 
-def _check_closed(table: Table, start: int, num_bytes: int) -> None:
-    """Raises ManifestError where the last row opens a quote that nothing closes: rows may have vanished in it."""
-    with table.path.open("rb") as stream:
-        stream.seek(start)
-        text = stream.read(num_bytes).decode("utf-8", "surrogateescape")
-    if not table.has_quotes or '"' not in text:
-        return
-    strict = csv.reader(io.StringIO(text, newline=""), delimiter=table.delimiter, strict=True)
-    try:
-        _next(strict)
-    except csv.Error as error:
-        if "end of data" in str(error):
-            raise ManifestError(f"{table.path}: a quote in its last row is never closed: {text[:80]!r}") from error
+def _misquoted(table: Table, error: csv.Error, first: int, last: int) -> ManifestError:
+    """Why a row that goes from one line to another isn't CSV.
+
+    Raises:
+        ManifestError: It has several lines, or goes on to the end of the file: rows may have vanished in it.
+    """
+    if "end of data" in str(error):
+        raise ManifestError(
+            f"{table.path}: a quote in its last row is never closed; the row begins in line {first}"
+        ) from error
+    if "expected after" not in str(error):
+        raise ManifestError(f"{table.path}:{last}: not CSV from there on: {error}; is a quote missing?") from error
+    if first != last:
+        raise ManifestError(
+            f"{table.path}:{first}: a quote that this line opens closes within a text of line {last}, so that the rows "
+            f'between can\'t be told; close it, or write a quote within a quoted text twice ("")'
+        ) from error
+    return ManifestError('has text behind a closing quote; write a quote within a quoted text twice ("")')
 
 
 def _next(reader: Iterator[list[str]]) -> list[str] | None:
@@ -177,7 +184,10 @@ def table_row(path: Path, start: int, num_bytes: int) -> dict[str, str] | Manife
     with path.open("rb") as stream:
         stream.seek(start)
         text = stream.read(num_bytes).decode("utf-8", "surrogateescape")
-    fields = _next(table.fields(iter(io.StringIO(text, newline=""))))
+    try:
+        fields = _next(table.fields(iter(io.StringIO(text, newline=""))))
+    except csv.Error as error:
+        return ManifestError(f"isn't CSV: {error}")
     return _row(table, fields or [])
 
 
