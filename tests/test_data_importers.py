@@ -356,8 +356,12 @@ def test_manifests_as_parquet(tmp_path):
     rows = [{"text": "one", "image": None, "n": 1}, {"text": "red", "image": "a.png", "n": None}]
 
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
-    found = read_rows(tmp_path / "p.parquet")
-    assert [(row.kind, row.text, row.metadata) for row in found] == [("text", "one", {"n": 1}), ("caption", "red", {})]
+    bad = BadRows(0.5)
+    found = read_rows(tmp_path / "p.parquet", bad)
+    assert [(row.kind, row.text, row.metadata) for row in found] == [("caption", "red", {})]
+    assert len(bad.reasons) == 1 and "p.parquet:0: 'image' must be a path, got None" in bad.reasons[0]
+    parquet.write_table(pyarrow.Table.from_pylist(rows).drop_columns(["image"]), tmp_path / "t.parquet")
+    assert [(row.text, row.metadata) for row in read_rows(tmp_path / "t.parquet")] == [("one", {"n": 1}), ("red", {})]
     with pytest.raises(ManifestError, match=r"q\.parquet:0: not to be read as parquet: "):
         read_rows(put(tmp_path / "q.parquet", "no parquet"))
 

@@ -53,12 +53,19 @@ def test_rows_of_each_kind(tmp_path):
         ('{"id": "a", "segments": [{"text": "\\ud800"}]}', "'segments' holds half a surrogate"),
         ('{"id": "a", "segments": [{"text": "x", "image": "y.png"}]}', "segment 0 has the keys text, image"),
         ('{"id": "a", "text": "x", "imag": "good.png"}', "'imag' names the file good.png"),
+        ('{"id": "a", "text": "x", "image": "sub"}', "image .*sub is a folder; name the file"),
+        ('{"id": "a", "segments": [{"image": "sub/"}]}', "segment 0 image .*sub is a folder"),
+        ('{"id": "a", "text": "x", "audio": "/dev/null"}', "audio /dev/null is no file"),
+        ('{"id": "a", "text": "x", "score": NaN}', "'score' holds NaN or Infinity, .* give null instead"),
+        ('{"id": "a", "text": "x", "image": "good.png", "by": [{"score": -Infinity}]}', "'by' holds NaN or Infinity"),
+        ('{"id": "a", "text": "x", "score": 1e999}', "'score' holds NaN or Infinity"),
         ('{"id": "a", "segments": [{"text": "x"}], "image": "y.png"}', "'image' beside 'segments'"),
     ],
 )
 def test_bad_rows_name_file_and_row(tmp_path, line, message):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "good.png").write_bytes(b"x")
+    (tmp_path / "sub").mkdir()
     path = tmp_path / "m.jsonl"
     path.write_text('{"id": "good", "text": "x"}\n' + line + "\n")
     with pytest.raises(ManifestError, match=message) as caught:

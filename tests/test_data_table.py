@@ -98,7 +98,7 @@ PLAIN = [
     {"id": "q", "text": "x", "image": "./in/../in/b.png", "lang": "en"}, {"id": "r", "text": "x", "audio": "a.wav"},
     {"id": "s", "text": "x", "tags": ["a", {"b": [1]}], "file": "a.png.txt"}, {"id": "t", "text": "a < b <b>"},
     {"id": "u", "text": "/9j/ base64, \"bytes\""}, {"id": "v", "text": "x", "caption": "y", "title": "z"},
-    {"id": "w", "text": "x", "nan": float("nan")}, {"text": "x", "image": "a.png", "mask": "in/b.png"},
+    {"id": "w", "text": "x", "big": 1e308}, {"text": "x", "image": "a.png", "mask": "in/b.png"},
 ]  # fmt: skip
 ODD = [
     {"id": "1", "text": ""}, {"id": "1", "text": " \t"}, {"id": "1", "text": None}, {"id": "1"}, {}, [], 3, "x", None,
@@ -133,6 +133,7 @@ ODD = [
     {"id": "1", "text": "x", "prompt": "y", "response": "z"}, {"id": "1", "text": "x", "chosen": "y", "rejected": "z"},
     {"id": "1", "text": "x", "texts": "[1]"}, {"id": "1", "text": "x", "history": "[oops"},
     {"id": "1", "text": "x \ud800"}, {"id": "\udfff", "text": "x"}, {"id": "1", "text": "x", "\ud800": 1},
+    {"id": "1", "text": "x", "n": float("nan")}, {"text": "x", "image": "a.png", "n": [{"m": float("-inf")}]},
     {"id": "1", "text": "x", "tags": ["\ud800"]}, {"id": "1", "text": "x", "image": "\ud800.png"},
 ]  # fmt: skip
 

@@ -403,6 +403,7 @@ def test_a_record_that_is_not_trained_on_is_named(tmp_path):
         ({"instruction": "x", "output": None}, "'output' is null"),
         ({"query": "x", "response": None}, "'response' is null"),
         ({"texts": []}, "'texts' is empty"),
+        ({"system": "s", "conversations": []}, "'conversations' is empty"),
     ],
 )
 def test_what_is_null_or_empty_is_said(tmp_path, record, why):

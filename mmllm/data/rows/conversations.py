@@ -177,7 +177,7 @@ def _turns(record: dict[str, Any]) -> list[_Turn]:
             del record[key]
         if pair[0] == "instruction":
             record.pop("input", None)
-    if not turns and empty:
+    if empty and all(turn.is_system for turn in turns):
         raise ManifestError(empty)
     if not turns:
         raise ManifestError(f"no conversation: it needs {TALKS[0]!r} or {TALKS[1]!r}; it has {', '.join(record)}")

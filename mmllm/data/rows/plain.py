@@ -8,6 +8,7 @@ knows only what the importer surely accepts.
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections.abc import Iterable
@@ -99,6 +100,8 @@ class PlainRows:
                     return False
             elif type(value) is list or type(value) is dict:
                 has_nested = True
+            elif type(value) is float and not math.isfinite(value):
+                return False
         if has_nested and may_embed(text):
             return False
         has_escapes = "\\" in text and ("\\ud" in text or "\\uD" in text)
@@ -180,11 +183,11 @@ def _ends_as_file(value: str) -> bool:
 
 
 def _can_be_written(record: dict[str, Any], text: str) -> bool:
-    """Whether it is shallow, and Unicode throughout: no half surrogate pairs."""
+    """Whether it is shallow, and Unicode throughout: no half surrogate pairs; and all numbers are finite."""
     if text.count("[") + text.count("{") > _MAX_BRACKETS:
         return False
     try:
-        json.dumps(record, ensure_ascii=False).encode()
+        json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
     except ValueError:
         return False
     return True

@@ -83,7 +83,7 @@ def row_from_dict(value: Any, folder: Path, where: str) -> Row:
     """
     if not isinstance(value, dict):
         raise ManifestError(f"a row must be a JSON object, got {type(value).__name__}")
-    _check_unicode(value)
+    _check_json(value)
     metadata = {key: item for key, item in value.items() if key not in OWN_KEYS}
     name = _id(value.get("id"), where)
     if "segments" in value:
@@ -139,8 +139,8 @@ def _text(value: Any, key: str) -> str:
     return value
 
 
-def _check_unicode(value: dict[str, Any]) -> None:
-    """Refuses half surrogate pairs, which no file could hold, wherever they stand."""
+def _check_json(value: dict[str, Any]) -> None:
+    """Refuses what shards' JSON can't hold, wherever it stands: half surrogate pairs, NaN and Infinity."""
     try:
         _JSON.encode(value).encode()
         return
@@ -152,6 +152,8 @@ def _check_unicode(value: dict[str, Any]) -> None:
         except UnicodeEncodeError as error:
             raise ManifestError(f"{key!a} holds half a surrogate pair, which is no Unicode text") from error
         except (TypeError, ValueError, RecursionError) as error:
+            if "float values" in str(error):
+                raise ManifestError(f"{key!r} holds NaN or Infinity, which JSON can't; give null instead") from error
             raise ManifestError(f"{key!r} holds what JSON can't: {error}") from error
 
 
@@ -161,7 +163,7 @@ def _reference(value: Any) -> str:
     raise TypeError(f"{type(value).__name__} {str(value)[:40]!r}")
 
 
-_JSON = json.JSONEncoder(ensure_ascii=False, default=_reference)
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_reference)
 
 
 def _file(value: Any, folder: Path, key: str) -> Media:
@@ -182,6 +184,7 @@ def _file(value: Any, folder: Path, key: str) -> Media:
     path = folder / value.removeprefix("file://")
     try:
         found, is_empty = path.is_file(), path.is_file() and not path.stat().st_size
+        other = "" if found else "is a folder" if path.is_dir() else "is no file" if path.exists() else "doesn't exist"
     except (OSError, ValueError) as error:
         if is_of_machine(error):
             raise
@@ -191,7 +194,9 @@ def _file(value: Any, folder: Path, key: str) -> Media:
             return embedded
         if "://" in value:
             raise ManifestError(f"{key} {_shown(value)} is an address; save the file, and name its path")
-        raise ManifestError(f"{key} file {path} doesn't exist")
+        if other != "doesn't exist":
+            raise ManifestError(f"{key} {path} {other}; name the file of a picture or a sound")
+        raise ManifestError(f"{key} file {path} {other}")
     if is_empty:
         raise ManifestError(f"{key} file {path} is empty (0 bytes)")
     return path
