@@ -514,23 +514,23 @@ def table(rows: list[Row]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def main() -> None:
-    """Measures, prints the table, writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+def run(measures: dict[str, Callable[[Path, bool], list[Row]]], description: str | None) -> None:
+    """Measures what the command line asks for, prints the table, writes the JSON."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--json", metavar="FILE", help="also write the rows here")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
-    parser.add_argument("--only", action="append", choices=list(MEASURES), help="may be repeated")
+    parser.add_argument("--only", action="append", choices=list(measures), help="may be repeated")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[Row] = []
-    for name in args.only or MEASURES:
+    for name in args.only or measures:
         print(f"{name} …", file=sys.stderr)
         with tempfile.TemporaryDirectory() as work:
-            rows += MEASURES[name](Path(work), args.quick)
+            rows += measures[name](Path(work), args.quick)
     print(table(rows))
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run(MEASURES, __doc__)

@@ -7,12 +7,10 @@ process of its own. `--quick` takes small sizes, to see that all of it works: it
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from data import Row, caption, row, table, tokenizer, write_tar
+from data import Row, caption, row, run, tokenizer, write_tar
 
 from mmllm.data import commands
 from mmllm.data.index.arrays import write_arrays
@@ -440,22 +438,5 @@ MEASURES: dict[str, Callable[[Path, bool], list[Row]]] = {
 }
 
 
-def main() -> None:
-    """Measures, prints the table, writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--json", metavar="FILE", help="also write the rows here")
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
-    parser.add_argument("--only", action="append", choices=list(MEASURES), help="may be repeated")
-    args = parser.parse_args()
-    rows: list[Row] = []
-    for name in args.only or MEASURES:
-        print(f"{name} …", file=sys.stderr)
-        with tempfile.TemporaryDirectory() as work:
-            rows += MEASURES[name](Path(work), args.quick)
-    print(table(rows))
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    run(MEASURES, __doc__)
