@@ -32,7 +32,7 @@ from mmllm.data.samples.stored import ImageEncoder
 from mmllm.data.shards.encode import ShardsConfig
 from mmllm.data.shards.find import find_shards
 from mmllm.data.shards.remote import Shard
-from mmllm.data.shards.write import kept_rows, write_shards
+from mmllm.data.shards.write import rows_file, write_shards
 from mmllm_tokenizers.folder import TokenizerFolder
 
 _logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def build(
     bad = BadRows(max_bad_fraction)
     manifests = [manifest] if isinstance(manifest, str | Path) else list(manifest)
     cleaning = cleaning or CleaningConfig()
-    with kept_rows(Path(out), executor) as kept:
+    with rows_file(Path(out), executor) as kept:
         table = RowTable(kept, perturb + 1)
         if cleaning.is_on or holdout is not None:
             rows = [row for path in manifests for row in read_rows(path, bad, form, media, columns)]

@@ -260,7 +260,7 @@ class _ParquetReader:
     """Rows of a parquet file in any order: quick where it is nearly the file's, and never more than a few in memory."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._file = path, _parquet(path)
+        self._file = _parquet(path)
         sizes = [self._file.metadata.row_group(number).num_rows for number in range(self._file.num_row_groups)]
         self._starts = [0, *accumulate(sizes)]
         self._open: dict[str, tuple[int, Iterator[Any], int, list[Any]]] = {}

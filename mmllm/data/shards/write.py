@@ -161,7 +161,7 @@ def _noted(written: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def kept_rows(out: Path, executor: Executor) -> Iterator[Path]:
+def rows_file(out: Path, executor: Executor) -> Iterator[Path]:
     """A file of this process in the staging folder, for a table's rows; it goes when the build has ended.
 
     Whoever writes it makes its folder.
