@@ -2,8 +2,8 @@
 
 Connectionist temporal classification: Graves et al. 2006, https://doi.org/10.1145/1143844.1143891. A clip can be
 aligned only if it has a slot for each target and one more between equal neighbours, for the blank there. Others have no
-finite loss. Counted with a loss of 0, as `zero_infinity` has it, they would make a bad model look good; here they are left
-out, and it is said how many.
+finite loss. Counted with a loss of 0, as `zero_infinity` has it, they would make a bad model look good; here they are
+left out, and it is said how many.
 
 Shapes: N clips, T slots, V classes, L targets.
 """
