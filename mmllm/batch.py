@@ -33,7 +33,7 @@ class Batch:
     """What batches have in common: a dataclass of tensors, and a state that is no tensor."""
 
     state: dict[str, Any]
-    """The plan's state *after* this batch: what resuming needs. Small and JSON-serialisable. Its `errors` name the
+    """The plan's state *after* this batch: what resuming needs. Small and JSON-serializable. Its `errors` name the
     documents that failed, if any."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:

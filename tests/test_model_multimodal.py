@@ -24,12 +24,14 @@ TEXT, K, SIZE, POOL = 40, 3, 9, 2
 END_OF_SOUND = SPECIAL_TOKENS.index(AUDIO_END)
 CONFIG = ModelConfig(
     DecoderConfig(
-        vocab_size=TEXT + K * (SIZE + 1), width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=40,
+        vocab_size=TEXT + K * (SIZE + 1), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=40,
         moe=MoEConfig(4, 2, 24), moe_layers=(1,),
     ),
     VisionConfig(CLIP),
     ImageProjectorConfig(),
-    AudioConfig(K, SIZE, latent_width=12, projector=AudioProjectorConfig(pool=POOL, num_layers=2, kernel=3)),
+    AudioConfig(K, SIZE, codebook_dim=12, projector=AudioProjectorConfig(pool=POOL, num_hidden_layers=2,
+    kernel_size=3)),
     LossConfig(text=1.0, units=0.5, ctc=0.3),
 )  # fmt: skip
 
@@ -43,7 +45,7 @@ def _model(config: ModelConfig = CONFIG, dtype: torch.dtype = torch.float64) -> 
 
 
 def _loss(model: MultimodalModel, batch: PackedBatch) -> torch.Tensor:
-    """What training minimises."""
+    """What training minimizes."""
     output = model(batch)
     return GlobalTotals.of(output, batch).loss(output, model.loss_weights)
 
@@ -273,14 +275,14 @@ def test_word_dropout_hides_only_target_text():
 def test_codebooks_start_the_embeddings():
     model = _model()
     codebooks = torch.randn(K + 1, SIZE, 12) * 5
-    model.initialise_audio(codebooks)
+    model.initialize_audio(codebooks)
     codes = torch.randint(0, SIZE, (4000, K))
     embedded = model.code_embedding(codes)
     assert abs(embedded.var(dim=0).mean().item() - 1) < 0.25
     expected = sum(codebooks[k][codes[:, k]] for k in range(K)).to(embedded)
     torch.testing.assert_close(embedded, expected * embedded.std() / expected.std(), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"\[3, 9, 5\]; the model's audio config wants \[3, 9, 12\]"):
-        model.initialise_audio(torch.randn(3, 9, 5))
+        model.initialize_audio(torch.randn(3, 9, 5))
 
 
 def test_config_round_trip_and_unknown_keys():
@@ -290,7 +292,7 @@ def test_config_round_trip_and_unknown_keys():
     with pytest.raises(ValueError, match=r"unknown key 'num_expert' of model.decoder.moe; MoEConfig has num_experts"):
         ModelConfig.from_dict(values | {"decoder": values["decoder"] | {"moe": {"num_expert": 3}}})
     with pytest.raises(ValueError, match=r"'vocab_size' of model.decoder is missing"):
-        ModelConfig.from_dict({"decoder": {"width": 32}})
+        ModelConfig.from_dict({"decoder": {"hidden_size": 32}})
     with pytest.raises(ValueError, match="leaves 9 text ids"):
         dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, vocab_size=39))
 
@@ -315,7 +317,8 @@ def test_slots_and_images_that_differ_are_named():
 
 def test_large_model_builds_on_the_meta_device():
     config = ModelConfig(
-        DecoderConfig(vocab_size=40000, width=1024, num_layers=24, num_heads=16, num_kv_heads=4,
+        DecoderConfig(vocab_size=40000, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
+        num_key_value_heads=4,
                       moe=MoEConfig(16, 2, 768)),
         VisionConfig("ViT-B-16"),
         ImageProjectorConfig("average", num_tokens=49),

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmllm.model.norms import RMSNorm
+
 
 @dataclass(frozen=True)
 class PackedLayout:
@@ -45,7 +47,7 @@ class PackedLayout:
             return PackedLayout(tokens_N, empty, empty, ())
         starts = lengths.cumsum(0) - lengths
         order = lengths.argsort(stable=True)
-        sorted_lengths = lengths[order].tolist()  # one synchronisation a forward on a GPU
+        sorted_lengths = lengths[order].tolist()  # one synchronization a forward on a GPU
         blocks = _blocks(sorted_lengths)
         padded = torch.tensor([length for count, length in blocks for _ in range(count)], device=device)
         row_starts = padded.cumsum(0) - padded
@@ -140,13 +142,13 @@ class KVCache:
         self,
         num_layers: int,
         num_kv_heads: int,
-        head_width: int,
+        head_dim: int,
         batch_size: int,
         max_length: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
-        shape = (num_layers, batch_size, num_kv_heads, max_length, head_width)
+        shape = (num_layers, batch_size, num_kv_heads, max_length, head_dim)
         self.keys_LBGSC = torch.zeros(shape, device=device, dtype=dtype)
         self.values_LBGSC = torch.zeros(shape, device=device, dtype=dtype)
         self.document_ids_BS = torch.full((batch_size, max_length), -1, dtype=torch.int64, device=device)
@@ -198,9 +200,9 @@ class KVCache:
         self._mask_B1TS = None
 
 
-def rotary(positions_N: Tensor, head_width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary(positions_N: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines [N, 1, C/2] of the rotary angles (arXiv 2104.09864), computed in float32."""
-    exponents = torch.arange(0, head_width, 2, device=positions_N.device, dtype=torch.float32) / head_width
+    exponents = torch.arange(0, head_dim, 2, device=positions_N.device, dtype=torch.float32) / head_dim
     angles_NC = positions_N[:, None].float() * (1.0 / theta**exponents)
     return angles_NC.cos().to(dtype)[:, None], angles_NC.sin().to(dtype)[:, None]
 
@@ -232,30 +234,30 @@ class _Rotate(torch.autograd.Function):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245), optionally with RMS-normalised queries and keys."""
+    """Grouped-query attention (arXiv 2305.13245), optionally with RMS-normalized queries and keys."""
 
-    def __init__(self, width: int, num_heads: int, num_kv_heads: int, head_width: int, qk_norm: bool, norm_eps: float):
+    def __init__(self, width: int, num_heads: int, num_kv_heads: int, head_dim: int, qk_norm: bool, norm_eps: float):
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_width = num_heads, num_kv_heads, head_width
-        self.norm_eps = norm_eps
-        self.qkv = nn.Linear(width, (num_heads + 2 * num_kv_heads) * head_width, bias=False)
-        self.out = nn.Linear(num_heads * head_width, width, bias=False)
-        self.q_norm_C = nn.Parameter(torch.ones(head_width)) if qk_norm else None
-        self.k_norm_C = nn.Parameter(torch.ones(head_width)) if qk_norm else None
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.q_proj = nn.Linear(width, num_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(width, num_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(width, num_kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(num_heads * head_dim, width, bias=False)
+        self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
 
     def forward(
         self, x_ND: Tensor, cos_N1C: Tensor, sin_N1C: Tensor, layout: PackedLayout | KVCache, layer: int
     ) -> Tensor:
         """Same shape as the input. `layer` is the row of the cache; a packed layout does not need it."""
-        num_all = self.num_heads + 2 * self.num_kv_heads
-        qkv_NXC = self.qkv(x_ND).view(x_ND.shape[0], num_all, self.head_width)
-        if self.q_norm_C is not None and self.k_norm_C is not None:
-            q, k, v = qkv_NXC.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-            q = F.rms_norm(q, q.shape[-1:], self.q_norm_C, self.norm_eps)
-            k = F.rms_norm(k, k.shape[-1:], self.k_norm_C, self.norm_eps)
-            qkv_NXC = torch.cat([q, k, v], dim=1)
+        q, k, v = (
+            project(x_ND).unflatten(1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        qkv_NXC = torch.cat([q, k, v], dim=1)
         dtype = qkv_NXC.dtype
         qkv_NXC = _Rotate.apply(qkv_NXC, cos_N1C.to(dtype), sin_N1C.to(dtype), self.num_heads + self.num_kv_heads)
         if isinstance(layout, KVCache):
-            return self.out(layout.attend(layer, qkv_NXC, self.num_heads))  # pyright: ignore
-        return self.out(attend_packed(qkv_NXC, self.num_heads, layout))  # pyright: ignore
+            return self.o_proj(layout.attend(layer, qkv_NXC, self.num_heads))  # pyright: ignore
+        return self.o_proj(attend_packed(qkv_NXC, self.num_heads, layout))  # pyright: ignore

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mmllm.batch import Modality
 from mmllm.model.attention import Attention, KVCache, PackedLayout, rotary
 from mmllm.model.moe import MLP, MoE, MoEConfig, RoutingStats
+from mmllm.model.norms import RMSNorm
 
 INIT_STD = 0.02
 
@@ -28,107 +29,72 @@ class DecoderConfig:
 
     Attributes:
         vocab_size: ids in the one id space; `Vocabulary.size`.
-        width: of the residual stream.
-        num_layers: blocks.
-        num_heads: query heads.
-        num_kv_heads: key-value heads; None: as many as query heads.
-        head_width: channels a head; None: width / num_heads.
-        mlp_width: inner width of the dense layers.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: blocks.
+        num_attention_heads: query heads.
+        num_key_value_heads: key-value heads; None: as many as query heads.
+        head_dim: channels a head; None: hidden_size / num_attention_heads.
+        intermediate_size: inner width of the dense layers.
         moe: the experts; None: every layer is dense.
         moe_layers: which layers have experts: "all", or their indices.
         rope_theta: base of the rotary angles.
-        norm_eps: of every RMSNorm.
-        qk_norm: RMS-normalise queries and keys of each head (as Qwen3 does).
-        tie_embeddings: the head is the embedding.
+        rms_norm_eps: of every RMSNorm.
+        qk_norm: RMS-normalize queries and keys of each head (as Qwen3 does).
+        tie_word_embeddings: the head is the embedding.
         dropout: on the embeddings and on what each block adds, in training.
-        checkpoint_blocks: of each block keep its input alone, and compute the rest again for the gradient
+        gradient_checkpointing: of each block keep its input alone, and compute the rest again for the gradient
             (arXiv 1604.06174): a third more work for a fraction of the memory.
     """
 
     vocab_size: int
-    width: int = 256
-    num_layers: int = 6
-    num_heads: int = 8
-    num_kv_heads: int | None = None
-    head_width: int | None = None
-    mlp_width: int = 768
+    hidden_size: int = 256
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int = 768
     moe: MoEConfig | None = None
     moe_layers: Literal["all"] | tuple[int, ...] = "all"
     rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
+    rms_norm_eps: float = 1e-5
     qk_norm: bool = False
-    tie_embeddings: bool = True
+    tie_word_embeddings: bool = True
     dropout: float = 0.0
-    checkpoint_blocks: bool = False
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.moe_layers, list):  # as YAML and JSON give it
             object.__setattr__(self, "moe_layers", tuple(self.moe_layers))
-        if self.head_width is None and self.width % self.num_heads:
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"decoder.width is {self.width}, which {self.num_heads} heads do not divide; "
-                f"change num_heads or give head_width"
+                f"decoder.hidden_size is {self.hidden_size}, which {self.num_attention_heads} heads do not divide; "
+                f"change num_attention_heads or give head_dim"
             )
         if self.head_channels % 2:
-            raise ValueError(f"decoder.head_width is {self.head_channels}; rotary positions need an even number")
-        if self.num_heads % self.kv_heads:
+            raise ValueError(f"decoder.head_dim is {self.head_channels}; rotary positions need an even number")
+        if self.num_attention_heads % self.kv_heads:
             raise ValueError(
-                f"decoder.num_heads is {self.num_heads}, which num_kv_heads, {self.kv_heads}, does not divide"
+                f"decoder.num_attention_heads is {self.num_attention_heads}, which num_key_value_heads, "
+                f"{self.kv_heads}, does not divide"
             )
         layers = () if isinstance(self.moe_layers, str) else self.moe_layers
-        wrong = [layer for layer in layers if not 0 <= layer < self.num_layers]
+        wrong = [layer for layer in layers if not 0 <= layer < self.num_hidden_layers]
         if wrong:
-            raise ValueError(f"decoder.moe_layers names layer {wrong[0]}; layers are 0 to {self.num_layers - 1}")
+            raise ValueError(f"decoder.moe_layers names layer {wrong[0]}; layers are 0 to {self.num_hidden_layers - 1}")
 
     @property
     def head_channels(self) -> int:
         """Channels a head."""
-        return self.width // self.num_heads if self.head_width is None else self.head_width
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
 
     @property
     def kv_heads(self) -> int:
         """Key-value heads."""
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer is a mixture of experts."""
         return self.moe is not None and (self.moe_layers == "all" or layer in self.moe_layers)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """The same as `F.rms_norm`, in half the passes over memory that its CPU form needs for the gradient."""
-
-    @staticmethod
-    def forward(ctx, x_ND, weight_D, eps):
-        inverse_N1 = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True).square_()
-        inverse_N1 = inverse_N1.div_(x_ND.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x_ND, weight_D, inverse_N1)
-        return (x_ND * inverse_N1).mul_(weight_D)
-
-    @staticmethod
-    def backward(ctx, grad_ND):
-        x_ND, weight_D, inverse_N1 = ctx.saved_tensors
-        scaled_ND = grad_ND * inverse_N1
-        product_ND = scaled_ND * x_ND
-        dot_N = product_ND @ weight_D
-        grad_x_ND = scaled_ND.mul_(weight_D)
-        grad_x_ND.addcmul_(x_ND, dot_N[:, None] * inverse_N1.square(), value=-1 / x_ND.shape[-1])
-        return grad_x_ND, product_ND.sum(dim=0), None
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (arXiv 1910.07467)."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Over the last dimension."""
-        if x.device.type == "cpu" and x.dtype == self.weight.dtype and x.ndim == 2:
-            return _RMSNorm.apply(x, self.weight, self.eps)  # pyright: ignore[reportReturnType]
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Block(nn.Module):
@@ -138,17 +104,22 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.dropout = config.dropout
-        self.is_checkpointed = config.checkpoint_blocks
-        self.attention_norm = RMSNorm(config.width, config.norm_eps)
-        self.attention = Attention(
-            config.width, config.num_heads, config.kv_heads, config.head_channels, config.qk_norm, config.norm_eps
+        self.is_checkpointed = config.gradient_checkpointing
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.kv_heads,
+            config.head_channels,
+            config.qk_norm,
+            config.rms_norm_eps,
         )
-        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.has_experts(layer):
             assert config.moe is not None
-            self.mlp = MoE(config.width, config.moe)
+            self.mlp = MoE(config.hidden_size, config.moe)
         else:
-            self.mlp = MLP(config.width, config.mlp_width)
+            self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(
         self, x_ND: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout | KVCache
@@ -161,9 +132,9 @@ class Block(nn.Module):
     def _forward(
         self, x_ND: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout | KVCache
     ) -> tuple[Tensor, _Routing | None]:
-        attended = self.attention(self.attention_norm(x_ND), cos, sin, layout, self.layer)
+        attended = self.self_attn(self.input_layernorm(x_ND), cos, sin, layout, self.layer)
         x_ND = x_ND + F.dropout(attended, self.dropout, self.training)
-        normed_ND = self.mlp_norm(x_ND)
+        normed_ND = self.post_attention_layernorm(x_ND)
         routing = None
         if isinstance(self.mlp, MoE):
             out_ND, logits_NE, result = self.mlp(normed_ND)
@@ -190,30 +161,32 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.width, config.norm_eps)
-        self.output = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = (
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Normal, std 0.02; what writes to the residual stream 1 / sqrt(2 · layers) of that (GPT-2)."""
-        residual_std = INIT_STD / math.sqrt(2 * self.config.num_layers)
+        residual_std = INIT_STD / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 nn.init.ones_(parameter)
             else:
-                is_residual = name.endswith(("attention.out.weight", "mlp.down.weight", "mlp.down_EDI"))
+                is_residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
                 nn.init.normal_(parameter, std=residual_std if is_residual else INIT_STD)
 
     @property
     def head_weight_VD(self) -> Tensor:
         """The head's rows, in id order."""
-        return self.embedding.weight if self.output is None else self.output.weight
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings, [..., D]."""
-        return self.embedding(ids)
+        return self.embed_tokens(ids)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits over the whole vocabulary, [..., V]."""
@@ -221,9 +194,9 @@ class Decoder(nn.Module):
 
     def make_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache on this decoder's device and in its dtype."""
-        weight, config = self.embedding.weight, self.config
+        weight, config = self.embed_tokens.weight, self.config
         return KVCache(
-            config.num_layers,
+            config.num_hidden_layers,
             config.kv_heads,
             config.head_channels,
             batch_size,
@@ -261,7 +234,7 @@ class Decoder(nn.Module):
         cos, sin = rotary(positions_N, self.config.head_channels, self.config.rope_theta, x_ND.dtype)
         x_ND = F.dropout(x_ND, self.config.dropout, self.training)
         routings: dict[int, _Routing] = {}
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self.layers):
             x_ND, routing = block(x_ND, cos, sin, layout)
             if routing is not None:
                 routings[layer] = routing
@@ -293,7 +266,7 @@ class Decoder(nn.Module):
             ).view(len(routings), len(Modality), num_experts)
         return RoutingStats(
             layers=tuple(routings),
-            top_k=self.config.moe.top_k,
+            top_k=self.config.moe.num_experts_per_tok,
             num_tokens=x_ND.shape[0],
             counts_LE=torch.stack([routing.counts_E for routing in routings.values()]),
             probability_sums_LE=logits_LNE.softmax(dim=-1).sum(dim=1),

@@ -42,13 +42,13 @@ class AudioConfig:
     Attributes:
         num_codebooks: K, as the tokenizer folder's.
         codebook_size: units a codebook, without the filler.
-        latent_width: of the codes' embeddings; the codec's dimension where `initialise_audio` is used.
+        codebook_dim: of the codes' embeddings; the codec's dimension where `initialize_audio` is used.
         projector: of clips that are heard.
     """
 
     num_codebooks: int
     codebook_size: int
-    latent_width: int = 128
+    codebook_dim: int = 128
     projector: AudioProjectorConfig = field(default_factory=AudioProjectorConfig)
 
 
@@ -94,7 +94,7 @@ class ModelConfig:
         return self.decoder.vocab_size - num_units
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-serialisable dicts and lists."""
+        """As JSON-serializable dicts and lists."""
         return config_to_dict(self)
 
     @staticmethod
@@ -122,12 +122,12 @@ class ModelOutput:
 
 
 class MultimodalModel(nn.Module):
-    """Sees, hears, reads, writes and speaks. Weights are random: see `load_pretrained`, `initialise_audio`."""
+    """Sees, hears, reads, writes and speaks. Weights are random: see `load_pretrained`, `initialize_audio`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        width = config.decoder.width
+        width = config.decoder.hidden_size
         self.decoder = Decoder(config.decoder)
         self.vision = self.image_projector = None
         if config.vision is not None:
@@ -138,11 +138,11 @@ class MultimodalModel(nn.Module):
             audio = config.audio
             keeps_scale = audio.projector.range_db > 0
             self.code_embedding = CodeEmbedding(
-                audio.num_codebooks, audio.codebook_size, audio.latent_width, keeps_scale
+                audio.num_codebooks, audio.codebook_size, audio.codebook_dim, keeps_scale
             )
-            self.clip_projector = AudioProjector(audio.projector, audio.latent_width, width)
+            self.clip_projector = AudioProjector(audio.projector, audio.codebook_dim, width)
             self.unit_projector = nn.Sequential(
-                nn.Linear(audio.latent_width, width), nn.GELU(), nn.Linear(width, width)
+                nn.Linear(audio.codebook_dim, width), nn.GELU(), nn.Linear(width, width)
             )
             if config.loss.ctc:
                 self.ctc_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.num_text))
@@ -155,7 +155,10 @@ class MultimodalModel(nn.Module):
         """The configured weight of each loss; `mmllm.training` puts them together."""
         loss, moe = self.config.loss, self.config.decoder.moe
         weights = {"text": loss.text, "units": loss.units, "ctc": loss.ctc}
-        return weights | {"balance": moe.balance_weight if moe else 0.0, "z": moe.z_weight if moe else 0.0}
+        return weights | {
+            "balance": moe.router_aux_loss_coef if moe else 0.0,
+            "z": moe.router_z_loss_coef if moe else 0.0,
+        }
 
     @property
     def num_image_tokens(self) -> int:
@@ -167,11 +170,11 @@ class MultimodalModel(nn.Module):
         if self.vision is not None:
             self.vision.load_pretrained()
 
-    def initialise_audio(self, codebooks_KVD: Tensor) -> None:
+    def initialize_audio(self, codebooks_KVD: Tensor) -> None:
         """Starts the codes' embeddings from the codec's codebooks."""
         if self.code_embedding is None:
             raise ValueError("this model's config has no audio; give audio, or leave the codebooks out")
-        self.code_embedding.initialise(codebooks_KVD)
+        self.code_embedding.initialize(codebooks_KVD)
 
     def num_parameters(self) -> int:
         """Parameters in all, tied ones once."""
@@ -182,8 +185,12 @@ class MultimodalModel(nn.Module):
         inactive = 0
         for module in self.modules():
             if isinstance(module, MoE):
-                experts = module.gate_up_E2ID.numel() + module.down_EDI.numel()
-                inactive += experts * (module.config.num_experts - module.config.top_k) // module.config.num_experts
+                experts = sum(weight.numel() for weight in module.experts.parameters())
+                inactive += (
+                    experts
+                    * (module.config.num_experts - module.config.num_experts_per_tok)
+                    // module.config.num_experts
+                )
         return self.num_parameters() - inactive
 
     def image_embedding(self, images_NCHW: Tensor) -> Tensor:
@@ -204,7 +211,7 @@ class MultimodalModel(nn.Module):
                 f"the batch has {list(features_NPC.shape[1:])} features an image, but the tower gives {list(wanted)}; "
                 f"build the shards with --image_features of this tower"
             )
-        return self.image_projector(features_NPC.to(self.image_projector.rows_HC.dtype))
+        return self.image_projector(features_NPC.to(self.image_projector.row_embedding.dtype))
 
     def clip_embedding(self, codes_CFK: Tensor) -> Tensor:
         """Codes of clips that are heard, -1 behind each end, to slots [C, ceil(F / pool), D]."""
@@ -349,7 +356,7 @@ class MultimodalModel(nn.Module):
 
     def _ctc_loss(self, batch: PackedBatch, clips_CSD: Tensor | None) -> tuple[Tensor, Tensor]:
         """Sum over clips with a transcript, each divided by its length, and their number."""
-        zero = self.decoder.embedding.weight.new_zeros((), dtype=torch.float32)
+        zero = self.decoder.embed_tokens.weight.new_zeros((), dtype=torch.float32)
         if self.ctc_head is None or clips_CSD is None:
             return zero, zero
         target_lengths_C = (batch.clip_targets_CL >= 0).sum(dim=1)

@@ -27,7 +27,7 @@ from mmllm.model.projectors import ImageProjectorConfig
 from mmllm.model.vision import VisionConfig
 from mmllm.training.clip_module import load_clip_config
 from mmllm.training.interop_commands import load_decoder
-from mmllm.training.optimisers import OptimiserConfig
+from mmllm.training.optimizers import OptimizerConfig
 from mmllm.training.staged import StagedModule
 from mmllm_tokenizers.folder import TokenizerFolder
 from mmllm_tokenizers.vocab import Vocabulary
@@ -41,7 +41,7 @@ TASK_LOSSES = ("text", "units")
 
 
 class DecoderModule(StagedModule):
-    """One decoder for all modalities, its losses normalised over all ranks and accumulated batches.
+    """One decoder for all modalities, its losses normalized over all ranks and accumulated batches.
 
     The loss is (Σₘ wₘ Sₘ) / (Σₘ Nₘ) + w·CTC + w·balance + w·z, where Sₘ and Nₘ are the sums and counts of text and
     unit targets over the *global* batch. DDP averages gradients over W ranks, so each rank's part is multiplied by W:
@@ -61,7 +61,7 @@ class DecoderModule(StagedModule):
         tokenizer: str | None = None,
         clip: str | None = None,
         init_from: str | None = None,
-        optimiser: OptimiserConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
         max_seconds: float | None = None,
         out: str | None = None,
         name: str = "mmllm model",
@@ -72,19 +72,19 @@ class DecoderModule(StagedModule):
             decoder: its shape; `vocab_size: 0` takes the tokenizer's.
             vision: the image tower; None: the model doesn't see, unless `clip` is given.
             image_projector: from the tower to the decoder.
-            audio: sound in and out; `num_codebooks`, `codebook_size` and `latent_width` of 0 take the
+            audio: sound in and out; `num_codebooks`, `codebook_size` and `codebook_dim` of 0 take the
                 tokenizer's. Left out with a tokenizer that has no codec.
             loss: weights of the losses.
             tokenizer: tokenizer folder; None: the model's sizes are all given and nothing is exported.
             clip: folder of a trained `ClipModule`: the tower's config and weights.
             init_from: folder that `mmllm import` wrote: the decoder starts with its weights; with its embeddings and
                 head only where they were exported from a model of this very tokenizer.
-            optimiser: rates and decay; `tower_lr: 0` freezes the tower.
+            optimizer: rates and decay; `tower_lr: 0` freezes the tower.
             max_seconds: training ends after this long; None: `trainer.max_steps` alone ends it.
             out: model folder to write when training ends.
             name: title of the model card.
         """
-        super().__init__(optimiser, max_seconds)
+        super().__init__(optimizer, max_seconds)
         self.decoder = decoder
         self.vision = vision
         self.image_projector = image_projector or ImageProjectorConfig()
@@ -126,7 +126,7 @@ class DecoderModule(StagedModule):
             ValueError: the config contradicts the tokenizer folder.
         """
         vision = self.vision if self.clip is None else load_clip_config(self.clip, self.vision)
-        if vision is not None and self.optimiser.tower_lr == 0:
+        if vision is not None and self.optimizer.tower_lr == 0:
             vision = dataclasses.replace(vision, trainable=False)
         decoder, audio = self.decoder, self.audio
         if self.tokenizer is not None:
@@ -147,7 +147,7 @@ class DecoderModule(StagedModule):
             tokenizer = None if self.folder is None else self.folder.hash
             load_decoder(self.init_from, self.model.decoder, tokenizer)
         if self.folder is not None and config.audio is not None and self.folder.audio is not None:
-            self.model.initialise_audio(codebooks_of(self.folder))
+            self.model.initialize_audio(codebooks_of(self.folder))
         if self.device_mesh is not None:
             _shard(self.model, self.device_mesh)
 
@@ -181,7 +181,7 @@ class DecoderModule(StagedModule):
         if vision.config.trainable:
             raise ValueError(
                 "data.init_args.image_features is on, but the image tower is trained, and stored features would stay "
-                "as they are; set model.init_args.optimiser.tower_lr to 0, or image_features to false"
+                "as they are; set model.init_args.optimizer.tower_lr to 0, or image_features to false"
             )
         transform = self.image_transform
         assert transform is not None
@@ -405,8 +405,8 @@ def with_vocabulary(
         wanted = {"num_codebooks": vocabulary.num_codebooks, "codebook_size": vocabulary.codebook_size}
         for key, value in wanted.items():
             _check_size(f"audio.{key}", getattr(audio, key), value)
-        latent_width = audio.latent_width or codebooks_of(folder).shape[-1]
-        audio = dataclasses.replace(audio, latent_width=latent_width, **wanted)
+        codebook_dim = audio.codebook_dim or codebooks_of(folder).shape[-1]
+        audio = dataclasses.replace(audio, codebook_dim=codebook_dim, **wanted)
         if audio.projector.pool != folder.audio_pool:
             raise ValueError(
                 f"audio.projector.pool is {audio.projector.pool} but the tokenizer folder's audio_pool is "
@@ -447,7 +447,7 @@ def _shard(model: MultimodalModel, mesh: Any) -> None:
     """FSDP2: every decoder block is a shard group, then the rest of the model."""
     from torch.distributed.fsdp import fully_shard
 
-    for block in model.decoder.blocks:
+    for block in model.decoder.layers:
         fully_shard(block, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])
 
