@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ASKING = frozenset(
@@ -28,10 +27,15 @@ ASKING = frozenset(
 )  # fmt: skip
 """Operators of ATen that read a value of the device, or whose result has a size that depends on values."""
 READING = {
-    Tensor.tolist: "tolist", Tensor.numpy: "numpy", Tensor.cpu: "cpu", Tensor.__array__: "__array__",
-    Tensor.new_tensor: "new_tensor (a copy from ordinary memory)",
+    "tolist": "tolist", "numpy": "numpy", "cpu": "cpu", "__array__": "__array__", "to": "to('cpu')",
+    "new_tensor": "new_tensor (a copy from ordinary memory)",
 }  # fmt: skip
-"""Functions that never reach an operator where the tensor is on the CPU."""
+"""Methods of tensors that read them, or copy from ordinary memory, without an operator of which that can be told."""
+MAKING = {
+    "tensor": "tensor(…, device) (a copy from ordinary memory)",
+    "as_tensor": "as_tensor(…, device) (a copy from ordinary memory)",
+}
+"""Functions that copy from ordinary memory, if they are told a device."""
 _INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -40,8 +44,8 @@ class HostSyncs:
     """Counts what would make the host wait for a GPU while it is active, in forward and backward of its thread.
 
     Tensors on the CPU are all taken for the device's: what is meant to stay on the host has to be plain numbers and
-    lists. What operators registered in Python (`torch.library.custom_op`) do inside is not seen: calls of those of the
-    namespaces `apart` are counted apart, each by its name.
+    lists. Inside operators registered in Python (`torch.library.custom_op`) only methods (`tolist`) are seen, so calls
+    of those of the namespaces `apart` are counted apart as such.
 
         with HostSyncs() as syncs:
             loss(batch).backward()
@@ -57,7 +61,7 @@ class HostSyncs:
         """How often, by operator and by the place in the code that called it."""
         self.asked_apart: Counter[tuple[str, str]] = Counter()
         self.apart = tuple(apart)
-        self._modes = (_Operators(self), _Functions(self))
+        self._parts = (_Operators(self), _Functions(self))
 
     @property
     def count(self) -> int:
@@ -72,15 +76,15 @@ class HostSyncs:
         (self.asked_apart if is_apart else self.asked)[what, f"{place}:{line}"] += 1
 
     def __enter__(self) -> HostSyncs:
-        for mode in self._modes:
-            mode.__enter__()
+        for part in self._parts:
+            part.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for mode in reversed(self._modes):
-            mode.__exit__(kind, error, trace)
+        for part in reversed(self._parts):
+            part.__exit__(kind, error, trace)
 
     def __str__(self) -> str:
         """A line for each place."""
@@ -115,21 +119,38 @@ def _asks(func: Any, args: Any, kwargs: Any) -> bool:
     return bool(masks)
 
 
-class _Functions(TorchFunctionMode):
-    def __init__(self, syncs: HostSyncs) -> None:
-        super().__init__()
-        self.syncs = syncs
+class _Functions:
+    """Counting wrappers of what never reaches an operator on a CPU; unlike a function mode they work in backward."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        what = READING.get(func)
-        if func is Tensor.to and ("cpu" in args[1:] or kwargs.get("device") == "cpu"):
-            what = "to('cpu')"
-        elif func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
-            what = None if isinstance(args[0], Tensor) else "tensor(…, device) (a copy from ordinary memory)"
-        if what is not None:
-            self.syncs.note(what)
-        return func(*args, **kwargs)
+    def __init__(self, syncs: HostSyncs) -> None:
+        self.syncs = syncs
+        self._before: list[tuple[Any, str, Any]] = []
+
+    def __enter__(self) -> None:
+        for owner, names in ((Tensor, READING), (torch, MAKING)):
+            for name, what in names.items():
+                self._before.append((owner, name, vars(owner).get(name)))
+                setattr(owner, name, self._counting(getattr(owner, name), name, what))
+
+    def __exit__(self, *error: Any) -> None:
+        for owner, name, before in self._before:
+            if before is None:  # it was a base class's
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+        self._before = []
+
+    def _counting(self, function: Any, name: str, what: str) -> Any:
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            if name in MAKING:
+                asks = kwargs.get("device") is not None and not isinstance(args[0], Tensor)
+            else:
+                asks = name != "to" or "cpu" in args[1:] or kwargs.get("device") == "cpu"
+            if asks:
+                self.syncs.note(what)
+            return function(*args, **kwargs)
+
+        return counting
 
 
 def _caller() -> tuple[str, int]:

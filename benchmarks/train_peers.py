@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from allocations import AllocationPeak
 from torch import Tensor
 from train_documents import IGNORE, Packed, Shape
-from train_side import NEW_TOKENS, PROMPT, decoding_ids, synchronize
+from train_requests import synchronize
+from train_side import NEW_TOKENS, PROMPT, decoding_ids
 
 EXPERTS = ("eager", "grouped_mm")
 """transformers' ways to compute the experts; the faster one is the peer."""

@@ -14,96 +14,28 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import train_requests
 import yaml
-from allocations import AllocationPeak
-from host_syncs import HostSyncs
 from train_documents import Packed, Shape, packed, ragged
+from train_names import blocks_of, embedding_of, head_of, load_weights, named
+from train_requests import serve, synchronize
 
-EARLIER_NAMES = {
-    "hidden_size": "width", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads", "head_dim": "head_width", "intermediate_size": "mlp_width",
-    "tie_word_embeddings": "tie_embeddings", "num_experts_per_tok": "top_k", "moe_intermediate_size": "expert_width",
-    "router_aux_loss_coef": "balance_weight", "router_z_loss_coef": "z_weight", "optimizer": "optimiser",
-}  # fmt: skip
-"""Of config keys."""
 NUM_BATCHES = 8
 """Of the demo's data, in turn."""
 WITHOUT = ("Progress", "ModelCheckpoint", "RoutingLog", "Samples")
 """Callbacks of the demo that write to disk or to the terminal, and take no part in a step."""
 PROMPT, NEW_TOKENS = 32, 32
 """Tokens in the cache when decoding starts, and tokens decoded in a round."""
-
-
-def receive() -> dict[str, Any]:
-    """The next request; ends the process where there will be none, since training has no end of its own."""
-    line = sys.stdin.readline()
-    if not line:
-        os._exit(0)
-    return json.loads(line)
-
-
-def answer(values: dict[str, Any]) -> None:
-    """Writes the answer to the last request."""
-    _ANSWERS.write(json.dumps(values) + "\n")
-    _ANSWERS.flush()
-
-
-def serve(handlers: dict[str, Callable[..., dict[str, Any]]]) -> None:
-    """Answers `{"do": name, …}` by the handler of this name."""
-    while True:
-        request = receive()
-        answer(handlers[request.pop("do")](**request))
-
-
-def synchronize() -> None:
-    """Waits for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-# --- names that have changed --------------------------------------------------------------------------------------
-
-
-def named(values: dict[str, Any]) -> dict[str, Any]:
-    """A config with the keys of this checkout."""
-    from mmllm.model.decoder import DecoderConfig
-
-    if any(each.name == "hidden_size" for each in dataclasses.fields(DecoderConfig)):
-        return values
-    return {
-        EARLIER_NAMES.get(key, key): named(value) if isinstance(value, dict) else value for key, value in values.items()
-    }
-
-
-def first_of(thing: Any, *names: str) -> Any:
-    """The attribute under the first of these names that it has."""
-    return next(getattr(thing, name) for name in names if hasattr(thing, name))
-
-
-def blocks_of(decoder: Any) -> torch.nn.ModuleList:
-    """The decoder's layers."""
-    return first_of(decoder, "layers", "blocks")
-
-
-def head_of(decoder: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """From hidden states to logits."""
-    return first_of(decoder, "head", "lm_head")
-
-
-def embedding_of(decoder: Any) -> torch.nn.Embedding:
-    """Token embeddings."""
-    return first_of(decoder, "embed_tokens", "embedding")
 
 
 # --- batches ------------------------------------------------------------------------------------------------------
@@ -131,9 +63,10 @@ def text_batch(documents: Packed) -> Any:
         "clip_targets_CL": torch.zeros(0, 1, dtype=torch.int64),
     }
     known = {each.name for each in dataclasses.fields(contracts.PackedBatch)}
-    batch = contracts.PackedBatch(**{name: value for name, value in values.items() if name in known})
-    if hasattr(contracts, "SequenceMetadata"):
-        batch.metadata = contracts.SequenceMetadata.of(batch)
+    batch: Any = contracts.PackedBatch(**{name: value for name, value in values.items() if name in known})
+    metadata: Any = getattr(contracts, "SequenceMetadata", None)
+    if metadata is not None:
+        batch.metadata = metadata.of(batch)
     return batch
 
 
@@ -203,6 +136,8 @@ def fit(settings: dict[str, Any]) -> None:
             `folder` of a finished quickstart and `root` of the checkout of the demo; `without_layers` takes the layers
             out, so that embedding, head and loss are left.
     """
+    from train_rounds import Rounds
+
     from mmllm.training.lightning_cli import build_cli, quiet_lightning
 
     device, shape = settings["device"], Shape(**settings.get("shape", {"name": "demo"}))
@@ -214,7 +149,8 @@ def fit(settings: dict[str, Any]) -> None:
         path = Path(work) / "config.yaml"
         path.write_text(yaml.safe_dump(config))
         cli = build_cli(["-c", str(path)], run=False)
-        cli.trainer.callbacks.append(_rounds(settings))  # pyright: ignore[reportAttributeAccessIssue]
+        rounds: Any = Rounds(device, settings.get("weights"), settings.get("without_layers", False))
+        cli.trainer.callbacks.append(rounds)  # pyright: ignore[reportAttributeAccessIssue]
         if settings["kind"] == "text":
             cli.trainer.fit(cli.model, train_dataloaders=InTurn([text_batch(_documents(settings, shape))]))
         else:
@@ -225,178 +161,10 @@ def fit(settings: dict[str, Any]) -> None:
 
 
 def _documents(settings: dict[str, Any], shape: Shape) -> Packed:
-    import numpy as np
-
     if "num_targets" not in settings:
         return ragged(shape)
     lengths = [(settings["num_targets"] // shape.num_sequences + 1,)] * shape.num_sequences
     return packed(lengths, lengths[0][0], shape.vocab_size, np.random.default_rng(0))
-
-
-def _rounds(settings: dict[str, Any]) -> Any:
-    """The callback that waits; made here, since Lightning takes seconds to import."""
-    import lightning.pytorch as pl
-
-    class Rounds(pl.Callback):
-        """A step begins when a request comes, and is answered when Lightning would begin the next one."""
-
-        def __init__(self) -> None:
-            self.request: dict[str, Any] = {}
-            self.values: dict[str, Any] = {}
-            self.began = 0.0
-            self.syncs, self.attention = HostSyncs(), AttentionWork()
-            self.calls: dict[torch.nn.Module, tuple[Any, Any]] = {}
-            self.hooks: list[Any] = []
-            self.memory = AllocationPeak(settings["device"])
-
-        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            decoder = pl_module.model.decoder
-            if "weights" in settings:
-                load_weights(decoder, settings["weights"])
-            if settings.get("without_layers"):
-                name = "layers" if hasattr(decoder, "layers") else "blocks"
-                setattr(decoder, name, torch.nn.ModuleList())
-                embedding_of(decoder).weight.requires_grad_(False)
-                decoder.norm.register_forward_hook(lambda *_: self.memory.start())
-
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            synchronize()
-            if self.request:
-                answer({"seconds": time.perf_counter() - self.began, **self.values})
-            self.request = receive()
-            is_real_BT = batch.document_ids_BT >= 0
-            self.values = {"num_tokens": int(is_real_BT.sum())}
-            match self.request["do"]:
-                case "host syncs" if settings["device"] == "cpu":
-                    self.syncs = HostSyncs().__enter__()
-                case "host syncs":
-                    self.warned = warnings.catch_warnings(record=True)
-                    self.warnings: Any = self.warned.__enter__()
-                    warnings.simplefilter("always")
-                    torch.cuda.set_sync_debug_mode("warn")
-                case "attention work":
-                    self.values["ideal"] = sum_of_squares(batch.document_ids_BT)
-                    self.values["num_layers"] = len(blocks_of(pl_module.model.decoder))
-                    self.attention = AttentionWork().__enter__()
-                case "graph breaks":
-                    self.hooks = [
-                        block.register_forward_pre_hook(self._keep, with_kwargs=True)
-                        for block in blocks_of(pl_module.model.decoder)
-                    ]
-                case "memory":
-                    self.memory.__enter__()
-            self.began = time.perf_counter()
-
-        def _keep(self, block: Any, args: Any, kwargs: Any) -> None:
-            self.calls[block] = (_detached(args), {name: _detached(value) for name, value in kwargs.items()})
-
-        def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-            if self.request["do"] == "memory":
-                self.memory.__exit__(None, None, None)
-                self.values["bytes"] = self.memory.peak
-
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            match self.request["do"]:
-                case "host syncs" if settings["device"] == "cpu":
-                    self.syncs.__exit__(None, None, None)
-                    self.values |= {"count": self.syncs.count, "where": str(self.syncs)}
-                    apart = self.syncs.asked_apart.items()
-                    self.values["apart"] = ", ".join(f"{count} x {what} in {where}" for (what, where), count in apart)
-                case "host syncs":
-                    torch.cuda.set_sync_debug_mode("default")
-                    self.warned.__exit__(None, None, None)
-                    found = [each for each in self.warnings if "synchroniz" in str(each.message)]
-                    where = "\n".join(f"{each.filename}:{each.lineno}" for each in found)
-                    self.values |= {"count": len(found), "where": where, "apart": ""}
-                case "attention work":
-                    self.attention.__exit__(None, None, None)
-                    self.values["computed"] = self.attention.computed
-                case "graph breaks":
-                    for hook in self.hooks:
-                        hook.remove()
-                    self.values["breaks"] = [_graph_breaks(block, *call) for block, call in self.calls.items()]
-            self.values["loss"] = float(outputs["loss"])
-
-    return Rounds()
-
-
-def load_weights(decoder: Any, folder: str) -> None:
-    """The weights of a Mixtral checkpoint."""
-    from mmllm.interop.transformers import from_mixtral
-
-    decoder.load_state_dict(from_mixtral(folder).state_dict())
-
-
-def _detached(value: Any) -> Any:
-    """A call's argument, as it can be given again."""
-    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
-
-
-def _graph_breaks(block: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """How often `torch.compile` would leave the graph in a block, and why the first time."""
-    torch._dynamo.reset()
-    explained = torch._dynamo.explain(block)(*args, **kwargs)
-    reasons = [each.reason.splitlines()[0] for each in explained.break_reasons]
-    return {"experts": _has_experts(block), "count": explained.graph_break_count, "reasons": reasons}
-
-
-def _has_experts(block: Any) -> bool:
-    return any(parameter.ndim == 3 for parameter in block.mlp.parameters())
-
-
-# --- attention ----------------------------------------------------------------------------------------------------
-
-
-def sum_of_squares(document_ids_BT: torch.Tensor) -> int:
-    """Score elements that documents need, all of their square counted."""
-    total = 0
-    for ids_T in document_ids_BT.cpu():
-        total += int((torch.bincount(ids_T[ids_T >= 0]) ** 2).sum())
-    return total
-
-
-class AttentionWork:
-    """Score elements (of one head, whole squares) that calls of attention compute, by the backend that is seen."""
-
-    def __init__(self) -> None:
-        self.computed: dict[str, int] = {}
-        self._modes = (_Scores(self), _VarlenScores(self))
-
-    def add(self, backend: str, count: int) -> None:
-        """Counts one call."""
-        self.computed[backend] = self.computed.get(backend, 0) + count
-
-    def __enter__(self) -> AttentionWork:
-        for mode in self._modes:
-            mode.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for mode in reversed(self._modes):
-            mode.__exit__(*error)
-
-
-class _Scores(torch.overrides.TorchFunctionMode):
-    def __init__(self, work: AttentionWork) -> None:
-        super().__init__()
-        self.work = work
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            query, key = args[:2]
-            self.work.add("buckets", query.shape[0] * query.shape[-2] * key.shape[-2])
-        return func(*args, **(kwargs or {}))
-
-
-class _VarlenScores(torch.utils._python_dispatch.TorchDispatchMode):
-    def __init__(self, work: AttentionWork) -> None:
-        super().__init__()
-        self.work = work
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "torch_attn" and func.__name__.startswith("_varlen_attn."):
-            self.work.add("varlen", int((args[3].diff().long() ** 2).sum()))  # cumulative lengths
-        return func(*args, **(kwargs or {}))
 
 
 # --- decoding -----------------------------------------------------------------------------------------------------
@@ -465,7 +233,8 @@ def _decoding(decoder: Any, shape: Shape, device: str) -> Callable[[], torch.Ten
 def _kernel_decoding(decoder: Any, shape: Shape, device: str, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
     import mmllm_kernels
 
-    gate_up, down = (p.detach() for p in blocks_of(decoder)[0].mlp.parameters() if p.ndim == 3)
+    mlp: Any = blocks_of(decoder)[0].mlp
+    gate_up, down = (parameter.detach() for parameter in mlp.parameters() if parameter.ndim == 3)
     generator = torch.Generator(device).manual_seed(0)
     x_TD = torch.randn(NEW_TOKENS, shape.hidden_size, generator=generator, device=device).to(dtype)
     logits_TE = torch.randn(NEW_TOKENS, shape.num_experts, generator=generator, device=device)
@@ -478,10 +247,13 @@ def _kernel_decoding(decoder: Any, shape: Shape, device: str, dtype: torch.dtype
     return run
 
 
+def main() -> None:
+    """See the module's first lines."""
+    train_requests.open_answers()
+    task, settings = sys.argv[1], json.loads(sys.argv[2])
+    torch.set_num_threads(settings["threads"])
+    {"fit": fit, "decode": decode}[task](settings)
+
+
 if __name__ == "__main__":
-    # What libraries print must not be taken for answers.
-    _ANSWERS = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    task, arguments = sys.argv[1], json.loads(sys.argv[2])
-    torch.set_num_threads(arguments["threads"])
-    {"fit": fit, "decode": decode}[task](arguments)
+    main()
