@@ -172,9 +172,13 @@ class Decoder(nn.Module):
             else:
                 is_residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
                 nn.init.normal_(parameter, std=residual_std if is_residual else INIT_STD)
-        for block in self.layers:
-            if block.has_experts:
-                block.mlp.gate.reset_buffers()
+        for moe in self.expert_layers().values():
+            moe.gate.reset_buffers()
+
+    def expert_layers(self) -> dict[int, MoE]:
+        """The mixtures of experts, by layer."""
+        blocks = [self.layers[layer] for layer in range(len(self.layers)) if self.config.has_experts(layer)]
+        return {block.layer: block.mlp for block in blocks}  # pyright: ignore[reportReturnType]
 
     @property
     def head_weight_VD(self) -> Tensor:
@@ -246,7 +250,12 @@ class Decoder(nn.Module):
         return hidden_ND.view(num_sequences, num_positions, width), stats
 
     def _token_info(
-        self, tokens_N: Tensor | None, num_positions: int, num_sequences: int, modality_BT: Tensor | None, is_counted: bool
+        self,
+        tokens_N: Tensor | None,
+        num_positions: int,
+        num_sequences: int,
+        modality_BT: Tensor | None,
+        is_counted: bool,
     ) -> TokenInfo:
         modality_N = None if modality_BT is None else _take(modality_BT.flatten(), tokens_N)
         sequence_N = None

@@ -182,11 +182,10 @@ class MultimodalModel(nn.Module):
 
     def num_active_parameters(self) -> int:
         """Parameters that one token passes: of E experts only the K chosen."""
-        config, inactive = self.config.decoder.moe, 0
-        for block in self.decoder.layers:
-            if config is not None and block.has_experts:
-                experts = sum(weight.numel() for weight in block.mlp.experts.parameters())
-                inactive += experts * (config.num_experts - config.num_experts_per_tok) // config.num_experts
+        inactive = 0
+        for moe in self.decoder.expert_layers().values():
+            experts, config = sum(weight.numel() for weight in moe.experts.parameters()), moe.config
+            inactive += experts * (config.num_experts - config.num_experts_per_tok) // config.num_experts
         return self.num_parameters() - inactive
 
     def image_embedding(self, images_NCHW: Tensor) -> Tensor:
@@ -267,9 +266,7 @@ class MultimodalModel(nn.Module):
 
     def hidden(self, batch: PackedBatch, cache: KVCache | None = None) -> Tensor:
         """Hidden states after the final norm, [B, T, D]."""
-        return self.decoder(
-            self.splice(batch), batch.positions_BT, batch.document_ids_BT, cache, batch.modality_BT
-        )[0]
+        return self.decoder(self.splice(batch), batch.positions_BT, batch.document_ids_BT, cache, batch.modality_BT)[0]
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """Logits over the whole vocabulary at every position, [B, T, V]: for tests, not for training."""

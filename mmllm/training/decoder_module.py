@@ -24,8 +24,10 @@ from mmllm.inference.settings import GenerationConfig
 from mmllm.model.decoder import DecoderConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, ModelOutput, MultimodalModel
 from mmllm.model.projectors import ImageProjectorConfig
+from mmllm.model.routing_stats import RoutingWindow
 from mmllm.model.vision import VisionConfig
 from mmllm.training.clip_module import load_clip_config
+from mmllm.training.expert_bias import ExpertBias
 from mmllm.training.interop_commands import load_decoder
 from mmllm.training.optimizers import OptimizerConfig
 from mmllm.training.staged import StagedModule
@@ -97,8 +99,8 @@ class DecoderModule(StagedModule):
         self.name = name
         self.folder: TokenizerFolder | None = None
         self.model: MultimodalModel | None = None
-        self.routing_counts_LME: Tensor | None = None
-        self.moe_layers: tuple[int, ...] = ()
+        self.routing = RoutingWindow()
+        self.expert_bias: ExpertBias | None = None
         self._whole: MultimodalModel | None = None
         self._source_names: list[str] = []
         self._first_targets = 0.0
@@ -155,6 +157,7 @@ class DecoderModule(StagedModule):
         """Checks that the data was made with this tokenizer and tower, and asks for its sources' names."""
         super().on_fit_start()
         self._first_targets = self._accumulated_targets = 0.0  # an earlier fit may have ended before its step
+        self.expert_bias = ExpertBias.of(self._built().decoder)
         self._source_names = list(getattr(self._data, "source_names", None) or [])
         data_folder = getattr(self._data, "folder", None)
         if self.folder is not None and data_folder is not None and data_folder.hash != self.folder.hash:
@@ -201,6 +204,8 @@ class DecoderModule(StagedModule):
         output = self._built()(batch, num_sources=self._num_sources)
         totals = GlobalTotals.of(output, batch)
         loss = totals.loss(output, self._built().loss_weights)
+        if self.expert_bias is not None:
+            self.expert_bias.add(totals.counts_LE)
         self._accumulate(totals.num_targets)
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches * totals.num_targets
         self._record(output, totals)
@@ -213,6 +218,12 @@ class DecoderModule(StagedModule):
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             torch._foreach_mul_(grads, self._first_targets / self._accumulated_targets)
         self._first_targets = self._accumulated_targets = 0.0
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Moves the experts' biases with the weights: before any checkpoint of this step is saved."""
+        super().optimizer_step(*args, **kwargs)
+        if self.expert_bias is not None:
+            self.expert_bias.step()
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Adds up sums and counts."""
@@ -276,11 +287,7 @@ class DecoderModule(StagedModule):
         counts |= {"text_accuracy": totals.counts["text"], "padding_share": totals.num_positions}
         sums["tokens"], counts["tokens"] = totals.num_tokens, 1.0
         self.window.add(sums, counts)
-        if output.routing.counts_LME is not None and output.routing.layers:
-            self.moe_layers = output.routing.layers
-            previous = self.routing_counts_LME
-            counts_LME = output.routing.counts_LME.detach()
-            self.routing_counts_LME = counts_LME if previous is None else previous + counts_LME
+        self.routing.add(output.routing)
 
     def window_metrics(self) -> dict[str, float]:
         """Losses by modality and source, tokens a second, padding."""
