@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from mmllm.batch import IGNORE, Modality, PackedBatch
 from mmllm.losses.batch import BatchLosses, LossFunction
 from mmllm.model.decoder import DecoderConfig
-from mmllm.model.moe import MoEConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
 from mmllm.model.projectors import AudioProjectorConfig, ImageProjectorConfig
+from mmllm.model.router import MoEConfig
 from mmllm.model.vision import VisionConfig
 from mmllm.training.decoder_module import GlobalTotals
 from mmllm_tokenizers.vocab import AUDIO_END, SPECIAL_TOKENS
@@ -48,7 +48,7 @@ def _model(config: ModelConfig = CONFIG, dtype: torch.dtype = torch.float64) -> 
 def _loss(model: MultimodalModel, batch: PackedBatch) -> torch.Tensor:
     """What training minimizes."""
     losses = _losses(model, batch)
-    return GlobalTotals.of(losses, batch).loss(losses, model.loss_weights)
+    return GlobalTotals.of(losses, batch).loss(losses, model.config)
 
 
 def _losses(model: MultimodalModel, batch: PackedBatch) -> BatchLosses:

@@ -16,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmllm.batch import Modality
 from mmllm.model.attend import AttentionBackend, PackedContext, check_backend
 from mmllm.model.attention import Attention, AttentionSettings
 from mmllm.model.cache import KVCache
+from mmllm.model.experts import MLP, MoE
 from mmllm.model.masks import MaskRule
-from mmllm.model.moe import MLP, MoE, MoEConfig, RoutingStats
 from mmllm.model.norms import RMSNorm
 from mmllm.model.rope import RopeScaling, rotary
+from mmllm.model.router import MoEConfig, TokenInfo
+from mmllm.model.routing_stats import LayerSums, RoutingStats
 from mmllm.sequences import SequenceMetadata
 
 INIT_STD = 0.02
@@ -208,32 +209,25 @@ class Block(nn.Module):
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x_ND: Tensor, cos: Tensor, sin: Tensor, context: PackedContext | KVCache
-    ) -> tuple[Tensor, _Routing | None]:
-        """The new residual stream, and the routing if the layer has experts."""
+        self, x_ND: Tensor, cos: Tensor, sin: Tensor, context: PackedContext | KVCache, tokens: TokenInfo
+    ) -> tuple[Tensor, LayerSums | None]:
+        """The new residual stream, and sums of the routing if the layer has experts and they are wanted."""
         if self.is_checkpointed and torch.is_grad_enabled():
-            return checkpoint(self._forward, x_ND, cos, sin, context, use_reentrant=False)
-        return self._forward(x_ND, cos, sin, context)
+            return checkpoint(self._forward, x_ND, cos, sin, context, tokens, use_reentrant=False)
+        return self._forward(x_ND, cos, sin, context, tokens)
 
     def _forward(
-        self, x_ND: Tensor, cos: Tensor, sin: Tensor, context: PackedContext | KVCache
-    ) -> tuple[Tensor, _Routing | None]:
+        self, x_ND: Tensor, cos: Tensor, sin: Tensor, context: PackedContext | KVCache, tokens: TokenInfo
+    ) -> tuple[Tensor, LayerSums | None]:
         attended = self.self_attn(self.input_layernorm(x_ND), cos, sin, context, self.layer)
         x_ND = x_ND + F.dropout(attended, self.dropout, self.training)
         normed_ND = self.post_attention_layernorm(x_ND)
-        routing = None
+        sums = None
         if self.has_experts:
-            out_ND, logits_NE, result = self.mlp(normed_ND)
-            routing = _Routing(logits_NE, result.experts_TK)
+            out_ND, sums = self.mlp(normed_ND, tokens)
         else:
             out_ND = self.mlp(normed_ND)
-        return x_ND + F.dropout(out_ND, self.dropout, self.training), routing
-
-
-@dataclass
-class _Routing:
-    logits_NE: Tensor
-    experts_NK: Tensor
+        return x_ND + F.dropout(out_ND, self.dropout, self.training), sums
 
 
 class Head(nn.Module):
@@ -286,6 +280,13 @@ class Decoder(nn.Module):
             else:
                 is_residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
                 nn.init.normal_(parameter, std=residual_std if is_residual else INIT_STD)
+        for moe in self.expert_layers().values():
+            moe.gate.reset_buffers()
+
+    def expert_layers(self) -> dict[int, MoE]:
+        """The mixtures of experts, by layer."""
+        blocks = [self.layers[layer] for layer in range(len(self.layers)) if self.config.has_experts(layer)]
+        return {block.layer: block.mlp for block in blocks}  # pyright: ignore[reportReturnType]
 
     @property
     def head_weight_VD(self) -> Tensor:
@@ -328,18 +329,18 @@ class Decoder(nn.Module):
             x_BTD: embeddings with images and sounds spliced in.
             positions_BT: restart at zero with each document.
             document_ids_BT: -1 for padding; a position sees earlier ones of its own document.
-            cache: the keys and values so far; the new ones are appended. Routing then counts padding too.
-            modality_BT: given, routing is counted by modality too.
+            cache: the keys and values so far; the new ones are appended. Nothing is counted then.
+            modality_BT: given, routing is counted by modality too; needed where `moe.modality_experts` is set.
             spans_BT: the bidirectional span of each position, -1 none; needed where `config.prefix` is set.
         """
         if cache is None:
             sequences = SequenceMetadata.of(document_ids_BT)
-            hidden_ND, stats = self.packed(x_BTD, positions_BT, sequences, modality_BT, spans_BT)
-            return unpacked(hidden_ND, sequences, x_BTD.shape[:2]), stats
+            hidden_QD, stats = self.packed(x_BTD, positions_BT, sequences, modality_BT, spans_BT)
+            return unpacked(hidden_QD, sequences, x_BTD.shape[:2]), stats
         cache.begin(document_ids_BT, spans_BT)
-        modality_N = None if modality_BT is None else modality_BT.flatten()
+        tokens = TokenInfo(None if modality_BT is None else modality_BT.flatten(), is_counted=False)
         x_ND, positions_N = x_BTD.flatten(0, 1), positions_BT.flatten()
-        hidden_ND, stats = self._run(x_ND, positions_N, cache, x_ND.shape[0], modality_N)
+        hidden_ND, stats = self._run(x_ND, positions_N, cache, tokens, x_ND.shape[0])
         cache.end()
         return hidden_ND.view(x_BTD.shape), stats
 
@@ -357,7 +358,6 @@ class Decoder(nn.Module):
             Hidden states of the `sequences.size` tokens, [Q, D], and the routing of the real ones.
         """
         x_QD, positions_Q = _taken(x_BTD.flatten(0, 1), sequences), _taken(positions_BT.flatten(), sequences)
-        modality_Q = None if modality_BT is None else _taken(modality_BT.flatten(), sequences)
         spans_Q = None if spans_BT is None else _taken(spans_BT.flatten(), sequences)
         if self.config.prefix != "none" and spans_Q is None:
             raise ValueError(f"decoder.prefix is {self.config.prefix!r}, but no spans were given; pass spans_BT")
@@ -367,51 +367,36 @@ class Decoder(nn.Module):
         context = PackedContext(sequences, self.config.attention_backend, spans_Q, dtype)
         for layer in range(self.config.num_hidden_layers):
             context.prepare(self.config.rule(layer))
-        return self._run(x_QD, positions_Q, context, sequences.num_tokens, modality_Q)
+        tokens = self._token_info(sequences, modality_BT, x_BTD.shape)
+        return self._run(x_QD, positions_Q, context, tokens, sequences.num_tokens)
+
+    def _token_info(self, sequences: SequenceMetadata, modality_BT: Tensor | None, shape: torch.Size) -> TokenInfo:
+        modality_Q = None if modality_BT is None else _taken(modality_BT.flatten(), sequences)
+        is_real_Q = sequence_Q = None
+        if sequences.size != sequences.num_tokens:
+            is_real_Q = torch.arange(sequences.size, device=sequences.tokens_Q.device) < sequences.num_tokens
+        if self.config.moe is not None and self.config.moe.counts_by_sequence:
+            sequence_Q = sequences.tokens_Q // shape[1]
+        return TokenInfo(modality_Q, sequence_Q, shape[0], is_real_Q)
 
     def _run(
         self,
         x_QD: Tensor,
         positions_Q: Tensor,
         context: PackedContext | KVCache,
+        tokens: TokenInfo,
         num_tokens: int,
-        modality_Q: Tensor | None,
     ) -> tuple[Tensor, RoutingStats]:
         config = self.config
         ropes = {config.rope(layer) for layer in range(config.num_hidden_layers)}
         angles = {rope: rotary(positions_Q, config.head_channels, rope[0], x_QD.dtype, rope[1]) for rope in ropes}
         x_QD = F.dropout(x_QD, config.dropout, self.training)
-        routings: dict[int, _Routing] = {}
+        by_layer: dict[int, LayerSums] = {}
         for layer, block in enumerate(self.layers):
-            x_QD, routing = block(x_QD, *angles[config.rope(layer)], context)
-            if routing is not None:
-                routings[layer] = routing
-        return self.norm(x_QD), self._routing_stats(routings, modality_Q, x_QD, num_tokens)
-
-    def _routing_stats(
-        self, routings: dict[int, _Routing], modality_Q: Tensor | None, x_QD: Tensor, num_tokens: int
-    ) -> RoutingStats:
-        if self.config.moe is None or not routings:
-            empty = x_QD.new_zeros(0, 0)
-            return RoutingStats((), 1, num_tokens, empty.long(), empty, x_QD.new_zeros(0))
-        num_experts, layers = self.config.moe.num_experts, list(routings.values())
-        dtype = torch.promote_types(x_QD.dtype, torch.float32)
-        logits_LNE = torch.stack([routing.logits_NE[:num_tokens] for routing in layers]).to(dtype)
-        experts_LNK = torch.stack([routing.experts_NK[:num_tokens] for routing in layers])
-        counts_LME = None
-        if modality_Q is not None:
-            buckets_N1 = modality_Q[:num_tokens, None] * num_experts
-            counts_LME = _counts(experts_LNK + buckets_N1, len(Modality) * num_experts)
-            counts_LME = counts_LME.view(len(layers), len(Modality), num_experts)
-        return RoutingStats(
-            layers=tuple(routings),
-            top_k=self.config.moe.num_experts_per_tok,
-            num_tokens=num_tokens,
-            counts_LE=_counts(experts_LNK, num_experts) if counts_LME is None else counts_LME.sum(dim=1),
-            probability_sums_LE=logits_LNE.softmax(dim=-1).sum(dim=1),
-            z_sums_L=logits_LNE.logsumexp(dim=-1).square().sum(dim=1),
-            counts_LME=counts_LME,
-        )
+            x_QD, sums = block(x_QD, *angles[config.rope(layer)], context, tokens)
+            if sums is not None:
+                by_layer[layer] = sums
+        return self.norm(x_QD), RoutingStats.of(config.moe, by_layer, tokens, num_tokens, x_QD)
 
 
 def _taken(x: Tensor, sequences: SequenceMetadata) -> Tensor:
@@ -425,9 +410,3 @@ def unpacked(hidden_QD: Tensor, sequences: SequenceMetadata, shape: torch.Size) 
         padded = hidden_ND.new_zeros(shape.numel(), hidden_ND.shape[1])
         hidden_ND = padded.index_copy(0, tokens_N, hidden_ND)
     return hidden_ND.view(*shape, -1)
-
-
-def _counts(buckets_LNK: Tensor, num_buckets: int) -> Tensor:
-    """How often each bucket occurs in each layer, [L, buckets]; `bincount` would ask the device for the largest."""
-    flat_LP = buckets_LNK.flatten(1)
-    return flat_LP.new_zeros(len(flat_LP), num_buckets).scatter_add(1, flat_LP, torch.ones_like(flat_LP))

@@ -20,7 +20,6 @@ from mmllm.batch import IGNORE, Modality, PackedBatch
 from mmllm.model.cache import KVCache
 from mmllm.model.config import config_from_dict, config_to_dict
 from mmllm.model.decoder import INIT_STD, Decoder, DecoderConfig
-from mmllm.model.moe import MoE, RoutingStats
 from mmllm.model.projectors import (
     AudioProjector,
     AudioProjectorConfig,
@@ -28,6 +27,7 @@ from mmllm.model.projectors import (
     ImageProjector,
     ImageProjectorConfig,
 )
+from mmllm.model.routing_stats import RoutingStats
 from mmllm.model.vision import VisionConfig, VisionTower
 from mmllm.sequences import BatchMetadata, MediaMetadata
 from mmllm_tokenizers.vocab import AUDIO_END, PAD, SPECIAL_TOKENS
@@ -161,16 +161,6 @@ class MultimodalModel(nn.Module):
             self.mask_embedding = nn.Parameter(torch.randn(width) * INIT_STD)
 
     @property
-    def loss_weights(self) -> dict[str, float]:
-        """The configured weight of each loss; `mmllm.training` puts them together."""
-        loss, moe = self.config.loss, self.config.decoder.moe
-        weights = {"text": loss.text, "units": loss.units, "ctc": loss.ctc}
-        return weights | {
-            "balance": moe.router_aux_loss_coef if moe else 0.0,
-            "z": moe.router_z_loss_coef if moe else 0.0,
-        }
-
-    @property
     def num_image_tokens(self) -> int:
         """Slots an image fills; 0 without a tower."""
         return self.image_projector.num_tokens if self.image_projector is not None else 0
@@ -193,14 +183,9 @@ class MultimodalModel(nn.Module):
     def num_active_parameters(self) -> int:
         """Parameters that one token passes: of E experts only the K chosen."""
         inactive = 0
-        for module in self.modules():
-            if isinstance(module, MoE):
-                experts = sum(weight.numel() for weight in module.experts.parameters())
-                inactive += (
-                    experts
-                    * (module.config.num_experts - module.config.num_experts_per_tok)
-                    // module.config.num_experts
-                )
+        for moe in self.decoder.expert_layers().values():
+            experts, config = sum(weight.numel() for weight in moe.experts.parameters()), moe.config
+            inactive += experts * (config.num_experts - config.num_experts_per_tok) // config.num_experts
         return self.num_parameters() - inactive
 
     def image_embedding(self, images_NCHW: Tensor) -> Tensor:
@@ -293,8 +278,14 @@ class MultimodalModel(nn.Module):
 
     def hidden(self, batch: PackedBatch, cache: KVCache | None = None) -> Tensor:
         """Hidden states after the final norm, [B, T, D]."""
-        x_BTD, spans_BT = self.splice(batch), self.spans(batch)
-        return self.decoder(x_BTD, batch.positions_BT, batch.document_ids_BT, cache, spans_BT=spans_BT)[0]
+        return self.decoder(
+            self.splice(batch),
+            batch.positions_BT,
+            batch.document_ids_BT,
+            cache,
+            batch.modality_BT,
+            self.spans(batch),
+        )[0]
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """Logits over the whole vocabulary at every position, [B, T, V]: for tests, not for training."""
