@@ -196,8 +196,11 @@ class _Head:
             grad_weight_WD = self.grad_weight_VD[rows]
             if gradient_RV.dtype == self.wide:
                 grad_weight_WD.addmm_(gradient_RV.T, hidden_RD)
-            else:
-                grad_weight_WD += gradient_RV.T @ hidden_RD
+                return
+            # A product in bf16 is added in float32, some rows at a time: whole, it and its copy in float32 would take
+            # more than the weight.
+            for part in chunks(len(grad_weight_WD), 4 * grad_weight_WD[0].nbytes, self.chunk_bytes):
+                grad_weight_WD[part] += gradient_RV[:, part].T @ hidden_RD
 
 
 @weighted.register_fake
