@@ -134,7 +134,7 @@ def caption_shards(work: Path, count: int) -> tuple[Path, Recipe]:
 
 
 def measure_decoding(work: Path, quick: bool) -> list[Row]:
-    """Pictures a second: read, decode, resize, tokenise and pack, one core."""
+    """Pictures a second: read, decode, resize, tokenize and pack, one core."""
     count = 48 if quick else 512
     folder = tokenizer(work / "tok")
     shard, recipe = caption_shards(work, count)
@@ -168,7 +168,7 @@ def measure_decoding(work: Path, quick: bool) -> list[Row]:
         print("megatron-energon isn't installed and is left out", file=sys.stderr)
     rates = alternate([ours, alone, *peers.values()], 2 if quick else 15)
     rows = [
-        row("decode, tokenise and pack", "JPEG 500x375 to 224", rates[0], "images/s", "decode and resize", rates[1])
+        row("decode, tokenize and pack", "JPEG 500x375 to 224", rates[0], "images/s", "decode and resize", rates[1])
     ]
     for name, rate in zip(peers, rates[2:], strict=True):
         rows.append(row("against other pipelines", "JPEG 500x375 to 224", rates[0], "images/s", name, rate))
@@ -441,7 +441,7 @@ def scan(shards: Sequence[Path], folder: TokenizerFolder) -> int:
 
 
 def measure_index(work: Path, quick: bool) -> list[Row]:
-    """Samples indexed a second, tokenising apart: by one process, and by one a core; rows that say their sizes or not.
+    """Samples indexed a second, tokenizing apart: by one process, and by one a core; rows that say their sizes or not.
 
     Of shards that were built here the digest is known. Of others it is computed, which takes the time to read them.
     """
@@ -466,7 +466,7 @@ def measure_index(work: Path, quick: bool) -> list[Row]:
     def by_workers(workers: int, shards: Sequence[Path] = shards) -> int:
         return sum(done for _, done in in_chunks(partial(scan, folder=folder), shards, 1, workers))
 
-    def tokenise() -> int:
+    def tokenize() -> int:
         found = scan_shard(shards[0].read_bytes(), str(shards[0]), folder)
         began = time.perf_counter()
         count_tokens(found, folder)
@@ -482,12 +482,12 @@ def measure_index(work: Path, quick: bool) -> list[Row]:
         [lambda: by_workers(0), lambda: by_workers(cores), lambda: by_workers(cores, unknown), by_tarfile],
         2 if quick else 5,
     )
-    tokenise()
+    tokenize()
     return [
         row("index build", f"headers and small files, {cores} workers", all_cores, "samples/s"),
         row("index build", f"pictures measured too, {cores} workers", measured, "samples/s"),
         row("index build", "headers and small files, one process", one, "samples/s", "tarfile, headers alone", peer),
-        row("index build", "tokenising", count / seconds[0], "samples/s"),
+        row("index build", "tokenizing", count / seconds[0], "samples/s"),
     ]
 
 

@@ -41,24 +41,27 @@ def make_tokenizer(pattern: str = "delay", num_codebooks: int = 3, sound: bool =
     return TokenizerFolder(text, SmallCodec(codec), config)
 
 
-def make_model(tokenizer: TokenizerFolder, sight: bool = True, tie_embeddings: bool = True) -> MultimodalModel:
+def make_model(tokenizer: TokenizerFolder, sight: bool = True, tie_word_embeddings: bool = True) -> MultimodalModel:
     """Random weights, far enough from nothing that answers differ in length."""
     torch.manual_seed(1)
     vocabulary = tokenizer.vocabulary
     audio = AudioConfig(
-        vocabulary.num_codebooks, vocabulary.codebook_size, 8, AudioProjectorConfig(pool=2, num_layers=1, kernel=3)
+        vocabulary.num_codebooks,
+        vocabulary.codebook_size,
+        8,
+        AudioProjectorConfig(pool=2, num_hidden_layers=1, kernel_size=3),
     )
     config = ModelConfig(
         decoder=DecoderConfig(
             vocab_size=vocabulary.size,
-            width=32,
-            num_layers=2,
-            num_heads=4,
-            num_kv_heads=2,
-            mlp_width=48,
-            moe=MoEConfig(num_experts=4, top_k=2, expert_width=24),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            moe=MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24),
             moe_layers=(1,),
-            tie_embeddings=tie_embeddings,
+            tie_word_embeddings=tie_word_embeddings,
         ),
         vision=VisionConfig(CLIP) if sight else None,
         audio=audio if vocabulary.num_codebooks else None,

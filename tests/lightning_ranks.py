@@ -37,7 +37,7 @@ class Reader(L.LightningModule):
 
 
 def run(recipe: str, batch_size: int, devices: int, max_steps: int, workers: int, ckpt: str | None, out: str) -> None:
-    """Trains up to `max_steps` optimiser steps of two batches, and saves `out`/last.ckpt."""
+    """Trains up to `max_steps` optimizer steps of two batches, and saves `out`/last.ckpt."""
     trainer = L.Trainer(
         accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, max_steps=max_steps,

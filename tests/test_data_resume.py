@@ -30,7 +30,7 @@ from mmllm.model.multimodal import AudioConfig, LossConfig
 from mmllm.model.projectors import AudioProjectorConfig, ImageProjectorConfig
 from mmllm.model.vision import VisionConfig
 from mmllm.training.decoder_module import DecoderModule
-from mmllm.training.optimisers import OptimiserConfig
+from mmllm.training.optimizers import OptimizerConfig
 from mmllm_tokenizers.folder import TokenizerFolder
 from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict
 from tests.data_ranks import STEP_SECONDS, rows
@@ -217,15 +217,23 @@ def test_lightning_resumes_two_ranks_as_one(made, wanted, tmp_path):
 def small_module(tokenizer: Path) -> DecoderModule:
     """Sees, hears, reads and speaks, with experts in one of two layers."""
     torch.manual_seed(0)
-    moe = MoEConfig(num_experts=4, top_k=2, expert_width=32)
+    moe = MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
     return DecoderModule(
-        DecoderConfig(0, width=32, num_layers=2, num_heads=2, mlp_width=64, moe=moe, moe_layers=(1,)),
+        DecoderConfig(
+            0,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            moe=moe,
+            moe_layers=(1,),
+        ),
         VisionConfig(CLIP_CONFIG),
         ImageProjectorConfig(kind="mlp"),
-        AudioConfig(0, 0, latent_width=0, projector=AudioProjectorConfig("conv", pool=2, num_layers=1)),
+        AudioConfig(0, 0, codebook_dim=0, projector=AudioProjectorConfig("conv", pool=2, num_hidden_layers=1)),
         LossConfig(units=0.5, ctc=0.3),
         tokenizer=str(tokenizer),
-        optimiser=OptimiserConfig(lr=3e-3, warmup=0.1),
+        optimizer=OptimizerConfig(lr=3e-3, warmup=0.1),
     )
 
 

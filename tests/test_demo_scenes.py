@@ -13,7 +13,7 @@ from PIL import Image
 
 from mmllm.evaluation.scenes import (
     AT,
-    COLOURS,
+    COLORS,
     POSITIONS,
     SHAPES,
     SIZES,
@@ -25,7 +25,7 @@ from mmllm.evaluation.scenes import (
 )
 from mmllm.quickstart.scenes import _place, heldout_pairs, make_scenes, shape_mask, split_pairs
 
-objects = st.builds(SceneObject, st.sampled_from(SIZES), st.sampled_from(COLOURS), st.sampled_from(SHAPES))
+objects = st.builds(SceneObject, st.sampled_from(SIZES), st.sampled_from(COLORS), st.sampled_from(SHAPES))
 
 
 def rows_of(path):

@@ -17,7 +17,7 @@ from mmllm.quickstart.prose import make_prose
 from mmllm.quickstart.scenes import heldout_pairs
 from mmllm.quickstart.speech import WORDS, make_speech, sample_sentence, say_utterances
 from mmllm.quickstart.speech import sample_utterance as plan
-from mmllm.quickstart.synthesis import clean_speech, resample, synthesise, trim_silence, voices
+from mmllm.quickstart.synthesis import clean_speech, resample, synthesize, trim_silence, voices
 
 
 def rows_of(path):
@@ -56,13 +56,13 @@ def test_silence_is_cut_and_added():
 
 
 def test_speech_does_not_depend_on_what_was_said_before(espeak, tmp_path):
-    first = synthesise("a small red circle", "en-us+f2")
-    synthesise("draw the blue square", "en-gb-scotland+m2", 200, 30)
-    assert np.array_equal(first, synthesise("a small red circle", "en-us+f2"))
-    assert not np.array_equal(first, synthesise("a small red circle", "en-us+m3"))
+    first = synthesize("a small red circle", "en-us+f2")
+    synthesize("draw the blue square", "en-gb-scotland+m2", 200, 30)
+    assert np.array_equal(first, synthesize("a small red circle", "en-us+f2"))
+    assert not np.array_equal(first, synthesize("a small red circle", "en-us+m3"))
     assert 1 < len(first) / 22050 < 2 and np.abs(first).max() > 3000
     with pytest.raises(ValueError, match="no voice 'nobody'"):
-        synthesise("red", "nobody")
+        synthesize("red", "nobody")
 
 
 def test_the_number_of_processes_changes_no_sample(espeak, tmp_path, monkeypatch):

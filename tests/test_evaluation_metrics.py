@@ -17,16 +17,16 @@ from mmllm.evaluation.metrics import (
     cider_d,
     error_rate,
     exact_match,
-    normalise_text,
+    normalize_text,
     word_edits,
 )
 from mmllm.evaluation.routing import dead_experts, load_by_modality, mutual_information_bits, routing_summary
 
 
 def test_text_is_compared_without_case_punctuation_and_spacing():
-    assert normalise_text("  Don’t  stop,\tAnn!\n") == "dont stop ann"
-    assert normalise_text("Ä-ö 3½ C++") == "ä ö 3½ c++"
-    assert normalise_text("e\u0301") == "é"
+    assert normalize_text("  Don’t  stop,\tAnn!\n") == "dont stop ann"
+    assert normalize_text("Ä-ö 3½ C++") == "ä ö 3½ c++"
+    assert normalize_text("e\u0301") == "é"
     assert exact_match("A red   circle.", "a Red circle")
     assert not exact_match("a red circles", "a red circle")
     assert not exact_match("", "?!")  # nothing is left of either, and yet they differ
@@ -35,8 +35,8 @@ def test_text_is_compared_without_case_punctuation_and_spacing():
 
 @settings(max_examples=50, deadline=None)
 @given(st.text())
-def test_normalising_twice_changes_nothing(text: str):
-    assert normalise_text(normalise_text(text)) == normalise_text(text)
+def test_normalizing_twice_changes_nothing(text: str):
+    assert normalize_text(normalize_text(text)) == normalize_text(text)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from mmllm.data.samples.decode import ImageTransform
 from mmllm.data.samples.stored import COLUMN, features_hash, unpack_features
 from mmllm.data.shards import encode as sample_files
 from mmllm.data.shards.tar import read_members, scan_tar
+from mmllm.losses.batch import LossFunction
 from mmllm.model.decoder import DecoderConfig
 from mmllm.model.moe import MoEConfig
 from mmllm.model.multimodal import AudioConfig
@@ -32,7 +33,7 @@ from mmllm.training.clip_module import load_clip_config, save_clip
 from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.image_encoder import load_image_encoder
 from mmllm.training.lightning_cli import quiet_lightning
-from mmllm.training.optimisers import OptimiserConfig
+from mmllm.training.optimizers import OptimizerConfig
 from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict
 from tests.training_fixtures import CLIP_CONFIG, LossRecorder, fit_rank, quiet_trainer, run_two_ranks
 
@@ -145,19 +146,20 @@ def test_such_shards_are_indexed_verified_and_shown(
 
 
 def make_module(
-    root: Path, clip: str = "clip", layer: int = LAYER, builds: bool = True, **optimiser: Any
+    root: Path, clip: str = "clip", layer: int = LAYER, builds: bool = True, **optimizer: Any
 ) -> DecoderModule:
     module = DecoderModule(
         decoder=DecoderConfig(
-            vocab_size=0, width=16, num_layers=2, num_heads=2, mlp_width=32, moe_layers=(1,),
-            moe=MoEConfig(num_experts=4, top_k=2, expert_width=16),
+            vocab_size=0, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+            moe_layers=(1,),
+            moe=MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
         ),
         vision=VisionConfig(CLIP, layer=layer),
         image_projector=ImageProjectorConfig(kind="mlp"),
-        audio=AudioConfig(0, 0, latent_width=8, projector=AudioProjectorConfig("conv", pool=2, num_layers=1)),
+        audio=AudioConfig(0, 0, codebook_dim=8, projector=AudioProjectorConfig("conv", pool=2, num_hidden_layers=1)),
         tokenizer=str(root / "tok"),
         clip=str(root / clip),
-        optimiser=OptimiserConfig(**{"lr": 1e-2, "tower_lr": 0.0, **optimiser}),
+        optimizer=OptimizerConfig(**{"lr": 1e-2, "tower_lr": 0.0, **optimizer}),
     )  # fmt: skip
     if builds:
         torch.manual_seed(3)
@@ -176,7 +178,8 @@ def first_batch(root: Path, name: str) -> PackedBatch:
 def gradients(module: DecoderModule, batch: PackedBatch) -> tuple[float, dict[str, torch.Tensor]]:
     module.zero_grad()
     assert module.model is not None
-    loss = module.model.train()(batch).loss_sums["text"]
+    model = module.model.train()
+    loss = LossFunction(model.config, num_sources=4)(model, model(batch), batch).objective
     loss.backward()
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     assert [name for name, parameter in trained.items() if parameter.grad is None] == []

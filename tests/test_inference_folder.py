@@ -61,11 +61,11 @@ def test_round_trip_is_exact(model, saved, monkeypatch):
     assert (first.samples == second.samples).all()
 
 
-@pytest.mark.parametrize("tie_embeddings", [True, False])
+@pytest.mark.parametrize("tie_word_embeddings", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_kinds_round_trip(tmp_path, tie_embeddings, dtype):
+def test_other_kinds_round_trip(tmp_path, tie_word_embeddings, dtype):
     tokenizer = make_tokenizer(sound=False)
-    model = make_model(tokenizer, sight=False, tie_embeddings=tie_embeddings).to(dtype)
+    model = make_model(tokenizer, sight=False, tie_word_embeddings=tie_word_embeddings).to(dtype)
     save_model(tmp_path / "model", model, tokenizer, generation=GenerationConfig(text=Sampling(0.5, seed=4)))
     loaded = load_model(tmp_path / "model")
     before, after = model.state_dict(), loaded.model.state_dict()

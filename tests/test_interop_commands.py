@@ -57,7 +57,11 @@ def logits_of(decoder: Decoder, ids_BT: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [("mixtral", {}), ("mixtral", {"tie_embeddings": False}), ("qwen3_moe", {"qk_norm": True, "moe_layers": (1,)})],
+    [
+        ("mixtral", {}),
+        ("mixtral", {"tie_word_embeddings": False}),
+        ("qwen3_moe", {"qk_norm": True, "moe_layers": (1,)}),
+    ],
 )
 def test_an_exported_model_gives_the_same_logits_in_transformers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, changes: dict[str, Any]
@@ -116,7 +120,7 @@ def test_training_starts_with_the_imported_weights_but_not_with_foreign_embeddin
     assert "stay random" in caplog.text
     theirs = from_mixtral(mixtral)
     assert decoder.config == theirs.config
-    vocabulary = {"embedding.weight", "output.weight"}
+    vocabulary = {"embed_tokens.weight", "lm_head.weight"}
     ours = decoder.state_dict()
     differing = {name for name, tensor in theirs.state_dict().items() if not torch.equal(ours[name], tensor)}
     assert differing == vocabulary, "equal sizes don't make equal ids"
@@ -133,7 +137,7 @@ def test_training_starts_with_the_imported_weights_but_not_with_foreign_embeddin
 def test_embeddings_come_back_with_the_tokenizer_that_they_were_exported_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tied: bool
 ) -> None:
-    model, tokenizer = save_tiny(tmp_path, tie_embeddings=tied)
+    model, tokenizer = save_tiny(tmp_path, tie_word_embeddings=tied)
     run(capsys, "export", "--model", tmp_path / "model", "--out", tmp_path / "out")
     # as after training in transformers: what it writes keeps the hash
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "trained")
@@ -143,8 +147,8 @@ def test_embeddings_come_back_with_the_tokenizer_that_they_were_exported_with(
     weights = model.decoder.state_dict()
     assert weights.keys() == decoder.state_dict().keys()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in decoder.state_dict().items())
-    with pytest.raises(ValueError, match=r"output\.weight"):
-        started_from(tmp_path / "decoder", tmp_path / "tokenizer", tie_embeddings=not tied)
+    with pytest.raises(ValueError, match=r"lm_head\.weight"):
+        started_from(tmp_path / "decoder", tmp_path / "tokenizer", tie_word_embeddings=not tied)
     # another tokenizer of the same size
     text = TextTokenizer.train(["one two, three: four blue circles he said above squares"] * 3, vocab_size=320)
     text = text if text.vocab_size == tokenizer.text.vocab_size else tokenizer.text
@@ -152,17 +156,17 @@ def test_embeddings_come_back_with_the_tokenizer_that_they_were_exported_with(
     assert other.vocabulary == tokenizer.vocabulary and other.hash != tokenizer.hash
     other.save(tmp_path / "other")
     random = started_from(tmp_path / "decoder", tmp_path / "other")
-    assert not torch.equal(random.embedding.weight, weights["embedding.weight"])
+    assert not torch.equal(random.embed_tokens.weight, weights["embed_tokens.weight"])
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"rope_theta": 500.0}, r"decoder\.rope_theta is 500\.0 but the imported decoder has"),
-        ({"num_layers": 1}, r"decoder\.num_layers is 1 but the imported decoder has 2"),
-        ({"num_heads": 2, "num_kv_heads": 2, "head_width": 4}, r"decoder\.num_heads is 2"),
+        ({"num_hidden_layers": 1}, r"decoder\.num_hidden_layers is 1 but the imported decoder has 2"),
+        ({"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 4}, r"decoder\.num_attention_heads is 2"),
         ({"moe_layers": (1,)}, r"decoder\.has_experts\(0\) is False"),
-        ({"width": 24}, r"decoder\.width is 24"),
+        ({"hidden_size": 24}, r"decoder\.hidden_size is 24"),
     ],
 )
 def test_a_decoder_that_computes_something_else_is_refused(

@@ -15,16 +15,16 @@ transformers = pytest.importorskip("transformers", reason="needs the transformer
 def _config(**changes) -> DecoderConfig:
     values = {
         "vocab_size": 61,
-        "width": 32,
-        "num_layers": 3,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_width": 12,
-        "mlp_width": 40,
-        "moe": MoEConfig(num_experts=5, top_k=2, expert_width=24),
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "intermediate_size": 40,
+        "moe": MoEConfig(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24),
         "rope_theta": 5000.0,
-        "norm_eps": 1e-6,
-        "tie_embeddings": False,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
     }
     return DecoderConfig(**(values | changes))
 
@@ -44,9 +44,9 @@ def _logits(decoder: Decoder, ids_BT: torch.Tensor) -> torch.Tensor:
 
 FAMILIES = {
     "mixtral": {},
-    "mixtral tied": {"tie_embeddings": True},
+    "mixtral tied": {"tie_word_embeddings": True},
     "qwen3_moe": {"qk_norm": True, "moe_layers": (1, 2)},
-    "qwen3_moe unnormalised gates": {"qk_norm": True, "moe": MoEConfig(5, 2, 24, renormalise=False)},
+    "qwen3_moe unnormalized gates": {"qk_norm": True, "moe": MoEConfig(5, 2, 24, norm_topk_prob=False)},
 }
 
 
@@ -77,8 +77,8 @@ def test_round_trip_through_a_folder(family, tmp_path):
     decoder = _decoder(_config(**FAMILIES[family]))
     assert to_mixtral(decoder, tmp_path) == family
     again = from_mixtral(tmp_path)
-    mlp_width = again.config.mlp_width if family == "mixtral" else 40  # Mixtral has no dense layers
-    assert again.config == dataclasses.replace(decoder.config, mlp_width=mlp_width)
+    intermediate_size = again.config.intermediate_size if family == "mixtral" else 40  # Mixtral has no dense layers
+    assert again.config == dataclasses.replace(decoder.config, intermediate_size=intermediate_size)
     for name, value in decoder.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
 
@@ -88,7 +88,7 @@ def test_round_trip_through_a_folder(family, tmp_path):
     [
         ({"moe": None}, "layer 0 is dense"),
         ({"moe_layers": (0, 2)}, "layer 1 is dense and decoder.qk_norm is false"),
-        ({"moe": MoEConfig(4, 2, 8, renormalise=False)}, "layer 0 does not renormalise"),
+        ({"moe": MoEConfig(4, 2, 8, norm_topk_prob=False)}, "layer 0 does not renormalize"),
     ],
 )
 def test_what_no_family_computes_is_refused_naming_the_layer(changes, message):

@@ -5,15 +5,24 @@ import dataclasses
 import pytest
 import torch
 
-from mmllm.model.attention import PackedLayout
 from mmllm.model.decoder import Decoder, DecoderConfig
 from mmllm.model.moe import MoEConfig
+from mmllm.sequences import SequenceMetadata
 
 LENGTHS = [[40, 3, 1, 20], [7, 33, 5], [64], [64]]
 """Documents of four packed sequences of 64 positions; the second ends in padding."""
-DENSE = DecoderConfig(vocab_size=50, width=32, num_layers=3, num_heads=4, num_kv_heads=2, mlp_width=40, qk_norm=True)
+DENSE = DecoderConfig(
+    vocab_size=50,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=40,
+    qk_norm=True,
+)
 SPARSE = DecoderConfig(
-    vocab_size=50, width=32, num_layers=3, num_heads=4, num_kv_heads=2, mlp_width=40, moe=MoEConfig(4, 2, 24),
+    vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=40, moe=MoEConfig(4, 2, 24),
     moe_layers=(1, 2),
 )  # fmt: skip
 
@@ -78,7 +87,7 @@ def test_checkpointed_blocks_give_the_same_loss_and_gradients_from_less_memory(c
     x_BTD, positions_BT, documents_BT = _packed()
     losses, gradients, num_kept = [], [], []
     for is_checkpointed in (False, True):
-        decoder = _decoder(dataclasses.replace(config, dropout=0.2, checkpoint_blocks=is_checkpointed)).train()
+        decoder = _decoder(dataclasses.replace(config, dropout=0.2, gradient_checkpointing=is_checkpointed)).train()
         kept: list[int] = []
 
         def keep(tensor: torch.Tensor, kept: list[int] = kept) -> torch.Tensor:
@@ -89,7 +98,7 @@ def test_checkpointed_blocks_give_the_same_loss_and_gradients_from_less_memory(c
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             hidden_BTD, stats = decoder(x_BTD.requires_grad_(), positions_BT, documents_BT)
             loss = hidden_BTD.pow(3).sum() + stats.balance_loss() + stats.z_loss()
-        gradients.append(torch.autograd.grad(loss, [x_BTD, *decoder.blocks.parameters()]))
+        gradients.append(torch.autograd.grad(loss, [x_BTD, *decoder.layers.parameters()]))
         losses.append(loss.detach())
         num_kept.append(sum(kept))
     torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
@@ -146,9 +155,9 @@ def test_cached_equals_uncached_with_left_padding(config):
 
 def test_layout_finds_every_token_once():
     _, _, documents_BT = _packed()
-    layout = PackedLayout.build(documents_BT)
-    assert torch.equal(layout.gather_P[layout.scatter_N], torch.arange(layout.tokens_N.numel()))
-    assert layout.scatter_N.unique().numel() == layout.tokens_N.numel() == int((documents_BT >= 0).sum())
+    layout = SequenceMetadata.of(documents_BT)
+    assert torch.equal(layout.gather_P[layout.scatter_Q], torch.arange(layout.tokens_Q.numel()))
+    assert layout.scatter_Q.unique().numel() == layout.tokens_Q.numel() == int((documents_BT >= 0).sum())
     assert sum(count * length for count, length in layout.blocks) == layout.gather_P.numel()
     assert len(layout.blocks) == 2  # up to 32 positions, and up to 64
 
@@ -180,8 +189,8 @@ def test_auxiliary_losses_by_hand_and_padding_left_out():
 
 def test_balance_loss_is_one_when_balanced_and_ranks_add_up():
     decoder = _decoder(SPARSE)
-    for block in (decoder.blocks[1], decoder.blocks[2]):
-        block.mlp.router_ED.data.zero_()
+    for block in (decoder.layers[1], decoder.layers[2]):
+        block.mlp.gate.weight.data.zero_()
     x_BTD, positions_BT, documents_BT = _packed()
     assert abs(decoder(x_BTD, positions_BT, documents_BT)[1].balance_loss().item() - 1) < 1e-9
     decoder = _decoder(SPARSE)
@@ -196,11 +205,11 @@ def test_balance_loss_is_one_when_balanced_and_ranks_add_up():
 @pytest.mark.parametrize("autocast", [True, False])
 def test_the_router_is_exact_in_bf16(autocast):
     decoder = _decoder(SPARSE, torch.float32)
-    moe = decoder.blocks[1].mlp.to(torch.float32 if autocast else torch.bfloat16)
+    moe = decoder.layers[1].mlp.to(torch.float32 if autocast else torch.bfloat16)
     x_ND = torch.randn(50, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out_ND, logits_NE, routed = moe(x_ND)
-    exact_NE = x_ND.float() @ moe.router_ED.float().T
+    exact_NE = x_ND.float() @ moe.gate.weight.float().T
     assert (out_ND.dtype, logits_NE.dtype) == (torch.bfloat16, torch.float32)
     torch.testing.assert_close(logits_NE, exact_NE, rtol=1e-5, atol=1e-6)
     assert torch.equal(routed.experts_TK, exact_NE.topk(2).indices)
@@ -209,11 +218,12 @@ def test_the_router_is_exact_in_bf16(autocast):
 def test_initial_weights_and_meta_device():
     torch.manual_seed(0)
     decoder = Decoder(SPARSE)
-    assert abs(decoder.embedding.weight.std().item() - 0.02) < 1e-3
-    assert abs(decoder.blocks[1].mlp.down_EDI.std().item() - 0.02 / 6**0.5) < 1e-3
-    assert abs(decoder.blocks[0].attention.out.weight.std().item() - 0.02 / 6**0.5) < 1e-3
+    assert abs(decoder.embed_tokens.weight.std().item() - 0.02) < 1e-3
+    assert abs(decoder.layers[1].mlp.experts.down_proj.std().item() - 0.02 / 6**0.5) < 1e-3
+    assert abs(decoder.layers[0].self_attn.o_proj.weight.std().item() - 0.02 / 6**0.5) < 1e-3
     with torch.device("meta"):
-        large = Decoder(DecoderConfig(vocab_size=50000, width=2048, num_layers=16, num_heads=16, num_kv_heads=4,
+        large = Decoder(DecoderConfig(vocab_size=50000, hidden_size=2048, num_hidden_layers=16,
+                      num_attention_heads=16, num_key_value_heads=4,
                                       moe=MoEConfig(64, 8, 512)))  # fmt: skip
     assert all(parameter.is_meta for parameter in large.parameters())
     assert 3e9 < sum(parameter.numel() for parameter in large.parameters()) < 4e9
@@ -222,15 +232,15 @@ def test_initial_weights_and_meta_device():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"width": 30}, "width is 30, which 4 heads do not divide"),
-        ({"head_width": 7}, "head_width is 7"),
-        ({"num_kv_heads": 3}, "num_kv_heads, 3, does not divide"),
+        ({"hidden_size": 30}, "hidden_size is 30, which 4 heads do not divide"),
+        ({"head_dim": 7}, "head_dim is 7"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads, 3, does not divide"),
         ({"moe_layers": (0, 3)}, "names layer 3; layers are 0 to 2"),
     ],
 )
 def test_bad_configs_are_named(changes, message):
-    values = {"vocab_size": 50, "width": 32, "num_layers": 3, "num_heads": 4} | changes
+    values = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4} | changes
     with pytest.raises(ValueError, match=message):
         DecoderConfig(**values)
-    with pytest.raises(ValueError, match="top_k is 5"):
-        MoEConfig(num_experts=4, top_k=5)
+    with pytest.raises(ValueError, match="num_experts_per_tok is 5"):
+        MoEConfig(num_experts=4, num_experts_per_tok=5)

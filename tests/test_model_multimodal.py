@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
+from mmllm.losses.batch import BatchLosses, LossFunction
 from mmllm.model.decoder import DecoderConfig
 from mmllm.model.moe import MoEConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
@@ -24,12 +25,14 @@ TEXT, K, SIZE, POOL = 40, 3, 9, 2
 END_OF_SOUND = SPECIAL_TOKENS.index(AUDIO_END)
 CONFIG = ModelConfig(
     DecoderConfig(
-        vocab_size=TEXT + K * (SIZE + 1), width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=40,
+        vocab_size=TEXT + K * (SIZE + 1), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=40,
         moe=MoEConfig(4, 2, 24), moe_layers=(1,),
     ),
     VisionConfig(CLIP),
     ImageProjectorConfig(),
-    AudioConfig(K, SIZE, latent_width=12, projector=AudioProjectorConfig(pool=POOL, num_layers=2, kernel=3)),
+    AudioConfig(K, SIZE, codebook_dim=12, projector=AudioProjectorConfig(pool=POOL, num_hidden_layers=2,
+    kernel_size=3)),
     LossConfig(text=1.0, units=0.5, ctc=0.3),
 )  # fmt: skip
 
@@ -43,9 +46,13 @@ def _model(config: ModelConfig = CONFIG, dtype: torch.dtype = torch.float64) -> 
 
 
 def _loss(model: MultimodalModel, batch: PackedBatch) -> torch.Tensor:
-    """What training minimises."""
-    output = model(batch)
-    return GlobalTotals.of(output, batch).loss(output, model.loss_weights)
+    """What training minimizes."""
+    losses = _losses(model, batch)
+    return GlobalTotals.of(losses, batch).loss(losses, model.loss_weights)
+
+
+def _losses(model: MultimodalModel, batch: PackedBatch) -> BatchLosses:
+    return LossFunction(model.config, num_sources=2)(model, model(batch), batch)
 
 
 class Documents:
@@ -148,7 +155,7 @@ def _mixed() -> list[list[dict[str, torch.Tensor]]]:
 
 def test_a_mixed_batch_equals_its_parts():
     model, rows = _model(), _mixed()
-    whole = model(pack(rows, 48), num_sources=2)
+    whole = _losses(model, pack(rows, 48))
     logits = model.logits(pack(rows, 48))
     sums, counts, source_sums = {}, {}, 0
     for b, row in enumerate(rows):
@@ -157,14 +164,14 @@ def test_a_mixed_batch_equals_its_parts():
             batch = pack([[document]], len(document["ids"]))
             stop = start + len(document["ids"])
             torch.testing.assert_close(logits[b, start:stop], model.logits(batch)[0], rtol=1e-9, atol=1e-10)
-            part = model(batch, num_sources=2)
+            part = _losses(model, batch)
             for key in ("text", "units", "ctc", "z"):
-                sums[key] = sums.get(key, 0) + part.loss_sums[key]
+                sums[key] = sums.get(key, 0) + part.sums[key]
                 counts[key] = counts.get(key, 0) + part.counts[key]
             source_sums = source_sums + (part.source_sums if d % 2 == 0 else part.source_sums.flip(0))
             start = stop
     for key in sums:
-        torch.testing.assert_close(whole.loss_sums[key], sums[key], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(whole.sums[key], sums[key], rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(whole.counts[key], counts[key])
     torch.testing.assert_close(whole.source_sums, source_sums, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(whole.source_counts.sum(), whole.counts["text"] + whole.counts["units"])
@@ -174,10 +181,10 @@ def test_losses_by_hand():
     model = _model()
     make = Documents(3)
     batch = pack([[make.text(10)], [make.speech(5, 6)]], 16)
-    output = model(batch)
+    output = _losses(model, batch)
     log_probs = model.logits(batch).log_softmax(dim=-1)
     text = -sum(log_probs[0, t, batch.token_ids_BT[0, t + 1]] for t in range(9))
-    torch.testing.assert_close(output.loss_sums["text"].double(), text, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(output.sums["text"].double(), text, rtol=1e-6, atol=1e-6)
     assert output.counts["text"] == 9
     blocks = model.unit_logits(model.hidden(batch))[1].log_softmax(dim=-1)
     units = -log_probs[1, 10, END_OF_SOUND]
@@ -187,7 +194,7 @@ def test_losses_by_hand():
             if batch.audio_labels_BTK[1, t, k] != IGNORE:
                 frame = frame + blocks[t, k, batch.audio_labels_BTK[1, t, k]]
         units = units - frame / K
-    torch.testing.assert_close(output.loss_sums["units"].double(), units, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(output.sums["units"].double(), units, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(output.counts["units"].item(), 6 - 2 / K + 1, rtol=1e-6, atol=0)
     assert output.routing.counts_LME is not None
     by_modality = output.routing.counts_LME.sum(dim=(0, 2)).tolist()
@@ -273,14 +280,14 @@ def test_word_dropout_hides_only_target_text():
 def test_codebooks_start_the_embeddings():
     model = _model()
     codebooks = torch.randn(K + 1, SIZE, 12) * 5
-    model.initialise_audio(codebooks)
+    model.initialize_audio(codebooks)
     codes = torch.randint(0, SIZE, (4000, K))
     embedded = model.code_embedding(codes)
     assert abs(embedded.var(dim=0).mean().item() - 1) < 0.25
     expected = sum(codebooks[k][codes[:, k]] for k in range(K)).to(embedded)
     torch.testing.assert_close(embedded, expected * embedded.std() / expected.std(), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"\[3, 9, 5\]; the model's audio config wants \[3, 9, 12\]"):
-        model.initialise_audio(torch.randn(3, 9, 5))
+        model.initialize_audio(torch.randn(3, 9, 5))
 
 
 def test_config_round_trip_and_unknown_keys():
@@ -290,7 +297,7 @@ def test_config_round_trip_and_unknown_keys():
     with pytest.raises(ValueError, match=r"unknown key 'num_expert' of model.decoder.moe; MoEConfig has num_experts"):
         ModelConfig.from_dict(values | {"decoder": values["decoder"] | {"moe": {"num_expert": 3}}})
     with pytest.raises(ValueError, match=r"'vocab_size' of model.decoder is missing"):
-        ModelConfig.from_dict({"decoder": {"width": 32}})
+        ModelConfig.from_dict({"decoder": {"hidden_size": 32}})
     with pytest.raises(ValueError, match="leaves 9 text ids"):
         dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, vocab_size=39))
 
@@ -315,7 +322,8 @@ def test_slots_and_images_that_differ_are_named():
 
 def test_large_model_builds_on_the_meta_device():
     config = ModelConfig(
-        DecoderConfig(vocab_size=40000, width=1024, num_layers=24, num_heads=16, num_kv_heads=4,
+        DecoderConfig(vocab_size=40000, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
+        num_key_value_heads=4,
                       moe=MoEConfig(16, 2, 768)),
         VisionConfig("ViT-B-16"),
         ImageProjectorConfig("average", num_tokens=49),

@@ -16,7 +16,7 @@ from mmllm.model.projectors import (
     ("config", "num_tokens"),
     [
         (ImageProjectorConfig("linear"), 12),
-        (ImageProjectorConfig("mlp", hidden_width=7), 12),
+        (ImageProjectorConfig("mlp", hidden_size=7), 12),
         (ImageProjectorConfig("average", num_tokens=6), 6),
         (ImageProjectorConfig("attention", num_tokens=5), 5),
     ],
@@ -55,7 +55,11 @@ def test_impossible_image_projectors_are_named():
 def test_clips_do_not_depend_on_their_neighbours(kind, pool):
     torch.manual_seed(0)
     embedding = CodeEmbedding(2, 9, 12).double()
-    projector = AudioProjector(AudioProjectorConfig(kind, pool=pool, num_layers=3, kernel=5), 12, 16).double().eval()
+    projector = (
+        AudioProjector(AudioProjectorConfig(kind, pool=pool, num_hidden_layers=3, kernel_size=5), 12, 16)
+        .double()
+        .eval()
+    )
     codes_CFK = torch.full((3, 17, 2), -1)
     lengths = [5, 17, 1]
     for c, length in enumerate(lengths):
@@ -96,7 +100,7 @@ def test_training_masks_frames_and_codebooks_only_in_training():
 def test_bad_audio_projectors_are_named():
     for values, message in [
         ({"pool": 0}, "pool is 0"),
-        ({"kernel": 4}, "must be odd"),
+        ({"kernel_size": 4}, "must be odd"),
         ({"frame_mask": 1.0}, r"\[0, 1"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -137,8 +141,8 @@ def test_a_flat_table_embeds_a_frame_as_separate_ones_do() -> None:
     torch.manual_seed(0)
     codebooks_KVD = torch.randn(3, 5, 8)
     separate, flat = CodeEmbedding(3, 5, 8), CodeEmbedding(1, 15, 8)
-    separate.initialise(codebooks_KVD)
-    flat.initialise(codebooks_KVD.reshape(1, 15, 8))
+    separate.initialize(codebooks_KVD)
+    flat.initialize(codebooks_KVD.reshape(1, 15, 8))
     codes_CFK = torch.randint(-1, 5, (2, 7, 3))
     ratio = flat(codes_CFK) / separate(codes_CFK)  # each is scaled to unit variance as a whole
     told = (codes_CFK >= 0).any(dim=-1)

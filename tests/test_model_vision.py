@@ -6,7 +6,7 @@ import torch
 from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
 
-from mmllm.model.vision import StandardisedConv2d, VisionConfig, VisionTower, build_clip, pixel_statistics
+from mmllm.model.vision import StandardizedConv2d, VisionConfig, VisionTower, build_clip, pixel_statistics
 
 TEXT_CFG = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
 VIT = {
@@ -30,7 +30,7 @@ def _images() -> torch.Tensor:
     return torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def _normalised(images: torch.Tensor) -> torch.Tensor:
+def _normalized(images: torch.Tensor) -> torch.Tensor:
     mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN)[:, None, None]
     return (images / 255 - mean) / torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None]
 
@@ -42,13 +42,13 @@ def test_vit_features_equal_open_clips(layer):
     tower = VisionTower(VisionConfig(VIT, layer=layer)).eval().from_clip(clip)
     images = _images()
     expected = clip.visual.forward_intermediates(
-        _normalised(images), indices=[layer % 3], normalize_intermediates=layer == -1, output_fmt="NLC"
+        _normalized(images), indices=[layer % 3], normalize_intermediates=layer == -1, output_fmt="NLC"
     )["image_intermediates"][0]
     torch.testing.assert_close(tower(images), expected, rtol=1e-5, atol=1e-5)
     assert (tower.grid, tower.width, tower.image_size) == ((8, 8), 32, 64)
     if layer == -1:
         clip.visual.output_tokens = True
-        torch.testing.assert_close(tower(images), clip.visual(_normalised(images))[1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(tower(images), clip.visual(_normalized(images))[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_resnet_features_equal_open_clips(layer, index, grid, width):
     torch.manual_seed(0)
     clip = build_clip(VisionConfig(RESNET)).eval()
     tower = VisionTower(VisionConfig(RESNET, layer=layer)).from_clip(clip)  # not eval: BatchNorm must be so anyway
-    output = clip.visual.forward_intermediates(_normalised(_images()), indices=[index], intermediates_only=True)
+    output = clip.visual.forward_intermediates(_normalized(_images()), indices=[index], intermediates_only=True)
     expected = output["image_intermediates"][0]
     torch.testing.assert_close(tower(_images()), expected.flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-5)
     assert (tower.grid, tower.width) == ((grid, grid), width)
@@ -71,7 +71,7 @@ def test_timm_features_equal_timms(layer):
     size = clip.visual.image_size[0]
     tower = VisionTower(VisionConfig(TIMM, layer=layer)).eval().from_clip(clip)
     expected = clip.visual.trunk.forward_intermediates(
-        _normalised(_images()), indices=[layer], intermediates_only=True, norm=False
+        _normalized(_images()), indices=[layer], intermediates_only=True, norm=False
     )[0]
     assert size == tower.image_size == 64
     torch.testing.assert_close(tower(_images()), expected.flatten(2).transpose(1, 2), rtol=1e-5, atol=1e-5)
@@ -113,7 +113,7 @@ def test_weights_are_read_from_a_checkpoint(tmp_path, suffix):
         build_clip(VisionConfig(other, checkpoint=str(path)))
 
 
-def test_pixels_are_normalised_as_told(tmp_path):
+def test_pixels_are_normalized_as_told(tmp_path):
     torch.manual_seed(0)
     told = VisionConfig(VIT, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     clip = build_clip(told).eval()
@@ -171,10 +171,10 @@ def test_group_norm_keeps_pictures_apart() -> None:
     assert torch.allclose(tower.from_clip(clip)(images), tower(images))
 
 
-def test_group_norm_comes_with_standardised_filters() -> None:
+def test_group_norm_comes_with_standardized_filters() -> None:
     tower = VisionTower(VisionConfig(RESNET, norm="group"))
     filters = [module for module in tower.modules() if isinstance(module, torch.nn.Conv2d)]
-    assert filters and all(isinstance(module, StandardisedConv2d) for module in filters)
+    assert filters and all(isinstance(module, StandardizedConv2d) for module in filters)
     images = torch.rand(2, 3, tower.image_size, tower.image_size)
     stem = filters[0]
     flat = stem.weight.detach().flatten(1)
@@ -182,4 +182,4 @@ def test_group_norm_comes_with_standardised_filters() -> None:
     expected = torch.nn.functional.conv2d(images, plain.view_as(stem.weight), stride=stem.stride, padding=stem.padding)
     assert torch.allclose(stem(images), expected, rtol=1e-3, atol=1e-4)
     vit = VisionTower(VisionConfig(VIT, norm="group"))
-    assert not [module for module in vit.modules() if isinstance(module, StandardisedConv2d)], "it has no BatchNorm"
+    assert not [module for module in vit.modules() if isinstance(module, StandardizedConv2d)], "it has no BatchNorm"

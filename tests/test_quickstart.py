@@ -32,7 +32,7 @@ from mmllm.quickstart.plan import Contents, choose, evaluation_tasks, recipe_dic
 from mmllm.quickstart.processes import Processes
 from mmllm.training.decoder_module import DecoderModule
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230)}
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230)}
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,8 @@ def manifest(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     rows = []
     for i in range(24):
-        colour = list(COLOURS)[i // 2 % 3]
-        Image.new("RGB", (20 + i, 20), COLOURS[colour]).save(folder / f"{i}.png")
+        colour = list(COLORS)[i // 2 % 3]
+        Image.new("RGB", (20 + i, 20), COLORS[colour]).save(folder / f"{i}.png")
         part = {"part": "test" if i % 3 == 0 else "train"}
         seen = [{"size": "small", "colour": colour, "shape": "square"}]
         pairs = [["square", colour]] if i % 2 else []
@@ -123,8 +123,8 @@ def test_quickstart_goes_the_whole_way_and_continues(manifest, tmp_path, capsys)
 
 def test_documents_with_pictures_but_no_captions_and_no_questions(tmp_path, capsys):
     rows = []
-    for i, colour in enumerate(list(COLOURS) * 10):
-        Image.new("RGB", (16, 16), COLOURS[colour]).save(tmp_path / f"{i}.png")
+    for i, colour in enumerate(list(COLORS) * 10):
+        Image.new("RGB", (16, 16), COLORS[colour]).save(tmp_path / f"{i}.png")
         rows.append(
             {"id": f"i{i}", "segments": [{"text": "See:"}, {"image": f"{i}.png"}, {"text": f"It is {colour}."}]}
         )

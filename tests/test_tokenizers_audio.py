@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
+import json
 import shutil
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file, save_file
 
 from mmllm_tokenizers import audio_tokenizer, sound
 from mmllm_tokenizers.audio import (
@@ -121,8 +124,35 @@ def test_the_hash_sees_weights_and_configuration(codec):
     other.load_state_dict(codec.state_dict())
     assert SmallCodec(other).hash == tokenizer.hash
     with torch.no_grad():
-        other.quantiser.codebooks_KVD[0, 0, 0] += 1e-3
+        other.quantizer.codebooks[0, 0, 0] += 1e-3
     assert SmallCodec(other).hash != tokenizer.hash
+
+
+@pytest.mark.parametrize("kind", ["codec", "kmeans of latents"])
+def test_folders_with_the_first_names_keep_their_hash(tmp_path, codec, kind):
+    """The hash is in every shard and model; it is computed here as it was first, by hand."""
+    config = KMeansConfig(num_clusters=16, hop_samples=32, num_iterations=5)
+    tokenizer = SmallCodec(codec) if kind == "codec" else KMeansUnits.fit([noise(4000)], config, codec=codec)
+    tokenizer.save(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["codec"]["quantiser_dropout"] = settings["codec"].pop("quantizer_dropout")
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    earlier = {"codebooks": "codebooks_KVD", "counts": "counts_KV", "sums": "sums_KVD", "idle": "idle_KV"}
+    weights = load_file(tmp_path / "model.safetensors")
+    for name in list(weights):
+        prefix, _, last = name.rpartition(".")
+        if prefix.endswith("quantizer"):
+            weights[f"{prefix[:-9]}quantiser.{earlier.get(last, last)}"] = weights.pop(name)
+    save_file(weights, tmp_path / "model.safetensors")
+    del settings["format_version"]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name in sorted(weights):
+        digest.update(f"{name} {weights[name].dtype} {list(weights[name].shape)}".encode())
+        digest.update(weights[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    assert tokenizer.hash == digest.hexdigest()
+    loaded = load_audio_tokenizer(tmp_path)
+    assert loaded.hash == tokenizer.hash
+    assert torch.equal(loaded.encode(noise(1000), 8000), tokenizer.encode(noise(1000), 8000))
 
 
 def test_codec_decodes_and_limits_codebooks(codec):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import l1_loss
 
-from mmllm_tokenizers.codec import Codec, CodecConfig, ResidualQuantiser, fused
+from mmllm_tokenizers.codec import Codec, CodecConfig, ResidualQuantizer, fused
 from mmllm_tokenizers.kmeans import kmeans
 from mmllm_tokenizers.spectrum import FrameSpectrum
 
@@ -18,7 +18,7 @@ TINY = CodecConfig(
     num_codebooks=4,
     codebook_size=16,
     warmup_batches=10,
-    quantiser_dropout=0.3,
+    quantizer_dropout=0.3,
 )
 
 
@@ -38,14 +38,14 @@ def trained() -> Codec:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         codec = Codec(TINY).train()
-        optimiser = torch.optim.AdamW(codec.parameters(), lr=5e-3, betas=(0.8, 0.99))
+        optimizer = torch.optim.AdamW(codec.parameters(), lr=5e-3, betas=(0.8, 0.99))
         for _ in range(120):
             wave_NT = tones(8, 512, generator)
             output = codec(wave_NT)
             loss = l1_loss(output.wave, wave_NT) + 0.1 * output.commit_loss
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
     return codec.eval()
 
 
@@ -111,22 +111,22 @@ def test_forward_and_encode_give_the_same_codes(trained):
     output = trained(wave_NT)
     codes_NKF = trained.encode(wave_NT)
     assert torch.equal(output.codes, codes_NKF)
-    torch.testing.assert_close(trained.quantiser.decode(codes_NKF), output.quantised)
+    torch.testing.assert_close(trained.quantizer.decode(codes_NKF), output.quantized)
     torch.testing.assert_close(trained.decode(codes_NKF)[:, :999], output.wave)
 
 
-def test_quantiser_is_straight_through_once_and_commits_every_codebook():
+def test_quantizer_is_straight_through_once_and_commits_every_codebook():
     """The `encodec` package's fault (issue 25) leaves all commitment gradients but the first codebook's zero."""
     torch.manual_seed(0)
-    config = dataclasses.replace(TINY, quantiser_dropout=0.0, decay=0.0, warmup_batches=0)
-    quantiser = ResidualQuantiser(config).train()
-    quantiser.num_batches += 1  # as after the first batch: the random codebooks stay
-    codebooks_KVD = quantiser.codebooks_KVD.clone()
+    config = dataclasses.replace(TINY, quantizer_dropout=0.0, decay=0.0, warmup_batches=0)
+    quantizer = ResidualQuantizer(config).train()
+    quantizer.num_batches += 1  # as after the first batch: the random codebooks stay
+    codebooks_KVD = quantizer.codebooks.clone()
     latents_NDF = torch.randn(3, 16, 7, requires_grad=True)
     weight_NDF = torch.randn(3, 16, 7)
-    output = quantiser(latents_NDF)
+    output = quantizer(latents_NDF)
 
-    (gradient_NDF,) = torch.autograd.grad((output.quantised_NDF * weight_NDF).sum(), latents_NDF, retain_graph=True)
+    (gradient_NDF,) = torch.autograd.grad((output.quantized_NDF * weight_NDF).sum(), latents_NDF, retain_graph=True)
     assert torch.equal(gradient_NDF, weight_NDF)  # identity on the sum, not once for each codebook
 
     residual_NDF = latents_NDF.detach().clone()
@@ -145,51 +145,51 @@ def test_codebooks_follow_their_vectors():
     """With decay 0 a code becomes the mean of the vectors that chose it."""
     torch.manual_seed(0)
     config = dataclasses.replace(TINY, num_codebooks=1, decay=0.0, warmup_batches=0)
-    quantiser = ResidualQuantiser(config).train()
-    quantiser.num_batches += 1
+    quantizer = ResidualQuantizer(config).train()
+    quantizer.num_batches += 1
     latents_NDF = torch.randn(4, 16, 50)
-    codes_R = quantiser(latents_NDF).codes_NKF[:, 0].reshape(-1)
+    codes_R = quantizer(latents_NDF).codes_NKF[:, 0].reshape(-1)
     vectors_RD = latents_NDF.transpose(1, 2).reshape(-1, 16)
     for code in codes_R.unique().tolist():
-        torch.testing.assert_close(quantiser.codebooks_KVD[0, code], vectors_RD[codes_R == code].mean(0))
+        torch.testing.assert_close(quantizer.codebooks[0, code], vectors_RD[codes_R == code].mean(0))
 
 
 def test_dead_codes_come_back():
     torch.manual_seed(0)
     config = dataclasses.replace(TINY, num_codebooks=1, warmup_batches=0, dead_code_batches=3)
-    quantiser = ResidualQuantiser(config).train()
-    quantiser.num_batches += 1
-    quantiser.codebooks_KVD[0, 8:] = 1e3  # half of the codes are far from everything
-    quantiser.sums_KVD.copy_(quantiser.codebooks_KVD)
+    quantizer = ResidualQuantizer(config).train()
+    quantizer.num_batches += 1
+    quantizer.codebooks[0, 8:] = 1e3  # half of the codes are far from everything
+    quantizer.sums.copy_(quantizer.codebooks)
     for _ in range(4):
-        quantiser(torch.randn(8, 16, 20))
-    assert float(quantiser.codebooks_KVD.abs().max()) < 10
-    assert len(quantiser.encode(torch.randn(8, 16, 50)).unique()) > 8
+        quantizer(torch.randn(8, 16, 20))
+    assert float(quantizer.codebooks.abs().max()) < 10
+    assert len(quantizer.encode(torch.randn(8, 16, 50)).unique()) > 8
 
 
 def test_warmup_passes_latents_then_kmeans_sets_the_codebooks():
     torch.manual_seed(0)
-    quantiser = ResidualQuantiser(dataclasses.replace(TINY, warmup_batches=2, quantiser_dropout=0.0)).train()
+    quantizer = ResidualQuantizer(dataclasses.replace(TINY, warmup_batches=2, quantizer_dropout=0.0)).train()
     latents_NDF = torch.randn(4, 16, 50)
-    before_KVD = quantiser.codebooks_KVD.clone()
+    before_KVD = quantizer.codebooks.clone()
     for _ in range(2):
-        assert torch.equal(quantiser(latents_NDF).quantised_NDF, latents_NDF)
-    assert torch.equal(quantiser.codebooks_KVD, before_KVD)
-    error = float((quantiser(latents_NDF).quantised_NDF - latents_NDF).square().mean())
+        assert torch.equal(quantizer(latents_NDF).quantized_NDF, latents_NDF)
+    assert torch.equal(quantizer.codebooks, before_KVD)
+    error = float((quantizer(latents_NDF).quantized_NDF - latents_NDF).square().mean())
     assert error < 0.5
-    assert not torch.equal(quantiser.codebooks_KVD, before_KVD)
+    assert not torch.equal(quantizer.codebooks, before_KVD)
 
 
-def test_quantiser_dropout_keeps_a_prefix_of_codebooks():
+def test_quantizer_dropout_keeps_a_prefix_of_codebooks():
     torch.manual_seed(0)
-    config = dataclasses.replace(TINY, quantiser_dropout=1.0, warmup_batches=0, decay=0.999999)
-    quantiser = ResidualQuantiser(config).train()
-    quantiser.num_batches += 1
-    output = quantiser(torch.randn(32, 16, 5))
+    config = dataclasses.replace(TINY, quantizer_dropout=1.0, warmup_batches=0, decay=0.999999)
+    quantizer = ResidualQuantizer(config).train()
+    quantizer.num_batches += 1
+    output = quantizer(torch.randn(32, 16, 5))
     depths = set()
     for clip in range(32):
-        sums = [quantiser.decode(output.codes_NKF[clip : clip + 1, :k])[0] for k in range(1, 5)]
-        close = [torch.allclose(output.quantised_NDF[clip], total, atol=1e-3) for total in sums]
+        sums = [quantizer.decode(output.codes_NKF[clip : clip + 1, :k])[0] for k in range(1, 5)]
+        close = [torch.allclose(output.quantized_NDF[clip], total, atol=1e-3) for total in sums]
         assert sum(close) == 1
         depths.add(close.index(True))
     assert len(depths) == 4

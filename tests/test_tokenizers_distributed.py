@@ -10,31 +10,31 @@ from pathlib import Path
 import torch
 import torch.distributed as distributed
 
-from mmllm_tokenizers.codec import CodecConfig, ResidualQuantiser
+from mmllm_tokenizers.codec import CodecConfig, ResidualQuantizer
 
-CONFIG = CodecConfig(dimension=8, num_codebooks=2, codebook_size=16, warmup_batches=0, quantiser_dropout=0.0)
+CONFIG = CodecConfig(dimension=8, num_codebooks=2, codebook_size=16, warmup_batches=0, quantizer_dropout=0.0)
 STEPS = 3
 
 
-def quantiser() -> ResidualQuantiser:
+def quantizer() -> ResidualQuantizer:
     torch.manual_seed(0)
-    return ResidualQuantiser(CONFIG).train()
+    return ResidualQuantizer(CONFIG).train()
 
 
 def latents(step: int) -> torch.Tensor:
     return torch.randn(6, 8, 20, generator=torch.Generator().manual_seed(step))
 
 
-def train(rank: int, folder: str, initialised: bool) -> None:
+def train(rank: int, folder: str, initialized: bool) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store{initialised}", rank=rank, world_size=2)
-    module = quantiser()
-    if initialised:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store{initialized}", rank=rank, world_size=2)
+    module = quantizer()
+    if initialized:
         module.num_batches += 1
     torch.manual_seed(rank)  # ranks must not need equal random numbers
     for step in range(STEPS):
         module(latents(step)[rank::2])
-    torch.save(module.state_dict(), Path(folder) / f"{initialised}{rank}.pt")
+    torch.save(module.state_dict(), Path(folder) / f"{initialized}{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -46,7 +46,7 @@ def test_two_ranks_learn_the_codebooks_of_one(tmp_path):
 
     names = ("True0", "True1", "False0", "False1")
     states = {name: torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in names}
-    alone = quantiser()
+    alone = quantizer()
     alone.num_batches += 1
     for step in range(STEPS):
         alone(latents(step))
@@ -57,5 +57,5 @@ def test_two_ranks_learn_the_codebooks_of_one(tmp_path):
 
 
 if __name__ == "__main__":
-    for initialised in (True, False):  # in one pair of processes, since starting them is what takes time
-        train(int(sys.argv[1]), sys.argv[2], initialised)
+    for initialized in (True, False):  # in one pair of processes, since starting them is what takes time
+        train(int(sys.argv[1]), sys.argv[2], initialized)

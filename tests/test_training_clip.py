@@ -13,16 +13,16 @@ from mmllm.batch import CaptionBatch
 from mmllm.model.vision import VisionConfig, VisionTower
 from mmllm.training.clip_module import ClipModule, contrastive_loss, load_clip_config, save_clip, with_text_tokens
 from mmllm.training.lightning_cli import quiet_lightning
-from mmllm.training.optimisers import OptimiserConfig
+from mmllm.training.optimizers import OptimizerConfig
 from mmllm_tokenizers.folder import TokenizerFolder
 from mmllm_tokenizers.text import TextTokenizer
 from tests.training_fixtures import CLIP_CONFIG, ListData, LossRecorder, fit_rank, quiet_trainer, run_two_ranks
 
-COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 
 
 def _tokenizer(folder: Path) -> TokenizerFolder:
-    tokenizer = TokenizerFolder(TextTokenizer.train(COLOURS, 280))
+    tokenizer = TokenizerFolder(TextTokenizer.train(COLORS, 280))
     tokenizer.save(folder)
     return tokenizer
 
@@ -30,7 +30,7 @@ def _tokenizer(folder: Path) -> TokenizerFolder:
 def _batch(tokenizer: TokenizerFolder, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     images, tokens = [], []
-    for name, colour in COLOURS.items():
+    for name, colour in COLORS.items():
         noise = torch.randint(-40, 40, (3, 16, 16), generator=generator)
         images.append((torch.tensor(colour).view(3, 1, 1) + noise).clamp(0, 255).to(torch.uint8))
         ids = [*tokenizer.text.encode(name), tokenizer.id("<|end|>")]
@@ -42,7 +42,7 @@ def test_clip_learns_colours_and_its_tower_goes_to_the_decoder(tmp_path: Path) -
     tokenizer = _tokenizer(tmp_path / "tokenizer")
     torch.manual_seed(0)
     module = ClipModule(
-        VisionConfig(CLIP_CONFIG), str(tmp_path / "tokenizer"), OptimiserConfig(lr=3e-3), out=str(tmp_path / "clip")
+        VisionConfig(CLIP_CONFIG), str(tmp_path / "tokenizer"), OptimizerConfig(lr=3e-3), out=str(tmp_path / "clip")
     )
     data = ListData([_batch(tokenizer, seed) for seed in range(30)])
     with quiet_lightning():
@@ -139,7 +139,7 @@ def test_a_batch_whose_pairs_all_failed_trains_nothing_and_validates(tmp_path: P
     empty[:, 0] = tokenizer.id("<|end|>")
     failed = CaptionBatch(torch.zeros_like(images), empty, torch.zeros(4, dtype=torch.bool))
     module = _clip_module(str(tmp_path / "tokenizer"))
-    module.optimiser = OptimiserConfig(lr=1e-3, weight_decay=0.0)
+    module.optimizer = OptimizerConfig(lr=1e-3, weight_decay=0.0)
     module.configure_model()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     data = ListData([failed])
@@ -164,7 +164,7 @@ def _fit_clip_rank(rank: int, port: int, out: str, folder: str) -> None:
 
 def _clip_module(folder: str) -> ClipModule:
     torch.manual_seed(0)
-    return ClipModule(VisionConfig(CLIP_CONFIG), folder, OptimiserConfig(lr=1e-3))
+    return ClipModule(VisionConfig(CLIP_CONFIG), folder, OptimizerConfig(lr=1e-3))
 
 
 def test_two_ranks_compare_with_all_pairs(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from mmllm.batch import SoundBatch
 from mmllm.training.audio_losses import Balancer, MultiScaleMelLoss
 from mmllm.training.codec_module import CodecLossConfig, CodecModule, character_ctc, si_sdr_db
 from mmllm.training.lightning_cli import quiet_lightning
-from mmllm.training.optimisers import OptimiserConfig
+from mmllm.training.optimizers import OptimizerConfig
 from mmllm_tokenizers.audio import load_audio_tokenizer
 from mmllm_tokenizers.codec import CodecConfig
 from mmllm_tokenizers.spectrum import mel_filters
@@ -61,7 +61,7 @@ def chords(seed: int, num_samples: int = 1200) -> Tensor:
 
 def _module(**settings: Any) -> CodecModule:
     torch.manual_seed(0)
-    return CodecModule(TINY, optimiser=OptimiserConfig(lr=3e-3, warmup=0.05), **settings)
+    return CodecModule(TINY, optimizer=OptimizerConfig(lr=3e-3, warmup=0.05), **settings)
 
 
 def _fit(module: CodecModule, steps: int, *callbacks: pl.Callback, data: Waves | None = None, **settings: Any) -> None:

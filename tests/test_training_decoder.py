@@ -13,7 +13,7 @@ from mmllm.batch import PackedBatch
 from mmllm.model.multimodal import LossConfig
 from mmllm.training.ema import EMA
 from mmllm.training.lightning_cli import quiet_lightning
-from mmllm.training.optimisers import OptimiserConfig
+from mmllm.training.optimizers import OptimizerConfig
 from tests.training_fixtures import (
     ListData,
     LossRecorder,
@@ -43,14 +43,14 @@ def _fit(
 
 @pytest.mark.parametrize("muon", [False, True])
 def test_resuming_equals_not_stopping(tmp_path: Path, muon: bool) -> None:
-    optimiser = OptimiserConfig(lr=1e-2, warmup=0.2, muon=muon)
+    optimizer = OptimizerConfig(lr=1e-2, warmup=0.2, muon=muon)
 
     def run(steps: int, name: str, ckpt: Any = None) -> tuple[list[float], dict[str, torch.Tensor]]:
-        module = tiny_module(seed=3, loss=NOISY, optimiser=optimiser)
+        module = tiny_module(seed=3, loss=NOISY, optimizer=optimizer)
         torch.manual_seed(3)
         saving = ModelCheckpoint(tmp_path / name, save_last=True, save_top_k=0, every_n_train_steps=1)
         settings = {"enable_checkpointing": True, "limit_train_batches": 100, "gradient_clip_val": 1.0}
-        module.optimiser = optimiser
+        module.optimizer = optimizer
         stopping = _StopAfter(steps)
         losses = _fit(module, TinyData(), saving, EMA(0.9), stopping, ckpt=ckpt, max_steps=8, **settings)
         return losses, module.state_dict()
@@ -68,7 +68,7 @@ def test_a_checkpoint_that_is_first_saved_at_the_end_holds_the_trained_weights(t
         module = tiny_module(seed=3)
         torch.manual_seed(3)
         settings = {"enable_checkpointing": True, "limit_train_batches": 100}
-        module.optimiser = OptimiserConfig(lr=1e-2, warmup=0.0, min_lr_ratio=1.0)  # `steps` changes no rate
+        module.optimizer = OptimizerConfig(lr=1e-2, warmup=0.0, min_lr_ratio=1.0)  # `steps` changes no rate
         losses = _fit(module, TinyData(), saving, EMA(0.9), ckpt=ckpt, max_steps=steps, **settings)
         return losses, module.state_dict()
 
@@ -128,7 +128,9 @@ def test_accumulated_batches_give_the_gradients_of_one_large_batch() -> None:
 def _without_auxiliary_losses(decoder: Any) -> Any:
     import dataclasses
 
-    return dataclasses.replace(decoder, moe=dataclasses.replace(decoder.moe, balance_weight=0.0, z_weight=0.0))
+    return dataclasses.replace(
+        decoder, moe=dataclasses.replace(decoder.moe, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
+    )
 
 
 class _KeepGradients(pl.Callback):
@@ -172,7 +174,7 @@ def test_training_without_an_end_is_refused() -> None:
 
 
 def test_a_frozen_tower_stays() -> None:
-    module = tiny_module(optimiser=OptimiserConfig(lr=1e-2, tower_lr=0.0))
+    module = tiny_module(optimizer=OptimizerConfig(lr=1e-2, tower_lr=0.0))
     module.configure_model()
     before = {name: p.clone() for name, p in module.named_parameters()}
     _fit(module, TinyData(), max_steps=3)

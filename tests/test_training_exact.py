@@ -24,7 +24,7 @@ from mmllm.model.multimodal import LossConfig
 from mmllm.training.codec_module import CodecModule
 from mmllm.training.ema import EMA
 from mmllm.training.lightning_cli import quiet_lightning
-from mmllm.training.optimisers import OptimiserConfig
+from mmllm.training.optimizers import OptimizerConfig
 from tests.test_training_codec import TINY, Waves
 from tests.training_fixtures import fit_rank, merge, quiet_trainer, run_two_ranks, tiny_batch, tiny_module
 
@@ -123,7 +123,7 @@ def settings_of(accumulated: int, **settings: Any) -> dict[str, Any]:
 
 
 def decoder(**settings: Any) -> pl.LightningModule:
-    module = tiny_module(seed=3, optimiser=OptimiserConfig(lr=1e-2, warmup=0.2), **{"loss": NOISY, **settings})
+    module = tiny_module(seed=3, optimizer=OptimizerConfig(lr=1e-2, warmup=0.2), **{"loss": NOISY, **settings})
     torch.manual_seed(3)
     return module
 
@@ -253,7 +253,7 @@ def test_the_codebooks_of_a_codec_go_back_too(tmp_path: Path) -> None:
 
     def run(*callbacks: pl.Callback, ckpt: Path | None = None) -> Weights:
         torch.manual_seed(0)
-        module = CodecModule(TINY, optimiser=OptimiserConfig(lr=3e-3, warmup=0.05))
+        module = CodecModule(TINY, optimizer=OptimizerConfig(lr=3e-3, warmup=0.05))
         with quiet_lightning():
             trainer = quiet_trainer(*callbacks, max_steps=4, accumulate_grad_batches=3)
             trainer.fit(module, datamodule=Waves(), ckpt_path=ckpt, weights_only=True)

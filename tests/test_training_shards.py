@@ -28,15 +28,21 @@ from mmllm.model.projectors import ImageProjectorConfig
 from mmllm.model.vision import VisionConfig
 from mmllm.training.decoder_module import DecoderModule, _gathered
 from mmllm.training.lightning_cli import quiet_lightning
-from mmllm.training.optimisers import OptimiserConfig
+from mmllm.training.optimizers import OptimizerConfig
 from mmllm_tokenizers.folder import TokenizerConfig, TokenizerFolder
 from mmllm_tokenizers.text import TextTokenizer
 from tests.data_fixtures import WORDS, words, write_manifest, write_picture
 from tests.training_fixtures import CLIP_CONFIG, IMAGE_SIZE, LossRecorder, fit_rank, quiet_trainer, run_two_ranks
 
 NUM_STEPS = 6
-DECODER: dict[str, Any] = {"width": 16, "num_layers": 2, "num_heads": 2, "mlp_width": 32, "moe_layers": [1]}
-MOE: dict[str, Any] = {"num_experts": 4, "top_k": 2, "expert_width": 16}
+DECODER: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "moe_layers": [1],
+}
+MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
 class StopsBefore(pl.Callback):
@@ -106,7 +112,7 @@ def write_config(folder: Path, name: str) -> Path:
                 "vision": {"open_clip": CLIP_CONFIG},
                 "image_projector": {"kind": "mlp"},
                 "loss": {"word_dropout": 0.2},
-                "optimiser": {"lr": 1e-2, "warmup": 0.2},
+                "optimizer": {"lr": 1e-2, "warmup": 0.2},
                 "out": f"{out}/model",
             },
         },
@@ -206,7 +212,7 @@ def make_module(run: Path, out: Path | None = None, builds: bool = True) -> Deco
         vision=VisionConfig(open_clip=CLIP_CONFIG),
         image_projector=ImageProjectorConfig(kind="mlp"),
         loss=LossConfig(),
-        optimiser=OptimiserConfig(lr=1e-2, warmup=0.1),
+        optimizer=OptimizerConfig(lr=1e-2, warmup=0.1),
         tokenizer=str(run / "tokenizer"),
         out=None if out is None else str(out),
     )
@@ -247,7 +253,7 @@ class SeedsTheBuild(pl.Callback):
 def fit_sharded_rank(rank: int, port: int, out: str, run: str) -> None:
     """One of two ranks that hold a half of the model each."""
     module = make_module(Path(run), Path(out, f"model{rank}"), builds=False)
-    module.decoder = dataclasses.replace(module.decoder, checkpoint_blocks=True)
+    module.decoder = dataclasses.replace(module.decoder, gradient_checkpointing=True)
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     settings = {"strategy": strategy, "max_steps": 4, "gradient_clip_val": 0.5}
     fit_rank(rank, port, out, module, make_data(Path(run)), SeedsTheBuild(), **settings)

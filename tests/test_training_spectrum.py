@@ -30,7 +30,7 @@ def test_frame_spectrum_equals_a_loop_over_frames(num_samples):
 def test_a_clip_depends_on_its_own_frames_alone(spectrum, pool, kernel):
     torch.manual_seed(0)
     embedding = CodeEmbedding(2, 8, 16)
-    config = AudioProjectorConfig(spectrum=spectrum, pool=pool, kernel=kernel, clip_norm=True, num_layers=2)
+    config = AudioProjectorConfig(spectrum=spectrum, pool=pool, kernel_size=kernel, clip_norm=True, num_hidden_layers=2)
     projector = AudioProjector(config, 16, 12).eval()
     codes_CFK = torch.randint(0, 8, (3, 11, 2))
     lengths = (11, 5, 1)
@@ -53,7 +53,7 @@ def test_a_clip_depends_on_its_own_frames_alone(spectrum, pool, kernel):
 def test_clip_norm_takes_out_what_stays_the_same():
     torch.manual_seed(0)
     embedding = CodeEmbedding(2, 8, 16)
-    projector = AudioProjector(AudioProjectorConfig(clip_norm=True, num_layers=1), 16, 12).eval()
+    projector = AudioProjector(AudioProjectorConfig(clip_norm=True, num_hidden_layers=1), 16, 12).eval()
     codes_CFK = torch.randint(0, 8, (1, 9, 2))
     before = projector(codes_CFK, embedding)
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_bands_under_the_range_are_raised_to_its_floor() -> None:
     decibels_VM = 80 * torch.rand(num_codes, num_bands) - 60
     codebook_KVD = torch.cat([decibels_VM / FrameSpectrum.DECIBELS, torch.randn(num_codes, 2)], dim=1)[None]
     embedding = CodeEmbedding(1, num_codes, num_bands + 2, keeps_scale=True)
-    embedding.initialise(codebook_KVD)
+    embedding.initialize(codebook_KVD)
     projector = AudioProjector(AudioProjectorConfig(spectrum=num_bands, range_db=30.0), num_bands + 2, 8).eval()
     codes_CFK = torch.randint(0, num_codes, (2, 7, 1))
     codes_CFK[1, 3:] = -1
@@ -90,7 +90,7 @@ def test_quiet_noise_is_not_heard_within_the_range() -> None:
     louder_FM = noise_FM.clamp(min=-40.0)
     torch.manual_seed(0)
     projector = AudioProjector(
-        AudioProjectorConfig(spectrum=4, range_db=30.0, clip_norm=True, num_layers=1), 4, 8
+        AudioProjectorConfig(spectrum=4, range_db=30.0, clip_norm=True, num_hidden_layers=1), 4, 8
     ).eval()
     heard = []
     for spectrum_FM in (noise_FM, louder_FM):

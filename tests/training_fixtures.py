@@ -17,7 +17,7 @@ from mmllm.model.multimodal import AudioConfig, LossConfig
 from mmllm.model.projectors import AudioProjectorConfig, ImageProjectorConfig
 from mmllm.model.vision import VisionConfig
 from mmllm.training.decoder_module import DecoderModule
-from mmllm.training.optimisers import OptimiserConfig
+from mmllm.training.optimizers import OptimizerConfig
 
 torch.set_num_threads(1)  # these models are too small for two, and a busy machine makes the second one wait
 
@@ -34,25 +34,28 @@ CLIP_CONFIG: dict[str, Any] = {
 
 def tiny_module(seed: int = 0, **settings: Any) -> DecoderModule:
     torch.manual_seed(seed)
-    optimiser = settings.pop("optimiser", OptimiserConfig(lr=1e-2, warmup=0.1))
+    optimizer = settings.pop("optimizer", OptimizerConfig(lr=1e-2, warmup=0.1))
     loss = settings.pop("loss", LossConfig(units=0.5, ctc=0.3))
     return DecoderModule(
         decoder=DecoderConfig(
             vocab_size=VOCAB,
-            width=16,
-            num_layers=2,
-            num_heads=2,
-            mlp_width=32,
-            moe=MoEConfig(num_experts=4, top_k=2, expert_width=16),
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            moe=MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
             moe_layers=(1,),
         ),
         vision=settings.pop("vision", VisionConfig(open_clip=CLIP_CONFIG)),
         image_projector=ImageProjectorConfig(kind="mlp"),
         audio=AudioConfig(
-            NUM_CODEBOOKS, CODEBOOK_SIZE, latent_width=8, projector=AudioProjectorConfig("conv", pool=2, num_layers=1)
+            NUM_CODEBOOKS,
+            CODEBOOK_SIZE,
+            codebook_dim=8,
+            projector=AudioProjectorConfig("conv", pool=2, num_hidden_layers=1),
         ),
         loss=loss,
-        optimiser=optimiser,
+        optimizer=optimizer,
         **settings,
     )
 

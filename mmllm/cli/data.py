@@ -136,7 +136,7 @@ def _check_shards(args: argparse.Namespace) -> None:
 
 
 def _add_verify(actions: Any) -> None:
-    parser = add_command(actions, "verify", "read, decode and tokenise every sample", _verify)
+    parser = add_command(actions, "verify", "read, decode and tokenize every sample", _verify)
     parser.add_argument("shards", nargs="+", help="paths, globs, brace ranges or folders")
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
     parser.add_argument("--workers", type=int, default=0, help="processes that read; 0: this one alone")
@@ -165,7 +165,7 @@ def _verify(args: argparse.Namespace) -> Iterable[str]:
 
 
 def _add_stats(actions: Any) -> None:
-    parser = add_command(actions, "stats", "the realised mixture of a recipe's first steps", _stats)
+    parser = add_command(actions, "stats", "the realized mixture of a recipe's first steps", _stats)
     parser.add_argument("--recipe", required=True, metavar="FILE", help="YAML")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=8, help="sequences a step")

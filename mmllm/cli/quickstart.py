@@ -29,7 +29,7 @@ def _add_demo_data(commands: Any) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="where the manifests go")
     parser.add_argument("--share", type=float, default=1.0, help="of the demo's rows")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=0, help="processes that synthesise; 0: this one alone")
+    parser.add_argument("--workers", type=int, default=0, help="processes that synthesize; 0: this one alone")
 
 
 def _demo_data(args: argparse.Namespace) -> Iterable[str]:
@@ -46,9 +46,9 @@ def _add_report(commands: Any) -> None:
 
 def _report(args: argparse.Namespace) -> Iterable[str]:
     check_there("run", args.out, hint=f"`mmllm quickstart --out {args.out}` makes one")
-    from mmllm.quickstart.summary import summarise
+    from mmllm.quickstart.summary import summarize
 
-    return [str(summarise(Path(args.out)))]
+    return [str(summarize(Path(args.out)))]
 
 
 def _add_run(commands: Any, run_command: RunCommand) -> None:

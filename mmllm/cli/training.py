@@ -18,7 +18,7 @@ TRAINING = {
 _HELP = """usage: mmllm {command} -c FILE [--ckpt_path last|FILE]{options} [--KEY VALUE ...]
 
 Runs a LightningCLI config: YAML with `model`, `data` and `trainer`. Any key can be set on the command line:
-  mmllm {command} -c configs/quickstart/decoder.yaml --trainer.max_steps 100 --model.init_args.optimiser.lr 3e-4
+  mmllm {command} -c configs/quickstart/decoder.yaml --trainer.max_steps 100 --model.init_args.optimizer.lr 3e-4
   mmllm {command} -c FILE --print_config          the whole config with all defaults
 `mmllm configs ls` lists the configs that are shipped, `mmllm configs cp NAME FILE` copies one."""
 

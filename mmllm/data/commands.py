@@ -234,7 +234,7 @@ def verify(
     workers: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Reads, decodes and tokenises every sample of every task.
+    """Reads, decodes and tokenizes every sample of every task.
 
     Args:
         shards: Paths, globs, brace ranges, or folders of shards.
@@ -253,7 +253,7 @@ def verify(
 
 
 def stats(recipe: str | Path, steps: int = 100, batch_size: int = 8, html: str | Path | None = None) -> dict[str, Any]:
-    """The realised mixture of a recipe's first steps, without reading the documents.
+    """The realized mixture of a recipe's first steps, without reading the documents.
 
     Args:
         recipe: The YAML.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmllm.evaluation.metrics import exact_match
-from mmllm.evaluation.scenes import COLOURS, SHAPES, SIZES, ParsedScene, SceneObject, names_pair, parse_caption
+from mmllm.evaluation.scenes import COLORS, SHAPES, SIZES, ParsedScene, SceneObject, names_pair, parse_caption
 
 
 def reference_scene(metadata: Mapping[str, Any]) -> ParsedScene | None:
@@ -16,7 +16,7 @@ def reference_scene(metadata: Mapping[str, Any]) -> ParsedScene | None:
         return None
     try:
         scene = ParsedScene.from_row({"relations": [], **metadata})
-        known = all(o.size in SIZES and o.colour in COLOURS and o.shape in SHAPES for o in scene.objects)
+        known = all(o.size in SIZES and o.colour in COLORS and o.shape in SHAPES for o in scene.objects)
     except (KeyError, TypeError, ValueError, IndexError):
         return None
     return scene if known else None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 PALETTE = ("#2563a8", "#c2571a", "#2f8f5b", "#8a4fa3", "#b8860b", "#0e8a94", "#a83254", "#5b6770")
-MODALITY_COLOURS = {"text": "#2563a8", "image": "#c2571a", "audio": "#2f8f5b", "units": "#8a4fa3"}
+MODALITY_COLORS = {"text": "#2563a8", "image": "#c2571a", "audio": "#2f8f5b", "units": "#8a4fa3"}
 MAX_POINTS = 240
 
 Points = list[tuple[float, float]]
@@ -153,7 +153,7 @@ def routing_maps(routing: Mapping[str, Any]) -> list[HeatMap]:
                     Cell(
                         x=left + expert * cell_width,
                         y=top + row * cell_height,
-                        colour=_blend(MODALITY_COLOURS[modality], strength),
+                        colour=_blend(MODALITY_COLORS[modality], strength),
                         ink="#ffffff" if strength > 0.55 else "#3a3f47",
                         label=("×" if expert in dead else f"{ratio:.1f}") if cell_width >= 24 else "",
                         title=f"layer {layer}, expert {expert}: {share:.1%} of {modality}, {ratio:.2f} x an even share",
@@ -163,7 +163,7 @@ def routing_maps(routing: Mapping[str, Any]) -> list[HeatMap]:
         maps.append(
             HeatMap(
                 title=modality,
-                colour=MODALITY_COLOURS[modality],
+                colour=MODALITY_COLORS[modality],
                 cells=cells,
                 rows=[(top + (r + 0.5) * cell_height, str(layer)) for r, layer in enumerate(routing["layers"])],
                 columns=[(left + (e + 0.5) * cell_width, str(e)) for e in range(0, num_experts, every)],
@@ -215,11 +215,11 @@ def _legend_label(value: float) -> str:
 def _line_colours(names: Sequence[str]) -> dict[str, str]:
     """A modality's own colour, also for its validation curve; other names share the palette's rest."""
     words = {name: name.rsplit(" ", 1)[-1] for name in names}
-    taken = {MODALITY_COLOURS[word] for word in words.values() if word in MODALITY_COLOURS}
+    taken = {MODALITY_COLORS[word] for word in words.values() if word in MODALITY_COLORS}
     free = [colour for colour in PALETTE if colour not in taken]
-    others = list(dict.fromkeys(name.removeprefix("val ") for name in names if words[name] not in MODALITY_COLOURS))
+    others = list(dict.fromkeys(name.removeprefix("val ") for name in names if words[name] not in MODALITY_COLORS))
     chosen = {name: free[i % len(free)] for i, name in enumerate(others)}
-    return {name: MODALITY_COLOURS.get(words[name]) or chosen[name.removeprefix("val ")] for name in names}
+    return {name: MODALITY_COLORS.get(words[name]) or chosen[name.removeprefix("val ")] for name in names}
 
 
 def _blend(colour: str, strength: float) -> str:

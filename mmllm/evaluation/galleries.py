@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmllm.evaluation.charts import MODALITY_COLOURS
+from mmllm.evaluation.charts import MODALITY_COLORS
 from mmllm.evaluation.media import EmbeddedImage, EmbeddedSound, MediaBudget
-from mmllm.evaluation.metrics import normalise_text
+from mmllm.evaluation.metrics import normalize_text
 from mmllm.evaluation.results import Prediction, TaskResult
 
 NUM_PICTURES = 24
@@ -144,7 +144,7 @@ def _item(task: str, prediction: Prediction, budget: MediaBudget) -> Item:
         id=prediction.id,
         predicted=predicted,
         expected=expected,
-        same=normalise_text(prediction.prediction) == normalise_text(prediction.reference),
+        same=normalize_text(prediction.prediction) == normalize_text(prediction.reference),
         correct=prediction.correct,
         mark=_mark(task, prediction),
         reference=prediction.reference,
@@ -152,8 +152,8 @@ def _item(task: str, prediction: Prediction, budget: MediaBudget) -> Item:
         blind=prediction.blind,
         question=prediction.question,
         image=budget.image(prediction.image),
-        written=budget.sound(prediction.written, MODALITY_COLOURS["units"]),
-        audio=budget.sound(prediction.audio, MODALITY_COLOURS["audio"]),
+        written=budget.sound(prediction.written, MODALITY_COLORS["units"]),
+        audio=budget.sound(prediction.audio, MODALITY_COLORS["audio"]),
         parts=[_part(segment, budget) for segment in prediction.segments],
     )
 
@@ -172,7 +172,7 @@ def _part(segment: Mapping[str, str], budget: MediaBudget) -> dict[str, Any]:
     if "image" in segment:
         return {"image": budget.image(segment["image"]), "text": "(a picture)"}
     if "audio" in segment:
-        return {"sound": budget.sound(segment["audio"], MODALITY_COLOURS["audio"]), "text": "(a sound)"}
+        return {"sound": budget.sound(segment["audio"], MODALITY_COLORS["audio"]), "text": "(a sound)"}
     return {"text": segment["text"]}
 
 
@@ -180,7 +180,7 @@ def marked_words(prediction: str, reference: str) -> tuple[list[tuple[str, str]]
     """The words of both texts with what differs: predicted words marked "wrong", reference words "missing"."""
     said, wanted = prediction.split(), reference.split()
     matcher = difflib.SequenceMatcher(
-        None, [normalise_text(word) for word in said], [normalise_text(word) for word in wanted], autojunk=False
+        None, [normalize_text(word) for word in said], [normalize_text(word) for word in wanted], autojunk=False
     )
     marks_said, marks_wanted = ["wrong"] * len(said), ["missing"] * len(wanted)
     for block in matcher.get_matching_blocks():

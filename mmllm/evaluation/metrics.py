@@ -1,6 +1,6 @@
 """Scores of text against text, and their intervals. Pure functions; nothing here knows a model.
 
-Everything is compared after `normalise_text`. All rates and accuracies are fractions, CIDEr is on its usual scale
+Everything is compared after `normalize_text`. All rates and accuracies are fractions, CIDEr is on its usual scale
 of 0 to 10.
 
 N rows, S bootstrap resamples.
@@ -22,7 +22,7 @@ CIDER_SIGMA = 6.0
 CIDER_SCALE = 10.0
 
 
-def normalise_text(text: str) -> str:
+def normalize_text(text: str) -> str:
     """Lower case, Unicode NFC, apostrophes dropped, other punctuation and whitespace collapsed to single spaces.
 
     Letters, marks, digits and symbols of every script stay: "Don't  stop, Ann!" becomes "dont stop ann".
@@ -36,11 +36,11 @@ def normalise_text(text: str) -> str:
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Whether two texts are equal after `normalise_text`; a text of punctuation alone is compared as it is."""
-    normalised = normalise_text(reference)
-    if not normalised:
+    """Whether two texts are equal after `normalize_text`; a text of punctuation alone is compared as it is."""
+    normalized = normalize_text(reference)
+    if not normalized:
         return prediction.strip() == reference.strip()
-    return normalise_text(prediction) == normalised
+    return normalize_text(prediction) == normalized
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Edits:
 
 
 def word_edits(prediction: str, reference: str) -> Edits:
-    """Word edits of one row after `normalise_text`, counted by jiwer."""
-    output = jiwer.process_words(normalise_text(reference), normalise_text(prediction))
+    """Word edits of one row after `normalize_text`, counted by jiwer."""
+    output = jiwer.process_words(normalize_text(reference), normalize_text(prediction))
     return Edits(
         output.substitutions + output.deletions + output.insertions,
         output.hits + output.substitutions + output.deletions,
@@ -67,8 +67,8 @@ def word_edits(prediction: str, reference: str) -> Edits:
 
 
 def character_edits(prediction: str, reference: str) -> Edits:
-    """Character edits of one row after `normalise_text` (spaces count), counted by jiwer."""
-    output = jiwer.process_characters(normalise_text(reference), normalise_text(prediction))
+    """Character edits of one row after `normalize_text` (spaces count), counted by jiwer."""
+    output = jiwer.process_characters(normalize_text(reference), normalize_text(prediction))
     return Edits(
         output.substitutions + output.deletions + output.insertions,
         output.hits + output.substitutions + output.deletions,
@@ -129,8 +129,8 @@ def cider_d(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
     n-grams of 1 to 4 words, raw term counts, IDF = log(N / document frequency) over the evaluated references,
     counts clipped at the reference's, a Gaussian penalty on the difference of lengths (sigma 6), the mean over n and
-    over a row's references, times 10: as the authors' public scorer does it. What differs: texts are tokenised by
-    `normalise_text` and split at spaces, not by the Penn Treebank tokenizer; the length is the number of words.
+    over a row's references, times 10: as the authors' public scorer does it. What differs: texts are tokenized by
+    `normalize_text` and split at spaces, not by the Penn Treebank tokenizer; the length is the number of words.
     A set of one row scores 0, since every IDF is log 1.
 
     Args:
@@ -173,7 +173,7 @@ class _NgramVector:
 
 
 def _count_ngrams(text: str) -> Counter[tuple[str, ...]]:
-    words = normalise_text(text).split()
+    words = normalize_text(text).split()
     return Counter(
         tuple(words[start : start + n]) for n in range(1, MAX_NGRAM + 1) for start in range(len(words) - n + 1)
     )

@@ -33,7 +33,7 @@ class Prediction:
     image: str | None = None
     """Path of the picture that was seen."""
     audio: str | None = None
-    """Path of the sound that was heard, or the real speech beside a synthesised one."""
+    """Path of the sound that was heard, or the real speech beside a synthesized one."""
     written: str | None = None
     """Path of the WAV that the model spoke."""
     segments: list[dict[str, str]] = field(default_factory=list)

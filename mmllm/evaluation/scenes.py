@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "crescent")
-COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
+COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 SIZES = ("small", "large")
 POSITIONS = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 """Where the only object of a picture is, row by row of a 3x3 grid."""
@@ -165,10 +165,10 @@ def _any(*words: str) -> str:
     return "(?:" + "|".join(sorted(words, key=len, reverse=True)) + ")"
 
 
-_SIZE, _COLOUR, _SHAPE = _any(*SIZES), _any(*COLOURS), _any(*SHAPES)
+_SIZE, _COLOR, _SHAPE = _any(*SIZES), _any(*COLORS), _any(*SHAPES)
 _OBJECT = (
-    rf"(?:an?|the) (?:{_SIZE} {_COLOUR} {_SHAPE}|{_COLOUR} {_SHAPE} that is {_SIZE}|{_SIZE} {_SHAPE} in {_COLOUR}"
-    rf"|{_SHAPE} that is (?:{_SIZE} and {_COLOUR}|{_COLOUR} and {_SIZE}))"
+    rf"(?:an?|the) (?:{_SIZE} {_COLOR} {_SHAPE}|{_COLOR} {_SHAPE} that is {_SIZE}|{_SIZE} {_SHAPE} in {_COLOR}"
+    rf"|{_SHAPE} that is (?:{_SIZE} and {_COLOR}|{_COLOR} and {_SIZE}))"
 )
 _WORDINGS = {
     kind: {form: name for name, forms in table.items() for form in ((forms,) if isinstance(forms, str) else forms)}
@@ -210,7 +210,7 @@ def parse_caption(text: str) -> ParsedScene | None:
         skeleton += kind
         if kind == "O":
             words = set(match.group().split())
-            size, colour, shape = (next(w for w in options if w in words) for options in (SIZES, COLOURS, SHAPES))
+            size, colour, shape = (next(w for w in options if w in words) for options in (SIZES, COLORS, SHAPES))
             objects.append(SceneObject(size, colour, shape))
         elif kind in _WORDINGS:
             names.append(_WORDINGS[kind][match.group()])

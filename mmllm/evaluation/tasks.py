@@ -188,7 +188,7 @@ def _rate_scores(key: str, edits: Sequence[Edits], seed: int) -> dict[str, Any]:
 def evaluate_captions(model: Model, rows: Sequence[Row], batch_size: int, seed: int) -> TaskResult:
     """Exact match, attributes right and CIDEr-D; rows with `heldout_pairs` are a set of their own.
 
-    A row with `objects` is matched when the caption says the same scene; another row when the normalised texts are
+    A row with `objects` is matched when the caption says the same scene; another row when the normalized texts are
     equal. `attribute_accuracy` is all right attributes over all attributes of the rows that have `objects` (see
     `mmllm.evaluation.captions.count_attributes`), `heldout_pairs_accuracy` the share of the held-out rows that
     name the held-out object's shape and colour both right. `shuffled_` scores are other pictures' captions.
@@ -330,13 +330,13 @@ def evaluate_speech(
     ])  # fmt: skip
     settings = _transcription_settings(model, rows, batch_size)
     heard = model.transcribe(heard_inputs, **settings)
-    resynthesised = model.transcribe([_resynthesise(model, sound) for sound in sounds], **settings)
+    resynthesized = model.transcribe([_resynthesize(model, sound) for sound in sounds], **settings)
     edits = _edits(heard, texts)
     scores = _rate_scores("round_trip_wer", edits, seed)
     if len(rows) > 1:
         others = [texts[i] for i in derangement(len(rows), seed)]
         scores |= _rate_scores("shuffled_wer", _edits(heard, others), seed)
-    scores |= _rate_scores("resynthesis_wer", _edits(resynthesised, texts), seed)
+    scores |= _rate_scores("resynthesis_wer", _edits(resynthesized, texts), seed)
     scores["n"] = len(rows)
     predictions = [
         Prediction(
@@ -347,7 +347,7 @@ def evaluate_speech(
     return TaskResult("speak", scores, predictions)
 
 
-def _resynthesise(model: Model, sound: AudioPart) -> Any:
+def _resynthesize(model: Model, sound: AudioPart) -> Any:
     """A real sound after the codec: (samples, rate), with the codebooks that the model uses."""
     audio = model.tokenizer.require_audio()
     codes_KF = audio.encode(sound.wave_CT, sound.sample_rate)[: model.tokenizer.num_codebooks]

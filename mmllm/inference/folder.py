@@ -29,11 +29,13 @@ from torch import Tensor
 from mmllm.data.samples.decode import ImageTransform
 from mmllm.inference.card import ModelInfo, model_card
 from mmllm.inference.settings import GenerationConfig
+from mmllm.model.earlier_names import current_keys, current_weights, is_earlier
 from mmllm.model.multimodal import ModelConfig, MultimodalModel
 from mmllm.model.vision import open_clip_config, pixel_statistics
 from mmllm_tokenizers.folder import TokenizerFolder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 has the names that `mmllm.model.earlier_names` lists; it is still read."""
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 GENERATION = "generation_config.json"
@@ -268,9 +270,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"give a folder that mmllm wrote, or convert it with `mmllm import`"
         )
     version = config.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in (1, FORMAT_VERSION):
         raise ValueError(
-            f"{path} has format_version {version!r}; this mmllm reads {FORMAT_VERSION}; "
+            f"{path} has format_version {version!r}; this mmllm reads 1 to {FORMAT_VERSION}; "
             f"load it with the mmllm that wrote it, or export the model again"
         )
     wanted = {"format", "format_version", "tokenizer_hash", "image_transform", "model"}
@@ -278,6 +280,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} has keys {sorted(config)}; wanted {sorted(wanted)}; restore the file or export the model again"
         )
+    if version == 1:
+        config["model"] = _parse(path, current_keys, config["model"])
     return config
 
 
@@ -306,6 +310,9 @@ def _load_weights(path: Path, model: MultimodalModel) -> None:
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtype=dtypes.pop())
+    if any(is_earlier(name) for name in tensors):
+        decoder = model.config.decoder
+        tensors = current_weights(tensors, decoder.num_attention_heads, decoder.kv_heads)
     own = model.state_dict()
     _check_names(path, set(tensors), set(_unique_names(own)))
     for name, tensor in tensors.items():

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -30,14 +29,14 @@ TOKENIZER_KEY = "mmllm_tokenizer"
 def export_family(config: DecoderConfig) -> str:
     """Which transformers family computes the same function: "mixtral" or "qwen3_moe".
 
-    Mixtral has experts in every layer and renormalises the chosen gates; Qwen3-MoE normalises queries
+    Mixtral has experts in every layer and renormalizes the chosen gates; Qwen3-MoE normalizes queries
     and keys and allows dense layers.
 
     Raises:
         ValueError: for a config of neither family, naming the first layer that does not fit.
     """
-    dense = [layer for layer in range(config.num_layers) if not config.has_experts(layer)]
-    if config.moe is None or len(dense) == config.num_layers:
+    dense = [layer for layer in range(config.num_hidden_layers) if not config.has_experts(layer)]
+    if config.moe is None or len(dense) == config.num_hidden_layers:
         raise ValueError(
             "layer 0 is dense, as all layers are; Mixtral and Qwen3-MoE have experts: train with decoder.moe to export"
         )
@@ -48,10 +47,10 @@ def export_family(config: DecoderConfig) -> str:
             f"layer {dense[0]} is dense and decoder.qk_norm is false: Mixtral has no dense layers, and Qwen3-MoE "
             f"has them only with qk_norm; set moe_layers: all, or qk_norm: true"
         )
-    if not config.moe.renormalise:
+    if not config.moe.norm_topk_prob:
         raise ValueError(
-            "layer 0 does not renormalise its gates (moe.renormalise is false), which Mixtral always does; "
-            "set moe.renormalise: true, or qk_norm: true to export to Qwen3-MoE"
+            "layer 0 does not renormalize its gates (moe.norm_topk_prob is false), which Mixtral always does; "
+            "set moe.norm_topk_prob: true, or qk_norm: true to export to Qwen3-MoE"
         )
     return "mixtral"
 
@@ -69,17 +68,17 @@ def to_transformers(decoder: Decoder, max_positions: int = 32768) -> PreTrainedM
     assert config.moe is not None
     common: dict[str, Any] = {
         "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_channels,
-        "num_experts_per_tok": config.moe.top_k,
-        "rms_norm_eps": config.norm_eps,
+        "num_experts_per_tok": config.moe.num_experts_per_tok,
+        "rms_norm_eps": config.rms_norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tie_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
         "max_position_embeddings": max_positions,
-        "router_aux_loss_coef": config.moe.balance_weight,
+        "router_aux_loss_coef": config.moe.router_aux_loss_coef,
         "pad_token_id": 0,
         "bos_token_id": None,
         "eos_token_id": 1,
@@ -87,21 +86,21 @@ def to_transformers(decoder: Decoder, max_positions: int = 32768) -> PreTrainedM
     if family == "mixtral":
         model = transformers.MixtralForCausalLM(
             transformers.MixtralConfig(
-                intermediate_size=config.moe.expert_width, num_local_experts=config.moe.num_experts, **common
+                intermediate_size=config.moe.moe_intermediate_size, num_local_experts=config.moe.num_experts, **common
             )
         )
     else:
         model = transformers.Qwen3MoeForCausalLM(
             transformers.Qwen3MoeConfig(
-                intermediate_size=config.mlp_width,
-                moe_intermediate_size=config.moe.expert_width,
+                intermediate_size=config.intermediate_size,
+                moe_intermediate_size=config.moe.moe_intermediate_size,
                 num_experts=config.moe.num_experts,
-                norm_topk_prob=config.moe.renormalise,
-                mlp_only_layers=[i for i in range(config.num_layers) if not config.has_experts(i)],
+                norm_topk_prob=config.moe.norm_topk_prob,
+                mlp_only_layers=[i for i in range(config.num_hidden_layers) if not config.has_experts(i)],
                 **common,
             )
         )
-    model.to(decoder.embedding.weight.dtype)
+    model.to(decoder.embed_tokens.weight.dtype)
     missing, unexpected = model.load_state_dict(_to_theirs(decoder), strict=False)
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise RuntimeError(f"this transformers version names weights otherwise: missing {missing}, new {unexpected}")
@@ -227,23 +226,23 @@ def decoder_config(config: Any) -> DecoderConfig:
     experts = tuple(layer for layer in range(config.num_hidden_layers) if layer not in dense)
     return DecoderConfig(
         vocab_size=config.vocab_size,
-        width=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_width=getattr(config, "head_dim", None),
-        mlp_width=config.intermediate_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None),
+        intermediate_size=config.intermediate_size,
         moe=MoEConfig(
             num_experts=config.num_local_experts,
-            top_k=config.num_experts_per_tok,
-            expert_width=config.moe_intermediate_size if is_qwen else config.intermediate_size,
-            renormalise=bool(config.norm_topk_prob) if is_qwen else True,
+            num_experts_per_tok=config.num_experts_per_tok,
+            moe_intermediate_size=config.moe_intermediate_size if is_qwen else config.intermediate_size,
+            norm_topk_prob=bool(config.norm_topk_prob) if is_qwen else True,
         ),
         moe_layers=experts if dense else "all",
         rope_theta=float(rope["rope_theta"]),
-        norm_eps=config.rms_norm_eps,
+        rms_norm_eps=config.rms_norm_eps,
         qk_norm=is_qwen,
-        tie_embeddings=config.tie_word_embeddings,
+        tie_word_embeddings=config.tie_word_embeddings,
     )
 
 
@@ -260,53 +259,14 @@ def _transformers() -> Any:
     return transformers
 
 
-def _names(decoder: Decoder) -> dict[str, str]:
-    """Our names to theirs, where a weight is one tensor on both sides."""
-    names = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
-    if decoder.output is not None:
-        names["output.weight"] = "lm_head.weight"
-    for layer in range(decoder.config.num_layers):
-        ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
-        names[f"{ours}.attention_norm.weight"] = f"{theirs}.input_layernorm.weight"
-        names[f"{ours}.attention.out.weight"] = f"{theirs}.self_attn.o_proj.weight"
-        names[f"{ours}.mlp_norm.weight"] = f"{theirs}.post_attention_layernorm.weight"
-        if decoder.config.qk_norm:
-            names[f"{ours}.attention.q_norm_C"] = f"{theirs}.self_attn.q_norm.weight"
-            names[f"{ours}.attention.k_norm_C"] = f"{theirs}.self_attn.k_norm.weight"
-        if decoder.config.has_experts(layer):
-            names[f"{ours}.mlp.router_ED"] = f"{theirs}.mlp.gate.weight"
-            names[f"{ours}.mlp.gate_up_E2ID"] = f"{theirs}.mlp.experts.gate_up_proj"
-            names[f"{ours}.mlp.down_EDI"] = f"{theirs}.mlp.experts.down_proj"
-        else:
-            names[f"{ours}.mlp.down.weight"] = f"{theirs}.mlp.down_proj.weight"
-    return names
-
-
-def _stacks(decoder: Decoder) -> dict[str, tuple[list[str], list[int]]]:
-    """Our stacked weights: their names in row order, and their numbers of rows."""
-    config = decoder.config
-    heads = [config.num_heads, config.kv_heads, config.kv_heads]
-    stacks: dict[str, tuple[list[str], list[int]]] = {}
-    for layer in range(config.num_layers):
-        ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
-        qkv = [f"{theirs}.self_attn.{part}_proj.weight" for part in "qkv"]
-        stacks[f"{ours}.attention.qkv.weight"] = (qkv, [number * config.head_channels for number in heads])
-        if not config.has_experts(layer):
-            gate_up = [f"{theirs}.mlp.{part}_proj.weight" for part in ("gate", "up")]
-            stacks[f"{ours}.mlp.gate_up.weight"] = (gate_up, [config.mlp_width] * 2)
-    return stacks
+def _their_name(name: str) -> str:
+    """Our names are theirs, but for the prefix of all that is not the head."""
+    return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def _to_theirs(decoder: Decoder) -> dict[str, Tensor]:
-    ours = decoder.state_dict()
-    theirs = {name: ours[our_name] for our_name, name in _names(decoder).items()}
-    for our_name, (names, rows) in _stacks(decoder).items():
-        theirs.update(zip(names, ours[our_name].split(rows), strict=True))
-    return theirs
+    return {_their_name(name): weight for name, weight in decoder.state_dict().items()}
 
 
 def _to_ours(decoder: Decoder, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    ours = {our_name: theirs[name] for our_name, name in _names(decoder).items()}
-    for our_name, (names, _) in _stacks(decoder).items():
-        ours[our_name] = torch.cat([theirs[name] for name in names])
-    return ours
+    return {name: theirs[_their_name(name)] for name in decoder.state_dict()}

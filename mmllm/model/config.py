@@ -10,7 +10,7 @@ ConfigT = TypeVar("ConfigT")
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """A nested frozen dataclass as JSON-serialisable dicts and lists."""
+    """A nested frozen dataclass as JSON-serializable dicts and lists."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

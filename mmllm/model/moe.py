@@ -22,68 +22,92 @@ class MoEConfig:
 
     Attributes:
         num_experts: experts a layer.
-        top_k: experts a token.
-        expert_width: inner width of each expert.
-        balance_weight: weight of the balance loss (1 at perfect balance) in the training loss.
-        z_weight: weight of the router's z-loss (ST-MoE, arXiv 2202.08906).
-        renormalise: divide a token's chosen gates by their sum.
+        num_experts_per_tok: experts a token.
+        moe_intermediate_size: inner width of each expert.
+        router_aux_loss_coef: weight of the balance loss (1 at perfect balance) in the training loss.
+        router_z_loss_coef: weight of the router's z-loss (ST-MoE, arXiv 2202.08906).
+        norm_topk_prob: divide a token's chosen gates by their sum.
         backend: of `mmllm_kernels.moe`.
     """
 
     num_experts: int = 8
-    top_k: int = 2
-    expert_width: int = 256
-    balance_weight: float = 0.01
-    z_weight: float = 0.001
-    renormalise: bool = True
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 256
+    router_aux_loss_coef: float = 0.01
+    router_z_loss_coef: float = 0.001
+    norm_topk_prob: bool = True
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(f"moe.top_k is {self.top_k}; it must be between 1 and num_experts, {self.num_experts}")
-        if self.expert_width < 1:
-            raise ValueError(f"moe.expert_width is {self.expert_width}; it must be positive")
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"moe.num_experts_per_tok is {self.num_experts_per_tok}; it must be between 1 and num_experts, "
+                f"{self.num_experts}"
+            )
+        if self.moe_intermediate_size < 1:
+            raise ValueError(f"moe.moe_intermediate_size is {self.moe_intermediate_size}; it must be positive")
+
+
+class Router(nn.Module):
+    """A score of each expert for each token."""
+
+    def __init__(self, width: int, num_experts: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, width))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Logits [N, E], float32 or wider, also under autocast."""
+        dtype = torch.promote_types(torch.promote_types(x_ND.dtype, self.weight.dtype), torch.float32)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            return F.linear(x_ND.to(dtype), self.weight.to(dtype))
+
+
+class Experts(nn.Module):
+    """Weights stacked over experts: gate and up in one matrix [E, 2I, D], and down [E, D, I]."""
+
+    def __init__(self, width: int, config: MoEConfig):
+        super().__init__()
+        num_experts, inner = config.num_experts, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * inner, width))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, width, inner))
 
 
 class MoE(nn.Module):
-    """Router and experts. Weights are stacked over experts, gate and up in one matrix."""
+    """Router and experts."""
 
     def __init__(self, width: int, config: MoEConfig):
         super().__init__()
         self.config = config
-        self.router_ED = nn.Parameter(torch.empty(config.num_experts, width))
-        self.gate_up_E2ID = nn.Parameter(torch.empty(config.num_experts, 2 * config.expert_width, width))
-        self.down_EDI = nn.Parameter(torch.empty(config.num_experts, width, config.expert_width))
+        self.gate = Router(width, config.num_experts)
+        self.experts = Experts(width, config)
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, MoEOutput]:
         """Outputs [N, D], router logits [N, E] (float32 or wider, also under autocast) and how the kernel routed."""
-        dtype = torch.promote_types(torch.promote_types(x_ND.dtype, self.router_ED.dtype), torch.float32)
-        with torch.autocast(x_ND.device.type, enabled=False):
-            logits_NE = F.linear(x_ND.to(dtype), self.router_ED.to(dtype))
+        logits_NE = self.gate(x_ND)
         result = mmllm_kernels.moe(
             x_ND,
             logits_NE,
-            self.gate_up_E2ID,
-            self.down_EDI,
-            self.config.top_k,
-            self.config.renormalise,
+            self.experts.gate_up_proj,
+            self.experts.down_proj,
+            self.config.num_experts_per_tok,
+            self.config.norm_topk_prob,
             self.config.backend,
         )
         return result.out_TD, logits_NE, result
 
 
 class MLP(nn.Module):
-    """Dense SwiGLU (arXiv 2002.05202), gate and up in one matrix."""
+    """Dense SwiGLU (arXiv 2002.05202)."""
 
-    def __init__(self, width: int, mlp_width: int):
+    def __init__(self, width: int, intermediate_size: int):
         super().__init__()
-        self.gate_up = nn.Linear(width, 2 * mlp_width, bias=False)
-        self.down = nn.Linear(mlp_width, width, bias=False)
+        self.gate_proj = nn.Linear(width, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(width, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, width, bias=False)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Same shape as the input."""
-        gate_NI, up_NI = self.gate_up(x_ND).chunk(2, dim=-1)
-        return self.down(F.silu(gate_NI) * up_NI)
+        return self.down_proj(F.silu(self.gate_proj(x_ND)) * self.up_proj(x_ND))
 
 
 @dataclass

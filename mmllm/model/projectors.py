@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmllm.sequences import clip_frames
 from mmllm_tokenizers.spectrum import FrameSpectrum
 
 POSITION_STD = 0.2
@@ -27,15 +28,15 @@ class ImageProjectorConfig:
         kind: "linear" and "mlp" make one slot of each feature; "average" and "attention" pool the
             features to `num_tokens` slots (adaptive averages over the grid, or learned queries), then MLP.
         num_tokens: slots an image; None: as many as features. Needed where features are pooled.
-        hidden_width: of the MLP; None: the decoder's width.
-        num_heads: of the attention pooling.
+        hidden_size: inner width of the MLP; None: the decoder's.
+        num_attention_heads: of the attention pooling.
         dropout: on the features, in training.
     """
 
     kind: Literal["linear", "mlp", "average", "attention"] = "mlp"
     num_tokens: int | None = None
-    hidden_width: int | None = None
-    num_heads: int = 4
+    hidden_size: int | None = None
+    num_attention_heads: int = 4
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -52,9 +53,9 @@ class ImageProjector(nn.Module):
         num_features = grid[0] * grid[1]
         self.num_tokens = config.num_tokens or num_features
         self.norm = nn.LayerNorm(feature_width)
-        self.rows_HC = nn.Parameter(torch.randn(grid[0], 1, feature_width) * POSITION_STD)
-        self.columns_WC = nn.Parameter(torch.randn(1, grid[1], feature_width) * POSITION_STD)
-        self.queries_OC = None
+        self.row_embedding = nn.Parameter(torch.randn(grid[0], 1, feature_width) * POSITION_STD)
+        self.column_embedding = nn.Parameter(torch.randn(1, grid[1], feature_width) * POSITION_STD)
+        self.queries = None
         match config.kind:
             case "linear" | "mlp":
                 if self.num_tokens != num_features:
@@ -65,22 +66,22 @@ class ImageProjector(nn.Module):
             case "average":
                 self.pooled_grid = _pooled_grid(self.num_tokens, grid)
             case "attention":
-                self.queries_OC = nn.Parameter(torch.randn(self.num_tokens, feature_width) * 0.02)
-                self.pool = nn.MultiheadAttention(feature_width, config.num_heads, batch_first=True)
+                self.queries = nn.Parameter(torch.randn(self.num_tokens, feature_width) * 0.02)
+                self.pool = nn.MultiheadAttention(feature_width, config.num_attention_heads, batch_first=True)
         if config.kind == "linear":
             self.project: nn.Module = nn.Linear(feature_width, width)
         else:
-            self.project = _mlp(feature_width, config.hidden_width or width, width)
+            self.project = _mlp(feature_width, config.hidden_size or width, width)
 
     def forward(self, features_NSC: Tensor) -> Tensor:
         """[N, O, D]."""
-        positions_SC = (self.rows_HC + self.columns_WC).flatten(0, 1)
+        positions_SC = (self.row_embedding + self.column_embedding).flatten(0, 1)
         x_NSC = F.dropout(self.norm(features_NSC) + positions_SC, self.config.dropout, self.training)
         if self.config.kind == "average":
             x_NCHW = x_NSC.transpose(1, 2).unflatten(2, self.grid)
             x_NSC = F.adaptive_avg_pool2d(x_NCHW, self.pooled_grid).flatten(2).transpose(1, 2)
-        elif self.queries_OC is not None:
-            queries = self.queries_OC.expand(x_NSC.shape[0], -1, -1)
+        elif self.queries is not None:
+            queries = self.queries.expand(x_NSC.shape[0], -1, -1)
             x_NSC = queries + self.pool(queries, x_NSC, x_NSC, need_weights=False)[0]
         return self.project(x_NSC)
 
@@ -106,9 +107,9 @@ class AudioProjectorConfig:
         kind: "linear" or "mlp" of each `pool` frames, or "conv": residual convolution blocks over the slots
             (not causal) after it.
         pool: frames a slot; the tokenizer folder's `audio_pool`.
-        width: inner width; None: the decoder's.
-        num_layers: convolution blocks.
-        kernel: slots that a block sees; odd.
+        hidden_size: inner width; None: the decoder's.
+        num_hidden_layers: convolution blocks.
+        kernel_size: slots that a block sees; odd.
         dropout: inside the blocks, in training.
         code_dropout: in training, chance that a clip is heard with only its first few codebooks.
         frame_mask: in training, share of frames that are hidden in spans (as SpecAugment, arXiv 1904.08779).
@@ -123,15 +124,15 @@ class AudioProjectorConfig:
             shorter or longer vocal tract would (Jaitly and Hinton 2013); needs `spectrum`.
         band_mask: in training, up to this many neighbouring bands of each clip are hidden (as SpecAugment); needs
             `spectrum`.
-        clip_norm: normalise each channel over the frames of a clip, as cepstral mean and variance normalisation
+        clip_norm: normalize each channel over the frames of a clip, as cepstral mean and variance normalization
             does: what stays the same throughout a clip (voice, microphone) is taken out. False: LayerNorm a frame.
     """
 
     kind: Literal["linear", "mlp", "conv"] = "conv"
     pool: int = 2
-    width: int | None = None
-    num_layers: int = 4
-    kernel: int = 7
+    hidden_size: int | None = None
+    num_hidden_layers: int = 4
+    kernel_size: int = 7
     dropout: float = 0.0
     code_dropout: float = 0.0
     frame_mask: float = 0.0
@@ -145,8 +146,8 @@ class AudioProjectorConfig:
     def __post_init__(self) -> None:
         if self.pool < 1:
             raise ValueError(f"audio projector.pool is {self.pool}; it must be at least 1 frame a slot")
-        if self.kernel % 2 == 0:
-            raise ValueError(f"audio projector.kernel is {self.kernel}; it must be odd")
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"audio projector.kernel_size is {self.kernel_size}; it must be odd")
         if self.spectrum % 4 or (self.spectrum and self.kind != "conv"):
             raise ValueError(
                 f"audio projector.spectrum is {self.spectrum} with kind {self.kind!r}; it must be a multiple of 4, and "
@@ -186,7 +187,7 @@ class CodeEmbedding(nn.Module):
         self.register_buffer("scale", torch.ones(()) if keeps_scale else None)
         nn.init.normal_(self.table.weight, std=latent_width**-0.5)
 
-    def initialise(self, codebooks_KVD: Tensor) -> None:
+    def initialize(self, codebooks_KVD: Tensor) -> None:
         """Copies the codec's codebooks, scaled so that a sum of one code of each has unit variance.
 
         Similar sounds then start close to each other.
@@ -287,7 +288,7 @@ class AudioProjector(nn.Module):
     def __init__(self, config: AudioProjectorConfig, latent_width: int, width: int):
         super().__init__()
         self.config = config
-        inner = config.width or width
+        inner = config.hidden_size or width
         self.frame_norm = None if config.clip_norm else nn.LayerNorm(latent_width)
         self.mask_embedding = nn.Parameter(torch.zeros(latent_width))
         if config.kind == "conv":
@@ -299,7 +300,7 @@ class AudioProjector(nn.Module):
             frame_width = self.picture.width if self.picture is not None else latent_width
             self.stem = nn.Linear(frame_width * config.pool, inner)
             self.blocks = nn.ModuleList(
-                ConvBlock(inner, config.kernel, config.dropout) for _ in range(config.num_layers)
+                ConvBlock(inner, config.kernel_size, config.dropout) for _ in range(config.num_hidden_layers)
             )
             self.norm = nn.LayerNorm(inner)
         if config.kind == "mlp":
@@ -307,8 +308,14 @@ class AudioProjector(nn.Module):
         else:
             self.project = nn.Linear(inner if config.kind == "conv" else latent_width * config.pool, width)
 
-    def forward(self, codes_CFK: Tensor, embedding: CodeEmbedding) -> Tensor:
-        """[C, ceil(F / pool), D]; -1 codes pad a clip's end."""
+    def forward(self, codes_CFK: Tensor, embedding: CodeEmbedding, num_frames: tuple[int, ...] | None = None) -> Tensor:
+        """[C, ceil(F / pool), D]; -1 codes pad a clip's end.
+
+        Args:
+            codes_CFK: the codes.
+            embedding: of the codes.
+            num_frames: of each clip; None: the device is asked.
+        """
         mask_CF1 = (codes_CFK[..., :1] >= 0).to(embedding.table.weight.dtype)
         if self.training:
             codes_CFK = self._drop_codebooks(codes_CFK)
@@ -331,31 +338,37 @@ class AudioProjector(nn.Module):
         if self.config.kind != "conv":
             return self.project(x_CFL.unflatten(1, (-1, pool)).flatten(2))
         is_frame_CSB = F.pad(mask_CF1[..., 0], (0, missing)).unflatten(1, (-1, pool))
-        return self.project(self._convolved(x_CFL.unflatten(1, (-1, pool)), is_frame_CSB))
+        num_frames = clip_frames(codes_CFK) if num_frames is None else num_frames
+        return self.project(self._convolved(x_CFL.unflatten(1, (-1, pool)), is_frame_CSB, num_frames))
 
-    def _convolved(self, x_CSBL: Tensor, is_frame_CSB: Tensor) -> Tensor:
+    def _convolved(self, x_CSBL: Tensor, is_frame_CSB: Tensor, num_frames: tuple[int, ...]) -> Tensor:
         """Convolves the clips laid end to end, zeros between them: padding short clips to the longest costs more."""
-        gap = max(self.config.kernel // 2, 1)
-        slots_S = torch.arange(x_CSBL.shape[1], device=x_CSBL.device)
-        is_real_CS = is_frame_CSB[..., 0] > 0
-        num_slots_C = is_real_CS.sum(dim=1)
-        starts_C = (num_slots_C + gap).cumsum(0) - num_slots_C - gap
-        places_R = (starts_C[:, None] + slots_S)[is_real_CS]
-        num_places = int(num_slots_C.sum()) + gap * len(num_slots_C)
-        x_RBL = x_CSBL[is_real_CS]
+        num_clips, num_slots = x_CSBL.shape[:2]
+        rows, places, num_places = self._laid_out(num_frames, num_slots)
+        rows_R, places_R = rows.to(x_CSBL.device, non_blocking=True), places.to(x_CSBL.device, non_blocking=True)
+        x_RBL = x_CSBL.flatten(0, 1).index_select(0, rows_R)
         is_slot_P1 = x_RBL.new_zeros(num_places, 1).index_fill(0, places_R, 1.0)
         if self.picture is not None:
             x_PBL = x_RBL.new_zeros(num_places, *x_RBL.shape[1:]).index_copy(0, places_R, x_RBL)
-            is_frame_PB = x_RBL.new_zeros(num_places, x_RBL.shape[1]).index_copy(0, places_R, is_frame_CSB[is_real_CS])
+            is_frame_RB = is_frame_CSB.flatten(0, 1).index_select(0, rows_R)
+            is_frame_PB = x_RBL.new_zeros(num_places, x_RBL.shape[1]).index_copy(0, places_R, is_frame_RB)
             x_RBL = self.picture(x_PBL, is_frame_PB)[places_R]
         x_RW = self.stem(x_RBL.flatten(1))
         x_PW = x_RW.new_zeros(num_places, x_RW.shape[1]).index_copy(0, places_R, x_RW)
         for block in self.blocks:
             x_PW = block(x_PW, is_slot_P1)
         x_RW = self.norm(x_PW[places_R])
-        rows_R = is_real_CS.flatten().nonzero().squeeze(1)
-        x_NW = x_RW.new_zeros(is_real_CS.numel(), x_RW.shape[1]).index_copy(0, rows_R, x_RW)
-        return x_NW.unflatten(0, is_real_CS.shape)
+        x_NW = x_RW.new_zeros(num_clips * num_slots, x_RW.shape[1]).index_copy(0, rows_R, x_RW)
+        return x_NW.unflatten(0, (num_clips, num_slots))
+
+    def _laid_out(self, num_frames: tuple[int, ...], num_slots: int) -> tuple[Tensor, Tensor, int]:
+        """Of each slot that a clip fills: its row in C·S, and its place where they lie end to end; and all places."""
+        gap = max(self.config.kernel_size // 2, 1)
+        slots_C = -(torch.tensor(num_frames, dtype=torch.int64) // -self.config.pool)
+        starts_C = (slots_C + gap).cumsum(0) - slots_C - gap
+        clip_R = torch.repeat_interleave(slots_C)
+        slot_R = torch.arange(len(clip_R)) - (slots_C.cumsum(0) - slots_C)[clip_R]
+        return clip_R * num_slots + slot_R, starts_C[clip_R] + slot_R, int(slots_C.sum()) + gap * len(slots_C)
 
     def _drop_codebooks(self, codes_CFK: Tensor) -> Tensor:
         num_codebooks = codes_CFK.shape[2]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 NORM_GROUPS = 8
-STANDARDISED_EPS = 1e-4
+STANDARDIZED_EPS = 1e-4
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -39,13 +39,13 @@ class VisionConfig:
         pretrained: a tag of open_clip ("laion2b_s34b_b79k") whose weights lie in open_clip's or
             Hugging Face's cache. Read by `load_pretrained`, never by a constructor.
         checkpoint: a local file of open_clip weights (`.safetensors`, `.pt`), instead of `pretrained`.
-        mean: of red, green and blue in [0, 1], by which pixels are normalised; None: the tag's, or else OpenAI's.
+        mean: of red, green and blue in [0, 1], by which pixels are normalized; None: the tag's, or else OpenAI's.
         std: as `mean`; both or neither are given.
         layer: index of a block of a ViT or of a stage of a timm trunk (negative: from the end), or
             "layer1" to "layer4" of a ModifiedResNet (-1 is "layer4").
         trainable: whether gradients flow into the tower.
         norm: "batch" keeps BatchNorm where the model has it, with the statistics that it stores: right for pretrained
-            weights. "group" puts GroupNorm in its place and standardises the filters before it, so that a tower is
+            weights. "group" puts GroupNorm in its place and standardizes the filters before it, so that a tower is
             learnt from nothing as fast as with BatchNorm, without one packed document's pictures changing another's.
     """
 
@@ -123,7 +123,7 @@ def open_clip_config(config: VisionConfig) -> dict[str, Any]:
 
 
 def pixel_statistics(config: VisionConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of red, green and blue by which the tower's pixels are normalised."""
+    """Mean and standard deviation of red, green and blue by which the tower's pixels are normalized."""
     if config.mean is not None and config.std is not None:
         return config.mean, config.std
     tag = get_pretrained_cfg(str(config.open_clip), config.pretrained) if config.pretrained else {}
@@ -149,19 +149,19 @@ def _check_statistics(config: VisionConfig) -> None:
         )
 
 
-class StandardisedConv2d(nn.Conv2d):
-    """A convolution whose filters are used with mean 0 and norm 1 (weight standardisation, arXiv 1903.10520)."""
+class StandardizedConv2d(nn.Conv2d):
+    """A convolution whose filters are used with mean 0 and norm 1 (weight standardization, arXiv 1903.10520)."""
 
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Conv2d`."""
         var_O111, mean_O111 = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
         fan_in = self.weight[0].numel()
-        weight_OIHW = (self.weight - mean_O111) * torch.rsqrt(fan_in * var_O111 + STANDARDISED_EPS)
+        weight_OIHW = (self.weight - mean_O111) * torch.rsqrt(fan_in * var_O111 + STANDARDIZED_EPS)
         return self._conv_forward(input, weight_OIHW, self.bias)
 
 
 def _use_group_norm(module: nn.Module) -> None:
-    """Replaces BatchNorm by GroupNorm (arXiv 1803.08494) and standardises the filters, in place.
+    """Replaces BatchNorm by GroupNorm (arXiv 1803.08494) and standardizes the filters, in place.
 
     GroupNorm alone takes out of each picture what filters with a mean let through, and learns many times slower;
     together they learn as BatchNorm does (arXiv 1912.11370).
@@ -171,7 +171,7 @@ def _use_group_norm(module: nn.Module) -> None:
             case nn.BatchNorm2d():
                 setattr(module, name, nn.GroupNorm(math.gcd(NORM_GROUPS, child.num_features), child.num_features))
             case nn.Conv2d():
-                child.__class__ = StandardisedConv2d  # the same parameters, under the same names
+                child.__class__ = StandardizedConv2d  # the same parameters, under the same names
             case _:
                 _use_group_norm(child)
 

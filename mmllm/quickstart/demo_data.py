@@ -42,7 +42,7 @@ def make_demo_data(
         out: folder to write to.
         seed: chooses everything.
         sizes: how many rows.
-        num_processes: processes that synthesise speech; above one they are spawned.
+        num_processes: processes that synthesize speech; above one they are spawned.
 
     Returns:
         Paths of the manifests under "train" and "test", and under "left_out" what could not be made and why.

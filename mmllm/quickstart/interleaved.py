@@ -176,7 +176,7 @@ def make_interleaved(
         seed: Chooses everything.
         with_speech: Whether there are sounds.
         sample_rate: Of the sounds, in samples a second.
-        num_processes: Processes that synthesise; above one they are spawned.
+        num_processes: Processes that synthesize; above one they are spawned.
 
     Returns:
         The manifests' paths under "train" and "test".

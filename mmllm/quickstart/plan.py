@@ -103,10 +103,22 @@ FRAME_RATE = 50
 ROOM_FOR_TEXT = 62
 MAX_SEQUENCE = 2048
 
-SMALL_DECODER = {"width": 128, "num_layers": 3, "num_heads": 2, "num_kv_heads": 1, "dropout": 0.1}
-SMALL_MOE = {"num_experts": 8, "top_k": 2, "expert_width": 128}
-TEXT_DECODER = {"width": 256, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "dropout": 0.15}
-TEXT_MOE = {"num_experts": 4, "top_k": 2, "expert_width": 256}
+SMALL_DECODER = {
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "dropout": 0.1,
+}
+SMALL_MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+TEXT_DECODER = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "dropout": 0.15,
+}
+TEXT_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
 
 
 WEIGHTS = {"caption": 0.42, "interleaved": 0.14, "text": 0.04, "heard": 0.28, "spoken": 0.12}

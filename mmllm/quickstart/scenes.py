@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from mmllm.evaluation.scenes import AT, COLOURS, POSITIONS, SHAPES, SIZES, SceneObject, render_caption
+from mmllm.evaluation.scenes import AT, COLORS, POSITIONS, SHAPES, SIZES, SceneObject, render_caption
 
 RGB = {
     "red": (222, 30, 38), "orange": (250, 138, 16), "yellow": (246, 224, 40), "green": (34, 150, 52),
@@ -43,7 +43,7 @@ Placed = tuple[SceneObject, float, float, float]
 def heldout_pairs() -> tuple[Pair, ...]:
     """The twelve (shape, colour) pairs that training never shows; no shape and no colour is in more than two."""
     return tuple(
-        (SHAPES[i], COLOURS[(3 * i + shift) % len(COLOURS)])
+        (SHAPES[i], COLORS[(3 * i + shift) % len(COLORS)])
         for shift, count in ((1, 8), (6, 4))
         for i in range(count)
     )  # fmt: skip
@@ -262,7 +262,7 @@ def draw_row(
 def split_pairs() -> tuple[list[Pair], list[Pair]]:
     """(shape, colour) pairs of training, and those held out."""
     heldout = list(heldout_pairs())
-    return [(s, c) for s in SHAPES for c in COLOURS if (s, c) not in heldout], heldout
+    return [(s, c) for s in SHAPES for c in COLORS if (s, c) not in heldout], heldout
 
 
 def make_scenes(

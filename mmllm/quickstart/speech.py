@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmllm.evaluation.scenes import COLOURS, SHAPES, SIZES
+from mmllm.evaluation.scenes import COLORS, SHAPES, SIZES
 from mmllm.quickstart.scenes import split_pairs
 from mmllm.quickstart.synthesis import Espeak, clean_speech, voices, write_wav
 
@@ -26,7 +26,7 @@ PLACES = ("in the centre", "in the middle", "in the corner", "at the top", "at t
           "on the right")  # fmt: skip
 FUNCTION_WORDS = ("the", "is", "there", "in", "at", "on", "of", "and", "left", "right", "above", "below", "centre",
                   "middle", "corner", "top", "bottom", "put", "we", "see", "where", "how", "many")  # fmt: skip
-CONTENT_WORDS = (*SHAPES, *COLOURS, *SIZES, *NUMBERS, *VERBS, *ADVERBS)
+CONTENT_WORDS = (*SHAPES, *COLORS, *SIZES, *NUMBERS, *VERBS, *ADVERBS)
 WORDS = (*CONTENT_WORDS, *PLURALS.values(), *FUNCTION_WORDS)
 """The words said alone. Sentences also have "a", "an" and "to", which alone would sound like something else."""
 
@@ -97,7 +97,7 @@ def _sentence(rng: random.Random) -> str:
             return rng.choice((f"where is the {_thing(rng)} {rng.choice(ADVERBS)}",
                                f"how many {_thing(rng, plural=True)} are there"))  # fmt: skip
         case 7:
-            return f"paint the {_thing(rng)} {rng.choice(COLOURS)}" + rng.choice(("", f" and {rng.choice(COLOURS)}"))
+            return f"paint the {_thing(rng)} {rng.choice(COLORS)}" + rng.choice(("", f" and {rng.choice(COLORS)}"))
         case _:
             return f"move the {_thing(rng)} to the {rng.choice(('left', 'right', 'top', 'bottom'))}"
 
@@ -195,7 +195,7 @@ def make_speech(
     sample_rate: int = 8000,
     num_processes: int = 1,
 ) -> dict[str, Path]:
-    """Synthesises speech and writes `train.jsonl`, `test.jsonl` and `heldout.jsonl` with mono 16-bit WAV files.
+    """Synthesizes speech and writes `train.jsonl`, `test.jsonl` and `heldout.jsonl` with mono 16-bit WAV files.
 
     Rows carry `speaker` (the voice), `level` ("word", "phrase" or "sentence") and `duration` in seconds. Equal
     arguments, but for `num_processes`, give equal bytes on one version of espeak-ng.
@@ -209,7 +209,7 @@ def make_speech(
         num_test_voices: Rows of further such sentences, by voices that training never hears (`heldout_voice`).
         seed: Chooses everything.
         sample_rate: Samples a second.
-        num_processes: Processes that synthesise; above one they are spawned.
+        num_processes: Processes that synthesize; above one they are spawned.
 
     Returns:
         The manifests' paths under "train", "test" and "heldout".

@@ -20,7 +20,7 @@ from mmllm.inference.folder import write_card
 from mmllm.quickstart.plan import OUTPUT_OF_STAGE, STATE_FILE, evaluation_tasks, read_contents, read_json
 
 
-def summarise(out: Path) -> Path:
+def summarize(out: Path) -> Path:
     """Writes `report.html`, `report.json` and the model's card; gives the page's path.
 
     Args:

@@ -53,7 +53,7 @@ class Espeak:
     Raises:
         ModuleNotFoundError: The `espeakng-loader` wheel is not installed.
         OSError: Its library cannot be loaded.
-        RuntimeError: The library cannot be initialised, or has no data.
+        RuntimeError: The library cannot be initialized, or has no data.
     """
 
     def __init__(self) -> None:
@@ -137,7 +137,7 @@ class Espeak:
         self.close()
 
 
-def synthesise(text: str, voice: str, words_per_minute: int = 175, pitch: int = 50) -> NDArray[np.int16]:
+def synthesize(text: str, voice: str, words_per_minute: int = 175, pitch: int = 50) -> NDArray[np.int16]:
     """One text said by a fresh `Espeak`: equal arguments give equal samples. See `Espeak.say`."""
     with Espeak() as espeak:
         return espeak.say(text, voice, words_per_minute, pitch)
@@ -147,7 +147,7 @@ def resample(wave_T: NDArray[np.floating], from_rate: int, to_rate: int) -> NDAr
     """A whole sound at another rate, by cutting or padding its spectrum; float32 [ceil(T * to_rate / from_rate)].
 
     Band-limited exactly, with a short slope below the new limit against ringing. Costs no import of torch, which
-    matters for the processes that synthesise.
+    matters for the processes that synthesize.
     """
     wave_T = np.asarray(wave_T, dtype=np.float32)
     num_out = -(-len(wave_T) * to_rate // from_rate)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmllm.batch import CaptionBatch
 from mmllm.model.vision import VisionConfig, build_clip, pixel_statistics
-from mmllm.training.optimisers import OptimiserConfig
+from mmllm.training.optimizers import OptimizerConfig
 from mmllm.training.staged import StagedModule
 from mmllm_tokenizers.folder import TokenizerFolder
 from mmllm_tokenizers.vocab import END, PAD
@@ -45,7 +45,7 @@ class ClipModule(StagedModule):
         self,
         clip: VisionConfig,
         tokenizer: str,
-        optimiser: OptimiserConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
         max_seconds: float | None = None,
         out: str | None = None,
     ) -> None:
@@ -54,11 +54,11 @@ class ClipModule(StagedModule):
         Args:
             clip: the open_clip model by name or as a config; `layer` and `trainable` don't matter here.
             tokenizer: tokenizer folder.
-            optimiser: rates and decay.
+            optimizer: rates and decay.
             max_seconds: training ends after this long; None: `trainer.max_steps` alone ends it.
             out: folder for `model.safetensors` and `config.json`, which `DecoderModule(clip=…)` reads.
         """
-        super().__init__(optimiser, max_seconds)
+        super().__init__(optimizer, max_seconds)
         if clip.pretrained or clip.checkpoint:
             raise ValueError(
                 f"clip names the weights {clip.pretrained or clip.checkpoint!r}, but both towers are trained from "
@@ -169,8 +169,8 @@ def contrastive_loss(
     pictures of the same class are no wrong answers. It is 0 where all right answers are equally likely and certain.
 
     Args:
-        image_NC: this rank's images, normalised.
-        text_NC: their captions, normalised.
+        image_NC: this rank's images, normalized.
+        text_NC: their captions, normalized.
         all_image_MC: those of all ranks.
         all_text_MC: those of all ranks.
         scale: what cosines are multiplied by.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmllm.batch import SoundBatch
 from mmllm.training.audio_losses import Balancer, MultiScaleMelLoss
-from mmllm.training.optimisers import OptimiserConfig
+from mmllm.training.optimizers import OptimizerConfig
 from mmllm.training.staged import StagedModule
 from mmllm_tokenizers.audio import SmallCodec
 from mmllm_tokenizers.codec import Codec, CodecConfig
@@ -32,8 +32,8 @@ class CodecLossConfig:
     Attributes:
         l1: of the waveform; its share of the balanced gradient.
         mel: of the multi-scale mel spectrogram; its share of the balanced gradient.
-        commitment: weight of the quantiser's commitment loss, outside the balance.
-        ctc: weight of a character CTC loss on the quantised latents, which makes the codes tell words apart;
+        commitment: weight of the quantizer's commitment loss, outside the balance.
+        ctc: weight of a character CTC loss on the quantized latents, which makes the codes tell words apart;
             0: no such head. Needs data that gives whole clips with their text.
         ctc_width: channels of the CTC head.
     """
@@ -59,7 +59,7 @@ class CodecModule(StagedModule):
         self,
         codec: CodecConfig,
         losses: CodecLossConfig | None = None,
-        optimiser: OptimiserConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
         max_seconds: float | None = None,
         out: str | None = None,
     ) -> None:
@@ -68,11 +68,11 @@ class CodecModule(StagedModule):
         Args:
             codec: its shape.
             losses: their weights.
-            optimiser: rates and decay.
+            optimizer: rates and decay.
             max_seconds: training ends after this long; None: `trainer.max_steps` alone ends it.
             out: folder for the trained codec, which `load_audio_tokenizer` and a tokenizer folder read.
         """
-        super().__init__(optimiser, max_seconds)
+        super().__init__(optimizer, max_seconds)
         self.codec_config = codec
         self.losses = losses or CodecLossConfig()
         self.out = out
@@ -104,7 +104,7 @@ class CodecModule(StagedModule):
         }
         total = self.balancer(losses, output.wave) + self.losses.commitment * output.commit_loss
         if self.ctc_head is not None:
-            losses["ctc"] = character_ctc(self.ctc_head(output.quantised), texts)
+            losses["ctc"] = character_ctc(self.ctc_head(output.quantized), texts)
             total = total + self.losses.ctc * losses["ctc"]
         if is_empty:
             return total * 0

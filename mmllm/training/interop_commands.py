@@ -15,15 +15,19 @@ from mmllm.inference.folder import load_model
 from mmllm.interop.transformers import from_mixtral, to_mixtral, tokenizer_of
 from mmllm.model.config import config_from_dict, config_to_dict
 from mmllm.model.decoder import Decoder, DecoderConfig
+from mmllm.model.earlier_names import current_keys, current_weights
 
 log = logging.getLogger(__name__)
 
 WEIGHTS = "decoder.safetensors"
 CONFIG = "decoder.json"
 
-_VOCABULARY = ("embedding.", "output.")
-_COMPUTED = ("width", "num_layers", "num_heads", "kv_heads", "head_channels", "rope_theta", "norm_eps", "qk_norm")
-_COMPUTED_BY_EXPERTS = ("num_experts", "top_k", "expert_width", "renormalise")
+_VOCABULARY = ("embed_tokens.", "lm_head.")
+_COMPUTED = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_heads", "head_channels", "rope_theta",
+    "rms_norm_eps", "qk_norm",
+)  # fmt: skip
+_COMPUTED_BY_EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
 
 
 def export(model_dir: str, out: str) -> str:
@@ -94,6 +98,7 @@ def load_decoder(directory: str | Path, decoder: Decoder, tokenizer: str | None 
             raise FileNotFoundError(f"{wanted} doesn't exist; `mmllm import` writes it")
     _check_config(config_path, decoder.config)
     weights, made_for = _read(path)
+    weights = current_weights(weights, decoder.config.num_attention_heads, decoder.config.kv_heads)
     knows_ids = tokenizer is not None and made_for == tokenizer
     if not knows_ids:
         log.warning("embeddings and head stay random: the ids of %s aren't those of this tokenizer", directory)
@@ -114,14 +119,15 @@ def load_decoder(directory: str | Path, decoder: Decoder, tokenizer: str | None 
 def _check_config(path: Path, wanted: DecoderConfig) -> None:
     """Refuses a decoder that would compute another function with the same weights."""
     try:
-        found = config_from_dict(DecoderConfig, json.loads(path.read_text(encoding="utf-8")))
+        values = current_keys(json.loads(path.read_text(encoding="utf-8")), "decoder")
+        found = config_from_dict(DecoderConfig, values)
     except ValueError as error:
         raise ValueError(f"{path} is no imported decoder's config: {error}; import it again") from error
     pairs: dict[str, tuple[Any, Any]] = {key: (getattr(wanted, key), getattr(found, key)) for key in _COMPUTED}
-    for layer in range(min(wanted.num_layers, found.num_layers)):
+    for layer in range(min(wanted.num_hidden_layers, found.num_hidden_layers)):
         pairs[f"has_experts({layer})"] = wanted.has_experts(layer), found.has_experts(layer)
-    if not all(wanted.has_experts(layer) for layer in range(wanted.num_layers)):
-        pairs["mlp_width"] = wanted.mlp_width, found.mlp_width
+    if not all(wanted.has_experts(layer) for layer in range(wanted.num_hidden_layers)):
+        pairs["intermediate_size"] = wanted.intermediate_size, found.intermediate_size
     if wanted.moe is not None and found.moe is not None:
         for key in _COMPUTED_BY_EXPERTS:
             pairs[f"moe.{key}"] = getattr(wanted.moe, key), getattr(found.moe, key)

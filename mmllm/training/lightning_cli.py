@@ -8,15 +8,20 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
+from mmllm.model.earlier_names import current_key, current_keys
 from mmllm.training.earlier_runs import KeepMetrics, ReplaceEarlierRun, checkpoint_to_load, find_earlier_run
+
+log = logging.getLogger(__name__)
 
 SUBCOMMANDS = ("fit", "validate", "test")
 
@@ -168,10 +173,43 @@ def build_cli(argv: list[str], run: bool = True, overwrite: bool = False) -> Mml
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        args=argv,
+        args=_with_current_names(argv),
         run=run,
         overwrite=overwrite,
     )
+
+
+def _with_current_names(argv: list[str]) -> list[str]:
+    """Options and config files with today's names for keys that had others; each file that has such is named.
+
+    A config file so changed is given to the parser as its text.
+    """
+    argv = list(argv)
+    for place, argument in enumerate(argv):
+        key, equals, value = argument.partition("=")
+        if key in ("-c", "--config") and (equals or place + 1 < len(argv)):
+            path = Path(value if equals else argv[place + 1])
+            text = _current_yaml(path) if path.is_file() else None
+            if text is not None:
+                argv[place if equals else place + 1] = f"{key}={text}" if equals else text
+        elif argument.startswith("--"):
+            argv[place] = current_key(key) + equals + value
+    return argv
+
+
+def _current_yaml(path: Path) -> str | None:
+    """The config with today's names; None where it has no earlier one, or is no mapping (the parser says so)."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None
+    if not isinstance(values, dict):
+        return None
+    current = current_keys(values)
+    if current == values:
+        return None
+    log.warning("%s has earlier names of keys (mmllm/model/earlier_names.py lists both); they are still read", path)
+    return yaml.safe_dump(current, sort_keys=False)
 
 
 def run_lightning(argv: list[str]) -> MmllmCLI:

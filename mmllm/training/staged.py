@@ -1,4 +1,4 @@
-"""What the three stages (codec, CLIP tower, decoder) share: their clock, schedule, optimiser and metrics."""
+"""What the three stages (codec, CLIP tower, decoder) share: their clock, schedule, optimizer and metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from mmllm.training.optimisers import OptimiserConfig, build_optimiser, learning_rate_factor, parameter_groups
+from mmllm.model.earlier_names import is_earlier
+from mmllm.training.optimizers import OptimizerConfig, build_optimizer, learning_rate_factor, parameter_groups
 from mmllm.training.step_start import StepStart
 
 log = logging.getLogger(__name__)
@@ -28,11 +29,11 @@ class StagedModule(pl.LightningModule):
     schedule. Seconds count training alone (validation included) and go on counting after a resume.
     """
 
-    def __init__(self, optimiser: OptimiserConfig | None = None, max_seconds: float | None = None) -> None:
+    def __init__(self, optimizer: OptimizerConfig | None = None, max_seconds: float | None = None) -> None:
         """Keeps the settings.
 
         Args:
-            optimiser: rates and decay; None: the defaults.
+            optimizer: rates and decay; None: the defaults.
             max_seconds: training ends after this long, resumes included; None: `trainer.max_steps` alone ends it.
 
         Raises:
@@ -41,7 +42,7 @@ class StagedModule(pl.LightningModule):
         super().__init__()
         if max_seconds is not None and not max_seconds > 0:
             raise ValueError(f"max_seconds is {max_seconds}; give a positive number of seconds or null")
-        self.optimiser = optimiser or OptimiserConfig()
+        self.optimizer = optimizer or OptimizerConfig()
         self.max_seconds = max_seconds
         self.elapsed_seconds = 0.0
         self.window = MetricWindow()
@@ -76,10 +77,10 @@ class StagedModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Groups by tower; the rate is set before each batch by `on_train_batch_start`."""
-        groups = parameter_groups(self, self.optimiser, self.tower_of)
+        groups = parameter_groups(self, self.optimizer, self.tower_of)
         self._peak_lrs = [group.pop("peak_lr") for group in groups]
         is_replicated = self._trainer is not None and isinstance(self.trainer.strategy, DDPStrategy)
-        return build_optimiser(groups, self.optimiser, self.trainer.world_size if is_replicated else 1)
+        return build_optimizer(groups, self.optimizer, self.trainer.world_size if is_replicated else 1)
 
     @property
     def progress(self) -> float:
@@ -112,7 +113,7 @@ class StagedModule(pl.LightningModule):
         """Sets each group's learning rate, and the random numbers of this batch: a resumed run draws the same."""
         batch_number = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         torch.manual_seed(_mixed(self._seed, batch_number, self.trainer.global_rank))
-        factor = learning_rate_factor(self._shared_progress(), self.optimiser)
+        factor = learning_rate_factor(self._shared_progress(), self.optimizer)
         for group, peak in zip(self._optimizer().param_groups, self._peak_lrs, strict=True):
             group["lr"] = peak * factor
 
@@ -173,6 +174,12 @@ class StagedModule(pl.LightningModule):
             ValueError: the checkpoint is at the end of the training that it should go on with; Lightning would do
                 nothing, export included, and say so nowhere.
         """
+        earlier = next((name for name in checkpoint["state_dict"] if is_earlier(name)), None)
+        if earlier is not None:
+            raise ValueError(
+                f"the checkpoint has {earlier}, a name that an earlier mmllm gave that weight, and the optimizer's "
+                f"state in its order; go on with the mmllm that wrote it (the model folders it writes are read here)"
+            )
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._check_goes_on(checkpoint)
         self.elapsed_seconds = float(checkpoint.get("mmllm_elapsed_seconds", 0.0))

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mmllm_tokenizers import earlier_names
 from mmllm_tokenizers.sound import resample, resampled_length, to_channels
 
 CONFIG_FILE = "config.json"
@@ -61,7 +62,7 @@ class AudioTokenizer(ABC):
 
     @property
     def codebooks_KVD(self) -> Tensor:
-        """The codebooks in use: what an audio embedding is initialised from."""
+        """The codebooks in use: what an audio embedding is initialized from."""
         return self._all_codebooks_KVD()[: self.num_codebooks]
 
     @property
@@ -198,6 +199,7 @@ class AudioTokenizer(ABC):
 
 def content_hash(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
     """SHA-256 of a JSON configuration and named tensors."""
+    config, weights = earlier_names.first(config, weights)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
@@ -235,6 +237,7 @@ def read_tokenizer_folder(folder: str | Path, kind: str | None = None) -> tuple[
         weights = load_file(folder / WEIGHTS_FILE)
     except Exception as error:  # safetensors raises its own error type, which derives from Exception alone
         raise ValueError(f"{folder / WEIGHTS_FILE} cannot be read: {error}; it is truncated or foreign") from error
+    config, weights = earlier_names.current(config, weights)
     return {"kind": found, **config}, weights
 
 

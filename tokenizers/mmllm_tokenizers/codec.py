@@ -1,6 +1,6 @@
-"""A small neural audio codec that can be trained: SEANet around a residual vector quantiser.
+"""A small neural audio codec that can be trained: SEANet around a residual vector quantizer.
 
-Encoder and decoder are the `encodec` package's. The quantiser is ours, because the package's leaves the
+Encoder and decoder are the `encodec` package's. The quantizer is ours, because the package's leaves the
 commitment losses of all codebooks but the first without gradient (its own warning: encodec issue 25).
 
 Shapes: N clips, T samples, F frames, K codebooks, V codes a codebook, D latent width, R vectors (N * F).
@@ -64,8 +64,8 @@ class CodecConfig:
     dead_code_batches: int = 20
     """A code that so many training batches left unused is replaced by a vector of the batch."""
     warmup_batches: int = 50
-    """Training batches that pass unquantised, before k-means sets up the codebooks."""
-    quantiser_dropout: float = 0.5
+    """Training batches that pass unquantized, before k-means sets up the codebooks."""
+    quantizer_dropout: float = 0.5
     """Share of training clips that are decoded from a random number of codebooks."""
 
     def __post_init__(self) -> None:
@@ -90,8 +90,8 @@ class CodecConfig:
             raise ValueError(f"norm is {self.norm!r}; it must be 'weight_norm' or 'none'")
         if not 0.0 <= self.decay < 1.0:
             raise ValueError(f"decay is {self.decay}; it must lie in [0, 1)")
-        if not 0.0 <= self.quantiser_dropout <= 1.0:
-            raise ValueError(f"quantiser_dropout is {self.quantiser_dropout}; it must lie in [0, 1]")
+        if not 0.0 <= self.quantizer_dropout <= 1.0:
+            raise ValueError(f"quantizer_dropout is {self.quantizer_dropout}; it must lie in [0, 1]")
 
     @property
     def hop_samples(self) -> int:
@@ -100,18 +100,18 @@ class CodecConfig:
 
 
 @dataclass
-class QuantiserOutput:
-    """What `ResidualQuantiser.forward` gives."""
+class QuantizerOutput:
+    """What `ResidualQuantizer.forward` gives."""
 
-    quantised_NDF: Tensor
+    quantized_NDF: Tensor
     """The sum of the chosen codes; its gradient with respect to the latents is the identity."""
     codes_NKF: Tensor
     commit_loss: Tensor
     """Scalar: mean squared distance of each residual from its code, averaged over the codebooks in use."""
 
 
-class ResidualQuantiser(nn.Module):
-    """Residual vector quantisation: each codebook quantises what the ones before it left over.
+class ResidualQuantizer(nn.Module):
+    """Residual vector quantization: each codebook quantizes what the ones before it left over.
 
     Codebooks are moving averages of the vectors assigned to them; they begin as k-means centroids of
     the first training batch; codes that fall out of use are replaced. Under torch.distributed the
@@ -119,13 +119,13 @@ class ResidualQuantiser(nn.Module):
 
     Source: SoundStream (https://arxiv.org/abs/2107.03312) and EnCodec (https://arxiv.org/abs/2210.13438).
     Differs from the `encodec` package in the straight-through estimator, which is applied once, to the sum
-    (quantised residuals are detached), and in dead codes, whose averages are reset with them.
+    (quantized residuals are detached), and in dead codes, whose averages are reset with them.
     """
 
-    codebooks_KVD: Tensor
-    counts_KV: Tensor
-    sums_KVD: Tensor
-    idle_KV: Tensor
+    codebooks: Tensor
+    counts: Tensor
+    sums: Tensor
+    idle: Tensor
     num_batches: Tensor
 
     def __init__(self, config: CodecConfig) -> None:
@@ -134,14 +134,14 @@ class ResidualQuantiser(nn.Module):
         shape = (config.num_codebooks, config.codebook_size, config.dimension)
         # Random until the first training batch, so that an untrained codec works, if badly.
         codebooks_KVD = torch.randn(shape) * (0.5 ** torch.arange(config.num_codebooks))[:, None, None]
-        self.register_buffer("codebooks_KVD", codebooks_KVD)
-        self.register_buffer("counts_KV", torch.ones(shape[:2]))
-        self.register_buffer("sums_KVD", codebooks_KVD.clone())
-        self.register_buffer("idle_KV", torch.zeros(shape[:2], dtype=torch.int64))
+        self.register_buffer("codebooks", codebooks_KVD)
+        self.register_buffer("counts", torch.ones(shape[:2]))
+        self.register_buffer("sums", codebooks_KVD.clone())
+        self.register_buffer("idle", torch.zeros(shape[:2], dtype=torch.int64))
         self.register_buffer("num_batches", torch.tensor(0))
 
-    def forward(self, latents_NDF: Tensor) -> QuantiserOutput:
-        """Quantises; in training mode also updates the codebooks.
+    def forward(self, latents_NDF: Tensor) -> QuantizerOutput:
+        """Quantizes; in training mode also updates the codebooks.
 
         Args:
             latents_NDF: the encoder's output.
@@ -152,29 +152,29 @@ class ResidualQuantiser(nn.Module):
             self.num_batches += 1
             if num_batches < self.config.warmup_batches:
                 codes_NKF = latents_NDF.new_zeros(num_clips, self.config.num_codebooks, num_frames, dtype=torch.int64)
-                return QuantiserOutput(latents_NDF, codes_NKF, 0.0 * latents_NDF.mean())
+                return QuantizerOutput(latents_NDF, codes_NKF, 0.0 * latents_NDF.mean())
             if num_batches == self.config.warmup_batches:
-                self._initialise(_vectors(latents_NDF).detach())
+                self._initialize(_vectors(latents_NDF).detach())
         active_NK = self._active_codebooks(num_clips, latents_NDF.device)
-        quantised_NDF = torch.zeros_like(latents_NDF)
+        quantized_NDF = torch.zeros_like(latents_NDF)
         codes, losses = [], []
         residual_NDF = latents_NDF
         for codebook in range(self.config.num_codebooks):
             vectors_RD = _vectors(residual_NDF).detach()
-            codes_R = nearest_code(vectors_RD, self.codebooks_KVD[codebook])
-            chosen_RD = self.codebooks_KVD[codebook][codes_R]
+            codes_R = nearest_code(vectors_RD, self.codebooks[codebook])
+            chosen_RD = self.codebooks[codebook][codes_R]
             if self.training:
                 self._update(codebook, vectors_RD, codes_R)
             chosen_NDF = chosen_RD.view(num_clips, num_frames, dimension).transpose(1, 2)
             active_N11 = active_NK[:, codebook, None, None]
             losses.append(((residual_NDF - chosen_NDF).square() * active_N11).mean())
-            quantised_NDF = quantised_NDF + chosen_NDF * active_N11
+            quantized_NDF = quantized_NDF + chosen_NDF * active_N11
             # `chosen` is a constant here: the next commitment loss still reaches the encoder through the residual.
             residual_NDF = residual_NDF - chosen_NDF
             codes.append(codes_R.view(num_clips, num_frames))
-        straight_through_NDF = latents_NDF + (quantised_NDF - latents_NDF).detach()
+        straight_through_NDF = latents_NDF + (quantized_NDF - latents_NDF).detach()
         commit_loss = torch.stack(losses).sum() * (num_clips / active_NK.sum())
-        return QuantiserOutput(straight_through_NDF, torch.stack(codes, dim=1), commit_loss)
+        return QuantizerOutput(straight_through_NDF, torch.stack(codes, dim=1), commit_loss)
 
     @torch.no_grad()
     def encode(self, latents_NDF: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class ResidualQuantiser(nn.Module):
         num_clips, _, num_frames = latents_NDF.shape
         residual_RD = _vectors(latents_NDF)
         codes = []
-        for codebook_VD in self.codebooks_KVD:
+        for codebook_VD in self.codebooks:
             codes_R = nearest_code(residual_RD, codebook_VD)
             residual_RD = residual_RD - codebook_VD[codes_R]
             codes.append(codes_R.view(num_clips, num_frames))
@@ -190,33 +190,33 @@ class ResidualQuantiser(nn.Module):
 
     def decode(self, codes_NKF: Tensor) -> Tensor:
         """Latents [N, D, F] of codes, of all codebooks or of the first few."""
-        quantised_NFD = self.codebooks_KVD[0][codes_NKF[:, 0]]
+        quantized_NFD = self.codebooks[0][codes_NKF[:, 0]]
         for codebook in range(1, codes_NKF.shape[1]):
-            quantised_NFD = quantised_NFD + self.codebooks_KVD[codebook][codes_NKF[:, codebook]]
-        return quantised_NFD.transpose(1, 2)
+            quantized_NFD = quantized_NFD + self.codebooks[codebook][codes_NKF[:, codebook]]
+        return quantized_NFD.transpose(1, 2)
 
     def _active_codebooks(self, num_clips: int, device: torch.device) -> Tensor:
         """Float [N, K]: 1 where a clip uses a codebook; in training some clips use the first few alone."""
         num_codebooks = self.config.num_codebooks
         active_NK = torch.ones(num_clips, num_codebooks, device=device)
-        if not self.training or num_codebooks == 1 or self.config.quantiser_dropout == 0.0:
+        if not self.training or num_codebooks == 1 or self.config.quantizer_dropout == 0.0:
             return active_NK
-        dropped_N = torch.rand(num_clips, device=device) < self.config.quantiser_dropout
+        dropped_N = torch.rand(num_clips, device=device) < self.config.quantizer_dropout
         num_kept_N = torch.randint(1, num_codebooks + 1, (num_clips,), device=device)
         kept_NK = torch.arange(num_codebooks, device=device)[None] < num_kept_N[:, None]
         return torch.where(dropped_N[:, None], kept_NK.float(), active_NK)
 
     @torch.no_grad()
-    def _initialise(self, vectors_RD: Tensor) -> None:
+    def _initialize(self, vectors_RD: Tensor) -> None:
         residual_RD = vectors_RD.float()
         for codebook in range(self.config.num_codebooks):
             centroids_VD, counts_V = kmeans(residual_RD, self.config.codebook_size, num_iterations=10, seed=codebook)
             _broadcast(centroids_VD)
             _broadcast(counts_V)
             counts_V = counts_V.float().clamp(min=1.0)
-            self.codebooks_KVD[codebook] = centroids_VD
-            self.counts_KV[codebook] = counts_V
-            self.sums_KVD[codebook] = centroids_VD * counts_V[:, None]
+            self.codebooks[codebook] = centroids_VD
+            self.counts[codebook] = counts_V
+            self.sums[codebook] = centroids_VD * counts_V[:, None]
             residual_RD = residual_RD - centroids_VD[nearest_code(residual_RD, centroids_VD)]
 
     @torch.no_grad()
@@ -225,22 +225,22 @@ class ResidualQuantiser(nn.Module):
         size, decay = self.config.codebook_size, self.config.decay
         vectors_RD = vectors_RD.float()
         counts_V = torch.bincount(codes_R, minlength=size).float()
-        sums_VD = torch.zeros_like(self.sums_KVD[codebook]).index_add_(0, codes_R, vectors_RD)
+        sums_VD = torch.zeros_like(self.sums[codebook]).index_add_(0, codes_R, vectors_RD)
         if _is_distributed():
             distributed.all_reduce(counts_V)
             distributed.all_reduce(sums_VD)
-        self.counts_KV[codebook].mul_(decay).add_(counts_V, alpha=1.0 - decay)
-        self.sums_KVD[codebook].mul_(decay).add_(sums_VD, alpha=1.0 - decay)
-        self.idle_KV[codebook] = torch.where(counts_V > 0, 0, self.idle_KV[codebook] + 1)
-        dead_V = self.idle_KV[codebook] >= self.config.dead_code_batches
+        self.counts[codebook].mul_(decay).add_(counts_V, alpha=1.0 - decay)
+        self.sums[codebook].mul_(decay).add_(sums_VD, alpha=1.0 - decay)
+        self.idle[codebook] = torch.where(counts_V > 0, 0, self.idle[codebook] + 1)
+        dead_V = self.idle[codebook] >= self.config.dead_code_batches
         if bool(dead_V.any()):
             fresh_VD = vectors_RD[torch.randint(len(vectors_RD), (size,), device=vectors_RD.device)]
             _broadcast(fresh_VD)
-            mean_count = self.counts_KV[codebook].mean()
-            self.counts_KV[codebook] = torch.where(dead_V, mean_count, self.counts_KV[codebook])
-            self.sums_KVD[codebook] = torch.where(dead_V[:, None], fresh_VD * mean_count, self.sums_KVD[codebook])
-            self.idle_KV[codebook].masked_fill_(dead_V, 0)
-        self.codebooks_KVD[codebook] = self.sums_KVD[codebook] / self.counts_KV[codebook][:, None].clamp(min=1e-5)
+            mean_count = self.counts[codebook].mean()
+            self.counts[codebook] = torch.where(dead_V, mean_count, self.counts[codebook])
+            self.sums[codebook] = torch.where(dead_V[:, None], fresh_VD * mean_count, self.sums[codebook])
+            self.idle[codebook].masked_fill_(dead_V, 0)
+        self.codebooks[codebook] = self.sums[codebook] / self.counts[codebook][:, None].clamp(min=1e-5)
 
 
 @dataclass
@@ -252,8 +252,8 @@ class CodecOutput:
     codes: Tensor
     """int64 [N, K, F]."""
     latents: Tensor
-    """[N, D, F], before quantisation."""
-    quantised: Tensor
+    """[N, D, F], before quantization."""
+    quantized: Tensor
     """[N, D, F], after it; gradients pass to `latents` unchanged."""
     commit_loss: Tensor
     """Scalar."""
@@ -271,7 +271,7 @@ class Codec(nn.Module):
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         self.config = config
-        # The package's own weight_norm is deprecated in torch: build without, then parametrise.
+        # The package's own weight_norm is deprecated in torch: build without, then parametrize.
         shape: dict[str, Any] = {
             "channels": 1,
             "dimension": config.dimension,
@@ -288,8 +288,8 @@ class Codec(nn.Module):
         if config.num_bands:
             self.spectrum = FrameSpectrum(config.sample_rate, config.hop_samples, config.num_bands)
         self.decoder = SEANetDecoder(**shape)
-        self.quantiser = ResidualQuantiser(config)
-        _initialise_convolutions(self)
+        self.quantizer = ResidualQuantizer(config)
+        _initialize_convolutions(self)
         if config.norm == "weight_norm":
             for module in _convolutions(self):
                 parametrizations.weight_norm(module)
@@ -302,14 +302,14 @@ class Codec(nn.Module):
     @property
     def codebooks_KVD(self) -> Tensor:
         """The codebooks."""
-        return self.quantiser.codebooks_KVD
+        return self.quantizer.codebooks
 
     def num_frames(self, num_samples: int) -> int:
         """Frames of a clip: its samples divided by the hop, rounded up."""
         return -(-num_samples // self.config.hop_samples)
 
     def latents(self, wave_NT: Tensor) -> Tensor:
-        """[N, D, F] before quantisation: the spectrum's bands, if any, then the encoder's; zeros fill the last frame.
+        """[N, D, F] before quantization: the spectrum's bands, if any, then the encoder's; zeros fill the last frame.
 
         Raises:
             ValueError: the wave is not [N, T] with T >= 1.
@@ -328,7 +328,7 @@ class Codec(nn.Module):
     @torch.no_grad()
     def encode(self, wave_NT: Tensor) -> Tensor:
         """Codes int64 [N, K, F], F = ceil(T / hop), of clips of one length."""
-        return self.quantiser.encode(self.latents(wave_NT))
+        return self.quantizer.encode(self.latents(wave_NT))
 
     @torch.no_grad()
     def decode(self, codes_NKF: Tensor) -> Tensor:
@@ -350,18 +350,18 @@ class Codec(nn.Module):
                 f"codes lie in [{int(codes_NKF.min())}, {int(codes_NKF.max())}]; they must lie in "
                 f"[0, {config.codebook_size - 1}]: remove fillers and pattern first (invert_pattern)"
             )
-        return self.decoder(self.quantiser.decode(codes_NKF.long()))[:, 0]
+        return self.decoder(self.quantizer.decode(codes_NKF.long()))[:, 0]
 
     def forward(self, wave_NT: Tensor) -> CodecOutput:
-        """Encodes, quantises (learning, in training mode) and decodes."""
+        """Encodes, quantizes (learning, in training mode) and decodes."""
         latents_NDF = self.latents(wave_NT)
-        quantised = self.quantiser(latents_NDF)
-        decoded_NT = self.decoder(quantised.quantised_NDF)[:, 0, : wave_NT.shape[1]]
-        return CodecOutput(decoded_NT, quantised.codes_NKF, latents_NDF, quantised.quantised_NDF, quantised.commit_loss)
+        quantized = self.quantizer(latents_NDF)
+        decoded_NT = self.decoder(quantized.quantized_NDF)[:, 0, : wave_NT.shape[1]]
+        return CodecOutput(decoded_NT, quantized.codes_NKF, latents_NDF, quantized.quantized_NDF, quantized.commit_loss)
 
 
 def fused(codec: Codec) -> Codec:
-    """A copy of the codec with plain weights in place of normalised ones: the same function, cheaper to run.
+    """A copy of the codec with plain weights in place of normalized ones: the same function, cheaper to run.
 
     Built anew, since torch's `remove_parametrizations` on a deep copy also breaks the original (they
     share a class). The copy is on the CPU, in evaluation mode, without gradients.
@@ -370,7 +370,7 @@ def fused(codec: Codec) -> Codec:
         copy = Codec(dataclasses.replace(codec.config, norm="none"))
     modules = dict(codec.named_modules())
     weights = {
-        # Read from the module: there a normalised weight is computed.
+        # Read from the module: there a normalized weight is computed.
         name: getattr(modules[name.rpartition(".")[0]], name.rpartition(".")[2])
         for name in copy.state_dict()
     }
@@ -382,7 +382,7 @@ def _convolutions(module: nn.Module) -> list[nn.Conv1d | nn.ConvTranspose1d]:
     return [part for part in module.modules() if isinstance(part, nn.Conv1d | nn.ConvTranspose1d)]
 
 
-def _initialise_convolutions(codec: Codec) -> None:
+def _initialize_convolutions(codec: Codec) -> None:
     """Weights that keep a signal's variance through the layers, biases zero.
 
     torch's default shrinks it by 0.58 a layer: latents then hardly depend on the sound, and the first

@@ -45,7 +45,7 @@ class EncodecTokenizer(AudioTokenizer):
     Args:
         name: "encodec_24khz" or "encodec_48khz".
         weights: a state dict of that model, as `read_checkpoint` gives it, with or without weight
-            normalisation.
+            normalization.
         num_codebooks: how many codebooks to use.
         loudness: root mean square of what encodec_48khz speaks.
 
@@ -220,7 +220,7 @@ def _release(name: str) -> _Release:
 
 
 def _build(release: _Release) -> EncodecModel:
-    """The published model's architecture, without weight normalisation (`_fuse` takes it out of the weights)."""
+    """The published model's architecture, without weight normalization (`_fuse` takes it out of the weights)."""
     stereo = release.num_channels == 2
     model = EncodecModel._get_model(
         list(release.bandwidths_kbps),

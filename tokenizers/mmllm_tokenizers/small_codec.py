@@ -18,7 +18,7 @@ class SmallCodec(AudioTokenizer):
     """A codec of `mmllm fit` (configs/*/codec.yaml) that encodes and decodes.
 
     Args:
-        codec: copied to the CPU in evaluation mode with its weight normalisation fused, so that later
+        codec: copied to the CPU in evaluation mode with its weight normalization fused, so that later
             training changes nothing here.
     """
 

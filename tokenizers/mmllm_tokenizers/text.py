@@ -69,9 +69,9 @@ class TextTokenizer:
                     f"{token_id}; train it with `mmllm tokenizer train-text`"
                 )
         # Two objects of one model: whether special tokens are looked for is a switch of the object.
-        serialised = tokenizer.to_str()
-        self._template = Tokenizer.from_str(serialised)
-        self._plain = Tokenizer.from_str(serialised)
+        serialized = tokenizer.to_str()
+        self._template = Tokenizer.from_str(serialized)
+        self._plain = Tokenizer.from_str(serialized)
         self._plain.encode_special_tokens = True  # i.e. encode their characters, as of any other text
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -79,8 +79,8 @@ class TextTokenizer:
         return type(self)._from_json, (self._template.to_str(),)
 
     @classmethod
-    def _from_json(cls, serialised: str) -> TextTokenizer:
-        return cls(Tokenizer.from_str(serialised))
+    def _from_json(cls, serialized: str) -> TextTokenizer:
+        return cls(Tokenizer.from_str(serialized))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> TextTokenizer:
@@ -159,7 +159,7 @@ class TextTokenizer:
             if self._plain.encode(piece, add_special_tokens=False).ids == ids[start:stop]:
                 start, begin, begin_bytes = stop, spans[stop][0], begin_bytes + len(piece.encode())
                 pieces.append((start, begin_bytes))
-            else:  # some normalisers and splits look further than a word
+            else:  # some normalizers and splits look further than a word
                 num_failed += 1
             stop += least
         while len(pieces) > 1 and self._plain.encode(text[begin:], add_special_tokens=False).ids != ids[start:]:

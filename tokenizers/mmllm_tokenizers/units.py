@@ -57,7 +57,7 @@ class KMeansUnits(AudioTokenizer):
 
     Args:
         config: what the units are made of.
-        centroids_VD: clusters of normalised features.
+        centroids_VD: clusters of normalized features.
         mean_D: of the features.
         std_D: of the features.
         codec: take features from this codec's latents, not from the mel spectrogram; its sample rate

@@ -1,4 +1,4 @@
-"""How many tokens documents have as each task, and where long texts can be cut so that a part is tokenised alone.
+"""How many tokens documents have as each task, and where long texts can be cut so that a part is tokenized alone.
 
 Shapes: N documents, P pieces of long texts.
 """
@@ -32,7 +32,7 @@ class TokenCounts:
 
 
 def count_tokens(found: Scan, folder: TokenizerFolder, progress: Callable[[int], None] | None = None) -> TokenCounts:
-    """Tokenises all texts, and counts each document's tokens by task.
+    """Tokenizes all texts, and counts each document's tokens by task.
 
     Args:
         found: The documents.

@@ -63,7 +63,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class LongText:
-    """A text whose pieces can each be tokenised alone."""
+    """A text whose pieces can each be tokenized alone."""
 
     bounds_L2: np.ndarray
     """int64, first token and first byte of each piece, and behind the last one the numbers of both."""

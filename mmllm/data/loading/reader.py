@@ -1,6 +1,6 @@
 """Samples by their place in the plan's shards, those of a step together.
 
-Of a text that is longer than a sequence, the pieces that an item needs are read and tokenised, and not the rest.
+Of a text that is longer than a sequence, the pieces that an item needs are read and tokenized, and not the rest.
 """
 
 from __future__ import annotations

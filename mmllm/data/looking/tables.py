@@ -12,7 +12,7 @@ _START = 60
 def stats_lines(told: Mapping[str, Any]) -> Iterator[str]:
     """Shares, lengths, fill and repeats: what `commands.stats` returned."""
     yield f"recipe {told['recipe_hash'][:16]}, steps 0-{told['steps'] - 1}" if told["steps"] else "no steps"
-    rows = [("source", "wanted", "realised", "tokens", "documents", "mean", "lengths")]
+    rows = [("source", "wanted", "realized", "tokens", "documents", "mean", "lengths")]
     for name, share in told["share"].items():
         tokens, documents = told["tokens"][name], told["documents"][name]
         rows.append((

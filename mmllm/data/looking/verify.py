@@ -1,4 +1,4 @@
-"""Every sample of every task read, decoded and tokenised; the broken ones are named. Processes share the work."""
+"""Every sample of every task read, decoded and tokenized; the broken ones are named. Processes share the work."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from mmllm.data.rows.bad_rows import ManifestError
 Type = Literal["text", "int", "float", "bool"]
 TYPES: tuple[Type, ...] = ("text", "int", "float", "bool")
 OWN = ("id", "text", "image", "audio")
-"""Columns that are found however they are capitalised."""
+"""Columns that are found however they are capitalized."""
 _INT = re.compile(r"[+-]?\d+", re.ASCII)
 _FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _INT64_MIN, _INT64_MAX, _INT64_DIGITS = -(2**63), 2**63 - 1, 19

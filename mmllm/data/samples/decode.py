@@ -301,7 +301,7 @@ def _full_scale(array: np.ndarray, high: int) -> int | None:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Any picture to uint8 [3, size, size]; the tower normalises by `mean` and `std` itself.
+    """Any picture to uint8 [3, size, size]; the tower normalizes by `mean` and `std` itself.
 
     `squash` scales both sides to `size`; `pad` keeps the proportions on a ground of the mean colour; `crop`
     scales the short side and takes the middle (open_clip's evaluation transform: bicubic, antialiased).

@@ -59,7 +59,7 @@ def perturb(wave_T: np.ndarray, seed: int, name: str, config: PerturbConfig | No
     tempo = rng.uniform(*config.tempo)
     wave_T = _speed(np.asarray(wave_T, dtype=np.float32), speed)
     wave_T = _tempo(wave_T, tempo)
-    wave_T = _equalise(wave_T, rng, config)
+    wave_T = _equalize(wave_T, rng, config)
     power = float(np.sqrt(np.mean(wave_T**2))) if len(wave_T) else 0.0
     noise = power * 10 ** (-rng.uniform(*config.noise_db) / 20)
     wave_T = wave_T + noise * rng.standard_normal(len(wave_T), dtype=np.float32)
@@ -103,7 +103,7 @@ def _tempo(wave_T: np.ndarray, tempo: float, window: int = 400, search: int = 80
     return out
 
 
-def _equalise(wave_T: np.ndarray, rng: np.random.Generator, config: PerturbConfig, num_bands: int = 6) -> np.ndarray:
+def _equalize(wave_T: np.ndarray, rng: np.random.Generator, config: PerturbConfig, num_bands: int = 6) -> np.ndarray:
     tilt = rng.uniform(-config.tilt_db, config.tilt_db)
     bumps = rng.uniform(-config.bump_db, config.bump_db, num_bands)
     if len(wave_T) < 16:

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from mmllm.model.vision import VisionConfig
-from mmllm.training.optimisers import (
+from mmllm.training.optimizers import (
     MuonAdamW,
-    OptimiserConfig,
-    build_optimiser,
+    OptimizerConfig,
+    build_optimizer,
     learning_rate_factor,
-    orthogonalise,
+    orthogonalize,
     parameter_groups,
 )
 from tests.training_fixtures import CLIP_CONFIG, run_two_ranks, tiny_module
@@ -24,10 +24,10 @@ RESNET = {**CLIP_CONFIG, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 4), (3, 8, 5), (2, 5, 8), (1, 1, 7)])
-def test_orthogonalise_pulls_singular_values_to_one_and_keeps_directions(shape: tuple[int, int, int]) -> None:
+def test_orthogonalize_pulls_singular_values_to_one_and_keeps_directions(shape: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     matrices = torch.randn(shape)
-    out = orthogonalise(matrices, 5)
+    out = orthogonalize(matrices, 5)
     assert out.shape == shape
     values = torch.linalg.svdvals(out)
     assert (values > 0.4).all() and (values < 1.3).all()
@@ -36,13 +36,13 @@ def test_orthogonalise_pulls_singular_values_to_one_and_keeps_directions(shape: 
     assert (turned - torch.diag_embed(turned.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-3
 
 
-def test_orthogonalise_of_zero_is_zero() -> None:
-    assert orthogonalise(torch.zeros(2, 3, 4)).abs().max() == 0
+def test_orthogonalize_of_zero_is_zero() -> None:
+    assert orthogonalize(torch.zeros(2, 3, 4)).abs().max() == 0
 
 
 def test_a_stack_moves_like_its_matrices() -> None:
     torch.manual_seed(0)
-    config = OptimiserConfig(lr=0.1, muon=True)
+    config = OptimizerConfig(lr=0.1, muon=True)
     stack = nn.Parameter(torch.randn(3, 6, 4))
     singles = [nn.Parameter(matrix.clone()) for matrix in stack.data]
     together = MuonAdamW([{"params": [stack], "use_muon": True}], config)
@@ -59,15 +59,15 @@ def test_a_stack_moves_like_its_matrices() -> None:
 
 def test_filters_move_like_matrices_with_a_row_an_output() -> None:
     torch.manual_seed(0)
-    config = OptimiserConfig(lr=0.1, muon=True)
+    config = OptimizerConfig(lr=0.1, muon=True)
     filters = nn.Parameter(torch.randn(6, 2, 3, 3).to(memory_format=torch.channels_last))
     matrix = nn.Parameter(filters.data.reshape(6, 18).clone())
-    optimisers = [MuonAdamW([{"params": [p], "use_muon": True}], config) for p in (filters, matrix)]
+    optimizers = [MuonAdamW([{"params": [p], "use_muon": True}], config) for p in (filters, matrix)]
     for _ in range(3):
         filters.grad = torch.randn(6, 2, 3, 3)
         matrix.grad = filters.grad.reshape(6, 18).clone()
-        for optimiser in optimisers:
-            optimiser.step()
+        for optimizer in optimizers:
+            optimizer.step()
     assert torch.allclose(filters.data.reshape(6, 18), matrix.data, atol=1e-5)
 
 
@@ -78,11 +78,11 @@ MATRICES = ((5, 6, 4), (4, 4), (6, 4), (8, 2, 3, 3), (3, 7), (2, 9))
 def _three_muon_steps(num_replicas: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape)) for shape in MATRICES]
-    optimiser = MuonAdamW([{"params": parameters, "use_muon": True}], OptimiserConfig(lr=0.1, muon=True), num_replicas)
+    optimizer = MuonAdamW([{"params": parameters, "use_muon": True}], OptimizerConfig(lr=0.1, muon=True), num_replicas)
     for _ in range(3):
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
-        optimiser.step()
+        optimizer.step()
     return {str(number): parameter.data for number, parameter in enumerate(parameters)}
 
 
@@ -102,7 +102,7 @@ def test_replicas_share_the_work_and_move_alike(tmp_path: Path) -> None:
 def test_muon_follows_torch_where_both_apply() -> None:
     torch.manual_seed(0)
     ours, theirs = (nn.Parameter(torch.arange(24.0).view(6, 4) / 24) for _ in range(2))
-    config = OptimiserConfig(lr=0.05, weight_decay=0.1, muon=True)
+    config = OptimizerConfig(lr=0.05, weight_decay=0.1, muon=True)
     mine = MuonAdamW([{"params": [ours], "use_muon": True}], config)
     reference = torch.optim.Muon([theirs], lr=0.05, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
@@ -117,22 +117,22 @@ def test_the_adamw_half_is_adamw() -> None:
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
     twin = copy.deepcopy(model)
-    config = OptimiserConfig(lr=0.02, weight_decay=0.1, betas=(0.8, 0.9), muon=True)
+    config = OptimizerConfig(lr=0.02, weight_decay=0.1, betas=(0.8, 0.9), muon=True)
     mine = MuonAdamW([{"params": list(model.parameters()), "use_muon": False}], config)
     reference = torch.optim.AdamW(twin.parameters(), lr=0.02, weight_decay=0.1, betas=(0.8, 0.9))
     for _ in range(4):
         x = torch.randn(5, 4)
-        for net, optimiser in ((model, mine), (twin, reference)):
-            optimiser.zero_grad()
+        for net, optimizer in ((model, mine), (twin, reference)):
+            optimizer.zero_grad()
             net(x).square().sum().backward()
-            optimiser.step()
+            optimizer.step()
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_state_survives_a_state_dict() -> None:
     torch.manual_seed(0)
-    config = OptimiserConfig(lr=0.1, muon=True)
+    config = OptimizerConfig(lr=0.1, muon=True)
 
     def build() -> tuple[nn.Linear, MuonAdamW]:
         torch.manual_seed(1)
@@ -140,50 +140,50 @@ def test_state_survives_a_state_dict() -> None:
         groups = [{"params": [model.weight], "use_muon": True}, {"params": [model.bias], "use_muon": False}]
         return model, MuonAdamW(groups, config)
 
-    def step(model: nn.Linear, optimiser: MuonAdamW, seed: int) -> None:
-        optimiser.zero_grad()
+    def step(model: nn.Linear, optimizer: MuonAdamW, seed: int) -> None:
+        optimizer.zero_grad()
         model(torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
-        optimiser.step()
+        optimizer.step()
 
-    model, optimiser = build()
-    step(model, optimiser, 0)
+    model, optimizer = build()
+    step(model, optimizer, 0)
     twin, restored = build()
     twin.load_state_dict(model.state_dict())
-    restored.load_state_dict(copy.deepcopy(optimiser.state_dict()))
-    step(model, optimiser, 1)
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    step(model, optimizer, 1)
     step(twin, restored, 1)
     assert torch.equal(model.weight, twin.weight) and torch.equal(model.bias, twin.bias)
 
 
 @pytest.mark.parametrize("muon", [False, True])
 def test_groups_hold_every_parameter_once_with_the_right_rate_and_decay(muon: bool) -> None:
-    config = OptimiserConfig(lr=1.0, tower_lr=0.1, projector_lr=0.5, weight_decay=0.3, muon=muon)
-    module = tiny_module(optimiser=config)
+    config = OptimizerConfig(lr=1.0, tower_lr=0.1, projector_lr=0.5, weight_decay=0.3, muon=muon)
+    module = tiny_module(optimizer=config)
     module.configure_model()
     groups = parameter_groups(module, config, module.tower_of)
     names = {id(p): name for name, p in module.named_parameters()}
     placed = {names[id(p)]: group for group in groups for p in group["params"]}
     assert sorted(placed) == sorted(names.values())
-    assert placed["model.decoder.embedding.weight"]["weight_decay"] == 0
+    assert placed["model.decoder.embed_tokens.weight"]["weight_decay"] == 0
     assert placed["model.decoder.norm.weight"]["weight_decay"] == 0
-    experts = placed["model.decoder.blocks.1.mlp.gate_up_E2ID"]
+    experts = placed["model.decoder.layers.1.mlp.experts.gate_up_proj"]
     assert (experts["lr"], experts["weight_decay"], experts["use_muon"]) == (1.0, 0.3, muon)
-    assert not placed["model.decoder.blocks.1.mlp.router_ED"]["use_muon"]
+    assert not placed["model.decoder.layers.1.mlp.gate.weight"]["use_muon"]
     rates = {name.split(".")[1]: group["lr"] for name, group in placed.items()}
     assert rates["vision"] == 0.1 and rates["clip_projector"] == 0.5 and rates["decoder"] == 1.0
     for group in groups:
         group.pop("peak_lr")
-    assert isinstance(build_optimiser(groups, config), MuonAdamW if muon else torch.optim.AdamW)
+    assert isinstance(build_optimizer(groups, config), MuonAdamW if muon else torch.optim.AdamW)
 
 
 def test_the_schedule_warms_up_and_falls_to_its_floor() -> None:
-    config = OptimiserConfig(warmup=0.1, min_lr_ratio=0.2)
+    config = OptimizerConfig(warmup=0.1, min_lr_ratio=0.2)
     assert learning_rate_factor(0.0, config) == 0.0
     assert learning_rate_factor(0.05, config) == pytest.approx(0.5)
     assert learning_rate_factor(0.1, config) == 1.0
     assert learning_rate_factor(0.55, config) == pytest.approx(0.6)
     assert learning_rate_factor(1.0, config) == learning_rate_factor(7.0, config) == pytest.approx(0.2)
-    assert not math.isnan(learning_rate_factor(0.0, OptimiserConfig(warmup=0.0)))
+    assert not math.isnan(learning_rate_factor(0.0, OptimizerConfig(warmup=0.0)))
 
 
 @pytest.mark.parametrize(
@@ -197,21 +197,25 @@ def test_the_schedule_warms_up_and_falls_to_its_floor() -> None:
 )
 def test_bad_settings_are_named(values: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        OptimiserConfig(**values)
+        OptimizerConfig(**values)
 
 
 def test_muon_moves_hidden_matrices_alone() -> None:
-    config = OptimiserConfig(muon=True)
-    module = tiny_module(optimiser=config, vision=VisionConfig(RESNET, layer="layer3", norm="group"))
-    module.decoder = dataclasses.replace(module.decoder, tie_embeddings=False)
+    config = OptimizerConfig(muon=True)
+    module = tiny_module(optimizer=config, vision=VisionConfig(RESNET, layer="layer3", norm="group"))
+    module.decoder = dataclasses.replace(module.decoder, tie_word_embeddings=False)
     module.configure_model()
     groups = parameter_groups(module, config, module.tower_of)
     names = {id(p): name.removeprefix("model.") for name, p in module.named_parameters()}
     by_muon = {names[id(p)] for group in groups if group["use_muon"] for p in group["params"]}
     undecayed = {names[id(p)] for group in groups if not group["weight_decay"] for p in group["params"]}
-    assert {"decoder.blocks.1.mlp.gate_up_E2ID", "decoder.blocks.0.attention.out.weight"} < by_muon
+    assert {"decoder.layers.1.mlp.experts.gate_up_proj", "decoder.layers.0.self_attn.o_proj.weight"} < by_muon
     assert "vision.visual.layer2.0.conv2.weight" in by_muon
-    others = {"decoder.output.weight", "decoder.embedding.weight", "decoder.blocks.1.mlp.router_ED"}
-    others |= {"image_projector.rows_HC", "image_projector.columns_WC", "ctc_head.1.weight"}
+    others = {"decoder.lm_head.weight", "decoder.embed_tokens.weight", "decoder.layers.1.mlp.gate.weight"}
+    others |= {"image_projector.row_embedding", "image_projector.column_embedding", "ctc_head.1.weight"}
     assert not others & by_muon
-    assert {"image_projector.rows_HC", "image_projector.columns_WC", "decoder.embedding.weight"} < undecayed
+    assert {
+        "image_projector.row_embedding",
+        "image_projector.column_embedding",
+        "decoder.embed_tokens.weight",
+    } < undecayed

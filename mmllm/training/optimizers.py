@@ -1,4 +1,4 @@
-"""The optimiser of every stage: AdamW with parameter groups, and Muon for hidden matrices.
+"""The optimizer of every stage: AdamW with parameter groups, and Muon for hidden matrices.
 
 Shapes: a matrix is [out, in]; a stack of experts is [E, out, in]; a convolution's filters are [out, in, height, width].
 """
@@ -20,15 +20,15 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Quintic coefficients of Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/)."""
 
 
-EMBEDDINGS = ("embedding", "position", "rows_HC", "columns_WC", "queries_OC")
+EMBEDDINGS = ("embedding", "embed_tokens", "position", "queries")
 """In the names of parameters that are looked up or added, not multiplied by: neither decay nor Muon."""
-HEADS = ("head", "decoder.output", "router", "attnpool", "text_projection")
+HEADS = ("head", "mlp.gate.weight", "attnpool", "text_projection")
 """In the names of matrices that end a network: AdamW moves them. (open_clip's attention pool is also so wide that
-orthogonalising it would take longer than the rest of a small CLIP's step.)"""
+orthogonalizing it would take longer than the rest of a small CLIP's step.)"""
 
 
 @dataclass(frozen=True)
-class OptimiserConfig:
+class OptimizerConfig:
     """How weights move.
 
     Attributes:
@@ -59,20 +59,20 @@ class OptimiserConfig:
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
-            raise ValueError(f"optimiser.lr is {self.lr}; it must be positive")
+            raise ValueError(f"optimizer.lr is {self.lr}; it must be positive")
         for name in ("tower_lr", "projector_lr"):
             value = getattr(self, name)
             if value is not None and value < 0:
-                raise ValueError(f"optimiser.{name} is {value}; give a rate of 0 or more, or leave it out for lr")
+                raise ValueError(f"optimizer.{name} is {value}; give a rate of 0 or more, or leave it out for lr")
         if not 0 <= self.warmup < 1:
-            raise ValueError(f"optimiser.warmup is {self.warmup}; it is a share of the run, from 0 up to below 1")
+            raise ValueError(f"optimizer.warmup is {self.warmup}; it is a share of the run, from 0 up to below 1")
         if not 0 <= self.min_lr_ratio <= 1:
-            raise ValueError(f"optimiser.min_lr_ratio is {self.min_lr_ratio}; it is a share of lr, from 0 to 1")
+            raise ValueError(f"optimizer.min_lr_ratio is {self.min_lr_ratio}; it is a share of lr, from 0 to 1")
         if not all(0 <= beta < 1 for beta in (*self.betas, self.muon_momentum)):
-            raise ValueError(f"optimiser.betas {self.betas} and muon_momentum {self.muon_momentum} must be in [0, 1)")
+            raise ValueError(f"optimizer.betas {self.betas} and muon_momentum {self.muon_momentum} must be in [0, 1)")
 
 
-def learning_rate_factor(progress: float, config: OptimiserConfig) -> float:
+def learning_rate_factor(progress: float, config: OptimizerConfig) -> float:
     """The rate as a share of its peak: linear warm-up, then a cosine to `min_lr_ratio`.
 
     Args:
@@ -87,7 +87,7 @@ def learning_rate_factor(progress: float, config: OptimiserConfig) -> float:
 
 
 def parameter_groups(
-    module: nn.Module, config: OptimiserConfig, tower_of: Callable[[str], str] = lambda name: "decoder"
+    module: nn.Module, config: OptimizerConfig, tower_of: Callable[[str], str] = lambda name: "decoder"
 ) -> list[dict[str, Any]]:
     """Groups by tower, by decay or none, and (with `config.muon`) by AdamW or Muon.
 
@@ -132,8 +132,8 @@ def parameter_groups(
     return [groups[key] for key in sorted(groups)]
 
 
-def build_optimiser(
-    groups: list[dict[str, Any]], config: OptimiserConfig, num_replicas: int = 1
+def build_optimizer(
+    groups: list[dict[str, Any]], config: OptimizerConfig, num_replicas: int = 1
 ) -> torch.optim.Optimizer:
     """`torch.optim.AdamW` (fused), or `MuonAdamW` when `config.muon`.
 
@@ -150,16 +150,16 @@ def build_optimiser(
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for the groups with `use_muon`, AdamW for the others, in one optimiser with one state.
+    """Muon for the groups with `use_muon`, AdamW for the others, in one optimizer with one state.
 
     Muon follows Jordan et al. 2024 with the update scaled by 0.2·sqrt(max(out, in)) (Liu et al. 2025,
     https://arxiv.org/abs/2502.16982), so that AdamW's rate and decay fit both. Unlike `torch.optim.Muon` it
     takes stacks [E, out, in] and filters [out, in, height, width] (each output's as one row, as in Jordan's CIFAR-10
-    speed record), orthogonalises matrices of one shape in one batched product, and iterates in fp32 on the CPU,
+    speed record), orthogonalizes matrices of one shape in one batched product, and iterates in fp32 on the CPU,
     where bf16 products are slow.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], config: OptimiserConfig, num_replicas: int = 1) -> None:
+    def __init__(self, groups: Iterable[dict[str, Any]], config: OptimizerConfig, num_replicas: int = 1) -> None:
         self.num_replicas = num_replicas
         defaults = {
             "lr": config.lr,
@@ -237,7 +237,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 buffer.mul_(momentum).add_(grad)
                 directions.append(grad.add(buffer, alpha=momentum).reshape(-1, *shape))
             stacks.append(torch.cat(directions))
-        updates = self._orthogonalised(stacks, group["num_steps"])
+        updates = self._orthogonalized(stacks, group["num_steps"])
         for (shape, same_shape), update_NOI in zip(by_shape.items(), updates, strict=True):
             scale = group["lr"] * 0.2 * math.sqrt(max(shape))
             sizes = [parameter.numel() // math.prod(shape) for parameter in same_shape]
@@ -245,17 +245,17 @@ class MuonAdamW(torch.optim.Optimizer):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update.reshape(parameter.shape).to(parameter.dtype), alpha=-scale)
 
-    def _orthogonalised(self, stacks: list[Tensor], num_steps: int) -> list[Tensor]:
-        """`orthogonalise` of each stack [N, out, in]; each replica does its share of every stack."""
+    def _orthogonalized(self, stacks: list[Tensor], num_steps: int) -> list[Tensor]:
+        """`orthogonalize` of each stack [N, out, in]; each replica does its share of every stack."""
         num_ranks = self.num_replicas
         if num_ranks == 1:
-            return [orthogonalise(stack, num_steps) for stack in stacks]
+            return [orthogonalize(stack, num_steps) for stack in stacks]
         rank, own = dist.get_rank(), []
         for turn, stack in enumerate(stacks):  # stacks of one matrix fall to each rank in turn
             size = math.ceil(len(stack) / num_ranks)
             padded = F.pad(stack, (0, 0, 0, 0, 0, size * num_ranks - len(stack)))
             place = (rank + turn) % num_ranks
-            own.append(orthogonalise(padded[place * size : (place + 1) * size], num_steps))
+            own.append(orthogonalize(padded[place * size : (place + 1) * size], num_steps))
         flat = torch.cat([share.flatten() for share in own])
         of_ranks = [torch.empty_like(flat) for _ in range(num_ranks)]
         dist.all_gather(of_ranks, flat)
@@ -275,7 +275,7 @@ def _matrix_shape(parameter: Tensor) -> tuple[int, int]:
     return parameter.shape[-2], parameter.shape[-1]
 
 
-def orthogonalise(matrices_NOI: Tensor, num_steps: int = 5) -> Tensor:
+def orthogonalize(matrices_NOI: Tensor, num_steps: int = 5) -> Tensor:
     """Approximately U·Vᵀ of each matrix's singular value decomposition, by Newton-Schulz.
 
     Args:
