@@ -94,16 +94,19 @@ class _StopAfter(pl.Callback):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize(("pairs", "tolerance"), [(mixed_pairs(), 1e-5), (one_sided_pairs(), 1e-3)])
+@pytest.mark.parametrize(
+    ("pairs", "tolerance", "of_weights"), [(mixed_pairs(), 1e-5, 1e-4), (one_sided_pairs(), 1e-3, 2e-3)]
+)
 def test_two_ranks_give_the_losses_and_weights_of_one_also_when_one_has_text_alone(
-    tmp_path: Path, pairs: list[tuple[PackedBatch, PackedBatch]], tolerance: float
+    tmp_path: Path, pairs: list[tuple[PackedBatch, PackedBatch]], tolerance: float, of_weights: float
 ) -> None:
+    """AdamW's first step divides a gradient by itself: where gradients all but cancel, weights move by their rounding."""
     alone = tiny_module()
     losses = _fit(alone, ListData([merge(list(pair)) for pair in pairs]), max_steps=len(pairs))
     ranks = run_two_ranks(train_rank, tmp_path, pairs)
     for name, weight in alone.state_dict().items():
         assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name]), name
-        assert torch.allclose(ranks[0]["weights"][name], weight, atol=2 * tolerance), name
+        assert torch.allclose(ranks[0]["weights"][name], weight, atol=of_weights), name
     for rank in ranks:
         assert rank["losses"] == pytest.approx(losses, rel=tolerance)
 

@@ -19,6 +19,7 @@ from mmllm.batch import Modality
 from mmllm.model.attention import Attention, KVCache, PackedLayout, rotary
 from mmllm.model.moe import MLP, MoE, MoEConfig, RoutingStats
 from mmllm.model.norms import RMSNorm
+from mmllm.model.roles import mark
 
 INIT_STD = 0.02
 
@@ -167,6 +168,8 @@ class Decoder(nn.Module):
         self.lm_head = (
             None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
+        if self.lm_head is not None:
+            mark(self.lm_head, weight="head")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

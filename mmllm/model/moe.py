@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mmllm_kernels
+from mmllm.model.roles import mark
 from mmllm_kernels import Backend, MoEOutput
 
 
@@ -54,6 +55,7 @@ class Router(nn.Module):
     def __init__(self, width: int, num_experts: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, width))
+        mark(self, weight="head")
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Logits [N, E], float32 or wider, also under autocast."""
@@ -70,6 +72,7 @@ class Experts(nn.Module):
         num_experts, inner = config.num_experts, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * inner, width))
         self.down_proj = nn.Parameter(torch.empty(num_experts, width, inner))
+        mark(self, gate_up_proj="hidden", down_proj="hidden")
 
 
 class MoE(nn.Module):

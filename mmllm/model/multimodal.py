@@ -28,6 +28,7 @@ from mmllm.model.projectors import (
     ImageProjector,
     ImageProjectorConfig,
 )
+from mmllm.model.roles import mark_all
 from mmllm.model.vision import VisionConfig, VisionTower
 from mmllm_tokenizers.vocab import AUDIO_END, PAD, SPECIAL_TOKENS
 
@@ -119,6 +120,8 @@ class ModelOutput:
     routing: RoutingStats
     num_correct: Tensor
     """Text targets whose logit is the largest."""
+    num_ctc_left_out: Tensor
+    """Clips with a transcript that is too long for CTC to align with their slots; in no sum or count."""
 
 
 class MultimodalModel(nn.Module):
@@ -146,6 +149,7 @@ class MultimodalModel(nn.Module):
             )
             if config.loss.ctc:
                 self.ctc_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.num_text))
+                mark_all(self.ctc_head, "head")
         self.mask_embedding = None
         if config.loss.word_dropout:
             self.mask_embedding = nn.Parameter(torch.randn(width) * INIT_STD)
@@ -302,7 +306,7 @@ class MultimodalModel(nn.Module):
         losses_M, weights_M, is_units_M, num_correct = self._token_losses(batch, hidden_BTD, targets_M)
         sums = {"text": losses_M[~is_units_M].sum(), "units": losses_M[is_units_M].sum()}
         counts = {"text": weights_M[~is_units_M].sum(), "units": weights_M[is_units_M].sum()}
-        sums["ctc"], counts["ctc"] = self._ctc_loss(batch, clips_CSD)
+        sums["ctc"], counts["ctc"], num_ctc_left_out = self._ctc_loss(batch, clips_CSD)
         counts["balance"] = counts["z"] = weights_M.new_tensor(float(routing.num_tokens))
         sums["balance"], sums["z"] = routing.balance_loss() * routing.num_tokens, routing.z_loss() * routing.num_tokens
         sums["text"] = sums["text"] + self._touch_unused(batch)
@@ -316,6 +320,7 @@ class MultimodalModel(nn.Module):
             source_counts=empty.index_add(0, source_M, weights_M),
             routing=routing,
             num_correct=num_correct,
+            num_ctc_left_out=num_ctc_left_out,
         )
 
     def _token_losses(
@@ -354,26 +359,32 @@ class MultimodalModel(nn.Module):
         counted_U = (codes_UK != IGNORE).sum(dim=1).to(weights_M.dtype)
         return losses_M, weights_M.index_add(0, frames_U, counted_U / num_codebooks), is_units_M, num_correct
 
-    def _ctc_loss(self, batch: PackedBatch, clips_CSD: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Sum over clips with a transcript, each divided by its length, and their number."""
+    def _ctc_loss(self, batch: PackedBatch, clips_CSD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum over the clips whose transcript fits, each divided by its length; their number; that of the others.
+
+        A transcript of L tokens, R of them equal to the one before, needs L + R slots: a blank goes between equals.
+        """
         zero = self.decoder.embed_tokens.weight.new_zeros((), dtype=torch.float32)
         if self.ctc_head is None or clips_CSD is None:
-            return zero, zero
-        target_lengths_C = (batch.clip_targets_CL >= 0).sum(dim=1)
-        rows = (target_lengths_C > 0).nonzero().squeeze(1)
+            return zero, zero, zero
+        targets_CL = batch.clip_targets_CL
+        target_lengths_C, num_slots_C = (targets_CL >= 0).sum(dim=1), (batch.clip_slots_CS >= 0).sum(dim=1)
+        num_repeats_C = ((targets_CL[:, 1:] == targets_CL[:, :-1]) & (targets_CL[:, 1:] >= 0)).sum(dim=1)
+        has_target_C, fits_C = target_lengths_C > 0, target_lengths_C + num_repeats_C <= num_slots_C
+        num_left_out = zero + (has_target_C & ~fits_C).sum()
+        rows = (has_target_C & fits_C).nonzero().squeeze(1)
         if not rows.numel():
-            return zero, zero
+            return zero, zero, num_left_out
         log_probs_CSV = self.ctc_head(clips_CSD[rows]).float().log_softmax(dim=-1)
         losses_C = F.ctc_loss(
             log_probs_CSV.transpose(0, 1),
-            batch.clip_targets_CL[rows].clamp(min=0),
-            (batch.clip_slots_CS[rows] >= 0).sum(dim=1),
+            targets_CL[rows].clamp(min=0),
+            num_slots_C[rows],
             target_lengths_C[rows],
             blank=PAD_ID,
             reduction="none",
-            zero_infinity=True,
         )
-        return (losses_C / target_lengths_C[rows]).sum(), zero + rows.numel()
+        return (losses_C / target_lengths_C[rows]).sum(), zero + rows.numel(), num_left_out
 
     def _touch_unused(self, batch: PackedBatch) -> Tensor:
         """Zero, through every parameter that this batch may not have used.

@@ -149,6 +149,7 @@ class DecoderModule(StagedModule):
         if self.folder is not None and config.audio is not None and self.folder.audio is not None:
             self.model.initialize_audio(codebooks_of(self.folder))
         if self.device_mesh is not None:
+            _check_mesh(self.device_mesh)
             _shard(self.model, self.device_mesh)
 
     def on_fit_start(self) -> None:
@@ -275,6 +276,8 @@ class DecoderModule(StagedModule):
         sums |= {"text_accuracy": totals.num_correct, "padding_share": totals.num_positions - totals.num_tokens}
         counts |= {"text_accuracy": totals.counts["text"], "padding_share": totals.num_positions}
         sums["tokens"], counts["tokens"] = totals.num_tokens, 1.0
+        sums["ctc_left_out"] = totals.num_ctc_left_out
+        counts["ctc_left_out"] = totals.counts["ctc"] + totals.num_ctc_left_out
         self.window.add(sums, counts)
         if output.routing.counts_LME is not None and output.routing.layers:
             self.moe_layers = output.routing.layers
@@ -336,6 +339,7 @@ class GlobalTotals:
     source_counts: Tensor
     counts_LE: Tensor
     num_correct: Tensor
+    num_ctc_left_out: Tensor
     num_tokens: Tensor
     num_positions: Tensor
     num_targets: float
@@ -350,7 +354,7 @@ class GlobalTotals:
             torch.stack([output.counts[key].detach().double() for key in keys]),
             output.source_sums.double(),
             output.source_counts.double(),
-            torch.stack([output.num_correct.double(), num_tokens.double()]),
+            torch.stack([output.num_correct.double(), num_tokens.double(), output.num_ctc_left_out.double()]),
             num_tokens.new_tensor([batch.document_ids_BT.numel()], dtype=torch.float64),
             output.routing.counts_LE.flatten().double(),
         ]
@@ -366,6 +370,7 @@ class GlobalTotals:
             source_counts=source_counts,
             counts_LE=counts_LE.view(output.routing.counts_LE.shape),
             num_correct=seen[0],
+            num_ctc_left_out=seen[2],
             num_tokens=seen[1],
             num_positions=positions[0],
             num_targets=float(sum((by_key[key] for key in TASK_LOSSES), start=torch.zeros(()))),
@@ -440,6 +445,17 @@ def _check_image_slots(model: MultimodalModel, folder: TokenizerFolder) -> None:
         raise ValueError(
             f"the image tower sees {model.vision.image_size} pixels but the tokenizer folder's image_size is "
             f"{folder.image_size}; choose a tower of that size or build the folder anew"
+        )
+
+
+def _check_mesh(mesh: Any) -> None:
+    """Refuses tensor parallelism: ranks that share a model's matrices would have to see one batch, and don't."""
+    size = mesh["tensor_parallel"].size() if "tensor_parallel" in (mesh.mesh_dim_names or ()) else 1
+    if size > 1:
+        raise ValueError(
+            f"trainer.strategy's tensor_parallel_size is {size}, which the decoder isn't split by yet: its ranks would "
+            f"train models that drift apart; set tensor_parallel_size to 1 and data_parallel_size to the number of "
+            f"devices"
         )
 
 
