@@ -138,6 +138,8 @@ class DecoderModule(StagedModule):
         """Builds the model, loads CLIP weights and codebooks, and shards it under `ModelParallelStrategy`."""
         if self.model is not None:
             return
+        if self.device_mesh is not None:
+            _check_mesh(self.device_mesh)
         config = self.resolved_config()
         self.model = MultimodalModel(config)
         if self.folder is not None and self.model.vision is not None:
@@ -149,7 +151,6 @@ class DecoderModule(StagedModule):
         if self.folder is not None and config.audio is not None and self.folder.audio is not None:
             self.model.initialize_audio(codebooks_of(self.folder))
         if self.device_mesh is not None:
-            _check_mesh(self.device_mesh)
             _shard(self.model, self.device_mesh)
 
     def on_fit_start(self) -> None:
