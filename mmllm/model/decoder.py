@@ -115,6 +115,13 @@ class DecoderConfig:
         self._check_attention()
 
     def _check_attention(self) -> None:
+        for key, value, choices in (
+            ("qk_norm", self.qk_norm_over, ("none", "head", "width")),
+            ("attention_bias", self.bias_of, ("none", "qkv", "all")),
+            ("prefix", self.prefix, ("none", "media", "prompt")),
+        ):
+            if value not in choices:
+                raise ValueError(f"decoder.{key} is {value!r}; choose {', '.join(choices)}")
         types = self.layer_types
         if types is not None and len(types) != self.num_hidden_layers:
             raise ValueError(
