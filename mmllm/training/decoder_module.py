@@ -141,6 +141,8 @@ class DecoderModule(StagedModule):
         """Builds the model, loads CLIP weights and codebooks, and shards it under `ModelParallelStrategy`."""
         if self.model is not None:
             return
+        if self.device_mesh is not None:
+            _check_mesh(self.device_mesh)
         config = self.resolved_config()
         self.model = MultimodalModel(config)
         if self.folder is not None and self.model.vision is not None:
@@ -299,7 +301,8 @@ class DecoderModule(StagedModule):
         counts |= {"text_accuracy": totals.counts["text"], "padding_share": totals.num_positions}
         sums["tokens"], counts["tokens"] = totals.num_tokens, 1.0
         if self._built().config.loss.ctc:
-            sums["ctc_left_out"], counts["ctc_left_out"] = totals.num_ctc_left_out, 1.0
+            sums["ctc_left_out"] = totals.num_ctc_left_out
+            counts["ctc_left_out"] = totals.counts["ctc"] + totals.num_ctc_left_out
         self.window.add(sums, counts)
         self.routing.add(losses.routing)
 
@@ -470,6 +473,17 @@ def _check_image_slots(model: MultimodalModel, folder: TokenizerFolder) -> None:
         raise ValueError(
             f"the image tower sees {model.vision.image_size} pixels but the tokenizer folder's image_size is "
             f"{folder.image_size}; choose a tower of that size or build the folder anew"
+        )
+
+
+def _check_mesh(mesh: Any) -> None:
+    """Refuses tensor parallelism: ranks that share a model's matrices would have to see one batch, and don't."""
+    size = mesh["tensor_parallel"].size() if "tensor_parallel" in (mesh.mesh_dim_names or ()) else 1
+    if size > 1:
+        raise ValueError(
+            f"trainer.strategy's tensor_parallel_size is {size}, which the decoder isn't split by yet: its ranks would "
+            f"train models that drift apart; set tensor_parallel_size to 1 and data_parallel_size to the number of "
+            f"devices"
         )
 
 
