@@ -3,13 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmllm.model.projectors import (
-    AudioProjector,
-    AudioProjectorConfig,
-    CodeEmbedding,
-    ImageProjector,
-    ImageProjectorConfig,
-)
+from mmllm.model.audio_projectors import AudioProjector, AudioProjectorConfig, CodeEmbedding
+from mmllm.model.image_projectors import ImageProjector, ImageProjectorConfig
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ from mmllm.inference.settings import GenerationConfig
 from mmllm.losses.batch import TASKS, BatchLosses, LossFunction
 from mmllm.losses.routing import RoutingTotals, router_loss_weights, router_losses
 from mmllm.model.decoder import DecoderConfig
+from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
-from mmllm.model.projectors import ImageProjectorConfig
 from mmllm.model.routing_stats import RoutingWindow
 from mmllm.model.vision import VisionConfig
 from mmllm.training.clip_module import load_clip_config
@@ -466,7 +466,8 @@ def _check_image_slots(model: MultimodalModel, folder: TokenizerFolder) -> None:
     if got != wanted:
         raise ValueError(
             f"the image projector fills {got} slots an image but the tokenizer folder's image_tokens is {wanted}; "
-            f"set image_projector.num_tokens to {wanted} with kind average or attention, or build the folder anew"
+            f"set image_projector.num_tokens to {wanted} with kind average, perceiver or c_abstractor, or build the "
+            f"folder anew"
         )
     if model.vision.image_size != folder.image_size:
         raise ValueError(
