@@ -343,9 +343,8 @@ class VisionTower(nn.Module):
                 f"this tower takes uint8 [N, 3, {size}, {size}]"
             )
         dtype = next(self.visual.parameters()).dtype
-        mean = torch.tensor(self.mean, device=images_N3HW.device).view(3, 1, 1) * 255
-        std = torch.tensor(self.std, device=images_N3HW.device).view(3, 1, 1) * 255
-        pixels = ((images_N3HW - mean) / std).to(dtype)
+        channels = zip(images_N3HW.unbind(dim=1), self.mean, self.std, strict=True)  # numbers: no copy to the device
+        pixels = torch.stack([(plane - mean * 255) / (std * 255) for plane, mean, std in channels], dim=1).to(dtype)
         if isinstance(self.visual, ModifiedResNet):
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(self.config.trainable and torch.is_grad_enabled()):

@@ -183,7 +183,7 @@ class DecoderModule(StagedModule):
 
     def _name_sources(self) -> None:
         self._source_names = list(getattr(self._data, "source_names", None) or [])
-        self._loss_function = None
+        self._loss_function = LossFunction(self._built().config, self._source_names, MAX_UNNAMED_SOURCES)
 
     def _check_features(self) -> None:
         """Refuses stored image features that this tower would not give."""
@@ -246,8 +246,8 @@ class DecoderModule(StagedModule):
 
     def _losses_of(self, batch: PackedBatch) -> BatchLosses:
         if self._loss_function is None:
-            config = self._built().config
-            self._loss_function = LossFunction(config, self._source_names, MAX_UNNAMED_SOURCES)
+            self._name_sources()
+        assert self._loss_function is not None
         output = self._built()(batch)
         return self._loss_function(self._built(), output, batch)
 
