@@ -78,7 +78,7 @@ def _attended(qkv, sequences, backend, spans_BT, rule) -> torch.Tensor:
     spans_Q = spans_BT.flatten()[sequences.tokens_Q] if rule.spans else None
     context = PackedContext(sequences, backend, spans_Q)
     context.prepare(rule)
-    return attend(*qkv, context, rule, 0)
+    return attend(*qkv, context, rule)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -156,7 +156,7 @@ def test_varlen_is_asked_for_causal_attention_inside_documents(
     qkv = [x.to(torch.bfloat16) for x in _qkv(sequences.size)]
     context = PackedContext(sequences, "varlen")
     context.prepare(rule)
-    got = attend(*qkv, context, rule, 0)
+    got = attend(*qkv, context, rule)
     attend_module._varlen_settings.cache_clear()
     wanted = _attended([x.float() for x in qkv], sequences, "dense", None, rule)
     torch.testing.assert_close(got.float(), wanted, rtol=2e-2, atol=2e-2)
@@ -192,7 +192,7 @@ def test_the_cache_sees_what_packed_documents_see() -> None:
         for piece in [slice(0, 8), *(slice(t, t + 1) for t in range(8, total))]:
             parts = [x.view(num_rows, total, *x.shape[1:])[:, piece].flatten(0, 1) for x in qkv]
             cache.begin(documents_BT[:, piece], spans_BT[:, piece])
-            outputs.append(attend(*parts, cache, rule, 0).view(num_rows, -1, 32))
+            outputs.append(attend(*parts, cache.layer(0), rule).view(num_rows, -1, 32))
             cache.end()
         got = torch.cat(outputs, dim=1).flatten(0, 1)[sequences.tokens_Q]
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
@@ -213,7 +213,7 @@ def test_norms_and_biases_are_where_they_belong(qk_norm: Any, bias: Any) -> None
     cos, sin = rotary(torch.cat([torch.arange(9), torch.arange(4)]), 6, 100.0, torch.float64)
     context = PackedContext(sequences)
     context.prepare(MaskRule())
-    got = attention(x_ND, cos, sin, context, 0)
+    got = attention(x_ND, cos, sin, context)
 
     def normed(x: torch.Tensor, norm: Any) -> torch.Tensor:
         return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
@@ -257,10 +257,10 @@ def test_qk_norm_in_half_precision_stays_in_the_fused_kernels(monkeypatch: pytes
     context.prepare(MaskRule())
     x_ND = torch.randn(6, 16)
     angles = rotary(torch.arange(6), 8, 100.0, torch.float32)
-    exact = attention(x_ND, *angles, context, 0)
+    exact = attention(x_ND, *angles, context)
     seen["attention"].clear()
     with torch.autocast("cpu", torch.bfloat16):
-        half = attention(x_ND, *angles, context, 0)
+        half = attention(x_ND, *angles, context)
     assert seen == {"norm": {torch.bfloat16}, "attention": {torch.bfloat16}}
     torch.testing.assert_close(half.float(), exact, rtol=0.1, atol=0.05)
 

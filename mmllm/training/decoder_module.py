@@ -65,6 +65,7 @@ class DecoderModule(StagedModule):
         init_from: str | None = None,
         optimizer: OptimizerConfig | None = None,
         max_seconds: float | None = None,
+        compile: bool = False,
         out: str | None = None,
         name: str = "mmllm model",
     ) -> None:
@@ -83,6 +84,7 @@ class DecoderModule(StagedModule):
                 head only where they were exported from a model of this very tokenizer.
             optimizer: rates and decay; `tower_lr: 0` freezes the tower.
             max_seconds: training ends after this long; None: `trainer.max_steps` alone ends it.
+            compile: compile each decoder layer; give the data module a `token_multiple` then, so that shapes are few.
             out: model folder to write when training ends.
             name: title of the model card.
         """
@@ -95,6 +97,7 @@ class DecoderModule(StagedModule):
         self.tokenizer = tokenizer
         self.clip = clip
         self.init_from = init_from
+        self.compile_layers = compile
         self.out = out
         self.name = name
         self.folder: TokenizerFolder | None = None
@@ -153,6 +156,8 @@ class DecoderModule(StagedModule):
             load_decoder(self.init_from, self.model.decoder, tokenizer)
         if self.folder is not None and config.audio is not None and self.folder.audio is not None:
             self.model.initialize_audio(codebooks_of(self.folder))
+        if self.compile_layers:
+            self.model.decoder.compile_layers()
         if self.device_mesh is not None:
             _shard(self.model, self.device_mesh)
 
