@@ -158,6 +158,8 @@ class MultimodalModel(nn.Module):
         return weights | {
             "balance": moe.router_aux_loss_coef if moe else 0.0,
             "z": moe.router_z_loss_coef if moe else 0.0,
+            "local_entropy": moe.local_entropy_loss_coef if moe else 0.0,
+            "global_entropy": moe.global_entropy_loss_coef if moe else 0.0,
         }
 
     @property

@@ -21,6 +21,7 @@ from mmllm.data.samples.stored import features_hash
 from mmllm.inference.card import ModelInfo
 from mmllm.inference.folder import check_replaceable, save_model
 from mmllm.inference.settings import GenerationConfig
+from mmllm.losses.routing import RoutingTotals, router_losses
 from mmllm.model.decoder import DecoderConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, ModelOutput, MultimodalModel
 from mmllm.model.projectors import ImageProjectorConfig
@@ -205,7 +206,7 @@ class DecoderModule(StagedModule):
         totals = GlobalTotals.of(output, batch)
         loss = totals.loss(output, self._built().loss_weights)
         if self.expert_bias is not None:
-            self.expert_bias.add(totals.counts_LE)
+            self.expert_bias.add(totals.routing.counts_LE)
         self._accumulate(totals.num_targets)
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches * totals.num_targets
         self._record(output, totals)
@@ -341,7 +342,7 @@ class GlobalTotals:
     counts: dict[str, Tensor]
     source_sums: Tensor
     source_counts: Tensor
-    counts_LE: Tensor
+    routing: RoutingTotals
     num_correct: Tensor
     num_tokens: Tensor
     num_positions: Tensor
@@ -359,19 +360,19 @@ class GlobalTotals:
             output.source_counts.double(),
             torch.stack([output.num_correct.double(), num_tokens.double()]),
             num_tokens.new_tensor([batch.document_ids_BT.numel()], dtype=torch.float64),
-            output.routing.counts_LE.flatten().double(),
+            RoutingTotals.flat(output.routing),
         ]
         totals = torch.cat(parts)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(totals)
-        sums, counts, source_sums, source_counts, seen, positions, counts_LE = totals.split([len(p) for p in parts])
+        sums, counts, source_sums, source_counts, seen, positions, routing = totals.split([len(p) for p in parts])
         by_key = dict(zip(keys, counts, strict=True))
         return cls(
             sums=dict(zip(keys, sums, strict=True)),
             counts=by_key,
             source_sums=source_sums,
             source_counts=source_counts,
-            counts_LE=counts_LE.view(output.routing.counts_LE.shape),
+            routing=RoutingTotals.of(output.routing, routing),
             num_correct=seen[0],
             num_tokens=seen[1],
             num_positions=positions[0],
@@ -384,10 +385,8 @@ class GlobalTotals:
         loss = sum(weights[key] * sums[key] for key in TASK_LOSSES) / max(self.num_targets, 1.0)
         if weights["ctc"]:
             loss = loss + weights["ctc"] * sums["ctc"] / self.counts["ctc"].clamp(min=1).to(sums["ctc"])
-        if output.routing.layers:
-            num_tokens = self.num_tokens.clamp(min=1).float()
-            loss = loss + weights["balance"] * output.routing.balance_loss(self.counts_LE, num_tokens)
-            loss = loss + weights["z"] * output.routing.z_loss(num_tokens)
+        for key, value in router_losses(output.routing, self.routing).items():
+            loss = loss + weights[key] * value
         assert isinstance(loss, Tensor)
         return loss
 
