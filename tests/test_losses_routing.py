@@ -92,7 +92,8 @@ def _gradient(decoder: Decoder, losses: dict[str, Tensor]) -> Tensor:
 def test_router_losses_are_their_definitions_also_over_ranks(scope: str, min_experts: float) -> None:
     config = dataclasses.replace(CONFIG, aux_loss_scope=scope, global_entropy_min_experts=min_experts)
     decoder = _decoder(config)
-    losses = router_losses(_stats(decoder))
+    stats = _stats(decoder)
+    losses = router_losses(config, stats, RoutingTotals.of(stats))
     wanted = _slow(decoder, scope, min_experts)
     assert losses.keys() == wanted.keys()
     for key, value in losses.items():
@@ -100,8 +101,8 @@ def test_router_losses_are_their_definitions_also_over_ranks(scope: str, min_exp
     grads = _gradient(decoder, losses)
     torch.testing.assert_close(grads, _gradient(decoder, wanted), rtol=1e-9, atol=1e-12)
     ranks = [_stats(decoder, slice(0, 2)), _stats(decoder, slice(2, 3)), _stats(decoder, slice(3, 5))]
-    flat = torch.stack([RoutingTotals.flat(stats) for stats in ranks]).sum(dim=0)
-    parts = [router_losses(stats, RoutingTotals.of(stats, flat)) for stats in ranks]
+    flat = torch.stack([RoutingTotals.of(stats).flat() for stats in ranks]).sum(dim=0)
+    parts = [router_losses(config, stats, RoutingTotals.of(stats).with_flat(flat)) for stats in ranks]
     for key in losses:
         together = sum(part[key] for part in parts)
         torch.testing.assert_close(together, losses[key], rtol=1e-10, atol=1e-12, check_dtype=False, msg=key)
@@ -112,4 +113,4 @@ def test_router_losses_are_their_definitions_also_over_ranks(scope: str, min_exp
 def test_a_decoder_without_experts_has_no_router_losses() -> None:
     decoder = Decoder(DecoderConfig(40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).double()
     stats = _stats(decoder)
-    assert router_losses(stats, RoutingTotals.of(stats, RoutingTotals.flat(stats))) == {}
+    assert router_losses(CONFIG, stats, RoutingTotals.of(stats)) == {}

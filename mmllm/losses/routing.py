@@ -1,4 +1,4 @@
-"""The losses of the experts' routers that a config asks for, from one forward pass's `RoutingStats`.
+"""The losses of a decoder's routers, as its config has them: each rank's part, so that the parts add up.
 
 Shapes: L layers with experts, E experts, M modalities, B sequences.
 """
@@ -6,7 +6,7 @@ Shapes: L layers with experts, E experts, M modalities, B sequences.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,87 +19,98 @@ from mmllm.losses.router import (
     sequence_balance_loss,
     z_loss,
 )
+from mmllm.model.router import MoEConfig
 from mmllm.model.routing_stats import RoutingStats
 
-ROUTER_LOSSES = ("balance", "z", "local_entropy", "global_entropy")
-"""Each has a weight of its own in `MoEConfig`; see there."""
 
-
-@dataclass
+@dataclass(frozen=True)
 class RoutingTotals:
-    """What the losses need of all ranks, detached: with it the ranks' losses add up to those of one process."""
+    """What the losses need of all ranks: detached, in float64, to be summed over ranks."""
 
     num_tokens: Tensor
-    num_sequences: Tensor
-    """Those that hold tokens; 0 where nobody asks."""
     counts_LE: Tensor
-    tokens_M: Tensor | None
-    probability_sums_LME: Tensor | None
+    num_sequences: Tensor
+    """Those that hold tokens; 0 where they are not counted."""
+    tokens_M: Tensor
+    """Zeros where they are not counted."""
+    probability_sums_LME: Tensor
+    """[0, M, E] where nothing needs them."""
 
-    @staticmethod
-    def flat(stats: RoutingStats) -> Tensor:
-        """This rank's part as one float64 vector, to be added over ranks."""
-        return torch.cat([part.flatten() for part in _parts(stats)])
+    @classmethod
+    def of(cls, routing: RoutingStats) -> RoutingTotals:
+        """One rank's."""
+        like = routing.counts_LE.double()
+        tokens_M, sums_LME = routing.tokens_M, routing.probability_sums_LME
+        tokens_B = routing.tokens_B
+        return cls(
+            num_tokens=like.new_full((), routing.num_tokens),
+            counts_LE=like,
+            num_sequences=like.new_zeros(()) if tokens_B is None else (tokens_B > 0).sum().double(),
+            tokens_M=like.new_zeros(len(Modality)) if tokens_M is None else tokens_M.double(),
+            probability_sums_LME=like.new_zeros(0) if sums_LME is None else sums_LME.detach().double(),
+        )
 
-    @staticmethod
-    def of(stats: RoutingStats, flat: Tensor | None = None) -> RoutingTotals:
-        """The totals.
+    def flat(self) -> Tensor:
+        """All of it, one after the other."""
+        return torch.cat([tensor.flatten() for tensor in vars(self).values()])
 
-        Args:
-            stats: of this rank; tells the shapes.
-            flat: `RoutingTotals.flat` added over ranks; None: there is one rank.
-        """
-        parts = _parts(stats)
-        if flat is not None:
-            sizes = [part.numel() for part in parts]
-            parts = [new.view(part.shape) for new, part in zip(flat.split(sizes), parts, strict=True)]
-        numbers, counts_LE, *of_modalities = parts
-        tokens_M = of_modalities.pop(0) if stats.tokens_M is not None else None
-        probability_sums_LME = of_modalities.pop(0) if of_modalities else None
-        return RoutingTotals(numbers[0], numbers[1], counts_LE, tokens_M, probability_sums_LME)
-
-
-def _parts(stats: RoutingStats) -> list[Tensor]:
-    counts_LE = stats.counts_LE.detach().double()
-    num_sequences = 0.0 if stats.tokens_B is None else (stats.tokens_B > 0).sum()
-    numbers = counts_LE.new_zeros(2)
-    numbers[0] = stats.num_tokens
-    numbers[1] = num_sequences
-    optional = [x.detach().double() for x in (stats.tokens_M, stats.probability_sums_LME) if x is not None]
-    return [numbers, counts_LE, *optional]
+    def with_flat(self, values: Tensor) -> RoutingTotals:
+        """The same with other values, as `flat` gives them."""
+        parts = values.split([tensor.numel() for tensor in vars(self).values()])
+        pairs = zip(vars(self).items(), parts, strict=True)
+        return replace(self, **{name: part.view(tensor.shape) for (name, tensor), part in pairs})
 
 
-def router_losses(stats: RoutingStats, totals: RoutingTotals | None = None) -> dict[str, Tensor]:
-    """Each of `ROUTER_LOSSES`, unweighted: this rank's part, differentiable. Those that have no use are left out.
+def router_losses(config: MoEConfig, routing: RoutingStats, totals: RoutingTotals) -> dict[str, Tensor]:
+    """This rank's part of each loss that the config gives a weight; see `MoEConfig` for what they are.
 
     Args:
-        stats: of this rank.
-        totals: of all ranks; None: there is one.
+        config: of the experts.
+        routing: of this rank's tokens.
+        totals: of all ranks.
+
+    Returns:
+        "balance", "z", "local_entropy" and "global_entropy" to differentiable scalars.
     """
-    config = stats.config
-    if config is None or not stats.layers:
-        return {}
-    totals = RoutingTotals.of(stats) if totals is None else totals
-    wide = stats.probability_sums_LE.dtype
-    num_tokens = totals.num_tokens.to(wide)
-    if config.aux_loss_scope != "sequence":
-        scope = config.aux_loss_scope
-        balance = balance_loss(totals.counts_LE, stats.probability_sums_LE, num_tokens, stats.top_k, scope)
-        losses = {"balance": balance}
-    elif stats.counts_LBE is None or stats.probability_sums_LBE is None or stats.tokens_B is None:
-        losses = {}
-    else:
-        by_sequence = (stats.counts_LBE, stats.probability_sums_LBE, stats.tokens_B)
-        total, _ = sequence_balance_loss(*by_sequence, stats.top_k)
-        losses = {"balance": total / totals.num_sequences.clamp(min=1).to(wide)}
-    losses["z"] = z_loss(stats.z_sums_L, num_tokens)
-    if stats.entropy_sums_LM is not None and totals.tokens_M is not None and config.local_entropy_loss_coef:
-        losses_LM = local_entropy_losses(stats.entropy_sums_LM, totals.tokens_M)
-        chosen = [Modality[name.upper()] for name in config.local_entropy_modalities]
-        losses["local_entropy"] = sum((losses_LM[:, m].mean() for m in chosen), start=losses_LM.sum() * 0.0)
-    if stats.probability_sums_LME is not None and totals.tokens_M is not None and config.global_entropy_loss_coef:
-        threshold = math.log(config.global_entropy_min_experts) if config.global_entropy_min_experts else None
-        all_sums_LME = None if totals.probability_sums_LME is None else totals.probability_sums_LME.to(wide)
-        losses_LM = global_entropy_losses(stats.probability_sums_LME, totals.tokens_M, all_sums_LME, threshold)
-        losses["global_entropy"] = losses_LM.sum(dim=1).mean()
+    losses: dict[str, Tensor] = {}
+    if not routing.layers:
+        return losses
+    dtype = routing.probability_sums_LE.dtype
+    num_tokens, tokens_M = totals.num_tokens.to(dtype), totals.tokens_M.to(dtype)
+    if config.counts_by_sequence:
+        assert routing.counts_LBE is not None and routing.probability_sums_LBE is not None
+        assert routing.tokens_B is not None
+        sums = (routing.counts_LBE, routing.probability_sums_LBE, routing.tokens_B)
+        losses["balance"] = sequence_balance_loss(*sums, routing.top_k)[0] / totals.num_sequences.to(dtype).clamp(min=1)
+    elif config.router_aux_loss_coef:
+        scope = "global" if config.aux_loss_scope == "global" else "layer"
+        counts_LE = totals.counts_LE.to(dtype)
+        losses["balance"] = balance_loss(counts_LE, routing.probability_sums_LE, num_tokens, routing.top_k, scope)
+    if config.router_z_loss_coef:
+        losses["z"] = z_loss(routing.z_sums_L, num_tokens)
+    if config.local_entropy_loss_coef:
+        assert routing.entropy_sums_LM is not None, "the batch's modalities are given in training"
+        columns = [int(Modality[name.upper()]) for name in config.local_entropy_modalities]
+        by_modality_LM = local_entropy_losses(routing.entropy_sums_LM, tokens_M)
+        losses["local_entropy"] = by_modality_LM[:, columns].sum(dim=1).mean()
+    if config.global_entropy_loss_coef:
+        assert routing.probability_sums_LME is not None, "the batch's modalities are given in training"
+        threshold = config.global_entropy_min_experts
+        by_modality_LM = global_entropy_losses(
+            routing.probability_sums_LME,
+            tokens_M,
+            totals.probability_sums_LME.to(dtype),
+            math.log(threshold) if threshold else None,
+        )
+        losses["global_entropy"] = by_modality_LM.sum(dim=1).mean()
     return losses
+
+
+def router_loss_weights(config: MoEConfig) -> dict[str, float]:
+    """What each of `router_losses` weighs in training."""
+    return {
+        "balance": config.router_aux_loss_coef,
+        "z": config.router_z_loss_coef,
+        "local_entropy": config.local_entropy_loss_coef,
+        "global_entropy": config.global_entropy_loss_coef,
+    }

@@ -118,8 +118,6 @@ class RoutingStats:
     """Differentiable; None unless `aux_loss_scope` is sequence."""
     tokens_B: Tensor | None = None
     """int64: tokens of each sequence; None unless `aux_loss_scope` is sequence."""
-    config: MoEConfig | None = None
-    """Of the experts; None: there are none."""
 
     @staticmethod
     def of(
@@ -154,7 +152,6 @@ class RoutingStats:
             counts_LBE=sums.counts_BE,
             probability_sums_LBE=sums.probability_sums_BE,
             tokens_B=_tokens_by(tokens.sequence_N if has_sequences else None, tokens.num_sequences, tokens.is_real_N),
-            config=config,
         )
 
     def balance_loss(self, counts_LE: Tensor | None = None, num_tokens: int | Tensor | None = None) -> Tensor:

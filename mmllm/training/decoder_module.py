@@ -21,9 +21,10 @@ from mmllm.data.samples.stored import features_hash
 from mmllm.inference.card import ModelInfo
 from mmllm.inference.folder import check_replaceable, save_model
 from mmllm.inference.settings import GenerationConfig
-from mmllm.losses.routing import RoutingTotals, router_losses
+from mmllm.losses.batch import TASKS, BatchLosses, LossFunction
+from mmllm.losses.routing import RoutingTotals, router_loss_weights, router_losses
 from mmllm.model.decoder import DecoderConfig
-from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, ModelOutput, MultimodalModel
+from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
 from mmllm.model.projectors import ImageProjectorConfig
 from mmllm.model.routing_stats import RoutingWindow
 from mmllm.model.vision import VisionConfig
@@ -39,8 +40,6 @@ log = logging.getLogger(__name__)
 
 MAX_UNNAMED_SOURCES = 64
 """Sources told apart when the data module doesn't name them."""
-
-TASK_LOSSES = ("text", "units")
 
 
 class DecoderModule(StagedModule):
@@ -104,8 +103,9 @@ class DecoderModule(StagedModule):
         self.expert_bias: ExpertBias | None = None
         self._whole: MultimodalModel | None = None
         self._source_names: list[str] = []
-        self._first_targets = 0.0
-        self._accumulated_targets = 0.0
+        self._first_targets = self._accumulated_targets = torch.zeros(())
+        self._num_accumulated = 0
+        self._loss_function: LossFunction | None = None
         self._val_sums: dict[str, Tensor] = {}
 
     # --- building ---------------------------------------------------------------------------------------------
@@ -141,6 +141,8 @@ class DecoderModule(StagedModule):
         """Builds the model, loads CLIP weights and codebooks, and shards it under `ModelParallelStrategy`."""
         if self.model is not None:
             return
+        if self.device_mesh is not None:
+            _check_mesh(self.device_mesh)
         config = self.resolved_config()
         self.model = MultimodalModel(config)
         if self.folder is not None and self.model.vision is not None:
@@ -157,9 +159,9 @@ class DecoderModule(StagedModule):
     def on_fit_start(self) -> None:
         """Checks that the data was made with this tokenizer and tower, and asks for its sources' names."""
         super().on_fit_start()
-        self._first_targets = self._accumulated_targets = 0.0  # an earlier fit may have ended before its step
+        self._num_accumulated = 0  # an earlier fit may have ended before its step
         self.expert_bias = ExpertBias.of(self._built().decoder)
-        self._source_names = list(getattr(self._data, "source_names", None) or [])
+        self._name_sources()
         data_folder = getattr(self._data, "folder", None)
         if self.folder is not None and data_folder is not None and data_folder.hash != self.folder.hash:
             raise ValueError(
@@ -171,11 +173,17 @@ class DecoderModule(StagedModule):
     def on_validation_start(self) -> None:
         """Checks the data where nothing was fitted before."""
         if self.trainer.validating:
+            self._name_sources()
             self._check_features()
 
     def on_test_start(self) -> None:
         """As before validation alone."""
+        self._name_sources()
         self._check_features()
+
+    def _name_sources(self) -> None:
+        self._source_names = list(getattr(self._data, "source_names", None) or [])
+        self._loss_function = None
 
     def _check_features(self) -> None:
         """Refuses stored image features that this tower would not give."""
@@ -202,23 +210,23 @@ class DecoderModule(StagedModule):
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> dict[str, Any]:
         """The loss of one packed batch; also counts routing by modality."""
-        output = self._built()(batch, num_sources=self._num_sources)
-        totals = GlobalTotals.of(output, batch)
-        loss = totals.loss(output, self._built().loss_weights)
+        losses = self._losses_of(batch)
+        totals = GlobalTotals.of(losses, batch)
+        loss = totals.loss(losses, self._built().config)
         if self.expert_bias is not None:
             self.expert_bias.add(totals.routing.counts_LE)
         self._accumulate(totals.num_targets)
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches * totals.num_targets
-        self._record(output, totals)
-        self.log("loss", totals.task_loss(self._built().loss_weights), prog_bar=True, logger=False)
+        self._record(losses, totals)
+        self.log("loss", totals.task_loss, prog_bar=True, logger=False)
         return {"loss": loss * (scale / self._first_targets)}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turns the sum over accumulated batches into a mean over all their targets."""
-        if self._accumulated_targets != self._first_targets:
+        if self._num_accumulated > 1:
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             torch._foreach_mul_(grads, self._first_targets / self._accumulated_targets)
-        self._first_targets = self._accumulated_targets = 0.0
+        self._num_accumulated = 0
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Moves the experts' biases with the weights: before any checkpoint of this step is saved."""
@@ -228,14 +236,20 @@ class DecoderModule(StagedModule):
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Adds up sums and counts."""
-        output = self._built()(batch, num_sources=self._num_sources)
-        totals = GlobalTotals.of(output, batch)
+        totals = GlobalTotals.of(self._losses_of(batch), batch)
         for name, value in {
             **{f"{key}_sum": value for key, value in totals.sums.items()},
             **{f"{key}_count": value for key, value in totals.counts.items()},
             "num_correct": totals.num_correct,
         }.items():
             self._val_sums[name] = self._val_sums.get(name, torch.zeros_like(value)) + value
+
+    def _losses_of(self, batch: PackedBatch) -> BatchLosses:
+        if self._loss_function is None:
+            config = self._built().config
+            self._loss_function = LossFunction(config, self._source_names, MAX_UNNAMED_SOURCES)
+        output = self._built()(batch)
+        return self._loss_function(self._built(), output, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the means over all validation data of all ranks."""
@@ -250,45 +264,47 @@ class DecoderModule(StagedModule):
         self._log_means("test")
 
     def _log_means(self, split: str) -> None:
+        """The losses that training logs, by the same weights."""
         sums, self._val_sums = self._val_sums, {}
         if not sums:
             return
-        means = {key: sums[f"{key}_sum"] / sums[f"{key}_count"].clamp(min=1) for key in TASK_LOSSES}
-        present = {key: mean for key, mean in means.items() if sums[f"{key}_count"] > 0}
-        total = sum((sums[f"{key}_sum"] for key in TASK_LOSSES), start=torch.zeros(()))
-        count = sum((sums[f"{key}_count"] for key in TASK_LOSSES), start=torch.zeros(()))
-        present["loss"] = total / count.clamp(min=1)
+        keys = {"loss": "task", **{key: key for key in TASKS}}
+        present = {
+            name: sums[f"{key}_sum"] / sums[f"{key}_count"] for name, key in keys.items() if sums[f"{key}_count"] > 0
+        }
         if sums["text_count"] > 0:
             present["text_accuracy"] = sums["num_correct"] / sums["text_count"]
         self.log_dict({f"{split}/{name}": value.float() for name, value in present.items()})
 
-    def _accumulate(self, num_targets: float) -> None:
-        num_targets = max(num_targets, 1.0)
-        self._first_targets = self._first_targets or num_targets
-        self._accumulated_targets += num_targets
+    def _accumulate(self, num_targets: Tensor) -> None:
+        if not self._num_accumulated:
+            self._first_targets = num_targets
+            self._accumulated_targets = torch.zeros_like(num_targets)
+        self._accumulated_targets = self._accumulated_targets + num_targets
+        self._num_accumulated += 1
 
     def _built(self) -> MultimodalModel:
         assert self.model is not None, "configure_model runs before any step"
         return self.model
 
-    @property
-    def _num_sources(self) -> int:
-        return len(self._source_names) or MAX_UNNAMED_SOURCES
-
     # --- metrics ----------------------------------------------------------------------------------------------
 
-    def _record(self, output: ModelOutput, totals: GlobalTotals) -> None:
-        sums: dict[str, Tensor | float] = {f"loss/{key}": value for key, value in totals.sums.items()}
-        counts: dict[str, Tensor | float] = {f"loss/{key}": value for key, value in totals.counts.items()}
-        for index in range(self._num_sources):
+    def _record(self, losses: BatchLosses, totals: GlobalTotals) -> None:
+        sums: dict[str, Tensor | float] = {f"loss/{key}": value for key, value in totals.sums.items() if key != "task"}
+        counts: dict[str, Tensor | float] = {f"loss/{key}": totals.counts[key] for key in totals.sums if key != "task"}
+        sums["loss"], counts["loss"] = totals.sums["task"], totals.counts["task"]
+        for index in range(len(totals.source_sums)):
             name = self._source_names[index] if self._source_names else str(index)
             sums[f"loss/source/{name}"] = totals.source_sums[index]
             counts[f"loss/source/{name}"] = totals.source_counts[index]
         sums |= {"text_accuracy": totals.num_correct, "padding_share": totals.num_positions - totals.num_tokens}
         counts |= {"text_accuracy": totals.counts["text"], "padding_share": totals.num_positions}
         sums["tokens"], counts["tokens"] = totals.num_tokens, 1.0
+        if self._built().config.loss.ctc:
+            sums["ctc_left_out"] = totals.num_ctc_left_out
+            counts["ctc_left_out"] = totals.counts["ctc"] + totals.num_ctc_left_out
         self.window.add(sums, counts)
-        self.routing.add(output.routing)
+        self.routing.add(losses.routing)
 
     def window_metrics(self) -> dict[str, float]:
         """Losses by modality and source, tokens a second, padding."""
@@ -336,7 +352,7 @@ class DecoderModule(StagedModule):
 
 @dataclasses.dataclass
 class GlobalTotals:
-    """Detached sums and counts of a batch over all ranks, in one all-reduce."""
+    """Detached sums and counts of a batch over all ranks, in one all-reduce; all stay on the device."""
 
     sums: dict[str, Tensor]
     counts: dict[str, Tensor]
@@ -344,55 +360,65 @@ class GlobalTotals:
     source_counts: Tensor
     routing: RoutingTotals
     num_correct: Tensor
-    num_tokens: Tensor
+    num_ctc_left_out: Tensor
     num_positions: Tensor
-    num_targets: float
+
+    @property
+    def num_targets(self) -> Tensor:
+        """Of text and units, at least 1."""
+        return self.counts["task"].clamp(min=1)
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Without padding."""
+        return self.routing.num_tokens
+
+    @property
+    def task_loss(self) -> Tensor:
+        """The weighted loss over text and unit targets."""
+        return self.sums["task"] / self.num_targets
 
     @classmethod
-    def of(cls, output: ModelOutput, batch: PackedBatch) -> GlobalTotals:
+    def of(cls, losses: BatchLosses, batch: PackedBatch) -> GlobalTotals:
         """Gathers a forward pass."""
-        keys = list(output.loss_sums)
-        num_tokens = (batch.document_ids_BT >= 0).sum()
+        keys = list(losses.sums)
+        like = losses.source_sums.double()
+        routing = RoutingTotals.of(losses.routing)
         parts = [
-            torch.stack([output.loss_sums[key].detach().double() for key in keys]),
-            torch.stack([output.counts[key].detach().double() for key in keys]),
-            output.source_sums.double(),
-            output.source_counts.double(),
-            torch.stack([output.num_correct.double(), num_tokens.double()]),
-            num_tokens.new_tensor([batch.document_ids_BT.numel()], dtype=torch.float64),
-            RoutingTotals.flat(output.routing),
+            torch.stack([losses.sums[key].double() for key in keys]),
+            torch.stack([losses.counts[key].double() for key in keys]),
+            losses.source_sums.double(),
+            losses.source_counts.double(),
+            torch.stack([losses.num_correct.double(), losses.num_ctc_left_out.double()]),
+            like.new_full((1,), batch.document_ids_BT.numel()),
+            routing.flat(),
         ]
         totals = torch.cat(parts)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(totals)
-        sums, counts, source_sums, source_counts, seen, positions, routing = totals.split([len(p) for p in parts])
-        by_key = dict(zip(keys, counts, strict=True))
+        sums, counts, source_sums, source_counts, seen, sizes, flat = totals.split([len(p) for p in parts])
         return cls(
             sums=dict(zip(keys, sums, strict=True)),
-            counts=by_key,
+            counts=dict(zip(keys, counts, strict=True)),
             source_sums=source_sums,
             source_counts=source_counts,
-            routing=RoutingTotals.of(output.routing, routing),
+            routing=routing.with_flat(flat),
             num_correct=seen[0],
-            num_tokens=seen[1],
-            num_positions=positions[0],
-            num_targets=float(sum((by_key[key] for key in TASK_LOSSES), start=torch.zeros(()))),
+            num_ctc_left_out=seen[1],
+            num_positions=sizes[0],
         )
 
-    def loss(self, output: ModelOutput, weights: dict[str, float]) -> Tensor:
+    def loss(self, losses: BatchLosses, config: ModelConfig) -> Tensor:
         """This rank's part of the global loss, differentiable; see `DecoderModule`."""
-        sums = output.loss_sums
-        loss = sum(weights[key] * sums[key] for key in TASK_LOSSES) / max(self.num_targets, 1.0)
-        if weights["ctc"]:
-            loss = loss + weights["ctc"] * sums["ctc"] / self.counts["ctc"].clamp(min=1).to(sums["ctc"])
-        for key, value in router_losses(output.routing, self.routing).items():
-            loss = loss + weights[key] * value
-        assert isinstance(loss, Tensor)
+        loss = losses.objective / self.num_targets.to(losses.objective)
+        if config.loss.ctc:
+            loss = loss + config.loss.ctc * losses.ctc_sum / self.counts["ctc"].clamp(min=1).to(losses.ctc_sum)
+        moe = config.decoder.moe
+        if moe is not None:
+            weights = router_loss_weights(moe)
+            for name, value in router_losses(moe, losses.routing, self.routing).items():
+                loss = loss + weights[name] * value
         return loss
-
-    def task_loss(self, weights: dict[str, float]) -> float:
-        """The weighted loss over text and unit targets."""
-        return float(sum(weights[key] * self.sums[key] for key in TASK_LOSSES)) / max(self.num_targets, 1.0)
 
 
 def with_vocabulary(
@@ -446,6 +472,17 @@ def _check_image_slots(model: MultimodalModel, folder: TokenizerFolder) -> None:
         raise ValueError(
             f"the image tower sees {model.vision.image_size} pixels but the tokenizer folder's image_size is "
             f"{folder.image_size}; choose a tower of that size or build the folder anew"
+        )
+
+
+def _check_mesh(mesh: Any) -> None:
+    """Refuses tensor parallelism: ranks that share a model's matrices would have to see one batch, and don't."""
+    size = mesh["tensor_parallel"].size() if "tensor_parallel" in (mesh.mesh_dim_names or ()) else 1
+    if size > 1:
+        raise ValueError(
+            f"trainer.strategy's tensor_parallel_size is {size}, which the decoder isn't split by yet: its ranks would "
+            f"train models that drift apart; set tensor_parallel_size to 1 and data_parallel_size to the number of "
+            f"devices"
         )
 
 
