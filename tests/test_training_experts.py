@@ -35,7 +35,7 @@ from tests.training_fixtures import (
 )
 
 SIGMOID = MoEConfig(4, 2, 16, router_aux_loss_coef=0.0, router_z_loss_coef=0.0, scoring_func="sigmoid",
-                    use_expert_bias=True, bias_update_speed=0.01)  # fmt: skip
+                    use_expert_bias=True, bias_update_speed=0.003)  # fmt: skip
 SWITCHED = MoEConfig(
     4, 2, 16, n_group=2, topk_group=1, n_shared_experts=1, use_expert_bias=True, routed_scaling_factor=1.5,
     aux_loss_scope="sequence", local_entropy_loss_coef=0.02, global_entropy_loss_coef=0.02,
@@ -82,7 +82,7 @@ def test_experts_of_a_modality_are_compared_with_one_another() -> None:
 
 
 def test_a_bias_alone_balances_the_experts() -> None:
-    module = tiny_module(moe=dataclasses.replace(SIGMOID, bias_update_speed=0.003))
+    module = tiny_module(moe=SIGMOID)
     module.configure_model()
     bias_E = _router(module).e_score_correction_bias
     assert bias_E is not None and module.model is not None
@@ -108,7 +108,7 @@ def test_a_run_with_a_bias_resumes_exactly_also_inside_an_accumulation_window(tm
         return module.state_dict()
 
     whole = run("whole")
-    for batch in (7, 8):  # inside a window, and at its end
+    for batch in (5, 6):  # inside a window, and at its end
         run(f"cut{batch}", stop=batch)
         saved = torch.load(tmp_path / "cut.ckpt", weights_only=True)["state_dict"]
         bias = next(value for name, value in saved.items() if name.endswith("e_score_correction_bias"))
@@ -129,15 +129,15 @@ class _SaveAndStop(pl.Callback):
 
 def _train_rank(rank: int, port: int, out: str, pairs: list[tuple[PackedBatch, PackedBatch]]) -> None:
     module = tiny_module(moe=SWITCHED, moe_layers=(0, 1))
-    fit_rank(rank, port, out, module, ListData(pairs), max_steps=2, accumulate_grad_batches=2)
+    fit_rank(rank, port, out, module, ListData(pairs), max_steps=3, accumulate_grad_batches=2)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_two_ranks_give_the_losses_weights_and_biases_of_one(tmp_path: Path) -> None:
-    pairs = mixed_pairs()
+    pairs = [*mixed_pairs(), *mixed_pairs()[:2]]
     alone = tiny_module(moe=SWITCHED, moe_layers=(0, 1))
     data = ListData([merge(list(pair)) for pair in pairs])
-    losses = _fit(alone, data, max_steps=2, accumulate_grad_batches=2)
+    losses = _fit(alone, data, max_steps=3, accumulate_grad_batches=2)
     ranks = run_two_ranks(_train_rank, tmp_path, pairs)
     for name, weight in alone.state_dict().items():
         assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name]), name
