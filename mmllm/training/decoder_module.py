@@ -211,11 +211,17 @@ class DecoderModule(StagedModule):
                 f"to false"
             )
 
+    @property
+    def source_names(self) -> list[str]:
+        """Of the recipe's sources."""
+        return self._source_names
+
     # --- steps ------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> dict[str, Any]:
         """The loss of one packed batch; also counts routing by modality."""
         losses = self._losses_of(batch)
+        self.watch.note_sources(losses.source_sums)
         totals = GlobalTotals.of(losses, batch)
         loss = totals.loss(losses, self._built().config)
         if self.expert_bias is not None:

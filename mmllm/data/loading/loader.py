@@ -323,6 +323,30 @@ class PackedLoader(Generic[AnyBatch]):
         costs = [sum(map(self._cost, sequence)) for sequence in step.sequences]
         return shares(costs, self._world_size)[self._rank]
 
+    def documents_of(self, step: int, before: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        """The documents of this rank's batch of a step, by name.
+
+        Args:
+            step: Of the plan, from 0.
+            before: The state before that step, from which it is found at once; without it, or if it is another's, all
+                windows up to the step are planned again.
+
+        Returns:
+            What `Plan.describe` says of each, with the `row` of the batch and the `number` in it, as in
+            `document_ids_BT`.
+        """
+        planned = None
+        if before is not None and before.get("step") == step:
+            state = {key: before[key] for key in self._plan.initial_state()}
+            planned = next(self._plan.steps(state), None)
+        if planned is None:
+            planned = self._plan.at(step)
+        return [
+            {**self._plan.describe(item), "row": row, "number": number}
+            for row, place in enumerate(self.share(planned))
+            for number, item in enumerate(planned.sequences[place])
+        ]
+
     def _cost(self, item: Item) -> float:
         """About how much work a document is, in tokens."""
         if not self._plan.sources[item.source].has_media:
