@@ -200,7 +200,7 @@ def _given_gates(
     gates.requires_grad_()
 
     def given() -> tuple[Tensor, ...]:
-        out = mmllm_kernels.experts(x, gates, experts, *parameters).out_TD
+        out = mmllm_kernels.experts(x, gates, experts, parameters[0], parameters[1]).out_TD
         return torch.autograd.grad(out, [x, gates, *parameters], grad)
 
     def composed() -> tuple[Tensor, ...]:
