@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from mmllm.training.optimizers import MuonAdamW, OptimizerConfig
@@ -77,6 +77,8 @@ def _sharded(layout: str) -> Layers:
 def _gradient(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     if not isinstance(parameter, DTensor):
         return whole
+    if parameter.device_mesh.size() == 2 and parameter.device_mesh.ndim == 2:  # not split as the parameter is
+        return DTensor.from_local(whole, parameter.device_mesh, [Replicate(), Replicate()])
     (chunk,) = parameter.__create_chunk_list__()
     part = whole[tuple(slice(o, o + size) for o, size in zip(chunk.offsets, chunk.sizes, strict=True))]
     form = {"shape": whole.shape, "stride": whole.stride()}

@@ -39,6 +39,18 @@ def test_orthogonalize_pulls_singular_values_to_one_and_keeps_directions(shape: 
     assert (turned - torch.diag_embed(turned.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize(("given", "inside"), [("float64", "float64"), ("float32", "float32"), ("bfloat16", "float32")])
+def test_orthogonalize_keeps_the_precision_of_its_input_or_fp32(given: str, inside: str) -> None:
+    matrix = torch.randn(1, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = matrix.to(getattr(torch, given))
+    x = matrix[0].T.double() / matrix.double().norm()
+    for _ in range(5):
+        x = 3.4445 * x + (-4.7750 * x @ x.T + 2.0315 * x @ x.T @ x @ x.T) @ x
+    out = orthogonalize(matrix, 5)
+    assert out.dtype == getattr(torch, inside)
+    torch.testing.assert_close(out[0].double(), x.T, rtol=0, atol=1e-13 if inside == "float64" else 1e-5)
+
+
 def test_orthogonalize_of_zero_is_zero() -> None:
     assert orthogonalize(torch.zeros(2, 3, 4)).abs().max() == 0
 
