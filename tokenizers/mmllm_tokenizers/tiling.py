@@ -76,11 +76,11 @@ class TileGrid:
 def choose_grid(width: int, height: int, side: int, limit: int) -> tuple[int, int]:
     """Rows and columns of tiles that suit a picture best.
 
-    Scaled down until it fits into the tiles (never up), a picture keeps some of its pixels, and wastes some of the
-    tiles', as LLaVA-NeXT counts them (https://llava-vl.github.io/blog/2024-01-30-llava-next). There the grid that keeps
-    most is chosen, however little it gains by more tiles; here a wasted pixel takes away half of a kept one: a square
-    picture has 2 x 2 tiles if it fills half of them, as in InternVL (arXiv 2404.16821). Of equals, the fewest tiles,
-    then the fewest rows.
+    Scaled down until it fits into the tiles (never up), a picture keeps some of its pixels, and fills a share of the
+    tiles. LLaVA-NeXT takes the grid that keeps most, however few more pixels more tiles keep
+    (https://llava-vl.github.io/blog/2024-01-30-llava-next). Here the kept pixels count times the share that they fill:
+    a square picture has 2 x 2 tiles if it fills half of them, as in InternVL (arXiv 2404.16821), and a long strip as
+    many in a row as there may be. Of equals, the fewest tiles, then the fewest rows.
 
     Args:
         width: of the picture, in pixels, upright.
@@ -88,16 +88,15 @@ def choose_grid(width: int, height: int, side: int, limit: int) -> tuple[int, in
         side: of a tile.
         limit: tiles at most.
     """
-    best, best_score = (1, 1), None
-    for num_tiles in range(1, limit + 1):
+    best, best_kept = (1, 1), _kept_pixels(width, height, side, side)
+    for num_tiles in range(2, limit + 1):
         for rows in range(1, num_tiles + 1):
             if num_tiles % rows:
                 continue
             columns = num_tiles // rows
             kept = _kept_pixels(width, height, columns * side, rows * side)
-            score = 3 * kept - num_tiles * side * side  # twice (kept - (area - kept) / 2)
-            if best_score is None or score > best_score:
-                best, best_score = (rows, columns), score
+            if kept * kept * best[0] * best[1] > best_kept * best_kept * num_tiles:
+                best, best_kept = (rows, columns), kept
     return best
 
 
