@@ -1,8 +1,8 @@
 """The typed contracts in which data, model, training and inference meet.
 
-Shapes: B sequences, T positions, K codebooks, N images, S slots an image or a clip, P features an image, C clips
-(of features: channels), F frames a clip, L target tokens a clip, H and W pixels. Of a `CaptionBatch` N pairs, L text
-tokens; of a `SoundBatch` N rows, T samples.
+Shapes: B sequences, T positions, K codebooks, N images or tiles of them, S slots an image or a clip, P features an
+image, C clips (of features: channels), F frames a clip, L target tokens a clip, H and W pixels. Of a `CaptionBatch` N
+pairs, L text tokens; of a `SoundBatch` N rows, T samples.
 """
 
 from __future__ import annotations
@@ -82,9 +82,10 @@ class PackedBatch(Batch):
     """int64, already shifted like `labels_BT`: targets of all K codebooks (column 0 repeats, as a
     code, what `labels_BT` holds as a token id); `IGNORE` where none and at fillers."""
     images_NCHW: Tensor
-    """uint8 [N, 3, H, W], transformed to the tower's input size; N may be 0, and is where features stand in."""
+    """uint8 [N, 3, H, W], transformed to the tower's input size: pictures, or one after the other all tiles of those
+    that are cut; N may be 0, and is where features stand in."""
     image_slots_NS: Tensor
-    """int64 flat indices into B·T of each image's S slots."""
+    """int64 flat indices into B·T of each image's (or tile's) S slots."""
     clip_codes_CFK: Tensor
     """int64 codes of the sounds that are heard, unpatterned; -1 pads short clips; C may be 0."""
     clip_slots_CS: Tensor
@@ -94,6 +95,9 @@ class PackedBatch(Batch):
     image_features_NPC: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0, dtype=torch.float16))
     """float16: what a frozen tower gives for each image, before the projector, as it was stored with the sample. It
     stands in for `images_NCHW`; [0, 0, 0] otherwise."""
+    image_tiles_N3: Tensor = field(default_factory=lambda: torch.zeros(0, 3, dtype=torch.int64))
+    """int64: of each of `images_NCHW` the number of its picture (ascending), and its row and column in it from 1; those
+    of a whole picture are 0. [0, 3]: no picture is cut."""
     state: dict[str, Any] = field(default_factory=dict)
     metadata: BatchMetadata | None = None
     """What the device would ask the host for; None: whoever needs it makes it, and on a device waits for that."""
@@ -132,7 +136,7 @@ class PackedBatch(Batch):
 
     @property
     def num_images(self) -> int:
-        """N."""
+        """N: pictures, or tiles of them."""
         return len(self.images_NCHW) + len(self.image_features_NPC)
 
 

@@ -16,12 +16,15 @@ from mmllm_tokenizers.audio import SmallCodec
 from mmllm_tokenizers.codec import Codec, CodecConfig
 from mmllm_tokenizers.folder import TokenizerConfig, TokenizerFolder
 from mmllm_tokenizers.text import TextTokenizer
+from mmllm_tokenizers.tiling import Tiling
 
 WORDS = ("red", "blue", "green", "square", "circle", "one", "two", "above", "left", "of", "a", "the")
 RATE = 8000
 
 
-def make_folder(path: Path, pattern: str = "delay", num_codebooks: int = 2, image_size: int = 16) -> TokenizerFolder:
+def make_folder(
+    path: Path, pattern: str = "delay", num_codebooks: int = 2, image_size: int = 16, tiling: Tiling | None = None
+) -> TokenizerFolder:
     """A tokenizer folder with an untrained codec of 125 frames a second, saved at `path`."""
     torch.manual_seed(0)
     codec = Codec(
@@ -30,7 +33,7 @@ def make_folder(path: Path, pattern: str = "delay", num_codebooks: int = 2, imag
         )
     )
     text = TextTokenizer.train([" ".join(WORDS)] * 4, vocab_size=300)
-    config = TokenizerConfig(image_tokens=4, image_size=image_size, audio_pool=2, pattern=pattern)
+    config = TokenizerConfig(image_tokens=4, image_size=image_size, audio_pool=2, pattern=pattern, tiling=tiling)
     folder = TokenizerFolder(text, SmallCodec(codec), config)
     folder.save(path)
     return folder

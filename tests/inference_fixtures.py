@@ -9,6 +9,7 @@ from mmllm.inference.api import Model
 from mmllm.inference.settings import GenerationConfig
 from mmllm.model.audio_projectors import AudioProjectorConfig
 from mmllm.model.decoder import DecoderConfig
+from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig, ModelConfig, MultimodalModel
 from mmllm.model.router import MoEConfig
 from mmllm.model.vision import VisionConfig
@@ -16,6 +17,7 @@ from mmllm_tokenizers.audio import SmallCodec
 from mmllm_tokenizers.codec import Codec, CodecConfig
 from mmllm_tokenizers.folder import TokenizerConfig, TokenizerFolder
 from mmllm_tokenizers.text import TextTokenizer
+from mmllm_tokenizers.tiling import Tiling
 
 RATE = 8000
 IMAGE_SIZE = 16
@@ -26,10 +28,12 @@ CLIP = {
 }
 
 
-def make_tokenizer(pattern: str = "delay", num_codebooks: int = 3, sound: bool = True) -> TokenizerFolder:
+def make_tokenizer(
+    pattern: str = "delay", num_codebooks: int = 3, sound: bool = True, tiling: Tiling | None = None
+) -> TokenizerFolder:
     torch.manual_seed(0)
     text = TextTokenizer.train(["a red circle above two blue squares, he said: one, two, three"] * 3, vocab_size=320)
-    config = TokenizerConfig(image_tokens=4, image_size=IMAGE_SIZE, audio_pool=2, pattern=pattern)
+    config = TokenizerConfig(image_tokens=4, image_size=IMAGE_SIZE, audio_pool=2, pattern=pattern, tiling=tiling)
     if not sound:
         return TokenizerFolder(text, None, config)
     codec = Codec(
@@ -64,6 +68,9 @@ def make_model(tokenizer: TokenizerFolder, sight: bool = True, tie_word_embeddin
             tie_word_embeddings=tie_word_embeddings,
         ),
         vision=VisionConfig(CLIP) if sight else None,
+        image_projector=ImageProjectorConfig(
+            max_tiles=tokenizer.config.tiling.max_tiles if tokenizer.config.tiling else 1
+        ),
         audio=audio if vocabulary.num_codebooks else None,
     )
     model = MultimodalModel(config)

@@ -97,6 +97,14 @@ def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codec", help="folder of an audio tokenizer; without it there is no sound")
     parser.add_argument("--image_tokens", type=int, default=16, help="slots an image")
     parser.add_argument("--image_size", type=int, default=64, help="pixels, both sides")
+    parser.add_argument(
+        "--max_tiles",
+        type=int,
+        default=1,
+        help="cut larger pictures into at most so many tiles of image_size; 1: don't",
+    )
+    parser.add_argument("--no_thumbnail", action="store_true", help="tiles alone, not the whole picture before them")
+    parser.add_argument("--max_image_tokens", type=int, help="slots that one picture's tiles may fill together")
     parser.add_argument("--audio_pool", type=int, default=2, help="frames an <|audio|> slot")
     parser.add_argument("--pattern", choices=("parallel", "delay", "flatten"), default="delay")
     parser.add_argument("--num_codebooks", type=int, default=0, help="codebooks in use; 0: as in the codec folder")
@@ -104,6 +112,14 @@ def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
 
 def _tokenizer_config(args: argparse.Namespace) -> Any:
     from mmllm_tokenizers.folder import TokenizerConfig
+    from mmllm_tokenizers.tiling import Tiling
 
+    tiling = None
+    if args.max_tiles > 1:
+        tiling = Tiling(args.max_tiles, not args.no_thumbnail, args.max_image_tokens)
+    elif args.max_tiles < 1:
+        raise ValueError(f"--max_tiles is {args.max_tiles}; give 1 (pictures are not cut) or more")
+    elif args.no_thumbnail or args.max_image_tokens is not None:
+        raise ValueError("--no_thumbnail and --max_image_tokens are of pictures that are cut; give --max_tiles as well")
     names = ("image_tokens", "image_size", "audio_pool", "pattern", "num_codebooks")
-    return TokenizerConfig(**{name: getattr(args, name) for name in names})
+    return TokenizerConfig(**{name: getattr(args, name) for name in names}, tiling=tiling)

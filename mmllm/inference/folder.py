@@ -83,11 +83,12 @@ def save_model(
         The folder.
 
     Raises:
-        ValueError: `directory` holds something that is not a model, the model has other ids than the
+        ValueError: `directory` holds something that is not a model, the model has other ids or tiles than the
             tokenizer, or it sees images in another size than the transform gives.
     """
     directory = Path(directory)
     _check_vocabulary(model.config, tokenizer)
+    _check_tiling(model.config, tokenizer)
     check_replaceable(directory)
     image_transform = _checked_transform(model, image_transform)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -148,6 +149,7 @@ def load_model(
         model = _build(directory, config["model"])
     _load_weights(directory / WEIGHTS, model)
     _check_vocabulary(model.config, tokenizer)
+    _check_tiling(model.config, tokenizer)
     generation = _parse(directory / GENERATION, GenerationConfig.from_dict, _read_json(directory / GENERATION))
     transform = config["image_transform"]
     if transform is not None:
@@ -179,6 +181,16 @@ def _check_vocabulary(config: ModelConfig, tokenizer: TokenizerFolder) -> None:
         raise ValueError(
             f"decoder.vocab_size is {config.decoder.vocab_size} but the tokenizer has {size} ids; "
             f"use the tokenizer that the model was trained with"
+        )
+
+
+def _check_tiling(config: ModelConfig, tokenizer: TokenizerFolder) -> None:
+    tiling = tokenizer.config.tiling
+    got, wanted = config.image_projector.max_tiles, 1 if tiling is None else tiling.max_tiles
+    if config.vision is not None and got != wanted:
+        raise ValueError(
+            f"image_projector.max_tiles is {got} but the tokenizer's tiling makes it {wanted}; use the tokenizer that "
+            f"the model was trained with"
         )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
-from mmllm.data.samples.documents import Document
+from mmllm.data.samples.documents import Document, tile_places
 
 
 def pad_left(documents: Sequence[Document]) -> PackedBatch:
@@ -54,6 +54,7 @@ def pad_left(documents: Sequence[Document]) -> PackedBatch:
         clip_codes_CFK=_stack(clips) if clips else torch.zeros(0, 1, num_codebooks, dtype=torch.int64),
         clip_slots_CS=_stack(clip_slots) if clip_slots else torch.zeros(0, 1, dtype=torch.int64),
         clip_targets_CL=torch.full((len(clips), 1), -1),
+        image_tiles_N3=torch.from_numpy(tile_places(picture for each in documents for picture in each.images)),
     )
 
 

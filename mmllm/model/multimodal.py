@@ -159,7 +159,7 @@ class MultimodalModel(nn.Module):
 
     @property
     def num_image_tokens(self) -> int:
-        """Slots an image fills; 0 without a tower."""
+        """Slots an image (or a tile of one) fills; 0 without a tower."""
         return self.image_projector.num_tokens if self.image_projector is not None else 0
 
     def load_pretrained(self) -> None:
@@ -185,11 +185,26 @@ class MultimodalModel(nn.Module):
             inactive += experts * (config.num_experts - config.num_experts_per_tok) // config.num_experts
         return self.num_parameters() - inactive
 
-    def image_embedding(self, images_NCHW: Tensor) -> Tensor:
-        """uint8 images to slots [N, S, D]."""
+    def image_embedding(self, images_NCHW: Tensor, tiles_N3: Tensor | None = None) -> Tensor:
+        """uint8 images to slots [N, S, D].
+
+        Args:
+            images_NCHW: pictures, or tiles.
+            tiles_N3: as `PackedBatch.image_tiles_N3`; None, as [0, 3]: all are whole pictures.
+
+        Raises:
+            ValueError: the model has no tower, or its projector is made for whole pictures and these are cut.
+        """
         if self.vision is None or self.image_projector is None:
             raise ValueError("this model has no vision tower; give it no images, or set model.vision")
-        return self.image_projector(self.vision(images_NCHW))
+        if tiles_N3 is None or not len(tiles_N3):
+            return self.image_projector(self.vision(images_NCHW))
+        if self.config.image_projector.max_tiles == 1:
+            raise ValueError(
+                "the batch has pictures that are cut into tiles, but image_projector.max_tiles is 1; set it to "
+                "tiling.max_tiles of the tokenizer folder"
+            )
+        return self.image_projector(self.vision(images_NCHW), tiles_N3[:, 1:])
 
     def feature_embedding(self, features_NPC: Tensor) -> Tensor:
         """What the frozen tower gave for images, as it was stored, to slots [N, S, D]."""
@@ -235,7 +250,10 @@ class MultimodalModel(nn.Module):
         x_PD = x_BTD.flatten(0, 1)
         if batch.num_images:
             images_NCHW, features_NPC = batch.images_NCHW, batch.image_features_NPC
-            slots_NSD = self.feature_embedding(features_NPC) if len(features_NPC) else self.image_embedding(images_NCHW)
+            if len(features_NPC):
+                slots_NSD = self.feature_embedding(features_NPC)
+            else:
+                slots_NSD = self.image_embedding(images_NCHW, batch.image_tiles_N3)
             if slots_NSD.shape[:2] != batch.image_slots_NS.shape:
                 raise ValueError(
                     f"the batch has {list(batch.image_slots_NS.shape)} image slots, but the model fills "
@@ -334,9 +352,15 @@ def _media_spans(batch: PackedBatch) -> Tensor:
     is_media_BT = (modality_BT == Modality.IMAGE) | (modality_BT == Modality.AUDIO)
     before_BT = F.pad(modality_BT, (1, 0), value=-1)[:, :-1]
     begins = ((modality_BT != before_BT) | (batch.positions_BT == 0)).flatten()
-    for slots in (batch.image_slots_NS, batch.clip_slots_CS):
-        if slots.numel():  # two pictures may follow each other without a word between
-            begins = begins.index_fill(0, slots[:, 0].clamp(min=0), True)
+    if batch.image_slots_NS.numel():  # two pictures may follow each other without a word between
+        starts_N, numbers_N = batch.image_slots_NS[:, 0], batch.image_tiles_N3[:, 0]
+        if len(numbers_N):  # a picture's tiles are one span
+            is_first_N = F.pad(numbers_N, (1, 0), value=-1)[:-1] != numbers_N
+            begins = begins.index_copy(0, starts_N, is_first_N | begins[starts_N])
+        else:
+            begins = begins.index_fill(0, starts_N, True)
+    if batch.clip_slots_CS.numel():
+        begins = begins.index_fill(0, batch.clip_slots_CS[:, 0].clamp(min=0), True)
     spans_BT = begins.long().cumsum(0).view_as(modality_BT)
     return torch.where(is_media_BT, spans_BT, -1)
 

@@ -343,8 +343,8 @@ class VisionTower(nn.Module):
                 f"this tower takes uint8 [N, 3, {size}, {size}]"
             )
         dtype = next(self.visual.parameters()).dtype
-        channels = zip(images_N3HW.unbind(dim=1), self.mean, self.std, strict=True)  # numbers: no copy to the device
-        pixels = torch.stack([(plane - mean * 255) / (std * 255) for plane, mean, std in channels], dim=1).to(dtype)
+        mean_311, std_311 = (_of_levels(values, images_N3HW.device) for values in (self.mean, self.std))
+        pixels = ((images_N3HW - mean_311) / std_311).to(dtype)
         if isinstance(self.visual, ModifiedResNet):
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(self.config.trainable and torch.is_grad_enabled()):
@@ -376,6 +376,11 @@ class VisionTower(nn.Module):
             if not is_one:  # the last block's features alone are normalized, as where they are the only ones
                 found[-1] = visual.ln_post(found[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return [found[depths.index(depth)] for depth in self._depths]
+
+
+def _of_levels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[3, 1, 1] in levels of 8 bits, made on the device: a copy from ordinary memory would wait for it."""
+    return torch.cat([torch.full((1,), value, device=device) for value in values]).view(3, 1, 1) * 255
 
 
 def _cut(visual: Any, layers: tuple[int | str, ...]) -> tuple[nn.Module, tuple[int, ...]]:

@@ -74,7 +74,7 @@ class DecoderModule(StagedModule):
         Args:
             decoder: its shape; `vocab_size: 0` takes the tokenizer's.
             vision: the image tower; None: the model doesn't see, unless `clip` is given.
-            image_projector: from the tower to the decoder.
+            image_projector: from the tower to the decoder; `max_tiles: 1` takes the tokenizer's.
             audio: sound in and out; `num_codebooks`, `codebook_size` and `codebook_dim` of 0 take the
                 tokenizer's. Left out with a tokenizer that has no codec.
             loss: weights of the losses.
@@ -134,11 +134,13 @@ class DecoderModule(StagedModule):
         vision = self.vision if self.clip is None else load_clip_config(self.clip, self.vision)
         if vision is not None and self.optimizer.tower_lr == 0:
             vision = dataclasses.replace(vision, trainable=False)
-        decoder, audio = self.decoder, self.audio
+        decoder, audio, image_projector = self.decoder, self.audio, self.image_projector
         if self.tokenizer is not None:
             self.folder = self.folder or TokenizerFolder.load(self.tokenizer)
             decoder, audio = with_vocabulary(decoder, audio, self.folder)
-        return ModelConfig(decoder, vision, self.image_projector, audio, self.loss)
+            if vision is not None:
+                image_projector = _with_tiles(image_projector, self.folder)
+        return ModelConfig(decoder, vision, image_projector, audio, self.loss)
 
     def configure_model(self) -> None:
         """Builds the model, loads CLIP weights and codebooks, and shards it under `ModelParallelStrategy`."""
@@ -469,6 +471,22 @@ def codebooks_of(folder: TokenizerFolder) -> Tensor:
 def _check_size(key: str, got: int, wanted: int) -> None:
     if got not in (0, wanted):
         raise ValueError(f"{key} is {got} but the tokenizer folder says {wanted}; set it to {wanted} or to 0")
+
+
+def _with_tiles(config: ImageProjectorConfig, folder: TokenizerFolder) -> ImageProjectorConfig:
+    """The image projector's config with the folder's `tiling.max_tiles`.
+
+    Raises:
+        ValueError: it has another.
+    """
+    tiling = folder.config.tiling
+    wanted = 1 if tiling is None else tiling.max_tiles
+    if config.max_tiles not in (1, wanted):
+        raise ValueError(
+            f"image_projector.max_tiles is {config.max_tiles} but the tokenizer folder's tiling makes it {wanted}; set "
+            f"it to {wanted}, or leave it out"
+        )
+    return dataclasses.replace(config, max_tiles=wanted)
 
 
 def _check_image_slots(model: MultimodalModel, folder: TokenizerFolder) -> None:

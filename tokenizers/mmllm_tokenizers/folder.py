@@ -23,6 +23,7 @@ from torch import Tensor
 from mmllm_tokenizers.audio import AudioTokenizer, load_audio_tokenizer
 from mmllm_tokenizers.patterns import PATTERNS, apply_pattern, invert_pattern, num_positions
 from mmllm_tokenizers.text import TextTokenizer
+from mmllm_tokenizers.tiling import TileGrid, Tiling, choose_grid
 from mmllm_tokenizers.vocab import TEMPLATES, Vocabulary
 
 FORMAT_VERSION = 1
@@ -37,9 +38,9 @@ class TokenizerConfig:
     """How images and sound become positions. What only a codec knows is filled in by `TokenizerFolder`."""
 
     image_tokens: int = 16
-    """`<|image|>` slots an image."""
+    """`<|image|>` slots an image; of one that is cut, a tile."""
     image_size: int = 64
-    """Pixels, both sides."""
+    """Pixels, both sides; of one that is cut, of a tile."""
     audio_pool: int = 2
     """Frames an `<|audio|>` slot."""
     pattern: str = "delay"
@@ -51,6 +52,8 @@ class TokenizerConfig:
     sample_rate: int = 0
     codec: str | None = None
     """Folder of the audio tokenizer, relative to this one."""
+    tiling: Tiling | None = None
+    """How pictures are cut into tiles; None: they aren't, and neither file nor hash speaks of it."""
 
     def __post_init__(self) -> None:
         for name in ("image_tokens", "image_size", "audio_pool"):
@@ -61,6 +64,34 @@ class TokenizerConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.pattern not in PATTERNS:
             raise ValueError(f"pattern is {self.pattern!r}; it must be one of {', '.join(PATTERNS)}")
+        if self.tiling is not None:
+            self.tiling.limit(self.image_tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-serializable values."""
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if key != "tiling" or value is not None}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any], where: str) -> TokenizerConfig:
+        """The inverse of `to_dict`.
+
+        Args:
+            values: all of its keys; `tiling` may be left out.
+            where: what errors call them.
+
+        Raises:
+            ValueError: a key is missing or unknown, or has no possible value.
+        """
+        wrong = (set(values) ^ {field.name for field in dataclasses.fields(TokenizerConfig)}) - {"tiling"}
+        tiling = values.get("tiling")
+        if isinstance(tiling, Mapping):
+            wrong |= {f"tiling.{key}" for key in set(tiling) ^ {field.name for field in dataclasses.fields(Tiling)}}
+        elif tiling is not None:
+            wrong.add("tiling")
+        if wrong:
+            raise ValueError(f"{where} has unknown or missing keys: {', '.join(sorted(wrong))}; build the folder again")
+        return TokenizerConfig(**{**values, "tiling": None if tiling is None else Tiling(**tiling)})
 
 
 class TokenizerFolder:
@@ -129,13 +160,10 @@ class TokenizerFolder:
         version = config.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise ValueError(f"{folder} has format version {version}; this release reads {FORMAT_VERSION}")
-        known = {field.name for field in dataclasses.fields(TokenizerConfig)}
-        if set(config) != known:
-            wrong = ", ".join(sorted(set(config) ^ known))
-            raise ValueError(f"{folder / CONFIG_FILE} has unknown or missing keys: {wrong}; build the folder again")
+        read = TokenizerConfig.from_dict(config, str(folder / CONFIG_FILE))
         templates = _read_json(folder / TEMPLATES_FILE)
         new = cls.__new__(cls)
-        new._init(TextTokenizer.load(folder / TEXT_FILE), None, TokenizerConfig(**config), templates, folder)
+        new._init(TextTokenizer.load(folder / TEXT_FILE), None, read, templates, folder)
         if new.config.codec is not None and not (folder / new.config.codec).is_dir():
             raise FileNotFoundError(f"{folder / new.config.codec} does not exist; the tokenizer's codec is missing")
         return new
@@ -147,7 +175,7 @@ class TokenizerFolder:
         audio = self.audio  # read before its folder may be overwritten
         self.text.save(folder / TEXT_FILE)
         _write_json(folder / TEMPLATES_FILE, self.templates)
-        _write_json(folder / CONFIG_FILE, {"format_version": FORMAT_VERSION, **dataclasses.asdict(self.config)})
+        _write_json(folder / CONFIG_FILE, {"format_version": FORMAT_VERSION, **self.config.to_dict()})
         if audio is not None and self.config.codec is not None:
             audio.save(folder / self.config.codec)
 
@@ -198,7 +226,7 @@ class TokenizerFolder:
             parts: dict[str, Any] = {
                 "text": self.text.hash,
                 "templates": self.templates,
-                "config": dataclasses.asdict(self.config),
+                "config": self.config.to_dict(),
                 "audio": None if self.audio is None else self.audio.hash,
             }
             self._hash = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -206,13 +234,30 @@ class TokenizerFolder:
 
     @property
     def num_image_tokens(self) -> int:
-        """`<|image|>` slots an image."""
+        """`<|image|>` slots an image; of one that is cut, a tile."""
         return self.config.image_tokens
 
     @property
     def image_size(self) -> int:
-        """Pixels, both sides."""
+        """Pixels, both sides; of one that is cut, of a tile."""
         return self.config.image_size
+
+    def tile_grid(self, width: int, height: int) -> TileGrid:
+        """How a picture is cut; 1 x 1 where it isn't.
+
+        Args:
+            width: of the upright picture, in pixels.
+            height: likewise.
+        """
+        tiling = self.config.tiling
+        if tiling is None:
+            return TileGrid()
+        rows, columns = choose_grid(width, height, self.image_size, tiling.limit(self.num_image_tokens))
+        return TileGrid(rows, columns, tiling.thumbnail and rows * columns > 1)
+
+    def num_image_slots(self, width: int, height: int) -> int:
+        """`<|image|>` slots of a picture of so many pixels, all tiles together."""
+        return self.tile_grid(width, height).num_tiles * self.num_image_tokens
 
     @property
     def audio_pool(self) -> int:

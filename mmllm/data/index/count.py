@@ -64,6 +64,7 @@ def count_tokens(found: Scan, folder: TokenizerFolder, progress: Callable[[int],
             tokens = 0 if impossible else document_length(
                 task, folder, key=f"{key}-{line}" if line >= 0 else key, text=len(ids[row]),
                 num_frames=found.num_frames(row), segments=segments, metadata=metadata, roles=roles,
+                image_size=found.pictures[row][0] if found.pictures[row] else (1, 1),
             )  # fmt: skip
             column.append(tokens)
         if progress and row % 1000 == 999:

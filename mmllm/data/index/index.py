@@ -44,6 +44,8 @@ PROBE_BYTES = 1024
 """Of each place of a shard that is compared with its index."""
 DIGESTS = "text.digests"
 """Name of the array of what tells captions' texts apart."""
+TILES = "image.tiles"
+"""Name of the array of tiles, there where the tokenizer folder cuts pictures."""
 _FETCHES = 32
 """Indices that are looked up at a time, where shards are remote."""
 _OLD_MAGIC = b"mmllmidx"
@@ -59,6 +61,8 @@ class Place(NamedTuple):
     """Of its sample's `jsonl`, or -1."""
     num_frames: int
     num_images: int
+    num_tiles: int
+    """Of its pictures together; one each where pictures aren't cut."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,8 @@ class ShardIndex:
     key_end_bytes: int
     keys_start: int
     """First byte of the keys."""
+    has_tiles: bool = False
+    """Whether pictures are cut into tiles."""
 
     @property
     def arrays(self) -> ArraysFile:
@@ -146,6 +152,11 @@ class ShardIndex:
     def num_images_N(self) -> np.ndarray:
         """Pictures of each document."""
         return self.records_N["images"]
+
+    @property
+    def num_tiles_N(self) -> np.ndarray:
+        """What the image tower sees of each document: tiles, or pictures where they aren't cut."""
+        return self.arrays.read(TILES) if self.has_tiles else self.num_images_N
 
     @property
     def num_frames_N(self) -> np.ndarray:
@@ -210,7 +221,8 @@ class ShardIndex:
         size = RECORD.itemsize
         data = read_range(self.file, self.records_start + row * size, size, self.version)
         start, num_bytes, line, frames, images, _ = np.frombuffer(data, dtype=RECORD)[0].item()
-        return Place(start, num_bytes, line, frames, images)
+        num_tiles = int(self._read(TILES, row, row + 1)[0]) if self.has_tiles else images
+        return Place(start, num_bytes, line, frames, images, num_tiles)
 
     def key(self, row: int) -> str:
         """A document's key."""
@@ -286,7 +298,7 @@ def _checked(shard: Shard, tokenizer_hash: str | None, found: Stamp) -> ShardInd
         index = ShardIndex(
             shard, path, arrays.version, places["records"][2], info["sha256"], info["kind"], places["records"][1][0],
             info["text_key"], "piece.firsts" in places, found, places["keys.ends"][2],
-            places["keys.ends"][0].itemsize, places["keys.bytes"][2],
+            places["keys.ends"][0].itemsize, places["keys.bytes"][2], TILES in places,
         )  # fmt: skip
         (size, changed), made_with = info["shard"], info["tokenizer"]
     except FileNotFoundError:

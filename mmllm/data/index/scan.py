@@ -18,6 +18,8 @@ from typing import Any
 
 from PIL import Image
 
+from mmllm.data.samples.decode import picture_size
+from mmllm.data.samples.documents import PieceSize
 from mmllm.data.samples.schema import (
     AUDIO_ENDINGS,
     IMAGE_ENDINGS,
@@ -62,10 +64,11 @@ class Scan:
     text_starts: list[int] = field(default_factory=list)
     """First byte of its `txt`, or 0."""
     pictures: list[list[tuple[int, int]]] = field(default_factory=list)
-    """Width and height of each of its pictures as they are stored, (0, 0) where that can't be read."""
+    """Width and height of each of its pictures as they are stored (upright, where pictures are cut into tiles), (0, 0)
+    where that can't be read."""
     sounds: list[list[tuple[int, int, int]]] = field(default_factory=list)
     """Samples, samples a second and frames of each of its sounds, 0 where they aren't known."""
-    segments: list[list[str | int | None]] = field(default_factory=list)
+    segments: list[list[PieceSize]] = field(default_factory=list)
     """As `document_length` wants them."""
     roles: list[list[str | None]] = field(default_factory=list)
     metadata: list[dict[str, Any]] = field(default_factory=list)
@@ -171,6 +174,7 @@ class _Reader:
         self._text_key = text_key
         self._starts, self._ends = table.starts_M.tolist(), (table.starts_M + table.sizes_M).tolist()
         self._firsts = table.firsts_S.tolist()
+        self._is_tiled = folder.config.tiling is not None
         self._codec = folder.audio.hash if folder.audio is not None else None
         self._codec_bytes = self._codec.encode("utf-32-le") if self._codec else b""
         self._distinct: dict[tuple[str, ...], _Layout] = {}
@@ -373,10 +377,11 @@ class _Reader:
                 metadata["duration"] = sound[0] / sound[1]
 
     def _read_pictures(self, found: Scan) -> None:
+        """Sizes as rows tell them; where slots depend on them, as the pictures do."""
         columns = zip(self._firsts, self._layouts, self._metadata, found.pictures, strict=False)
         for sample, (first, layout, metadata, pictures) in enumerate(columns):
             width, height = metadata.get("width"), metadata.get("height")
-            if type(width) is int and type(height) is int and width >= 0 and height >= 0:
+            if not self._is_tiled and type(width) is int and type(height) is int and width >= 0 and height >= 0:
                 pictures.append((width, height))
                 continue
             size = self._size(first + layout.image)
@@ -388,17 +393,17 @@ class _Reader:
 
     def _segments(
         self, sample: int, items: Any, pictures: list[tuple[int, int]], sounds: list[tuple[int, int, int]]
-    ) -> list[str | int | None]:
+    ) -> list[PieceSize]:
         """Each segment as `document_length` wants it; pictures and sounds are appended."""
         numbers = {self._table.endings[number]: number for number in self._table.files(sample)}
-        sizes: list[str | int | None] = []
+        sizes: list[PieceSize] = []
         for item in items if isinstance(items, list) else [items]:
             match item:
                 case {"text": str() as text}:
                     sizes.append(text)
                 case {"image": str() as named} if (ending := named.lower()) in numbers:
-                    sizes.append(None)
                     pictures.append(self._size(numbers[ending]))
+                    sizes.append(pictures[-1] if self._is_tiled else None)
                 case {"audio": str() as named} if (ending := named.lower()) in numbers:
                     stored = numbers.get(f"{ending.partition('.')[0]}.codec.npz")
                     codes = self._file(stored) if stored is not None else None
@@ -437,6 +442,8 @@ class _Reader:
     def _size(self, number: int) -> tuple[int, int]:
         """Width and height from a picture's header."""
         try:
+            if self._is_tiled:
+                return picture_size(self._file(number))
             with Image.open(io.BytesIO(self._file(number))) as picture:
                 return picture.size
         except Exception:  # whatever is wrong with it is said, counted and masked when it is decoded

@@ -14,7 +14,7 @@ import numpy as np
 from mmllm.data.index.arrays import write_arrays
 from mmllm.data.index.columns import Column, Texts
 from mmllm.data.index.count import TokenCounts
-from mmllm.data.index.index import DIGESTS, FORMAT_VERSION, RECORD, index_path
+from mmllm.data.index.index import DIGESTS, FORMAT_VERSION, RECORD, TILES, index_path
 from mmllm.data.index.scan import Scan
 from mmllm.data.samples.documents import KIND_TASKS
 from mmllm.data.shards.files import Stamp
@@ -78,6 +78,9 @@ def save_index(
     arrays = make_records(found, counts) | Texts.arrays(found.keys, "keys")
     pictures = [size for sizes in found.pictures for size in sizes]
     sounds = [sound for each in found.sounds for sound in each]
+    if folder.config.tiling is not None:
+        tiles = [sum(folder.tile_grid(*size).num_tiles for size in sizes) for sizes in found.pictures]
+        arrays[TILES] = _fitting(found, "tiles", tiles, np.dtype("<u4"))
     arrays["picture.sizes"] = np.array(pictures, dtype=np.int64).reshape(-1, 2).clip(0, 2**32 - 1).astype(np.uint32)
     arrays["sound.lengths"] = np.array(sounds, dtype=np.int64).reshape(-1, 3).clip(0, 2**32 - 1).astype(np.uint32)
     arrays |= _piece_arrays(found, counts)

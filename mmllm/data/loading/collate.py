@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mmllm.batch import IGNORE, PackedBatch
-from mmllm.data.samples.documents import Clip, Document
+from mmllm.data.samples.documents import Clip, Document, Picture, tile_places
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class _Arrays:
         self._sources_BT = np.full(shape, -1, dtype=np.int64)
         self._codes_BTK = np.full((*shape, num_codebooks), -1, dtype=np.int64)
         self._audio_labels_BTK = np.full((*shape, num_codebooks), IGNORE, dtype=np.int64)
+        self._pictures: list[Picture] = []
         self._images: list[np.ndarray] = []
         self._features: list[np.ndarray] = []
         self._image_slots: list[np.ndarray] = []
@@ -101,6 +102,7 @@ class _Arrays:
             is_label_TK = document.targets_T[1:, None] & (codes_TK[1:] >= 0) & (codes_TK[1:] < document.filler)
             self._audio_labels_BTK[before] = np.where(is_label_TK, codes_TK[1:], IGNORE)
         flat = row * self._length + start
+        self._pictures += document.images
         for picture in document.images:
             if picture.features_SC is None:
                 self._images.append(picture.pixels_3HW)
@@ -132,6 +134,7 @@ class _Arrays:
             clip_slots_CS=torch.from_numpy(slots_CS),
             clip_targets_CL=torch.from_numpy(targets_CL),
             image_features_NPC=torch.from_numpy(_stacked(self._features, (0, 0, 0), np.float16, "features")),
+            image_tiles_N3=torch.from_numpy(tile_places(self._pictures)),
             state=state,
         )
 

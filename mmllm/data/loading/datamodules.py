@@ -110,8 +110,10 @@ class PackedDataModule(L.LightningDataModule):
         """The hash of what made the image features that stand in for pictures; None: there are none to stand in.
 
         Raises:
-            ValueError: The pictures of the recipes that are open have features of several hashes, or some have none.
+            ValueError: The pictures of the recipes that are open have features of several hashes, or some have none;
+                or the tokenizer folder cuts pictures into tiles, and features or altered pictures are asked for.
         """
+        self._check_tiling()
         plans = [plan for plan in (self._plan, self._val_plan) if plan is not None and self._image_features]
         found = {
             made_by: plan.describe(item)
@@ -129,6 +131,23 @@ class PackedDataModule(L.LightningDataModule):
                 f"build all shards with one --image_features, or set image_features to false"
             )
         return next(iter(found), None)
+
+    def _check_tiling(self) -> None:
+        """Refuses what is done with whole pictures alone, where the tokenizer folder cuts them."""
+        tiling = self.folder.config.tiling
+        if tiling is None:
+            return
+        if self._image_features:
+            raise ValueError(
+                f"image_features is on, and stored features are of whole pictures, but the tokenizer folder's "
+                f"tiling.max_tiles is {tiling.max_tiles}; set image_features to false, or take a folder without tiling"
+            )
+        if self._augment.is_on:
+            raise ValueError(
+                f"min_scale is {self._augment.min_scale} and flip {self._augment.flip}, which would alter each tile by "
+                f"itself: the tokenizer folder's tiling.max_tiles is {tiling.max_tiles}; set min_scale to 1 and flip "
+                f"to false, or take a folder without tiling"
+            )
 
     @property
     def max_heard_seconds(self) -> float | None:

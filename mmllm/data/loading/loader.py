@@ -26,6 +26,7 @@ from mmllm.data.plan.plan import Item, Plan, StepPlan
 from mmllm.data.samples.decode import ImageInput, ImageTransform
 from mmllm.data.samples.documents import NO_PIXELS, Document, Sample, build_document, part_bounds
 from mmllm_tokenizers.folder import TokenizerFolder
+from mmllm_tokenizers.tiling import TileGrid
 
 AnyBatch = TypeVar("AnyBatch", PackedBatch, CaptionBatch, SoundBatch)
 
@@ -179,7 +180,10 @@ class StepDataset(Dataset[PackedBatch]):
         if draft.is_new:
             assert draft.document is not None
             if draft.pictures:
-                pixels = [self._transform(source, name) for source, name in draft.pictures]
+                pixels: list[np.ndarray] = []
+                for source, name, tiles in draft.pictures:
+                    found = self._transform(source, name, tiles)
+                    pixels += [found] if tiles is None else list(found)
                 draft.document = draft.document.with_pixels(pixels)
                 draft.pictures.clear()
             self._keep(draft.place, draft.document)
@@ -206,13 +210,13 @@ class _Draft:
     read: Sample | TextPiece | None = None
     document: Document | None = None
     is_new: bool = False
-    pictures: list[tuple[ImageInput, str]] = field(default_factory=list)
+    pictures: list[tuple[ImageInput, str, TileGrid | None]] = field(default_factory=list)
     error: Exception | None = None
 
-    def later(self, source: ImageInput, name: str = "image") -> np.ndarray:
+    def later(self, source: ImageInput, name: str = "image", tiles: TileGrid | None = None) -> np.ndarray:
         """In a transform's stead: notes a picture that is to be decoded."""
-        self.pictures.append((source, name))
-        return NO_PIXELS
+        self.pictures.append((source, name, tiles))
+        return NO_PIXELS if tiles is None else np.stack([NO_PIXELS] * tiles.num_tiles)
 
 
 class PackedLoader(Generic[AnyBatch]):
@@ -353,7 +357,7 @@ class PackedLoader(Generic[AnyBatch]):
             return item.num_tokens
         place = self._plan.sources[item.source].indices[item.shard].place(item.row)
         num_frames = 0 if item.task == "speak" else place.num_frames
-        return item.num_tokens + IMAGE_COST * place.num_images + FRAME_COST * num_frames
+        return item.num_tokens + IMAGE_COST * place.num_tiles + FRAME_COST * num_frames
 
     def _count(self, batch: AnyBatch) -> None:
         errors = batch.state.get("errors", ())

@@ -93,7 +93,7 @@ class Plan:
         self.recipe, self.sources, self.batch_size = recipe, sources, batch_size
         digests = [[index.sha256 for index in source.indices] for source in sources]
         self.hash = recipe_hash(recipe, digests, tokenizer_hash)
-        limits = {"num_images": recipe.packing.max_images, "num_frames": recipe.packing.max_frames}
+        limits = {"num_tiles": recipe.packing.max_images, "num_frames": recipe.packing.max_frames}
         self._budgets = [
             ([source.costs(name) for source in sources], limit) for name, limit in limits.items() if limit is not None
         ]

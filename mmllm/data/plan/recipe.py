@@ -173,7 +173,7 @@ class PackingConfig:
     long_documents: Literal["split", "drop"] = "split"
     """Texts longer than a sequence are split into sequences, or left out. Others are always left out."""
     max_images: int | None = None
-    """Pictures a sequence may hold; documents with more are left out."""
+    """Pictures a sequence may hold, or tiles of pictures that are cut; documents with more are left out."""
     max_frames: int | None = None
     """Frames of sound a sequence may hold (seconds times the tokenizer's frame rate); likewise."""
 

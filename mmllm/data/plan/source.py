@@ -149,7 +149,7 @@ class Source:
         self.num_filtered += int((~keep_N & (tokens_N > 0)).sum() if is_chat_too else (~keep_N | (tokens_N == 0)).sum())
         keep_N &= tokens_N > 0
         within_N = np.ones(len(tokens_N), dtype=bool)
-        for limit, name in ((packing.max_images, "num_images"), (packing.max_frames, "num_frames")):
+        for limit, name in ((packing.max_images, "num_tiles"), (packing.max_frames, "num_frames")):
             if limit is not None:
                 within_N &= _measured(index, name) <= limit
         self.num_over_budget += int((keep_N & ~within_N).sum())
@@ -234,7 +234,7 @@ class Source:
         return gathered_M
 
     def costs(self, name: str) -> np.ndarray:
-        """int32 [M] of `num_images` or `num_frames`."""
+        """int32 [M] of `num_tiles` or `num_frames`."""
         return self._gathered(lambda index: _measured(index, name), np.int32)
 
     def made_features(self) -> dict[str | None, Item]:
@@ -436,6 +436,8 @@ def _measured(index: ShardIndex, metric: str) -> np.ndarray:
     match metric:
         case "num_images":
             return index.num_images_N
+        case "num_tiles":
+            return index.num_tiles_N
         case "num_frames":
             return index.num_frames_N
         case "seconds":

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from mmllm.batch import Modality
-from mmllm.data.samples.decode import ImageInput, ImageTransform
+from mmllm.data.samples.decode import ImageInput, ImageTransform, picture_size
 from mmllm.data.samples.templates import chat_pieces, literal_ids, parse_template, template_of
 from mmllm_tokenizers.audio import load_audio
 from mmllm_tokenizers.folder import TokenizerFolder
@@ -30,8 +30,13 @@ from mmllm_tokenizers.vocab import AUDIO, IMAGE
 AudioInput = Any
 """A path, bytes, a waveform at the codec's rate, `(waveform, sample_rate)`, or int64 codes `[K, F]`."""
 
-Transform = Callable[[ImageInput, str], np.ndarray]
-"""A picture, and what errors call it, to pixels uint8 `[3, H, W]`, as an `ImageTransform` does."""
+Transform = Callable[..., np.ndarray]
+"""A picture, what errors call it, and its tiles if it is cut, to pixels uint8 `[3, H, W]` or `[M, 3, H, W]`, as an
+`ImageTransform` does."""
+
+PieceSize = str | int | tuple[int, int] | None
+"""What of an interleaved document's segment counts: the text, a sound's frames, a picture's width and height. `None`: a
+picture, where pictures aren't cut into tiles."""
 
 NO_PIXELS = np.zeros((3, 0, 0), dtype=np.uint8)
 """Of a picture that has features, or isn't decoded yet."""
@@ -93,7 +98,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that is seen, and where its slots start."""
+    """A picture that is seen, or a tile of one, and where its slots start."""
 
     start: int
     pixels_3HW: np.ndarray
@@ -101,6 +106,20 @@ class Picture:
     num_slots: int
     features_SC: np.ndarray | None = None
     """float16, what the image tower gives for it."""
+    tile: tuple[int, int] = (0, 0)
+    """Row and column in the picture that it is a tile of, from 1; (0, 0): the whole."""
+    is_first: bool = True
+    """Whether it isn't another tile of the picture before it."""
+
+
+def tile_places(pictures: Iterable[Picture]) -> np.ndarray:
+    """int64 [N, 3]: of each tile the number of its picture, its row and its column; [0, 3] where none is cut."""
+    numbers, rows = -1, []
+    for picture in pictures:
+        numbers += picture.is_first
+        rows.append((numbers, *picture.tile))
+    is_cut = any(row or column for _, row, column in rows)
+    return np.array(rows if is_cut else [], dtype=np.int64).reshape(-1, 3)
 
 
 @dataclass(frozen=True)
@@ -138,7 +157,7 @@ class Document:
         """Its pictures, those that have features apart, with pixels `[3, H, W]` of their own."""
         rest = iter(pixels)
         images = tuple(
-            Picture(picture.start, next(rest), picture.num_slots) if picture.features_SC is None else picture
+            replace(picture, pixels_3HW=next(rest)) if picture.features_SC is None else picture
             for picture in self.images
         )
         return replace(self, images=images)
@@ -170,9 +189,17 @@ class DocumentWriter:
         self._runs.append((count, is_target, int(modality)))
 
     def image(self, pixels_3HW: np.ndarray, features_SC: np.ndarray | None = None) -> None:
-        """Append a picture's slots."""
+        """Append the slots of a picture that isn't cut."""
+        self._picture(pixels_3HW, features_SC=features_SC)
+
+    def tiles(self, pixels_M3HW: np.ndarray, places: Sequence[tuple[int, int]]) -> None:
+        """Append a picture's slots, tile by tile."""
+        for number, (pixels_3HW, place) in enumerate(zip(pixels_M3HW, places, strict=True)):
+            self._picture(pixels_3HW, tile=place, is_first=number == 0)
+
+    def _picture(self, pixels_3HW: np.ndarray, **more: Any) -> None:
         count = self._folder.num_image_tokens
-        self._images.append(Picture(len(self._ids), pixels_3HW, count, features_SC))
+        self._images.append(Picture(len(self._ids), pixels_3HW, count, **more))
         self.ids([self._folder.id(IMAGE)] * count, False, Modality.IMAGE)
 
     def clip(self, codes_KF: np.ndarray, target_ids: Iterable[int] = ()) -> None:
@@ -325,9 +352,10 @@ def document_length(
     key: str = "",
     text: str | int | None = None,
     num_frames: int = 0,
-    segments: Sequence[str | int | None] = (),
+    segments: Sequence[PieceSize] = (),
     metadata: dict[str, Any] | None = None,
     roles: Sequence[str | None] = (),
+    image_size: tuple[int, int] = (1, 1),
 ) -> int:
     """Tokens that `build_document` will give, without a picture or a sound at hand.
 
@@ -337,9 +365,10 @@ def document_length(
         key: The sample's key (it decides whether the voice is dropped).
         text: The sample's text, or how many tokens it has.
         num_frames: Frames of its sound.
-        segments: Of an interleaved sample, in order: text as `str`, a picture as `None`, a sound as its frames.
+        segments: Of an interleaved sample, in order.
         metadata: The row's other keys.
         roles: Of a conversation, who says each segment.
+        image_size: Width and height of its picture, where pictures are cut into tiles.
     """
     metadata = metadata or {}
     if task == "chat" and roles:
@@ -359,7 +388,7 @@ def document_length(
             case "text":
                 total += text if isinstance(text, int) else len(folder.text.encode(text or ""))
             case "image":
-                total += folder.num_image_tokens
+                total += folder.num_image_slots(*image_size)
             case "audio":
                 total += folder.num_audio_slots(num_frames)
             case "units":
@@ -373,10 +402,12 @@ def document_length(
     return total
 
 
-def _segment_length(segment: str | int | None, folder: TokenizerFolder) -> int:
+def _segment_length(segment: PieceSize, folder: TokenizerFolder) -> int:
     match segment:
         case None:
             return folder.num_image_tokens
+        case (width, height):
+            return folder.num_image_slots(width, height)
         case int():
             return folder.num_audio_slots(segment)
     return len(folder.text.encode(segment))
@@ -467,8 +498,20 @@ class _Fields:
             writer.ids(self.folder.text.encode(segment.text or ""), is_target)
 
     def _image(self, writer: DocumentWriter, image: ImageInput, features_SC: np.ndarray | None, name: str) -> None:
-        pixels_3HW = self.transform(image, name) if features_SC is None else NO_PIXELS
-        writer.image(pixels_3HW, features_SC)
+        if self.folder.config.tiling is None:
+            pixels_3HW = self.transform(image, name) if features_SC is None else NO_PIXELS
+            writer.image(pixels_3HW, features_SC)
+            return
+        if features_SC is not None:
+            raise ValueError(
+                f"{name}: stored image features are of whole pictures, but the tokenizer folder's tiling.max_tiles is "
+                f"{self.folder.config.tiling.max_tiles}; set image_features to false, or take a folder without tiling"
+            )
+        tiles = self.folder.tile_grid(*picture_size(image, name))
+        if tiles.is_cut:
+            writer.tiles(self.transform(image, name, tiles), tiles.places)
+        else:
+            writer.image(self.transform(image, name))
 
     def conversation(self, writer: DocumentWriter, template: Mapping[str, str] | None = None) -> None:
         """All turns of a conversation; what the assistant says, and the end of it, is to be predicted.
