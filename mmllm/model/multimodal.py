@@ -9,6 +9,7 @@ F frames, M targets of the whole batch, U of them with unit targets; of image fe
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,11 +125,20 @@ class ModelOutput:
 class MultimodalModel(nn.Module):
     """Sees, hears, reads, writes and speaks. Weights are random: see `load_pretrained`, `initialize_audio`."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, decoder_init: AbstractContextManager[Any] | None = None):
+        """Builds all parts.
+
+        Args:
+            config: their sizes.
+            decoder_init: entered while the decoder is built, whose weights may wait until they are sharded.
+        """
         super().__init__()
         self.config = config
+        self.always_runs_tower = False
+        """Set where the tower is sharded: a batch without pictures then runs it on a blank one, with the other ranks."""
         width = config.decoder.hidden_size
-        self.decoder = Decoder(config.decoder)
+        with decoder_init or nullcontext():
+            self.decoder = Decoder(config.decoder)
         self.vision = self.image_projector = None
         if config.vision is not None:
             self.vision = VisionTower(config.vision)
@@ -245,6 +255,9 @@ class MultimodalModel(nn.Module):
                     f"{list(slots_NSD.shape[:2])}; set the tokenizer folder's image_tokens to {self.num_image_tokens}"
                 )
             x_PD = x_PD.index_copy(0, batch.image_slots_NS.flatten(), slots_NSD.flatten(0, 1).to(x_PD.dtype))
+        elif self.always_runs_tower and self.vision is not None:
+            blank_1CHW = batch.images_NCHW.new_zeros(1, 3, self.vision.image_size, self.vision.image_size)
+            x_PD = x_PD + self.image_embedding(blank_1CHW).sum().to(x_PD.dtype) * 0.0
         clips_CSD = None
         if batch.clip_codes_CFK.shape[0]:
             clips_CSD = self.clip_embedding(batch.clip_codes_CFK)
@@ -381,7 +394,7 @@ class MultimodalModel(nn.Module):
         Otherwise a rank with text alone would leave gradients out that other ranks wait for.
         """
         modules: list[nn.Module | None] = [self.code_embedding, self.unit_projector, self.ctc_head]
-        if not batch.num_images:
+        if not batch.num_images and not self.always_runs_tower:
             modules += [self.vision, self.image_projector]
         if not batch.clip_codes_CFK.shape[0]:
             modules.append(self.clip_projector)

@@ -105,7 +105,7 @@ class RoutingLog(pl.Callback):
             return
         counts_LME, pl_module.routing_counts_LME = pl_module.routing_counts_LME, None
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts_LME)
+            dist.all_reduce(counts_LME, group=pl_module.batch_group)
         counts_LME = counts_LME.cpu()
         self._total = counts_LME if self._total is None else self._total + counts_LME
         self._last, self._last_step = counts_LME, step

@@ -5,6 +5,7 @@ Shapes: B sequences, T positions, L layers with experts, M modalities, E experts
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mmllm.batch import PackedBatch
 from mmllm.checkout import commit
@@ -25,10 +28,16 @@ from mmllm.model.decoder import DecoderConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, ModelOutput, MultimodalModel
 from mmllm.model.projectors import ImageProjectorConfig
 from mmllm.model.vision import VisionConfig
+from mmllm.parallel.clipping import clip_
+from mmllm.parallel.deferred import DeferredInit
+from mmllm.parallel.distribute import distribute, whole_state
+from mmllm.parallel.mesh import ParallelConfig, ParallelMesh
+from mmllm.parallel.shard import ShardConfig
 from mmllm.training.clip_module import load_clip_config
 from mmllm.training.interop_commands import load_decoder
 from mmllm.training.optimizers import OptimizerConfig
 from mmllm.training.staged import StagedModule
+from mmllm.training.strategy import MeshStrategy
 from mmllm_tokenizers.folder import TokenizerFolder
 from mmllm_tokenizers.vocab import Vocabulary
 
@@ -97,6 +106,7 @@ class DecoderModule(StagedModule):
         self.name = name
         self.folder: TokenizerFolder | None = None
         self.model: MultimodalModel | None = None
+        self.mesh: ParallelMesh | None = None
         self.routing_counts_LME: Tensor | None = None
         self.moe_layers: tuple[int, ...] = ()
         self._whole: MultimodalModel | None = None
@@ -135,21 +145,55 @@ class DecoderModule(StagedModule):
         return ModelConfig(decoder, vision, self.image_projector, audio, self.loss)
 
     def configure_model(self) -> None:
-        """Builds the model, loads CLIP weights and codebooks, and shards it under `ModelParallelStrategy`."""
+        """Builds the model, loads CLIP weights and codebooks, and shards it under `MeshStrategy`.
+
+        Raises:
+            ValueError: the strategy's axes don't divide the model; the message names both.
+        """
         if self.model is not None:
             return
         config = self.resolved_config()
-        self.model = MultimodalModel(config)
+        self.mesh, sharding = self._mesh_and_sharding()
+        if self.mesh is not None:
+            self.mesh.config.check_model(config)
+        deferred = None if self.mesh is None else DeferredInit()
+        self.model = MultimodalModel(config, deferred or contextlib.nullcontext())
         if self.folder is not None and self.model.vision is not None:
             _check_image_slots(self.model, self.folder)
         self.model.load_pretrained()
+        if self.folder is not None and config.audio is not None and self.folder.audio is not None:
+            self.model.initialize_audio(codebooks_of(self.folder))
+        if self.mesh is not None and deferred is not None:
+            distribute(self.model, deferred, self.mesh, sharding, self.trainer.strategy.root_device)
         if self.init_from is not None:
             tokenizer = None if self.folder is None else self.folder.hash
             load_decoder(self.init_from, self.model.decoder, tokenizer)
-        if self.folder is not None and config.audio is not None and self.folder.audio is not None:
-            self.model.initialize_audio(codebooks_of(self.folder))
-        if self.device_mesh is not None:
-            _shard(self.model, self.device_mesh)
+
+    def _mesh_and_sharding(self) -> tuple[ParallelMesh | None, ShardConfig]:
+        """The strategy's; None where each process holds the whole model."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, MeshStrategy):
+            return strategy.mesh, strategy.shard_config
+        if isinstance(strategy, ModelParallelStrategy):  # Lightning's own has two axes
+            mesh = strategy.device_mesh
+            config = ParallelConfig(fsdp=mesh["data_parallel"].size(), tensor=mesh["tensor_parallel"].size())
+            return ParallelMesh.build(config, mesh.device_type), ShardConfig()
+        return None, ShardConfig()
+
+    @property
+    def num_batch_ranks(self) -> int:
+        """Ranks with sequences of their own."""
+        return self.trainer.world_size if self.mesh is None else self.mesh.num_batch_ranks
+
+    @property
+    def batch_rank(self) -> int:
+        """Which of them this one is."""
+        return self.trainer.global_rank if self.mesh is None else self.mesh.batch_rank
+
+    @property
+    def batch_group(self) -> dist.ProcessGroup | None:
+        """Over which they add up their sums and counts; None: over all processes."""
+        return None if self.mesh is None else self.mesh.batch_group
 
     def on_fit_start(self) -> None:
         """Checks that the data was made with this tokenizer and tower, and asks for its sources' names."""
@@ -199,10 +243,10 @@ class DecoderModule(StagedModule):
     def training_step(self, batch: PackedBatch, batch_idx: int) -> dict[str, Any]:
         """The loss of one packed batch; also counts routing by modality."""
         output = self._built()(batch, num_sources=self._num_sources)
-        totals = GlobalTotals.of(output, batch)
+        totals = GlobalTotals.of(output, batch, self.batch_group)
         loss = totals.loss(output, self._built().loss_weights)
         self._accumulate(totals.num_targets)
-        scale = self.trainer.world_size * self.trainer.accumulate_grad_batches * totals.num_targets
+        scale = self.num_batch_ranks * self.trainer.accumulate_grad_batches * totals.num_targets
         self._record(output, totals)
         self.log("loss", totals.task_loss(self._built().loss_weights), prog_bar=True, logger=False)
         return {"loss": loss * (scale / self._first_targets)}
@@ -210,14 +254,30 @@ class DecoderModule(StagedModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turns the sum over accumulated batches into a mean over all their targets."""
         if self._accumulated_targets != self._first_targets:
-            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            grads = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in _gradients(optimizer)]
             torch._foreach_mul_(grads, self._first_targets / self._accumulated_targets)
         self._first_targets = self._accumulated_targets = 0.0
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """By the norm over all ranks, whatever part of a weight each of them holds.
+
+        (Lightning's own refuses AdamW in one kernel with bf16-mixed, where there is no scaled loss to be afraid of.)
+        """
+        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if has_scaler or gradient_clip_val is None or gradient_clip_algorithm not in (None, "norm"):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            clip_(_gradients(optimizer), gradient_clip_val)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Adds up sums and counts."""
         output = self._built()(batch, num_sources=self._num_sources)
-        totals = GlobalTotals.of(output, batch)
+        totals = GlobalTotals.of(output, batch, self.batch_group)
         for name, value in {
             **{f"{key}_sum": value for key, value in totals.sums.items()},
             **{f"{key}_count": value for key, value in totals.counts.items()},
@@ -320,7 +380,7 @@ class DecoderModule(StagedModule):
 
     def on_train_end(self) -> None:
         """Exports; all ranks gather a sharded model first."""
-        if self.export_dir and self.device_mesh is not None:
+        if self.export_dir and self.mesh is not None:
             self._whole = _gathered(self._built())
         super().on_train_end()
         self._whole = None
@@ -341,8 +401,8 @@ class GlobalTotals:
     num_targets: float
 
     @classmethod
-    def of(cls, output: ModelOutput, batch: PackedBatch) -> GlobalTotals:
-        """Gathers a forward pass."""
+    def of(cls, output: ModelOutput, batch: PackedBatch, group: dist.ProcessGroup | None = None) -> GlobalTotals:
+        """Gathers a forward pass over the ranks of `group` (None: over all), each of which has other sequences."""
         keys = list(output.loss_sums)
         num_tokens = (batch.document_ids_BT >= 0).sum()
         parts = [
@@ -356,7 +416,7 @@ class GlobalTotals:
         ]
         totals = torch.cat(parts)
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(totals)
+            dist.all_reduce(totals, group=group)
         sums, counts, source_sums, source_counts, seen, positions, counts_LE = totals.split([len(p) for p in parts])
         by_key = dict(zip(keys, counts, strict=True))
         return cls(
@@ -443,21 +503,14 @@ def _check_image_slots(model: MultimodalModel, folder: TokenizerFolder) -> None:
         )
 
 
-def _shard(model: MultimodalModel, mesh: Any) -> None:
-    """FSDP2: every decoder block is a shard group, then the rest of the model."""
-    from torch.distributed.fsdp import fully_shard
-
-    for block in model.decoder.layers:
-        fully_shard(block, mesh=mesh["data_parallel"])
-    fully_shard(model, mesh=mesh["data_parallel"])
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def _gathered(model: MultimodalModel) -> MultimodalModel | None:
     """A whole copy of a sharded model on rank 0's CPU, None elsewhere; a collective call."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if not state:  # as on every rank but the first
+    state = whole_state(model)
+    if state is None:
         return None
     full = MultimodalModel(model.config)
     full.load_state_dict(state)
