@@ -8,7 +8,7 @@ import torch
 from mmllm.inference.api import Model
 from mmllm.inference.settings import GenerationConfig
 from mmllm.model.decoder import DecoderConfig
-from mmllm.model.moe import MoEConfig
+from mmllm.model.router import MoEConfig
 from mmllm.model.multimodal import AudioConfig, ModelConfig, MultimodalModel
 from mmllm.model.projectors import AudioProjectorConfig
 from mmllm.model.vision import VisionConfig

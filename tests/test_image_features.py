@@ -24,7 +24,7 @@ from mmllm.data.samples.stored import COLUMN, features_hash, unpack_features
 from mmllm.data.shards import encode as sample_files
 from mmllm.data.shards.tar import read_members, scan_tar
 from mmllm.model.decoder import DecoderConfig
-from mmllm.model.moe import MoEConfig
+from mmllm.model.router import MoEConfig
 from mmllm.model.multimodal import AudioConfig
 from mmllm.model.projectors import AudioProjectorConfig, ImageProjectorConfig
 from mmllm.model.vision import VisionConfig, VisionTower, build_clip

@@ -7,7 +7,7 @@ import torch
 
 from mmllm.interop.transformers import from_mixtral, to_mixtral, to_transformers
 from mmllm.model.decoder import Decoder, DecoderConfig
-from mmllm.model.moe import MoEConfig
+from mmllm.model.router import MoEConfig
 
 transformers = pytest.importorskip("transformers", reason="needs the transformers extra")
 

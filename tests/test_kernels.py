@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import mmllm_kernels
-from mmllm_kernels import backends, ops, reference, sorted_tokens
+from mmllm_kernels import backends, matvec, ops, reference, sorted_tokens
 from tests.kernel_fixtures import (
     CASES,
     TOLERANCE,
@@ -25,6 +25,7 @@ from tests.kernel_fixtures import (
     make,
     nearest_case,
     run,
+    saved_bytes,
 )
 
 
@@ -55,32 +56,16 @@ def test_reference_by_hand():
     torch.testing.assert_close((with_shared_TD - out_TD)[:, 0], torch.stack([first, second]), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", [Case(9, 4, 3, 2, 5), Case(6, 3, 3, 3, 2, S=1, renormalise=False)], ids=str)
+@pytest.mark.parametrize("case", [Case(9, 4, 3, 2, 5), Case(6, 3, 3, 3, 2, S=1, norm_topk_prob=False)], ids=str)
 def test_gradients_are_those_of_the_function(case):
     inputs = make(case, torch.float64)
     inputs = inputs if case.S else inputs[:4]
 
     def function(*tensors):
         shared = dict(zip(("shared_gate_up_S2ND", "shared_down_SDN"), tensors[4:], strict=False))
-        return mmllm_kernels.moe(*tensors[:4], case.K, case.renormalise, **shared).out_TD
+        return mmllm_kernels.moe(*tensors[:4], case.K, case.norm_topk_prob, **shared).out_TD
 
     assert torch.autograd.gradcheck(function, inputs)
-
-
-def _saved_bytes(function, parameters: list[torch.Tensor]) -> int:
-    """Bytes that backward keeps, each storage once; weights are there anyway."""
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function()
-    assert result is not None
-    for parameter in parameters:
-        storages.pop(parameter.untyped_storage().data_ptr(), None)
-    return sum(storages.values())
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -89,7 +74,7 @@ def _saved_bytes(function, parameters: list[torch.Tensor]) -> int:
 )
 def test_backward_keeps_tokens_and_pre_activations_alone(case, recompute):
     inputs = make(case, torch.bfloat16)[:4]
-    saved = _saved_bytes(lambda: mmllm_kernels.moe(*inputs, case.K, recompute=recompute), inputs[2:])
+    saved = saved_bytes(lambda: mmllm_kernels.moe(*inputs, case.K, recompute=recompute), inputs[2:])
     h_bytes = 0 if recompute else 4 * case.T * case.K * case.N
     assert 2 * case.T * case.D + h_bytes <= saved <= 2 * case.T * case.D + h_bytes + 32 * case.T * case.K
 
@@ -101,17 +86,23 @@ def test_two_runs_give_equal_bits():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck looks at copies of its own
-@pytest.mark.parametrize("case", [Case(20), Case(20, S=1, renormalise=False, recompute=True)], ids=str)
+@pytest.mark.parametrize("case", [Case(20), Case(20, S=1, norm_topk_prob=False, recompute=True)], ids=str)
 def test_operators_pass_opcheck(case):
-    inputs = make(case, torch.float64)
-    save_h = not case.recompute
-    torch.library.opcheck(ops.moe, (*inputs, case.K, case.renormalise, save_h, "cpu"))
+    x, logits, *weights = make(case, torch.float64)
+    torch.library.opcheck(ops.route, (logits, case.K, case.norm_topk_prob, "cpu"))
+    gates, experts = (tensor.detach() for tensor in ops.route(logits, case.K, case.norm_topk_prob, "cpu"))
+    arguments = (torch.ones_like(gates), gates, experts, logits.detach(), case.norm_topk_prob, "cpu")
+    torch.library.opcheck(ops.route_backward, arguments)
+    if case.recompute:  # or the pre-activations of what is left out, which nobody writes, would be compared
+        experts[::3, 1] = -1
+    arguments = (x, gates.requires_grad_(), experts, *weights, not case.recompute, "cpu")
+    torch.library.opcheck(ops.experts, arguments)
     with torch.no_grad():
-        out, *routing_and_h = ops.moe(*inputs, case.K, case.renormalise, save_h, "cpu")
-        detached = [tensor.detach() for tensor in inputs]
+        out, *sorting_and_h = ops.experts(*arguments)
+        detached = [tensor.detach() for tensor in (x, gates, *weights)]
         for weight_grads in (True, False):
-            arguments = (torch.ones_like(out), *detached, *routing_and_h, case.renormalise, weight_grads, "cpu")
-            torch.library.opcheck(ops.moe_backward, arguments)
+            arguments = (torch.ones_like(out), *detached, *sorting_and_h, weight_grads, "cpu")
+            torch.library.opcheck(ops.experts_backward, arguments)
         torch.library.opcheck(ops.nearest_code, (*nearest_case(20, 4, 7, torch.float32), "cpu"))
 
 
@@ -184,7 +175,7 @@ def threads():
 def test_large_experts_decode_like_the_reference(threads, num_threads, dtype, num_tokens, top_k, num_shared, twist):
     """Weights of so many elements that their rows are shared out, or two experts."""
     case = Case(num_tokens, 512, 4, top_k, 576, S=num_shared, twist=twist)
-    assert sorted_tokens._SHARED_ELEMENTS <= 512 * 576
+    assert matvec._SHARED_ELEMENTS <= 512 * 576
     inputs = [tensor.detach() for tensor in make(case, dtype)]
     shared = dict(zip(("shared_gate_up_S2ND", "shared_down_SDN"), inputs[4:], strict=True)) if num_shared else {}
     threads(num_threads)
@@ -197,16 +188,36 @@ def test_large_experts_decode_like_the_reference(threads, num_threads, dtype, nu
 
 
 @pytest.mark.parametrize("logits", [[2.0, 1.0, 3.0], [1.0, 2.0, 2.0], [2.0, 2.0, 2.0], [-torch.inf, 1.0, -torch.inf]])
-@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("width", [16, 512])
-def test_decoding_chooses_experts_like_the_reference(threads, logits, renormalise, top_k, width):
+def test_decoding_chooses_experts_like_the_reference(threads, logits, norm_topk_prob, top_k, width):
     threads(2)
     x, _, *weights = (tensor.detach() for tensor in make(Case(1, width, 3, top_k, width), torch.float32)[:4])
-    got = mmllm_kernels.moe(x, torch.tensor([logits]), *weights, top_k, renormalise)
-    wanted = reference.moe(x, torch.tensor([logits]), *weights, top_k, renormalise)
+    got = mmllm_kernels.moe(x, torch.tensor([logits]), *weights, top_k, norm_topk_prob)
+    wanted = reference.moe(x, torch.tensor([logits]), *weights, top_k, norm_topk_prob)
     assert torch.equal(got.counts_E, wanted.counts_E) and torch.equal(got.experts_TK, wanted.experts_TK)
     torch.testing.assert_close(got.out_TD, wanted.out_TD, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "experts", [[1, 3], [3, 1], [2, 2], [-1, 2], [-1, -1], [0, -1, 2, 3], [1, 1, 2, 0], [-1, 0, 1]], ids=str
+)
+@pytest.mark.parametrize("num_shared", [0, 1])
+def test_decoding_of_given_experts(threads, dtype, experts, num_shared):
+    case = Case(1, 512, 4, len(experts), 576, S=num_shared)
+    assert matvec._SHARED_ELEMENTS <= 512 * 576
+    x, _, *weights = (tensor.detach() for tensor in make(case, dtype))
+    gates = torch.tensor([[0.7, -0.3, 0.0, 2.0][: case.K]])
+    gates = gates.masked_fill(torch.tensor([experts]) < 0, torch.nan)
+    shared = dict(zip(("shared_gate_up_S2ND", "shared_down_SDN"), weights[2:], strict=True)) if num_shared else {}
+    threads(2)
+    got = mmllm_kernels.experts(x, gates, torch.tensor([experts]), *weights[:2], **shared)
+    exact = [w.double() for w in weights[: 4 if num_shared else 2]]
+    wanted = reference.experts(x.double(), gates.double(), torch.tensor([experts]), *exact)
+    assert got.out_TD.dtype == dtype and torch.equal(got.counts_E, wanted.counts_E)
+    assert (got.out_TD - wanted.out_TD).abs().max() <= TOLERANCE[dtype] * wanted.out_TD.abs().max()
 
 
 @pytest.mark.parametrize("top_k", [2, 7])

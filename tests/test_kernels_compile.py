@@ -49,7 +49,7 @@ class Run:
     E: int = 64
     K: int = 8
     S: int = 1
-    renormalise: bool = False
+    norm_topk_prob: bool = False
     recompute: bool = False
     dtype: torch.dtype = torch.bfloat16
     precision: str = "ieee"
@@ -102,9 +102,11 @@ def record(run: Run) -> list[Launch]:
         patch.setattr(JITFunction, "run", note)
         patch.setattr(tuning, "blocks", blocks)
         patch.setattr(launch, "_precision", lambda x: run.precision)
-        routing = launch.route(logits, run.K, run.renormalise, run.S)
-        out, h = launch.forward(x, w, routing, save_h=not run.recompute)
-        launch.backward(out, x, h, logits, w, routing, run.renormalise, weight_grads=True)
+        gates, experts = launch.route(logits, run.K, run.norm_topk_prob)
+        launch.route_backward(gates, gates, experts, logits, run.norm_topk_prob)
+        sorting = launch.sort(experts, run.E, run.S)
+        out, h = launch.forward(x, gates, w, sorting, save_h=not run.recompute)
+        launch.backward(out, x, gates, h, w, sorting, weight_grads=True)
         launch.nearest_code(x[:, :128], empty(1024, 128))
     return list(found)
 
@@ -114,9 +116,9 @@ TRAINING = record(Run())
 MORE = [
     # Tiles of 16, 32, 64 and 128 rows.
     *(Run(T=T, S=S, all_guesses=True) for T in (1, 64, 200, 400, 32768) for S in (0, 1)),
-    *(Run(T=T, S=0, renormalise=True, recompute=True) for T in (1, 8, 32768)),
-    *(Run(T=T, E=128, N=768, S=0, renormalise=True) for T in (1, 32768)),  # Qwen3
-    *(Run(T=T, D=4096, N=14336, E=8, K=2, S=0, renormalise=True) for T in (1, 64, 16384)),  # Mixtral
+    *(Run(T=T, S=0, norm_topk_prob=True, recompute=True) for T in (1, 8, 32768)),
+    *(Run(T=T, E=128, N=768, S=0, norm_topk_prob=True) for T in (1, 32768)),  # Qwen3
+    *(Run(T=T, D=4096, N=14336, E=8, K=2, S=0, norm_topk_prob=True) for T in (1, 64, 16384)),  # Mixtral
     Run(T=1024, D=200, N=136, E=8, K=2),  # divisible by no block
     *(Run(T=T, dtype=torch.float16) for T in (1, 32768)),
     *(Run(T=T, dtype=torch.float32, precision=p, all_guesses=True) for T in (1, 32768) for p in ("ieee", "tf32")),

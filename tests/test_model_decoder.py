@@ -7,7 +7,7 @@ import torch
 
 from mmllm.model.attention import PackedLayout
 from mmllm.model.decoder import Decoder, DecoderConfig
-from mmllm.model.moe import MoEConfig
+from mmllm.model.router import MoEConfig, TokenInfo
 
 LENGTHS = [[40, 3, 1, 20], [7, 33, 5], [64], [64]]
 """Documents of four packed sequences of 64 positions; the second ends in padding."""
@@ -208,11 +208,12 @@ def test_the_router_is_exact_in_bf16(autocast):
     moe = decoder.layers[1].mlp.to(torch.float32 if autocast else torch.bfloat16)
     x_ND = torch.randn(50, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out_ND, logits_NE, routed = moe(x_ND)
+        out_ND, _ = moe(x_ND, TokenInfo())
+        routed = moe.gate(x_ND)
     exact_NE = x_ND.float() @ moe.gate.weight.float().T
-    assert (out_ND.dtype, logits_NE.dtype) == (torch.bfloat16, torch.float32)
-    torch.testing.assert_close(logits_NE, exact_NE, rtol=1e-5, atol=1e-6)
-    assert torch.equal(routed.experts_TK, exact_NE.topk(2).indices)
+    assert (out_ND.dtype, routed.logits_NE.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(routed.logits_NE, exact_NE, rtol=1e-5, atol=1e-6)
+    assert torch.equal(routed.experts_NK, exact_NE.topk(2).indices)
 
 
 def test_initial_weights_and_meta_device():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
 from mmllm.model.decoder import DecoderConfig
-from mmllm.model.moe import MoEConfig
+from mmllm.model.router import MoEConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
 from mmllm.model.projectors import AudioProjectorConfig, ImageProjectorConfig
 from mmllm.model.vision import VisionConfig

@@ -22,7 +22,7 @@ from mmllm.cli.main import main
 from mmllm.data import commands
 from mmllm.data.loading.datamodules import PackedDataModule
 from mmllm.model.decoder import DecoderConfig
-from mmllm.model.moe import MoEConfig
+from mmllm.model.router import MoEConfig
 from mmllm.model.multimodal import LossConfig
 from mmllm.model.projectors import ImageProjectorConfig
 from mmllm.model.vision import VisionConfig

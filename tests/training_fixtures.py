@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
 from mmllm.model.decoder import DecoderConfig
-from mmllm.model.moe import MoEConfig
+from mmllm.model.router import MoEConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig
 from mmllm.model.projectors import AudioProjectorConfig, ImageProjectorConfig
 from mmllm.model.vision import VisionConfig

@@ -18,8 +18,10 @@ from mmllm_kernels.gpu import launch
 from mmllm_kernels.sorted_tokens import Weights
 from tests.kernel_fixtures import (
     CASES,
+    GIVEN_CASES,
     Case,
     any_case,
+    assert_given_like_reference,
     assert_like_reference,
     assert_nearest_like_reference,
     make,
@@ -28,7 +30,7 @@ from tests.kernel_fixtures import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MANY_BLOCKS = Case(T=150, D=40, E=3, K=2, N=36, S=1, renormalise=False)
+MANY_BLOCKS = Case(T=150, D=40, E=3, K=2, N=36, S=1, norm_topk_prob=False)
 """Uneven blocks in every dimension, more than one program in routing, more than one part of a gate's gradient."""
 
 
@@ -49,6 +51,12 @@ LARGE = [pytest.param(CASES[-1], torch.bfloat16, marks=pytest.mark.proof), (CASE
 )
 def test_outputs_and_gradients_equal_the_reference(case, dtype):
     assert_like_reference(case, dtype, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("case", GIVEN_CASES, ids=str)
+def test_given_gates_and_indices_equal_the_reference(case, dtype):
+    assert_given_like_reference(case, dtype, "triton", DEVICE)
 
 
 @settings(max_examples=4, deadline=None, derandomize=True)
@@ -73,18 +81,30 @@ def test_routing_is_that_of_sorting(num_tokens, num_experts):
     logits = torch.randn(num_tokens, num_experts, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     logits[::2].round_()  # ties
     logits[0, :3] = torch.tensor([0.0, -0.0, -torch.inf])
-    got, wanted = (module.route(logits, 3, True, 2) for module in (launch, sorted_tokens))
-    torch.testing.assert_close(got.gates_TJ, wanted.gates_TJ)
-    for name in ("experts_TJ", "counts_G", "order_P", "inverse_TJ"):
+    (gates, experts), (wanted_gates, wanted) = (module.route(logits, 3, True) for module in (launch, sorted_tokens))
+    torch.testing.assert_close(gates, wanted_gates)
+    assert torch.equal(experts, wanted)
+    experts[0, :2] = -1
+    experts[1::3, 2] = -1
+    experts[::4] = experts[::4, :1]  # one expert in every slot, or none
+    got, wanted = (module.sort(experts, num_experts, 2) for module in (launch, sorted_tokens))
+    for name in ("counts_G", "order_P", "inverse_TJ"):
         assert torch.equal(getattr(got, name), getattr(wanted, name)), name
 
 
 def test_undefined_logits_stay_in_bounds():
     logits = torch.full((20, 6), torch.nan, device=DEVICE)
     logits[::2] = torch.tensor(-1).to(torch.int32).view(torch.float32)  # a NaN whose bits are all ones
-    routing = launch.route(logits, 3, True, 0)
-    assert routing.experts_TJ.min() >= 0 and routing.experts_TJ.max() < 6
-    assert torch.equal(routing.order_P.sort().values, torch.arange(60, dtype=torch.int32, device=DEVICE))
+    _, experts = launch.route(logits, 3, True)
+    assert experts.min() >= 0 and experts.max() < 6
+    sorting = launch.sort(experts, 6, 0)
+    assert torch.equal(sorting.order_P.sort().values, torch.arange(60, dtype=torch.int32, device=DEVICE))
+
+
+def test_indices_beyond_the_experts_are_left_out():
+    experts = torch.tensor([[0, 5], [7, 1], [-1, -9]], device=DEVICE)
+    got, wanted = launch.sort(experts, 5, 1), sorted_tokens.sort(experts.where(experts < 5, -1), 5, 1)
+    assert all(torch.equal(*pair) for pair in zip(got, wanted, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.proof)])
@@ -96,17 +116,22 @@ def test_two_runs_give_equal_bits(dtype):
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck looks at copies of its own
 def test_operators_pass_opcheck():
     case = Case(20, S=1)
-    inputs = make(case, torch.float32, DEVICE)
-    torch.library.opcheck(ops.moe, (*inputs, case.K, True, True, "triton"))
+    x, logits, *weights = make(case, torch.float32, DEVICE)
+    torch.library.opcheck(ops.route, (logits, case.K, True, "triton"))
+    gates, experts = (tensor.detach() for tensor in ops.route(logits, case.K, True, "triton"))
+    torch.library.opcheck(ops.experts, (x, gates.requires_grad_(), experts, *weights, True, "triton"))
+    experts[::3, 1] = -1  # the pre-activations of what is left out are not written: they are not asked for
+    torch.library.opcheck(ops.experts, (x, gates, experts, *weights, False, "triton"))
     torch.library.opcheck(ops.nearest_code, (*nearest_case(20, 4, 7, torch.float32, DEVICE), "triton"))
 
 
 def test_without_weight_gradients_none_is_computed():
     inputs = [tensor.detach() for tensor in make(Case(20), torch.float32, DEVICE)]
     weights = Weights(*inputs[2:])
-    routing = launch.route(inputs[1], 2, True, 0)
-    out, h = launch.forward(inputs[0], weights, routing, True)
-    grads = [launch.backward(out, inputs[0], h, inputs[1], weights, routing, True, wanted) for wanted in (True, False)]
+    gates, experts = launch.route(inputs[1], 2, True)
+    sorting = launch.sort(experts, 5, 0)
+    out, h = launch.forward(inputs[0], gates, weights, sorting, True)
+    grads = [launch.backward(out, inputs[0], gates, h, weights, sorting, wanted) for wanted in (True, False)]
     assert torch.equal(grads[0][0], grads[1][0]) and torch.equal(grads[0][1], grads[1][1])
     assert all(tensor.numel() == 0 for tensor in grads[1][2])
 

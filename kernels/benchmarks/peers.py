@@ -39,7 +39,7 @@ def find(
 
 
 def _route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """As transformers' MixtralTopKRouter: softmax, top-k, renormalise."""
+    """As transformers' MixtralTopKRouter: softmax, top-k, gates divided by their sum."""
     gates, experts = logits.float().softmax(dim=-1).topk(top_k, dim=-1)
     return gates / gates.sum(dim=-1, keepdim=True), experts
 

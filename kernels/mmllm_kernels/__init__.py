@@ -1,7 +1,7 @@
 """Mixture-of-experts layer and nearest code: each function picks a backend; `reference` defines what is correct."""
 
-from mmllm_kernels.api import moe, nearest_code
+from mmllm_kernels.api import experts, moe, nearest_code, route
 from mmllm_kernels.backends import Backend
-from mmllm_kernels.reference import MoEOutput
+from mmllm_kernels.reference import ExpertsOutput, MoEOutput
 
-__all__ = ["Backend", "MoEOutput", "moe", "nearest_code"]
+__all__ = ["Backend", "ExpertsOutput", "MoEOutput", "experts", "moe", "nearest_code", "route"]

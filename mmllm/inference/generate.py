@@ -312,7 +312,9 @@ class _Decoding:
         x_BTD = model.splice(batch)
         num_rows, num_positions = batch.token_ids_BT.shape
         self.cache = model.decoder.make_cache(num_rows, num_positions + num_new)
-        hidden_BTD, _ = model.decoder(x_BTD, batch.positions_BT, batch.document_ids_BT, self.cache)
+        hidden_BTD, _ = model.decoder(
+            x_BTD, batch.positions_BT, batch.document_ids_BT, self.cache, batch.modality_BT
+        )
         self.hidden_BD = hidden_BTD[:, -1]
         self.positions_B = batch.positions_BT[:, -1]
 
@@ -322,7 +324,9 @@ class _Decoding:
         document_ids_B = torch.zeros_like(self.positions_B)
         batch = next_position(token_ids_B, self.positions_B, document_ids_B, codes_BK, modality)
         x_B1D = self.model.splice(batch)
-        hidden_B1D, _ = self.model.decoder(x_B1D, batch.positions_BT, batch.document_ids_BT, self.cache)
+        hidden_B1D, _ = self.model.decoder(
+            x_B1D, batch.positions_BT, batch.document_ids_BT, self.cache, batch.modality_BT
+        )
         self.hidden_BD = hidden_B1D[:, -1]
 
     def keep(self, places: list[int]) -> None:

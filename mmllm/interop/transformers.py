@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mmllm.model.decoder import Decoder, DecoderConfig
-from mmllm.model.moe import MoEConfig
+from mmllm.model.router import MoEConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmllm.batch import Modality
 from mmllm.model.attention import Attention, KVCache, PackedLayout, rotary
-from mmllm.model.moe import MLP, MoE, MoEConfig, RoutingStats
+from mmllm.model.experts import MLP, MoE
 from mmllm.model.norms import RMSNorm
+from mmllm.model.router import MoEConfig, TokenInfo
+from mmllm.model.routing_stats import LayerSums, RoutingStats
 
 INIT_STD = 0.02
 
@@ -115,40 +116,33 @@ class Block(nn.Module):
             config.rms_norm_eps,
         )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if config.has_experts(layer):
+        self.has_experts = config.has_experts(layer)
+        if self.has_experts:
             assert config.moe is not None
             self.mlp = MoE(config.hidden_size, config.moe)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x_ND: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout | KVCache
-    ) -> tuple[Tensor, _Routing | None]:
-        """The new residual stream, and the routing if the layer has experts."""
+        self, x_ND: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout | KVCache, tokens: TokenInfo
+    ) -> tuple[Tensor, LayerSums | None]:
+        """The new residual stream, and sums of the routing if the layer has experts and they are wanted."""
         if self.is_checkpointed and torch.is_grad_enabled():
-            return checkpoint(self._forward, x_ND, cos, sin, layout, use_reentrant=False)
-        return self._forward(x_ND, cos, sin, layout)
+            return checkpoint(self._forward, x_ND, cos, sin, layout, tokens, use_reentrant=False)
+        return self._forward(x_ND, cos, sin, layout, tokens)
 
     def _forward(
-        self, x_ND: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout | KVCache
-    ) -> tuple[Tensor, _Routing | None]:
+        self, x_ND: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout | KVCache, tokens: TokenInfo
+    ) -> tuple[Tensor, LayerSums | None]:
         attended = self.self_attn(self.input_layernorm(x_ND), cos, sin, layout, self.layer)
         x_ND = x_ND + F.dropout(attended, self.dropout, self.training)
         normed_ND = self.post_attention_layernorm(x_ND)
-        routing = None
-        if isinstance(self.mlp, MoE):
-            out_ND, logits_NE, result = self.mlp(normed_ND)
-            routing = _Routing(logits_NE, result.counts_E, result.experts_TK)
+        sums = None
+        if self.has_experts:
+            out_ND, sums = self.mlp(normed_ND, tokens)
         else:
             out_ND = self.mlp(normed_ND)
-        return x_ND + F.dropout(out_ND, self.dropout, self.training), routing
-
-
-@dataclass
-class _Routing:
-    logits_NE: Tensor
-    counts_E: Tensor
-    experts_NK: Tensor
+        return x_ND + F.dropout(out_ND, self.dropout, self.training), sums
 
 
 class Decoder(nn.Module):
@@ -178,6 +172,9 @@ class Decoder(nn.Module):
             else:
                 is_residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
                 nn.init.normal_(parameter, std=residual_std if is_residual else INIT_STD)
+        for block in self.layers:
+            if block.has_experts:
+                block.mlp.gate.reset_buffers()
 
     @property
     def head_weight_VD(self) -> Tensor:
@@ -219,8 +216,8 @@ class Decoder(nn.Module):
             x_BTD: embeddings with images and sounds spliced in.
             positions_BT: restart at zero with each document.
             document_ids_BT: -1 for padding; a position sees earlier ones of its own document.
-            cache: the keys and values so far; the new ones are appended. Routing then counts padding too.
-            modality_BT: given, routing is counted by modality too.
+            cache: the keys and values so far; the new ones are appended. Nothing is counted then.
+            modality_BT: given, routing is counted by modality too; needed where `moe.modality_experts` is set.
         """
         num_sequences, num_positions, width = x_BTD.shape
         if cache is None:
@@ -233,46 +230,29 @@ class Decoder(nn.Module):
         positions_N = _take(positions_BT.flatten(), tokens_N)
         cos, sin = rotary(positions_N, self.config.head_channels, self.config.rope_theta, x_ND.dtype)
         x_ND = F.dropout(x_ND, self.config.dropout, self.training)
-        routings: dict[int, _Routing] = {}
+        tokens = self._token_info(tokens_N, num_positions, num_sequences, modality_BT, is_counted=cache is None)
+        by_layer: dict[int, LayerSums] = {}
         for layer, block in enumerate(self.layers):
-            x_ND, routing = block(x_ND, cos, sin, layout)
-            if routing is not None:
-                routings[layer] = routing
+            x_ND, sums = block(x_ND, cos, sin, layout, tokens)
+            if sums is not None:
+                by_layer[layer] = sums
         hidden_ND = self.norm(x_ND)
         if cache is not None:
             cache.end()
-        modality_N = None if modality_BT is None else _take(modality_BT.flatten(), tokens_N)
-        stats = self._routing_stats(routings, modality_N, x_ND)
+        stats = RoutingStats.of(self.config.moe, by_layer, tokens, x_ND.shape[0], x_ND)
         if tokens_N is not None and tokens_N.numel() != num_sequences * num_positions:
             padded = hidden_ND.new_zeros(num_sequences * num_positions, width)
             hidden_ND = padded.index_copy(0, tokens_N, hidden_ND)
         return hidden_ND.view(num_sequences, num_positions, width), stats
 
-    def _routing_stats(self, routings: dict[int, _Routing], modality_N: Tensor | None, x_ND: Tensor) -> RoutingStats:
-        if self.config.moe is None or not routings:
-            empty = x_ND.new_zeros(0, 0)
-            return RoutingStats((), 1, x_ND.shape[0], empty.long(), empty, x_ND.new_zeros(0))
-        num_experts = self.config.moe.num_experts
-        dtype = torch.promote_types(x_ND.dtype, torch.float32)
-        logits_LNE = torch.stack([routing.logits_NE for routing in routings.values()]).to(dtype)
-        counts_LME = None
-        if modality_N is not None:
-            buckets = modality_N[:, None] * num_experts
-            counts_LME = torch.stack(
-                [
-                    torch.bincount((buckets + r.experts_NK).flatten(), minlength=len(Modality) * num_experts)
-                    for r in routings.values()
-                ]
-            ).view(len(routings), len(Modality), num_experts)
-        return RoutingStats(
-            layers=tuple(routings),
-            top_k=self.config.moe.num_experts_per_tok,
-            num_tokens=x_ND.shape[0],
-            counts_LE=torch.stack([routing.counts_E for routing in routings.values()]),
-            probability_sums_LE=logits_LNE.softmax(dim=-1).sum(dim=1),
-            z_sums_L=logits_LNE.logsumexp(dim=-1).square().sum(dim=1),
-            counts_LME=counts_LME,
-        )
+    def _token_info(
+        self, tokens_N: Tensor | None, num_positions: int, num_sequences: int, modality_BT: Tensor | None, is_counted: bool
+    ) -> TokenInfo:
+        modality_N = None if modality_BT is None else _take(modality_BT.flatten(), tokens_N)
+        sequence_N = None
+        if is_counted and tokens_N is not None and self.config.moe is not None and self.config.moe.counts_by_sequence:
+            sequence_N = tokens_N // num_positions
+        return TokenInfo(modality_N, sequence_N, num_sequences, is_counted=is_counted)
 
 
 def _take(x: Tensor, indices_N: Tensor | None) -> Tensor:

@@ -21,7 +21,6 @@ from mmllm.batch import IGNORE, Modality, PackedBatch
 from mmllm.model.attention import KVCache
 from mmllm.model.config import config_from_dict, config_to_dict
 from mmllm.model.decoder import INIT_STD, Decoder, DecoderConfig
-from mmllm.model.moe import MoE, RoutingStats
 from mmllm.model.projectors import (
     AudioProjector,
     AudioProjectorConfig,
@@ -29,6 +28,7 @@ from mmllm.model.projectors import (
     ImageProjector,
     ImageProjectorConfig,
 )
+from mmllm.model.routing_stats import RoutingStats
 from mmllm.model.vision import VisionConfig, VisionTower
 from mmllm_tokenizers.vocab import AUDIO_END, PAD, SPECIAL_TOKENS
 
@@ -192,15 +192,11 @@ class MultimodalModel(nn.Module):
 
     def num_active_parameters(self) -> int:
         """Parameters that one token passes: of E experts only the K chosen."""
-        inactive = 0
-        for module in self.modules():
-            if isinstance(module, MoE):
-                experts = sum(weight.numel() for weight in module.experts.parameters())
-                inactive += (
-                    experts
-                    * (module.config.num_experts - module.config.num_experts_per_tok)
-                    // module.config.num_experts
-                )
+        config, inactive = self.config.decoder.moe, 0
+        for block in self.decoder.layers:
+            if config is not None and block.has_experts:
+                experts = sum(weight.numel() for weight in block.mlp.experts.parameters())
+                inactive += experts * (config.num_experts - config.num_experts_per_tok) // config.num_experts
         return self.num_parameters() - inactive
 
     def image_embedding(self, images_NCHW: Tensor) -> Tensor:
@@ -284,7 +280,9 @@ class MultimodalModel(nn.Module):
 
     def hidden(self, batch: PackedBatch, cache: KVCache | None = None) -> Tensor:
         """Hidden states after the final norm, [B, T, D]."""
-        return self.decoder(self.splice(batch), batch.positions_BT, batch.document_ids_BT, cache)[0]
+        return self.decoder(
+            self.splice(batch), batch.positions_BT, batch.document_ids_BT, cache, batch.modality_BT
+        )[0]
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """Logits over the whole vocabulary at every position, [B, T, V]: for tests, not for training."""

@@ -1,6 +1,6 @@
 """The backward's own kernels; the rest are the forward's, used again.
 
-dA' = gathered dO · W_down; since dO · Y = ⟨dA', A⟩, the router's gradient needs no expert output Y, and
+dA' = gathered dO · W_down; since dO · Y = ⟨dA', A⟩, the gates' gradient needs no expert output Y, and
 X and dO are gathered inside the products: neither is saved or copied (SonicMoE, arXiv 2512.14080). Every
 sum has a fixed order, so gradients repeat bit for bit.
 
@@ -19,10 +19,9 @@ from mmllm_kernels.gpu.products import expert_weights, load_block, swizzle, tile
 
 @triton.jit
 def _finish_columns(acc, gates, rows, ok_rows, columns, h_ptr, grad_h_ptr, a_ptr, N: tl.constexpr):
-    """Stores what follows from acc = gathered dO · W_down at these columns; returns a row's part of gate·∂L/∂gate."""
+    """Stores what follows from acc = gathered dO · W_down at these columns; returns a row's part of ∂L/∂gate."""
     ok = ok_rows[:, None] & (columns < N)[None, :]
     dtype: tl.constexpr = a_ptr.dtype.element_ty
-    acc *= gates[:, None]
     h_at = rows[:, None] * (2 * N) + columns[None, :]
     gate = tl.load(h_ptr + h_at, mask=ok, other=0.0).to(tl.float32)
     up = tl.load(h_ptr + (h_at + N), mask=ok, other=0.0).to(tl.float32)
@@ -30,6 +29,7 @@ def _finish_columns(acc, gates, rows, ok_rows, columns, h_ptr, grad_h_ptr, a_ptr
     silu = gate * sigmoid
     a = silu * up
     dots = tl.sum(acc * a, axis=1)
+    acc *= gates[:, None]
     tl.store(a_ptr + (rows[:, None] * N + columns[None, :]), (a * gates[:, None]).to(dtype), mask=ok)
     # silu'(g) = sigmoid(g) + silu(g) (1 − sigmoid(g))
     grad_gate = acc * up * (sigmoid + silu * (1.0 - sigmoid))
@@ -45,7 +45,7 @@ def activation_gradient_kernel(
     DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of h [P, 2N]; a [P, N], gate times activation; dots [P, blocks], parts of gate·∂L/∂gate."""
+    """The gradient of h [P, 2N]; a [P, N], gate times activation; dots [P, blocks], parts of ∂L/∂gate."""
     num_blocks: tl.constexpr = tl.cdiv(N, BLOCK_N)
     tile, block = swizzle(tl.program_id(0), num_tiles, num_blocks, GROUP)
     expert = tl.load(tiles_ptr + tile.to(tl.int64))
@@ -69,7 +69,12 @@ def activation_gradient_kernel(
         grad = load_block(grad_ptrs + at, ok_rows, ok_k, False, MASK_K)
         w_block = load_block(w_ptrs + at * N, ok_k, ok_columns, MASK_K, MASK_N)
         acc = tl.dot(grad.to(DOT), w_block.to(DOT), acc, input_precision=PRECISION)
-    gates = tl.load(gates_ptr + pairs.to(tl.int64))
+    if S == 0:
+        gates = tl.load(gates_ptr + pairs.to(tl.int64))
+    else:
+        K: tl.constexpr = J - S
+        slot = pairs % J
+        gates = tl.load(gates_ptr + ((pairs // J).to(tl.int64) * K + slot), mask=slot < K, other=1.0)
     # In halves: a whole tile of `_finish_columns`' values needs more registers than a thread has.
     HALF: tl.constexpr = BLOCK_N // 2
     left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()

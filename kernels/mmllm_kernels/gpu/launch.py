@@ -23,50 +23,77 @@ from torch import Tensor
 from mmllm_kernels.backends import interpreted
 from mmllm_kernels.gpu import gradients, nearest, products, routing, tuning
 from mmllm_kernels.gpu.tuning import Blocks, Key
-from mmllm_kernels.sorted_tokens import Routing, Weights
+from mmllm_kernels.sorted_tokens import Sorting, Weights
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def route(router_logits_TE: Tensor, top_k: int, renormalise: bool, num_shared: int) -> Routing:
-    """The choice of experts and its counting sort: one launch for few tokens, three otherwise."""
-    (T, E), J = router_logits_TE.shape, top_k + num_shared
+def route(router_logits_TE: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
+    """Gates and experts [T, K], in one launch."""
+    (T, E), device = router_logits_TE.shape, router_logits_TE.device
     router_logits_TE = router_logits_TE.contiguous()
-    integers = {"dtype": torch.int32, "device": router_logits_TE.device}
-    result = Routing(
-        gates_TJ=torch.empty(T, J, dtype=torch.float32, device=router_logits_TE.device),
-        experts_TJ=torch.empty(T, J, dtype=torch.int64, device=router_logits_TE.device),
-        counts_G=torch.empty(E + num_shared, dtype=torch.int64, device=router_logits_TE.device),
+    gates_TK = torch.empty(T, top_k, dtype=torch.float32, device=device)
+    experts_TK = torch.empty(T, top_k, dtype=torch.int64, device=device)
+    if T:
+        shape = _routing_blocks(T, E, top_k)
+        with _on(router_logits_TE):
+            routing.choose_kernel[(triton.cdiv(T, shape["BLOCK_T"]),)](
+                router_logits_TE, gates_TK, experts_TK, T, E=E, K=top_k, NORM_TOPK_PROB=norm_topk_prob, **shape
+            )  # fmt: skip
+    return gates_TK, experts_TK
+
+
+def route_backward(
+    grad_gates_TK: Tensor, gates_TK: Tensor, experts_TK: Tensor, router_logits_TE: Tensor, norm_topk_prob: bool
+) -> Tensor:
+    """Gradient of the router's logits. Under `norm_topk_prob` their values are not read, only their shape."""
+    (T, K), E = gates_TK.shape, router_logits_TE.shape[1]
+    grad_TE = torch.empty_like(router_logits_TE, memory_format=torch.contiguous_format)
+    logits = grad_TE if norm_topk_prob else router_logits_TE.contiguous()
+    BLOCK_E = triton.next_power_of_2(E)
+    BLOCK_T = max(min(4096 // BLOCK_E, 32), 4)
+    if T:
+        with _on(grad_TE):
+            routing.router_gradient_kernel[(triton.cdiv(T, BLOCK_T),)](
+                grad_gates_TK.contiguous(), gates_TK, experts_TK, logits, grad_TE, T,
+                E=E, K=K, NORM_TOPK_PROB=norm_topk_prob, BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E,
+            )  # fmt: skip
+    return grad_TE
+
+
+def sort(experts_TK: Tensor, num_experts: int, num_shared: int) -> Sorting:
+    """The counting sort of the pairs by expert: one launch for few tokens, three otherwise."""
+    (T, K), E = experts_TK.shape, num_experts
+    experts_TK, J = experts_TK.contiguous(), K + num_shared
+    integers = {"dtype": torch.int32, "device": experts_TK.device}
+    result = Sorting(
+        counts_G=torch.empty(E + num_shared, dtype=torch.int64, device=experts_TK.device),
         order_P=torch.empty(T * J, **integers),
         inverse_TJ=torch.empty(T, J, **integers),
     )
     if not T:
         result.counts_G.zero_()
         return result
-    gates, experts, counts, order, inverse = result
-    BLOCK_E, BLOCK_J = triton.next_power_of_2(E + num_shared), triton.next_power_of_2(J)
-    # A program's logits, keys, and rows of each expert stay in registers; a few tokens take no larger block.
-    BLOCK_T = min(max(min(2048 // BLOCK_E, 64), 8), triton.next_power_of_2(T))
-    num_blocks = triton.cdiv(T, BLOCK_T)
+    counts, order, inverse = result
+    shape = _routing_blocks(T, E + num_shared, K)
+    num_blocks = triton.cdiv(T, shape["BLOCK_T"])
     block_counts = torch.empty(E if num_blocks > 1 else 0, num_blocks, **integers)
-    shape = {"E": E, "K": top_k, "S": num_shared, "BLOCK_T": BLOCK_T, "BLOCK_E": BLOCK_E, "BLOCK_J": BLOCK_J}
-    shape["num_warps"] = 1 if BLOCK_T * BLOCK_E <= 128 else 4
-    with _on(router_logits_TE):
-        routing.choose_kernel[(num_blocks,)](
-            router_logits_TE, gates, experts, counts, block_counts, order, inverse, T, num_blocks,
-            RENORMALISE=renormalise, ONE_BLOCK=num_blocks == 1, **shape,
+    shape.update(E=E, K=K, S=num_shared)
+    with _on(experts_TK):
+        routing.count_kernel[(num_blocks,)](
+            experts_TK, counts, block_counts, order, inverse, T, num_blocks, ONE_BLOCK=num_blocks == 1, **shape
         )  # fmt: skip
         if num_blocks > 1:
             routing.prefix_kernel[(E + num_shared,)](block_counts, counts, T, num_blocks, E=E, BLOCK=1024)
             routing.place_kernel[(num_blocks,)](
-                experts, counts, block_counts, order, inverse, T, num_blocks, **shape
+                experts_TK, counts, block_counts, order, inverse, T, num_blocks, **shape
             )  # fmt: skip
     return result
 
 
-def forward(x_TD: Tensor, weights: Weights, routing_: Routing, save_h: bool) -> tuple[Tensor, Tensor]:
+def forward(x_TD: Tensor, gates_TK: Tensor, weights: Weights, sorting: Sorting, save_h: bool) -> tuple[Tensor, Tensor]:
     """Outputs [T, D] and, if `save_h`, the pre-activations [P, 2N] in expert order (otherwise [0, 2N])."""
-    call = _Call(x_TD, weights, routing_)
+    call = _Call(x_TD, gates_TK, weights, sorting)
     h_P2N = x_TD.new_empty(call.P if save_h else 0, 2 * call.N)
     if not call.P:
         return torch.zeros_like(x_TD), h_P2N
@@ -80,28 +107,27 @@ def forward(x_TD: Tensor, weights: Weights, routing_: Routing, save_h: bool) -> 
 def backward(
     grad_out_TD: Tensor,
     x_TD: Tensor,
+    gates_TK: Tensor,
     h_P2N: Tensor,
-    router_logits_TE: Tensor,
     weights: Weights,
-    routing_: Routing,
-    renormalise: bool,
+    sorting: Sorting,
     weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Weights]:
-    """Gradients of the tokens, of the router's logits, and of the weights (empty without `weight_grads`).
+    """Gradients of the tokens, of the gates, and of the weights (empty without `weight_grads`).
 
     Where h_P2N is empty it is computed again.
     """
-    call = _Call(x_TD, weights, routing_)
+    call = _Call(x_TD, gates_TK, weights, sorting)
     grads = Weights(*(torch.empty_like(w) if weight_grads else w.new_empty(0) for w in weights))
     if not call.P:
-        return torch.zeros_like(x_TD), torch.zeros_like(router_logits_TE), Weights(*(g.zero_() for g in grads))
+        return torch.zeros_like(x_TD), torch.zeros_like(gates_TK), Weights(*(g.zero_() for g in grads))
     a_PN, grad_h_P2N = x_TD.new_empty(call.P, call.N), x_TD.new_empty(call.P, 2 * call.N)
     with _on(x_TD):
         if not len(h_P2N):
             h_P2N = torch.empty_like(grad_h_P2N)
             call.gate_up(h_P2N, a_PN, store_h=True, store_a=False)
         dots = call.activation_gradient(grad_out_TD, h_P2N, grad_h_P2N, a_PN)
-        grad_logits_TE = call.router_gradient(dots, router_logits_TE, renormalise)
+        grad_gates_TK = call.gate_gradient(dots)
         if weight_grads:
             call.weight_gradient(grad_out_TD, a_PN, grads.down_EDN, grads.shared_down_SDN, gather_left=True)
             call.weight_gradient(grad_h_P2N, x_TD, grads.gate_up_E2ND, grads.shared_gate_up_S2ND, gather_left=False)
@@ -109,7 +135,7 @@ def backward(
         call.project(
             "token_gradient", grad_h_P2N, weights.gate_up_E2ND, weights.shared_gate_up_S2ND, grad_x_PD, transposed=False
         )
-        return call.weighted_sum(grad_x_PD, weighted=False), grad_logits_TE, grads
+        return call.weighted_sum(grad_x_PD, weighted=False), grad_gates_TK, grads
 
 
 def nearest_code(x_TD: Tensor, codebook_VD: Tensor) -> Tensor:
@@ -134,9 +160,9 @@ def nearest_code(x_TD: Tensor, codebook_VD: Tensor) -> Tensor:
 class _Call:
     """What the kernels of one forward or backward share: sizes and the map of tiles."""
 
-    def __init__(self, x_TD: Tensor, weights: Weights, routing_: Routing):
-        self.x, self.weights, self.routing = x_TD, weights, routing_
-        (self.T, self.J), self.D = routing_.gates_TJ.shape, x_TD.shape[1]
+    def __init__(self, x_TD: Tensor, gates_TK: Tensor, weights: Weights, sorting: Sorting):
+        self.x, self.gates, self.weights, self.sorting = x_TD, gates_TK, weights, sorting
+        (self.T, self.J), self.D = sorting.inverse_TJ.shape, x_TD.shape[1]
         self.E, self.S, self.N = len(weights.gate_up_E2ND), len(weights.shared_gate_up_S2ND), weights.down_EDN.shape[2]
         self.P, self.G = self.T * self.J, self.E + self.S
         self.bucket = tuning.bucket(self.P, self.G)
@@ -151,7 +177,7 @@ class _Call:
         if self.P:
             with _on(x_TD):
                 routing.tiles_kernel[(triton.cdiv(self.num_tiles, 64),)](
-                    routing_.counts_G, self.tiles, self.num_tiles, G=self.G,
+                    sorting.counts_G, self.tiles, self.num_tiles, G=self.G,
                     BLOCK_M=self.block_m, BLOCK_G=triton.next_power_of_2(self.G), BLOCK=64,
                 )  # fmt: skip
 
@@ -167,7 +193,7 @@ class _Call:
 
         def launch(b: Blocks) -> None:
             products.gate_up_kernel[(self.num_tiles * triton.cdiv(self.N, b.n),)](
-                self.x, w, shared, self.routing.order_P, self.tiles, h_P2N, a_PN, self.num_tiles,
+                self.x, w, shared, self.sorting.order_P, self.tiles, h_P2N, a_PN, self.num_tiles,
                 D=self.D, N=self.N, J=self.J, STORE_H=store_h, STORE_A=store_a, **self._shape(b),
             )  # fmt: skip
 
@@ -189,13 +215,13 @@ class _Call:
         BLOCK_D = min(triton.next_power_of_2(self.D), 512)
         BLOCK_T = max(2048 // BLOCK_D, 1) if self.T > 512 or interpreted() else 1
         products.weighted_sum_kernel[(triton.cdiv(self.T, BLOCK_T), triton.cdiv(self.D, BLOCK_D))](
-            y_PD, self.routing.inverse_TJ, self.routing.gates_TJ, out_TD, self.T,
-            D=self.D, J=self.J, WEIGHTED=weighted, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D,
+            y_PD, self.sorting.inverse_TJ, self.gates, out_TD, self.T,
+            D=self.D, J=self.J, S=self.S, WEIGHTED=weighted, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D,
         )  # fmt: skip
         return out_TD
 
     def activation_gradient(self, grad_out_TD: Tensor, h_P2N: Tensor, grad_h_P2N: Tensor, a_PN: Tensor) -> Tensor:
-        """Writes the gradient of h and the weighted activations; returns the parts of gate·∂L/∂gate [P, parts]."""
+        """Writes the gradient of h and the weighted activations; returns the parts of ∂L/∂gate [P, parts]."""
         dots: dict[int, Tensor] = {}
 
         def launch(b: Blocks) -> None:
@@ -203,25 +229,23 @@ class _Call:
             if b.n not in dots:
                 dots[b.n] = torch.empty(self.P, parts, dtype=torch.float32, device=self.x.device)
             gradients.activation_gradient_kernel[(self.num_tiles * parts,)](
-                grad_out_TD, self.weights.down_EDN, self.weights.shared_down_SDN, self.routing.order_P, self.tiles,
-                self.routing.gates_TJ, h_P2N, grad_h_P2N, a_PN, dots[b.n], self.num_tiles,
+                grad_out_TD, self.weights.down_EDN, self.weights.shared_down_SDN, self.sorting.order_P, self.tiles,
+                self.gates, h_P2N, grad_h_P2N, a_PN, dots[b.n], self.num_tiles,
                 D=self.D, N=self.N, J=self.J, **self._shape(b),
             )  # fmt: skip
 
         blocks = _tuned(self._key("activation_gradient", self.D, self.N), launch, self.x)
         return dots[blocks.n]
 
-    def router_gradient(self, dots: Tensor, router_logits_TE: Tensor, renormalise: bool) -> Tensor:
-        grad_TE = torch.empty_like(router_logits_TE, memory_format=torch.contiguous_format)
-        logits = grad_TE if renormalise else router_logits_TE.contiguous()  # not read if renormalised
-        BLOCK_E = triton.next_power_of_2(self.E)
-        BLOCK_T = max(min(4096 // BLOCK_E, 32), 4)
-        routing.router_gradient_kernel[(triton.cdiv(self.T, BLOCK_T),)](
-            dots, self.routing.gates_TJ, self.routing.experts_TJ, self.routing.inverse_TJ, logits, grad_TE, self.T,
-            K=self.J - self.S, NUM_PARTS=dots.shape[1], RENORMALISE=renormalise,
-            BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, BLOCK_PARTS=triton.next_power_of_2(dots.shape[1]), **self.groups,
+    def gate_gradient(self, dots: Tensor) -> Tensor:
+        grad_TK = torch.empty_like(self.gates)
+        BLOCK_PARTS = triton.next_power_of_2(dots.shape[1])
+        BLOCK = max(2048 // BLOCK_PARTS, 1)
+        routing.gate_gradient_kernel[(triton.cdiv(grad_TK.numel(), BLOCK),)](
+            dots, self.sorting.inverse_TJ, grad_TK, self.T,
+            K=self.J - self.S, S=self.S, NUM_PARTS=dots.shape[1], BLOCK=BLOCK, BLOCK_PARTS=BLOCK_PARTS,
         )  # fmt: skip
-        return grad_TE
+        return grad_TK
 
     def weight_gradient(
         self, left: Tensor, right: Tensor, grad: Tensor, shared_grad: Tensor, gather_left: bool
@@ -232,7 +256,7 @@ class _Call:
             grid = (self.G * triton.cdiv(height, b.m) * triton.cdiv(width, b.n),)
             shape = {**self._shape(b), "BLOCK_M": b.m, "BLOCK_G": triton.next_power_of_2(self.G)}
             gradients.weight_gradient_kernel[grid](
-                left, right, self.routing.order_P, self.routing.counts_G, grad, shared_grad,
+                left, right, self.sorting.order_P, self.sorting.counts_G, grad, shared_grad,
                 HEIGHT=height, WIDTH=width, J=self.J, GATHER_LEFT=gather_left, GATHER_RIGHT=not gather_left, **shape,
             )  # fmt: skip
 
@@ -243,6 +267,14 @@ def _tuned(key: Key, launch: Callable[[Blocks], None], x: Tensor) -> Blocks:
     blocks = tuning.blocks(key, launch, x.device)
     launch(blocks)
     return blocks
+
+
+def _routing_blocks(num_tokens: int, num_groups: int, top_k: int) -> dict[str, int]:
+    """A program's logits, keys, and rows of each expert stay in registers; a few tokens take no larger block."""
+    BLOCK_E = triton.next_power_of_2(num_groups)
+    BLOCK_T = min(max(min(2048 // BLOCK_E, 64), 8), triton.next_power_of_2(num_tokens))
+    num_warps = 1 if BLOCK_T * BLOCK_E <= 128 else 4
+    return {"BLOCK_T": BLOCK_T, "BLOCK_E": BLOCK_E, "BLOCK_K": triton.next_power_of_2(top_k), "num_warps": num_warps}
 
 
 def _name(x: Tensor) -> str:

@@ -150,18 +150,23 @@ def project_kernel(
 @triton.jit(do_not_specialize=["T"])
 def weighted_sum_kernel(
     y_ptr, inverse_ptr, gates_ptr, out_ptr, T,
-    D: tl.constexpr, J: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, J: tl.constexpr, S: tl.constexpr, WEIGHTED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Writes out [T, D]: a token's J rows of y [P, D], weighted by its gates, summed in float32 in slot order."""
+    """Writes out [T, D]: a token's J rows of y [P, D], weighted by its gates, summed in float32 in slot order.
+
+    A slot whose row is −1 is left out; a shared expert's weight is 1.
+    """
+    K: tl.constexpr = J - S
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     ok = (t < T)[:, None] & (d < D)[None, :]
     acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
     for j in range(J):
         pair = t.to(tl.int64) * J + j
-        row = tl.load(inverse_ptr + pair, mask=t < T, other=0).to(tl.int64)
-        y = tl.load(y_ptr + (row[:, None] * D + d[None, :]), mask=ok, other=0.0).to(tl.float32)
+        row = tl.load(inverse_ptr + pair, mask=t < T, other=-1).to(tl.int64)
+        y = tl.load(y_ptr + (row[:, None] * D + d[None, :]), mask=ok & (row >= 0)[:, None], other=0.0).to(tl.float32)
         if WEIGHTED:
-            y *= tl.load(gates_ptr + pair, mask=t < T, other=0.0)[:, None]
+            y *= tl.load(gates_ptr + (t.to(tl.int64) * K + j), mask=(row >= 0) & (j < K), other=1.0)[:, None]
         acc += y
     tl.store(out_ptr + (t.to(tl.int64)[:, None] * D + d[None, :]), acc.to(out_ptr.dtype.element_ty), mask=ok)

@@ -1,8 +1,8 @@
-"""Routing on the device: top-k, gates, and a stable counting sort without atomics or a host sync.
+"""Routing on the device: top-k and gates in one kernel; a stable counting sort without atomics or a host sync.
 
-Each program takes BLOCK_T tokens. `choose_kernel` counts its tokens' choices, `prefix_kernel` scans the
-counts over programs, `place_kernel` scatters: a pair's row is what comes before its expert, plus what
-earlier programs gave it, plus what earlier tokens of this program gave it (a token takes an expert once).
+Each program of the sort takes BLOCK_T tokens. `count_kernel` counts its tokens' choices, `prefix_kernel` scans
+the counts over programs, `place_kernel` scatters: a pair's row is what comes before its expert, plus what
+earlier programs gave it, plus what earlier tokens of this program and earlier slots of this token gave it.
 Few tokens need one program, which does all three.
 
 Sources: ScatterMoE (arXiv 2403.08245) for sorting indices in place of tokens.
@@ -30,74 +30,109 @@ def _descending_keys(logits_TE, e, E: tl.constexpr):
     return tl.where((e < E)[None, :], tl.maximum(keys, LOWEST + 1), LOWEST)
 
 
-@triton.jit
-def _scatter(
-    order_ptr, inverse_ptr, expert_TJ, first_row_E, taken_TE, t, e, j, T,
-    K: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
-    """Writes both permutations for the tokens t, whose expert e begins at first_row_E."""
-    J: tl.constexpr = K + S
-    ok = t < T
-    row_TE = first_row_E[None, :] + tl.cumsum(taken_TE, axis=0) - taken_TE
-    for k in tl.static_range(K):
-        pair = t.to(tl.int64) * J + k
-        chosen = tl.sum(tl.where(j[None, :] == k, expert_TJ, 0), axis=1)
-        row = tl.sum(tl.where(e[None, :] == chosen[:, None], row_TE, 0), axis=1)
-        tl.store(order_ptr + row.to(tl.int64), pair.to(tl.int32), mask=ok)
-        tl.store(inverse_ptr + pair, row, mask=ok)
-    for s in tl.static_range(S):
-        pair = t.to(tl.int64) * J + K + s
-        row = T * (K + s) + t
-        tl.store(order_ptr + row.to(tl.int64), pair.to(tl.int32), mask=ok)
-        tl.store(inverse_ptr + pair, row, mask=ok)
-
-
-@triton.jit(do_not_specialize=["T", "num_blocks"])
+@triton.jit(do_not_specialize=["T"])
 def choose_kernel(
-    logits_ptr, gates_ptr, experts_ptr, counts_ptr, block_counts_ptr, order_ptr, inverse_ptr, T, num_blocks,
-    E: tl.constexpr, K: tl.constexpr, S: tl.constexpr, RENORMALISE: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_J: tl.constexpr,
+    logits_ptr, gates_ptr, experts_ptr, T,
+    E: tl.constexpr, K: tl.constexpr, NORM_TOPK_PROB: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Gates [T, J] float32, experts [T, J] int64, and the histogram of each program's tokens [E, programs]."""
-    J: tl.constexpr = K + S
-    block = tl.program_id(0)
-    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    """Gates [T, K] float32 and experts [T, K] int64."""
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
-    j = tl.arange(0, BLOCK_J)
+    k_K = tl.arange(0, BLOCK_K)
     ok = t < T
     logits_TE = tl.load(
         logits_ptr + (t.to(tl.int64)[:, None] * E + e[None, :]), mask=ok[:, None] & (e < E)[None, :], other=0.0
     ).to(tl.float32)
     keys_TE = _descending_keys(logits_TE, e, E)
-    taken_TE = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.int32)
-    value_TJ = tl.zeros((BLOCK_T, BLOCK_J), dtype=tl.float32)
-    expert_TJ = tl.zeros((BLOCK_T, BLOCK_J), dtype=tl.int32) + E - K + j[None, :]  # shared ones count on from E
+    value_TK = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.float32)
+    expert_TK = tl.zeros((BLOCK_T, BLOCK_K), dtype=tl.int32)
     for k in tl.static_range(K):
         best = tl.max(keys_TE, axis=1)
         chosen = tl.min(tl.where(keys_TE == best[:, None], e[None, :], BLOCK_E), axis=1)
         here_TE = e[None, :] == chosen[:, None]
-        taken_TE += here_TE.to(tl.int32)
         keys_TE = tl.where(here_TE, LOWEST, keys_TE)
         value = tl.sum(tl.where(here_TE, logits_TE, 0.0), axis=1)
-        value_TJ = tl.where(j[None, :] == k, value[:, None], value_TJ)
-        expert_TJ = tl.where(j[None, :] == k, chosen[:, None], expert_TJ)
-    largest = tl.sum(tl.where(j[None, :] == 0, value_TJ, 0.0), axis=1)
-    share_TJ = tl.where(j[None, :] < K, tl.exp(value_TJ - largest[:, None]), 0.0)
-    if RENORMALISE:
-        total = tl.sum(share_TJ, axis=1)
+        value_TK = tl.where(k_K[None, :] == k, value[:, None], value_TK)
+        expert_TK = tl.where(k_K[None, :] == k, chosen[:, None], expert_TK)
+    largest = tl.sum(tl.where(k_K[None, :] == 0, value_TK, 0.0), axis=1)
+    share_TK = tl.where(k_K[None, :] < K, tl.exp(value_TK - largest[:, None]), 0.0)
+    if NORM_TOPK_PROB:
+        total = tl.sum(share_TK, axis=1)
     else:
         total = tl.sum(tl.where((e < E)[None, :], tl.exp(logits_TE - largest[:, None]), 0.0), axis=1)
-    gate_TJ = tl.where(j[None, :] < K, share_TJ / total[:, None], 1.0)
-    pair_TJ = t.to(tl.int64)[:, None] * J + j[None, :]
-    ok_TJ = ok[:, None] & (j < J)[None, :]
-    tl.store(gates_ptr + pair_TJ, gate_TJ, mask=ok_TJ)
-    tl.store(experts_ptr + pair_TJ, expert_TJ.to(tl.int64), mask=ok_TJ)
-    taken_TE = tl.where(ok[:, None], taken_TE, 0)
+    pair_TK = t.to(tl.int64)[:, None] * K + k_K[None, :]
+    ok_TK = ok[:, None] & (k_K < K)[None, :]
+    tl.store(gates_ptr + pair_TK, share_TK / total[:, None], mask=ok_TK)
+    tl.store(experts_ptr + pair_TK, expert_TK.to(tl.int64), mask=ok_TK)
+
+
+@triton.jit
+def _load_experts(experts_ptr, t, k_K, T, E: tl.constexpr, K: tl.constexpr):
+    """Experts [BLOCK_T, BLOCK_K] of these tokens; −1 for what is no expert's index."""
+    ok_TK = (t < T)[:, None] & (k_K < K)[None, :]
+    expert_TK = tl.load(experts_ptr + (t.to(tl.int64)[:, None] * K + k_K[None, :]), mask=ok_TK, other=-1)
+    return tl.where((expert_TK >= 0) & (expert_TK < E), expert_TK, -1).to(tl.int32)
+
+
+@triton.jit
+def _count(expert_TK, e, k_K, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
+    """How often each token takes each expert [BLOCK_T, BLOCK_E]."""
+    taken_TE = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.int32)
+    for k in tl.static_range(K):
+        chosen = tl.sum(tl.where(k_K[None, :] == k, expert_TK, 0), axis=1)
+        taken_TE += (e[None, :] == chosen[:, None]).to(tl.int32)
+    return taken_TE
+
+
+@triton.jit
+def _scatter(
+    order_ptr, inverse_ptr, expert_TK, counts_E, earlier_E, taken_TE, t, e, k_K, T,
+    K: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """Writes both permutations for the tokens t, of which earlier_E rows an expert are earlier programs'."""
+    J: tl.constexpr = K + S
+    ok = t < T
+    row_TE = (tl.cumsum(counts_E, axis=0) - counts_E + earlier_E)[None, :] + tl.cumsum(taken_TE, axis=0) - taken_TE
+    num_routed = tl.sum(counts_E, axis=0)
+    # The pairs left out come last: as many as precede this token's, of its t·K earlier ones.
+    taken_T = tl.sum(taken_TE, axis=1)
+    left_out_row = num_routed + T * S + t * K - (tl.sum(earlier_E, axis=0) + tl.cumsum(taken_T, axis=0) - taken_T)
+    for k in tl.static_range(K):
+        pair = t.to(tl.int64) * J + k
+        chosen = tl.sum(tl.where(k_K[None, :] == k, expert_TK, 0), axis=1)
+        here_TE = e[None, :] == chosen[:, None]
+        row = tl.sum(tl.where(here_TE, row_TE, 0), axis=1)
+        tl.store(order_ptr + tl.where(chosen >= 0, row, left_out_row).to(tl.int64), pair.to(tl.int32), mask=ok)
+        tl.store(inverse_ptr + pair, tl.where(chosen >= 0, row, -1), mask=ok)
+        row_TE += here_TE.to(tl.int32)
+        left_out_row += (chosen < 0).to(tl.int32)
+    for s in tl.static_range(S):
+        pair = t.to(tl.int64) * J + K + s
+        row = num_routed + T * s + t
+        tl.store(order_ptr + row.to(tl.int64), pair.to(tl.int32), mask=ok)
+        tl.store(inverse_ptr + pair, row, mask=ok)
+
+
+@triton.jit(do_not_specialize=["T", "num_blocks"])
+def count_kernel(
+    experts_ptr, counts_ptr, block_counts_ptr, order_ptr, inverse_ptr, T, num_blocks,
+    E: tl.constexpr, K: tl.constexpr, S: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The histogram of each program's tokens [E, programs]; of a single program all that is asked for."""
+    block = tl.program_id(0)
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, BLOCK_E)
+    k_K = tl.arange(0, BLOCK_K)
+    expert_TK = _load_experts(experts_ptr, t, k_K, T, E, K)
+    taken_TE = _count(expert_TK, e, k_K, K, BLOCK_T, BLOCK_E)
     counts_E = tl.sum(taken_TE, axis=0)
     if ONE_BLOCK:
         tl.store(counts_ptr + e.to(tl.int64), tl.where(e < E, counts_E, T).to(tl.int64), mask=e < E + S)
-        first_row_E = tl.cumsum(counts_E, axis=0) - counts_E
-        _scatter(order_ptr, inverse_ptr, expert_TJ, first_row_E, taken_TE, t, e, j, T, K, S)
+        _scatter(
+            order_ptr, inverse_ptr, expert_TK, counts_E, tl.zeros_like(counts_E), taken_TE, t, e, k_K, T, K, S
+        )  # fmt: skip
     else:
         tl.store(block_counts_ptr + (e.to(tl.int64) * num_blocks + block), counts_E, mask=e < E)
 
@@ -123,24 +158,18 @@ def prefix_kernel(block_counts_ptr, counts_ptr, T, num_blocks, E: tl.constexpr, 
 def place_kernel(
     experts_ptr, counts_ptr, block_counts_ptr, order_ptr, inverse_ptr, T, num_blocks,
     E: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Both permutations, from the scanned counts."""
-    J: tl.constexpr = K + S
     block = tl.program_id(0)
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
-    j = tl.arange(0, BLOCK_J)
-    ok_TJ = (t < T)[:, None] & (j < K)[None, :]
-    expert_TJ = tl.load(experts_ptr + (t.to(tl.int64)[:, None] * J + j[None, :]), mask=ok_TJ, other=-1).to(tl.int32)
+    k_K = tl.arange(0, BLOCK_K)
+    expert_TK = _load_experts(experts_ptr, t, k_K, T, E, K)
+    taken_TE = _count(expert_TK, e, k_K, K, BLOCK_T, BLOCK_E)
     counts_E = tl.load(counts_ptr + e.to(tl.int64), mask=e < E, other=0).to(tl.int32)
     earlier_E = tl.load(block_counts_ptr + (e.to(tl.int64) * num_blocks + block), mask=e < E, other=0)
-    taken_TE = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.int32)
-    for k in tl.static_range(K):
-        chosen = tl.sum(tl.where(j[None, :] == k, expert_TJ, 0), axis=1)
-        taken_TE += (e[None, :] == chosen[:, None]).to(tl.int32)
-    first_row_E = tl.cumsum(counts_E, axis=0) - counts_E + earlier_E
-    _scatter(order_ptr, inverse_ptr, expert_TJ, first_row_E, taken_TE, t, e, j, T, K, S)
+    _scatter(order_ptr, inverse_ptr, expert_TK, counts_E, earlier_E, taken_TE, t, e, k_K, T, K, S)
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -171,33 +200,41 @@ def tiles_kernel(
 
 
 @triton.jit(do_not_specialize=["T"])
-def router_gradient_kernel(
-    dots_ptr, gates_ptr, experts_ptr, inverse_ptr, logits_ptr, grad_ptr, T,
-    E: tl.constexpr, K: tl.constexpr, S: tl.constexpr, NUM_PARTS: tl.constexpr, RENORMALISE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+def gate_gradient_kernel(
+    dots_ptr, inverse_ptr, grad_ptr, T,
+    K: tl.constexpr, S: tl.constexpr, NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """∂L/∂logits [T, E] from gate·∂L/∂gate, which lies in NUM_PARTS float32 parts a row [P, NUM_PARTS].
+    """∂L/∂gates [T, K] from its NUM_PARTS float32 parts a row [P, NUM_PARTS]; 0 where a pair is left out."""
+    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.arange(0, BLOCK_PARTS)
+    ok = pair < T.to(tl.int64) * K
+    row = tl.load(inverse_ptr + (pair // K * (K + S) + pair % K), mask=ok, other=-1).to(tl.int64)
+    ok_parts = (row >= 0)[:, None] & (part < NUM_PARTS)[None, :]
+    parts = tl.load(dots_ptr + (row[:, None] * NUM_PARTS + part[None, :]), mask=ok_parts, other=0.0)
+    tl.store(grad_ptr + pair, tl.sum(parts, axis=1), mask=ok)
 
-    qₖ − gₖ Σⱼ qⱼ where qₖ = gₖ·∂L/∂gₖ: no division by a gate that may be 0.
-    """
-    J: tl.constexpr = K + S
+
+@triton.jit(do_not_specialize=["T"])
+def router_gradient_kernel(
+    grad_gates_ptr, gates_ptr, experts_ptr, logits_ptr, grad_ptr, T,
+    E: tl.constexpr, K: tl.constexpr, NORM_TOPK_PROB: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """∂L/∂logits [T, E] = qₑ − gₑ Σⱼ qⱼ, where q is gate·∂L/∂gate, 0 of experts that were not chosen."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
-    part = tl.arange(0, BLOCK_PARTS)
     ok = t < T
     ok_TE = ok[:, None] & (e < E)[None, :]
     grad_TE = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
     gate_TE = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
     for k in tl.static_range(K):
-        pair = t.to(tl.int64) * J + k
-        row = tl.load(inverse_ptr + pair, mask=ok, other=0).to(tl.int64)
-        ok_parts = ok[:, None] & (part < NUM_PARTS)[None, :]
-        parts = tl.load(dots_ptr + (row[:, None] * NUM_PARTS + part[None, :]), mask=ok_parts, other=0.0)
+        pair = t.to(tl.int64) * K + k
+        gate = tl.load(gates_ptr + pair, mask=ok, other=0.0)
+        grad = tl.load(grad_gates_ptr + pair, mask=ok, other=0.0)
         here_TE = e[None, :] == tl.load(experts_ptr + pair, mask=ok, other=-1).to(tl.int32)[:, None]
-        grad_TE += tl.where(here_TE, tl.sum(parts, axis=1)[:, None], 0.0)
-        gate_TE += tl.where(here_TE, tl.load(gates_ptr + pair, mask=ok, other=0.0)[:, None], 0.0)
+        grad_TE += tl.where(here_TE, (gate * grad)[:, None], 0.0)
+        gate_TE += tl.where(here_TE, gate[:, None], 0.0)
     at_TE = t.to(tl.int64)[:, None] * E + e[None, :]
-    if not RENORMALISE:
+    if not NORM_TOPK_PROB:
         logits_TE = tl.load(logits_ptr + at_TE, mask=ok_TE, other=0.0).to(tl.float32)
         top = tl.max(tl.where((e < E)[None, :], logits_TE, -float("inf")), axis=1)
         share_TE = tl.where((e < E)[None, :], tl.exp(logits_TE - top[:, None]), 0.0)
