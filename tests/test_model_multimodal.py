@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
 from mmllm.model.decoder import DecoderConfig
-from mmllm.model.router import MoEConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
 from mmllm.model.projectors import AudioProjectorConfig, ImageProjectorConfig
+from mmllm.model.router import MoEConfig
 from mmllm.model.vision import VisionConfig
 from mmllm.training.decoder_module import GlobalTotals
 from mmllm_tokenizers.vocab import AUDIO_END, SPECIAL_TOKENS

@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
 from mmllm.model.decoder import DecoderConfig
-from mmllm.model.router import MoEConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig
 from mmllm.model.projectors import AudioProjectorConfig, ImageProjectorConfig
+from mmllm.model.router import MoEConfig
 from mmllm.model.vision import VisionConfig
 from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.optimizers import OptimizerConfig

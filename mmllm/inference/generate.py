@@ -312,9 +312,7 @@ class _Decoding:
         x_BTD = model.splice(batch)
         num_rows, num_positions = batch.token_ids_BT.shape
         self.cache = model.decoder.make_cache(num_rows, num_positions + num_new)
-        hidden_BTD, _ = model.decoder(
-            x_BTD, batch.positions_BT, batch.document_ids_BT, self.cache, batch.modality_BT
-        )
+        hidden_BTD, _ = model.decoder(x_BTD, batch.positions_BT, batch.document_ids_BT, self.cache, batch.modality_BT)
         self.hidden_BD = hidden_BTD[:, -1]
         self.positions_B = batch.positions_BT[:, -1]
 

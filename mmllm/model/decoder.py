@@ -246,7 +246,12 @@ class Decoder(nn.Module):
         return hidden_ND.view(num_sequences, num_positions, width), stats
 
     def _token_info(
-        self, tokens_N: Tensor | None, num_positions: int, num_sequences: int, modality_BT: Tensor | None, is_counted: bool
+        self,
+        tokens_N: Tensor | None,
+        num_positions: int,
+        num_sequences: int,
+        modality_BT: Tensor | None,
+        is_counted: bool,
     ) -> TokenInfo:
         modality_N = None if modality_BT is None else _take(modality_BT.flatten(), tokens_N)
         sequence_N = None

@@ -280,9 +280,7 @@ class MultimodalModel(nn.Module):
 
     def hidden(self, batch: PackedBatch, cache: KVCache | None = None) -> Tensor:
         """Hidden states after the final norm, [B, T, D]."""
-        return self.decoder(
-            self.splice(batch), batch.positions_BT, batch.document_ids_BT, cache, batch.modality_BT
-        )[0]
+        return self.decoder(self.splice(batch), batch.positions_BT, batch.document_ids_BT, cache, batch.modality_BT)[0]
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """Logits over the whole vocabulary at every position, [B, T, V]: for tests, not for training."""

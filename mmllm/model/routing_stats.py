@@ -53,7 +53,9 @@ def layer_sums(routing: Routing, tokens: TokenInfo, config: MoEConfig) -> LayerS
             if config.global_entropy_loss_coef > 0:
                 probability_sums_ME = _sums_by(probs_NE, tokens.modality_N, len(Modality))
         else:
-            counts_E = _count(experts_NK, torch.zeros_like(experts_NK[:, 0]), 1, tokens.is_real_N, config.num_experts)[0]
+            counts_E = _count(experts_NK, torch.zeros_like(experts_NK[:, 0]), 1, tokens.is_real_N, config.num_experts)[
+                0
+            ]
         if config.counts_by_sequence and tokens.sequence_N is not None:
             sequence_N, num_sequences = tokens.sequence_N, tokens.num_sequences
             counts_BE = _count(experts_NK, sequence_N, num_sequences, tokens.is_real_N, config.num_experts)

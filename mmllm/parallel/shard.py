@@ -6,6 +6,7 @@ both where they are tied); the small rest is the root's. While a layer computes,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +85,7 @@ def shard(model: MultimodalModel, mesh: ParallelMesh, config: ShardConfig | None
 
 def _prefetch(units: Sequence[list[FSDPModule]]) -> None:
     """Each unit asks for the next one's weights as soon as it has its own; backwards too."""
-    for before, after in zip(units, units[1:], strict=False):
+    for before, after in itertools.pairwise(units):
         before[0].set_modules_to_forward_prefetch(list(after))
         after[0].set_modules_to_backward_prefetch(list(before))
 
