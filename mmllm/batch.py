@@ -1,4 +1,4 @@
-"""The typed contracts in which data, model, training and inference meet. Imports torch only.
+"""The typed contracts in which data, model, training and inference meet.
 
 Shapes: B sequences, T positions, K codebooks, N images, S slots an image or a clip, P features an image, C clips
 (of features: channels), F frames a clip, L target tokens a clip, H and W pixels. Of a `CaptionBatch` N pairs, L text
@@ -7,12 +7,14 @@ tokens; of a `SoundBatch` N rows, T samples.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from mmllm.sequences import BatchMetadata, MediaMetadata, SequenceMetadata
 
 IGNORE = -100
 """Label of a position that is no target (`torch.nn.functional.cross_entropy`'s default)."""
@@ -46,7 +48,12 @@ class Batch:
 
     def _map(self, function) -> Self:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}  # pyright: ignore
-        return type(self)(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = function(value)
+            elif isinstance(value, BatchMetadata):
+                values[name] = value.map(function)
+        return type(self)(**values)
 
 
 @dataclass
@@ -88,6 +95,8 @@ class PackedBatch(Batch):
     """float16: what a frozen tower gives for each image, before the projector, as it was stored with the sample. It
     stands in for `images_NCHW`; [0, 0, 0] otherwise."""
     state: dict[str, Any] = field(default_factory=dict)
+    metadata: BatchMetadata | None = None
+    """What the device would ask the host for; None: whoever needs it makes it, and on a device waits for that."""
 
     @property
     def num_documents(self) -> int:
@@ -95,6 +104,31 @@ class PackedBatch(Batch):
         ids_BT = self.document_ids_BT
         begins_BT = ids_BT[:, 1:] != ids_BT[:, :-1]
         return int((ids_BT[:, :1] >= 0).sum() + (begins_BT & (ids_BT[:, 1:] >= 0)).sum())
+
+    def media_metadata(self) -> MediaMetadata:
+        """Where frames of units and clips are."""
+        if self.metadata is not None:
+            return self.metadata.media
+        is_frame_BT = self.modality_BT == Modality.UNITS
+        return MediaMetadata.of(is_frame_BT, self.clip_slots_CS, self.clip_codes_CFK, self.clip_targets_CL)
+
+    def with_metadata(self, multiple: int = 1) -> PackedBatch:
+        """Itself, if it has its metadata, or a copy that has.
+
+        Args:
+            multiple: tokens are rounded up to it; see `SequenceMetadata.of`.
+        """
+        if self.metadata is not None:
+            return self
+        device = self.document_ids_BT.device
+        host = self if device.type == "cpu" else self.to("cpu")
+        metadata = BatchMetadata.of(
+            SequenceMetadata.of(host.document_ids_BT, multiple),
+            host.media_metadata(),
+            host.labels_BT != IGNORE,
+            host.audio_labels_BTK != IGNORE,
+        )
+        return replace(self, metadata=metadata.map(lambda tensor: tensor.to(device)))
 
     @property
     def num_images(self) -> int:

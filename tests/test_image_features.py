@@ -23,6 +23,7 @@ from mmllm.data.samples.decode import ImageTransform
 from mmllm.data.samples.stored import COLUMN, features_hash, unpack_features
 from mmllm.data.shards import encode as sample_files
 from mmllm.data.shards.tar import read_members, scan_tar
+from mmllm.losses.batch import LossFunction
 from mmllm.model.decoder import DecoderConfig
 from mmllm.model.multimodal import AudioConfig
 from mmllm.model.projectors import AudioProjectorConfig, ImageProjectorConfig
@@ -177,7 +178,8 @@ def first_batch(root: Path, name: str) -> PackedBatch:
 def gradients(module: DecoderModule, batch: PackedBatch) -> tuple[float, dict[str, torch.Tensor]]:
     module.zero_grad()
     assert module.model is not None
-    loss = module.model.train()(batch).loss_sums["text"]
+    model = module.model.train()
+    loss = LossFunction(model.config, num_sources=4)(model, model(batch), batch).objective
     loss.backward()
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     assert [name for name, parameter in trained.items() if parameter.grad is None] == []

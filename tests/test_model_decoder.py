@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from mmllm.model.attention import PackedLayout
 from mmllm.model.decoder import Decoder, DecoderConfig
 from mmllm.model.router import MoEConfig, TokenInfo
+from mmllm.sequences import SequenceMetadata
 
 LENGTHS = [[40, 3, 1, 20], [7, 33, 5], [64], [64]]
 """Documents of four packed sequences of 64 positions; the second ends in padding."""
@@ -155,9 +155,9 @@ def test_cached_equals_uncached_with_left_padding(config):
 
 def test_layout_finds_every_token_once():
     _, _, documents_BT = _packed()
-    layout = PackedLayout.build(documents_BT)
-    assert torch.equal(layout.gather_P[layout.scatter_N], torch.arange(layout.tokens_N.numel()))
-    assert layout.scatter_N.unique().numel() == layout.tokens_N.numel() == int((documents_BT >= 0).sum())
+    layout = SequenceMetadata.of(documents_BT)
+    assert torch.equal(layout.gather_P[layout.scatter_Q], torch.arange(layout.tokens_Q.numel()))
+    assert layout.scatter_Q.unique().numel() == layout.tokens_Q.numel() == int((documents_BT >= 0).sum())
     assert sum(count * length for count, length in layout.blocks) == layout.gather_P.numel()
     assert len(layout.blocks) == 2  # up to 32 positions, and up to 64
 

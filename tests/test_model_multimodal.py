@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
+from mmllm.losses.batch import BatchLosses, LossFunction
 from mmllm.model.decoder import DecoderConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
 from mmllm.model.projectors import AudioProjectorConfig, ImageProjectorConfig
@@ -46,8 +47,12 @@ def _model(config: ModelConfig = CONFIG, dtype: torch.dtype = torch.float64) -> 
 
 def _loss(model: MultimodalModel, batch: PackedBatch) -> torch.Tensor:
     """What training minimizes."""
-    output = model(batch)
-    return GlobalTotals.of(output, batch).loss(output, model.loss_weights)
+    losses = _losses(model, batch)
+    return GlobalTotals.of(losses, batch).loss(losses, model.loss_weights)
+
+
+def _losses(model: MultimodalModel, batch: PackedBatch) -> BatchLosses:
+    return LossFunction(model.config, num_sources=2)(model, model(batch), batch)
 
 
 class Documents:
@@ -150,7 +155,7 @@ def _mixed() -> list[list[dict[str, torch.Tensor]]]:
 
 def test_a_mixed_batch_equals_its_parts():
     model, rows = _model(), _mixed()
-    whole = model(pack(rows, 48), num_sources=2)
+    whole = _losses(model, pack(rows, 48))
     logits = model.logits(pack(rows, 48))
     sums, counts, source_sums = {}, {}, 0
     for b, row in enumerate(rows):
@@ -159,14 +164,14 @@ def test_a_mixed_batch_equals_its_parts():
             batch = pack([[document]], len(document["ids"]))
             stop = start + len(document["ids"])
             torch.testing.assert_close(logits[b, start:stop], model.logits(batch)[0], rtol=1e-9, atol=1e-10)
-            part = model(batch, num_sources=2)
+            part = _losses(model, batch)
             for key in ("text", "units", "ctc", "z"):
-                sums[key] = sums.get(key, 0) + part.loss_sums[key]
+                sums[key] = sums.get(key, 0) + part.sums[key]
                 counts[key] = counts.get(key, 0) + part.counts[key]
             source_sums = source_sums + (part.source_sums if d % 2 == 0 else part.source_sums.flip(0))
             start = stop
     for key in sums:
-        torch.testing.assert_close(whole.loss_sums[key], sums[key], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(whole.sums[key], sums[key], rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(whole.counts[key], counts[key])
     torch.testing.assert_close(whole.source_sums, source_sums, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(whole.source_counts.sum(), whole.counts["text"] + whole.counts["units"])
@@ -176,10 +181,10 @@ def test_losses_by_hand():
     model = _model()
     make = Documents(3)
     batch = pack([[make.text(10)], [make.speech(5, 6)]], 16)
-    output = model(batch)
+    output = _losses(model, batch)
     log_probs = model.logits(batch).log_softmax(dim=-1)
     text = -sum(log_probs[0, t, batch.token_ids_BT[0, t + 1]] for t in range(9))
-    torch.testing.assert_close(output.loss_sums["text"].double(), text, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(output.sums["text"].double(), text, rtol=1e-6, atol=1e-6)
     assert output.counts["text"] == 9
     blocks = model.unit_logits(model.hidden(batch))[1].log_softmax(dim=-1)
     units = -log_probs[1, 10, END_OF_SOUND]
@@ -189,7 +194,7 @@ def test_losses_by_hand():
             if batch.audio_labels_BTK[1, t, k] != IGNORE:
                 frame = frame + blocks[t, k, batch.audio_labels_BTK[1, t, k]]
         units = units - frame / K
-    torch.testing.assert_close(output.loss_sums["units"].double(), units, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(output.sums["units"].double(), units, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(output.counts["units"].item(), 6 - 2 / K + 1, rtol=1e-6, atol=0)
     assert output.routing.counts_LME is not None
     by_modality = output.routing.counts_LME.sum(dim=(0, 2)).tolist()

@@ -1,32 +1,40 @@
 """The decoder: pre-norm blocks of grouped-query attention and SwiGLU, dense or a mixture of experts.
 
 Shapes: B sequences, T positions, N tokens of the whole batch (padding removed), D width,
-E experts, L layers with experts, M modalities, V vocabulary.
+Q of them with filler (`mmllm.sequences`), E experts, L layers with experts, M modalities, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmllm.model.attention import Attention, KVCache, PackedLayout, rotary
+from mmllm.model.attend import AttentionBackend, PackedContext, check_backend
+from mmllm.model.attention import Attention, AttentionSettings
+from mmllm.model.cache import KVCache
 from mmllm.model.experts import MLP, MoE
+from mmllm.model.masks import MaskRule
 from mmllm.model.norms import RMSNorm
+from mmllm.model.rope import RopeScaling, rotary
 from mmllm.model.router import MoEConfig, TokenInfo
 from mmllm.model.routing_stats import LayerSums, RoutingStats
+from mmllm.sequences import SequenceMetadata
 
 INIT_STD = 0.02
+FULL, SLIDING = "full_attention", "sliding_attention"
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder.
+    """A decoder. Keys are transformers' where it has the same thing.
 
     Attributes:
         vocab_size: ids in the one id space; `Vocabulary.size`.
@@ -39,8 +47,21 @@ class DecoderConfig:
         moe: the experts; None: every layer is dense.
         moe_layers: which layers have experts: "all", or their indices.
         rope_theta: base of the rotary angles.
+        rope_scaling: how the rotary frequencies are stretched to longer contexts; not in sliding layers where
+            `sliding_rope_theta` is given.
         rms_norm_eps: of every RMSNorm.
-        qk_norm: RMS-normalize queries and keys of each head (as Qwen3 does).
+        qk_norm: RMS-normalize queries and keys over each "head" (as Qwen3 does; true says the same), over the "width"
+            of all heads (OLMoE), or "none" (false).
+        attention_bias: biases of queries, keys and values ("qkv"), of the output too ("all"; true says the same), or
+            "none" (false).
+        layer_types: of each layer "full_attention" or "sliding_attention"; None: all full, or with `sliding_window`
+            all sliding.
+        sliding_window: tokens that a query of a sliding layer sees, itself included.
+        sliding_rope_theta: base of the rotary angles in sliding layers; None: `rope_theta`.
+        prefix: what is seen in both directions: the slots of each picture and sound ("media"), all of a document up to
+            its first target ("prompt"), or nothing ("none").
+        attention_backend: "buckets" of padded documents (any device), torch's "varlen" kernel (a GPU in half
+            precision), "flex" (FlexAttention; any rule), "dense" (for tests); "auto" chooses.
         tie_word_embeddings: the head is the embedding.
         dropout: on the embeddings and on what each block adds, in training.
         gradient_checkpointing: of each block keep its input alone, and compute the rest again for the gradient
@@ -57,15 +78,23 @@ class DecoderConfig:
     moe: MoEConfig | None = None
     moe_layers: Literal["all"] | tuple[int, ...] = "all"
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-5
-    qk_norm: bool = False
+    qk_norm: bool | Literal["none", "head", "width"] = False
+    attention_bias: bool | Literal["none", "qkv", "all"] = False
+    layer_types: tuple[str, ...] | None = None
+    sliding_window: int | None = None
+    sliding_rope_theta: float | None = None
+    prefix: Literal["none", "media", "prompt"] = "none"
+    attention_backend: AttentionBackend = "auto"
     tie_word_embeddings: bool = True
     dropout: float = 0.0
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.moe_layers, list):  # as YAML and JSON give it
-            object.__setattr__(self, "moe_layers", tuple(self.moe_layers))
+        for name in ("moe_layers", "layer_types"):  # lists, as YAML and JSON give them
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"decoder.hidden_size is {self.hidden_size}, which {self.num_attention_heads} heads do not divide; "
@@ -82,6 +111,30 @@ class DecoderConfig:
         wrong = [layer for layer in layers if not 0 <= layer < self.num_hidden_layers]
         if wrong:
             raise ValueError(f"decoder.moe_layers names layer {wrong[0]}; layers are 0 to {self.num_hidden_layers - 1}")
+        self._check_attention()
+
+    def _check_attention(self) -> None:
+        types = self.layer_types
+        if types is not None and len(types) != self.num_hidden_layers:
+            raise ValueError(
+                f"decoder.layer_types has {len(types)} entries; give one for each of the "
+                f"{self.num_hidden_layers} layers"
+            )
+        unknown = [each for each in types or () if each not in (FULL, SLIDING)]
+        if unknown:
+            raise ValueError(f"decoder.layer_types has {unknown[0]!r}; a layer is {FULL!r} or {SLIDING!r}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(
+                f"decoder.sliding_window is {self.sliding_window}; a token sees at least itself: give 1 or more"
+            )
+        if types is not None and (SLIDING in types) != (self.sliding_window is not None):
+            raise ValueError(
+                f"decoder.sliding_window is {self.sliding_window} and layer_types has {types.count(SLIDING)} sliding "
+                f"layers; give both or neither"
+            )
+        if self.sliding_rope_theta is not None and self.sliding_window is None:
+            raise ValueError("decoder.sliding_rope_theta is given, but no layer is sliding; give sliding_window too")
+        check_backend(self.attention_backend, self.prefix != "none")
 
     @property
     def head_channels(self) -> int:
@@ -97,6 +150,45 @@ class DecoderConfig:
         """Whether a layer is a mixture of experts."""
         return self.moe is not None and (self.moe_layers == "all" or layer in self.moe_layers)
 
+    def is_sliding(self, layer: int) -> bool:
+        """Whether a layer's queries see a window of tokens alone."""
+        if self.layer_types is not None:
+            return self.layer_types[layer] == SLIDING
+        return self.sliding_window is not None
+
+    def rope(self, layer: int) -> tuple[float, RopeScaling | None]:
+        """Base and scaling of a layer's rotary angles."""
+        if self.is_sliding(layer) and self.sliding_rope_theta is not None:
+            return self.sliding_rope_theta, None
+        return self.rope_theta, self.rope_scaling
+
+    def rule(self, layer: int) -> MaskRule:
+        """What a layer's queries see."""
+        return MaskRule(self.sliding_window if self.is_sliding(layer) else None, self.prefix != "none")
+
+    def attention(self, layer: int) -> AttentionSettings:
+        """A layer's attention."""
+        return AttentionSettings(
+            hidden_size=self.hidden_size,
+            num_heads=self.num_attention_heads,
+            num_kv_heads=self.kv_heads,
+            head_dim=self.head_channels,
+            qk_norm=self.qk_norm_over,
+            bias=self.bias_of,
+            norm_eps=self.rms_norm_eps,
+            rule=self.rule(layer),
+        )
+
+    @property
+    def qk_norm_over(self) -> Literal["none", "head", "width"]:
+        """`qk_norm` without the short forms."""
+        return {True: "head", False: "none"}.get(self.qk_norm, self.qk_norm)  # pyright: ignore
+
+    @property
+    def bias_of(self) -> Literal["none", "qkv", "all"]:
+        """`attention_bias` without the short forms."""
+        return {True: "all", False: "none"}.get(self.attention_bias, self.attention_bias)  # pyright: ignore
+
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
@@ -106,17 +198,10 @@ class Block(nn.Module):
         self.layer = layer
         self.dropout = config.dropout
         self.is_checkpointed = config.gradient_checkpointing
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.kv_heads,
-            config.head_channels,
-            config.qk_norm,
-            config.rms_norm_eps,
-        )
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.has_experts = config.has_experts(layer)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config.attention(layer))
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if self.has_experts:
             assert config.moe is not None
             self.mlp = MoE(config.hidden_size, config.moe)
@@ -124,17 +209,17 @@ class Block(nn.Module):
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x_ND: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout | KVCache, tokens: TokenInfo
+        self, x_ND: Tensor, cos: Tensor, sin: Tensor, context: PackedContext | KVCache, tokens: TokenInfo
     ) -> tuple[Tensor, LayerSums | None]:
         """The new residual stream, and sums of the routing if the layer has experts and they are wanted."""
         if self.is_checkpointed and torch.is_grad_enabled():
-            return checkpoint(self._forward, x_ND, cos, sin, layout, tokens, use_reentrant=False)
-        return self._forward(x_ND, cos, sin, layout, tokens)
+            return checkpoint(self._forward, x_ND, cos, sin, context, tokens, use_reentrant=False)
+        return self._forward(x_ND, cos, sin, context, tokens)
 
     def _forward(
-        self, x_ND: Tensor, cos: Tensor, sin: Tensor, layout: PackedLayout | KVCache, tokens: TokenInfo
+        self, x_ND: Tensor, cos: Tensor, sin: Tensor, context: PackedContext | KVCache, tokens: TokenInfo
     ) -> tuple[Tensor, LayerSums | None]:
-        attended = self.self_attn(self.input_layernorm(x_ND), cos, sin, layout, self.layer)
+        attended = self.self_attn(self.input_layernorm(x_ND), cos, sin, context, self.layer)
         x_ND = x_ND + F.dropout(attended, self.dropout, self.training)
         normed_ND = self.post_attention_layernorm(x_ND)
         sums = None
@@ -143,6 +228,29 @@ class Block(nn.Module):
         else:
             out_ND = self.mlp(normed_ND)
         return x_ND + F.dropout(out_ND, self.dropout, self.training), sums
+
+
+class Head(nn.Module):
+    """From hidden states to logits, with a weight of its own or the embedding's.
+
+    A loss that never holds all logits runs inside of its forward: sharding gathers the weight for just that.
+    """
+
+    def __init__(self, embed_tokens: nn.Embedding, is_tied: bool):
+        super().__init__()
+        # Not registered a second time: the weight has one name, and one owner that shards and moves it.
+        self._embedding = (embed_tokens,)
+        vocab_size, width = embed_tokens.weight.shape
+        self.register_parameter("weight", None if is_tied else nn.Parameter(torch.empty(vocab_size, width)))
+
+    @property
+    def weight_VD(self) -> Tensor:
+        """The rows, in id order."""
+        return self._embedding[0].weight if self.weight is None else self.weight  # pyright: ignore
+
+    def forward(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], Result] | None = None) -> Tensor | Result:
+        """Logits [..., V], or what `reduce` makes of the hidden states and the weight [V, D]."""
+        return F.linear(hidden, self.weight_VD) if reduce is None else reduce(hidden, self.weight_VD)
 
 
 class Decoder(nn.Module):
@@ -158,16 +266,16 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.lm_head = Head(self.embed_tokens, config.tie_word_embeddings)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal, std 0.02; what writes to the residual stream 1 / sqrt(2 · layers) of that (GPT-2)."""
+        """Normal, std 0.02; what writes to the residual stream 1 / sqrt(2 · layers) of that (GPT-2); biases 0."""
         residual_std = INIT_STD / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
+            if name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 1:
                 nn.init.ones_(parameter)
             else:
                 is_residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
@@ -179,7 +287,7 @@ class Decoder(nn.Module):
     @property
     def head_weight_VD(self) -> Tensor:
         """The head's rows, in id order."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return self.lm_head.weight_VD
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings, [..., D]."""
@@ -187,7 +295,7 @@ class Decoder(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits over the whole vocabulary, [..., V]."""
-        return F.linear(hidden, self.head_weight_VD)
+        return self.lm_head(hidden)
 
     def make_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache on this decoder's device and in its dtype."""
@@ -209,6 +317,7 @@ class Decoder(nn.Module):
         document_ids_BT: Tensor,
         cache: KVCache | None = None,
         modality_BT: Tensor | None = None,
+        spans_BT: Tensor | None = None,
     ) -> tuple[Tensor, RoutingStats]:
         """Hidden states after the final norm (zeros at padding), and the routing.
 
@@ -218,47 +327,81 @@ class Decoder(nn.Module):
             document_ids_BT: -1 for padding; a position sees earlier ones of its own document.
             cache: the keys and values so far; the new ones are appended. Nothing is counted then.
             modality_BT: given, routing is counted by modality too; needed where `moe.modality_experts` is set.
+            spans_BT: the bidirectional span of each position, -1 none; needed where `config.prefix` is set.
         """
-        num_sequences, num_positions, width = x_BTD.shape
         if cache is None:
-            layout: PackedLayout | KVCache = PackedLayout.build(document_ids_BT)
-            tokens_N = layout.tokens_N
-        else:
-            cache.begin(document_ids_BT)
-            layout, tokens_N = cache, None
-        x_ND = _take(x_BTD.flatten(0, 1), tokens_N)
-        positions_N = _take(positions_BT.flatten(), tokens_N)
-        cos, sin = rotary(positions_N, self.config.head_channels, self.config.rope_theta, x_ND.dtype)
-        x_ND = F.dropout(x_ND, self.config.dropout, self.training)
-        tokens = self._token_info(tokens_N, num_positions, num_sequences, modality_BT, is_counted=cache is None)
+            sequences = SequenceMetadata.of(document_ids_BT)
+            hidden_ND, stats = self.packed(x_BTD, positions_BT, sequences, modality_BT, spans_BT)
+            return unpacked(hidden_ND, sequences, x_BTD.shape[:2]), stats
+        cache.begin(document_ids_BT, spans_BT)
+        modality_N = None if modality_BT is None else modality_BT.flatten()
+        x_ND, positions_N = x_BTD.flatten(0, 1), positions_BT.flatten()
+        tokens = TokenInfo(modality_N, is_counted=False)
+        hidden_ND, stats = self._run(x_ND, positions_N, cache, x_ND.shape[0], tokens)
+        cache.end()
+        return hidden_ND.view(x_BTD.shape), stats
+
+    def packed(
+        self,
+        x_BTD: Tensor,
+        positions_BT: Tensor,
+        sequences: SequenceMetadata,
+        modality_BT: Tensor | None = None,
+        spans_BT: Tensor | None = None,
+    ) -> tuple[Tensor, RoutingStats]:
+        """As `forward` without a cache, of documents that are known: asks the device nothing.
+
+        Returns:
+            Hidden states of the `sequences.size` tokens, [Q, D], and the routing of the real ones.
+        """
+        x_QD, positions_Q = _taken(x_BTD.flatten(0, 1), sequences), _taken(positions_BT.flatten(), sequences)
+        modality_Q = None if modality_BT is None else _taken(modality_BT.flatten(), sequences)
+        spans_Q = None if spans_BT is None else _taken(spans_BT.flatten(), sequences)
+        if self.config.prefix != "none" and spans_Q is None:
+            raise ValueError(f"decoder.prefix is {self.config.prefix!r}, but no spans were given; pass spans_BT")
+        dtype = x_QD.dtype
+        if torch.is_autocast_enabled(x_QD.device.type):
+            dtype = torch.get_autocast_dtype(x_QD.device.type)
+        context = PackedContext(sequences, self.config.attention_backend, spans_Q, dtype)
+        for layer in range(self.config.num_hidden_layers):
+            context.prepare(self.config.rule(layer))
+        moe = self.config.moe
+        sequence_Q = None if moe is None or not moe.counts_by_sequence else sequences.tokens_Q // x_BTD.shape[1]
+        is_real_Q = None
+        if sequences.num_tokens != x_QD.shape[0]:
+            is_real_Q = torch.arange(x_QD.shape[0], device=x_QD.device) < sequences.num_tokens
+        tokens = TokenInfo(modality_Q, sequence_Q, x_BTD.shape[0], is_real_Q)
+        return self._run(x_QD, positions_Q, context, sequences.num_tokens, tokens)
+
+    def _run(
+        self,
+        x_QD: Tensor,
+        positions_Q: Tensor,
+        context: PackedContext | KVCache,
+        num_tokens: int,
+        tokens: TokenInfo,
+    ) -> tuple[Tensor, RoutingStats]:
+        config = self.config
+        ropes = {config.rope(layer) for layer in range(config.num_hidden_layers)}
+        angles = {rope: rotary(positions_Q, config.head_channels, rope[0], x_QD.dtype, rope[1]) for rope in ropes}
+        x_QD = F.dropout(x_QD, config.dropout, self.training)
         by_layer: dict[int, LayerSums] = {}
         for layer, block in enumerate(self.layers):
-            x_ND, sums = block(x_ND, cos, sin, layout, tokens)
+            x_QD, sums = block(x_QD, *angles[config.rope(layer)], context, tokens)
             if sums is not None:
                 by_layer[layer] = sums
-        hidden_ND = self.norm(x_ND)
-        if cache is not None:
-            cache.end()
-        stats = RoutingStats.of(self.config.moe, by_layer, tokens, x_ND.shape[0], x_ND)
-        if tokens_N is not None and tokens_N.numel() != num_sequences * num_positions:
-            padded = hidden_ND.new_zeros(num_sequences * num_positions, width)
-            hidden_ND = padded.index_copy(0, tokens_N, hidden_ND)
-        return hidden_ND.view(num_sequences, num_positions, width), stats
-
-    def _token_info(
-        self,
-        tokens_N: Tensor | None,
-        num_positions: int,
-        num_sequences: int,
-        modality_BT: Tensor | None,
-        is_counted: bool,
-    ) -> TokenInfo:
-        modality_N = None if modality_BT is None else _take(modality_BT.flatten(), tokens_N)
-        sequence_N = None
-        if is_counted and tokens_N is not None and self.config.moe is not None and self.config.moe.counts_by_sequence:
-            sequence_N = tokens_N // num_positions
-        return TokenInfo(modality_N, sequence_N, num_sequences, is_counted=is_counted)
+        return self.norm(x_QD), RoutingStats.of(config.moe, by_layer, tokens, num_tokens, x_QD)
 
 
-def _take(x: Tensor, indices_N: Tensor | None) -> Tensor:
-    return x if indices_N is None or indices_N.numel() == x.shape[0] else x[indices_N]
+def _taken(x: Tensor, sequences: SequenceMetadata) -> Tensor:
+    return x if sequences.num_tokens == x.shape[0] else x.index_select(0, sequences.tokens_Q)
+
+
+def unpacked(hidden_QD: Tensor, sequences: SequenceMetadata, shape: torch.Size) -> Tensor:
+    """Hidden states where their tokens were, [B, T, D], zeros at padding."""
+    hidden_ND, tokens_N = hidden_QD[: sequences.num_tokens], sequences.tokens_Q[: sequences.num_tokens]
+    if sequences.num_tokens != shape.numel():
+        padded = hidden_ND.new_zeros(shape.numel(), hidden_ND.shape[1])
+        hidden_ND = padded.index_copy(0, tokens_N, hidden_ND)
+    return hidden_ND.view(*shape, -1)
+

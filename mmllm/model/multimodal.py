@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
-from mmllm.model.attention import KVCache
+from mmllm.model.cache import KVCache
 from mmllm.model.config import config_from_dict, config_to_dict
 from mmllm.model.decoder import INIT_STD, Decoder, DecoderConfig
 from mmllm.model.projectors import (
@@ -30,6 +30,7 @@ from mmllm.model.projectors import (
 )
 from mmllm.model.routing_stats import RoutingStats
 from mmllm.model.vision import VisionConfig, VisionTower
+from mmllm.sequences import BatchMetadata, MediaMetadata
 from mmllm_tokenizers.vocab import AUDIO_END, PAD, SPECIAL_TOKENS
 
 AUDIO_END_ID = SPECIAL_TOKENS.index(AUDIO_END)
@@ -60,14 +61,27 @@ class LossConfig:
     Attributes:
         text: weight of text targets.
         units: weight of unit targets and the end of sound.
+        codebook_weights: what each codebook weighs in a frame's loss, in relation to the others; None: all alike.
+        source_weights: factors of the losses of sources, by their names in the recipe; 1 for those not named.
         ctc: weight of the auxiliary CTC loss on clips that are heard; 0: no CTC head.
+        head_z_loss_coef: weight of the z-loss on the head's softmax, logsumexp² (PaLM, arXiv 2204.02311: 1e-4).
+        cross_entropy: which implementation: "chunked" never holds all logits, "full" does, "torch" and "liger" are
+            those libraries'; "auto" chooses.
         word_dropout: in training, share of target text tokens that are hidden where they are inputs.
     """
 
     text: float = 1.0
     units: float = 1.0
+    codebook_weights: tuple[float, ...] | None = None
+    source_weights: dict[str, float] | None = None
     ctc: float = 0.0
+    head_z_loss_coef: float = 0.0
+    cross_entropy: Literal["auto", "chunked", "full", "torch", "liger"] = "auto"
     word_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.codebook_weights, list):  # as YAML and JSON give it
+            object.__setattr__(self, "codebook_weights", tuple(self.codebook_weights))
 
 
 @dataclass(frozen=True)
@@ -106,20 +120,16 @@ class ModelConfig:
 
 @dataclass
 class ModelOutput:
-    """Sums and counts, not means, so that ranks and accumulated batches can be added."""
+    """What the model makes of a batch; losses are elsewhere."""
 
-    loss_sums: dict[str, Tensor]
-    """Differentiable scalars: "text", "units" (nats over targets), "ctc" (over clips), "balance", "z"
-    (the batch's losses times its number of tokens)."""
-    counts: dict[str, Tensor]
-    """float32 scalars, what each sum is divided by. "units": a frame counts 1 when all K codes are targets."""
-    source_sums: Tensor
-    """[num_sources] text and units together, detached."""
-    source_counts: Tensor
-    """[num_sources]."""
+    hidden_QD: Tensor
+    """After the final norm, of the tokens that `metadata.sequences` lists."""
+    metadata: BatchMetadata
+    clips_CSD: Tensor | None
+    """What clips that are heard put into their slots; None: there are none."""
     routing: RoutingStats
-    num_correct: Tensor
-    """Text targets whose logit is the largest."""
+    zero: Tensor
+    """0, with a gradient of 0 for every parameter that this batch may not have used: part of any loss."""
 
 
 class MultimodalModel(nn.Module):
@@ -219,11 +229,16 @@ class MultimodalModel(nn.Module):
             )
         return self.image_projector(features_NPC.to(self.image_projector.row_embedding.dtype))
 
-    def clip_embedding(self, codes_CFK: Tensor) -> Tensor:
-        """Codes of clips that are heard, -1 behind each end, to slots [C, ceil(F / pool), D]."""
+    def clip_embedding(self, codes_CFK: Tensor, num_frames: tuple[int, ...] | None = None) -> Tensor:
+        """Codes of clips that are heard, -1 behind each end, to slots [C, ceil(F / pool), D].
+
+        Args:
+            codes_CFK: the codes.
+            num_frames: of each clip; None: the device is asked.
+        """
         if self.clip_projector is None or self.code_embedding is None:
             raise ValueError("this model has no audio; give it no sound, or set model.audio")
-        return self.clip_projector(codes_CFK, self.code_embedding)
+        return self.clip_projector(codes_CFK, self.code_embedding, num_frames)
 
     def unit_embedding(self, codes: Tensor) -> Tensor:
         """What a frame of units is as an input: [..., K] patterned codes (-1: none) to [..., D]."""
@@ -233,9 +248,9 @@ class MultimodalModel(nn.Module):
 
     def splice(self, batch: PackedBatch) -> Tensor:
         """Input embeddings [B, T, D]: tokens, with images, clips and frames of units in their places."""
-        return self._splice(batch)[0]
+        return self._splice(batch, batch.media_metadata())[0]
 
-    def _splice(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
+    def _splice(self, batch: PackedBatch, media: MediaMetadata) -> tuple[Tensor, Tensor | None]:
         """The input embeddings, and the clips' slots (for CTC)."""
         num_sequences, num_positions = batch.token_ids_BT.shape
         x_BTD = self.decoder.embed(batch.token_ids_BT)
@@ -256,19 +271,17 @@ class MultimodalModel(nn.Module):
             x_PD = x_PD + self.image_embedding(blank_1CHW).sum().to(x_PD.dtype) * 0.0
         clips_CSD = None
         if batch.clip_codes_CFK.shape[0]:
-            clips_CSD = self.clip_embedding(batch.clip_codes_CFK)
+            clips_CSD = self.clip_embedding(batch.clip_codes_CFK, media.clip_frames)
             if clips_CSD.shape[:2] != batch.clip_slots_CS.shape:
                 raise ValueError(
                     f"the batch has {list(batch.clip_slots_CS.shape)} clip slots, but the model fills "
                     f"{list(clips_CSD.shape[:2])}; set audio.projector.pool to the tokenizer folder's audio_pool"
                 )
-            slots = batch.clip_slots_CS.flatten()
-            real = (slots >= 0).nonzero().squeeze(1)
-            x_PD = x_PD.index_copy(0, slots[real], clips_CSD.flatten(0, 1)[real].to(x_PD.dtype))
-        units = (batch.modality_BT == Modality.UNITS).flatten().nonzero().squeeze(1)
-        if units.numel():
-            frames = self.unit_embedding(batch.audio_codes_BTK.flatten(0, 1)[units])
-            x_PD = x_PD.index_copy(0, units, frames.to(x_PD.dtype))
+            slots_R = batch.clip_slots_CS.flatten()[media.clip_slots_R]
+            x_PD = x_PD.index_copy(0, slots_R, clips_CSD.flatten(0, 1)[media.clip_slots_R].to(x_PD.dtype))
+        if len(media.frames_F):
+            frames_FD = self.unit_embedding(batch.audio_codes_BTK.flatten(0, 1)[media.frames_F])
+            x_PD = x_PD.index_copy(0, media.frames_F, frames_FD.to(x_PD.dtype))
         return x_PD.view(num_sequences, num_positions, -1), clips_CSD
 
     def _hidden_words(self, batch: PackedBatch) -> Tensor:
@@ -278,9 +291,21 @@ class MultimodalModel(nn.Module):
         random_BT = torch.rand(is_text_BT.shape, device=is_text_BT.device)
         return was_target_BT & is_text_BT & (random_BT < self.config.loss.word_dropout)
 
+    def spans(self, batch: PackedBatch) -> Tensor | None:
+        """Which positions see each other in both directions, int64 [B, T] (-1: none); None where none ever do."""
+        match self.config.decoder.prefix:
+            case "media":
+                return _media_spans(batch)
+            case "prompt":
+                return _prompt_spans(batch)
+        return None
+
     def hidden(self, batch: PackedBatch, cache: KVCache | None = None) -> Tensor:
         """Hidden states after the final norm, [B, T, D]."""
-        return self.decoder(self.splice(batch), batch.positions_BT, batch.document_ids_BT, cache, batch.modality_BT)[0]
+        x_BTD, spans_BT = self.splice(batch), self.spans(batch)
+        return self.decoder(
+            x_BTD, batch.positions_BT, batch.document_ids_BT, cache, batch.modality_BT, spans_BT=spans_BT
+        )[0]
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """Logits over the whole vocabulary at every position, [B, T, V]: for tests, not for training."""
@@ -293,96 +318,21 @@ class MultimodalModel(nn.Module):
         logits = F.linear(hidden, self.decoder.head_weight_VD[self.config.num_text :])
         return logits.unflatten(-1, (audio.num_codebooks, audio.codebook_size + 1))
 
-    def forward(self, batch: PackedBatch, num_sources: int | None = None) -> ModelOutput:
-        """Losses of a batch, as sums and counts.
+    def forward(self, batch: PackedBatch) -> ModelOutput:
+        """Hidden states and routing of a batch. `mmllm.losses` makes losses of them.
 
         Args:
-            batch: packed documents.
-            num_sources: length of the per-source sums; None: the highest source of this batch, plus one.
+            batch: packed documents; with its metadata, nothing waits for the device.
         """
-        x_BTD, clips_CSD = self._splice(batch)
-        hidden_BTD, routing = self.decoder(
-            x_BTD, batch.positions_BT, batch.document_ids_BT, modality_BT=batch.modality_BT
+        batch = batch.with_metadata()
+        assert batch.metadata is not None
+        x_BTD, clips_CSD = self._splice(batch, batch.metadata.media)
+        hidden_QD, routing = self.decoder.packed(
+            x_BTD, batch.positions_BT, batch.metadata.sequences, batch.modality_BT, self.spans(batch)
         )
-        has_target_BT = batch.labels_BT != IGNORE
-        if self.config.audio is not None:
-            has_target_BT = has_target_BT | (batch.audio_labels_BTK != IGNORE).any(dim=-1)
-        targets_M = has_target_BT.flatten().nonzero().squeeze(1)
-        losses_M, weights_M, is_units_M, num_correct = self._token_losses(batch, hidden_BTD, targets_M)
-        sums = {"text": losses_M[~is_units_M].sum(), "units": losses_M[is_units_M].sum()}
-        counts = {"text": weights_M[~is_units_M].sum(), "units": weights_M[is_units_M].sum()}
-        sums["ctc"], counts["ctc"] = self._ctc_loss(batch, clips_CSD)
-        counts["balance"] = counts["z"] = weights_M.new_tensor(float(routing.num_tokens))
-        sums["balance"], sums["z"] = routing.balance_loss() * routing.num_tokens, routing.z_loss() * routing.num_tokens
-        sums["text"] = sums["text"] + self._touch_unused(batch)
-        source_M = batch.source_BT.flatten()[targets_M].clamp(min=0)
-        num_sources = max(int(batch.source_BT.max()) + 1, 1) if num_sources is None else num_sources
-        empty = losses_M.new_zeros(num_sources)
-        return ModelOutput(
-            loss_sums=sums,
-            counts=counts,
-            source_sums=empty.index_add(0, source_M, losses_M.detach()),
-            source_counts=empty.index_add(0, source_M, weights_M),
-            routing=routing,
-            num_correct=num_correct,
-        )
-
-    def _token_losses(
-        self, batch: PackedBatch, hidden_BTD: Tensor, targets_M: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss [M], weight [M] and kind of each target, and how many text targets were the best guess.
-
-        Codebook 0 and text go through the full softmax, codebook k > 0 through its own block of the
-        head; a frame's loss is the sum over its K codes divided by K.
-        """
-        hidden_MD = hidden_BTD.flatten(0, 1)[targets_M]
-        labels_M = batch.labels_BT.flatten()[targets_M]
-        logits_MV = self.decoder.head(hidden_MD)
-        losses_M = F.cross_entropy(logits_MV.float(), labels_M, ignore_index=IGNORE, reduction="none")
-        is_code_M = labels_M >= self.config.num_text
-        is_units_M = is_code_M | (labels_M == AUDIO_END_ID) | (labels_M == IGNORE)
-        with torch.no_grad():
-            num_correct = ((logits_MV.argmax(dim=-1) == labels_M) & ~is_units_M).sum()
-        weights_M = (labels_M != IGNORE).to(losses_M.dtype)
-        if self.config.audio is None:
-            return losses_M, weights_M, is_units_M, num_correct
-        num_codebooks, block = self.config.audio.num_codebooks, self.config.audio.codebook_size + 1
-        share_M = torch.where(is_code_M, 1 / num_codebooks, 1.0)
-        losses_M, weights_M = losses_M * share_M, weights_M * share_M
-        codes_MK = batch.audio_labels_BTK.flatten(0, 1)[targets_M]
-        frames_U = (codes_MK[:, 1:] != IGNORE).any(dim=-1).nonzero().squeeze(1)
-        if num_codebooks == 1 or not frames_U.numel():
-            return losses_M, weights_M, is_units_M, num_correct
-        codes_UK = codes_MK[frames_U][:, 1:]
-        head_RD = self.decoder.head_weight_VD[self.config.num_text + block :]
-        logits_UKV = F.linear(hidden_MD[frames_U], head_RD).unflatten(-1, (num_codebooks - 1, block))
-        losses_UK = F.cross_entropy(
-            logits_UKV.flatten(0, 1).float(), codes_UK.flatten(), ignore_index=IGNORE, reduction="none"
-        ).view_as(codes_UK)
-        losses_M = losses_M.index_add(0, frames_U, losses_UK.sum(dim=1) / num_codebooks)
-        counted_U = (codes_UK != IGNORE).sum(dim=1).to(weights_M.dtype)
-        return losses_M, weights_M.index_add(0, frames_U, counted_U / num_codebooks), is_units_M, num_correct
-
-    def _ctc_loss(self, batch: PackedBatch, clips_CSD: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Sum over clips with a transcript, each divided by its length, and their number."""
-        zero = self.decoder.embed_tokens.weight.new_zeros((), dtype=torch.float32)
-        if self.ctc_head is None or clips_CSD is None:
-            return zero, zero
-        target_lengths_C = (batch.clip_targets_CL >= 0).sum(dim=1)
-        rows = (target_lengths_C > 0).nonzero().squeeze(1)
-        if not rows.numel():
-            return zero, zero
-        log_probs_CSV = self.ctc_head(clips_CSD[rows]).float().log_softmax(dim=-1)
-        losses_C = F.ctc_loss(
-            log_probs_CSV.transpose(0, 1),
-            batch.clip_targets_CL[rows].clamp(min=0),
-            (batch.clip_slots_CS[rows] >= 0).sum(dim=1),
-            target_lengths_C[rows],
-            blank=PAD_ID,
-            reduction="none",
-            zero_infinity=True,
-        )
-        return (losses_C / target_lengths_C[rows]).sum(), zero + rows.numel()
+        if clips_CSD is not None:
+            clips_CSD = clips_CSD.clone()  # FSDP2 hooks itself to outputs, which it can't do to a view
+        return ModelOutput(hidden_QD, batch.metadata, clips_CSD, routing, self._touch_unused(batch))
 
     def _touch_unused(self, batch: PackedBatch) -> Tensor:
         """Zero, through every parameter that this batch may not have used.
@@ -399,3 +349,28 @@ class MultimodalModel(nn.Module):
             parameters.append(self.mask_embedding)
         zero = self.decoder.head_weight_VD[0, 0] * 0.0
         return zero + sum((parameter.sum() * 0.0 for parameter in parameters), start=zero)
+
+
+def _media_spans(batch: PackedBatch) -> Tensor:
+    """Each picture's slots and each clip's are one span."""
+    modality_BT = batch.modality_BT
+    is_media_BT = (modality_BT == Modality.IMAGE) | (modality_BT == Modality.AUDIO)
+    before_BT = F.pad(modality_BT, (1, 0), value=-1)[:, :-1]
+    begins = ((modality_BT != before_BT) | (batch.positions_BT == 0)).flatten()
+    for slots in (batch.image_slots_NS, batch.clip_slots_CS):
+        if slots.numel():  # two pictures may follow each other without a word between
+            begins = begins.index_fill(0, slots[:, 0].clamp(min=0), True)
+    spans_BT = begins.long().cumsum(0).view_as(modality_BT)
+    return torch.where(is_media_BT, spans_BT, -1)
+
+
+def _prompt_spans(batch: PackedBatch) -> Tensor:
+    """All of a document up to the position that predicts its first target."""
+    has_target_BT = batch.labels_BT != IGNORE
+    if batch.audio_labels_BTK.shape[-1]:
+        has_target_BT = has_target_BT | (batch.audio_labels_BTK != IGNORE).any(dim=-1)
+    earlier_BT = has_target_BT.long().cumsum(dim=1) - has_target_BT.long()
+    begins_BT = batch.positions_BT == 0
+    at_begin_BT = torch.where(begins_BT, earlier_BT, 0).cummax(dim=1).values
+    is_prompt_BT = (earlier_BT == at_begin_BT) & (batch.document_ids_BT >= 0)
+    return torch.where(is_prompt_BT, batch.document_ids_BT, -1)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmllm.sequences import clip_frames
 from mmllm_tokenizers.spectrum import FrameSpectrum
 
 POSITION_STD = 0.2
@@ -307,8 +308,14 @@ class AudioProjector(nn.Module):
         else:
             self.project = nn.Linear(inner if config.kind == "conv" else latent_width * config.pool, width)
 
-    def forward(self, codes_CFK: Tensor, embedding: CodeEmbedding) -> Tensor:
-        """[C, ceil(F / pool), D]; -1 codes pad a clip's end."""
+    def forward(self, codes_CFK: Tensor, embedding: CodeEmbedding, num_frames: tuple[int, ...] | None = None) -> Tensor:
+        """[C, ceil(F / pool), D]; -1 codes pad a clip's end.
+
+        Args:
+            codes_CFK: the codes.
+            embedding: of the codes.
+            num_frames: of each clip; None: the device is asked.
+        """
         mask_CF1 = (codes_CFK[..., :1] >= 0).to(embedding.table.weight.dtype)
         if self.training:
             codes_CFK = self._drop_codebooks(codes_CFK)
@@ -331,31 +338,37 @@ class AudioProjector(nn.Module):
         if self.config.kind != "conv":
             return self.project(x_CFL.unflatten(1, (-1, pool)).flatten(2))
         is_frame_CSB = F.pad(mask_CF1[..., 0], (0, missing)).unflatten(1, (-1, pool))
-        return self.project(self._convolved(x_CFL.unflatten(1, (-1, pool)), is_frame_CSB))
+        num_frames = clip_frames(codes_CFK) if num_frames is None else num_frames
+        return self.project(self._convolved(x_CFL.unflatten(1, (-1, pool)), is_frame_CSB, num_frames))
 
-    def _convolved(self, x_CSBL: Tensor, is_frame_CSB: Tensor) -> Tensor:
+    def _convolved(self, x_CSBL: Tensor, is_frame_CSB: Tensor, num_frames: tuple[int, ...]) -> Tensor:
         """Convolves the clips laid end to end, zeros between them: padding short clips to the longest costs more."""
-        gap = max(self.config.kernel_size // 2, 1)
-        slots_S = torch.arange(x_CSBL.shape[1], device=x_CSBL.device)
-        is_real_CS = is_frame_CSB[..., 0] > 0
-        num_slots_C = is_real_CS.sum(dim=1)
-        starts_C = (num_slots_C + gap).cumsum(0) - num_slots_C - gap
-        places_R = (starts_C[:, None] + slots_S)[is_real_CS]
-        num_places = int(num_slots_C.sum()) + gap * len(num_slots_C)
-        x_RBL = x_CSBL[is_real_CS]
+        num_clips, num_slots = x_CSBL.shape[:2]
+        rows, places, num_places = self._laid_out(num_frames, num_slots)
+        rows_R, places_R = rows.to(x_CSBL.device, non_blocking=True), places.to(x_CSBL.device, non_blocking=True)
+        x_RBL = x_CSBL.flatten(0, 1).index_select(0, rows_R)
         is_slot_P1 = x_RBL.new_zeros(num_places, 1).index_fill(0, places_R, 1.0)
         if self.picture is not None:
             x_PBL = x_RBL.new_zeros(num_places, *x_RBL.shape[1:]).index_copy(0, places_R, x_RBL)
-            is_frame_PB = x_RBL.new_zeros(num_places, x_RBL.shape[1]).index_copy(0, places_R, is_frame_CSB[is_real_CS])
+            is_frame_RB = is_frame_CSB.flatten(0, 1).index_select(0, rows_R)
+            is_frame_PB = x_RBL.new_zeros(num_places, x_RBL.shape[1]).index_copy(0, places_R, is_frame_RB)
             x_RBL = self.picture(x_PBL, is_frame_PB)[places_R]
         x_RW = self.stem(x_RBL.flatten(1))
         x_PW = x_RW.new_zeros(num_places, x_RW.shape[1]).index_copy(0, places_R, x_RW)
         for block in self.blocks:
             x_PW = block(x_PW, is_slot_P1)
         x_RW = self.norm(x_PW[places_R])
-        rows_R = is_real_CS.flatten().nonzero().squeeze(1)
-        x_NW = x_RW.new_zeros(is_real_CS.numel(), x_RW.shape[1]).index_copy(0, rows_R, x_RW)
-        return x_NW.unflatten(0, is_real_CS.shape)
+        x_NW = x_RW.new_zeros(num_clips * num_slots, x_RW.shape[1]).index_copy(0, rows_R, x_RW)
+        return x_NW.unflatten(0, (num_clips, num_slots))
+
+    def _laid_out(self, num_frames: tuple[int, ...], num_slots: int) -> tuple[Tensor, Tensor, int]:
+        """Of each slot that a clip fills: its row in C·S, and its place where they lie end to end; and all places."""
+        gap = max(self.config.kernel_size // 2, 1)
+        slots_C = -(torch.tensor(num_frames, dtype=torch.int64) // -self.config.pool)
+        starts_C = (slots_C + gap).cumsum(0) - slots_C - gap
+        clip_R = torch.repeat_interleave(slots_C)
+        slot_R = torch.arange(len(clip_R)) - (slots_C.cumsum(0) - slots_C)[clip_R]
+        return clip_R * num_slots + slot_R, starts_C[clip_R] + slot_R, int(slots_C.sum()) + gap * len(slots_C)
 
     def _drop_codebooks(self, codes_CFK: Tensor) -> Tensor:
         num_codebooks = codes_CFK.shape[2]

@@ -24,8 +24,9 @@ from mmllm.data.samples.stored import features_hash
 from mmllm.inference.card import ModelInfo
 from mmllm.inference.folder import check_replaceable, save_model
 from mmllm.inference.settings import GenerationConfig
+from mmllm.losses.batch import TASKS, BatchLosses, LossFunction
 from mmllm.model.decoder import DecoderConfig
-from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, ModelOutput, MultimodalModel
+from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
 from mmllm.model.projectors import ImageProjectorConfig
 from mmllm.model.vision import VisionConfig
 from mmllm.parallel.clipping import clip_
@@ -45,8 +46,6 @@ log = logging.getLogger(__name__)
 
 MAX_UNNAMED_SOURCES = 64
 """Sources told apart when the data module doesn't name them."""
-
-TASK_LOSSES = ("text", "units")
 
 
 class DecoderModule(StagedModule):
@@ -111,8 +110,9 @@ class DecoderModule(StagedModule):
         self.moe_layers: tuple[int, ...] = ()
         self._whole: MultimodalModel | None = None
         self._source_names: list[str] = []
-        self._first_targets = 0.0
-        self._accumulated_targets = 0.0
+        self._first_targets = self._accumulated_targets = torch.zeros(())
+        self._num_accumulated = 0
+        self._loss_function: LossFunction | None = None
         self._val_sums: dict[str, Tensor] = {}
 
     # --- building ---------------------------------------------------------------------------------------------
@@ -198,8 +198,8 @@ class DecoderModule(StagedModule):
     def on_fit_start(self) -> None:
         """Checks that the data was made with this tokenizer and tower, and asks for its sources' names."""
         super().on_fit_start()
-        self._first_targets = self._accumulated_targets = 0.0  # an earlier fit may have ended before its step
-        self._source_names = list(getattr(self._data, "source_names", None) or [])
+        self._num_accumulated = 0  # an earlier fit may have ended before its step
+        self._name_sources()
         data_folder = getattr(self._data, "folder", None)
         if self.folder is not None and data_folder is not None and data_folder.hash != self.folder.hash:
             raise ValueError(
@@ -211,11 +211,17 @@ class DecoderModule(StagedModule):
     def on_validation_start(self) -> None:
         """Checks the data where nothing was fitted before."""
         if self.trainer.validating:
+            self._name_sources()
             self._check_features()
 
     def on_test_start(self) -> None:
         """As before validation alone."""
+        self._name_sources()
         self._check_features()
+
+    def _name_sources(self) -> None:
+        self._source_names = list(getattr(self._data, "source_names", None) or [])
+        self._loss_function = None
 
     def _check_features(self) -> None:
         """Refuses stored image features that this tower would not give."""
@@ -242,21 +248,21 @@ class DecoderModule(StagedModule):
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> dict[str, Any]:
         """The loss of one packed batch; also counts routing by modality."""
-        output = self._built()(batch, num_sources=self._num_sources)
-        totals = GlobalTotals.of(output, batch, self.batch_group)
-        loss = totals.loss(output, self._built().loss_weights)
+        losses = self._losses_of(batch)
+        totals = GlobalTotals.of(losses, batch, self.batch_group)
+        loss = totals.loss(losses, self._built().loss_weights)
         self._accumulate(totals.num_targets)
         scale = self.num_batch_ranks * self.trainer.accumulate_grad_batches * totals.num_targets
-        self._record(output, totals)
-        self.log("loss", totals.task_loss(self._built().loss_weights), prog_bar=True, logger=False)
+        self._record(losses, totals)
+        self.log("loss", totals.task_loss, prog_bar=True, logger=False)
         return {"loss": loss * (scale / self._first_targets)}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turns the sum over accumulated batches into a mean over all their targets."""
-        if self._accumulated_targets != self._first_targets:
+        if self._num_accumulated > 1:
             grads = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in _gradients(optimizer)]
             torch._foreach_mul_(grads, self._first_targets / self._accumulated_targets)
-        self._first_targets = self._accumulated_targets = 0.0
+        self._num_accumulated = 0
 
     def configure_gradient_clipping(
         self,
@@ -276,14 +282,20 @@ class DecoderModule(StagedModule):
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Adds up sums and counts."""
-        output = self._built()(batch, num_sources=self._num_sources)
-        totals = GlobalTotals.of(output, batch, self.batch_group)
+        totals = GlobalTotals.of(self._losses_of(batch), batch, self.batch_group)
         for name, value in {
             **{f"{key}_sum": value for key, value in totals.sums.items()},
             **{f"{key}_count": value for key, value in totals.counts.items()},
             "num_correct": totals.num_correct,
         }.items():
             self._val_sums[name] = self._val_sums.get(name, torch.zeros_like(value)) + value
+
+    def _losses_of(self, batch: PackedBatch) -> BatchLosses:
+        if self._loss_function is None:
+            config = self._built().config
+            self._loss_function = LossFunction(config, self._source_names, MAX_UNNAMED_SOURCES)
+        output = self._built()(batch)
+        return self._loss_function(self._built(), output, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the means over all validation data of all ranks."""
@@ -298,48 +310,49 @@ class DecoderModule(StagedModule):
         self._log_means("test")
 
     def _log_means(self, split: str) -> None:
+        """The losses that training logs, by the same weights."""
         sums, self._val_sums = self._val_sums, {}
         if not sums:
             return
-        means = {key: sums[f"{key}_sum"] / sums[f"{key}_count"].clamp(min=1) for key in TASK_LOSSES}
-        present = {key: mean for key, mean in means.items() if sums[f"{key}_count"] > 0}
-        total = sum((sums[f"{key}_sum"] for key in TASK_LOSSES), start=torch.zeros(()))
-        count = sum((sums[f"{key}_count"] for key in TASK_LOSSES), start=torch.zeros(()))
-        present["loss"] = total / count.clamp(min=1)
+        keys = {"loss": "task", **{key: key for key in TASKS}}
+        present = {
+            name: sums[f"{key}_sum"] / sums[f"{key}_count"] for name, key in keys.items() if sums[f"{key}_count"] > 0
+        }
         if sums["text_count"] > 0:
             present["text_accuracy"] = sums["num_correct"] / sums["text_count"]
         self.log_dict({f"{split}/{name}": value.float() for name, value in present.items()})
 
-    def _accumulate(self, num_targets: float) -> None:
-        num_targets = max(num_targets, 1.0)
-        self._first_targets = self._first_targets or num_targets
-        self._accumulated_targets += num_targets
+    def _accumulate(self, num_targets: Tensor) -> None:
+        if not self._num_accumulated:
+            self._first_targets = num_targets
+            self._accumulated_targets = torch.zeros_like(num_targets)
+        self._accumulated_targets = self._accumulated_targets + num_targets
+        self._num_accumulated += 1
 
     def _built(self) -> MultimodalModel:
         assert self.model is not None, "configure_model runs before any step"
         return self.model
 
-    @property
-    def _num_sources(self) -> int:
-        return len(self._source_names) or MAX_UNNAMED_SOURCES
-
     # --- metrics ----------------------------------------------------------------------------------------------
 
-    def _record(self, output: ModelOutput, totals: GlobalTotals) -> None:
-        sums: dict[str, Tensor | float] = {f"loss/{key}": value for key, value in totals.sums.items()}
-        counts: dict[str, Tensor | float] = {f"loss/{key}": value for key, value in totals.counts.items()}
-        for index in range(self._num_sources):
+    def _record(self, losses: BatchLosses, totals: GlobalTotals) -> None:
+        sums: dict[str, Tensor | float] = {f"loss/{key}": value for key, value in totals.sums.items() if key != "task"}
+        counts: dict[str, Tensor | float] = {f"loss/{key}": totals.counts[key] for key in totals.sums if key != "task"}
+        sums["loss"], counts["loss"] = totals.sums["task"], totals.counts["task"]
+        for index in range(len(totals.source_sums)):
             name = self._source_names[index] if self._source_names else str(index)
             sums[f"loss/source/{name}"] = totals.source_sums[index]
             counts[f"loss/source/{name}"] = totals.source_counts[index]
         sums |= {"text_accuracy": totals.num_correct, "padding_share": totals.num_positions - totals.num_tokens}
         counts |= {"text_accuracy": totals.counts["text"], "padding_share": totals.num_positions}
         sums["tokens"], counts["tokens"] = totals.num_tokens, 1.0
+        if self._built().config.loss.ctc:
+            sums["ctc_left_out"], counts["ctc_left_out"] = totals.num_ctc_left_out, 1.0
         self.window.add(sums, counts)
-        if output.routing.counts_LME is not None and output.routing.layers:
-            self.moe_layers = output.routing.layers
+        if losses.routing.counts_LME is not None and losses.routing.layers:
+            self.moe_layers = losses.routing.layers
             previous = self.routing_counts_LME
-            counts_LME = output.routing.counts_LME.detach()
+            counts_LME = losses.routing.counts_LME.detach()
             self.routing_counts_LME = counts_LME if previous is None else previous + counts_LME
 
     def window_metrics(self) -> dict[str, float]:
@@ -388,7 +401,7 @@ class DecoderModule(StagedModule):
 
 @dataclasses.dataclass
 class GlobalTotals:
-    """Detached sums and counts of a batch over all ranks, in one all-reduce."""
+    """Detached sums and counts of a batch over all ranks, in one all-reduce; all stay on the device."""
 
     sums: dict[str, Tensor]
     counts: dict[str, Tensor]
@@ -396,57 +409,61 @@ class GlobalTotals:
     source_counts: Tensor
     counts_LE: Tensor
     num_correct: Tensor
+    num_ctc_left_out: Tensor
     num_tokens: Tensor
     num_positions: Tensor
-    num_targets: float
+
+    @property
+    def num_targets(self) -> Tensor:
+        """Of text and units, at least 1."""
+        return self.counts["task"].clamp(min=1)
+
+    @property
+    def task_loss(self) -> Tensor:
+        """The weighted loss over text and unit targets."""
+        return self.sums["task"] / self.num_targets
 
     @classmethod
-    def of(cls, output: ModelOutput, batch: PackedBatch, group: dist.ProcessGroup | None = None) -> GlobalTotals:
+    def of(cls, losses: BatchLosses, batch: PackedBatch, group: dist.ProcessGroup | None = None) -> GlobalTotals:
         """Gathers a forward pass over the ranks of `group` (None: over all), each of which has other sequences."""
-        keys = list(output.loss_sums)
-        num_tokens = (batch.document_ids_BT >= 0).sum()
+        keys = list(losses.sums)
+        like = losses.source_sums.double()
+        sizes = losses.routing.num_tokens, batch.document_ids_BT.numel()
         parts = [
-            torch.stack([output.loss_sums[key].detach().double() for key in keys]),
-            torch.stack([output.counts[key].detach().double() for key in keys]),
-            output.source_sums.double(),
-            output.source_counts.double(),
-            torch.stack([output.num_correct.double(), num_tokens.double()]),
-            num_tokens.new_tensor([batch.document_ids_BT.numel()], dtype=torch.float64),
-            output.routing.counts_LE.flatten().double(),
+            torch.stack([losses.sums[key].double() for key in keys]),
+            torch.stack([losses.counts[key].double() for key in keys]),
+            losses.source_sums.double(),
+            losses.source_counts.double(),
+            torch.stack([losses.num_correct.double(), losses.num_ctc_left_out.double()]),
+            torch.stack([like.new_full((), size) for size in sizes]),
+            losses.routing.counts_LE.flatten().double(),
         ]
         totals = torch.cat(parts)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(totals, group=group)
-        sums, counts, source_sums, source_counts, seen, positions, counts_LE = totals.split([len(p) for p in parts])
-        by_key = dict(zip(keys, counts, strict=True))
+        sums, counts, source_sums, source_counts, seen, sizes, counts_LE = totals.split([len(p) for p in parts])
         return cls(
             sums=dict(zip(keys, sums, strict=True)),
-            counts=by_key,
+            counts=dict(zip(keys, counts, strict=True)),
             source_sums=source_sums,
             source_counts=source_counts,
-            counts_LE=counts_LE.view(output.routing.counts_LE.shape),
+            counts_LE=counts_LE.view(losses.routing.counts_LE.shape),
             num_correct=seen[0],
-            num_tokens=seen[1],
-            num_positions=positions[0],
-            num_targets=float(sum((by_key[key] for key in TASK_LOSSES), start=torch.zeros(()))),
+            num_ctc_left_out=seen[1],
+            num_tokens=sizes[0],
+            num_positions=sizes[1],
         )
 
-    def loss(self, output: ModelOutput, weights: dict[str, float]) -> Tensor:
+    def loss(self, losses: BatchLosses, weights: dict[str, float]) -> Tensor:
         """This rank's part of the global loss, differentiable; see `DecoderModule`."""
-        sums = output.loss_sums
-        loss = sum(weights[key] * sums[key] for key in TASK_LOSSES) / max(self.num_targets, 1.0)
+        loss = losses.objective / self.num_targets.to(losses.objective)
         if weights["ctc"]:
-            loss = loss + weights["ctc"] * sums["ctc"] / self.counts["ctc"].clamp(min=1).to(sums["ctc"])
-        if output.routing.layers:
-            num_tokens = self.num_tokens.clamp(min=1).float()
-            loss = loss + weights["balance"] * output.routing.balance_loss(self.counts_LE, num_tokens)
-            loss = loss + weights["z"] * output.routing.z_loss(num_tokens)
-        assert isinstance(loss, Tensor)
+            loss = loss + weights["ctc"] * losses.ctc_sum / self.counts["ctc"].clamp(min=1).to(losses.ctc_sum)
+        if losses.routing.layers:
+            num_tokens = self.num_tokens.clamp(min=1).to(losses.routing.z_sums_L.dtype)
+            loss = loss + weights["balance"] * losses.routing.balance_loss(self.counts_LE, num_tokens)
+            loss = loss + weights["z"] * losses.routing.z_loss(num_tokens)
         return loss
-
-    def task_loss(self, weights: dict[str, float]) -> float:
-        """The weighted loss over text and unit targets."""
-        return float(sum(weights[key] * self.sums[key] for key in TASK_LOSSES)) / max(self.num_targets, 1.0)
 
 
 def with_vocabulary(

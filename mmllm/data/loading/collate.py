@@ -131,7 +131,7 @@ class _Arrays:
             clip_targets_CL=torch.from_numpy(targets_CL),
             image_features_NPC=torch.from_numpy(_stacked(self._features, (0, 0, 0), np.float16, "features")),
             state=state,
-        )
+        ).with_metadata()
 
     def _padded_clips(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         clips = self._clips

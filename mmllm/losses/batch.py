@@ -1,0 +1,168 @@
+"""Losses of a packed batch: from the model's hidden states to sums and counts.
+
+Shapes: M targets, D width, V vocabulary, C clips, S slots a clip, L layers with experts, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mmllm.batch import PackedBatch
+from mmllm.losses.cross_entropy import CrossEntropyBackend
+from mmllm.losses.ctc import ctc_losses, mean_over_targets
+from mmllm.losses.tokens import HeadLayout, TokenLossConfig, TokenLosses, TokenTargets, TokenWeights, token_losses
+from mmllm.model.routing_stats import RoutingStats
+from mmllm.model.multimodal import AUDIO_END_ID, PAD_ID, ModelConfig, ModelOutput, MultimodalModel
+
+TASKS = ("text", "units")
+"""The losses whose targets are counted together."""
+
+
+@dataclass
+class BatchLosses:
+    """Sums and counts, not means, so that ranks and accumulated batches can be added."""
+
+    objective: Tensor
+    """Differentiable: text and units with all their weights, in nats; to be divided by `num_targets`."""
+    ctc_sum: Tensor
+    """Differentiable: of clips that can be aligned, each divided by its length; to be divided by `counts["ctc"]`."""
+    sums: dict[str, Tensor]
+    """Detached, to be reported: "text" and "units" (nats, without the config's weights), "task" (the objective), "ctc"
+    and, with experts, "balance" and "z" (the batch's losses times its number of tokens)."""
+    counts: dict[str, Tensor]
+    """What each sum is divided by. "units": a frame counts 1 when all K codes are targets."""
+    source_sums: Tensor
+    """[num_sources] text and units together, detached."""
+    source_counts: Tensor
+    """[num_sources]."""
+    num_correct: Tensor
+    """Text targets whose logit is the largest."""
+    num_ctc_left_out: Tensor
+    """Clips whose transcript has no room in their slots."""
+    routing: RoutingStats = field(repr=False)
+
+    @property
+    def num_targets(self) -> Tensor:
+        """Of text and units together."""
+        return self.counts["text"] + self.counts["units"]
+
+
+class LossFunction:
+    """The losses of one model's batches.
+
+    Args:
+        config: of the model.
+        source_names: of the recipe's sources, in its order.
+        num_sources: how many to tell apart where they have no names.
+
+    Raises:
+        ValueError: a weight names a source or a codebook that there is not.
+    """
+
+    def __init__(self, config: ModelConfig, source_names: Sequence[str] = (), num_sources: int = 1):
+        self.num_sources = len(source_names) or num_sources
+        audio, loss = config.audio, config.loss
+        self._layout = HeadLayout(config.num_text)
+        if audio is not None:
+            self._layout = HeadLayout(config.num_text, audio.num_codebooks, audio.codebook_size, AUDIO_END_ID)
+        self._config = TokenLossConfig(
+            text=loss.text,
+            units=loss.units,
+            codebook_weights=loss.codebook_weights,
+            source_weights=_by_index(loss.source_weights or {}, source_names),
+            head_z_loss_coef=loss.head_z_loss_coef,
+        )
+        self._backend: CrossEntropyBackend = loss.cross_entropy
+        self._weights = TokenWeights.of(self._config, self._layout, self.num_sources)
+
+    def __call__(self, model: MultimodalModel, output: ModelOutput, batch: PackedBatch) -> BatchLosses:
+        """Losses of a batch.
+
+        Args:
+            model: gives the heads.
+            output: what it made of the batch.
+            batch: gives the targets.
+        """
+        tokens = self._of_tokens(model, output, batch)
+        ctc_sum, num_clips, num_left_out = _ctc(model, output, batch)
+        routing = output.routing
+        sums = {
+            "text": tokens.text_sum,
+            "units": tokens.units_sum,
+            "task": tokens.objective.detach(),
+            "ctc": ctc_sum.detach(),
+        }
+        counts = {"text": tokens.text_count, "units": tokens.units_count, "ctc": num_clips}
+        counts["task"] = counts["text"] + counts["units"]
+        if routing.layers:
+            num_tokens = tokens.text_count.new_full((), routing.num_tokens)
+            counts["balance"] = counts["z"] = num_tokens
+            sums["balance"] = (routing.balance_loss() * routing.num_tokens).detach()
+            sums["z"] = (routing.z_loss() * routing.num_tokens).detach()
+        return BatchLosses(
+            objective=tokens.objective + output.zero,
+            ctc_sum=ctc_sum,
+            sums=sums,
+            counts=counts,
+            source_sums=tokens.source_sums_S,
+            source_counts=tokens.source_counts_S,
+            num_correct=tokens.num_correct,
+            num_ctc_left_out=num_left_out,
+            routing=routing,
+        )
+
+    def _of_tokens(self, model: MultimodalModel, output: ModelOutput, batch: PackedBatch) -> TokenLosses:
+        metadata = output.metadata
+        positions_M = metadata.sequences.tokens_Q[metadata.targets_M]
+        targets = TokenTargets.of(
+            batch.labels_BT, batch.audio_labels_BTK, batch.source_BT, positions_M, metadata.unit_targets_U
+        )
+        hidden_MD = output.hidden_QD.index_select(0, metadata.targets_M)
+        if self._weights.sources_S.device != hidden_MD.device:
+            self._weights = TokenWeights.of(self._config, self._layout, self.num_sources, hidden_MD.device)
+
+        def reduce(hidden_MD: Tensor, weight_VD: Tensor) -> TokenLosses:
+            return token_losses(hidden_MD, weight_VD, targets, self._layout, self._weights, backend=self._backend)
+
+        return model.decoder.lm_head(hidden_MD, reduce)
+
+
+def _by_index(weights: Mapping[str, float], source_names: Sequence[str]) -> dict[int, float]:
+    for name in weights:
+        if name not in source_names:
+            raise ValueError(
+                f"loss.source_weights names {name!r}, which is no source of the recipe; it has "
+                f"{', '.join(source_names) or 'none that is named'}"
+            )
+    return {source_names.index(name): weight for name, weight in weights.items()}
+
+
+def _ctc(model: MultimodalModel, output: ModelOutput, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum over clips that can be aligned, their number, and how many can't: the host knows which these are."""
+    media = output.metadata.media
+    wide = torch.promote_types(output.hidden_QD.dtype, torch.float32)
+    zero = output.hidden_QD.new_zeros((), dtype=wide)
+    if model.ctc_head is None or output.clips_CSD is None:
+        return zero, zero, zero
+    lengths = zip(media.clip_slots, media.clip_targets, media.clip_repeats, strict=True)
+    fits = [targets + repeats <= slots if targets else None for slots, targets, repeats in lengths]
+    rows = [row for row, each in enumerate(fits) if each]
+    num_left_out = zero + fits.count(False)
+    if not rows:
+        return zero, zero, num_left_out
+    slots_R, targets_R = (torch.tensor([each[row] for row in rows]) for each in (media.clip_slots, media.clip_targets))
+    rows_R = torch.tensor(rows).to(zero.device, non_blocking=True)
+    log_probs_RSV = model.ctc_head(output.clips_CSD.index_select(0, rows_R)).to(wide).log_softmax(dim=-1)
+    losses = ctc_losses(
+        log_probs_RSV,
+        batch.clip_targets_CL.index_select(0, rows_R),
+        slots_R,
+        targets_R,
+        blank=PAD_ID,
+        required_slots_N=targets_R,  # room for repeats is known to be there
+    )
+    return mean_over_targets(losses, targets_R)[0], zero + len(rows), num_left_out

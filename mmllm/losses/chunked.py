@@ -1,0 +1,351 @@
+"""Cross-entropy behind a linear layer, a chunk of logits at a time, as PyTorch operators that `torch.compile` traces.
+
+The logits of all targets never exist together. There are two operators, since a gradient costs either a known weight or
+a second product:
+
+- `weighted` knows each target's weight, so that the gradient is made in the forward pass while a chunk's probabilities
+  are at hand (as in Liger Kernel, arXiv 2410.10989): three products in all, as with all logits at once.
+- `per_target` gives losses that anything may follow, so that the backward pass makes the logits again: four products.
+
+Shapes: M targets, D width, V vocabulary, U frames of units, J codebooks that have their own blocks of the vocabulary,
+C codes of such a block; R rows of a chunk, W columns of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmllm.batch import IGNORE
+
+
+class _Statistics(NamedTuple):
+    """Of a chunk's targets, each [R, J]; loss and logsumexp are 0 where there is none."""
+
+    losses: Tensor
+    logsumexp: Tensor
+    is_best: Tensor
+
+
+def chunks(num_rows: int, row_bytes: int, chunk_bytes: int) -> Iterator[slice]:
+    """Ranges of about equal length of which none is larger than `chunk_bytes`, but for a single row."""
+    num_chunks = -(-num_rows // max(1, chunk_bytes // max(row_bytes, 1)))
+    for index in range(num_chunks):
+        yield slice(num_rows * index // num_chunks, num_rows * (index + 1) // num_chunks)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums, exponentials and gradients of weights are kept in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _capped(logits: Tensor, softcap: float) -> Tensor:
+    """The logits as softcap · tanh(logits / softcap), as in Gemma 2 (arXiv 2408.00118); 0: as they are."""
+    return torch.tanh(logits.to(_wide(logits.dtype)) / softcap) * softcap if softcap else logits
+
+
+def _probabilities(logits_RJC: Tensor, labels_RJ: Tensor, out_RJC: Tensor) -> _Statistics:
+    """Writes softmax(logits) to `out_RJC`."""
+    has_label_RJ = labels_RJ != IGNORE
+    index_RJ1 = torch.where(has_label_RJ, labels_RJ, 0)[..., None]
+    max_RJ, best_RJ = logits_RJC.max(dim=-1)
+    torch.softmax(logits_RJC, dim=-1, dtype=out_RJC.dtype, out=out_RJC)
+    # The largest probability is 1 / Σ exp(logit - max), which saves another pass over the logits.
+    logsumexp_RJ = max_RJ.to(out_RJC.dtype) - out_RJC.gather(-1, best_RJ[..., None]).squeeze(-1).log()
+    losses_RJ = logsumexp_RJ - logits_RJC.gather(-1, index_RJ1).squeeze(-1).to(out_RJC.dtype)
+    return _Statistics(
+        torch.where(has_label_RJ, losses_RJ, 0),
+        torch.where(has_label_RJ, logsumexp_RJ, 0),
+        best_RJ == labels_RJ,
+    )
+
+
+def _to_gradient(
+    probabilities_RJC: Tensor, logits_RJC: Tensor, labels_RJ: Tensor, on_all_RJ: Tensor, on_label_RJ: Tensor, cap: float
+) -> None:
+    """Turns probabilities p into on_all · p − on_label · (1 at the label), and goes back through the soft cap."""
+    probabilities_RJC.mul_(on_all_RJ[..., None])
+    index_RJ1 = torch.where(labels_RJ != IGNORE, labels_RJ, 0)[..., None]
+    probabilities_RJC.scatter_add_(-1, index_RJ1, -on_label_RJ[..., None])
+    if cap:
+        probabilities_RJC.mul_(1 - (logits_RJC / cap).square())
+
+
+# --- weights known: the gradient is made in the forward pass ----------------------------------------------------------
+
+
+@torch.library.custom_op("mmllm::weighted_cross_entropy", mutates_args=())
+def weighted(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    labels_M: Tensor,
+    weights_M: Tensor,
+    frames_U: Tensor,
+    codes_UJ: Tensor,
+    code_weights_UJ: Tensor,
+    first_row: int,
+    block: int,
+    z_loss_coef: float,
+    softcap: float,
+    dtype: torch.dtype,
+    chunk_bytes: int,
+    hidden_grad: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Σ w · (loss + z · logsumexp²) of targets and Σ w · loss of codes, and its gradient.
+
+    Args:
+        hidden_MD: of the targets.
+        weight_VD: of the head.
+        labels_M: rows of the weight; IGNORE: none.
+        weights_M: of each target in the sum.
+        frames_U: which of the M targets also have codes.
+        codes_UJ: code j of a frame is among rows first_row + j · block + (0 … block − 1) of the weight.
+        code_weights_UJ: of each code in the sum.
+        first_row: where the codes' blocks begin.
+        block: C.
+        z_loss_coef: z; 0: none.
+        softcap: of the logits; 0: none.
+        dtype: of the products.
+        chunk_bytes: bound of a chunk's logits.
+        hidden_grad: whether the gradient of `hidden_MD` is wanted.
+        weight_grad: whether that of `weight_VD` is.
+
+    Returns:
+        The sum; losses, logsumexp and whether the label is the argmax, each [M]; losses [U, J]; the two gradients,
+        empty where not wanted.
+    """
+    wide = _wide(dtype)
+    with torch.autocast(hidden_MD.device.type, enabled=False):
+        head = _Head(hidden_MD.to(dtype), weight_VD.to(dtype), softcap, chunk_bytes, hidden_grad, weight_grad)
+        everything = slice(0, len(weight_VD))
+        of_targets = head.add(None, everything, labels_M[:, None], weights_M.to(wide)[:, None], z_loss_coef)
+        of_codes = head.add(
+            frames_U, slice(first_row, first_row + codes_UJ.shape[1] * block), codes_UJ, code_weights_UJ.to(wide), 0.0
+        )
+        losses_M, logsumexp_M, is_best_M = (x.squeeze(1) for x in of_targets)
+        total = (weights_M * (losses_M + z_loss_coef * logsumexp_M.square())).sum()
+        total = total + (code_weights_UJ * of_codes.losses).sum()
+        gradients = (head.grad_hidden_MD.to(hidden_MD.dtype), head.grad_weight_VD.to(weight_VD.dtype))
+        return total.to(wide), losses_M, logsumexp_M, is_best_M, of_codes.losses, *gradients
+
+
+class _Head:
+    """Adds up the gradients of what is put through one linear layer, chunk by chunk."""
+
+    def __init__(
+        self,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        softcap: float,
+        chunk_bytes: int,
+        hidden_grad: bool,
+        weight_grad: bool,
+    ):
+        self.hidden_MD, self.weight_VD = hidden_MD, weight_VD
+        self.softcap, self.chunk_bytes = softcap, chunk_bytes
+        self.wide = _wide(hidden_MD.dtype)
+        self.hidden_grad, self.weight_grad = hidden_grad, weight_grad
+        self.grad_hidden_MD = hidden_MD.new_zeros(hidden_MD.shape if hidden_grad else 0, dtype=self.wide)
+        self.grad_weight_VD = hidden_MD.new_zeros(weight_VD.shape if weight_grad else 0, dtype=self.wide)
+
+    def add(
+        self, frames_U: Tensor | None, rows: slice, labels_UJ: Tensor, weights_UJ: Tensor, z_loss_coef: float
+    ) -> _Statistics:
+        """Losses of labels among J equal blocks of `rows`, of the targets `frames_U` (None: of all)."""
+        num_frames, num_blocks = labels_UJ.shape
+        columns = rows.stop - rows.start
+        zeros_UJ = self.hidden_MD.new_zeros(labels_UJ.shape, dtype=self.wide)
+        result = _Statistics(zeros_UJ, zeros_UJ.clone(), torch.zeros_like(labels_UJ, dtype=torch.bool))
+        if not columns:
+            return result
+        logits = probabilities = self.hidden_MD.new_empty(0)
+        for chunk in chunks(num_frames, columns * self.wide.itemsize, self.chunk_bytes):
+            hidden_RD = self.hidden_MD[chunk] if frames_U is None else self.hidden_MD[frames_U[chunk]]
+            if len(logits) < len(hidden_RD):
+                logits = self.hidden_MD.new_empty(len(hidden_RD), columns)
+                probabilities = torch.empty_like(logits, dtype=self.wide)
+            logits_RV, gradient_RV = logits[: len(hidden_RD)], probabilities[: len(hidden_RD)]
+            torch.mm(hidden_RD, self.weight_VD[rows].T, out=logits_RV)
+            shape = (len(hidden_RD), num_blocks, columns // num_blocks)
+            logits_RJC, gradient_RJC = _capped(logits_RV, self.softcap).view(shape), gradient_RV.view(shape)
+            labels_RJ, weights_RJ = labels_UJ[chunk], weights_UJ[chunk] * (labels_UJ[chunk] != IGNORE)
+            statistics = _probabilities(logits_RJC, labels_RJ, gradient_RJC)
+            for whole, part in zip(result, statistics, strict=True):
+                whole[chunk] = part
+            if not (self.hidden_grad or self.weight_grad):
+                continue
+            on_all_RJ = weights_RJ * (1 + 2 * z_loss_coef * statistics.logsumexp) if z_loss_coef else weights_RJ
+            _to_gradient(gradient_RJC, logits_RJC, labels_RJ, on_all_RJ, weights_RJ, self.softcap)
+            self._backward(
+                gradient_RV.to(hidden_RD.dtype), hidden_RD, chunk if frames_U is None else frames_U[chunk], rows
+            )
+        return result
+
+    def _backward(self, gradient_RV: Tensor, hidden_RD: Tensor, targets: slice | Tensor, rows: slice) -> None:
+        if self.hidden_grad:
+            if isinstance(targets, slice):
+                self.grad_hidden_MD[targets] += gradient_RV @ self.weight_VD[rows]
+            else:
+                grad_RD = gradient_RV @ self.weight_VD[rows]
+                self.grad_hidden_MD.index_add_(0, targets, grad_RD.to(self.wide))
+        if self.weight_grad:
+            grad_weight_WD = self.grad_weight_VD[rows]
+            if gradient_RV.dtype == self.wide:
+                grad_weight_WD.addmm_(gradient_RV.T, hidden_RD)
+            else:
+                grad_weight_WD += gradient_RV.T @ hidden_RD
+
+
+@weighted.register_fake
+def _(
+    hidden_MD, weight_VD, labels_M, weights_M, frames_U, codes_UJ, code_weights_UJ,
+    first_row, block, z_loss_coef, softcap, dtype, chunk_bytes, hidden_grad, weight_grad,
+):  # fmt: skip
+    wide = _wide(dtype)
+    losses_M = hidden_MD.new_empty(labels_M.shape, dtype=wide)
+    return (
+        hidden_MD.new_empty((), dtype=wide),
+        losses_M,
+        torch.empty_like(losses_M),
+        torch.empty_like(labels_M, dtype=torch.bool),
+        hidden_MD.new_empty(codes_UJ.shape, dtype=wide),
+        hidden_MD.new_empty(hidden_MD.shape if hidden_grad else 0),
+        weight_VD.new_empty(weight_VD.shape if weight_grad else 0),
+    )
+
+
+def _save_gradients(ctx, inputs, output) -> None:
+    _, losses_M, logsumexp_M, is_best_M, code_losses_UJ, *gradients = output
+    ctx.mark_non_differentiable(losses_M, logsumexp_M, is_best_M, code_losses_UJ)
+    ctx.set_materialize_grads(False)
+    ctx.hidden_grad, ctx.weight_grad = inputs[-2:]
+    ctx.save_for_backward(*gradients)
+
+
+def _scale_gradients(ctx, grad_total, *others):
+    if any(grad is not None for grad in others):
+        raise RuntimeError("the weighted cross-entropy has no second derivative; use backend='full'")
+    nones = (None,) * 13
+    if grad_total is None:
+        return (None, None, *nones)
+    grad_hidden_MD, grad_weight_VD = ctx.saved_tensors
+    return (
+        grad_hidden_MD * grad_total.to(grad_hidden_MD.dtype) if ctx.hidden_grad else None,
+        grad_weight_VD * grad_total.to(grad_weight_VD.dtype) if ctx.weight_grad else None,
+        *nones,
+    )
+
+
+weighted.register_autograd(_scale_gradients, setup_context=_save_gradients)
+
+
+# --- weights unknown: the backward pass makes the logits again --------------------------------------------------------
+
+
+@torch.library.custom_op("mmllm::linear_cross_entropy", mutates_args=())
+def per_target(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    labels_M: Tensor,
+    first_row: int,
+    last_row: int,
+    softcap: float,
+    dtype: torch.dtype,
+    chunk_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, logsumexp and whether the label is the argmax, each [M], over a range of the weight's rows.
+
+    The range is first_row … last_row − 1; `labels_M` count from `first_row`. Other arguments are those of `weighted`.
+    """
+    with torch.autocast(hidden_MD.device.type, enabled=False):
+        weight_WD = weight_VD[first_row:last_row].to(dtype)
+        head = _Head(hidden_MD.to(dtype), weight_WD, softcap, chunk_bytes, False, False)
+        labels_M1 = labels_M[:, None]
+        weights_M1 = torch.zeros_like(labels_M1, dtype=head.wide)
+        losses_M, logsumexp_M, is_best_M = head.add(None, slice(0, len(weight_WD)), labels_M1, weights_M1, 0.0)
+    return losses_M.squeeze(1), logsumexp_M.squeeze(1), is_best_M.squeeze(1)
+
+
+@per_target.register_fake
+def _(hidden_MD, weight_VD, labels_M, first_row, last_row, softcap, dtype, chunk_bytes):
+    losses_M = hidden_MD.new_empty(labels_M.shape, dtype=_wide(dtype))
+    return losses_M, torch.empty_like(losses_M), torch.empty_like(labels_M, dtype=torch.bool)
+
+
+@torch.library.custom_op("mmllm::linear_cross_entropy_backward", mutates_args=())
+def per_target_backward(
+    grad_losses_M: Tensor,
+    grad_logsumexp_M: Tensor,
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    labels_M: Tensor,
+    logsumexp_M: Tensor,
+    first_row: int,
+    last_row: int,
+    softcap: float,
+    dtype: torch.dtype,
+    chunk_bytes: int,
+    hidden_grad: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `per_target`'s first two inputs, empty where not wanted.
+
+    The logsumexp is known, so chunks are columns: each row of the weight's gradient is then one product over all
+    targets, and only the small gradient of `hidden_MD` is added up.
+    """
+    wide = _wide(dtype)
+    with torch.autocast(hidden_MD.device.type, enabled=False):
+        grad_hidden_MD = hidden_MD.new_zeros(hidden_MD.shape if hidden_grad else 0, dtype=wide)
+        grad_weight_VD = weight_VD.new_zeros(weight_VD.shape if weight_grad else 0)
+        hidden_MD = hidden_MD.to(dtype)
+        has_label_M1 = (labels_M != IGNORE)[:, None]
+        on_label_M1 = torch.where(has_label_M1, grad_losses_M[:, None].to(wide), 0)
+        on_all_M1 = on_label_M1 + torch.where(has_label_M1, grad_logsumexp_M[:, None].to(wide), 0)
+        for chunk in chunks(last_row - first_row, len(labels_M) * wide.itemsize, chunk_bytes):
+            rows = slice(first_row + chunk.start, first_row + chunk.stop)
+            weight_WD = weight_VD[rows].to(dtype)
+            logits_MW = _capped(hidden_MD @ weight_WD.T, softcap)
+            gradient_MW = logits_MW.clone() if softcap else logits_MW.to(wide)
+            gradient_MW.sub_(logsumexp_M[:, None]).exp_()
+            is_here_M1 = has_label_M1 & ((labels_M >= chunk.start) & (labels_M < chunk.stop))[:, None]
+            labels_M1 = torch.where(is_here_M1, labels_M[:, None] - chunk.start, IGNORE)
+            gradient_M1W, logits_M1W = gradient_MW[:, None], logits_MW[:, None]
+            _to_gradient(gradient_M1W, logits_M1W, labels_M1, on_all_M1, on_label_M1 * is_here_M1, softcap)
+            del logits_MW, logits_M1W
+            gradient_MW = gradient_MW.to(dtype)
+            if hidden_grad:
+                grad_hidden_MD += gradient_MW @ weight_WD
+            if weight_grad:
+                grad_weight_VD[rows] = gradient_MW.T @ hidden_MD
+    return grad_hidden_MD.to(hidden_MD.dtype), grad_weight_VD
+
+
+@per_target_backward.register_fake
+def _(
+    grad_losses_M, grad_logsumexp_M, hidden_MD, weight_VD, labels_M, logsumexp_M,
+    first_row, last_row, softcap, dtype, chunk_bytes, hidden_grad, weight_grad,
+):  # fmt: skip
+    return (
+        hidden_MD.new_empty(hidden_MD.shape if hidden_grad else 0),
+        weight_VD.new_empty(weight_VD.shape if weight_grad else 0),
+    )
+
+
+def _save_inputs(ctx, inputs, output) -> None:
+    hidden_MD, weight_VD, labels_M, *ctx.settings = inputs
+    _, logsumexp_M, is_best_M = output
+    ctx.mark_non_differentiable(is_best_M)
+    ctx.save_for_backward(hidden_MD, weight_VD, labels_M, logsumexp_M)
+
+
+def _differentiate(ctx, grad_losses_M, grad_logsumexp_M, _):
+    wanted = ctx.needs_input_grad[:2]
+    grads = per_target_backward(grad_losses_M, grad_logsumexp_M, *ctx.saved_tensors, *ctx.settings, *wanted)
+    return (*(grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True)), *(None,) * 6)
+
+
+per_target.register_autograd(_differentiate, setup_context=_save_inputs)
