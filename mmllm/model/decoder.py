@@ -14,7 +14,6 @@ from typing import Literal, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mmllm.model.attend import AttentionBackend, PackedContext, check_backend
 from mmllm.model.attention import Attention, AttentionSettings
@@ -22,6 +21,7 @@ from mmllm.model.cache import KVCache
 from mmllm.model.experts import MLP, MoE
 from mmllm.model.masks import MaskRule
 from mmllm.model.norms import RMSNorm
+from mmllm.model.recompute import Recompute, checkpointed, recompute_mode
 from mmllm.model.rope import RopeScaling, rotary
 from mmllm.model.router import MoEConfig, TokenInfo
 from mmllm.model.routing_stats import LayerSums, RoutingStats
@@ -89,7 +89,7 @@ class DecoderConfig:
     attention_backend: AttentionBackend = "auto"
     tie_word_embeddings: bool = True
     dropout: float = 0.0
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Recompute = "none"
 
     def __post_init__(self) -> None:
         for name in ("moe_layers", "layer_types"):  # lists, as YAML and JSON give them
@@ -197,7 +197,7 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.dropout = config.dropout
-        self.is_checkpointed = config.gradient_checkpointing
+        self.recompute = recompute_mode(config.gradient_checkpointing)
         self.has_experts = config.has_experts(layer)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config.attention(layer))
@@ -212,9 +212,7 @@ class Block(nn.Module):
         self, x_ND: Tensor, cos: Tensor, sin: Tensor, context: PackedContext | KVCache, tokens: TokenInfo
     ) -> tuple[Tensor, LayerSums | None]:
         """The new residual stream, and sums of the routing if the layer has experts and they are wanted."""
-        if self.is_checkpointed and torch.is_grad_enabled():
-            return checkpoint(self._forward, x_ND, cos, sin, context, tokens, use_reentrant=False)
-        return self._forward(x_ND, cos, sin, context, tokens)
+        return checkpointed(self.recompute, self._forward, x_ND, cos, sin, context, tokens)
 
     def _forward(
         self, x_ND: Tensor, cos: Tensor, sin: Tensor, context: PackedContext | KVCache, tokens: TokenInfo
@@ -404,4 +402,3 @@ def unpacked(hidden_QD: Tensor, sequences: SequenceMetadata, shape: torch.Size) 
         padded = hidden_ND.new_zeros(shape.numel(), hidden_ND.shape[1])
         hidden_ND = padded.index_copy(0, tokens_N, hidden_ND)
     return hidden_ND.view(*shape, -1)
-

@@ -145,7 +145,7 @@ class MultimodalModel(nn.Module):
         super().__init__()
         self.config = config
         self.always_runs_tower = False
-        """Set where the tower is sharded: a batch without pictures then runs it on a blank one, with the other ranks."""
+        """Set where the tower is sharded: without pictures it then runs on a blank one, with the other ranks."""
         width = config.decoder.hidden_size
         with decoder_init or nullcontext():
             self.decoder = Decoder(config.decoder)
@@ -332,9 +332,9 @@ class MultimodalModel(nn.Module):
         )
         if clips_CSD is not None:
             clips_CSD = clips_CSD.clone()  # FSDP2 hooks itself to outputs, which it can't do to a view
-        return ModelOutput(hidden_QD, batch.metadata, clips_CSD, routing, self._touch_unused(batch))
+        return ModelOutput(hidden_QD, batch.metadata, clips_CSD, routing, self._touch_unused(batch, x_BTD))
 
-    def _touch_unused(self, batch: PackedBatch) -> Tensor:
+    def _touch_unused(self, batch: PackedBatch, x_BTD: Tensor) -> Tensor:
         """Zero, through every parameter that this batch may not have used.
 
         Otherwise a rank with text alone would leave gradients out that other ranks wait for.
@@ -347,8 +347,7 @@ class MultimodalModel(nn.Module):
         parameters = [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
         if self.mask_embedding is not None:
             parameters.append(self.mask_embedding)
-        zero = self.decoder.head_weight_VD[0, 0] * 0.0
-        return zero + sum((parameter.sum() * 0.0 for parameter in parameters), start=zero)
+        return sum((parameter.sum() * 0.0 for parameter in parameters), start=x_BTD.new_zeros(()))
 
 
 def _media_spans(batch: PackedBatch) -> Tensor:

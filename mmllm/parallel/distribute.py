@@ -9,8 +9,10 @@ from torch.distributed.tensor import DTensor
 
 from mmllm.model.multimodal import MultimodalModel
 from mmllm.parallel.deferred import DeferredInit, materialize
+from mmllm.parallel.experts import spread
 from mmllm.parallel.mesh import ParallelMesh
 from mmllm.parallel.shard import ShardConfig, shard
+from mmllm.parallel.tensor import split
 
 
 def distribute(
@@ -26,6 +28,10 @@ def distribute(
         device: this rank's.
     """
     initializers = deferred.initializers(model.decoder)
+    if mesh.config.tensor > 1:
+        split(model, mesh)
+    if mesh.config.expert > 1:
+        spread(model, mesh)
     shard(model, mesh, config)
     materialize(model.decoder, initializers, device)
 

@@ -6,6 +6,8 @@ T rows that it receives.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -14,7 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from mmllm.model.experts import Compute
+from mmllm.model.multimodal import MultimodalModel
 from mmllm.parallel.collectives import all_to_all, copy_to, exchanged, reduce_from
+from mmllm.parallel.mesh import ParallelMesh
 
 
 def spread_experts(experts: nn.Module, mesh: DeviceMesh) -> None:
@@ -22,6 +26,16 @@ def spread_experts(experts: nn.Module, mesh: DeviceMesh) -> None:
     for name, parameter in list(experts.named_parameters(recurse=False)):
         part = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
         experts.register_parameter(name, nn.Parameter(part, requires_grad=parameter.requires_grad))
+
+
+def spread(model: MultimodalModel, mesh: ParallelMesh) -> None:
+    """Spreads the experts of all layers over the mesh's expert axis, in place; before the model is sharded."""
+    axis = mesh.sparse["expert"]
+    for layer, block in enumerate(model.decoder.layers):
+        if model.config.decoder.has_experts(layer):
+            moe: Any = block.mlp
+            spread_experts(moe.experts, axis)
+            moe.dispatcher = AllToAllDispatcher(axis.get_group(), moe.config.num_experts)
 
 
 class TensorDispatcher:

@@ -97,6 +97,11 @@ class ParallelConfig:
         """
         decoder, moe = model.decoder, model.decoder.moe
         if self.tensor > 1:
+            if decoder.qk_norm == "width":
+                raise ValueError(
+                    f"decoder.qk_norm is 'width', which normalizes over all heads, but strategy.tensor, {self.tensor}, "
+                    f"splits them over ranks; set tensor to 1, or qk_norm to 'head'"
+                )
             sizes = {
                 "decoder.num_attention_heads": decoder.num_attention_heads,
                 "decoder.num_key_value_heads": decoder.kv_heads,

@@ -60,7 +60,7 @@ def shard(model: MultimodalModel, mesh: ParallelMesh, config: ShardConfig | None
             if config.compute_dtype is not None:
                 nested.append(units.make(moe.gate, keeps_dtype=True))
             if mesh.config.expert > 1:
-                nested.append(units.make(moe.experts, mesh.expert_fsdp_mesh()))
+                nested.append(units.make(moe.experts, mesh.expert_fsdp_mesh(), casts_inputs=False))
         layers.append([units.make(block), *nested])  # pyright: ignore[reportArgumentType]
     blocks: list[FSDPModule] = []
     frozen: set[nn.Parameter] = set()
@@ -71,9 +71,7 @@ def shard(model: MultimodalModel, mesh: ParallelMesh, config: ShardConfig | None
         model.always_runs_tower = True
     elif vision is not None:
         frozen = set(vision.parameters())
-    if not hasattr(decoder.lm_head, "weight_VD"):
-        pass
-    elif model.config.decoder.tie_word_embeddings:
+    if model.config.decoder.tie_word_embeddings:
         units.make([decoder.embed_tokens, decoder.lm_head])
     else:
         units.make(decoder.embed_tokens)
@@ -100,16 +98,26 @@ class _Units:
         module: Any,
         mesh: DeviceMesh | None = None,
         keeps_dtype: bool = False,
+        casts_inputs: bool = True,
         reshards: bool | None = None,
         ignored: set[nn.Parameter] | None = None,
     ) -> Any:
-        """Makes a module, or several, one unit."""
+        """Makes a module, or several, one unit.
+
+        Args:
+            module: one, or a list.
+            mesh: over which it is sharded; None: what is no expert.
+            keeps_dtype: its weights are gathered in their own dtype.
+            casts_inputs: float inputs become the compute dtype; not where gates are among them, which stay float32.
+            reshards: after the forward pass; None: as configured.
+            ignored: parameters that stay whole.
+        """
         mesh = self.mesh.fsdp_mesh() if mesh is None else mesh
-        reduce_dtype = self.config.reduce_dtype
-        if keeps_dtype:
-            policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-        else:
-            policy = MixedPrecisionPolicy(self.config.compute_dtype, reduce_dtype)
+        policy = MixedPrecisionPolicy(
+            None if keeps_dtype else self.config.compute_dtype,
+            self.config.reduce_dtype,
+            cast_forward_inputs=casts_inputs and not keeps_dtype,
+        )
         num_shards = mesh.size(mesh.ndim - 1)
         return fully_shard(
             module,

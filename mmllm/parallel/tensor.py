@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
-    PrepareModuleInput,
     RowwiseParallel,
     parallelize_module,
 )
@@ -34,7 +34,6 @@ def split(model: MultimodalModel, mesh: ParallelMesh) -> None:
         spread_experts(decoder.lm_head, tensor)
     for layer, block in enumerate(decoder.layers):
         plan: dict[str, ParallelStyle] = {
-            "self_attn": _one_gradient(),
             "self_attn.q_proj": ColwiseParallel(),
             "self_attn.k_proj": ColwiseParallel(),
             "self_attn.v_proj": ColwiseParallel(),
@@ -45,18 +44,23 @@ def split(model: MultimodalModel, mesh: ParallelMesh) -> None:
             spread_experts(moe.experts, tensor)
             moe.dispatcher = TensorDispatcher(tensor.get_group(), moe.config.num_experts)
         else:
+            _sum_gradient_once(block.mlp, tensor)
             plan |= {
-                "mlp": _one_gradient(),
                 "mlp.gate_proj": ColwiseParallel(),
                 "mlp.up_proj": ColwiseParallel(),
                 "mlp.down_proj": RowwiseParallel(),
             }
+        _sum_gradient_once(block.self_attn, tensor)
         parallelize_module(block, tensor, plan)
 
 
-def _one_gradient() -> PrepareModuleInput:
-    """The input of several column-wise layers, so that its gradient is summed over ranks once for all of them."""
-    return PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),))
+def _sum_gradient_once(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Makes a module's input one DTensor for its column-wise layers: its gradient is then summed over ranks once."""
+
+    def to_dtensor(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return DTensor.from_local(args[0], mesh, [Replicate()], run_check=False), *args[1:]
+
+    module.register_forward_pre_hook(to_dtensor)
 
 
 def partial_parameters(model: MultimodalModel) -> list[nn.Parameter]:

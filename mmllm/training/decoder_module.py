@@ -34,6 +34,7 @@ from mmllm.parallel.deferred import DeferredInit
 from mmllm.parallel.distribute import distribute, whole_state
 from mmllm.parallel.mesh import ParallelConfig, ParallelMesh
 from mmllm.parallel.shard import ShardConfig
+from mmllm.parallel.tensor import sum_partial_gradients
 from mmllm.training.clip_module import load_clip_config
 from mmllm.training.interop_commands import load_decoder
 from mmllm.training.optimizers import OptimizerConfig
@@ -259,6 +260,8 @@ class DecoderModule(StagedModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turns the sum over accumulated batches into a mean over all their targets."""
+        if self.mesh is not None:
+            sum_partial_gradients(self._built(), self.mesh)
         if self._num_accumulated > 1:
             grads = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in _gradients(optimizer)]
             torch._foreach_mul_(grads, self._first_targets / self._accumulated_targets)
