@@ -11,7 +11,7 @@ codes of a block, P of any of these targets one after the other; R rows of a chu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
