@@ -159,13 +159,16 @@ class Bench:
             self.missing[f"{name} ({what})"] = f"NOT TIMED: differs from ours by {value:.1e}, more than {tolerance:g}"
         return wrong
 
+    def small_settings(self) -> dict[str, Any]:
+        """A layer without and a layer with experts, and normalized queries and keys; for counts."""
+        shape = dataclasses.replace(TINY if self.quick else TRAINING[self.device][0], num_hidden_layers=2)
+        decoder = {"moe_layers": [1], "intermediate_size": 2 * shape.moe_intermediate_size, "qk_norm": True}
+        return {"kind": "text", "shape": shape.to_dict(), "decoder": decoder}
+
     def small(self) -> dict[str, Side]:
-        """A layer without and a layer with experts and normalized queries and keys, one step done; for counts."""
+        """Processes of it that have done a step; made once."""
         if self._small is None:
-            shape = dataclasses.replace(TINY if self.quick else TRAINING[self.device][0], num_hidden_layers=2)
-            decoder = {"moe_layers": [1], "intermediate_size": 2 * shape.moe_intermediate_size, "qk_norm": True}
-            sides = self.sides("fit", kind="text", shape=shape.to_dict(), decoder=decoder)
-            self._small = self.closing.enter_context(sides)
+            self._small = self.closing.enter_context(self.sides("fit", **self.small_settings()))
             self.ask_all(self._small, "step")
         return self._small
 
@@ -284,15 +287,25 @@ def host_syncs(bench: Bench) -> None:
 
 
 def attention_work(bench: Bench) -> None:
-    """Of each backend that a step on this device is seen to use."""
+    """Of what a step on this device chooses, and of each backend that can be asked for by name."""
     answers = bench.ask_all(bench.small(), "attention work")
     ours = answers.pop("ours")
-    if not ours["computed"]:
-        bench.missing["attention work"] = "no call of scaled_dot_product_attention or varlen_attn was seen"
-    for backend, computed in ours["computed"].items():
-        peers = {"sum of squares": float(ours["ideal"])}
-        peers |= {name: float(sum(values["computed"].values())) for name, values in answers.items()}
-        bench.report.add("attention work", f"{bench.device} {backend}", "score elements", float(computed), peers)
+    others = {name: float(values["computed"]) for name, values in answers.items()}
+    _report_work(bench, "auto", ours, others)
+    settings = bench.small_settings()
+    for name in ours["backends"]:
+        decoder = {**settings["decoder"], "attention_backend": name}
+        trainer = {"precision": "bf16-mixed"} if name == "varlen" else {}  # its kernel takes nothing else
+        with bench.sides("fit", only_ours=True, **{**settings, "decoder": decoder, "trainer": trainer}) as sides:
+            _report_work(bench, name, sides["ours"].ask("attention work"), {})
+
+
+def _report_work(bench: Bench, backend: str, seen: dict[str, Any], others: dict[str, float]) -> None:
+    if seen["computed"]:
+        peers = {"sum of squares": float(seen["ideal"]), **others}
+        bench.report.add("attention work", f"{bench.device} {backend}", "elements", float(seen["computed"]), peers)
+    else:
+        bench.missing[f"attention work, {backend}"] = "no call of attention was seen"
 
 
 def decode(bench: Bench) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -31,6 +31,14 @@ def named(values: dict[str, Any]) -> dict[str, Any]:
 def first_of(thing: Any, *names: str) -> Any:
     """The attribute under the first of these names that it has."""
     return next(getattr(thing, name) for name in names if hasattr(thing, name))
+
+
+def attention_backends() -> list[str]:
+    """Names of the backends that a config can ask for; none where there is nothing to choose."""
+    from mmllm.model.decoder import DecoderConfig
+
+    names = get_args(get_type_hints(DecoderConfig).get("attention_backend"))
+    return [name for name in names if name != "auto"]
 
 
 def blocks_of(decoder: Any) -> torch.nn.ModuleList:

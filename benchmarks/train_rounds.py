@@ -13,7 +13,7 @@ from allocations import AllocationPeak
 from attention_work import AttentionWork, sum_of_squares
 from host_syncs import HostSyncs
 from torch import Tensor
-from train_names import blocks_of, embedding_of, load_weights, take_blocks_out
+from train_names import attention_backends, blocks_of, embedding_of, load_weights, take_blocks_out
 from train_requests import answer, receive, synchronize
 
 
@@ -70,7 +70,7 @@ class Rounds(pl.Callback):
     def _observation(self, decoder: Any, batch: Any) -> Observation | None:
         observations: dict[str, Callable[[], Observation]] = {
             "host syncs": CallsThatAsk if self.device == "cpu" else CallsThatWait,
-            "attention work": lambda: Scores(batch.document_ids_BT, len(blocks_of(decoder))),
+            "attention work": lambda: Scores(len(blocks_of(decoder)), batch.document_ids_BT),
             "graph breaks": lambda: BlockCalls(blocks_of(decoder)),
             "memory": lambda: HeadMemory(decoder, self.device),
         }
@@ -125,13 +125,13 @@ class CallsThatWait:
 class Scores(AttentionWork):
     """Score elements of all layers, and what the documents of the batch need."""
 
-    def __init__(self, document_ids_BT: Tensor, num_layers: int) -> None:
-        super().__init__()
+    def __init__(self, num_layers: int, document_ids_BT: Tensor) -> None:
+        super().__init__(num_layers)
         self._ideal = sum_of_squares(document_ids_BT) * num_layers
 
     def values(self) -> dict[str, Any]:
-        """`computed` by backend."""
-        return {"computed": self.computed, "ideal": self._ideal}
+        """Score elements, and the names of backends that can be asked for."""
+        return {"computed": self.computed, "ideal": self._ideal, "backends": attention_backends()}
 
 
 class BlockCalls:

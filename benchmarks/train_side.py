@@ -64,10 +64,7 @@ def text_batch(documents: Packed) -> Any:
     }
     known = {each.name for each in dataclasses.fields(contracts.PackedBatch)}
     batch: Any = contracts.PackedBatch(**{name: value for name, value in values.items() if name in known})
-    metadata: Any = getattr(contracts, "SequenceMetadata", None)
-    if metadata is not None:
-        batch.metadata = metadata.of(batch)
-    return batch
+    return batch.with_metadata() if hasattr(batch, "with_metadata") else batch
 
 
 class InTurn:
@@ -98,7 +95,7 @@ def text_config(shape: Shape, device: str, settings: dict[str, Any]) -> dict[str
     decoder |= settings.get("decoder", {})
     optimizer = {"lr": 1e-5, "weight_decay": 0.0, "warmup": 0.0, "min_lr_ratio": 1.0, "muon": False}
     return {
-        "trainer": _trainer(device),
+        "trainer": {**_trainer(device), **settings.get("trainer", {})},
         "model": {
             "class_path": "mmllm.training.decoder_module.DecoderModule",
             "init_args": named({"decoder": decoder, "optimizer": optimizer}),
@@ -132,9 +129,9 @@ def fit(settings: dict[str, Any]) -> None:
     """Trains by Lightning's own loop, which waits for a request before each step.
 
     Args:
-        settings: `kind` "text" or "demo"; `device`; `shape` and `weights` (a folder of transformers' Mixtral) of text;
-            `folder` of a finished quickstart and `root` of the checkout of the demo; `without_layers` takes the layers
-            out, so that embedding, head and loss are left.
+        settings: `kind` "text" or "demo"; `device`; `shape`, `weights` (a folder of transformers' Mixtral) and other
+            keys of `decoder` and `trainer` of text; `folder` of a finished quickstart and `root` of the checkout of the
+            demo; `without_layers` takes the layers out, so that embedding, head and loss are left.
     """
     from train_rounds import Rounds
 

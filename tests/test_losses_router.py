@@ -157,6 +157,17 @@ def test_global_entropy(routing, threshold):
     _same(routing, got, wanted)
 
 
+def test_global_entropy_of_scores_that_are_no_probabilities():
+    """Sigmoid scores have any sum, so that the gradient must be whole, not up to a constant."""
+    sums = torch.rand(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    tokens = torch.tensor([2, 1, 5])
+    means = sums / tokens[:, None]
+    got, wanted = global_entropy_losses(sums, tokens), (means * means.log()).sum(-1)
+    torch.testing.assert_close(got, wanted)
+    ours, theirs = (torch.autograd.grad(x.sum(), sums, retain_graph=True)[0] for x in (got, wanted))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_entropy_of_certain_routing_is_finite():
     probabilities = torch.tensor([[1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]], requires_grad=True)
     got = entropies(probabilities)

@@ -48,7 +48,7 @@ def _model(config: ModelConfig = CONFIG, dtype: torch.dtype = torch.float64) -> 
 def _loss(model: MultimodalModel, batch: PackedBatch) -> torch.Tensor:
     """What training minimizes."""
     losses = _losses(model, batch)
-    return GlobalTotals.of(losses, batch).loss(losses, model.loss_weights)
+    return GlobalTotals.of(losses, batch).loss(losses, model.config)
 
 
 def _losses(model: MultimodalModel, batch: PackedBatch) -> BatchLosses:

@@ -16,6 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import flex_attention
+from torch.nn.attention.varlen import varlen_attn
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # its files import each other, as scripts do
@@ -157,12 +159,23 @@ def test_the_peak_is_what_the_allocator_held(run, wanted):
     assert wanted <= memory.peak <= wanted + 64
 
 
-def test_attention_work_is_counted_by_backend():
+def test_attention_work_is_counted_of_each_backend():
     query, key = torch.randn(3, 2, 5, 8), torch.randn(3, 2, 7, 8)
-    with AttentionWork() as work:
+    with AttentionWork(2) as work:
         F.scaled_dot_product_attention(query, key, key)
         F.scaled_dot_product_attention(query, query, query, is_causal=True)
-    assert work.computed == {"buckets": 3 * 5 * 7 + 3 * 5 * 5}
+    assert work.computed == 3 * 5 * 7 + 3 * 5 * 5
+    packed_QHC = torch.randn(9, 2, 8, dtype=torch.bfloat16, requires_grad=True)
+    starts = torch.tensor([0, 4, 9], dtype=torch.int32)
+    with AttentionWork(2) as work:
+        out: Any = varlen_attn(packed_QHC, packed_QHC, packed_QHC, starts, starts, 5, 5)
+        out.sum().backward()
+    assert work.computed == 4**2 + 5**2 and out.shape == packed_QHC.shape
+    with AttentionWork(2) as work:
+        flex_attention.create_block_mask(
+            lambda b, h, q, k: (q >= k) & (q // 256 == k // 256), None, None, 512, 512, device="cpu"
+        )
+    assert work.computed == 2 * 2 * 6 * 128**2  # of each document of 256 three blocks
     assert sum_of_squares(torch.tensor([[0, 0, 0, 1, -1], [0, 1, 1, 1, 1]])) == 9 + 1 + 1 + 16
 
 
@@ -233,13 +246,13 @@ def _run(folder: Path, *arguments: str, code: str | None = None) -> tuple[list[d
 def test_the_counts_are_given_by_name(tmp_path):
     rows, printed = _run(tmp_path, "--only", "graph breaks", "--only", "host syncs", "--only", "attention work")
     cases = {(row["measure"], row["case"], row["peer"]) for row in rows}
-    assert cases == {
+    assert cases >= {
         ("graph breaks", "cpu dense block", None),
         ("graph breaks", "cpu block with experts", None),
         ("host syncs", "cpu text", None),
-        ("attention work", "cpu buckets", "sum of squares"),
+        ("attention work", "cpu auto", "sum of squares"),
     }
-    (work,) = (row for row in rows if row["measure"] == "attention work")
+    (work,) = (row for row in rows if row["case"] == "cpu auto")
     assert 1 <= work["ratio"] < 4 and work["ratio"] == work["value"] / work["peer_value"]
     assert "mmllm_kernels::moe" in printed
 

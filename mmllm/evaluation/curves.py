@@ -25,6 +25,8 @@ _CHARTS: tuple[tuple[str, str], ...] = (
     (r"train/(?P<line>tokens_per_second)", "Tokens a second"),
     (r"(?:train/)?(?P<line>lr)(?:-\w+)?", "Learning rate"),
     (r"routing/(?P<line>mutual_information_bits)", "Expert and modality: mutual information, bits"),
+    (r"routing/max_violation/(?P<line>mean|max)", "Busiest expert: load over the mean, less 1"),
+    (r"routing/router_entropy_bits/(?P<line>text|image|audio|units)", "Entropy of the router, bits"),
 )
 """For each column of a metrics.csv the first pattern that matches names its chart; columns without one are left out.
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from mmllm.batch import PackedBatch
 from mmllm.losses.cross_entropy import CrossEntropyBackend
 from mmllm.losses.ctc import ctc_losses, mean_over_targets
+from mmllm.losses.routing import RoutingTotals, router_losses
 from mmllm.losses.tokens import HeadLayout, TokenLossConfig, TokenLosses, TokenTargets, TokenWeights, token_losses
-from mmllm.model.routing_stats import RoutingStats
 from mmllm.model.multimodal import AUDIO_END_ID, PAD_ID, ModelConfig, ModelOutput, MultimodalModel
+from mmllm.model.routing_stats import RoutingStats
 
 TASKS = ("text", "units")
 """The losses whose targets are counted together."""
@@ -32,7 +33,7 @@ class BatchLosses:
     """Differentiable: of clips that can be aligned, each divided by its length; to be divided by `counts["ctc"]`."""
     sums: dict[str, Tensor]
     """Detached, to be reported: "text" and "units" (nats, without the config's weights), "task" (the objective), "ctc"
-    and, with experts, "balance" and "z" (the batch's losses times its number of tokens)."""
+    and those of `router_losses` (of this rank's own batch, times its number of tokens)."""
     counts: dict[str, Tensor]
     """What each sum is divided by. "units": a frame counts 1 when all K codes are targets."""
     source_sums: Tensor
@@ -76,6 +77,7 @@ class LossFunction:
             source_weights=_by_index(loss.source_weights or {}, source_names),
             head_z_loss_coef=loss.head_z_loss_coef,
         )
+        self._moe = config.decoder.moe
         self._backend: CrossEntropyBackend = loss.cross_entropy
         self._weights = TokenWeights.of(self._config, self._layout, self.num_sources)
 
@@ -98,11 +100,10 @@ class LossFunction:
         }
         counts = {"text": tokens.text_count, "units": tokens.units_count, "ctc": num_clips}
         counts["task"] = counts["text"] + counts["units"]
-        if routing.layers:
+        if self._moe is not None and routing.layers:
             num_tokens = tokens.text_count.new_full((), routing.num_tokens)
-            counts["balance"] = counts["z"] = num_tokens
-            sums["balance"] = (routing.balance_loss() * routing.num_tokens).detach()
-            sums["z"] = (routing.z_loss() * routing.num_tokens).detach()
+            for name, loss in router_losses(self._moe, routing, RoutingTotals.of(routing)).items():
+                sums[name], counts[name] = loss.detach() * num_tokens, num_tokens
         return BatchLosses(
             objective=tokens.objective + output.zero,
             ctc_sum=ctc_sum,

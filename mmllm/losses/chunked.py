@@ -33,8 +33,8 @@ class _Statistics(NamedTuple):
 def chunks(num_rows: int, row_bytes: int, chunk_bytes: int) -> Iterator[slice]:
     """Ranges of about equal length of which none is larger than `chunk_bytes`, but for a single row."""
     num_chunks = -(-num_rows // max(1, chunk_bytes // max(row_bytes, 1)))
-    for index in range(num_chunks):
-        yield slice(num_rows * index // num_chunks, num_rows * (index + 1) // num_chunks)
+    for index in range(num_chunks):  # the longest first, so that its buffers do for all
+        yield slice(-(-num_rows * index // num_chunks), -(-num_rows * (index + 1) // num_chunks))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -165,7 +165,7 @@ class _Head:
         logits = probabilities = self.hidden_MD.new_empty(0)
         for chunk in chunks(num_frames, columns * self.wide.itemsize, self.chunk_bytes):
             hidden_RD = self.hidden_MD[chunk] if frames_U is None else self.hidden_MD[frames_U[chunk]]
-            if len(logits) < len(hidden_RD):
+            if not len(logits):
                 logits = self.hidden_MD.new_empty(len(hidden_RD), columns)
                 probabilities = torch.empty_like(logits, dtype=self.wide)
             logits_RV, gradient_RV = logits[: len(hidden_RD)], probabilities[: len(hidden_RD)]
@@ -196,8 +196,11 @@ class _Head:
             grad_weight_WD = self.grad_weight_VD[rows]
             if gradient_RV.dtype == self.wide:
                 grad_weight_WD.addmm_(gradient_RV.T, hidden_RD)
-            else:
-                grad_weight_WD += gradient_RV.T @ hidden_RD
+                return
+            # A product in bf16 is added in float32, some rows at a time: whole, it and its copy in float32 would take
+            # more than the weight.
+            for part in chunks(len(grad_weight_WD), 4 * grad_weight_WD[0].nbytes, self.chunk_bytes):
+                grad_weight_WD[part] += gradient_RV[:, part].T @ hidden_RD
 
 
 @weighted.register_fake

@@ -278,9 +278,13 @@ class Decoder(nn.Module):
             else:
                 is_residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
                 nn.init.normal_(parameter, std=residual_std if is_residual else INIT_STD)
-        for block in self.layers:
-            if block.has_experts:
-                block.mlp.gate.reset_buffers()
+        for moe in self.expert_layers().values():
+            moe.gate.reset_buffers()
+
+    def expert_layers(self) -> dict[int, MoE]:
+        """The mixtures of experts, by layer."""
+        blocks = [self.layers[layer] for layer in range(len(self.layers)) if self.config.has_experts(layer)]
+        return {block.layer: block.mlp for block in blocks}  # pyright: ignore[reportReturnType]
 
     @property
     def head_weight_VD(self) -> Tensor:
@@ -329,13 +333,12 @@ class Decoder(nn.Module):
         """
         if cache is None:
             sequences = SequenceMetadata.of(document_ids_BT)
-            hidden_ND, stats = self.packed(x_BTD, positions_BT, sequences, modality_BT, spans_BT)
-            return unpacked(hidden_ND, sequences, x_BTD.shape[:2]), stats
+            hidden_QD, stats = self.packed(x_BTD, positions_BT, sequences, modality_BT, spans_BT)
+            return unpacked(hidden_QD, sequences, x_BTD.shape[:2]), stats
         cache.begin(document_ids_BT, spans_BT)
-        modality_N = None if modality_BT is None else modality_BT.flatten()
+        tokens = TokenInfo(None if modality_BT is None else modality_BT.flatten(), is_counted=False)
         x_ND, positions_N = x_BTD.flatten(0, 1), positions_BT.flatten()
-        tokens = TokenInfo(modality_N, is_counted=False)
-        hidden_ND, stats = self._run(x_ND, positions_N, cache, x_ND.shape[0], tokens)
+        hidden_ND, stats = self._run(x_ND, positions_N, cache, tokens, x_ND.shape[0])
         cache.end()
         return hidden_ND.view(x_BTD.shape), stats
 
@@ -353,7 +356,6 @@ class Decoder(nn.Module):
             Hidden states of the `sequences.size` tokens, [Q, D], and the routing of the real ones.
         """
         x_QD, positions_Q = _taken(x_BTD.flatten(0, 1), sequences), _taken(positions_BT.flatten(), sequences)
-        modality_Q = None if modality_BT is None else _taken(modality_BT.flatten(), sequences)
         spans_Q = None if spans_BT is None else _taken(spans_BT.flatten(), sequences)
         if self.config.prefix != "none" and spans_Q is None:
             raise ValueError(f"decoder.prefix is {self.config.prefix!r}, but no spans were given; pass spans_BT")
@@ -363,21 +365,25 @@ class Decoder(nn.Module):
         context = PackedContext(sequences, self.config.attention_backend, spans_Q, dtype)
         for layer in range(self.config.num_hidden_layers):
             context.prepare(self.config.rule(layer))
-        moe = self.config.moe
-        sequence_Q = None if moe is None or not moe.counts_by_sequence else sequences.tokens_Q // x_BTD.shape[1]
-        is_real_Q = None
-        if sequences.num_tokens != x_QD.shape[0]:
-            is_real_Q = torch.arange(x_QD.shape[0], device=x_QD.device) < sequences.num_tokens
-        tokens = TokenInfo(modality_Q, sequence_Q, x_BTD.shape[0], is_real_Q)
-        return self._run(x_QD, positions_Q, context, sequences.num_tokens, tokens)
+        tokens = self._token_info(sequences, modality_BT, x_BTD.shape)
+        return self._run(x_QD, positions_Q, context, tokens, sequences.num_tokens)
+
+    def _token_info(self, sequences: SequenceMetadata, modality_BT: Tensor | None, shape: torch.Size) -> TokenInfo:
+        modality_Q = None if modality_BT is None else _taken(modality_BT.flatten(), sequences)
+        is_real_Q = sequence_Q = None
+        if sequences.size != sequences.num_tokens:
+            is_real_Q = torch.arange(sequences.size, device=sequences.tokens_Q.device) < sequences.num_tokens
+        if self.config.moe is not None and self.config.moe.counts_by_sequence:
+            sequence_Q = sequences.tokens_Q // shape[1]
+        return TokenInfo(modality_Q, sequence_Q, shape[0], is_real_Q)
 
     def _run(
         self,
         x_QD: Tensor,
         positions_Q: Tensor,
         context: PackedContext | KVCache,
-        num_tokens: int,
         tokens: TokenInfo,
+        num_tokens: int,
     ) -> tuple[Tensor, RoutingStats]:
         config = self.config
         ropes = {config.rope(layer) for layer in range(config.num_hidden_layers)}

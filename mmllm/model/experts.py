@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 import mmllm_kernels
 from mmllm.model.router import MoEConfig, Router, TokenInfo
 from mmllm.model.routing_stats import LayerSums, layer_sums
+from mmllm_kernels import Backend
 
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Tokens [T, D], gates [T, K] and indices [T, K] among the experts that are here (-1: none) to weighted sums [T, D]."""
@@ -45,7 +46,7 @@ class Experts(nn.Module):
     def __init__(self, width: int, config: MoEConfig):
         super().__init__()
         num_experts, inner = config.num_experts, config.moe_intermediate_size
-        self.backend = config.backend
+        self.backend: Backend = config.backend
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * inner, width))
         self.down_proj = nn.Parameter(torch.empty(num_experts, width, inner))
 
@@ -76,7 +77,7 @@ class SharedExperts(nn.Module):
     def __init__(self, width: int, config: MoEConfig):
         super().__init__()
         num_shared, inner = config.n_shared_experts, config.moe_intermediate_size
-        self.backend = config.backend
+        self.backend: Backend = config.backend
         self.gate_up_proj = nn.Parameter(torch.empty(num_shared, 2 * inner, width))
         self.down_proj = nn.Parameter(torch.empty(num_shared, width, inner))
 

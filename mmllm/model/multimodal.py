@@ -171,16 +171,6 @@ class MultimodalModel(nn.Module):
             self.mask_embedding = nn.Parameter(torch.randn(width) * INIT_STD)
 
     @property
-    def loss_weights(self) -> dict[str, float]:
-        """The configured weight of each loss; `mmllm.training` puts them together."""
-        loss, moe = self.config.loss, self.config.decoder.moe
-        weights = {"text": loss.text, "units": loss.units, "ctc": loss.ctc}
-        return weights | {
-            "balance": moe.router_aux_loss_coef if moe else 0.0,
-            "z": moe.router_z_loss_coef if moe else 0.0,
-        }
-
-    @property
     def num_image_tokens(self) -> int:
         """Slots an image fills; 0 without a tower."""
         return self.image_projector.num_tokens if self.image_projector is not None else 0
@@ -202,11 +192,10 @@ class MultimodalModel(nn.Module):
 
     def num_active_parameters(self) -> int:
         """Parameters that one token passes: of E experts only the K chosen."""
-        config, inactive = self.config.decoder.moe, 0
-        for block in self.decoder.layers:
-            if config is not None and block.has_experts:
-                experts = sum(weight.numel() for weight in block.mlp.experts.parameters())
-                inactive += experts * (config.num_experts - config.num_experts_per_tok) // config.num_experts
+        inactive = 0
+        for moe in self.decoder.expert_layers().values():
+            experts, config = sum(weight.numel() for weight in moe.experts.parameters()), moe.config
+            inactive += experts * (config.num_experts - config.num_experts_per_tok) // config.num_experts
         return self.num_parameters() - inactive
 
     def image_embedding(self, images_NCHW: Tensor) -> Tensor:
@@ -302,9 +291,13 @@ class MultimodalModel(nn.Module):
 
     def hidden(self, batch: PackedBatch, cache: KVCache | None = None) -> Tensor:
         """Hidden states after the final norm, [B, T, D]."""
-        x_BTD, spans_BT = self.splice(batch), self.spans(batch)
         return self.decoder(
-            x_BTD, batch.positions_BT, batch.document_ids_BT, cache, batch.modality_BT, spans_BT=spans_BT
+            self.splice(batch),
+            batch.positions_BT,
+            batch.document_ids_BT,
+            cache,
+            batch.modality_BT,
+            self.spans(batch),
         )[0]
 
     def logits(self, batch: PackedBatch) -> Tensor:

@@ -30,9 +30,9 @@ class MoEConfig:
         num_experts: experts a layer.
         num_experts_per_tok: experts a token.
         moe_intermediate_size: inner width of each expert.
-        router_aux_loss_coef: weight of the balance loss in the training loss: E · Σᵢ fᵢ Pᵢ, with fᵢ an expert's share of
-            the choices and Pᵢ its mean probability (Switch, arXiv 2101.03961). 1 at perfect balance, where every token
-            may choose every expert.
+        router_aux_loss_coef: weight of the balance loss in the training loss: E · Σᵢ fᵢ Pᵢ, with fᵢ an expert's share
+            of the choices and Pᵢ its mean probability (Switch, arXiv 2101.03961). 1 at perfect balance, where every
+            token may choose every expert.
         router_z_loss_coef: weight of the router's z-loss (ST-MoE, arXiv 2202.08906).
         norm_topk_prob: divide a token's chosen gates by their sum.
         backend: of `mmllm_kernels.experts`.
@@ -40,7 +40,7 @@ class MoEConfig:
             global batch; the loss is the mean over layers. "global": the mean over layers too, so that layers may
             differ if their sum is balanced (as transformers' `load_balancing_loss_func`, which is K times as large).
             "sequence": each layer's own over each packed sequence (a row of the batch), as in DeepSeek-V3 (arXiv
-            2412.19437); the loss is the mean over layers and over sequences, weighted by their tokens.
+            2412.19437); the loss is the mean over layers and over sequences that hold tokens.
         scoring_func: of the logits: "softmax" over the experts, or each expert's own "sigmoid" (DeepSeek-V3). What the
             balance loss calls a probability is then a sigmoid divided by the token's sum of them.
         routed_scaling_factor: the chosen gates are multiplied by it, last.
@@ -208,8 +208,9 @@ def _check_modality_experts(config: MoEConfig, by_modality: Mapping[str, tuple[i
         )
     if config.use_expert_bias and sum(map(len, pools)) > config.num_experts:
         raise ValueError(
-            "moe.use_expert_bias compares an expert's load with the mean of those that the same tokens choose from, but "
-            "pools of modality_experts overlap; name every modality and share no expert, or set use_expert_bias: false"
+            "moe.use_expert_bias compares an expert's load with the mean of those that the same tokens choose from, "
+            "but pools of modality_experts overlap; name every modality and share no expert, or set use_expert_bias: "
+            "false"
         )
 
 

@@ -185,3 +185,34 @@ def _tokens_by(bucket_N: Tensor | None, num_buckets: int, is_real_N: Tensor | No
         return None
     is_in_NB = F.one_hot(bucket_N, num_buckets)
     return (is_in_NB if is_real_N is None else is_in_NB * is_real_N[:, None]).sum(dim=0)
+
+
+class RoutingWindow:
+    """Detached counts of several batches, on the device until somebody reads them."""
+
+    def __init__(self) -> None:
+        self.layers: tuple[int, ...] = ()
+        self.counts_LME: Tensor | None = None
+        self.entropy_sums_LM: Tensor | None = None
+        self.tokens_M: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, stats: RoutingStats) -> None:
+        """Adds one batch; nothing without experts, or where modalities were not given."""
+        if not stats.layers or stats.counts_LME is None or stats.entropy_sums_LM is None or stats.tokens_M is None:
+            return
+        self.layers = stats.layers
+        new = (stats.counts_LME, stats.entropy_sums_LM.detach().double(), stats.tokens_M)
+        if self.counts_LME is None or self.entropy_sums_LM is None or self.tokens_M is None:
+            self.counts_LME, self.entropy_sums_LM, self.tokens_M = new
+        else:  # not in place: what `take` gave may still be read
+            old = (self.counts_LME, self.entropy_sums_LM, self.tokens_M)
+            self.counts_LME, self.entropy_sums_LM, self.tokens_M = (a + b for a, b in zip(old, new, strict=True))
+
+    def take(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """`counts_LME`, `entropy_sums_LM` and `tokens_M` since the last call; None: nothing was added."""
+        if self.counts_LME is None or self.entropy_sums_LM is None or self.tokens_M is None:
+            return None
+        taken = (self.counts_LME, self.entropy_sums_LM, self.tokens_M)
+        self.counts_LME = self.entropy_sums_LM = self.tokens_M = None
+        return taken

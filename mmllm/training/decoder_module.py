@@ -25,9 +25,11 @@ from mmllm.inference.card import ModelInfo
 from mmllm.inference.folder import check_replaceable, save_model
 from mmllm.inference.settings import GenerationConfig
 from mmllm.losses.batch import TASKS, BatchLosses, LossFunction
+from mmllm.losses.routing import RoutingTotals, router_loss_weights, router_losses
 from mmllm.model.decoder import DecoderConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
 from mmllm.model.projectors import ImageProjectorConfig
+from mmllm.model.routing_stats import RoutingWindow
 from mmllm.model.vision import VisionConfig
 from mmllm.parallel.clipping import clip_
 from mmllm.parallel.deferred import DeferredInit
@@ -36,6 +38,7 @@ from mmllm.parallel.mesh import ParallelConfig, ParallelMesh
 from mmllm.parallel.shard import ShardConfig
 from mmllm.parallel.tensor import sum_partial_gradients
 from mmllm.training.clip_module import load_clip_config
+from mmllm.training.expert_bias import ExpertBias
 from mmllm.training.interop_commands import load_decoder
 from mmllm.training.optimizers import OptimizerConfig
 from mmllm.training.staged import StagedModule
@@ -107,8 +110,8 @@ class DecoderModule(StagedModule):
         self.folder: TokenizerFolder | None = None
         self.model: MultimodalModel | None = None
         self.mesh: ParallelMesh | None = None
-        self.routing_counts_LME: Tensor | None = None
-        self.moe_layers: tuple[int, ...] = ()
+        self.routing = RoutingWindow()
+        self.expert_bias: ExpertBias | None = None
         self._whole: MultimodalModel | None = None
         self._source_names: list[str] = []
         self._first_targets = self._accumulated_targets = torch.zeros(())
@@ -200,6 +203,7 @@ class DecoderModule(StagedModule):
         """Checks that the data was made with this tokenizer and tower, and asks for its sources' names."""
         super().on_fit_start()
         self._num_accumulated = 0  # an earlier fit may have ended before its step
+        self.expert_bias = ExpertBias.of(self._built().decoder)
         self._name_sources()
         data_folder = getattr(self._data, "folder", None)
         if self.folder is not None and data_folder is not None and data_folder.hash != self.folder.hash:
@@ -251,7 +255,9 @@ class DecoderModule(StagedModule):
         """The loss of one packed batch; also counts routing by modality."""
         losses = self._losses_of(batch)
         totals = GlobalTotals.of(losses, batch, self.batch_group)
-        loss = totals.loss(losses, self._built().loss_weights)
+        loss = totals.loss(losses, self._built().config)
+        if self.expert_bias is not None:
+            self.expert_bias.add(totals.routing.counts_LE)
         self._accumulate(totals.num_targets)
         scale = self.num_batch_ranks * self.trainer.accumulate_grad_batches * totals.num_targets
         self._record(losses, totals)
@@ -282,6 +288,12 @@ class DecoderModule(StagedModule):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
             clip_(_gradients(optimizer), gradient_clip_val)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Moves the experts' biases with the weights: before any checkpoint of this step is saved."""
+        super().optimizer_step(*args, **kwargs)
+        if self.expert_bias is not None:
+            self.expert_bias.step()
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Adds up sums and counts."""
@@ -352,11 +364,7 @@ class DecoderModule(StagedModule):
         if self._built().config.loss.ctc:
             sums["ctc_left_out"], counts["ctc_left_out"] = totals.num_ctc_left_out, 1.0
         self.window.add(sums, counts)
-        if losses.routing.counts_LME is not None and losses.routing.layers:
-            self.moe_layers = losses.routing.layers
-            previous = self.routing_counts_LME
-            counts_LME = losses.routing.counts_LME.detach()
-            self.routing_counts_LME = counts_LME if previous is None else previous + counts_LME
+        self.routing.add(losses.routing)
 
     def window_metrics(self) -> dict[str, float]:
         """Losses by modality and source, tokens a second, padding."""
@@ -410,16 +418,20 @@ class GlobalTotals:
     counts: dict[str, Tensor]
     source_sums: Tensor
     source_counts: Tensor
-    counts_LE: Tensor
+    routing: RoutingTotals
     num_correct: Tensor
     num_ctc_left_out: Tensor
-    num_tokens: Tensor
     num_positions: Tensor
 
     @property
     def num_targets(self) -> Tensor:
         """Of text and units, at least 1."""
         return self.counts["task"].clamp(min=1)
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Without padding."""
+        return self.routing.num_tokens
 
     @property
     def task_loss(self) -> Tensor:
@@ -431,41 +443,41 @@ class GlobalTotals:
         """Gathers a forward pass over the ranks of `group` (None: over all), each of which has other sequences."""
         keys = list(losses.sums)
         like = losses.source_sums.double()
-        sizes = losses.routing.num_tokens, batch.document_ids_BT.numel()
+        routing = RoutingTotals.of(losses.routing)
         parts = [
             torch.stack([losses.sums[key].double() for key in keys]),
             torch.stack([losses.counts[key].double() for key in keys]),
             losses.source_sums.double(),
             losses.source_counts.double(),
             torch.stack([losses.num_correct.double(), losses.num_ctc_left_out.double()]),
-            torch.stack([like.new_full((), size) for size in sizes]),
-            losses.routing.counts_LE.flatten().double(),
+            like.new_full((1,), batch.document_ids_BT.numel()),
+            routing.flat(),
         ]
         totals = torch.cat(parts)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(totals, group=group)
-        sums, counts, source_sums, source_counts, seen, sizes, counts_LE = totals.split([len(p) for p in parts])
+        sums, counts, source_sums, source_counts, seen, sizes, flat = totals.split([len(p) for p in parts])
         return cls(
             sums=dict(zip(keys, sums, strict=True)),
             counts=dict(zip(keys, counts, strict=True)),
             source_sums=source_sums,
             source_counts=source_counts,
-            counts_LE=counts_LE.view(losses.routing.counts_LE.shape),
+            routing=routing.with_flat(flat),
             num_correct=seen[0],
             num_ctc_left_out=seen[1],
-            num_tokens=sizes[0],
-            num_positions=sizes[1],
+            num_positions=sizes[0],
         )
 
-    def loss(self, losses: BatchLosses, weights: dict[str, float]) -> Tensor:
+    def loss(self, losses: BatchLosses, config: ModelConfig) -> Tensor:
         """This rank's part of the global loss, differentiable; see `DecoderModule`."""
         loss = losses.objective / self.num_targets.to(losses.objective)
-        if weights["ctc"]:
-            loss = loss + weights["ctc"] * losses.ctc_sum / self.counts["ctc"].clamp(min=1).to(losses.ctc_sum)
-        if losses.routing.layers:
-            num_tokens = self.num_tokens.clamp(min=1).to(losses.routing.z_sums_L.dtype)
-            loss = loss + weights["balance"] * losses.routing.balance_loss(self.counts_LE, num_tokens)
-            loss = loss + weights["z"] * losses.routing.z_loss(num_tokens)
+        if config.loss.ctc:
+            loss = loss + config.loss.ctc * losses.ctc_sum / self.counts["ctc"].clamp(min=1).to(losses.ctc_sum)
+        moe = config.decoder.moe
+        if moe is not None:
+            weights = router_loss_weights(moe)
+            for name, value in router_losses(moe, losses.routing, self.routing).items():
+                loss = loss + weights[name] * value
         return loss
 
 
