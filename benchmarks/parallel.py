@@ -42,14 +42,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         for precision in ("float64", "float32"):
             base = Training(precision=precision, num_steps=4 if args.quick else 20)
-            (alone,) = run(base, Path(work, precision))
+            ((alone,),) = run([base], Path(work, precision))
             for number in (2,) if args.quick else (2, 4):
-                for layout in args.only or list(LAYOUTS):
-                    print(f"{precision} {layout} {number} processes …", file=sys.stderr)
-                    training = dataclasses.replace(base, num_processes=number, layout=layout)
-                    ranks = run(training, Path(work, f"{precision} {layout} {number}"))
+                print(f"{precision}, {number} processes …", file=sys.stderr)
+                layouts = args.only or list(LAYOUTS)
+                trainings = [dataclasses.replace(base, num_processes=number, layout=layout) for layout in layouts]
+                for training, ranks in zip(trainings, run(trainings, Path(work, f"{precision}{number}")), strict=True):
                     _add(report, training, alone, ranks)
-                    report.write()
+                report.write()
     report.finish()
 
 

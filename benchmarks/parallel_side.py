@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import socket
 import warnings
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +67,7 @@ class Training:
         checkpoint: it goes on from; None: it begins.
         save: checkpoint to write at the end.
         strategy: more arguments of `MeshStrategy`.
+        callbacks: more of them.
     """
 
     num_processes: int = 1
@@ -250,17 +250,25 @@ def _connected(training: Training, rank: int, port: int) -> dict[str, Any]:
     return {"devices": number, "strategy": strategy}
 
 
-def run(training: Training, work: Path, function: Callable[..., dict[str, Any]] = train) -> list[dict[str, Any]]:
-    """What each process of a training gives. Processes are forked: the imports are done already."""
+def run(trainings: list[Training], work: Path) -> list[list[dict[str, Any]]]:
+    """What each process of each training gives. All have as many processes, which do one training after the other.
+
+    They are forked, since the imports are done already.
+    """
     work.mkdir(parents=True, exist_ok=True)
+    (number,) = {training.num_processes for training in trainings}
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.start_processes(
-        _run_rank, args=(training, str(work), port, function), nprocs=training.num_processes, start_method="fork"
+        _run_rank, args=(trainings, str(work), port), nprocs=number, start_method="fork"
     )
-    return [torch.load(work / f"rank{rank}.pt", weights_only=True) for rank in range(training.num_processes)]
+    return [
+        [torch.load(work / f"{turn}_rank{rank}.pt", weights_only=True) for rank in range(number)]
+        for turn in range(len(trainings))
+    ]
 
 
-def _run_rank(rank: int, training: Training, work: str, port: int, function: Callable[..., dict[str, Any]]) -> None:
-    torch.save(function(training, rank, port), f"{work}/rank{rank}.pt")
+def _run_rank(rank: int, trainings: list[Training], work: str, port: int) -> None:
+    for turn, training in enumerate(trainings):
+        torch.save(train(training, rank, port), f"{work}/{turn}_rank{rank}.pt")
