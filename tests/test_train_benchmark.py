@@ -61,6 +61,8 @@ ASKING: dict[str, Callable[[], Any]] = {
     "mask": lambda: X[MASK],
     "masked_select": lambda: X.masked_select(MASK),
     "mask set": lambda: X.clone().index_put_((MASK,), torch.ones(3)),
+    "mask set to a row": lambda: X[:, None].clone().index_put_((MASK,), torch.ones(1)),
+    "mask added to": lambda: X.clone().index_put_((MASK,), torch.tensor(1.0), accumulate=True),
     "unique": lambda: torch.unique(COUNTS),
     "unique_consecutive": lambda: COUNTS.unique_consecutive(),
     "bincount": lambda: torch.bincount(COUNTS),
@@ -118,7 +120,8 @@ def test_the_kernels_path_for_cpus_is_counted_apart():
     with HostSyncs() as syncs:
         mmllm_kernels.moe(torch.randn(5, 8), torch.randn(5, 4), *weights, 2).out_TD.sum().backward()
     assert syncs.count == 0, str(syncs)
-    assert {what for what, _ in syncs.asked_apart} >= {"mmllm_kernels::moe", "mmllm_kernels::moe_backward"}
+    operators = {what for what, _ in syncs.asked_apart if what.startswith("mmllm_kernels::")}
+    assert len(operators) >= 2 and any(what.endswith("_backward") for what in operators)
 
 
 def test_a_fused_optimizer_asks_nothing():
@@ -254,7 +257,7 @@ def test_the_counts_are_given_by_name(tmp_path):
     }
     (work,) = (row for row in rows if row["case"] == "cpu auto")
     assert 1 <= work["ratio"] < 4 and work["ratio"] == work["value"] / work["peer_value"]
-    assert "mmllm_kernels::moe" in printed
+    assert "mmllm_kernels::" in printed
 
 
 @pytest.mark.proof

@@ -22,6 +22,7 @@ from mmllm.model.experts import MLP, MoE
 from mmllm.model.masks import MaskRule
 from mmllm.model.norms import RMSNorm
 from mmllm.model.recompute import Recompute, checkpointed, recompute_mode
+from mmllm.model.roles import mark
 from mmllm.model.rope import RopeScaling, rotary
 from mmllm.model.router import MoEConfig, TokenInfo
 from mmllm.model.routing_stats import LayerSums, RoutingStats
@@ -240,6 +241,7 @@ class Head(nn.Module):
         self._embedding = (embed_tokens,)
         vocab_size, width = embed_tokens.weight.shape
         self.register_parameter("weight", None if is_tied else nn.Parameter(torch.empty(vocab_size, width)))
+        mark(self, weight="head")
 
     @property
     def weight_VD(self) -> Tensor:

@@ -28,6 +28,7 @@ from mmllm.model.projectors import (
     ImageProjector,
     ImageProjectorConfig,
 )
+from mmllm.model.roles import mark_all
 from mmllm.model.routing_stats import RoutingStats
 from mmllm.model.vision import VisionConfig, VisionTower
 from mmllm.sequences import BatchMetadata, MediaMetadata
@@ -166,6 +167,7 @@ class MultimodalModel(nn.Module):
             )
             if config.loss.ctc:
                 self.ctc_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.num_text))
+                mark_all(self.ctc_head, "head")
         self.mask_embedding = None
         if config.loss.word_dropout:
             self.mask_embedding = nn.Parameter(torch.randn(width) * INIT_STD)

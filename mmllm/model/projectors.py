@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmllm.model.roles import mark
 from mmllm.sequences import clip_frames
 from mmllm_tokenizers.spectrum import FrameSpectrum
 
@@ -55,6 +56,7 @@ class ImageProjector(nn.Module):
         self.norm = nn.LayerNorm(feature_width)
         self.row_embedding = nn.Parameter(torch.randn(grid[0], 1, feature_width) * POSITION_STD)
         self.column_embedding = nn.Parameter(torch.randn(1, grid[1], feature_width) * POSITION_STD)
+        mark(self, row_embedding="embedding", column_embedding="embedding")
         self.queries = None
         match config.kind:
             case "linear" | "mlp":
@@ -67,6 +69,7 @@ class ImageProjector(nn.Module):
                 self.pooled_grid = _pooled_grid(self.num_tokens, grid)
             case "attention":
                 self.queries = nn.Parameter(torch.randn(self.num_tokens, feature_width) * 0.02)
+                mark(self, queries="embedding")
                 self.pool = nn.MultiheadAttention(feature_width, config.num_attention_heads, batch_first=True)
         if config.kind == "linear":
             self.project: nn.Module = nn.Linear(feature_width, width)

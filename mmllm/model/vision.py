@@ -16,17 +16,29 @@ from typing import Any, Literal
 import open_clip
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from open_clip.model import CustomTextCLIP
-from open_clip.modified_resnet import ModifiedResNet
+from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from open_clip.pretrained import get_pretrained_cfg
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import Attention, AttentionalPooler, TextTransformer, VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from mmllm.model.roles import Role, mark, mark_all
 
 NORM_GROUPS = 8
 STANDARDIZED_EPS = 1e-4
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ROLES: tuple[tuple[type[nn.Module], dict[str, Role]], ...] = (
+    (CLIP, {"positional_embedding": "embedding", "text_projection": "head"}),
+    (TextTransformer, {"positional_embedding": "embedding", "text_projection": "head"}),
+    (VisionTransformer, {"positional_embedding": "embedding", "proj": "head"}),
+    (AttentionPool2d, {"positional_embedding": "embedding"}),
+    (AttentionalPooler, {"query": "embedding"}),
+    (Attention, {"in_proj_weight": "hidden", "logit_scale": "vector", "head_scale": "vector"}),
+)
+"""What open_clip's own parameters are to the optimizer; the layers of torch in it tell by their types."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,7 @@ def build_clip(config: VisionConfig, load: bool = True) -> nn.Module:
     model = (CustomTextCLIP if custom_text else open_clip.CLIP)(**model_config)
     if config.norm == "group" and any(isinstance(part, nn.BatchNorm2d) for part in model.modules()):
         _use_group_norm(model)
+    _mark_roles(model)
     if path is not None:
         try:
             open_clip.load_checkpoint(model, path, strict=True, weights_only=True)  # pyright: ignore
@@ -147,6 +160,35 @@ def _check_statistics(config: VisionConfig) -> None:
             f"vision.checkpoint is {config.checkpoint!r} without vision.mean and vision.std, and not all weights of "
             f"{name} take OpenAI's ({others[0]} takes mean {mean} and std {std}); give those of these weights"
         )
+
+
+def _mark_roles(clip: nn.Module) -> None:
+    """Tells the optimizer what the parameters of open_clip's and timm's modules are."""
+    for module in clip.modules():
+        for kind, roles in _ROLES:
+            if isinstance(module, kind):
+                there: dict[str, Role] = {name: role for name, role in roles.items() if name in module._parameters}
+                mark(module, **there)
+        match module:
+            case AttentionPool2d():  # so wide that orthogonalizing it would take longer than the rest of a small CLIP
+                mark_all(module, "head")
+            case CLIP() | TextTransformer() if isinstance(module.text_projection, nn.Linear):
+                mark_all(module.text_projection, "head")
+            case TimmModel():
+                trunk: Any = module.trunk
+                for part in (module.head, trunk.get_classifier()):
+                    if isinstance(part, nn.Module):
+                        mark_all(part, "head")
+                _mark_bare(module.trunk)
+
+
+def _mark_bare(trunk: nn.Module) -> None:
+    """What timm's modules hold beside torch's layers is added or multiplied: positions, tokens, scales, tables."""
+    for module in trunk.modules():
+        if type(module).__module__.startswith("timm.") and not isinstance(module, _LAYERS):
+            bare = [name for name, p in module._parameters.items() if p is not None and p.ndim >= 2]
+            roles: dict[str, Role] = dict.fromkeys(bare, "embedding")
+            mark(module, **roles)
 
 
 class StandardizedConv2d(nn.Conv2d):

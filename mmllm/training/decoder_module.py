@@ -362,7 +362,8 @@ class DecoderModule(StagedModule):
         counts |= {"text_accuracy": totals.counts["text"], "padding_share": totals.num_positions}
         sums["tokens"], counts["tokens"] = totals.num_tokens, 1.0
         if self._built().config.loss.ctc:
-            sums["ctc_left_out"], counts["ctc_left_out"] = totals.num_ctc_left_out, 1.0
+            sums["ctc_left_out"] = totals.num_ctc_left_out
+            counts["ctc_left_out"] = totals.counts["ctc"] + totals.num_ctc_left_out
         self.window.add(sums, counts)
         self.routing.add(losses.routing)
 

@@ -16,15 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from mmllm.model.roles import parameter_roles
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Quintic coefficients of Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/)."""
-
-
-EMBEDDINGS = ("embedding", "embed_tokens", "position", "queries")
-"""In the names of parameters that are looked up or added, not multiplied by: neither decay nor Muon."""
-HEADS = ("head", "mlp.gate.weight", "attnpool", "text_projection")
-"""In the names of matrices that end a network: AdamW moves them. (open_clip's attention pool is also so wide that
-orthogonalizing it would take longer than the rest of a small CLIP's step.)"""
+MUON_MOVES = (("hidden", 2), ("hidden", 3), ("filters", 4))
+"""Roles and dimensions of what Muon moves. AdamW moves the filters of one-dimensional convolutions: most of ours are
+depthwise, one row each."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class OptimizerConfig:
         weight_decay: decoupled; never on norms, biases and embeddings.
         betas: AdamW's.
         eps: AdamW's.
-        warmup: share of the run over which the rate rises linearly from zero.
+        warmup: share of the run over which the rate rises linearly, from one part of it at the first step.
         min_lr_ratio: the cosine's floor as a share of the peak.
         muon: move hidden matrices with Muon, the rest with AdamW.
         muon_momentum: Muon's momentum (Nesterov's form).
@@ -76,7 +74,7 @@ def learning_rate_factor(progress: float, config: OptimizerConfig) -> float:
     """The rate as a share of its peak: linear warm-up, then a cosine to `min_lr_ratio`.
 
     Args:
-        progress: share of the run that is done, 0 to 1.
+        progress: share of the run that is done when the step ends, 0 to 1.
         config: gives `warmup` and `min_lr_ratio`.
     """
     progress = min(max(progress, 0.0), 1.0)
@@ -96,6 +94,9 @@ def parameter_groups(
         config: the rates.
         tower_of: a parameter's name to "decoder", "tower" or "projector".
 
+    What a parameter is, its module's type or mark says (`mmllm.model.roles`): embeddings and vectors don't decay, and
+    Muon moves hidden matrices, stacks of them and the filters of two-dimensional convolutions.
+
     Returns:
         Groups for `MuonAdamW` or `torch.optim.AdamW`. Each also has its `name` and its `peak_lr`, from which
         the schedule computes `lr`. The order depends on names alone, so checkpoints resume.
@@ -105,18 +106,15 @@ def parameter_groups(
         "tower": config.lr if config.tower_lr is None else config.tower_lr,
         "projector": config.lr if config.projector_lr is None else config.projector_lr,
     }
-    embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    roles = parameter_roles(module)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        tower = tower_of(name)
-        is_embedding = id(parameter) in embeddings or any(word in name for word in EMBEDDINGS)
-        is_matrix = parameter.ndim >= 2 and not is_embedding
-        is_depthwise = parameter.ndim == 3 and parameter.shape[1] == 1  # a convolution with one row a filter
-        is_hidden = is_matrix and parameter.ndim <= 4 and not is_depthwise and not any(word in name for word in HEADS)
-        use_muon = config.muon and is_hidden
-        key = f"{tower}/{'muon' if use_muon else 'adamw'}/{'decay' if is_matrix else 'no_decay'}"
+        tower, role = tower_of(name), roles[name]
+        decays = role in ("head", "hidden", "filters")
+        use_muon = config.muon and (role, parameter.ndim) in MUON_MOVES
+        key = f"{tower}/{'muon' if use_muon else 'adamw'}/{'decay' if decays else 'no_decay'}"
         group = groups.setdefault(
             key,
             {
@@ -124,7 +122,7 @@ def parameter_groups(
                 "name": key,
                 "lr": rates[tower],
                 "peak_lr": rates[tower],
-                "weight_decay": config.weight_decay if is_matrix else 0.0,
+                "weight_decay": config.weight_decay if decays else 0.0,
                 "use_muon": use_muon,
             },
         )

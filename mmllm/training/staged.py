@@ -21,12 +21,16 @@ from mmllm.training.step_start import StepStart
 
 log = logging.getLogger(__name__)
 
+FIRST_SECONDS = 0.01
+"""Share of the warm-up that counts as done at the first step of a training without a number of steps."""
+
 
 class StagedModule(pl.LightningModule):
     """A Lightning module with a schedule by steps or by seconds, and metrics averaged between log lines.
 
     Progress is max(step / trainer.max_steps, seconds / max_seconds): whichever ends first shapes the whole
-    schedule. Seconds count training alone (validation included) and go on counting after a resume.
+    schedule (see `schedule_progress`). Seconds count training alone (validation included) and go on counting after a
+    resume.
     """
 
     def __init__(self, optimizer: OptimizerConfig | None = None, max_seconds: float | None = None) -> None:
@@ -95,6 +99,19 @@ class StagedModule(pl.LightningModule):
         by_seconds = self.elapsed_seconds / self.max_seconds if self.max_seconds else 0.0
         return min(max(by_steps, by_seconds), 1.0)
 
+    @property
+    def schedule_progress(self) -> float:
+        """The progress that the step under way ends at: what its learning rate is computed from.
+
+        The first of S warm-up steps has 1/S of the peak, and the last step of all the floor. How long a step takes
+        isn't known before it: where seconds alone end the training, the rate counts those of the steps that are done,
+        but at least `FIRST_SECONDS` of the warm-up.
+        """
+        num_steps = self._num_steps()
+        by_seconds = self.elapsed_seconds / self.max_seconds if self.max_seconds else 0.0
+        by_steps = (self.trainer.global_step + 1) / num_steps if num_steps else FIRST_SECONDS * self.optimizer.warmup
+        return min(max(by_steps, by_seconds), 1.0)
+
     def _num_steps(self) -> int | None:
         trainer = self.trainer
         if trainer.max_steps != -1:
@@ -138,7 +155,8 @@ class StagedModule(pl.LightningModule):
             self._step_start.note()
 
     def _shared_progress(self) -> float:
-        return self._shared(self.progress) if self.max_seconds is not None else self.progress
+        progress = self.schedule_progress
+        return self._shared(progress) if self.max_seconds is not None else progress
 
     def _shared(self, seconds: float) -> float:
         """Rank 0's clock on every rank, so that all stop together and keep one rate."""
