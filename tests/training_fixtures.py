@@ -263,6 +263,11 @@ def fit_rank(
 
 def run_two_ranks(function: Callable[..., None], out: Path, *args: Any) -> list[dict[str, Any]]:
     """Runs `function(rank, port, out, *args)` in two processes; gives what each saved."""
+    return run_ranks(function, out, *args)
+
+
+def run_ranks(function: Callable[..., None], out: Path, *args: Any, num_ranks: int = 2) -> list[dict[str, Any]]:
+    """Runs `function(rank, port, out, *args)` in so many processes; gives what each saved."""
     import socket
     import sys
 
@@ -272,5 +277,5 @@ def run_two_ranks(function: Callable[..., None], out: Path, *args: Any) -> list[
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     method = "fork" if sys.platform == "linux" else "spawn"  # forking saves two imports of torch and Lightning
-    torch.multiprocessing.start_processes(function, args=(port, str(out), *args), nprocs=2, start_method=method)
-    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    torch.multiprocessing.start_processes(function, args=(port, str(out), *args), nprocs=num_ranks, start_method=method)
+    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(num_ranks)]
