@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import warnings
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,6 @@ import torch.multiprocessing
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.plugins.precision import DoublePrecision
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
 from mmllm.model.decoder import DecoderConfig
@@ -65,7 +65,8 @@ class Training:
         optimizer: rates; Muon.
         decoder: changes to the decoder's config.
         checkpoint: it goes on from; None: it begins.
-        save: checkpoint to write at the end.
+        save: checkpoint to write.
+        save_step: after this step.
         strategy: more arguments of `MeshStrategy`.
         callbacks: more of them.
     """
@@ -79,6 +80,7 @@ class Training:
     decoder: dict[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
     save: str | None = None
+    save_step: int = 2
     strategy: dict[str, Any] = field(default_factory=dict)
     callbacks: tuple[pl.Callback, ...] = ()
 
@@ -175,21 +177,53 @@ class Rows(pl.LightningDataModule):
         super().__init__()
         self.num_batches = num_batches
 
-    def train_dataloader(self) -> DataLoader[PackedBatch]:
+    def train_dataloader(self) -> Loader:
         """The batches of this rank."""
         assert self.trainer is not None
         shares = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         size = NUM_SEQUENCES // shares["num_replicas"]
-        first = shares["rank"] * size
-        batches = [
-            merged([sequence(NUM_SEQUENCES * number + first + place) for place in range(size)])
-            for number in range(self.num_batches)
-        ]
-        return DataLoader(batches, batch_size=None, collate_fn=_unchanged)  # pyright: ignore
+        return Loader(self.num_batches, shares["rank"] * size, size)
 
 
-def _unchanged(batch: PackedBatch) -> PackedBatch:
-    return batch
+class Loader:
+    """Some rows of each global batch; its state is the next batch's number, whatever the rank."""
+
+    def __init__(self, num_batches: int, first: int, size: int) -> None:
+        """Keeps which rows."""
+        self.num_batches, self.first, self.size, self.number = num_batches, first, size, 0
+
+    def __len__(self) -> int:
+        """Batches of the run."""
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        """From the next one on."""
+        while self.number < self.num_batches:
+            start = NUM_SEQUENCES * self.number + self.first
+            self.number += 1
+            yield merged([sequence(start + place) for place in range(self.size)])
+
+    def state_dict(self) -> dict[str, int]:
+        """The place."""
+        return {"number": self.number}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes to it."""
+        self.number = state["number"]
+
+
+class Saves(pl.Callback):
+    """Saves a checkpoint after a step."""
+
+    def __init__(self, path: str, step: int) -> None:
+        """Keeps where and when."""
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Saves, once."""
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            self.step = -1
 
 
 class Losses(pl.Callback):
@@ -222,17 +256,18 @@ def train(training: Training, rank: int = 0, port: int = 0) -> dict[str, Any]:
     elif training.num_processes == 1:
         plugins.append(AnyCheckpointIO())
     losses, module = Losses(), make_module(training)
+    callbacks: list[pl.Callback] = [losses, EMA(decay=0.9), *training.callbacks]
+    if training.save is not None:
+        callbacks.append(Saves(training.save, training.save_step))
     with quiet_lightning():
         trainer = pl.Trainer(
             accelerator="cpu", max_epochs=-1, max_steps=training.num_steps, gradient_clip_val=0.5, logger=False,
             accumulate_grad_batches=training.num_accumulated, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,
-            callbacks=[losses, EMA(decay=0.9), *training.callbacks], **settings,
+            callbacks=callbacks, **settings,
         )  # fmt: skip
         data = Rows(training.num_steps * training.num_accumulated)
         trainer.fit(module, datamodule=data, ckpt_path=training.checkpoint, weights_only=True)
-        if training.save is not None:
-            trainer.save_checkpoint(training.save)
     state = module.state_dict()
     weights = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
     return {"losses": losses.values, "weights": weights}
@@ -246,11 +281,13 @@ def _connected(training: Training, rank: int, port: int) -> dict[str, Any]:
     os.environ.update({name: str(value) for name, value in places.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="parallel")
     layout = LAYOUTS[training.layout][number]
-    strategy = layout if isinstance(layout, str) else MeshStrategy(**(layout | training.strategy))
+    strategy = MeshStrategy(**(layout | training.strategy)) if isinstance(layout, dict) else layout
     return {"devices": number, "strategy": strategy}
 
 
-def run(trainings: list[Training], work: Path) -> list[list[dict[str, Any]]]:
+def run(
+    trainings: list[Training], work: Path, function: Callable[..., dict[str, Any]] = train
+) -> list[list[dict[str, Any]]]:
     """What each process of each training gives. All have as many processes, which do one training after the other.
 
     They are forked, since the imports are done already.
@@ -261,7 +298,7 @@ def run(trainings: list[Training], work: Path) -> list[list[dict[str, Any]]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.start_processes(
-        _run_rank, args=(trainings, str(work), port), nprocs=number, start_method="fork"
+        _run_rank, args=(trainings, str(work), port, function), nprocs=number, start_method="fork"
     )
     return [
         [torch.load(work / f"{turn}_rank{rank}.pt", weights_only=True) for rank in range(number)]
@@ -269,6 +306,8 @@ def run(trainings: list[Training], work: Path) -> list[list[dict[str, Any]]]:
     ]
 
 
-def _run_rank(rank: int, trainings: list[Training], work: str, port: int) -> None:
+def _run_rank(
+    rank: int, trainings: list[Training], work: str, port: int, function: Callable[..., dict[str, Any]]
+) -> None:
     for turn, training in enumerate(trainings):
-        torch.save(train(training, rank, port), f"{work}/{turn}_rank{rank}.pt")
+        torch.save(function(training, rank, port), f"{work}/{turn}_rank{rank}.pt")

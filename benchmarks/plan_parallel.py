@@ -1,6 +1,6 @@
 """Where more GPUs stop helping, by arithmetic: `python benchmarks/plan_parallel.py [--json F] [--config FILE]`.
 
-For a decoder, numbers of GPUs and meshes: bytes that a GPU sends in a step, the step's time, in what share of it the GPU
+For a decoder, numbers of GPUs and meshes: bytes that a GPU sends in a step, the step's time, in what share of it it
 computes, memory. The batch grows with the GPUs, four sequences of 4,096 tokens each; what is assumed is told in
 mmllm/parallel/plan.py. Prints Markdown.
 """
@@ -34,21 +34,37 @@ SEVENTY_B = DecoderConfig(
 )
 NUM_GPUS = (8, 64, 256, 1024, 4096)
 SEQUENCE_LENGTH = 4096
-HEADER = """| GPUs | mesh | GB sent: weights / experts / tensor | step, s | computes | tokens/s a GPU | M tokens a step | memory, GB |
-|---|---|---|---|---|---|---|---|"""
+COLUMNS = (
+    "GPUs", "mesh", "GB sent: weights / experts / tensor", "step, s", "computes", "tokens/s a GPU", "M tokens a step",
+    "memory, GB",
+)  # fmt: skip
+HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
-def layouts(num_gpus: int, decoder: DecoderConfig) -> list[ParallelConfig]:
-    """What is compared: one model over all GPUs, or copies over 64 each, experts or heads spread in a machine."""
+def layouts(num_gpus: int, decoder: DecoderConfig) -> dict[str, ParallelConfig]:
+    """What is compared: one copy over all GPUs, or copies over 64 each, experts or heads spread in a machine."""
     shards = min(num_gpus, 64)
-    choices = [ParallelConfig(fsdp=num_gpus)]
+    choices = {"one copy": ParallelConfig(fsdp=num_gpus)}
     if num_gpus > 64:
-        choices.append(ParallelConfig(data=num_gpus // 64, fsdp=64))
+        choices["copies of 64"] = ParallelConfig(data=num_gpus // 64, fsdp=64)
     if decoder.moe is not None and decoder.moe.num_experts % 8 == 0:
-        choices.append(ParallelConfig(num_gpus // shards, shards, expert=8))
+        choices["copies of 64, experts over 8"] = ParallelConfig(num_gpus // shards, shards, expert=8)
     if decoder.kv_heads % 4 == 0:
-        choices.append(ParallelConfig(num_gpus // shards, shards // 4, tensor=4))
+        choices["copies of 64, tensor 4"] = ParallelConfig(num_gpus // shards, shards // 4, tensor=4)
     return choices
+
+
+def limits(decoder: DecoderConfig, sequences: int) -> dict[str, int]:
+    """For each layout up to how many GPUs one of them gives at least 80% of what it gives among 64."""
+    found: dict[str, int] = {}
+    for label in layouts(128, decoder):
+        speeds = {}
+        for num_gpus in (64 * 2**power for power in range(11)):
+            mesh = layouts(num_gpus, decoder).get(label, ParallelConfig(fsdp=num_gpus))
+            step = plan(decoder, mesh, SEQUENCE_LENGTH, sequences * mesh.tensor)
+            speeds[num_gpus] = step.tokens / step.seconds / num_gpus
+        found[label] = max(num_gpus for num_gpus, speed in speeds.items() if speed >= 0.8 * speeds[64])
+    return found
 
 
 def main() -> None:
@@ -66,16 +82,15 @@ def main() -> None:
     for name, decoder in decoders.items():
         sizes = Sizes.of(decoder)
         print(f"\n{name}: {sizes.total / 1e9:.1f}B parameters, {sizes.active / 1e9:.2f}B active\n")
-        print(
-            "| GPUs | layout | sent GB (weights / tokens / tensor) | step s | computes | 1,000 tokens/s | memory GB |"
-        )
-        print("|---|---|---|---|---|---|---|")
+        print(HEADER)
         for num_gpus in NUM_GPUS:
-            for mesh in layouts(num_gpus, decoder):
+            for mesh in layouts(num_gpus, decoder).values():
                 step = plan(decoder, mesh, SEQUENCE_LENGTH, args.sequences * mesh.tensor)
                 print(_line(num_gpus, mesh, step))
                 sizes_of_axes = {axis: getattr(mesh, axis) for axis in AXES}
                 rows.append({"decoder": name, "gpus": num_gpus, **sizes_of_axes, **_values(step)})
+        beyond = ", ".join(f"{label} {limit:,}" for label, limit in limits(decoder, args.sequences).items())
+        print(f"\nA GPU gives 80% of what it gives among 64, and stops scaling, beyond: {beyond} GPUs.")
     print(f"\n{Hardware()}")
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -86,8 +101,8 @@ def _line(num_gpus: int, mesh: ParallelConfig, step: Step) -> str:
     sent = " / ".join(f"{each / 1e9:.1f}" for each in (step.fsdp_bytes, step.expert_bytes, step.tensor_bytes))
     memory = f"{step.memory_bytes / 1e9:.0f}" + ("" if step.fits else " (too much)")
     speed = f"{step.tokens / step.seconds / num_gpus:,.0f}"
-    batch = f"{step.tokens / 1e6:.2f}"
-    return f"| {num_gpus:,} | {label} | {sent} | {step.seconds:.2f} | {step.efficiency:.0%} | {speed} | {batch} | {memory} |"
+    times = f"{step.seconds:.2f} | {step.efficiency:.0%} | {speed} | {step.tokens / 1e6:.2f}"
+    return f"| {num_gpus:,} | {label} | {sent} | {times} | {memory} |"
 
 
 def _values(step: Step) -> dict[str, Any]:

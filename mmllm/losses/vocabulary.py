@@ -138,6 +138,7 @@ class _Weighted(Function):
             if hidden_grad and question.frames_U is None:
                 grad_hidden_MD += grads[0]
             elif hidden_grad:
+                assert question.frames_U is not None
                 grad_hidden_MD.index_add_(0, question.frames_U, grads[0].to(wide))
             if weight_grad:
                 grad_weight_WD[question.rows] += grads[1]

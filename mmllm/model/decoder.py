@@ -65,8 +65,10 @@ class DecoderConfig:
             precision), "flex" (FlexAttention; any rule), "dense" (for tests); "auto" chooses.
         tie_word_embeddings: the head is the embedding.
         dropout: on the embeddings and on what each block adds, in training.
-        gradient_checkpointing: of each block keep its input alone, and compute the rest again for the gradient
-            (arXiv 1604.06174): a third more work for a fraction of the memory.
+        gradient_checkpointing: what a block keeps for its gradient; the rest is computed again (arXiv 1604.06174).
+            "none": everything. "selective": what matrix products, attention and experts gave: about half the memory
+            for a few percent more time. "full": its input alone: a third more work for a fraction of the memory. true
+            means full, false none.
     """
 
     vocab_size: int
@@ -96,6 +98,7 @@ class DecoderConfig:
         for name in ("moe_layers", "layer_types"):  # lists, as YAML and JSON give them
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        recompute_mode(self.gradient_checkpointing)
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"decoder.hidden_size is {self.hidden_size}, which {self.num_attention_heads} heads do not divide; "
@@ -198,7 +201,7 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.dropout = config.dropout
-        self.recompute = recompute_mode(config.gradient_checkpointing)
+        self.recompute: Recompute = recompute_mode(config.gradient_checkpointing)
         self.has_experts = config.has_experts(layer)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config.attention(layer))

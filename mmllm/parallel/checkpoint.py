@@ -118,7 +118,7 @@ def gathered(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     def whole(_: str, leaf: Any) -> Any:
         if not isinstance(leaf, DTensor):
             return leaf
-        tensor = leaf.detach().full_tensor()
+        tensor = leaf.full_tensor().detach()
         return tensor.cpu() if is_first else None
 
     return _map(checkpoint, "", whole)

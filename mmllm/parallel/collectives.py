@@ -51,12 +51,13 @@ def exchanged(x_SF: Tensor, sent: list[int], received: list[int], group: dist.Pr
 class _AllToAll(Function):
     @staticmethod
     def forward(ctx, x_SF, sent, received, group, grad_factor):
-        ctx.splits, ctx.group, ctx.grad_factor = (received, sent), group, grad_factor
+        ctx.sent, ctx.received, ctx.group, ctx.grad_factor = sent, received, group, grad_factor
         return exchanged(x_SF, sent, received, group)
 
     @staticmethod
     def backward(ctx, grad_RF):  # pyright: ignore
-        return exchanged(grad_RF, *ctx.splits, ctx.group) * ctx.grad_factor, None, None, None, None
+        back_SF = exchanged(grad_RF, ctx.received, ctx.sent, ctx.group)
+        return back_SF * ctx.grad_factor, None, None, None, None
 
 
 class _CopyTo(Function):

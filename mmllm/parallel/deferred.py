@@ -8,6 +8,9 @@ one tensor at a time, and keeps this rank's shard. (torchdistx's deferred initia
 The alternative is a generator for each parameter, seeded by its name. It would draw each number once, not twice or
 three times, but would change the weights of every seed, and what open_clip's and timm's constructors draw couldn't
 follow it. The price: about 10 s a billion weights on each rank, once.
+
+What looks at numbers in order to draw others can't be written down: `torch.nn.init.trunc_normal_` does nothing on the
+meta device. The decoder doesn't use it.
 """
 
 from __future__ import annotations

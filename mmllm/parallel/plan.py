@@ -1,8 +1,8 @@
 """What a training step would move, take and hold on many GPUs, by arithmetic: no process is started.
 
 The cost of a collective call is the bytes that a GPU sends over the slowest link that its group crosses, and a latency
-for each hop of a ring, which is what limits small messages among many ranks. Weights are gathered and gradients reduced while a
-neighbouring layer computes; what tokens wait for (all-to-all, the tensor axis) is never hidden.
+for each hop of a ring, which is what limits small messages among many ranks. Weights are gathered and gradients reduced
+while a neighbouring layer computes; what tokens wait for (all-to-all, the tensor axis) is never hidden.
 
 Units: bytes, seconds, FLOP; of one GPU unless another is named.
 """

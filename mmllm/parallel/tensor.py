@@ -32,6 +32,7 @@ def split(model: MultimodalModel, mesh: ParallelMesh) -> None:
     parallelize_module(decoder.embed_tokens, tensor, RowwiseParallel(input_layouts=Replicate()))
     if not model.config.decoder.tie_word_embeddings:
         spread_experts(decoder.lm_head, tensor)
+    block: Any
     for layer, block in enumerate(decoder.layers):
         plan: dict[str, ParallelStyle] = {
             "self_attn.q_proj": ColwiseParallel(),
@@ -40,9 +41,8 @@ def split(model: MultimodalModel, mesh: ParallelMesh) -> None:
             "self_attn.o_proj": RowwiseParallel(),
         }
         if model.config.decoder.has_experts(layer):
-            moe: Any = block.mlp
-            spread_experts(moe.experts, tensor)
-            moe.dispatcher = TensorDispatcher(tensor.get_group(), moe.config.num_experts)
+            spread_experts(block.mlp.experts, tensor)
+            block.mlp.dispatcher = TensorDispatcher(tensor.get_group(), block.mlp.config.num_experts)
         else:
             _sum_gradient_once(block.mlp, tensor)
             plan |= {
@@ -65,7 +65,8 @@ def _sum_gradient_once(module: nn.Module, mesh: DeviceMesh) -> None:
 
 def partial_parameters(model: MultimodalModel) -> list[nn.Parameter]:
     """Weights that every rank has whole but applies to its own heads: of their gradients each rank has a part."""
-    norms = [norm for block in model.decoder.layers for norm in (block.self_attn.q_norm, block.self_attn.k_norm)]
+    layers: Any = model.decoder.layers
+    norms = [norm for block in layers for norm in (block.self_attn.q_norm, block.self_attn.k_norm)]
     return [parameter for norm in norms if norm is not None for parameter in norm.parameters()]
 
 
