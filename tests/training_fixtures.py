@@ -233,16 +233,18 @@ def fit_rank(
     data: pl.LightningDataModule,
     *callbacks: pl.Callback,
     ckpt: Path | None = None,
+    num_ranks: int = 2,
     **settings: Any,
 ) -> None:
-    """One of two gloo processes; writes the losses and (whole) weights that it ends with."""
+    """One of some gloo processes; writes the losses and (whole) weights that it ends with."""
     import os
 
     from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
     from mmllm.training.lightning_cli import quiet_lightning
 
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0}
+    variables |= {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
     os.environ.update({name: str(value) for name, value in variables.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
     torch.set_num_threads(1)
@@ -251,7 +253,7 @@ def fit_rank(
         trainer = quiet_trainer(
             recorder,
             *callbacks,
-            devices=2,
+            devices=num_ranks,
             plugins=[TorchElasticEnvironment()],
             use_distributed_sampler=False,
             **{"strategy": "ddp", **settings},

@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from mmllm.model.earlier_names import is_earlier
+from mmllm.training.ema import without_averages
 from mmllm.training.optimizers import OptimizerConfig, build_optimizer, learning_rate_factor, parameter_groups
 from mmllm.training.step_start import StepStart
 
@@ -187,8 +188,24 @@ class StagedModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the clock, and the place in the run: where the last optimizer step ended."""
         checkpoint["mmllm_elapsed_seconds"] = float(self.elapsed_seconds)
+        if "optimizer_states" in checkpoint:
+            states = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
+            checkpoint["optimizer_states"] = [self._numbered(state, optimizer) for state, optimizer in states]
         if self._step_start is not None:
             self._step_start.rewind(checkpoint)
+
+    def _numbered(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """An optimizer's state with parameters numbered as the module has them, not as the optimizer's groups do.
+
+        Sharded strategies read whole checkpoints so (lightning 2.6); `load_state_dict` takes any numbers.
+        """
+        saved = [number for group in state.get("param_groups", ()) for number in group["params"]]
+        if not saved or saved != list(range(len(saved))):  # another rank's, names (in shards), or numbered so already
+            return state
+        places = {id(parameter): place for place, parameter in enumerate(self.parameters())}
+        new = [places[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+        groups = [{**group, "params": [new[number] for number in group["params"]]} for group in state["param_groups"]]
+        return {**state, "state": {new[n]: value for n, value in state["state"].items()}, "param_groups": groups}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the clock.
@@ -197,12 +214,14 @@ class StagedModule(pl.LightningModule):
             ValueError: the checkpoint is at the end of the training that it should go on with; Lightning would do
                 nothing, export included, and say so nowhere.
         """
-        earlier = next((name for name in checkpoint["state_dict"] if is_earlier(name)), None)
+        weights = checkpoint.get("state_dict", {})  # a sharded strategy has loaded them already
+        earlier = next((name for name in weights if is_earlier(name)), None)
         if earlier is not None:
             raise ValueError(
                 f"the checkpoint has {earlier}, a name that an earlier mmllm gave that weight, and the optimizer's "
                 f"state in its order; go on with the mmllm that wrote it (the model folders it writes are read here)"
             )
+        without_averages(weights)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._check_goes_on(checkpoint)
         self.elapsed_seconds = float(checkpoint.get("mmllm_elapsed_seconds", 0.0))
