@@ -103,11 +103,12 @@ class Looks(pl.Callback):
         self.found["dtypes"] = sorted({str(parameter.dtype) for parameter in model.parameters()})
         layers = model.decoder.layers
         for name in ("self_attn.q_proj", "mlp.gate", "mlp.experts", "input_layernorm"):
-            layers[1].get_submodule(name).register_forward_hook(self._notes(name))
+            layers[1].get_submodule(name).register_forward_pre_hook(self._notes(name))  # its weights are gathered
 
     def _notes(self, name: str) -> Callable[..., None]:
-        def note(module: Any, args: Any, output: Any) -> None:
-            self.dtypes[name] = str(next(iter(module.parameters())).dtype)
+        def note(module: Any, args: Any) -> None:
+            weight = next(iter(module.parameters()))
+            self.dtypes[name] = str(weight.dtype)
             self.dtypes[f"{name} input"] = str(args[0].dtype)
 
         return note

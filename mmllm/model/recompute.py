@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Recompute = Literal["none", "selective", "full"]
@@ -46,12 +49,60 @@ def checkpointed(mode: Recompute, function: Callable[..., Result], *args: Any) -
         return function(*args)
     if mode == "full":
         return checkpoint(function, *args, use_reentrant=False)
-    return checkpoint(function, *args, use_reentrant=False, context_fn=_selective)
+    # A compiler takes torch's own contexts alone. Those count every operator, so that hooks within the region, as of
+    # weights that FSDP2 gathers for the experts, are taken for operators that were not there in the forward pass.
+    contexts = _torch_contexts if torch.compiler.is_compiling() else _contexts
+    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
 
-_selective = functools.partial(create_selective_checkpoint_contexts, lambda _, op, *args, **kwargs: _policy(op))
-
-
-def _policy(op: Any) -> CheckpointPolicy:
+def _is_saved(op: Any) -> bool:
     name = op.name() if hasattr(op, "name") else str(op)
-    return CheckpointPolicy.MUST_SAVE if name.split(".")[0] in _SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+    return name.split(".")[0] in _SAVED
+
+
+def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if _is_saved(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_torch_contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
+
+
+def _contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    kept: dict[Any, deque[Any]] = defaultdict(deque)
+    return _Keep(kept), _Reuse(kept)
+
+
+class _Keep(TorchDispatchMode):
+    """Keeps what the saved operators gave, each with its version."""
+
+    def __init__(self, kept: dict[Any, deque[Any]]):
+        super().__init__()
+        self._kept = kept
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if _is_saved(func):
+            values = out if isinstance(out, (tuple, list)) else (out,)
+            # Detached: the tensor itself will hold the graph that holds this.
+            held = [value.detach() if isinstance(value, Tensor) else value for value in values]
+            versions = [value._version if isinstance(value, Tensor) else 0 for value in held]
+            self._kept[func].append((held, versions, isinstance(out, (tuple, list))))
+        return out
+
+
+class _Reuse(TorchDispatchMode):
+    """Gives them back, in the same order, instead of computing them again."""
+
+    def __init__(self, kept: dict[Any, deque[Any]]):
+        super().__init__()
+        self._kept = kept
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not _is_saved(func):
+            return func(*args, **(kwargs or {}))
+        if not self._kept[func]:
+            raise RuntimeError(f"{func} was kept once for one backward pass; nothing is left for another")
+        held, versions, is_sequence = self._kept[func].popleft()
+        for value, version in zip(held, versions, strict=True):
+            assert not isinstance(value, Tensor) or value._version == version, f"{func}'s result was changed in place"
+        return tuple(held) if is_sequence else held[0]

@@ -70,19 +70,25 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def load_folder(path: Path, like: Callable[[str], Tensor | None] = lambda name: None) -> dict[str, Any]:
+Like = Callable[[str], Tensor | None]
+"""Gives for a tensor's name in a checkpoint (keys and indices, with slashes between) one that is sharded as it should
+be; None: it is to be whole."""
+
+
+def load_folder(path: Path, like_of: Callable[[Mapping[str, Any]], Like] | None = None) -> dict[str, Any]:
     """Reads a folder; a collective call where processes are connected, and one process's own otherwise.
 
     Args:
         path: the folder.
-        like: gives for a tensor's name in the checkpoint (keys and indices, with slashes between) one of the same
-            placement, of which only this rank's shard is read; None: the tensor is read whole, to the CPU.
+        like_of: gives a `Like` for what lies in `meta.pt`; of a tensor that is sharded only this rank's shard is read.
+            None: all are read whole, to the CPU.
 
     Raises:
         ValueError: the folder is damaged.
     """
     try:
         rest = torch.load(path / META, map_location="cpu", weights_only=True)
+        like: Like = like_of(rest) if like_of is not None else lambda name: None
         wanted: dict[str, Tensor] = {}
         whole = _map(rest, "", lambda name, leaf: _put_back(wanted, like, leaf), is_leaf=_is_place)
         if wanted:
@@ -96,7 +102,7 @@ def _is_place(value: Any) -> bool:
     return isinstance(value, dict) and _PLACE in value
 
 
-def _put_back(wanted: dict[str, Tensor], like: Callable[[str], Tensor | None], leaf: Any) -> Any:
+def _put_back(wanted: dict[str, Tensor], like: Like, leaf: Any) -> Any:
     if not _is_place(leaf):
         return leaf
     name, shape, dtype = leaf[_PLACE], torch.Size(leaf["shape"]), getattr(torch, leaf["dtype"])
@@ -124,8 +130,8 @@ def gathered(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return _map(checkpoint, "", whole)
 
 
-def sharded(checkpoint: Mapping[str, Any], like: Callable[[str], Tensor | None]) -> dict[str, Any]:
-    """The checkpoint with this rank's shards in place of whole tensors, as `like` says; see `load_folder`."""
+def sharded(checkpoint: Mapping[str, Any], like: Like) -> dict[str, Any]:
+    """The checkpoint with this rank's shards in place of whole tensors, as `like` says."""
 
     def part(name: str, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or isinstance(leaf, DTensor):

@@ -5,7 +5,7 @@ Processes come from torchrun, from Slurm, or from Lightning itself, which starts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -139,25 +139,25 @@ class MeshStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a folder or a file that any strategy wrote; of what is sharded here, this rank's shards."""
         path = Path(self.broadcast(str(checkpoint_path)))
-        like = self._like()
         if files.is_folder(path):
-            return files.load_folder(path, like)
+            return files.load_folder(path, self._like)
         checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
-        return files.sharded(checkpoint, like)
+        return files.sharded(checkpoint, self._like(checkpoint))
 
-    def _like(self) -> Callable[[str], Tensor | None]:
+    def _like(self, checkpoint: Mapping[str, Any]) -> files.Like:
         """For a checkpoint's tensor, the weight of which it is the value, moment or average."""
         assert self.lightning_module is not None
         weights = dict(self.lightning_module.named_parameters())
-        numbered = [
-            [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            for optimizer in self.optimizers
-        ]
+        numbered = []  # whatever numbers a checkpoint gives the parameters, groups have them in the same order
+        for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
+            own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            saved = [number for group in state["param_groups"] for number in group["params"]]
+            numbered.append(dict(zip(saved, own, strict=False)))
 
         def like(name: str) -> Tensor | None:
             parts = name.split("/")
-            if parts[0] == "optimizer_states" and len(parts) > 3:
-                return numbered[int(parts[1])][int(parts[3])]
+            if parts[0] == "optimizer_states" and int(parts[1]) < len(numbered):
+                return numbered[int(parts[1])].get(int(parts[3]))
             return weights.get(parts[-1])
 
         return like
