@@ -139,7 +139,8 @@ def sharded(checkpoint: Mapping[str, Any], like: Like) -> dict[str, Any]:
         other = like(name)
         if not isinstance(other, DTensor) or other.shape != leaf.shape:
             return leaf
-        return distribute_tensor(leaf.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+        part = distribute_tensor(leaf.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+        return part.clone()  # of its own memory, not a view of the file's
 
     return _map(checkpoint, "", part)
 

@@ -42,8 +42,9 @@ def total_norm(gradients: Iterable[Tensor]) -> Tensor:
     squares = []
     for groups, same in by_groups.items():
         dtype = torch.promote_types(same[0].dtype, torch.float32)
-        norms = torch._foreach_norm([each for each in same if each.numel()], 2, dtype=dtype)
-        square = torch.stack(norms).square().sum() if norms else same[0].new_zeros((), dtype=dtype)
+        square = same[0].new_zeros((), dtype=dtype)
+        if filled := [each for each in same if each.numel()]:
+            square += torch.stack(torch._foreach_norm(filled, 2, dtype=dtype)).square().sum()
         for group in groups:
             dist.all_reduce(square, group=group)
         squares.append(square)
