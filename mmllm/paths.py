@@ -20,7 +20,8 @@ def recipes_dir() -> Path:
 
 def list_configs() -> list[str]:
     """Names of all shipped files, as `copy_config` takes them: `quickstart/decoder.yaml`, `data_recipes/…`."""
-    configs = [path.relative_to(configs_dir()).as_posix() for path in configs_dir().rglob("*.yaml")]
+    files = [*configs_dir().rglob("*.yaml"), *configs_dir().glob("launch/*.s*")]
+    configs = [path.relative_to(configs_dir()).as_posix() for path in files]
     recipes = [f"data_recipes/{path.relative_to(recipes_dir()).as_posix()}" for path in recipes_dir().rglob("*.yaml")]
     return sorted(configs) + sorted(recipes)
 
@@ -32,7 +33,7 @@ def config_path(name: str) -> Path:
         ValueError: no config has that name.
     """
     names = list_configs()
-    wanted = name if name.endswith(".yaml") else f"{name}.yaml"
+    wanted = name if name in names or name.endswith(".yaml") else f"{name}.yaml"
     if wanted not in names:
         raise ValueError(f"no shipped config is called {name!r}; `mmllm configs ls` lists them: {', '.join(names)}")
     if wanted.startswith("data_recipes/"):
@@ -56,7 +57,7 @@ def copy_config(name: str, destination: str | Path) -> Path:
     if destination.exists():
         raise FileExistsError(f"{destination} exists; remove it or give another name")
     destination.parent.mkdir(parents=True, exist_ok=True)
-    return Path(shutil.copyfile(source, destination))
+    return Path(shutil.copy(source, destination))
 
 
 def _shipped(name: str) -> Path:

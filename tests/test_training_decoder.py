@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,9 +12,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mmllm.batch import PackedBatch
 from mmllm.model.multimodal import LossConfig
+from mmllm.parallel.mesh import ParallelMesh
 from mmllm.training.ema import EMA
 from mmllm.training.lightning_cli import quiet_lightning
 from mmllm.training.optimizers import OptimizerConfig
+from mmllm.training.strategy import MeshStrategy
 from tests.training_fixtures import (
     ListData,
     LossRecorder,
@@ -176,15 +179,16 @@ def test_training_without_an_end_is_refused() -> None:
         _fit(tiny_module(), TinyData())
 
 
-def test_tensor_parallelism_is_refused() -> None:
+def test_a_mesh_that_does_not_divide_the_model_is_refused() -> None:
     import torch.testing._internal.distributed.fake_pg  # registers the backend
-    from torch.distributed.device_mesh import init_device_mesh
 
-    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=torch.distributed.HashStore())
+    torch.distributed.init_process_group("fake", rank=0, world_size=3, store=torch.distributed.HashStore())
     try:
         module = tiny_module()
-        module._device_mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data_parallel", "tensor_parallel"))
-        with pytest.raises(ValueError, match=r"tensor_parallel_size is 2.*set tensor_parallel_size to 1"):
+        strategy = MeshStrategy(fsdp=1, tensor=3)
+        strategy._mesh = ParallelMesh.build(strategy.config, "cpu")
+        module._trainer = SimpleNamespace(strategy=strategy)  # pyright: ignore
+        with pytest.raises(ValueError, match=r"num_attention_heads is 2, which strategy.tensor, 3, does not divide"):
             module.configure_model()
         assert module.model is None
     finally:

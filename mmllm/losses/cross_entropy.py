@@ -14,9 +14,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mmllm.batch import IGNORE
-from mmllm.losses import chunked
+from mmllm.losses import chunked, vocabulary
 
 CrossEntropyBackend = Literal["auto", "chunked", "full", "torch", "liger"]
 """auto: chunked, or full where all logits together are smaller than one chunk and nothing is saved by chunks.
@@ -134,7 +135,7 @@ def weighted_cross_entropy(
 
     Args:
         hidden_MD: hidden states of the targets.
-        weight_VD: of the head.
+        weight_VD: of the head; a DTensor split over its rows: each rank has some, and all have the same targets.
         labels_M: int64; `IGNORE` where none.
         weights_M: of each target; no gradient goes to it.
         codes: further targets, among blocks of the vocabulary.
@@ -152,6 +153,18 @@ def weighted_cross_entropy(
         codes = CodeTargets(none_U, none_U.view(0, 0), weights_M.new_zeros(0, 0), 0, 0)
     dtype, cap = product_dtype(hidden_MD, weight_VD), softcap or 0.0
     chunk_bytes = _chunk_bytes(hidden_MD, chunk_bytes)
+    if isinstance(weight_VD, DTensor):
+        if backend not in ("auto", "chunked"):
+            raise ValueError(
+                f"cross-entropy backend is {backend}, which needs the head's weight in one piece, but strategy.tensor "
+                f"splits it; choose chunked"
+            )
+        return WeightedCrossEntropy(
+            *vocabulary.weighted(
+                *(hidden_MD, weight_VD, labels_M, weights_M, codes.frames_U, codes.codes_UJ, codes.weights_UJ),
+                *(codes.first_row, codes.block, z_loss_coef, cap, dtype, chunk_bytes),
+            )
+        )
     if backend in ("auto", "chunked"):
         result = chunked.weighted(
             *(hidden_MD, weight_VD, labels_M, weights_M.detach(), codes.frames_U, codes.codes_UJ),

@@ -6,6 +6,7 @@ Q of them with filler (`mmllm.sequences`), E experts, L layers with experts, M m
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mmllm.model.attend import AttentionBackend, PackedContext, check_backend
 from mmllm.model.attention import Attention, AttentionSettings
@@ -22,6 +22,7 @@ from mmllm.model.cache import CacheLayer, KVCache
 from mmllm.model.experts import MLP, MoE
 from mmllm.model.masks import MaskRule
 from mmllm.model.norms import RMSNorm
+from mmllm.model.recompute import Recompute, checkpointed, recompute_mode
 from mmllm.model.roles import mark
 from mmllm.model.rope import RopeScaling, rotary
 from mmllm.model.router import MoEConfig, TokenInfo
@@ -65,8 +66,10 @@ class DecoderConfig:
             precision), "flex" (FlexAttention; any rule), "dense" (for tests); "auto" chooses.
         tie_word_embeddings: the head is the embedding.
         dropout: on the embeddings and on what each block adds, in training.
-        gradient_checkpointing: of each block keep its input alone, and compute the rest again for the gradient
-            (arXiv 1604.06174): a third more work for a fraction of the memory.
+        gradient_checkpointing: what a block keeps for its gradient; the rest is computed again (arXiv 1604.06174).
+            "none": everything. "selective": what matrix products, attention and experts gave: about half the memory
+            for a few percent more time. "full": its input alone: a third more work for a fraction of the memory. true
+            means full, false none.
     """
 
     vocab_size: int
@@ -90,12 +93,13 @@ class DecoderConfig:
     attention_backend: AttentionBackend = "auto"
     tie_word_embeddings: bool = True
     dropout: float = 0.0
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Recompute = "none"
 
     def __post_init__(self) -> None:
         for name in ("moe_layers", "layer_types"):  # lists, as YAML and JSON give them
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        recompute_mode(self.gradient_checkpointing)
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"decoder.hidden_size is {self.hidden_size}, which {self.num_attention_heads} heads do not divide; "
@@ -205,8 +209,10 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.dropout = config.dropout
-        self.is_checkpointed = config.gradient_checkpointing
+        self.recompute: Recompute = recompute_mode(config.gradient_checkpointing)
         self.has_experts = config.has_experts(layer)
+        self.compiled: Callable[..., Any] | None = None
+        """`_forward` of any block; the hooks of sharding stay outside of it, and so does recomputing."""
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config.attention(layer))
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -220,9 +226,8 @@ class Block(nn.Module):
         self, x_ND: Tensor, cos: Tensor, sin: Tensor, context: PackedContext | CacheLayer, tokens: TokenInfo
     ) -> tuple[Tensor, LayerSums | None]:
         """The new residual stream, and sums of the routing if the layer has experts and they are wanted."""
-        if self.is_checkpointed and torch.is_grad_enabled():
-            return checkpoint(self._forward, x_ND, cos, sin, context, tokens, use_reentrant=False)
-        return self._forward(x_ND, cos, sin, context, tokens)
+        run = self._forward if self.compiled is None else functools.partial(self.compiled, self)
+        return checkpointed(self.recompute, run, x_ND, cos, sin, context, tokens)
 
     def _forward(
         self, x_ND: Tensor, cos: Tensor, sin: Tensor, context: PackedContext | CacheLayer, tokens: TokenInfo
@@ -301,8 +306,9 @@ class Decoder(nn.Module):
         Args:
             options: of `torch.compile`.
         """
+        compiled = torch.compile(Block._forward, **{"fullgraph": True, **options})
         for block in self.layers:
-            block.compile(**{"fullgraph": True, **options})
+            block.compiled = compiled  # pyright: ignore[reportArgumentType]
 
     def expert_layers(self) -> dict[int, MoE]:
         """The mixtures of experts, by layer."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import mmllm_kernels
 from mmllm.model.roles import mark
@@ -59,12 +60,17 @@ class Experts(nn.Module):
             x_TD,
             gates_TK,
             experts_TK,
-            self.gate_up_proj,
-            self.down_proj,
+            _here(self.gate_up_proj),
+            _here(self.down_proj),
             self.backend,
             shared_gate_up_S2ND=None if shared is None else shared.gate_up_proj,
             shared_down_SDN=None if shared is None else shared.down_proj,
         ).out_TD
+
+
+def _here(weight: Tensor) -> Tensor:
+    """This rank's experts, where they are spread over ranks."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 class SharedExperts(nn.Module):

@@ -9,6 +9,7 @@ F frames, M targets of the whole batch, U of them with unit targets; of image fe
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -130,11 +131,20 @@ class ModelOutput:
 class MultimodalModel(nn.Module):
     """Sees, hears, reads, writes and speaks. Weights are random: see `load_pretrained`, `initialize_audio`."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, decoder_init: AbstractContextManager[Any] | None = None):
+        """Builds all parts.
+
+        Args:
+            config: their sizes.
+            decoder_init: entered while the decoder is built, whose weights may wait until they are sharded.
+        """
         super().__init__()
         self.config = config
+        self.always_runs_tower = False
+        """Set where the tower is sharded: without pictures it then runs on a blank one, with the other ranks."""
         width = config.decoder.hidden_size
-        self.decoder = Decoder(config.decoder)
+        with decoder_init or nullcontext():
+            self.decoder = Decoder(config.decoder)
         self.vision = self.image_projector = None
         if config.vision is not None:
             self.vision = VisionTower(config.vision)
@@ -260,6 +270,9 @@ class MultimodalModel(nn.Module):
                     f"{list(slots_NSD.shape[:2])}; set the tokenizer folder's image_tokens to {self.num_image_tokens}"
                 )
             x_PD = x_PD.index_copy(0, batch.image_slots_NS.flatten(), slots_NSD.flatten(0, 1).to(x_PD.dtype))
+        elif self.always_runs_tower and self.vision is not None:
+            blank_1CHW = batch.images_NCHW.new_zeros(1, 3, self.vision.image_size, self.vision.image_size)
+            x_PD = x_PD + self.image_embedding(blank_1CHW).sum().to(x_PD.dtype) * 0.0
         clips_CSD = None
         if batch.clip_codes_CFK.shape[0]:
             clips_CSD = self.clip_embedding(batch.clip_codes_CFK, media.clip_frames)
@@ -327,23 +340,22 @@ class MultimodalModel(nn.Module):
         )
         if clips_CSD is not None:
             clips_CSD = clips_CSD.clone()  # FSDP2 hooks itself to outputs, which it can't do to a view
-        return ModelOutput(hidden_QD, batch.metadata, clips_CSD, routing, self._touch_unused(batch))
+        return ModelOutput(hidden_QD, batch.metadata, clips_CSD, routing, self._touch_unused(batch, x_BTD))
 
-    def _touch_unused(self, batch: PackedBatch) -> Tensor:
+    def _touch_unused(self, batch: PackedBatch, x_BTD: Tensor) -> Tensor:
         """Zero, through every parameter that this batch may not have used.
 
         Otherwise a rank with text alone would leave gradients out that other ranks wait for.
         """
         modules: list[nn.Module | None] = [self.code_embedding, self.unit_projector, self.ctc_head]
-        if not batch.num_images:
+        if not batch.num_images and not self.always_runs_tower:
             modules += [self.vision, self.image_projector]
         if not batch.clip_codes_CFK.shape[0]:
             modules.append(self.clip_projector)
         parameters = [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
         if self.mask_embedding is not None:
             parameters.append(self.mask_embedding)
-        zero = self.decoder.head_weight_VD[0, 0] * 0.0
-        return zero + sum((parameter.sum() * 0.0 for parameter in parameters), start=zero)
+        return sum((parameter.sum() * 0.0 for parameter in parameters), start=x_BTD.new_zeros(()))
 
 
 def _media_spans(batch: PackedBatch) -> Tensor:

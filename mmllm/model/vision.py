@@ -309,6 +309,19 @@ class VisionTower(nn.Module):
         return self
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        """Its repeated blocks, in the order in which they run; each is called as a module."""
+        visual: Any = self.visual
+        if isinstance(visual, ModifiedResNet):
+            return [
+                block for name in ("layer1", "layer2", "layer3", "layer4") for block in getattr(visual, name).children()
+            ]
+        if isinstance(visual, TimmModel):
+            trunk: Any = visual.trunk
+            return list(getattr(trunk, "blocks", None) or getattr(trunk, "stages", None) or [])
+        return list(visual.transformer.resblocks)
+
+    @property
     def hash(self) -> str:
         """SHA-256 of all that decides the features; where weights are sharded, a collective call."""
         model_config = open_clip_config(self.config)

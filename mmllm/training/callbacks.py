@@ -132,7 +132,7 @@ class RoutingLog(pl.Callback):
         taken = pl_module.routing.take()
         if taken is None:
             return
-        window, previous = _Window.of_all_ranks(*taken), self._last
+        window, previous = _Window.of_all_ranks(*taken, group=pl_module.batch_group), self._last
         self._total = window if self._total is None else self._total + window
         self._last, self._last_step = window, step
         changed_L = self._changed_share(pl_module)
@@ -181,10 +181,10 @@ class _Window:
     tokens: torch.Tensor
 
     @staticmethod
-    def of_all_ranks(*tensors: torch.Tensor) -> _Window:
+    def of_all_ranks(*tensors: torch.Tensor, group: dist.ProcessGroup | None = None) -> _Window:
         flat = torch.cat([tensor.flatten().double() for tensor in tensors])
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(flat)
+            dist.all_reduce(flat, group=group)
         parts = flat.cpu().split([tensor.numel() for tensor in tensors])
         counts, entropy_sums, tokens = (p.view(t.shape) for p, t in zip(parts, tensors, strict=True))
         return _Window(counts.long(), entropy_sums, tokens.long())

@@ -5,6 +5,7 @@ Shapes: B sequences, T positions, L layers with experts, M modalities, E experts
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mmllm.batch import PackedBatch
 from mmllm.checkout import commit
@@ -28,11 +31,18 @@ from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
 from mmllm.model.routing_stats import RoutingWindow
 from mmllm.model.vision import VisionConfig
+from mmllm.parallel.clipping import clip_
+from mmllm.parallel.deferred import DeferredInit
+from mmllm.parallel.distribute import distribute, whole_state
+from mmllm.parallel.mesh import ParallelConfig, ParallelMesh
+from mmllm.parallel.shard import ShardConfig
+from mmllm.parallel.tensor import sum_partial_gradients
 from mmllm.training.clip_module import load_clip_config
 from mmllm.training.expert_bias import ExpertBias
 from mmllm.training.interop_commands import load_decoder
 from mmllm.training.optimizers import OptimizerConfig
 from mmllm.training.staged import StagedModule
+from mmllm.training.strategy import MeshStrategy
 from mmllm_tokenizers.folder import TokenizerFolder
 from mmllm_tokenizers.vocab import Vocabulary
 
@@ -102,6 +112,7 @@ class DecoderModule(StagedModule):
         self.name = name
         self.folder: TokenizerFolder | None = None
         self.model: MultimodalModel | None = None
+        self.mesh: ParallelMesh | None = None
         self.routing = RoutingWindow()
         self.expert_bias: ExpertBias | None = None
         self._whole: MultimodalModel | None = None
@@ -143,25 +154,57 @@ class DecoderModule(StagedModule):
         return ModelConfig(decoder, vision, image_projector, audio, self.loss)
 
     def configure_model(self) -> None:
-        """Builds the model, loads CLIP weights and codebooks, and shards it under `ModelParallelStrategy`."""
+        """Builds the model, loads CLIP weights and codebooks, and shards it under `MeshStrategy`.
+
+        Raises:
+            ValueError: the strategy's axes don't divide the model; the message names both.
+        """
         if self.model is not None:
             return
-        if self.device_mesh is not None:
-            _check_mesh(self.device_mesh)
         config = self.resolved_config()
-        self.model = MultimodalModel(config)
+        self.mesh, sharding = self._mesh_and_sharding()
+        if self.mesh is not None:
+            self.mesh.config.check_model(config)
+        deferred = None if self.mesh is None else DeferredInit()
+        self.model = MultimodalModel(config, deferred or contextlib.nullcontext())
         if self.folder is not None and self.model.vision is not None:
             _check_image_slots(self.model, self.folder)
         self.model.load_pretrained()
+        if self.folder is not None and config.audio is not None and self.folder.audio is not None:
+            self.model.initialize_audio(codebooks_of(self.folder))
+        if self.mesh is not None and deferred is not None:
+            distribute(self.model, deferred, self.mesh, sharding, self.trainer.strategy.root_device)
         if self.init_from is not None:
             tokenizer = None if self.folder is None else self.folder.hash
             load_decoder(self.init_from, self.model.decoder, tokenizer)
-        if self.folder is not None and config.audio is not None and self.folder.audio is not None:
-            self.model.initialize_audio(codebooks_of(self.folder))
         if self.compile_layers:
             self.model.decoder.compile_layers()
-        if self.device_mesh is not None:
-            _shard(self.model, self.device_mesh)
+
+    def _mesh_and_sharding(self) -> tuple[ParallelMesh | None, ShardConfig]:
+        """The strategy's; None where each process holds the whole model."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, MeshStrategy):
+            return strategy.mesh, strategy.shard_config
+        if isinstance(strategy, ModelParallelStrategy):  # Lightning's own has two axes
+            mesh = strategy.device_mesh
+            config = ParallelConfig(fsdp=mesh["data_parallel"].size(), tensor=mesh["tensor_parallel"].size())
+            return ParallelMesh.build(config, mesh.device_type), ShardConfig()
+        return None, ShardConfig()
+
+    @property
+    def num_batch_ranks(self) -> int:
+        """Ranks with sequences of their own."""
+        return self.trainer.world_size if self.mesh is None else self.mesh.num_batch_ranks
+
+    @property
+    def batch_rank(self) -> int:
+        """Which of them this one is."""
+        return self.trainer.global_rank if self.mesh is None else self.mesh.batch_rank
+
+    @property
+    def batch_group(self) -> dist.ProcessGroup | None:
+        """Over which they add up their sums and counts; None: over all processes."""
+        return None if self.mesh is None else self.mesh.batch_group
 
     def on_fit_start(self) -> None:
         """Checks that the data was made with this tokenizer and tower, and asks for its sources' names."""
@@ -224,22 +267,40 @@ class DecoderModule(StagedModule):
         """The loss of one packed batch; also counts routing by modality."""
         losses = self._losses_of(batch)
         self.watch.note_sources(losses.source_sums)
-        totals = GlobalTotals.of(losses, batch)
+        totals = GlobalTotals.of(losses, batch, self.batch_group)
         loss = totals.loss(losses, self._built().config)
         if self.expert_bias is not None:
             self.expert_bias.add(totals.routing.counts_LE)
         self._accumulate(totals.num_targets)
-        scale = self.trainer.world_size * self.trainer.accumulate_grad_batches * totals.num_targets
+        scale = self.num_batch_ranks * self.trainer.accumulate_grad_batches * totals.num_targets
         self._record(losses, totals)
         self.log("loss", totals.task_loss, prog_bar=True, logger=False)
         return {"loss": loss * (scale / self._first_targets)}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turns the sum over accumulated batches into a mean over all their targets."""
+        if self.mesh is not None:
+            sum_partial_gradients(self._built(), self.mesh)
         if self._num_accumulated > 1:
-            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            grads = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in _gradients(optimizer)]
             torch._foreach_mul_(grads, self._first_targets / self._accumulated_targets)
         self._num_accumulated = 0
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """By the norm over all ranks, whatever part of a weight each of them holds.
+
+        (Lightning's own refuses AdamW in one kernel with bf16-mixed, where there is no scaled loss to be afraid of.)
+        """
+        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if has_scaler or gradient_clip_val is None or gradient_clip_algorithm not in (None, "norm"):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            clip_(_gradients(optimizer), gradient_clip_val)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Moves the experts' biases with the weights: before any checkpoint of this step is saved."""
@@ -249,7 +310,7 @@ class DecoderModule(StagedModule):
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Adds up sums and counts."""
-        totals = GlobalTotals.of(self._losses_of(batch), batch)
+        totals = GlobalTotals.of(self._losses_of(batch), batch, self.batch_group)
         for name, value in {
             **{f"{key}_sum": value for key, value in totals.sums.items()},
             **{f"{key}_count": value for key, value in totals.counts.items()},
@@ -357,7 +418,7 @@ class DecoderModule(StagedModule):
 
     def on_train_end(self) -> None:
         """Exports; all ranks gather a sharded model first."""
-        if self.export_dir and self.device_mesh is not None:
+        if self.export_dir and self.mesh is not None:
             self._whole = _gathered(self._built())
         super().on_train_end()
         self._whole = None
@@ -392,8 +453,8 @@ class GlobalTotals:
         return self.sums["task"] / self.num_targets
 
     @classmethod
-    def of(cls, losses: BatchLosses, batch: PackedBatch) -> GlobalTotals:
-        """Gathers a forward pass."""
+    def of(cls, losses: BatchLosses, batch: PackedBatch, group: dist.ProcessGroup | None = None) -> GlobalTotals:
+        """Gathers a forward pass over the ranks of `group` (None: over all), each of which has other sequences."""
         keys = list(losses.sums)
         like = losses.source_sums.double()
         routing = RoutingTotals.of(losses.routing)
@@ -408,7 +469,7 @@ class GlobalTotals:
         ]
         totals = torch.cat(parts)
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(totals)
+            dist.all_reduce(totals, group=group)
         sums, counts, source_sums, source_counts, seen, sizes, flat = totals.split([len(p) for p in parts])
         return cls(
             sums=dict(zip(keys, sums, strict=True)),
@@ -505,32 +566,14 @@ def _check_image_slots(model: MultimodalModel, folder: TokenizerFolder) -> None:
         )
 
 
-def _check_mesh(mesh: Any) -> None:
-    """Refuses tensor parallelism: ranks that share a model's matrices would have to see one batch, and don't."""
-    size = mesh["tensor_parallel"].size() if "tensor_parallel" in (mesh.mesh_dim_names or ()) else 1
-    if size > 1:
-        raise ValueError(
-            f"trainer.strategy's tensor_parallel_size is {size}, which the decoder isn't split by yet: its ranks would "
-            f"train models that drift apart; set tensor_parallel_size to 1 and data_parallel_size to the number of "
-            f"devices"
-        )
-
-
-def _shard(model: MultimodalModel, mesh: Any) -> None:
-    """FSDP2: every decoder block is a shard group, then the rest of the model."""
-    from torch.distributed.fsdp import fully_shard
-
-    for block in model.decoder.layers:
-        fully_shard(block, mesh=mesh["data_parallel"])
-    fully_shard(model, mesh=mesh["data_parallel"])
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def _gathered(model: MultimodalModel) -> MultimodalModel | None:
     """A whole copy of a sharded model on rank 0's CPU, None elsewhere; a collective call."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if not state:  # as on every rank but the first
+    state = whole_state(model)
+    if state is None:
         return None
     full = MultimodalModel(model.config)
     full.load_state_dict(state)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mmllm.training.matrix_exchange import local
+from mmllm.training.strategy import MeshStrategy
 
 IN_WEIGHTS = "ema."
 """Begins the averages' names among the weights of a distributed checkpoint."""
@@ -24,9 +25,9 @@ class EMA(pl.Callback):
     The decay warms up as min(decay, (1 + step) / (10 + step)), so that short runs are not held back by the random
     start. Checkpoints hold both, so a resumed run goes on exactly. Give it `every_steps` above 1 to make it cheaper.
 
-    Where weights are sharded, so is the average. A distributed checkpoint holds its shards beside those of the weights,
-    as `ema.NAME`; a checkpoint of one file the whole average, in the state of this callback. Either is restored on any
-    number of ranks, sharded or not.
+    Where weights are sharded, so is the average. It is saved in this callback's state, by `MeshStrategy` in shards;
+    Lightning's own distributed checkpoint, which knows shards of weights alone, has it among them as `ema.NAME`. Either
+    is restored on any number of ranks, sharded or not.
     """
 
     def __init__(self, decay: float = 0.999, every_steps: int = 1) -> None:
@@ -111,7 +112,11 @@ class EMA(pl.Callback):
                 weights |= trained
         if self._average is None:
             return
-        average, state = _saved(self._average, is_distributed), checkpoint["callbacks"][self.state_key]
+        state = checkpoint["callbacks"][self.state_key]
+        if isinstance(trainer.strategy, MeshStrategy):
+            state["average"] = dict(self._average)
+            return
+        average = _saved(self._average, is_distributed)
         if is_distributed:
             weights |= {f"{IN_WEIGHTS}{name}": value for name, value in average.items()}
             state["is_in_weights"] = True
@@ -176,7 +181,9 @@ def _saved(tensors: Mapping[str, Tensor], is_distributed: bool) -> dict[str, Ten
 
 @torch.no_grad()
 def _sharded_like(weight: Tensor, whole: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, sharded as the weight is."""
+    """This rank's part of a whole tensor, sharded as the weight is, unless it is so already."""
+    if isinstance(whole, DTensor):
+        return whole
     value = torch.empty_like(weight)
     if isinstance(weight, DTensor):
         (chunk,) = weight.__create_chunk_list__()

@@ -16,6 +16,7 @@ from mmllm.interop.transformers import from_mixtral, to_mixtral, tokenizer_of
 from mmllm.model.config import config_from_dict, config_to_dict
 from mmllm.model.decoder import Decoder, DecoderConfig
 from mmllm.model.earlier_names import current_keys, current_weights
+from mmllm.parallel.deferred import fill
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def load_decoder(directory: str | Path, decoder: Decoder, tokenizer: str | None 
         if found is None or found.shape != tensor.shape:
             got = "is missing" if found is None else f"has shape {list(found.shape)}"
             raise ValueError(f"{name} {got} in {path}; the decoder wants {list(tensor.shape)}: import it again")
-        tensor.copy_(found)
+        fill(tensor, found)
 
 
 def _check_config(path: Path, wanted: DecoderConfig) -> None:

@@ -14,12 +14,14 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 import torch
 import yaml
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 from mmllm.model.earlier_names import current_key, current_keys
 from mmllm.training.earlier_runs import KeepMetrics, ReplaceEarlierRun, checkpoint_to_load, find_earlier_run
+from mmllm.training.strategy import AnyCheckpointIO
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ _EXPECTED_WARNINGS = (
     r".*The number of training batches .* is smaller than the logging interval.*",
     r".*does not have many workers.*",
     r".*functional\.all_gather is deprecated.*",  # open_clip's gather_features calls it
+    r"FSDP2-wrapped module .* returned a view tensor.*",  # nothing is done to it in place
     r"Total length of `list` across ranks is zero.*",  # no val_recipe
     r"\s+By default only one JsonargparseDeprecationWarning.*",
     r"\s+\S+( parameter)? was deprecated in v[\d.]+ and will be removed in v5.*",
@@ -75,6 +78,13 @@ class MmllmCLI(LightningCLI):
         """
         self._overwrite = overwrite
         super().__init__(*args, **kwargs)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Lightning's trainer, which also reads checkpoints that were written by sharded runs."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AnyCheckpointIO()
+        return trainer
 
     def before_instantiate_classes(self) -> None:
         """Scores are printed alone: Lightning would delete the training's metrics.csv and write its config anew.

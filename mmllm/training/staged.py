@@ -63,6 +63,11 @@ class StagedModule(pl.LightningModule):
         self._peak_lrs: list[float] = []
         self._seed = torch.initial_seed()
 
+    @property
+    def batch_rank(self) -> int:
+        """Which of the ranks with data of their own this one is."""
+        return self.trainer.global_rank
+
     def tower_of(self, name: str) -> str:
         """Which tower a parameter belongs to: decides its learning rate."""
         return "decoder"
@@ -153,7 +158,7 @@ class StagedModule(pl.LightningModule):
         """Sets each group's learning rate, and the random numbers of this batch: a resumed run draws the same."""
         self.watch.begin_batch(batch)
         batch_number = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        torch.manual_seed(_mixed(self._seed, batch_number, self.trainer.global_rank))
+        torch.manual_seed(_mixed(self._seed, batch_number, self.batch_rank))
         factor = learning_rate_factor(self._shared_progress(), self.optimizer)
         for group, peak in zip(self._optimizer().param_groups, self._peak_lrs, strict=True):
             group["lr"] = peak * factor

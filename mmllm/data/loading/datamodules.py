@@ -245,10 +245,14 @@ def default_steps(plan: Plan) -> int:
 
 
 def rank_of(module: L.LightningDataModule) -> tuple[int, int]:
-    """(rank, world size) of the trainer, or (0, 1) without one."""
+    """(rank, number of ranks) among those of the trainer that read data of their own, or (0, 1) without one.
+
+    Ranks that compute one sequence together, by tensor parallelism, read the same.
+    """
     if module.trainer is None:
         return 0, 1
-    return module.trainer.global_rank, module.trainer.world_size
+    shares = module.trainer.distributed_sampler_kwargs
+    return (0, 1) if shares is None else (shares["rank"], shares["num_replicas"])
 
 
 class _ShardDataModule(L.LightningDataModule, ABC, Generic[AnyBatch]):
