@@ -79,5 +79,5 @@ def test_stages_of_a_gpu_run_add_to_few_files(tmp_path):
     rows = json.loads((tmp_path / "moe.json").read_text())
     seen = [(row["measure"], row["case"], row["unit"], row["peer"]) for row in rows]
     assert len(set(seen)) == len(seen)
-    assert {peer for *_, peer in seen} == {None, "transformers grouped_mm"}
+    assert {peer for *_, peer in seen} == {None, "transformers grouped_mm", "ours, with route", "ours, float32"}
     assert len(json.loads((tmp_path / "nearest.json").read_text())) > 0
