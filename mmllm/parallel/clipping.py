@@ -52,12 +52,15 @@ def total_norm(gradients: Iterable[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def clip_(gradients: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scales gradients in place so that their norm is at most `max_norm`, as `clip_grad_norm_` does; gives the norm."""
-    gradients = list(gradients)
-    norm = total_norm(gradients)
+def scale_to_norm_(gradients: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scales gradients in place so that their norm is at most `max_norm`, as `clip_grad_norm_` does.
+
+    Args:
+        gradients: as of `total_norm`.
+        norm: theirs.
+        max_norm: the most that is left of it.
+    """
     factor = (max_norm / (norm + _EPS)).clamp(max=1.0)
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     if local:
         torch._foreach_mul_(local, factor)
-    return norm

@@ -15,9 +15,9 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from mmllm.model.earlier_names import is_earlier
+from mmllm.parallel.clipping import scale_to_norm_, total_norm
 from mmllm.training.ema import without_averages
 from mmllm.training.optimizers import OptimizerConfig, build_optimizer, learning_rate_factor, parameter_groups
 from mmllm.training.step_start import StepStart
@@ -27,8 +27,6 @@ log = logging.getLogger(__name__)
 
 FIRST_SECONDS = 0.01
 """Share of the warm-up that counts as done at the first step of a training without a number of steps."""
-CLIP_EPS = 1e-6
-"""Added to a norm before dividing by it, as `torch.nn.utils.clip_grad_norm_` does."""
 
 
 class StagedModule(pl.LightningModule):
@@ -167,11 +165,6 @@ class StagedModule(pl.LightningModule):
         """Notes the batch's loss."""
         self.watch.note_loss(loss)
 
-    def gradient_norm(self, gradients: list[Tensor]) -> Tensor:
-        """The 2-norm of all gradients as one vector, a scalar on their device; of all ranks where they are sharded."""
-        norm = torch.nn.utils.get_total_norm(gradients)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
@@ -187,15 +180,13 @@ class StagedModule(pl.LightningModule):
         """
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        norm = self.gradient_norm(gradients)
+        norm = total_norm(gradients)
         self.window.note("grad_norm", norm)
         self.watch.end_step(self.trainer.global_step + 1, norm, checks_norm=not has_scaler)
         if has_scaler or gradient_clip_algorithm not in (None, "norm"):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val and gradients:
-            factor = (gradient_clip_val / (norm + CLIP_EPS)).clamp(max=1.0)
-            local = [each.to_local() if isinstance(each, DTensor) else each for each in gradients]
-            torch._foreach_mul_(local, factor)
+            scale_to_norm_(gradients, norm, gradient_clip_val)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Advances the clock, writes the metrics, stops when the time is over."""
