@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmllm.batch import Modality
+from mmllm.model.depth import DepthStats
 from mmllm.model.router import MoEConfig, Routing, TokenInfo
 
 
@@ -82,7 +83,11 @@ def _count(
 
 def _sums_by(values_NE: Tensor, bucket_N: Tensor, num_buckets: int) -> Tensor:
     """Sums over each bucket's tokens [buckets, E]: a product, since adding to places at random has no fixed order."""
-    return F.one_hot(bucket_N, num_buckets).T.to(values_NE.dtype) @ values_NE
+    return _is_in(bucket_N, num_buckets).T.to(values_NE.dtype) @ values_NE
+
+
+def _is_in(bucket_N: Tensor, num_buckets: int) -> Tensor:
+    return bucket_N[:, None] == torch.arange(num_buckets, device=bucket_N.device)  # F.one_hot looks at the values
 
 
 @dataclass
@@ -118,6 +123,8 @@ class RoutingStats:
     """Differentiable; None unless `aux_loss_scope` is sequence."""
     tokens_B: Tensor | None = None
     """int64: tokens of each sequence; None unless `aux_loss_scope` is sequence."""
+    depth: DepthStats | None = None
+    """Of the blocks that only some tokens pass; None without any."""
 
     @staticmethod
     def of(
@@ -183,8 +190,8 @@ def _stacked(column: Sequence[Tensor | None]) -> Tensor | None:
 def _tokens_by(bucket_N: Tensor | None, num_buckets: int, is_real_N: Tensor | None) -> Tensor | None:
     if bucket_N is None:
         return None
-    is_in_NB = F.one_hot(bucket_N, num_buckets)
-    return (is_in_NB if is_real_N is None else is_in_NB * is_real_N[:, None]).sum(dim=0)
+    is_in_NB = _is_in(bucket_N, num_buckets)
+    return (is_in_NB if is_real_N is None else is_in_NB & is_real_N[:, None]).sum(dim=0)
 
 
 class RoutingWindow:
