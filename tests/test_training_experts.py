@@ -24,7 +24,6 @@ from mmllm.training.callbacks import RoutingLog
 from mmllm.training.expert_bias import ExpertBias
 from mmllm.training.lightning_cli import quiet_lightning
 from tests.training_fixtures import (
-    BatchLoader,
     ListData,
     LossRecorder,
     TinyData,
