@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmllm.model.attend import PackedContext
-from mmllm.model.cache import KVCache
+from mmllm.model.cache import CacheLayer
 from mmllm.model.masks import MaskRule
 from mmllm.model.roles import mark, mark_all
 from mmllm.sequences import SequenceMetadata
@@ -30,7 +30,7 @@ PREDICTOR_SHARE = 4
 """The predictor's inner width is the model's divided by it."""
 
 Angles = tuple[Tensor, Tensor]
-Run = Callable[[Tensor, Angles, PackedContext | KVCache], Tensor]
+Run = Callable[[Tensor, Angles, PackedContext | CacheLayer], Tensor]
 """A block's own computation: tokens, their cosines and sines, and what they attend to, to the new residual stream."""
 
 
@@ -146,11 +146,10 @@ class DepthRouter(nn.Module):
         self,
         x_QD: Tensor,
         angles: Angles,
-        context: PackedContext | KVCache,
+        context: PackedContext | CacheLayer,
         layout: DepthLayout | None,
         is_real_Q: Tensor | None,
         rule: MaskRule,
-        layer: int,
         run: Run,
     ) -> tuple[Tensor, DepthSums | None]:
         """The new residual stream of all tokens.
@@ -158,17 +157,16 @@ class DepthRouter(nn.Module):
         Args:
             x_QD: the residual stream.
             angles: rotary cosines and sines; a token keeps those of its place, whoever passes.
-            context: the batch's documents, or a cache.
+            context: the batch's documents, or the layer's cache.
             layout: of the documents; None with a cache.
             is_real_Q: False at filler; None: there is none.
             rule: what the block's queries see.
-            layer: row of the cache.
             run: the block.
         """
         weights_Q, logits_Q = self.weights(x_QD), self.predictions(x_QD)
         passes_Q = logits_Q > 0
-        if isinstance(context, KVCache):
-            context.hide(layer, passes_Q)
+        if isinstance(context, CacheLayer):
+            context.hide(passes_Q)
             return _moved(x_QD, run(x_QD, angles, context), weights_Q, passes_Q), None
         assert layout is not None, "packed documents have a layout"
         chosen_P = layout.chosen(weights_Q.detach())
