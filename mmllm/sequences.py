@@ -1,7 +1,7 @@
 """What a batch's device would otherwise have to ask the host for: where documents, targets and frames are.
 
 Made on the host, where the batch is put together, and carried with it: between forward and the optimizer's step nothing
-waits for the device. Imports torch only.
+waits for the device. Imports torch and NumPy only.
 
 Shapes: B sequences, T positions, N real tokens of the whole batch in order, Q with filler behind them, S documents, P
 rows of the padded blocks, M targets, U of them with unit targets, F frames of units, C clips, R clip slots.
@@ -9,10 +9,12 @@ rows of the padded blocks, M targets, U of them with unit targets, F frames of u
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,7 +80,7 @@ class SequenceMetadata:
             lengths_S = torch.cat([lengths_S, lengths_S.new_tensor([num_filler])])
         cu_seqlens = torch.zeros(len(lengths_S) + 1, dtype=torch.int32)
         cu_seqlens[1:] = lengths_S.cumsum(0)
-        gather_P, scatter_Q, blocks = _laid_out(lengths_S)
+        gather_P, scatter_Q, blocks = _laid_out(tuple(lengths_S.tolist()))
         made = cls(
             num_tokens=len(tokens_N) - num_filler,
             lengths=tuple(lengths_S.tolist()),
@@ -98,8 +100,8 @@ class SequenceMetadata:
             lengths: of each document, all above 0.
             tokens_Q: where their tokens are, one document after the other; the tensors go to its device.
         """
-        gather_P, scatter_Q, blocks = _laid_out(torch.tensor(lengths, dtype=torch.int64))
-        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        gather_P, scatter_Q, blocks = _laid_out(lengths)
+        cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
         device = tokens_Q.device
         moved = (tensor.to(device, non_blocking=True) for tensor in (cu_seqlens, gather_P, scatter_Q))
         return cls(sum(lengths), lengths, tokens_Q, *moved, blocks)  # pyright: ignore[reportCallIssue]
@@ -196,24 +198,22 @@ def clip_frames(clip_codes_CFK: Tensor) -> tuple[int, ...]:
     return tuple((clip_codes_CFK[..., 0] >= 0).sum(dim=1).tolist())
 
 
-def _laid_out(lengths_S: Tensor) -> tuple[Tensor, Tensor, tuple[tuple[int, int], ...]]:
-    """`gather_P`, `scatter_Q` and `blocks` of documents one after the other."""
-    if not len(lengths_S):
-        empty = torch.zeros(0, dtype=torch.int64)
-        return empty, empty, ()
-    starts_S = lengths_S.cumsum(0) - lengths_S
-    order_S = lengths_S.argsort(stable=True)
+def _laid_out(lengths: Sequence[int]) -> tuple[Tensor, Tensor, tuple[tuple[int, int], ...]]:
+    """`gather_P`, `scatter_Q` and `blocks` of documents one after the other. In NumPy: nothing here is on a device."""
+    lengths_S = np.array(lengths, dtype=np.int64)
+    starts_S = lengths_S.cumsum() - lengths_S
+    order_S = lengths_S.argsort(kind="stable")
     blocks = _blocks(lengths_S[order_S].tolist())
-    padded_S = torch.tensor([length for count, length in blocks for _ in range(count)])
-    row_starts_S = padded_S.cumsum(0) - padded_S
-    document_P = torch.repeat_interleave(padded_S)
-    offset_P = torch.arange(len(document_P)) - row_starts_S[document_P]
-    gather_P = starts_S[order_S][document_P] + offset_P.minimum(lengths_S[order_S][document_P] - 1)
-    first_row_S = torch.empty_like(starts_S)
+    padded_S = np.array([length for count, length in blocks for _ in range(count)], dtype=np.int64)
+    row_starts_S = padded_S.cumsum() - padded_S
+    document_P = np.repeat(np.arange(len(padded_S)), padded_S)
+    offset_P = np.arange(len(document_P)) - row_starts_S[document_P]
+    gather_P = starts_S[order_S][document_P] + np.minimum(offset_P, lengths_S[order_S][document_P] - 1)
+    first_row_S = np.empty_like(starts_S)
     first_row_S[order_S] = row_starts_S
-    document_Q = torch.repeat_interleave(lengths_S)
-    scatter_Q = first_row_S[document_Q] + torch.arange(len(document_Q)) - starts_S[document_Q]
-    return gather_P, scatter_Q, blocks
+    document_Q = np.repeat(np.arange(len(lengths_S)), lengths_S)
+    scatter_Q = first_row_S[document_Q] + np.arange(len(document_Q)) - starts_S[document_Q]
+    return torch.from_numpy(gather_P), torch.from_numpy(scatter_Q), blocks
 
 
 def _blocks(sorted_lengths: list[int]) -> tuple[tuple[int, int], ...]:

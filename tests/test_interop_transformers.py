@@ -94,6 +94,7 @@ def test_round_trip_through_a_folder(family, tmp_path):
         ({"moe": MoEConfig(4, 2, 8, n_shared_experts=1), "qk_norm": True}, "n_shared_experts is 1; .*: 0 to export"),
         ({"moe": MoEConfig(4, 2, 8, use_expert_bias=True)}, "use_expert_bias is True; .*use_expert_bias: false"),
         ({"moe": MoEConfig(4, 2, 8, modality_experts={"text": (0, 1)})}, "modality_experts is .*: null to export"),
+        ({"mod_layers": (1,), "moe_layers": (0, 2), "qk_norm": True}, "mod_layers names layer 1"),
         ({"moe": MoEConfig(4, 2, 8, n_group=2)}, "topk_group is 1 of n_group 2"),
     ],
 )

@@ -6,6 +6,7 @@ import copy
 import csv
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from mmllm.batch import Modality, PackedBatch
 from mmllm.evaluation.routing import changed_share, chosen_experts, load_routing, routing_drift
+from mmllm.losses.routing import RoutingTotals, router_losses
 from mmllm.model.router import MoEConfig, Router
 from mmllm.training.callbacks import RoutingLog
 from mmllm.training.expert_bias import ExpertBias
@@ -33,6 +35,9 @@ from tests.training_fixtures import (
     tiny_batch,
     tiny_module,
 )
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from host_syncs import HostSyncs
 
 SIGMOID = MoEConfig(4, 2, 16, router_aux_loss_coef=0.0, router_z_loss_coef=0.0, scoring_func="sigmoid",
                     use_expert_bias=True, bias_update_speed=0.003)  # fmt: skip
@@ -230,3 +235,76 @@ def test_drift_of_two_models_by_hand() -> None:
     assert (calm_LNK >= 0).all() and torch.equal(calm_LNK, chosen_experts(noisy.model, batch))
     with pytest.raises(ValueError, match="models of one shape on one batch"):
         changed_share(experts_LNK, experts_LNK[:, 1:])
+
+
+# --- mixture of depths --------------------------------------------------------------------------------------------
+
+
+class _TextData(ListData):
+    def val_dataloader(self) -> torch.utils.data.DataLoader:
+        return torch.utils.data.DataLoader(self.batches[:4], batch_size=None, collate_fn=lambda batch: batch)
+
+
+def _deep(**settings: Any) -> Any:
+    module = tiny_module(moe_layers=(1,), **settings)
+    module.decoder = dataclasses.replace(module.decoder, mod_layers=(0,), mod_capacity=0.4, mod_predictor_coef=0.1)
+    return module
+
+
+def test_a_mixture_of_depths_learns_and_its_predictor_is_what_is_validated(tmp_path: Path) -> None:
+    module, logger = _deep(), CSVLogger(tmp_path, name="", version="")
+    data = _TextData([tiny_batch(number % 4, text_only=True) for number in range(80)])
+    settings = {"val_check_interval": 40, "check_val_every_n_epoch": None, "log_every_n_steps": 20}
+    losses = _fit(module, data, max_steps=80, logger=logger, **settings)
+    assert sum(losses[-4:]) < sum(losses[:4])
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    right = [float(row["val/depth_right"]) for row in rows if row["val/depth_right"]]
+    passed = [float(row["val/depth_passed"]) for row in rows if row["val/depth_passed"]]
+    trained = [float(row["train/loss/depth_passed"]) for row in rows if row["train/loss/depth_passed"]]
+    assert right[-1] > 0.7, "a predictor that says no is right for 55%"
+    assert all(0.4 <= share < 0.5 for share in trained), "a document's share is rounded up"
+    assert 0.1 < passed[-1] < 0.7 and passed[-1] != trained[-1]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_two_ranks_give_the_losses_and_weights_of_one_with_a_mixture_of_depths(tmp_path: Path) -> None:
+    pairs = mixed_pairs()
+    alone = _deep()
+    data = ListData([merge(list(pair)) for pair in pairs])
+    losses = _fit(alone, data, max_steps=len(pairs), precision="64-true")
+    ranks = run_two_ranks(_train_deep_rank, tmp_path, pairs)
+    for name, weight in alone.state_dict().items():
+        assert torch.allclose(ranks[0]["weights"][name], weight, rtol=0, atol=1e-11), name
+    assert all(rank["losses"] == pytest.approx(losses, rel=1e-11) for rank in ranks)
+
+
+def _train_deep_rank(rank: int, port: int, out: str, pairs: list[tuple[PackedBatch, PackedBatch]]) -> None:
+    fit_rank(rank, port, out, _deep(), ListData(pairs), max_steps=len(pairs), precision="64-true")
+
+
+def test_no_switch_asks_the_host() -> None:
+    pools = {"text": (0, 1), "image": (2, 3), "audio": (2, 3), "units": (0, 1)}
+    for moe in (
+        dataclasses.replace(SWITCHED, expert_dropout=0.2, router_jitter_noise=0.1),
+        MoEConfig(4, 2, 16, use_expert_bias=True, modality_experts=pools, local_entropy_loss_coef=0.1),
+    ):
+        module = _deep(moe=moe)
+        module.configure_model()
+        bias = ExpertBias.of(module.model.decoder)
+        assert bias is not None
+        batch = tiny_batch(3).with_metadata()
+        for is_training in (True, False):
+            module.train(is_training)
+            with HostSyncs() as syncs:
+                losses = module._losses_of(batch)
+                totals = RoutingTotals.of(losses.routing)
+                loss = losses.objective + losses.routing.depth.loss(totals.num_tokens)
+                for value in router_losses(moe, losses.routing, totals).values():
+                    loss = loss + value
+                loss.backward()
+                bias.add(totals.counts_LE)
+                bias.step()
+                module.routing.add(losses.routing)
+            ours = ("routing", "router", "experts", "depth", "expert_bias", "attend", "sequences", "decoder")
+            assert not [place for _, place in syncs.asked if place.partition(".py")[0].endswith(ours)], str(syncs)

@@ -329,10 +329,7 @@ class _Decoding:
 
     def keep(self, places: list[int]) -> None:
         """Drops all other rows."""
-        cache = self.cache
-        cache.keys_LBGSC = cache.keys_LBGSC[:, places]
-        cache.values_LBGSC = cache.values_LBGSC[:, places]
-        cache.document_ids_BS = cache.document_ids_BS[places]
+        self.cache.keep(places)
         self.hidden_BD, self.positions_B = self.hidden_BD[places], self.positions_B[places]
 
 

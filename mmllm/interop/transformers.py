@@ -41,6 +41,11 @@ def export_family(config: DecoderConfig) -> str:
             "layer 0 is dense, as all layers are; Mixtral and Qwen3-MoE have experts: train with decoder.moe to export"
         )
     _check_switches(config.moe)
+    if config.mod_layers:
+        raise ValueError(
+            f"decoder.mod_layers names layer {config.mod_layers[0]}; no family has a mixture of depths: "
+            f"train with mod_layers: [] to export"
+        )
     if config.qk_norm:
         return "qwen3_moe"
     if dense:

@@ -104,6 +104,13 @@ class LossFunction:
             num_tokens = tokens.text_count.new_full((), routing.num_tokens)
             for name, loss in router_losses(self._moe, routing, RoutingTotals.of(routing)).items():
                 sums[name], counts[name] = loss.detach() * num_tokens, num_tokens
+        depth = routing.depth
+        if depth is not None:
+            num_tokens = tokens.text_count.new_full((), depth.num_tokens)
+            sums["depth"], counts["depth"] = depth.loss(1).detach(), num_tokens
+            shares = {"depth_right": depth.num_right_L, "depth_passed": depth.num_passed_L}
+            for name, num_L in shares.items():
+                sums[name], counts[name] = num_L.to(num_tokens.dtype).mean(), num_tokens
         return BatchLosses(
             objective=tokens.objective + output.zero,
             ctc_sum=ctc_sum,

@@ -57,9 +57,22 @@ class PackedContext:
         self.backend: AttentionBackend = backend
         self.sequences = sequences
         self.spans_Q = spans_Q
+        self.keys_Q: Tensor | None = None
         # Few different values, since compilers know it as a constant: the kernel only bounds its grid by it.
         self.max_seqlen = max(128, 1 << (sequences.max_seqlen - 1).bit_length())
         self._made: dict[MaskRule, Any] = {}
+
+    def with_keys(self, keys_Q: Tensor) -> PackedContext:
+        """The same documents, of which only some tokens are seen by others.
+
+        Args:
+            keys_Q: bool; a token that is False is seen by itself alone. The device knows which these are, so
+                FlexAttention stands in for torch's varlen kernel, which would need their number.
+        """
+        backend: AttentionBackend = "flex" if self.backend == "varlen" else self.backend
+        context = PackedContext(self.sequences, backend, self.spans_Q)
+        context.keys_Q = keys_Q
+        return context
 
     def prepare(self, rule: MaskRule) -> None:
         """Makes what the backend needs for a rule: outside of compiled blocks, once for all layers that have it."""
@@ -81,43 +94,48 @@ class PackedContext:
         documents_Q = self.documents_Q()
         at_Q = torch.arange(len(documents_Q), device=documents_Q.device)
         seen_QQ = visible(rule, at_Q[:, None], at_Q, *_pairs(self.spans_Q))
+        if self.keys_Q is not None:
+            seen_QQ = seen_QQ & (self.keys_Q | (at_Q[:, None] == at_Q))
         return seen_QQ & (documents_Q[:, None] == documents_Q)
 
     def _flex_mask(self, rule: MaskRule) -> Any:
         from torch.nn.attention.flex_attention import create_block_mask
 
-        documents_Q, spans_Q = self.documents_Q(), self.spans_Q
+        documents_Q, spans_Q, keys_Q = self.documents_Q(), self.spans_Q, self.keys_Q
 
         def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             spans = (None, None) if spans_Q is None else (spans_Q[query], spans_Q[key])
-            return visible(rule, query, key, *spans) & (documents_Q[query] == documents_Q[key])
+            seen = visible(rule, query, key, *spans) & (documents_Q[query] == documents_Q[key])
+            return seen if keys_Q is None else seen & (keys_Q[key] | (query == key))
 
         size = self.sequences.size
         return create_block_mask(seen, None, None, size, size, device=str(documents_Q.device))
 
     def _block_masks(self, rule: MaskRule) -> list[Tensor | None]:
         """A mask [D, 1, L, L] or [L, L] of each block; None where causal attention is all."""
-        spans_P = self._spans_of_rows() if rule.spans and self.spans_Q is not None else None
+        spans_P = self._of_rows(self.spans_Q.long(), -1) if rule.spans and self.spans_Q is not None else None
+        keys_P = None if self.keys_Q is None else self._of_rows(self.keys_Q, False)
         masks: list[Tensor | None] = []
         start = 0
         for count, length in self.sequences.blocks:
+            rows, shape = slice(start, start + count * length), (count, length)
             at_L = torch.arange(length, device=self.sequences.tokens_Q.device)
+            mask = None
             if spans_P is not None:
-                spans_DL = spans_P[start : start + count * length].view(count, length)
-                seen_DLL = visible(rule, at_L[:, None], at_L, spans_DL[:, :, None], spans_DL[:, None])
-                masks.append(seen_DLL[:, None])
-            elif rule.window is not None and rule.window < length:
-                masks.append(visible(rule, at_L[:, None], at_L))
-            else:
-                masks.append(None)
+                spans_DL = spans_P[rows].view(shape)
+                mask = visible(rule, at_L[:, None], at_L, spans_DL[:, :, None], spans_DL[:, None])[:, None]
+            elif keys_P is not None or (rule.window is not None and rule.window < length):
+                mask = visible(rule, at_L[:, None], at_L)
+            if keys_P is not None and mask is not None:
+                mask = mask & (keys_P[rows].view(shape)[:, None, None] | (at_L[:, None] == at_L))
+            masks.append(mask)
             start += count * length
         return masks
 
-    def _spans_of_rows(self) -> Tensor:
-        """The span of each row of the blocks; padding is in none."""
-        assert self.spans_Q is not None
-        spans_P = torch.full_like(self.sequences.gather_P, -1)
-        return spans_P.index_copy(0, self.sequences.scatter_Q, self.spans_Q.long())
+    def _of_rows(self, values_Q: Tensor, padding: int | bool) -> Tensor:
+        """What each token has, for each row of the blocks."""
+        values_P = values_Q.new_full(self.sequences.gather_P.shape, padding)
+        return values_P.index_copy(0, self.sequences.scatter_Q, values_Q)
 
 
 def check_backend(backend: str, has_spans: bool) -> None:

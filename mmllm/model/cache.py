@@ -33,6 +33,8 @@ class KVCache:
         self.keys_LBGSC = torch.zeros(shape, device=device, dtype=dtype)
         self.values_LBGSC = torch.zeros(shape, device=device, dtype=dtype)
         self.document_ids_BS = torch.full((batch_size, max_length), -1, dtype=torch.int64, device=device)
+        self.keys_by_layer: dict[int, Tensor] = {}
+        """bool [B, S] for layers that some tokens skip: True where a token has keys."""
         self.length = 0
         self._begun: _Begun | None = None
 
@@ -60,6 +62,20 @@ class KVCache:
         self.document_ids_BS[:, self.length : stop] = document_ids_BT
         self._begun = _Begun(self.length, stop, document_ids_BT, spans_BT)
 
+    def hide(self, layer: int, passes: Tensor) -> None:
+        """See `CacheLayer.hide`."""
+        assert self._begun is not None, "call begin first"
+        if layer not in self.keys_by_layer:
+            self.keys_by_layer[layer] = torch.ones_like(self.document_ids_BS, dtype=torch.bool)
+        keys_BS = self.keys_by_layer[layer]
+        keys_BS[:, self._begun.start : self._begun.stop] = passes.view(len(keys_BS), -1)
+
+    def keep(self, rows: list[int]) -> None:
+        """Drops all other rows."""
+        self.keys_LBGSC, self.values_LBGSC = self.keys_LBGSC[:, rows], self.values_LBGSC[:, rows]
+        self.document_ids_BS = self.document_ids_BS[rows]
+        self.keys_by_layer = {layer: keys_BS[rows] for layer, keys_BS in self.keys_by_layer.items()}
+
     def layer(self, layer: int) -> CacheLayer:
         """One layer's keys and values."""
         return CacheLayer(self, layer)
@@ -74,6 +90,10 @@ class KVCache:
         self.values_LBGSC[layer, :, :, start:stop] = v
         keys, values = self.keys_LBGSC[layer, :, :, :stop], self.values_LBGSC[layer, :, :, :stop]
         mask_B1TS = self._begun.mask(rule, self.document_ids_BS[:, :stop])
+        if layer in self.keys_by_layer:
+            at_S = torch.arange(stop, device=mask_B1TS.device)
+            is_key_B1TS = self.keys_by_layer[layer][:, None, None, :stop] | (at_S[start:, None] == at_S)
+            mask_B1TS = mask_B1TS & is_key_B1TS
         shares = q.shape[1] != keys.shape[1]
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask_B1TS, enable_gqa=shares)
         return out.transpose(1, 2).reshape(batch_size * (stop - start), -1)
@@ -89,6 +109,14 @@ class CacheLayer:
 
     def __init__(self, cache: KVCache, layer: int):
         self._cache, self._layer = cache, layer
+
+    def hide(self, passes: Tensor) -> None:
+        """Says, before `attend`, which new positions have no keys here: they are seen by themselves alone.
+
+        Args:
+            passes: bool [B·T], False at those without keys.
+        """
+        self._cache.hide(self._layer, passes)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rule: MaskRule) -> Tensor:
         """Stores the new keys and values and attends to all of its row's.

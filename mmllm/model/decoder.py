@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mmllm.model.attend import AttentionBackend, PackedContext, check_backend
 from mmllm.model.attention import Attention, AttentionSettings
 from mmllm.model.cache import CacheLayer, KVCache
+from mmllm.model.depth import DepthLayout, DepthRouter, DepthStats, DepthSums
 from mmllm.model.experts import MLP, MoE
 from mmllm.model.masks import MaskRule
 from mmllm.model.norms import RMSNorm
@@ -48,6 +49,10 @@ class DecoderConfig:
         intermediate_size: inner width of the dense layers.
         moe: the experts; None: every layer is dense.
         moe_layers: which layers have experts: "all", or their indices.
+        mod_layers: blocks that only some tokens pass (mixture of depths, arXiv 2404.02258; there every other one). They
+            have no experts and no sliding window.
+        mod_capacity: share of a document's tokens that pass them in training; of each document at least one.
+        mod_predictor_coef: weight of the loss of the predictors, which decide in its place when nothing is trained.
         rope_theta: base of the rotary angles.
         rope_scaling: how the rotary frequencies are stretched to longer contexts; not in sliding layers where
             `sliding_rope_theta` is given.
@@ -81,6 +86,9 @@ class DecoderConfig:
     intermediate_size: int = 768
     moe: MoEConfig | None = None
     moe_layers: Literal["all"] | tuple[int, ...] = "all"
+    mod_layers: tuple[int, ...] = ()
+    mod_capacity: float = 0.125
+    mod_predictor_coef: float = 0.01
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-5
@@ -96,7 +104,7 @@ class DecoderConfig:
     gradient_checkpointing: bool | Recompute = "none"
 
     def __post_init__(self) -> None:
-        for name in ("moe_layers", "layer_types"):  # lists, as YAML and JSON give them
+        for name in ("moe_layers", "mod_layers", "layer_types"):  # lists, as YAML and JSON give them
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         recompute_mode(self.gradient_checkpointing)
@@ -117,6 +125,7 @@ class DecoderConfig:
         if wrong:
             raise ValueError(f"decoder.moe_layers names layer {wrong[0]}; layers are 0 to {self.num_hidden_layers - 1}")
         self._check_attention()
+        self._check_depth()
 
     def _check_attention(self) -> None:
         for key, value, choices in (
@@ -148,6 +157,26 @@ class DecoderConfig:
             raise ValueError("decoder.sliding_rope_theta is given, but no layer is sliding; give sliding_window too")
         check_backend(self.attention_backend, self.prefix != "none")
 
+    def _check_depth(self) -> None:
+        if not 0 < self.mod_capacity <= 1:
+            raise ValueError(f"decoder.mod_capacity is {self.mod_capacity}; it must be above 0 and at most 1")
+        if self.mod_predictor_coef < 0:
+            raise ValueError(f"decoder.mod_predictor_coef is {self.mod_predictor_coef}; it must be 0 or more")
+        for layer in self.mod_layers:
+            if not 0 <= layer < self.num_hidden_layers:
+                last = self.num_hidden_layers - 1
+                raise ValueError(f"decoder.mod_layers names layer {layer}; layers are 0 to {last}")
+            if self.has_experts(layer):
+                raise ValueError(
+                    f"decoder.mod_layers names layer {layer}, which has experts, whose balance is that of all tokens; "
+                    f"leave it out of moe_layers or of mod_layers"
+                )
+            if self.is_sliding(layer):
+                raise ValueError(
+                    f"decoder.mod_layers names layer {layer}, which is sliding: its window would hold other tokens in "
+                    f"training than with the predictor; make it full_attention in layer_types"
+                )
+
     @property
     def head_channels(self) -> int:
         """Channels a head."""
@@ -161,6 +190,10 @@ class DecoderConfig:
     def has_experts(self, layer: int) -> bool:
         """Whether a layer is a mixture of experts."""
         return self.moe is not None and (self.moe_layers == "all" or layer in self.moe_layers)
+
+    def skips_tokens(self, layer: int) -> bool:
+        """Whether only some tokens pass a layer."""
+        return layer in self.mod_layers
 
     def is_sliding(self, layer: int) -> bool:
         """Whether a layer's queries see a window of tokens alone."""
@@ -212,7 +245,9 @@ class Block(nn.Module):
         self.recompute: Recompute = recompute_mode(config.gradient_checkpointing)
         self.has_experts = config.has_experts(layer)
         self.compiled: Callable[..., Any] | None = None
-        """`_forward` of any block; the hooks of sharding stay outside of it, and so does recomputing."""
+        """`_run` of any block; the hooks of sharding stay outside of it, and so does recomputing."""
+        self.rule = config.rule(layer)
+        self.depth = DepthRouter(config.hidden_size) if config.skips_tokens(layer) else None
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config.attention(layer))
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -223,14 +258,43 @@ class Block(nn.Module):
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x_ND: Tensor, cos: Tensor, sin: Tensor, context: PackedContext | CacheLayer, tokens: TokenInfo
-    ) -> tuple[Tensor, LayerSums | None]:
-        """The new residual stream, and sums of the routing if the layer has experts and they are wanted."""
-        run = self._forward if self.compiled is None else functools.partial(self.compiled, self)
-        return checkpointed(self.recompute, run, x_ND, cos, sin, context, tokens)
+        self,
+        x_ND: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        context: PackedContext | CacheLayer,
+        tokens: TokenInfo,
+        layout: DepthLayout | None = None,
+    ) -> tuple[Tensor, LayerSums | DepthSums | None]:
+        """The new residual stream, and sums of the routing to experts or past the block, if they are wanted."""
+        run = self._run if self.compiled is None else functools.partial(self.compiled, self)
+        return checkpointed(self.recompute, run, x_ND, cos, sin, context, tokens, layout)
+
+    def _run(
+        self,
+        x_ND: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        context: PackedContext | CacheLayer,
+        tokens: TokenInfo,
+        layout: DepthLayout | None,
+    ) -> tuple[Tensor, LayerSums | DepthSums | None]:
+        if self.depth is None:
+            return self._forward(x_ND, cos, sin, context, tokens)
+        assert not self.has_experts
+
+        def run(x_PD: Tensor, angles: tuple[Tensor, Tensor], context: PackedContext | CacheLayer) -> Tensor:
+            return self._forward(x_PD, *angles, context, TokenInfo(is_counted=False))[0]
+
+        return self.depth(x_ND, (cos, sin), context, layout, tokens.is_real_N, self.rule, run)
 
     def _forward(
-        self, x_ND: Tensor, cos: Tensor, sin: Tensor, context: PackedContext | CacheLayer, tokens: TokenInfo
+        self,
+        x_ND: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        context: PackedContext | CacheLayer,
+        tokens: TokenInfo,
     ) -> tuple[Tensor, LayerSums | None]:
         attended = self.self_attn(self.input_layernorm(x_ND), cos, sin, context)
         x_ND = x_ND + F.dropout(attended, self.dropout, self.training)
@@ -306,7 +370,7 @@ class Decoder(nn.Module):
         Args:
             options: of `torch.compile`.
         """
-        compiled = torch.compile(Block._forward, **{"fullgraph": True, **options})
+        compiled = torch.compile(Block._run, **{"fullgraph": True, **options})
         for block in self.layers:
             block.compiled = compiled  # pyright: ignore[reportArgumentType]
 
@@ -395,7 +459,10 @@ class Decoder(nn.Module):
         for layer in range(self.config.num_hidden_layers):
             context.prepare(self.config.rule(layer))
         tokens = self._token_info(sequences, modality_BT, x_BTD.shape)
-        return self._run(x_QD, positions_Q, context, tokens, sequences.num_tokens)
+        layout = None
+        if self.config.mod_layers:
+            layout = DepthLayout.of(sequences, context.documents_Q(), self.config.mod_capacity)
+        return self._run(x_QD, positions_Q, context, tokens, sequences.num_tokens, layout)
 
     def _token_info(self, sequences: SequenceMetadata, modality_BT: Tensor | None, shape: torch.Size) -> TokenInfo:
         modality_Q = None if modality_BT is None else _taken(modality_BT.flatten(), sequences)
@@ -413,18 +480,22 @@ class Decoder(nn.Module):
         context: PackedContext | KVCache,
         tokens: TokenInfo,
         num_tokens: int,
+        layout: DepthLayout | None = None,
     ) -> tuple[Tensor, RoutingStats]:
         config = self.config
         ropes = {config.rope(layer) for layer in range(config.num_hidden_layers)}
         angles = {rope: rotary(positions_Q, config.head_channels, rope[0], x_QD.dtype, rope[1]) for rope in ropes}
         x_QD = F.dropout(x_QD, config.dropout, self.training)
         by_layer: dict[int, LayerSums] = {}
+        depth_by_layer: dict[int, DepthSums] = {}
         for layer, block in enumerate(self.layers):
             here = context.layer(layer) if isinstance(context, KVCache) else context
-            x_QD, sums = block(x_QD, *angles[config.rope(layer)], here, tokens)
+            x_QD, sums = block(x_QD, *angles[config.rope(layer)], here, tokens, layout)
             if sums is not None:
-                by_layer[layer] = sums
-        return self.norm(x_QD), RoutingStats.of(config.moe, by_layer, tokens, num_tokens, x_QD)
+                (depth_by_layer if config.skips_tokens(layer) else by_layer)[layer] = sums
+        stats = RoutingStats.of(config.moe, by_layer, tokens, num_tokens, x_QD)
+        stats.depth = DepthStats.of(depth_by_layer, num_tokens)
+        return self.norm(x_QD), stats
 
 
 def _taken(x: Tensor, sequences: SequenceMetadata) -> Tensor:

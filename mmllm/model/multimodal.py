@@ -188,8 +188,11 @@ class MultimodalModel(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def num_active_parameters(self) -> int:
-        """Parameters that one token passes: of E experts only the K chosen."""
-        inactive = 0
+        """Parameters that one token passes: of E experts only the K chosen, and a share of blocks that tokens skip."""
+        decoder, inactive = self.config.decoder, 0
+        for layer in decoder.mod_layers:
+            block = sum(parameter.numel() for parameter in self.decoder.layers[layer].parameters())
+            inactive += round(block * (1 - decoder.mod_capacity))
         for moe in self.decoder.expert_layers().values():
             experts, config = sum(weight.numel() for weight in moe.experts.parameters()), moe.config
             inactive += experts * (config.num_experts - config.num_experts_per_tok) // config.num_experts

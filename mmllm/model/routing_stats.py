@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmllm.batch import Modality
+from mmllm.model.depth import DepthStats
 from mmllm.model.router import MoEConfig, Routing, TokenInfo
 
 
@@ -123,6 +124,8 @@ class RoutingStats:
     """Differentiable; None unless `aux_loss_scope` is sequence."""
     tokens_B: Tensor | None = None
     """int64: tokens of each sequence; None unless `aux_loss_scope` is sequence."""
+    depth: DepthStats | None = None
+    """Of the blocks that only some tokens pass; None without any."""
 
     @staticmethod
     def of(

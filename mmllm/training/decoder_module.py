@@ -325,7 +325,7 @@ class DecoderModule(StagedModule):
         sums, self._val_sums = self._val_sums, {}
         if not sums:
             return
-        keys = {"loss": "task", **{key: key for key in TASKS}}
+        keys = {"loss": "task", **{key: key for key in (*TASKS, "depth_right", "depth_passed") if f"{key}_sum" in sums}}
         present = {
             name: sums[f"{key}_sum"] / sums[f"{key}_count"] for name, key in keys.items() if sums[f"{key}_count"] > 0
         }
@@ -470,6 +470,9 @@ class GlobalTotals:
         loss = losses.objective / self.num_targets.to(losses.objective)
         if config.loss.ctc:
             loss = loss + config.loss.ctc * losses.ctc_sum / self.counts["ctc"].clamp(min=1).to(losses.ctc_sum)
+        if losses.routing.depth is not None:
+            num_tokens = self.num_tokens.to(losses.objective)
+            loss = loss + config.decoder.mod_predictor_coef * losses.routing.depth.loss(num_tokens)
         moe = config.decoder.moe
         if moe is not None:
             weights = router_loss_weights(moe)
