@@ -35,7 +35,7 @@ from mmllm.parallel.clipping import clip_
 from mmllm.parallel.deferred import DeferredInit
 from mmllm.parallel.distribute import distribute, whole_state
 from mmllm.parallel.mesh import ParallelConfig, ParallelMesh
-from mmllm.parallel.shard import ShardConfig
+from mmllm.parallel.shard import ShardConfig, free_gathered
 from mmllm.parallel.tensor import sum_partial_gradients
 from mmllm.training.clip_module import load_clip_config
 from mmllm.training.expert_bias import ExpertBias
@@ -304,6 +304,7 @@ class DecoderModule(StagedModule):
             "num_correct": totals.num_correct,
         }.items():
             self._val_sums[name] = self._val_sums.get(name, torch.zeros_like(value)) + value
+        free_gathered(self._built())
 
     def _losses_of(self, batch: PackedBatch) -> BatchLosses:
         if self._loss_function is None:
