@@ -8,9 +8,10 @@ import torch.nn.functional as F
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
 from mmllm.losses.batch import BatchLosses, LossFunction
+from mmllm.model.audio_projectors import AudioProjectorConfig
 from mmllm.model.decoder import DecoderConfig
+from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
-from mmllm.model.projectors import AudioProjectorConfig, ImageProjectorConfig
 from mmllm.model.router import MoEConfig
 from mmllm.model.vision import VisionConfig
 from mmllm.training.decoder_module import GlobalTotals

@@ -11,9 +11,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
+from mmllm.model.audio_projectors import AudioProjectorConfig
 from mmllm.model.decoder import DecoderConfig
+from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig
-from mmllm.model.projectors import AudioProjectorConfig, ImageProjectorConfig
 from mmllm.model.router import MoEConfig
 from mmllm.model.vision import VisionConfig
 from mmllm.training.decoder_module import DecoderModule
@@ -43,8 +44,8 @@ def tiny_module(seed: int = 0, **settings: Any) -> DecoderModule:
             num_hidden_layers=2,
             num_attention_heads=2,
             intermediate_size=32,
-            moe=MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
-            moe_layers=(1,),
+            moe=settings.pop("moe", MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)),
+            moe_layers=settings.pop("moe_layers", (1,)),
         ),
         vision=settings.pop("vision", VisionConfig(open_clip=CLIP_CONFIG)),
         image_projector=ImageProjectorConfig(kind="mlp"),

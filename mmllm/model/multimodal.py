@@ -18,16 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
+from mmllm.model.audio_projectors import AudioProjector, AudioProjectorConfig, CodeEmbedding
 from mmllm.model.cache import KVCache
 from mmllm.model.config import config_from_dict, config_to_dict
 from mmllm.model.decoder import INIT_STD, Decoder, DecoderConfig
-from mmllm.model.projectors import (
-    AudioProjector,
-    AudioProjectorConfig,
-    CodeEmbedding,
-    ImageProjector,
-    ImageProjectorConfig,
-)
+from mmllm.model.image_projectors import ImageProjector, ImageProjectorConfig
 from mmllm.model.roles import mark_all
 from mmllm.model.routing_stats import RoutingStats
 from mmllm.model.vision import VisionConfig, VisionTower

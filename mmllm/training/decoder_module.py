@@ -27,8 +27,8 @@ from mmllm.inference.settings import GenerationConfig
 from mmllm.losses.batch import TASKS, BatchLosses, LossFunction
 from mmllm.losses.routing import RoutingTotals, router_loss_weights, router_losses
 from mmllm.model.decoder import DecoderConfig
+from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
-from mmllm.model.projectors import ImageProjectorConfig
 from mmllm.model.routing_stats import RoutingWindow
 from mmllm.model.vision import VisionConfig
 from mmllm.parallel.clipping import clip_
@@ -75,6 +75,7 @@ class DecoderModule(StagedModule):
         init_from: str | None = None,
         optimizer: OptimizerConfig | None = None,
         max_seconds: float | None = None,
+        compile: bool = False,
         out: str | None = None,
         name: str = "mmllm model",
     ) -> None:
@@ -93,6 +94,7 @@ class DecoderModule(StagedModule):
                 head only where they were exported from a model of this very tokenizer.
             optimizer: rates and decay; `tower_lr: 0` freezes the tower.
             max_seconds: training ends after this long; None: `trainer.max_steps` alone ends it.
+            compile: compile each decoder layer; give the data module a `token_multiple` then, so that shapes are few.
             out: model folder to write when training ends.
             name: title of the model card.
         """
@@ -105,6 +107,7 @@ class DecoderModule(StagedModule):
         self.tokenizer = tokenizer
         self.clip = clip
         self.init_from = init_from
+        self.compile_layers = compile
         self.out = out
         self.name = name
         self.folder: TokenizerFolder | None = None
@@ -167,6 +170,8 @@ class DecoderModule(StagedModule):
         self.model.load_pretrained()
         if self.folder is not None and config.audio is not None and self.folder.audio is not None:
             self.model.initialize_audio(codebooks_of(self.folder))
+        if self.compile_layers:
+            self.model.decoder.compile_layers()
         if self.mesh is not None and deferred is not None:
             distribute(self.model, deferred, self.mesh, sharding, self.trainer.strategy.root_device)
         if self.init_from is not None:
@@ -226,7 +231,7 @@ class DecoderModule(StagedModule):
 
     def _name_sources(self) -> None:
         self._source_names = list(getattr(self._data, "source_names", None) or [])
-        self._loss_function = None
+        self._loss_function = LossFunction(self._built().config, self._source_names, MAX_UNNAMED_SOURCES)
 
     def _check_features(self) -> None:
         """Refuses stored image features that this tower would not give."""
@@ -249,11 +254,17 @@ class DecoderModule(StagedModule):
                 f"to false"
             )
 
+    @property
+    def source_names(self) -> list[str]:
+        """Of the recipe's sources."""
+        return self._source_names
+
     # --- steps ------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> dict[str, Any]:
         """The loss of one packed batch; also counts routing by modality."""
         losses = self._losses_of(batch)
+        self.watch.note_sources(losses.source_sums)
         totals = GlobalTotals.of(losses, batch, self.batch_group)
         loss = totals.loss(losses, self._built().config)
         if self.expert_bias is not None:
@@ -308,8 +319,8 @@ class DecoderModule(StagedModule):
 
     def _losses_of(self, batch: PackedBatch) -> BatchLosses:
         if self._loss_function is None:
-            config = self._built().config
-            self._loss_function = LossFunction(config, self._source_names, MAX_UNNAMED_SOURCES)
+            self._name_sources()
+        assert self._loss_function is not None
         output = self._built()(batch)
         return self._loss_function(self._built(), output, batch)
 
@@ -528,7 +539,8 @@ def _check_image_slots(model: MultimodalModel, folder: TokenizerFolder) -> None:
     if got != wanted:
         raise ValueError(
             f"the image projector fills {got} slots an image but the tokenizer folder's image_tokens is {wanted}; "
-            f"set image_projector.num_tokens to {wanted} with kind average or attention, or build the folder anew"
+            f"set image_projector.num_tokens to {wanted} with kind average, perceiver or c_abstractor, or build the "
+            f"folder anew"
         )
     if model.vision.image_size != folder.image_size:
         raise ValueError(
