@@ -121,7 +121,7 @@ def chosen_experts(model: MultimodalModel, batch: PackedBatch) -> Tensor:
     with _recorded(model, chosen), torch.no_grad():
         try:
             model.eval()
-            model.hidden(batch)
+            model(batch)  # its forward pass, which gathers weights that are sharded
         finally:
             model.train(was_training)
     if not chosen:

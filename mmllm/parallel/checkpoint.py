@@ -8,6 +8,7 @@ read by any number of ranks in any layout, and by one process without any.
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,9 @@ def load_folder(path: Path, like_of: Callable[[Mapping[str, Any]], Like] | None 
         wanted: dict[str, Tensor] = {}
         whole = _map(rest, "", lambda name, leaf: _put_back(wanted, like, leaf), is_leaf=_is_place)
         if wanted:
-            dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not dist.is_initialized())
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+                dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=not dist.is_initialized())
     except (OSError, RuntimeError, KeyError, SafetensorError, dcp.CheckpointException) as error:
         raise ValueError(f"{path} can't be read as a checkpoint: {error}; go on from another one") from error
     return whole

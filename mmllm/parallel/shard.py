@@ -75,10 +75,19 @@ def shard(model: MultimodalModel, mesh: ParallelMesh, config: ShardConfig | None
         units.make([decoder.embed_tokens, decoder.lm_head])
     else:
         units.make(decoder.embed_tokens)
-        units.make(decoder.lm_head, reshards=False)  # the backward pass begins with it
-    units.make(model, reshards=False, ignored=frozen)
+        units.make(decoder.lm_head)
+    if model.ctc_head is not None:
+        units.make(model.ctc_head)  # it is called after the model's own forward pass, as the head is
+    units.make(model, ignored=frozen)
     _prefetch(layers)
     _prefetch([[block] for block in blocks])
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Frees weights that a forward pass without a backward pass left gathered: else they would be used again, stale."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _prefetch(units: Sequence[list[FSDPModule]]) -> None:
@@ -99,7 +108,6 @@ class _Units:
         mesh: DeviceMesh | None = None,
         keeps_dtype: bool = False,
         casts_inputs: bool = True,
-        reshards: bool | None = None,
         ignored: set[nn.Parameter] | None = None,
     ) -> Any:
         """Makes a module, or several, one unit.
@@ -109,7 +117,6 @@ class _Units:
             mesh: over which it is sharded; None: what is no expert.
             keeps_dtype: its weights are gathered in their own dtype.
             casts_inputs: float inputs become the compute dtype; not where gates are among them, which stay float32.
-            reshards: after the forward pass; None: as configured.
             ignored: parameters that stay whole.
         """
         mesh = self.mesh.fsdp_mesh() if mesh is None else mesh
@@ -122,7 +129,7 @@ class _Units:
         return fully_shard(
             module,
             mesh=mesh,
-            reshard_after_forward=self.config.reshard_after_forward if reshards is None else reshards,
+            reshard_after_forward=self.config.reshard_after_forward,
             shard_placement_fn=lambda parameter: _placement(parameter, num_shards),
             mp_policy=policy,
             ignored_params=ignored,

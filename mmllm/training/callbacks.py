@@ -34,6 +34,7 @@ from mmllm.evaluation.routing import (
 )
 from mmllm.inference.api import Model
 from mmllm.inference.inputs import as_audio
+from mmllm.parallel.shard import free_gathered
 from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.progress import Progress
 
@@ -150,6 +151,7 @@ class RoutingLog(pl.Callback):
         if self._probe_batch is None or pl_module.model is None:
             return None
         experts_LNK, previous_LNK = chosen_experts(pl_module.model, self._probe_batch), self._probe_experts_LNK
+        free_gathered(pl_module.model)
         self._probe_experts_LNK = experts_LNK
         return None if previous_LNK is None else changed_share(experts_LNK, previous_LNK).tolist()
 

@@ -34,7 +34,7 @@ from mmllm.model.vision import VisionConfig
 from mmllm.parallel.deferred import DeferredInit
 from mmllm.parallel.distribute import distribute, whole_state
 from mmllm.parallel.mesh import ParallelConfig, ParallelMesh
-from mmllm.parallel.shard import ShardConfig
+from mmllm.parallel.shard import ShardConfig, free_gathered
 from mmllm.parallel.tensor import sum_partial_gradients
 from mmllm.training.clip_module import load_clip_config
 from mmllm.training.expert_bias import ExpertBias
@@ -171,13 +171,13 @@ class DecoderModule(StagedModule):
         self.model.load_pretrained()
         if self.folder is not None and config.audio is not None and self.folder.audio is not None:
             self.model.initialize_audio(codebooks_of(self.folder))
+        if self.compile_layers:
+            self.model.decoder.compile_layers()
         if self.mesh is not None and deferred is not None:
             distribute(self.model, deferred, self.mesh, sharding, self.trainer.strategy.root_device)
         if self.init_from is not None:
             tokenizer = None if self.folder is None else self.folder.hash
             load_decoder(self.init_from, self.model.decoder, tokenizer)
-        if self.compile_layers:
-            self.model.decoder.compile_layers()
 
     def _mesh_and_sharding(self) -> tuple[ParallelMesh | None, ShardConfig]:
         """The strategy's; None where each process holds the whole model."""
@@ -300,6 +300,7 @@ class DecoderModule(StagedModule):
             "num_correct": totals.num_correct,
         }.items():
             self._val_sums[name] = self._val_sums.get(name, torch.zeros_like(value)) + value
+        free_gathered(self._built())
 
     def _losses_of(self, batch: PackedBatch) -> BatchLosses:
         if self._loss_function is None:
