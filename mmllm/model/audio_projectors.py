@@ -284,11 +284,15 @@ class AudioProjector(nn.Module):
     def _laid_out(self, num_frames: tuple[int, ...], num_slots: int) -> tuple[Tensor, Tensor, int]:
         """Of each slot that a clip fills: its row in C·S, and its place where they lie end to end; and all places."""
         gap = max(self.config.kernel_size // 2, 1)
-        slots_C = -(torch.tensor(num_frames, dtype=torch.int64) // -self.config.pool)
-        starts_C = (slots_C + gap).cumsum(0) - slots_C - gap
-        clip_R = torch.repeat_interleave(slots_C)
-        slot_R = torch.arange(len(clip_R)) - (slots_C.cumsum(0) - slots_C)[clip_R]
-        return clip_R * num_slots + slot_R, starts_C[clip_R] + slot_R, int(slots_C.sum()) + gap * len(slots_C)
+        rows: list[int] = []
+        places: list[int] = []
+        start = 0
+        for clip, frames in enumerate(num_frames):
+            own = -(-frames // self.config.pool)
+            rows += range(clip * num_slots, clip * num_slots + own)
+            places += range(start, start + own)
+            start += own + gap
+        return torch.tensor(rows, dtype=torch.int64), torch.tensor(places, dtype=torch.int64), start
 
     def _drop_codebooks(self, codes_CFK: Tensor) -> Tensor:
         num_codebooks = codes_CFK.shape[2]

@@ -307,6 +307,7 @@ class Samples(pl.Callback):
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         if not isinstance(pl_module, DecoderModule) or pl_module.model is None or pl_module.folder is None:
             return
+        pl_module.watch.settle()  # broken weights would fail here for another reason
         if not trainer.is_global_zero or pl_module.device_mesh is not None:
             return
         model = Model(pl_module.model, pl_module.folder, pl_module.image_transform)

@@ -65,6 +65,7 @@ class DecoderModule(StagedModule):
         init_from: str | None = None,
         optimizer: OptimizerConfig | None = None,
         max_seconds: float | None = None,
+        compile: bool = False,
         out: str | None = None,
         name: str = "mmllm model",
     ) -> None:
@@ -83,6 +84,7 @@ class DecoderModule(StagedModule):
                 head only where they were exported from a model of this very tokenizer.
             optimizer: rates and decay; `tower_lr: 0` freezes the tower.
             max_seconds: training ends after this long; None: `trainer.max_steps` alone ends it.
+            compile: compile each decoder layer; give the data module a `token_multiple` then, so that shapes are few.
             out: model folder to write when training ends.
             name: title of the model card.
         """
@@ -95,6 +97,7 @@ class DecoderModule(StagedModule):
         self.tokenizer = tokenizer
         self.clip = clip
         self.init_from = init_from
+        self.compile_layers = compile
         self.out = out
         self.name = name
         self.folder: TokenizerFolder | None = None
@@ -155,6 +158,8 @@ class DecoderModule(StagedModule):
             load_decoder(self.init_from, self.model.decoder, tokenizer)
         if self.folder is not None and config.audio is not None and self.folder.audio is not None:
             self.model.initialize_audio(codebooks_of(self.folder))
+        if self.compile_layers:
+            self.model.decoder.compile_layers()
         if self.device_mesh is not None:
             _shard(self.model, self.device_mesh)
 
@@ -185,7 +190,7 @@ class DecoderModule(StagedModule):
 
     def _name_sources(self) -> None:
         self._source_names = list(getattr(self._data, "source_names", None) or [])
-        self._loss_function = None
+        self._loss_function = LossFunction(self._built().config, self._source_names, MAX_UNNAMED_SOURCES)
 
     def _check_features(self) -> None:
         """Refuses stored image features that this tower would not give."""
@@ -208,11 +213,17 @@ class DecoderModule(StagedModule):
                 f"to false"
             )
 
+    @property
+    def source_names(self) -> list[str]:
+        """Of the recipe's sources."""
+        return self._source_names
+
     # --- steps ------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> dict[str, Any]:
         """The loss of one packed batch; also counts routing by modality."""
         losses = self._losses_of(batch)
+        self.watch.note_sources(losses.source_sums)
         totals = GlobalTotals.of(losses, batch)
         loss = totals.loss(losses, self._built().config)
         if self.expert_bias is not None:
@@ -248,8 +259,8 @@ class DecoderModule(StagedModule):
 
     def _losses_of(self, batch: PackedBatch) -> BatchLosses:
         if self._loss_function is None:
-            config = self._built().config
-            self._loss_function = LossFunction(config, self._source_names, MAX_UNNAMED_SOURCES)
+            self._name_sources()
+        assert self._loss_function is not None
         output = self._built()(batch)
         return self._loss_function(self._built(), output, batch)
 

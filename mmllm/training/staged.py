@@ -10,19 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import psutil
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mmllm.model.earlier_names import is_earlier
+from mmllm.training.ema import without_averages
 from mmllm.training.optimizers import OptimizerConfig, build_optimizer, learning_rate_factor, parameter_groups
 from mmllm.training.step_start import StepStart
+from mmllm.training.watch import Watch
 
 log = logging.getLogger(__name__)
 
 FIRST_SECONDS = 0.01
 """Share of the warm-up that counts as done at the first step of a training without a number of steps."""
+CLIP_EPS = 1e-6
+"""Added to a norm before dividing by it, as `torch.nn.utils.clip_grad_norm_` does."""
 
 
 class StagedModule(pl.LightningModule):
@@ -50,6 +56,7 @@ class StagedModule(pl.LightningModule):
         self.max_seconds = max_seconds
         self.elapsed_seconds = 0.0
         self.window = MetricWindow()
+        self.watch = Watch()
         self._last_tick: float | None = None
         self._step_start: StepStart | None = None
         self._resumed: dict[str, Any] | None = None
@@ -124,15 +131,66 @@ class StagedModule(pl.LightningModule):
             log.warning("%s is not empty: this training writes over it when it ends", directory)
         self._last_tick = time.monotonic()
         self.window.reset()
+        self.watch = self._new_watch()
         self._step_start, self._resumed = StepStart(self, self._resumed), None
+
+    def _new_watch(self) -> Watch:
+        folder = self.trainer.log_dir or self.trainer.default_root_dir  # of rank 0, on every rank
+        return Watch(
+            Path(folder) / "non_finite",
+            self.source_names,
+            self.trainer.train_dataloader,
+            self.trainer.global_rank,
+            self.trainer.world_size,
+        )
+
+    @property
+    def source_names(self) -> list[str]:
+        """Of the data's sources, by which losses are told apart; none where they are not."""
+        return []
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Sets each group's learning rate, and the random numbers of this batch: a resumed run draws the same."""
+        self.watch.begin_batch(batch)
         batch_number = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         torch.manual_seed(_mixed(self._seed, batch_number, self.trainer.global_rank))
         factor = learning_rate_factor(self._shared_progress(), self.optimizer)
         for group, peak in zip(self._optimizer().param_groups, self._peak_lrs, strict=True):
             group["lr"] = peak * factor
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Notes the batch's loss."""
+        self.watch.note_loss(loss)
+
+    def gradient_norm(self, gradients: list[Tensor]) -> Tensor:
+        """The 2-norm of all gradients as one vector, a scalar on their device; of all ranks where they are sharded."""
+        norm = torch.nn.utils.get_total_norm(gradients)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Measures the gradient's norm, which is logged and watched, and clips by it.
+
+        (Lightning's own refuses AdamW in one kernel with bf16-mixed, where there is no scaled loss to be afraid of.)
+
+        Raises:
+            NonFiniteError: the step before was not finite.
+        """
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        norm = self.gradient_norm(gradients)
+        self.window.note("grad_norm", norm)
+        self.watch.end_step(self.trainer.global_step + 1, norm, checks_norm=not has_scaler)
+        if has_scaler or gradient_clip_algorithm not in (None, "norm"):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val and gradients:
+            factor = (gradient_clip_val / (norm + CLIP_EPS)).clamp(max=1.0)
+            local = [each.to_local() if isinstance(each, DTensor) else each for each in gradients]
+            torch._foreach_mul_(local, factor)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Advances the clock, writes the metrics, stops when the time is over."""
@@ -173,6 +231,7 @@ class StagedModule(pl.LightningModule):
         metrics["train/lr"] = self._optimizer().param_groups[0]["lr"]
         metrics["train/seconds"] = self.elapsed_seconds
         metrics["train/steps_per_second"] = self.window.num_batches / max(self.window.seconds, 1e-9)
+        metrics |= {f"train/{name}": value for name, value in memory_gb(self.device).items()}
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, step)
         self.window.reset()
@@ -180,10 +239,31 @@ class StagedModule(pl.LightningModule):
     # --- state and export -------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the clock, and the place in the run: where the last optimizer step ended."""
+        """Keeps the clock, and the place in the run: where the last optimizer step ended.
+
+        Raises:
+            NonFiniteError: the last step was not finite: its weights are not saved over good ones.
+        """
+        self.watch.settle()
         checkpoint["mmllm_elapsed_seconds"] = float(self.elapsed_seconds)
+        if "optimizer_states" in checkpoint:
+            states = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
+            checkpoint["optimizer_states"] = [self._numbered(state, optimizer) for state, optimizer in states]
         if self._step_start is not None:
             self._step_start.rewind(checkpoint)
+
+    def _numbered(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """An optimizer's state with parameters numbered as the module has them, not as the optimizer's groups do.
+
+        Sharded strategies read whole checkpoints so (lightning 2.6); `load_state_dict` takes any numbers.
+        """
+        saved = [number for group in state.get("param_groups", ()) for number in group["params"]]
+        if not saved or saved != list(range(len(saved))):  # another rank's, names (in shards), or numbered so already
+            return state
+        places = {id(parameter): place for place, parameter in enumerate(self.parameters())}
+        new = [places[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+        groups = [{**group, "params": [new[number] for number in group["params"]]} for group in state["param_groups"]]
+        return {**state, "state": {new[n]: value for n, value in state["state"].items()}, "param_groups": groups}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the clock.
@@ -192,12 +272,14 @@ class StagedModule(pl.LightningModule):
             ValueError: the checkpoint is at the end of the training that it should go on with; Lightning would do
                 nothing, export included, and say so nowhere.
         """
-        earlier = next((name for name in checkpoint["state_dict"] if is_earlier(name)), None)
+        weights = checkpoint.get("state_dict", {})  # a sharded strategy has loaded them already
+        earlier = next((name for name in weights if is_earlier(name)), None)
         if earlier is not None:
             raise ValueError(
                 f"the checkpoint has {earlier}, a name that an earlier mmllm gave that weight, and the optimizer's "
                 f"state in its order; go on with the mmllm that wrote it (the model folders it writes are read here)"
             )
+        without_averages(weights)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._check_goes_on(checkpoint)
         self.elapsed_seconds = float(checkpoint.get("mmllm_elapsed_seconds", 0.0))
@@ -214,7 +296,12 @@ class StagedModule(pl.LightningModule):
                 )
 
     def on_train_end(self) -> None:
-        """Writes the last metrics, and exports, after callbacks such as `EMA` have put the final weights in place."""
+        """Writes the last metrics, and exports, after callbacks such as `EMA` have put the final weights in place.
+
+        Raises:
+            NonFiniteError: the last step was not finite.
+        """
+        self.watch.settle()
         if self.window.num_batches:
             self._write_metrics(self.trainer.global_step)
         if self.export_dir and self.trainer.is_global_zero:
@@ -249,10 +336,30 @@ class MetricWindow:
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0.0) + count
 
+    def note(self, name: str, value: Tensor | float) -> None:
+        """Adds one value of a metric that isn't a batch's."""
+        value = value.detach() if isinstance(value, Tensor) else value
+        self.sums[name] = self.sums.get(name, 0.0) + value
+        self.counts[name] = self.counts.get(name, 0.0) + 1.0
+
     def means(self) -> dict[str, float]:
         """Each metric's mean; those without a count are left out."""
         counts = {name: float(count) for name, count in self.counts.items()}
         return {name: float(total) / counts[name] for name, total in self.sums.items() if counts[name] > 0}
+
+
+def memory_gb(device: torch.device) -> dict[str, float]:
+    """What the process holds of the device's memory, in 10⁹ bytes.
+
+    Of a GPU the most that was allocated, and the most that PyTorch's allocator reserved, since the process began; of a
+    CPU what the process has in memory now.
+    """
+    if device.type == "cuda":
+        return {
+            "memory_allocated_gb": torch.cuda.max_memory_allocated(device) / 1e9,
+            "memory_reserved_gb": torch.cuda.max_memory_reserved(device) / 1e9,
+        }
+    return {"memory_resident_gb": psutil.Process().memory_info().rss / 1e9}
 
 
 def _mixed(seed: int, batch_number: int, rank: int) -> int:

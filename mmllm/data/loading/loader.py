@@ -50,6 +50,7 @@ class StepDataset(Dataset[PackedBatch]):
         hashes: Also give each sequence's hash and errors, in `state["hashes"]` and `state["row_errors"]`.
         raises: Whether a broken document may be an error, where the recipe says so; else it is always masked.
         features: Instead of decoding pictures, take the features of this hash that are stored with them.
+        token_multiple: The tokens of a batch are rounded up to it by padding that is computed.
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class StepDataset(Dataset[PackedBatch]):
         hashes: bool = False,
         features: str | None = None,
         raises: bool = True,
+        token_multiple: int = 1,
     ) -> None:
+        self._token_multiple = token_multiple
         self._raises = raises and plan.recipe.on_error.action == "raise"
         self._augment, self._hashes, self._features = augment or AugmentConfig(), hashes, features
         self._plan, self._folder, self._transform = plan, folder, transform
@@ -84,7 +87,7 @@ class StepDataset(Dataset[PackedBatch]):
         if self._hashes:
             told = [self._plan.sequence_hash(sequence) for sequence in step.sequences]
             state = {**state, "hashes": told, "row_errors": row_errors}
-        batch = pack_documents(sequences, self._plan.recipe.sequence_length, sources, state)
+        batch = pack_documents(sequences, self._plan.recipe.sequence_length, sources, state, self._token_multiple)
         if self._augment.is_on and len(batch.images_NCHW):
             draws = [
                 self._draws(step.step, item, len(document.images))
@@ -323,6 +326,30 @@ class PackedLoader(Generic[AnyBatch]):
             return list(range(len(step.sequences)))
         costs = [sum(map(self._cost, sequence)) for sequence in step.sequences]
         return shares(costs, self._world_size)[self._rank]
+
+    def documents_of(self, step: int, before: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        """The documents of this rank's batch of a step, by name.
+
+        Args:
+            step: Of the plan, from 0.
+            before: The state before that step, from which it is found at once; without it, or if it is another's, all
+                windows up to the step are planned again.
+
+        Returns:
+            What `Plan.describe` says of each, with the `row` of the batch and the `number` in it, as in
+            `document_ids_BT`.
+        """
+        planned = None
+        if before is not None and before.get("step") == step:
+            state = {key: before[key] for key in self._plan.initial_state()}
+            planned = next(self._plan.steps(state), None)
+        if planned is None:
+            planned = self._plan.at(step)
+        return [
+            {**self._plan.describe(item), "row": row, "number": number}
+            for row, place in enumerate(self.share(planned))
+            for number, item in enumerate(planned.sequences[place])
+        ]
 
     def _cost(self, item: Item) -> float:
         """About how much work a document is, in tokens."""
