@@ -267,6 +267,11 @@ def test_budgets_count_tiles(made):
     for batch, _ in batches(plan, folder, 4):
         per_row = torch.div(batch.image_slots_NS[:, 0], 128, rounding_mode="floor").bincount(minlength=2)
         assert per_row.max() <= 7
+    for source in plan.sources:  # documents with more than that by themselves are left out
+        (index,) = source.indices
+        over_N = index.num_tiles_N > 7
+        assert source.num_over_budget == sum(int((over_N & (n > 0)).sum()) for n in index.lengths.values())
+    assert sum(source.num_over_budget for source in plan.sources) > 0
     unbounded, folder = plan_of(made)
     rows = [torch.div(b.image_slots_NS[:, 0], 128, rounding_mode="floor").bincount() for b, _ in
             batches(unbounded, folder, 4)]  # fmt: skip
