@@ -30,6 +30,7 @@ from mmllm.model.routing_stats import RoutingWindow
 from mmllm.model.vision import VisionConfig
 from mmllm.training.clip_module import load_clip_config
 from mmllm.training.expert_bias import ExpertBias
+from mmllm.training.flops import ModelFlops, Work, peak_flops
 from mmllm.training.interop_commands import load_decoder
 from mmllm.training.optimizers import OptimizerConfig
 from mmllm.training.staged import StagedModule
@@ -67,6 +68,7 @@ class DecoderModule(StagedModule):
         max_seconds: float | None = None,
         out: str | None = None,
         name: str = "mmllm model",
+        peak_flops: float | None = None,
     ) -> None:
         """Keeps the settings; `configure_model` builds.
 
@@ -85,8 +87,16 @@ class DecoderModule(StagedModule):
             max_seconds: training ends after this long; None: `trainer.max_steps` alone ends it.
             out: model folder to write when training ends.
             name: title of the model card.
+            peak_flops: operations a second that the device can do, for `train/mfu`; None: known from its name, or
+                else not logged.
+
+        Raises:
+            ValueError: `peak_flops` is not positive.
         """
         super().__init__(optimizer, max_seconds)
+        if peak_flops is not None and not peak_flops > 0:
+            raise ValueError(f"peak_flops is {peak_flops}; give what the device can do a second, or null")
+        self.peak_flops = peak_flops
         self.decoder = decoder
         self.vision = vision
         self.image_projector = image_projector or ImageProjectorConfig()
@@ -107,6 +117,7 @@ class DecoderModule(StagedModule):
         self._num_accumulated = 0
         self._loss_function: LossFunction | None = None
         self._val_sums: dict[str, Tensor] = {}
+        self._flops: ModelFlops | None = None
 
     # --- building ---------------------------------------------------------------------------------------------
 
@@ -160,6 +171,8 @@ class DecoderModule(StagedModule):
         self._num_accumulated = 0  # an earlier fit may have ended before its step
         self.expert_bias = ExpertBias.of(self._built().decoder)
         self._name_sources()
+        if self._peak_flops is not None:
+            self._flops = ModelFlops.of(self._built().config)
         data_folder = getattr(self._data, "folder", None)
         if self.folder is not None and data_folder is not None and data_folder.hash != self.folder.hash:
             raise ValueError(
@@ -213,17 +226,21 @@ class DecoderModule(StagedModule):
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> dict[str, Any]:
         """The loss of one packed batch; also counts routing by modality."""
-        losses = self._losses_of(batch)
+        loss, losses, totals = self.loss_of(batch)
         self.watch.note_sources(losses.source_sums)
-        totals = GlobalTotals.of(losses, batch)
-        loss = totals.loss(losses, self._built().config)
         if self.expert_bias is not None:
             self.expert_bias.add(totals.routing.counts_LE)
         self._accumulate(totals.num_targets)
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches * totals.num_targets
-        self._record(losses, totals)
+        self._record(losses, totals, batch)
         self.log("loss", totals.task_loss, prog_bar=True, logger=False)
         return {"loss": loss * (scale / self._first_targets)}
+
+    def loss_of(self, batch: PackedBatch) -> tuple[Tensor, BatchLosses, GlobalTotals]:
+        """This rank's part of the global loss, differentiable, and what it is made of. Needs no trainer."""
+        losses = self._losses_of(batch)
+        totals = GlobalTotals.of(losses, batch)
+        return totals.loss(losses, self._built().config), losses, totals
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turns the sum over accumulated batches into a mean over all their targets."""
@@ -293,7 +310,16 @@ class DecoderModule(StagedModule):
 
     # --- metrics ----------------------------------------------------------------------------------------------
 
-    def _record(self, losses: BatchLosses, totals: GlobalTotals) -> None:
+    @property
+    def _peak_flops(self) -> float | None:
+        """What this rank's device can do a second; None: not known."""
+        if self.peak_flops is None and self.device.type == "cuda":
+            return peak_flops(torch.cuda.get_device_name(self.device))
+        return self.peak_flops
+
+    def _record(self, losses: BatchLosses, totals: GlobalTotals, batch: PackedBatch) -> None:
+        if self._flops is not None and batch.metadata is not None:
+            self.window.flops += self._flops.training(Work.of(batch))
         sums: dict[str, Tensor | float] = {f"loss/{key}": value for key, value in totals.sums.items() if key != "task"}
         counts: dict[str, Tensor | float] = {f"loss/{key}": totals.counts[key] for key in totals.sums if key != "task"}
         sums["loss"], counts["loss"] = totals.sums["task"], totals.counts["task"]
@@ -310,10 +336,13 @@ class DecoderModule(StagedModule):
         self.routing.add(losses.routing)
 
     def window_metrics(self) -> dict[str, float]:
-        """Losses by modality and source, tokens a second, padding."""
+        """Losses by modality and source, tokens a second, padding, and this rank's share of its device's peak."""
         num_tokens = float(self.window.sums["tokens"])
         metrics = self.window.means()
         metrics["tokens_per_second"] = num_tokens / max(self.window.seconds, 1e-9)
+        peak = self._peak_flops
+        if peak is not None and self.window.flops:
+            metrics["mfu"] = self.window.flops / max(self.window.seconds, 1e-9) / peak
         return metrics
 
     def check_export(self, directory: Path) -> None:

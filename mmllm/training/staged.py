@@ -146,7 +146,7 @@ class StagedModule(pl.LightningModule):
         self.watch.note_loss(loss)
 
     def gradient_norm(self, gradients: list[Tensor]) -> Tensor:
-        """The 2-norm of all gradients as one vector, a scalar on their device; over all ranks where they are sharded."""
+        """The 2-norm of all gradients as one vector, a scalar on their device, whatever ranks hold of them."""
         norm = torch.nn.utils.get_total_norm(gradients)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -284,6 +284,8 @@ class MetricWindow:
         self.sums: dict[str, Tensor | float] = {}
         self.counts: dict[str, Tensor | float] = {}
         self.num_batches = 0
+        self.flops = 0
+        """Of this rank's batches, where they are counted."""
         self._start = time.monotonic()
 
     @property
@@ -315,8 +317,8 @@ class MetricWindow:
 def memory_gb(device: torch.device) -> dict[str, float]:
     """What the process holds of the device's memory, in 10⁹ bytes.
 
-    Of a GPU the most that was allocated, and the most that PyTorch's allocator reserved for it, since the process began;
-    of a CPU what the process has in memory now.
+    Of a GPU the most that was allocated, and the most that PyTorch's allocator reserved for that, since the process
+    began; of a CPU what the process has in memory now.
     """
     if device.type == "cuda":
         return {
