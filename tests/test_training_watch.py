@@ -24,6 +24,7 @@ from mmllm.model.decoder import DecoderConfig
 from mmllm.model.multimodal import LossConfig
 from mmllm.model.router import MoEConfig
 from mmllm.training.decoder_module import DecoderModule
+from mmllm.training.flops import ModelFlops, Work
 from mmllm.training.lightning_cli import quiet_lightning
 from mmllm.training.optimizers import OptimizerConfig
 from mmllm.training.watch import NonFiniteError, Watch, load_batch, save_batch
@@ -268,6 +269,27 @@ def test_the_norm_before_clipping_memory_and_losses_are_logged(texts: Path, tmp_
     assert [float(row["train/grad_norm"]) for row in rows] == pytest.approx(norms.before, rel=1e-6)
     assert max(norms.after) < 1.001e-3 < min(norms.before)
     assert all(0.01 < float(row["train/memory_resident_gb"]) < 100 for row in rows)
+
+
+def test_the_share_of_the_devices_peak_is_logged_where_that_is_known(tmp_path: Path) -> None:
+    batches = [tiny_batch(number).with_metadata() for number in range(3)]
+    rows = []
+    for peak in (None, 1e9):
+        module = tiny_module(peak_flops=peak)
+        logger = CSVLogger(tmp_path, f"peak {peak}", "")
+        with quiet_lightning():
+            quiet_trainer(max_steps=3, logger=logger, log_every_n_steps=3).fit(module, ListData(batches))
+        with (Path(logger.log_dir) / "metrics.csv").open(newline="") as file:
+            rows.append(next(csv.DictReader(file)))
+    assert "train/mfu" not in rows[0]
+    assert module.model is not None
+    flops = ModelFlops.of(module.model.config)
+    work = [Work.of(batch) for batch in batches]
+    seconds = 3 / float(rows[1]["train/steps_per_second"])
+    wanted = sum(map(flops.training, work)) / seconds / 1e9
+    assert float(rows[1]["train/mfu"]) == pytest.approx(wanted, rel=0.01)
+    with pytest.raises(ValueError, match="peak_flops is 0; give what the device can do"):
+        tiny_module(peak_flops=0)
 
 
 class Norms(pl.Callback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,15 @@ _FIT_HELP = """
 
 A fit that finds the model, logs or checkpoints of an earlier run where its own would go is refused:
   --ckpt_path last     goes on with that run
-  --overwrite          replaces its model, its logs and its last checkpoint"""
+  --overwrite          replaces its model, its logs and its last checkpoint
+
+Of a decoder, without running anything:
+  --print_estimate               parameters, operations a token and memory of a device, as JSON
+  --flops_per_second NUMBER      and the days, where each device reaches so many
+  --sequence_length NUMBER       where the recipe is not there yet"""
+
+_ESTIMATE = "--print_estimate"
+_ESTIMATE_OPTIONS = {"--flops_per_second": float, "--sequence_length": int}
 
 
 def add_training(commands: Any) -> None:
@@ -51,9 +60,34 @@ def run_training(arguments: list[str]) -> Iterable[str]:
             raise ValueError(f"{arguments[0]} needs -c FILE")
         return
     _check_files(arguments)
+    if arguments[0] == "fit" and _ESTIMATE in arguments:
+        yield _estimate(arguments[1:])
+        return
     from mmllm.training.lightning_cli import run_lightning
 
     run_lightning(arguments)
+
+
+def _estimate(arguments: list[str]) -> str:
+    """The JSON of `--print_estimate`."""
+    options: dict[str, Any] = {}
+    rest: list[str] = []
+    words = iter(argument for argument in arguments if argument != _ESTIMATE)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag not in _ESTIMATE_OPTIONS:
+            rest.append(word)
+            continue
+        value = value if equals else next(words, "")
+        try:
+            options[flag.removeprefix("--")] = number = _ESTIMATE_OPTIONS[flag](value)
+        except ValueError:
+            number = 0
+        if not 0 < number < float("inf"):
+            raise ValueError(f"{flag} is {value!r}; give a positive number")
+    from mmllm.training.lightning_cli import print_estimate
+
+    return json.dumps(print_estimate(rest, **options), indent=1)
 
 
 def _help_lines(command: str) -> list[str]:

@@ -38,6 +38,7 @@ from mmllm.parallel.shard import ShardConfig, free_gathered
 from mmllm.parallel.tensor import sum_partial_gradients
 from mmllm.training.clip_module import load_clip_config
 from mmllm.training.expert_bias import ExpertBias
+from mmllm.training.flops import ModelFlops, Work, peak_flops
 from mmllm.training.interop_commands import load_decoder
 from mmllm.training.optimizers import OptimizerConfig
 from mmllm.training.staged import StagedModule
@@ -77,6 +78,7 @@ class DecoderModule(StagedModule):
         compile: bool = False,
         out: str | None = None,
         name: str = "mmllm model",
+        peak_flops: float | None = None,
     ) -> None:
         """Keeps the settings; `configure_model` builds.
 
@@ -96,8 +98,16 @@ class DecoderModule(StagedModule):
             compile: compile each decoder layer; give the data module a `token_multiple` then, so that shapes are few.
             out: model folder to write when training ends.
             name: title of the model card.
+            peak_flops: operations a second that the device can do, for `train/mfu`; None: known from its name, or
+                else not logged.
+
+        Raises:
+            ValueError: `peak_flops` is not positive.
         """
         super().__init__(optimizer, max_seconds)
+        if peak_flops is not None and not peak_flops > 0:
+            raise ValueError(f"peak_flops is {peak_flops}; give what the device can do a second, or null")
+        self.peak_flops = peak_flops
         self.decoder = decoder
         self.vision = vision
         self.image_projector = image_projector or ImageProjectorConfig()
@@ -120,6 +130,7 @@ class DecoderModule(StagedModule):
         self._num_accumulated = 0
         self._loss_function: LossFunction | None = None
         self._val_sums: dict[str, Tensor] = {}
+        self._flops: ModelFlops | None = None
 
     # --- building ---------------------------------------------------------------------------------------------
 
@@ -211,6 +222,8 @@ class DecoderModule(StagedModule):
         self._num_accumulated = 0  # an earlier fit may have ended before its step
         self.expert_bias = ExpertBias.of(self._built().decoder)
         self._name_sources()
+        if self._peak_flops is not None:
+            self._flops = ModelFlops.of(self._built().config)
         data_folder = getattr(self._data, "folder", None)
         if self.folder is not None and data_folder is not None and data_folder.hash != self.folder.hash:
             raise ValueError(
@@ -264,17 +277,21 @@ class DecoderModule(StagedModule):
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> dict[str, Any]:
         """The loss of one packed batch; also counts routing by modality."""
-        losses = self._losses_of(batch)
+        loss, losses, totals = self.loss_of(batch)
         self.watch.note_sources(losses.source_sums)
-        totals = GlobalTotals.of(losses, batch, self.batch_group)
-        loss = totals.loss(losses, self._built().config)
         if self.expert_bias is not None:
             self.expert_bias.add(totals.routing.counts_LE)
         self._accumulate(totals.num_targets)
         scale = self.num_batch_ranks * self.trainer.accumulate_grad_batches * totals.num_targets
-        self._record(losses, totals)
+        self._record(losses, totals, batch)
         self.log("loss", totals.task_loss, prog_bar=True, logger=False)
         return {"loss": loss * (scale / self._first_targets)}
+
+    def loss_of(self, batch: PackedBatch) -> tuple[Tensor, BatchLosses, GlobalTotals]:
+        """This rank's part of the global loss, differentiable, and what it is made of. Needs no trainer."""
+        losses = self._losses_of(batch)
+        totals = GlobalTotals.of(losses, batch, self.batch_group)
+        return totals.loss(losses, self._built().config), losses, totals
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turns the sum over accumulated batches into a mean over all their targets."""
@@ -347,7 +364,16 @@ class DecoderModule(StagedModule):
 
     # --- metrics ----------------------------------------------------------------------------------------------
 
-    def _record(self, losses: BatchLosses, totals: GlobalTotals) -> None:
+    @property
+    def _peak_flops(self) -> float | None:
+        """What this rank's device can do a second; None: not known."""
+        if self.peak_flops is None and self.device.type == "cuda":
+            return peak_flops(torch.cuda.get_device_name(self.device))
+        return self.peak_flops
+
+    def _record(self, losses: BatchLosses, totals: GlobalTotals, batch: PackedBatch) -> None:
+        if self._flops is not None and batch.metadata is not None:
+            self.window.flops += self._flops.training(Work.of(batch))
         sums: dict[str, Tensor | float] = {f"loss/{key}": value for key, value in totals.sums.items() if key != "task"}
         counts: dict[str, Tensor | float] = {f"loss/{key}": totals.counts[key] for key in totals.sums if key != "task"}
         sums["loss"], counts["loss"] = totals.sums["task"], totals.counts["task"]
@@ -365,10 +391,13 @@ class DecoderModule(StagedModule):
         self.routing.add(losses.routing)
 
     def window_metrics(self) -> dict[str, float]:
-        """Losses by modality and source, tokens a second, padding."""
+        """Losses by modality and source, tokens a second, padding, and this rank's share of its device's peak."""
         num_tokens = float(self.window.sums["tokens"])
         metrics = self.window.means()
         metrics["tokens_per_second"] = num_tokens / max(self.window.seconds, 1e-9)
+        peak = self._peak_flops
+        if peak is not None and self.window.flops:
+            metrics["mfu"] = self.window.flops / max(self.window.seconds, 1e-9) / peak
         return metrics
 
     def check_export(self, directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import re
@@ -158,19 +159,22 @@ class MmllmCLI(LightningCLI):
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
 
-def build_cli(argv: list[str], run: bool = True, overwrite: bool = False) -> MmllmCLI:
+def build_cli(
+    argv: list[str], run: bool = True, overwrite: bool = False, cli_class: type[MmllmCLI] = MmllmCLI
+) -> MmllmCLI:
     """Parses `argv`, instantiates trainer, module and data, and (with `run`) runs the subcommand.
 
     Args:
         argv: the subcommand and its options: `["fit", "-c", "decoder.yaml"]`; without `run`: options alone.
         run: False: only instantiate.
         overwrite: `fit` may write over an earlier run.
+        cli_class: what instantiates.
 
     Raises:
         ValueError: a wrong key or value; the message names it.
     """
     options = {"allow_abbrev": False}
-    return MmllmCLI(
+    return cli_class(
         model_class=pl.LightningModule,
         datamodule_class=pl.LightningDataModule,
         subclass_mode_model=True,
@@ -187,6 +191,50 @@ def build_cli(argv: list[str], run: bool = True, overwrite: bool = False) -> Mml
         run=run,
         overwrite=overwrite,
     )
+
+
+class _UnbuiltCLI(MmllmCLI):
+    """Parses all and instantiates module and data alone: a trainer for other devices than these can't be made here."""
+
+    def instantiate_classes(self) -> None:
+        """Keeps the trainer's settings as they are in `config`."""
+        parts = self.config.clone()
+        self.trainer_settings: dict[str, Any] = parts.pop("trainer").as_dict()
+        made: Any = self.parser.instantiate_classes(parts)
+        self.model, self.datamodule = made.model, made.data
+
+
+def print_estimate(
+    argv: list[str], flops_per_second: float | None = None, sequence_length: int | None = None
+) -> dict[str, Any]:
+    """What a config needs, as `mmllm fit --print_estimate` prints it.
+
+    Args:
+        argv: options of `fit`, without the command.
+        flops_per_second: of each device, for `days`.
+        sequence_length: in the place of the recipe's.
+
+    Raises:
+        ValueError: a wrong key or value, or a config of which nothing is estimated.
+    """
+    from mmllm.data.loading.datamodules import PackedDataModule
+    from mmllm.training.decoder_module import DecoderModule
+    from mmllm.training.estimate import estimate
+    from mmllm.training.layout import Layout
+
+    with quiet_lightning(), _restored_environment():
+        try:
+            cli = build_cli(argv, run=False, cli_class=_UnbuiltCLI)
+            module, data = cli.model, cli.datamodule
+            if not isinstance(module, DecoderModule) or not isinstance(data, PackedDataModule):
+                raise ValueError(
+                    f"--print_estimate knows DecoderModule with PackedDataModule, and the config has "
+                    f"{type(module).__name__} with {type(data).__name__}; time one step of it instead"
+                )
+            layout = Layout.of(cli.trainer_settings)  # pyright: ignore[reportAttributeAccessIssue]
+            return dataclasses.asdict(estimate(module, data, layout, flops_per_second, sequence_length))
+        except ValueError as error:
+            raise ValueError(one_line(str(error))) from error
 
 
 def _with_current_names(argv: list[str]) -> list[str]:

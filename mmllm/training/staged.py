@@ -316,6 +316,8 @@ class MetricWindow:
         self.sums: dict[str, Tensor | float] = {}
         self.counts: dict[str, Tensor | float] = {}
         self.num_batches = 0
+        self.flops = 0
+        """Of this rank's batches, where they are counted."""
         self._start = time.monotonic()
 
     @property
@@ -347,8 +349,8 @@ class MetricWindow:
 def memory_gb(device: torch.device) -> dict[str, float]:
     """What the process holds of the device's memory, in 10⁹ bytes.
 
-    Of a GPU the most that was allocated, and the most that PyTorch's allocator reserved, since the process began; of a
-    CPU what the process has in memory now.
+    Of a GPU the most that was allocated, and the most that PyTorch's allocator reserved for that, since the process
+    began; of a CPU what the process has in memory now.
     """
     if device.type == "cuda":
         return {

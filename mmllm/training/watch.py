@@ -192,10 +192,12 @@ class Watch:
         """The message; writes the batches that it is about."""
         next_step = "mend or filter them, or lower optimizer.lr, and go on with --ckpt_path last"
         if found.bad_ranks and self.rank not in found.bad_ranks:
-            where = "" if self.directory is None else f", and so do its files in {self.directory}"
+            bad_rank, where = found.bad_ranks[0], ""
+            if self.directory is not None:
+                where = f", and so do its files in {self.directory}"
             return (
-                f"training stopped at step {sent.step}: the loss of rank {found.bad_ranks[0]} is not finite; that "
-                f"rank's message names the documents{where}; {next_step}"
+                f"training stopped at step {sent.step}: the loss of rank {bad_rank} is not finite; that rank's message "
+                f"names the documents{where}; {next_step}"
             )
         is_blamed_A = [not math.isfinite(loss) for loss in found.losses_A]
         blamed = [number for number, is_bad in enumerate(is_blamed_A) if is_bad or not found.bad_ranks]

@@ -87,10 +87,25 @@ class PackedDataModule(L.LightningDataModule):
         self._train_loader: PackedLoader[PackedBatch] | None = None
 
     @property
+    def recipe(self) -> Recipe:
+        """The training recipe."""
+        return _recipe(self._recipe)
+
+    @property
+    def recipe_path(self) -> Path | None:
+        """Its file, which may be missing; None: it was given as it is."""
+        return None if isinstance(self._recipe, Recipe) else Path(self._recipe)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences a step, of all ranks together."""
+        return self._batch_size
+
+    @property
     def folder(self) -> TokenizerFolder:
         """The recipe's tokenizer folder."""
         if self._folder is None:
-            self._folder = TokenizerFolder.load(_recipe(self._recipe).tokenizer_folder())
+            self._folder = TokenizerFolder.load(self.recipe.tokenizer_folder())
         return self._folder
 
     @property

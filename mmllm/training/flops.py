@@ -1,0 +1,215 @@
+"""How many floating-point operations a batch costs, counted from the model's shapes; and what devices can do.
+
+Counted are products alone, two operations for each multiply-add: what is called model FLOPs when utilization is told
+(PaLM, arXiv 2204.02311, appendix B). Of experts only those that a token passes count, of attention only the pairs that
+see each other. A backward pass is twice its forward pass; what activation checkpointing computes again is told apart.
+
+Shapes: N images, H and W pixels, C clips, F frames a clip, K codebooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmllm.batch import PackedBatch
+from mmllm.model.multimodal import ModelConfig, MultimodalModel
+
+PEAK_FLOPS: dict[str, float] = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+    "L4": 121e12,
+    "MI300X": 1307e12,
+    "MI250X": 383e12,
+}
+"""Dense bfloat16 products a second, by what a device's name contains (the first that fits; makers' data sheets)."""
+
+NUM_PROBED_SLOTS = 16
+"""Slots of the clip by which the audio projector's work is counted."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Of a device, by its name; None: not known."""
+    words = device_name.replace("-", " ")
+    padded = f" {words} "
+    return next((peak for name, peak in PEAK_FLOPS.items() if f" {name} " in padded), None)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What of a batch, or of several, decides its cost.
+
+    Attributes:
+        lengths: tokens of each document.
+        num_targets: positions that predict something.
+        num_unit_targets: of them, frames whose further codebooks are predicted.
+        num_images: pictures.
+        num_heard_frames: frames of clips that are heard.
+        num_spoken_frames: frames of units in the stream.
+    """
+
+    lengths: tuple[int, ...]
+    num_targets: int = 0
+    num_unit_targets: int = 0
+    num_images: int = 0
+    num_heard_frames: int = 0
+    num_spoken_frames: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Without padding."""
+        return sum(self.lengths)
+
+    @staticmethod
+    def of(batch: PackedBatch) -> Work:
+        """A batch's, by its metadata: the device is not asked."""
+        assert batch.metadata is not None, "the collator makes it"
+        sequences, media = batch.metadata.sequences, batch.metadata.media
+        lengths = sequences.lengths[:-1] if sequences.size > sequences.num_tokens else sequences.lengths
+        return Work(
+            lengths,
+            len(batch.metadata.targets_M),
+            len(batch.metadata.unit_targets_U),
+            batch.num_images,
+            sum(media.clip_frames),
+            len(media.frames_F),
+        )
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """Forward operations of a model's parts; see `of`.
+
+    Attributes:
+        per_token: of all layers, without attention's scores.
+        per_pair: of attention's scores and sums, of each (window, all layers that have it); window None: no bound.
+        per_target: of the head.
+        per_unit_target: of the further codebooks' blocks of the head.
+        per_image: of the tower.
+        per_projected_image: of the projector.
+        per_heard_frame: of the audio projector.
+        per_spoken_frame: of the unit projector.
+        is_tower_trained: the tower has a backward pass.
+        computes_again: layers are run again in the backward pass.
+    """
+
+    per_token: int
+    per_pair: tuple[tuple[int | None, int], ...]
+    per_target: int
+    per_unit_target: int
+    per_image: int
+    per_projected_image: int
+    per_heard_frame: int
+    per_spoken_frame: int
+    is_tower_trained: bool
+    computes_again: bool
+
+    @staticmethod
+    def of(config: ModelConfig) -> ModelFlops:
+        """Counts a model's, from its shapes on the meta device."""
+        with torch.device("meta"):
+            model = MultimodalModel(config)
+        decoder, audio = config.decoder, config.audio
+        by_window: dict[int | None, int] = {}
+        for layer in range(decoder.num_hidden_layers):
+            window = decoder.rule(layer).window
+            by_window[window] = by_window.get(window, 0) + 4 * decoder.num_attention_heads * decoder.head_channels
+        codebooks = (audio.num_codebooks - 1) * (audio.codebook_size + 1) if audio is not None else 0
+        per_image, per_projected_image = _of_pictures(model)
+        return ModelFlops(
+            per_token=_of_layers(model),
+            per_pair=tuple(by_window.items()),
+            per_target=2 * decoder.vocab_size * decoder.hidden_size,
+            per_unit_target=2 * codebooks * decoder.hidden_size,
+            per_image=per_image,
+            per_projected_image=per_projected_image,
+            per_heard_frame=_of_heard_frame(model),
+            per_spoken_frame=_of_matrices(model.unit_projector),
+            is_tower_trained=config.vision is not None and config.vision.trainable,
+            computes_again=bool(decoder.gradient_checkpointing),
+        )
+
+    def layers(self, work: Work) -> int:
+        """Of a forward pass through all layers."""
+        pairs = sum(each * sum(seen_pairs(length, window) for length in work.lengths) for window, each in self.per_pair)
+        return self.per_token * work.num_tokens + pairs
+
+    def training(self, work: Work) -> int:
+        """Of forward and backward pass, each product of the model once."""
+        trained = (
+            self.layers(work)
+            + self.per_target * work.num_targets
+            + self.per_unit_target * work.num_unit_targets
+            + self.per_projected_image * work.num_images
+            + self.per_heard_frame * work.num_heard_frames
+            + self.per_spoken_frame * work.num_spoken_frames
+        )
+        return 3 * trained + (3 if self.is_tower_trained else 1) * self.per_image * work.num_images
+
+    def computed_again(self, work: Work) -> int:
+        """What activation checkpointing adds."""
+        return self.layers(work) if self.computes_again else 0
+
+
+def seen_pairs(length: int, window: int | None = None) -> int:
+    """Pairs of a query and a key that it sees, in a causal document."""
+    window = length if window is None else min(window, length)
+    return window * (window + 1) // 2 + (length - window) * window
+
+
+def _of_layers(model: MultimodalModel) -> int:
+    """Two operations a token for each weight of a matrix; of experts for those of the experts that a token passes."""
+    layers = model.decoder.layers
+    experts = model.decoder.expert_layers()
+    stacks = {id(weight) for moe in experts.values() for weight in moe.experts.parameters()}
+    count = sum(weight.numel() for weight in layers.parameters() if weight.ndim > 1 and id(weight) not in stacks)
+    for moe in experts.values():
+        inside = sum(weight.numel() for weight in moe.experts.parameters())
+        count += inside * moe.config.num_experts_per_tok // moe.config.num_experts
+    return 2 * count
+
+
+def _of_pictures(model: MultimodalModel) -> tuple[int, int]:
+    if model.vision is None or model.image_projector is None:
+        return 0, 0
+    size = model.vision.image_size
+    images_NCHW = torch.zeros(1, 3, size, size, dtype=torch.uint8, device="meta")
+    with torch.no_grad():
+        tower, features = _counted(model.vision, images_NCHW)
+        projector, _ = _counted(model.image_projector, features)
+    return tower, projector
+
+
+def _of_heard_frame(model: MultimodalModel) -> int:
+    if model.clip_projector is None or model.config.audio is None:
+        return 0
+    audio = model.config.audio
+    num_frames = NUM_PROBED_SLOTS * audio.projector.pool
+    codes_CFK = torch.zeros(1, num_frames, audio.num_codebooks, dtype=torch.int64, device="meta")
+    with torch.no_grad():
+        count, _ = _counted(lambda codes: model.eval().clip_embedding(codes, (num_frames,)), codes_CFK)
+    return count // num_frames
+
+
+def _counted(function: Any, *args: Any) -> tuple[int, Any]:
+    with FlopCounterMode(display=False) as counter:
+        result = function(*args)
+    return counter.get_total_flops(), result
+
+
+def _of_matrices(module: nn.Module | None) -> int:
+    weights: Iterable[nn.Parameter] = () if module is None else module.parameters()
+    return 2 * sum(weight.numel() for weight in weights if weight.ndim > 1)
