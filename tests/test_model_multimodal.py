@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
 from mmllm.losses.batch import BatchLosses, LossFunction
+from mmllm.losses.router import balance_loss, z_loss
 from mmllm.model.audio_projectors import AudioProjectorConfig
 from mmllm.model.decoder import DecoderConfig
 from mmllm.model.image_projectors import ImageProjectorConfig
@@ -201,7 +202,9 @@ def test_losses_by_hand():
     by_modality = output.routing.counts_LME.sum(dim=(0, 2)).tolist()
     assert by_modality == [2 * (10 + 6), 0, 0, 2 * 6]
     targets = 9 + 6 - 2 / K + 1
-    auxiliary = 0.01 * output.routing.balance_loss() + 0.001 * output.routing.z_loss()
+    routing, num_tokens = output.routing, output.routing.num_tokens
+    balance = balance_loss(routing.counts_LE, routing.probability_sums_LE, num_tokens, routing.top_k)
+    auxiliary = 0.01 * balance + 0.001 * z_loss(routing.z_sums_L, num_tokens)
     torch.testing.assert_close(_loss(model, batch), (text + 0.5 * units) / targets + auxiliary, rtol=1e-6, atol=1e-6)
 
 

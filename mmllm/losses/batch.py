@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmllm.batch import PackedBatch
 from mmllm.losses.cross_entropy import CrossEntropyBackend
-from mmllm.losses.ctc import known_ctc_losses
+from mmllm.losses.ctc import alignable, ctc_losses
 from mmllm.losses.routing import RoutingTotals, router_losses
 from mmllm.losses.tokens import HeadLayout, TokenLossConfig, TokenLosses, TokenTargets, TokenWeights, token_losses
 from mmllm.model.multimodal import AUDIO_END_ID, PAD_ID, ModelConfig, ModelOutput, MultimodalModel
@@ -156,16 +156,14 @@ def _ctc(model: MultimodalModel, output: ModelOutput, batch: PackedBatch) -> tup
     zero = output.hidden_QD.new_zeros((), dtype=wide)
     if model.ctc_head is None or output.clips_CSD is None:
         return zero, zero, zero
-    lengths = zip(media.clip_slots, media.clip_targets, media.clip_repeats, strict=True)
-    fits = [targets + repeats <= slots if targets else None for slots, targets, repeats in lengths]
-    rows = [row for row, each in enumerate(fits) if each]
-    num_left_out = zero + fits.count(False)
+    rows, left_out = alignable(zip(media.clip_slots, media.clip_targets, media.clip_repeats, strict=True))
+    num_left_out = zero + left_out
     if not rows:
         return zero, zero, num_left_out
     slots, targets = ([each[row] for row in rows] for each in (media.clip_slots, media.clip_targets))
     rows_R = torch.tensor(rows).to(zero.device, non_blocking=True)
     log_probs_RSV = model.ctc_head(output.clips_CSD.index_select(0, rows_R)).to(wide).log_softmax(dim=-1)
     targets_RL = batch.clip_targets_CL.index_select(0, rows_R)
-    losses_R = known_ctc_losses(log_probs_RSV, targets_RL, slots, targets, blank=PAD_ID)
+    losses_R = ctc_losses(log_probs_RSV, targets_RL, slots, targets, blank=PAD_ID)
     shares_R = torch.tensor([1 / each for each in targets], dtype=wide).to(zero.device, non_blocking=True)
     return (losses_R * shares_R).sum(), zero + len(rows), num_left_out
