@@ -208,6 +208,33 @@ def test_losses_by_hand():
     torch.testing.assert_close(_loss(model, batch), (text + 0.5 * units) / targets + auxiliary, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ctc": -0.1}, r"loss\.ctc is -0\.1; a weight is a finite number, 0 or more"),
+        ({"units": float("nan")}, r"loss\.units is nan"),
+        ({"codebook_weights": [1.0, -2.0]}, r"loss\.codebook_weights\[1\] is -2\.0"),
+        ({"source_weights": {"books": float("inf")}}, r"loss\.source_weights\['books'\] is inf"),
+        ({"word_dropout": 1.5}, r"loss\.word_dropout is 1\.5; it is a share of words"),
+    ],
+)
+def test_weights_that_are_none_are_refused_when_they_are_read(given: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        LossConfig(**given)
+
+
+def test_the_heads_z_loss_is_reported_where_it_has_a_weight():
+    """Of text targets alone, each counts 1: the mean of logsumexp² over them."""
+    config = dataclasses.replace(CONFIG, loss=dataclasses.replace(CONFIG.loss, head_z_loss_coef=0.01))
+    model, make = _model(config), Documents(3)
+    batch = pack([[make.text(9), make.text(5)]], 16)
+    losses = _losses(model, batch)
+    z_M = model.logits(batch)[batch.labels_BT != IGNORE].logsumexp(dim=-1).square()
+    assert losses.counts["head_z"] == len(z_M)
+    torch.testing.assert_close(losses.sums["head_z"], z_M.sum().detach())
+    assert "head_z" not in _losses(_model(), batch).sums
+
+
 @pytest.mark.parametrize("repeats", [False, True])
 def test_a_clip_whose_transcript_cannot_be_aligned_leaves_the_ctc_loss_of_its_neighbour(repeats: bool):
     """Three slots: too few for four targets, and for three of which two are equal."""

@@ -32,8 +32,9 @@ class BatchLosses:
     ctc_sum: Tensor
     """Differentiable: of clips that can be aligned, each divided by its length; to be divided by `counts["ctc"]`."""
     sums: dict[str, Tensor]
-    """Detached, to be reported: "text" and "units" (nats, without the config's weights), "task" (the objective), "ctc"
-    and those of `router_losses` (of this rank's own batch, times its number of tokens)."""
+    """Detached, to be reported: "text" and "units" (nats, without the config's weights), "task" (the objective), "ctc",
+    "head_z" (logsumexp² of the head, where it has a weight) and those of `router_losses` (of this rank's own batch,
+    times its number of tokens)."""
     counts: dict[str, Tensor]
     """What each sum is divided by. "units": a frame counts 1 when all K codes are targets."""
     source_sums: Tensor
@@ -100,6 +101,8 @@ class LossFunction:
         }
         counts = {"text": tokens.text_count, "units": tokens.units_count, "ctc": num_clips}
         counts["task"] = counts["text"] + counts["units"]
+        if self._config.head_z_loss_coef:
+            sums["head_z"], counts["head_z"] = tokens.z_sum, tokens.z_count
         if self._moe is not None and routing.layers:
             num_tokens = tokens.text_count.new_full((), routing.num_tokens)
             for name, loss in router_losses(self._moe, routing, RoutingTotals.of(routing)).items():
