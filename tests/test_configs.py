@@ -20,6 +20,7 @@ from mmllm import paths
 from mmllm.cli.main import main
 from mmllm.data import commands
 from mmllm.data.plan.recipe import load_recipe
+from mmllm.model.earlier_names import KEYS
 from mmllm.model.multimodal import MultimodalModel
 from mmllm.training.clip_module import ClipModule, with_text_tokens
 from mmllm.training.codec_module import CodecModule
@@ -178,6 +179,13 @@ def test_a_large_config_fits_the_devices_that_it_names(name: str, capsys: pytest
     gigabytes = round(told["memory_bytes"]["total"] / 1e9)
     text = path.read_text()
     assert f"{gigabytes} GB" in text and gigabytes < 80 and "of 80 GB" in text
+
+
+def test_the_guide_tells_earlier_and_present_names() -> None:
+    guide = Path(__file__).resolve().parents[1] / "docs" / "guides" / "training.md"
+    told = guide.read_text().partition("## Names that keys had earlier")[2]
+    for earlier, present in (pair for table in KEYS.values() for pair in table.items()):
+        assert f"`{earlier}`" in told and f"`{present}`" in told, earlier
 
 
 NARROW_DECODER = {
