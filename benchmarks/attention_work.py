@@ -27,10 +27,11 @@ class AttentionWork:
     """Score elements of one head, summed over layers, as if causality saved nothing: a document's square is the ideal.
 
     - `F.scaled_dot_product_attention`: rows times columns, padding included.
-    - torch's varlen kernel: squares of the lengths it is given. Where the kernel cannot run (on a CPU) its results are
-      zeros: the step is worth nothing but for counting.
+    - torch's varlen kernel: squares of the lengths it is given.
     - FlexAttention: twice the elements of the blocks that its mask makes it compute, since the mask leaves out what is
-      behind the diagonal; one mask serves all layers.
+      behind the diagonal; one mask serves all layers. It is seen if it is imported while this is active.
+
+    On a CPU, where the latter two cannot train, their results are zeros: the step is worth nothing but for counting.
 
     Args:
         num_layers: that share a mask.
@@ -51,9 +52,14 @@ class AttentionWork:
             self.computed += 2 * self._num_layers * _elements(mask)
             return mask
 
-        flex_attention.create_block_mask = counted
-        self._stack.callback(setattr, flex_attention, "create_block_mask", make_mask)
+        self._replace("create_block_mask", counted)
+        if not torch.cuda.is_available():  # it has no backward on a CPU
+            self._replace("flex_attention", lambda query, key, value, **_: query * 0)
         return self
+
+    def _replace(self, name: str, function: Any) -> None:
+        self._stack.callback(setattr, flex_attention, name, getattr(flex_attention, name))
+        setattr(flex_attention, name, function)
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()

@@ -114,7 +114,8 @@ def _asks(func: Any, args: Any, kwargs: Any) -> bool:
     if name not in _INDEXING:
         return False
     masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
-    if name != "index" and len(args[2:]) and args[2].numel() == 1:  # x[mask] = number is masked_fill
+    accumulates = kwargs.get("accumulate", len(args) > 3 and args[3])
+    if name != "index" and args[2].ndim == 0 and not accumulates:  # x[mask] = number is masked_fill
         return False
     return bool(masks)
 

@@ -7,9 +7,9 @@ import torch
 
 from mmllm.inference.api import Model
 from mmllm.inference.settings import GenerationConfig
+from mmllm.model.audio_projectors import AudioProjectorConfig
 from mmllm.model.decoder import DecoderConfig
 from mmllm.model.multimodal import AudioConfig, ModelConfig, MultimodalModel
-from mmllm.model.projectors import AudioProjectorConfig
 from mmllm.model.router import MoEConfig
 from mmllm.model.vision import VisionConfig
 from mmllm_tokenizers.audio import SmallCodec

@@ -24,9 +24,10 @@ from mmllm.data.loading.loader import PackedLoader, StepDataset
 from mmllm.data.plan.plan import open_plan
 from mmllm.data.plan.recipe import load_recipe
 from mmllm.data.samples.decode import ImageTransform
+from mmllm.model.audio_projectors import AudioProjectorConfig
 from mmllm.model.decoder import DecoderConfig
+from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig
-from mmllm.model.projectors import AudioProjectorConfig, ImageProjectorConfig
 from mmllm.model.router import MoEConfig
 from mmllm.model.vision import VisionConfig
 from mmllm.training.decoder_module import DecoderModule

@@ -20,7 +20,14 @@ from mmllm.evaluation.metrics import (
     normalize_text,
     word_edits,
 )
-from mmllm.evaluation.routing import dead_experts, load_by_modality, mutual_information_bits, routing_summary
+from mmllm.evaluation.routing import (
+    dead_experts,
+    load_by_modality,
+    load_divergence_bits,
+    max_violation,
+    mutual_information_bits,
+    routing_summary,
+)
 
 
 def test_text_is_compared_without_case_punctuation_and_spacing():
@@ -173,6 +180,29 @@ def test_mutual_information_by_hand():
     assert mutual_information_bits(counts_LME) == pytest.approx([1.0, 0.0, 1 - quarter, 0.0])
 
 
+def test_violation_and_divergence_by_hand():
+    counts_LME = np.zeros((3, 4, 4))
+    counts_LME[0, 0], counts_LME[0, 1] = [10, 0, 0, 10], [0, 10, 10, 0]
+    counts_LME[1, 2] = [8, 0, 0, 0]
+    assert max_violation(counts_LME).tolist() == [0.0, 3.0, 0.0]  # even; one of four has all; nobody came
+    other_LME = np.roll(counts_LME, 1, axis=2)
+    assert load_divergence_bits(counts_LME, other_LME) == pytest.approx([0.0, 1.0, 0.0])
+    half_LME = counts_LME.copy()
+    half_LME[1, 0] = [0, 8, 0, 0]
+    # p = (1, 0), q = (1/2, 1/2): the mean is (3/4, 1/4)
+    expected = (np.log2(4 / 3) + 0.5 * np.log2(2 / 3) + 0.5 * np.log2(2)) / 2
+    assert load_divergence_bits(counts_LME, half_LME)[1] == pytest.approx(expected)
+    with pytest.raises(ValueError, match="checkpoints of one shape"):
+        load_divergence_bits(counts_LME, counts_LME[:2])
+
+
+def test_entropy_of_the_router_is_a_mean_over_tokens():
+    counts_LME = np.ones((1, 4, 2))
+    summary = routing_summary(counts_LME, [0], np.log(2) * np.array([[10.0, 3, 0, 4]]), np.array([10, 6, 0, 4]))
+    assert summary["router_entropy_bits"] == [pytest.approx(17 / 20)]
+    assert summary["router_entropy_bits_by_modality"] == [[1.0, 0.5, 0.0, 1.0]]
+
+
 def test_load_and_dead_experts():
     counts_LME = np.zeros((1, 4, 4))
     counts_LME[0, 0] = [600, 300, 99, 1]
@@ -186,6 +216,7 @@ def test_load_and_dead_experts():
     assert summary["num_dead_experts"] == 1
     assert summary["max_load_ratio"] == [pytest.approx(1300 / 500)]
     assert summary["modality_entropy_bits"] == [pytest.approx(1.0)]
+    assert "router_entropy_bits" not in summary, "of an earlier routing.json it isn't known"
     with pytest.raises(ValueError, match="one for each"):
         routing_summary(counts_LME, layers=[1, 2])
     with pytest.raises(ValueError, match="layers, modalities, experts"):

@@ -24,9 +24,10 @@ from mmllm.data.samples.stored import COLUMN, features_hash, unpack_features
 from mmllm.data.shards import encode as sample_files
 from mmllm.data.shards.tar import read_members, scan_tar
 from mmllm.losses.batch import LossFunction
+from mmllm.model.audio_projectors import AudioProjectorConfig
 from mmllm.model.decoder import DecoderConfig
+from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig
-from mmllm.model.projectors import AudioProjectorConfig, ImageProjectorConfig
 from mmllm.model.router import MoEConfig
 from mmllm.model.vision import VisionConfig, VisionTower, build_clip
 from mmllm.training.clip_module import load_clip_config, save_clip

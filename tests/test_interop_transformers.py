@@ -89,9 +89,15 @@ def test_round_trip_through_a_folder(family, tmp_path):
         ({"moe": None}, "layer 0 is dense"),
         ({"moe_layers": (0, 2)}, "layer 1 is dense and decoder.qk_norm is false"),
         ({"moe": MoEConfig(4, 2, 8, norm_topk_prob=False)}, "layer 0 does not renormalize"),
+        ({"moe": MoEConfig(4, 2, 8, router_z_loss_coef=0, scoring_func="sigmoid")}, "scoring_func is 'sigmoid'"),
+        ({"moe": MoEConfig(4, 2, 8, routed_scaling_factor=2.5)}, "routed_scaling_factor is 2.5"),
+        ({"moe": MoEConfig(4, 2, 8, n_shared_experts=1), "qk_norm": True}, "n_shared_experts is 1; .*: 0 to export"),
+        ({"moe": MoEConfig(4, 2, 8, use_expert_bias=True)}, "use_expert_bias is True; .*use_expert_bias: false"),
+        ({"moe": MoEConfig(4, 2, 8, modality_experts={"text": (0, 1)})}, "modality_experts is .*: null to export"),
+        ({"moe": MoEConfig(4, 2, 8, n_group=2)}, "topk_group is 1 of n_group 2"),
     ],
 )
-def test_what_no_family_computes_is_refused_naming_the_layer(changes, message):
+def test_what_no_family_computes_is_refused_naming_layer_or_switch(changes, message):
     with pytest.raises(ValueError, match=message):
         to_transformers(Decoder(_config(**changes)))
 

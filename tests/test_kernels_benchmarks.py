@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).parents[1] / "kernels" / "benchmarks"
 @pytest.mark.parametrize(
     ("script", "measures", "peer"),
     [
-        ("moe.py", {"forward", "forward+backward", "saved", "decode"}, "transformers grouped_mm"),
+        ("moe.py", {"forward", "forward+backward", "given gates", "saved", "decode"}, "transformers grouped_mm"),
         ("nearest_code.py", {"forward"}, "encodec"),
     ],
 )

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
 from mmllm.losses.batch import BatchLosses, LossFunction
+from mmllm.model.audio_projectors import AudioProjectorConfig
 from mmllm.model.decoder import DecoderConfig
+from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
-from mmllm.model.projectors import AudioProjectorConfig, ImageProjectorConfig
 from mmllm.model.router import MoEConfig
 from mmllm.model.vision import VisionConfig
 from mmllm.training.decoder_module import GlobalTotals
@@ -202,6 +203,25 @@ def test_losses_by_hand():
     targets = 9 + 6 - 2 / K + 1
     auxiliary = 0.01 * output.routing.balance_loss() + 0.001 * output.routing.z_loss()
     torch.testing.assert_close(_loss(model, batch), (text + 0.5 * units) / targets + auxiliary, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_a_clip_whose_transcript_cannot_be_aligned_leaves_the_ctc_loss_of_its_neighbour(repeats: bool):
+    """Three slots: too few for four targets, and for three of which two are equal."""
+    model, make = _model(), Documents(5)
+    fitting, too_long = make.transcript(6, 6), make.transcript(6, 6)
+    first, second, third = 20, 21, 22
+    too_long["clip_targets"] = torch.tensor([[first, first, third] if repeats else [first, second, third, first]])
+    alone = _losses(model, pack([[fitting]], 32))
+    both = _losses(model, pack([[fitting, too_long]], 32))
+    assert (float(alone.counts["ctc"]), float(both.counts["ctc"])) == (1.0, 1.0)
+    assert (float(alone.num_ctc_left_out), float(both.num_ctc_left_out)) == (0.0, 1.0)
+    assert alone.sums["ctc"] > 1
+    torch.testing.assert_close(both.sums["ctc"], alone.sums["ctc"])
+    neither = _losses(model, pack([[too_long]], 32))
+    assert neither.sums["ctc"] == neither.counts["ctc"] == 0 and neither.num_ctc_left_out == 1
+    too_long["clip_targets"] = torch.tensor([[first, first] if repeats else [first, second, third]])
+    assert float(_losses(model, pack([[fitting, too_long]], 32)).counts["ctc"]) == 2, "as long as its slots"
 
 
 def test_a_text_batch_touches_every_parameter():

@@ -36,6 +36,13 @@ CASES = {
     "sigmoid by modality": MoEConfig(
         8, 1, 10, router_z_loss_coef=0.0, scoring_func="sigmoid", modality_experts={"image": (1, 2)}
     ),
+    "modalities with a bias": MoEConfig(
+        8,
+        2,
+        10,
+        use_expert_bias=True,
+        modality_experts={"text": (0, 3, 5), "image": (1, 2, 6), "audio": (4, 7), "units": (4, 7)},
+    ),
     "shared": dataclasses.replace(GROUPED, n_shared_experts=2),
 }
 

@@ -77,7 +77,37 @@ def test_timm_features_equal_timms(layer):
     torch.testing.assert_close(tower(_images()), expected.flatten(2).transpose(1, 2), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("clip_config", "layer"), [(VIT, -1), (VIT, 0), (RESNET, "layer2"), (RESNET, -1), (TIMM, 0)])
+@pytest.mark.parametrize(
+    ("clip_config", "layers"), [(VIT, (0, 2)), (VIT, (-1, 0)), (VIT, (1, 0)), (TIMM, (0, -1)), (TIMM, (-1, 0))]
+)
+def test_features_of_several_layers_are_those_of_each(clip_config, layers):
+    torch.manual_seed(0)
+    clip = build_clip(VisionConfig(clip_config)).eval()
+    tower = VisionTower(VisionConfig(clip_config, layer=layers)).eval().from_clip(clip)
+    each = [VisionTower(VisionConfig(clip_config, layer=layer)).eval().from_clip(clip) for layer in layers]
+    expected = torch.cat([one(_images()) for one in each], dim=-1)
+    torch.testing.assert_close(tower(_images()), expected, rtol=1e-5, atol=1e-5)
+    assert (tower.grid, tower.width) == (each[0].grid, sum(one.width for one in each))
+    swapped = VisionTower(VisionConfig(clip_config, layer=layers[::-1])).from_clip(clip)
+    assert len({tower.hash, swapped.hash, *(one.hash for one in each)}) == 4
+
+
+def test_layers_that_cannot_be_concatenated_are_named():
+    with pytest.raises(ValueError, match=r"vision.layer is \['layer2', 'layer3'\], whose grids are 8 x 8, 4 x 4"):
+        VisionTower(VisionConfig(RESNET, layer=("layer2", "layer3")))
+    with pytest.raises(ValueError, match=r"vision.layer is \[2, -1\], which names a layer twice"):
+        VisionTower(VisionConfig(VIT, layer=(2, -1)))
+    with pytest.raises(ValueError, match=r"vision.layer is 'layer5'; a ModifiedResNet has layer1"):
+        VisionTower(VisionConfig(RESNET, layer=("layer1", "layer5")))
+    for layer in ((), (1, 1)):
+        with pytest.raises(ValueError, match="name one layer, or several different ones"):
+            VisionConfig(VIT, layer=layer)
+
+
+@pytest.mark.parametrize(
+    ("clip_config", "layer"),
+    [(VIT, -1), (VIT, 0), (RESNET, "layer2"), (RESNET, -1), (TIMM, 0), (VIT, (0, -1)), (TIMM, (0, 1))],
+)
 def test_every_parameter_of_a_tower_gets_a_gradient(clip_config, layer):
     torch.manual_seed(0)
     tower = VisionTower(VisionConfig(clip_config, layer=layer))

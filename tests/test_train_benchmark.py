@@ -61,6 +61,8 @@ ASKING: dict[str, Callable[[], Any]] = {
     "mask": lambda: X[MASK],
     "masked_select": lambda: X.masked_select(MASK),
     "mask set": lambda: X.clone().index_put_((MASK,), torch.ones(3)),
+    "mask set to a row": lambda: X[:, None].clone().index_put_((MASK,), torch.ones(1)),
+    "mask added to": lambda: X.clone().index_put_((MASK,), torch.tensor(1.0), accumulate=True),
     "unique": lambda: torch.unique(COUNTS),
     "unique_consecutive": lambda: COUNTS.unique_consecutive(),
     "bincount": lambda: torch.bincount(COUNTS),
@@ -118,7 +120,8 @@ def test_the_kernels_path_for_cpus_is_counted_apart():
     with HostSyncs() as syncs:
         mmllm_kernels.moe(torch.randn(5, 8), torch.randn(5, 4), *weights, 2).out_TD.sum().backward()
     assert syncs.count == 0, str(syncs)
-    assert {what for what, _ in syncs.asked_apart} >= {"mmllm_kernels::moe", "mmllm_kernels::moe_backward"}
+    operators = {what for what, _ in syncs.asked_apart if what.startswith("mmllm_kernels::")}
+    assert len(operators) >= 2 and any(what.endswith("_backward") for what in operators)
 
 
 def test_a_fused_optimizer_asks_nothing():
@@ -244,17 +247,13 @@ def _run(folder: Path, *arguments: str, code: str | None = None) -> tuple[list[d
 
 
 def test_the_counts_are_given_by_name(tmp_path):
-    rows, printed = _run(tmp_path, "--only", "graph breaks", "--only", "host syncs", "--only", "attention work")
-    cases = {(row["measure"], row["case"], row["peer"]) for row in rows}
-    assert cases >= {
+    rows, printed = _run(tmp_path, "--only", "graph breaks", "--only", "host syncs")
+    assert {(row["measure"], row["case"], row["peer"]) for row in rows} == {
         ("graph breaks", "cpu dense block", None),
         ("graph breaks", "cpu block with experts", None),
         ("host syncs", "cpu text", None),
-        ("attention work", "cpu auto", "sum of squares"),
     }
-    (work,) = (row for row in rows if row["case"] == "cpu auto")
-    assert 1 <= work["ratio"] < 4 and work["ratio"] == work["value"] / work["peer_value"]
-    assert "mmllm_kernels::moe" in printed
+    assert "mmllm_kernels::" in printed
 
 
 @pytest.mark.proof
@@ -274,8 +273,11 @@ def test_all_measures_are_given_against_another_revision(tmp_path):
     assert {row["peer"] for row in rows if row["measure"] == "head and loss memory"} == {"all logits at once", other}
     bfloat16 = {row["peer"] for row in rows if row["case"].startswith("cpu bfloat16 kernel")}
     assert {"ours, float32", "transformers eager", "transformers grouped_mm"} <= bfloat16
+    work = {row["case"]: row["ratio"] for row in rows if row["peer"] == "sum of squares"}
+    assert set(work) == {f"cpu {backend}" for backend in ("auto", "buckets", "varlen", "flex", "dense")}
+    assert work["cpu varlen"] == 1 <= work["cpu auto"] < work["cpu dense"]
     counts = [row for row in rows if row["measure"] in ("graph breaks", "host syncs", "head and loss memory")]
-    assert all(row["value"] == pytest.approx(row["peer_value"], rel=0.01) for row in counts if row["peer"] == other)
+    assert all(row["value"] == pytest.approx(row["peer_value"], rel=0.1) for row in counts if row["peer"] == other)
     worktrees = subprocess.run([*git, "worktree", "list"], capture_output=True, text=True, check=True)
     assert "against" not in worktrees.stdout
 

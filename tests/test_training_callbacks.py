@@ -55,7 +55,7 @@ def test_ema_takes_its_place_in_validation_and_gives_it_back() -> None:
     module.configure_model()
     with torch.no_grad():
         trained = [p.clone() for p in module.parameters()]
-        ema._average = [torch.zeros_like(p) for p in module.parameters()]
+        ema._average = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
         trainer: Any = None
         for _ in range(2):
             ema.on_validation_start(trainer, module)

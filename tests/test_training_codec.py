@@ -137,12 +137,34 @@ def test_the_ctc_head_learns_and_needs_texts() -> None:
 def test_character_ctc_is_a_mean_over_characters_of_clips_with_text() -> None:
     torch.manual_seed(0)
     logits = torch.randn(2, 257, 12)
-    both, alone = character_ctc(logits, ["abc", ""]), character_ctc(logits[:1], ["abc"])
-    assert both == pytest.approx(float(alone))
+    (both, left_out), (alone, _) = character_ctc(logits, ["abc", ""]), character_ctc(logits[:1], ["abc"])
+    assert float(both) == pytest.approx(float(alone)) and left_out == 0
     log_probs = logits[:1].log_softmax(1).permute(2, 0, 1)
     targets = torch.tensor([[b + 1 for b in b"abc"]])
     expected = torch.nn.functional.ctc_loss(log_probs, targets, [12], [3], reduction="sum") / 3
     assert float(alone) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"), [("abcdefgh", True), ("abcdefghi", False), ("aabbccd", False), ("aaaa", True)]
+)
+def test_a_clip_without_frames_enough_for_its_text_leaves_the_loss_of_its_neighbour(text: str, fits: bool) -> None:
+    """Eight frames; a blank goes between two equal characters."""
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(2, 257, 8)).requires_grad_()
+    alone, none_left_out = character_ctc(logits[:1], ["hi you"])
+    both, left_out = character_ctc(logits, ["hi you", text])
+    assert (none_left_out, left_out) == (0.0, 0.0 if fits else 0.5)
+    (grad,) = torch.autograd.grad(both, logits)
+    assert bool(grad[1].any()) == fits and grad.isfinite().all()
+    if fits:
+        own, _ = character_ctc(logits[1:], [text])
+        mean = (6 * alone.detach() + len(text) * own.detach()) / (6 + len(text))
+        torch.testing.assert_close(both.detach(), mean)
+    else:
+        torch.testing.assert_close(both.detach(), alone.detach())
+        nothing, share = character_ctc(logits[1:], [text])
+        assert not nothing.detach() and share == 1 and nothing.requires_grad
 
 
 def test_mel_loss_is_zero_for_equal_waves_and_grows_with_noise() -> None:

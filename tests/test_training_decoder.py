@@ -94,16 +94,19 @@ class _StopAfter(pl.Callback):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize(("pairs", "tolerance"), [(mixed_pairs(), 1e-5), (one_sided_pairs(), 1e-3)])
+@pytest.mark.parametrize(
+    ("pairs", "tolerance", "of_weights"), [(mixed_pairs(), 1e-5, 1e-4), (one_sided_pairs(), 1e-3, 2e-3)]
+)
 def test_two_ranks_give_the_losses_and_weights_of_one_also_when_one_has_text_alone(
-    tmp_path: Path, pairs: list[tuple[PackedBatch, PackedBatch]], tolerance: float
+    tmp_path: Path, pairs: list[tuple[PackedBatch, PackedBatch]], tolerance: float, of_weights: float
 ) -> None:
+    """AdamW's first step divides a gradient by itself: where gradients all but cancel, a weight moves by rounding."""
     alone = tiny_module()
     losses = _fit(alone, ListData([merge(list(pair)) for pair in pairs]), max_steps=len(pairs))
     ranks = run_two_ranks(train_rank, tmp_path, pairs)
     for name, weight in alone.state_dict().items():
         assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name]), name
-        assert torch.allclose(ranks[0]["weights"][name], weight, atol=2 * tolerance), name
+        assert torch.allclose(ranks[0]["weights"][name], weight, atol=of_weights), name
     for rank in ranks:
         assert rank["losses"] == pytest.approx(losses, rel=tolerance)
 
@@ -171,6 +174,21 @@ def test_training_ends_when_the_seconds_are_over_and_the_schedule_with_it() -> N
 def test_training_without_an_end_is_refused() -> None:
     with pytest.raises(ValueError, match="training has no end"):
         _fit(tiny_module(), TinyData())
+
+
+def test_tensor_parallelism_is_refused() -> None:
+    import torch.testing._internal.distributed.fake_pg  # registers the backend
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=torch.distributed.HashStore())
+    try:
+        module = tiny_module()
+        module._device_mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        with pytest.raises(ValueError, match=r"tensor_parallel_size is 2.*set tensor_parallel_size to 1"):
+            module.configure_model()
+        assert module.model is None
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_frozen_tower_stays() -> None:

@@ -16,8 +16,8 @@ from mmllm import paths
 from mmllm.cli.main import main
 from mmllm.losses.batch import LossFunction
 from mmllm.model.decoder import DecoderConfig
+from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import LossConfig, ModelConfig, MultimodalModel
-from mmllm.model.projectors import ImageProjectorConfig
 from mmllm.model.router import MoEConfig
 from mmllm.model.vision import VisionConfig
 from mmllm.training.decoder_module import DecoderModule

@@ -4,12 +4,15 @@ import copy
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
 
 from mmllm.model.vision import VisionConfig
+from mmllm.training.lightning_cli import quiet_lightning
 from mmllm.training.optimizers import (
     MuonAdamW,
     OptimizerConfig,
@@ -18,7 +21,7 @@ from mmllm.training.optimizers import (
     orthogonalize,
     parameter_groups,
 )
-from tests.training_fixtures import CLIP_CONFIG, run_two_ranks, tiny_module
+from tests.training_fixtures import CLIP_CONFIG, TinyData, quiet_trainer, run_two_ranks, tiny_module
 
 RESNET = {**CLIP_CONFIG, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32}}
 
@@ -174,6 +177,35 @@ def test_groups_hold_every_parameter_once_with_the_right_rate_and_decay(muon: bo
     for group in groups:
         group.pop("peak_lr")
     assert isinstance(build_optimizer(groups, config), MuonAdamW if muon else torch.optim.AdamW)
+
+
+class _KeepRates(pl.Callback):
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def test_the_first_step_has_its_part_of_the_warm_up_and_the_last_the_floor() -> None:
+    kept, config = _KeepRates(), OptimizerConfig(lr=0.1, warmup=0.4, min_lr_ratio=0.2)
+    with quiet_lightning():
+        quiet_trainer(kept, max_steps=10).fit(tiny_module(optimizer=config), datamodule=TinyData())
+    assert kept.rates[:5] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1 * learning_rate_factor(0.5, config)])
+    assert kept.rates[-1] == pytest.approx(0.02)
+
+
+def test_a_training_by_seconds_alone_begins_with_a_rate_above_zero() -> None:
+    kept, config = _KeepRates(), OptimizerConfig(lr=0.1, warmup=0.5)
+    module = tiny_module(optimizer=config, max_seconds=1000.0)
+    with quiet_lightning():
+        quiet_trainer(kept, _StopsAtOnce()).fit(module, datamodule=TinyData())
+    assert kept.rates == pytest.approx([0.001])
+
+
+class _StopsAtOnce(pl.Callback):
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.should_stop = True
 
 
 def test_the_schedule_warms_up_and_falls_to_its_floor() -> None:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmllm.model.projectors import AudioProjector, AudioProjectorConfig, CodeEmbedding
+from mmllm.model.audio_projectors import AudioProjector, AudioProjectorConfig, CodeEmbedding
 from mmllm_tokenizers.spectrum import FrameSpectrum, mel_filters
 
 

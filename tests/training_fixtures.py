@@ -11,9 +11,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
+from mmllm.model.audio_projectors import AudioProjectorConfig
 from mmllm.model.decoder import DecoderConfig
+from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig
-from mmllm.model.projectors import AudioProjectorConfig, ImageProjectorConfig
 from mmllm.model.router import MoEConfig
 from mmllm.model.vision import VisionConfig
 from mmllm.training.decoder_module import DecoderModule
@@ -43,8 +44,8 @@ def tiny_module(seed: int = 0, **settings: Any) -> DecoderModule:
             num_hidden_layers=2,
             num_attention_heads=2,
             intermediate_size=32,
-            moe=MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
-            moe_layers=(1,),
+            moe=settings.pop("moe", MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)),
+            moe_layers=settings.pop("moe_layers", (1,)),
         ),
         vision=settings.pop("vision", VisionConfig(open_clip=CLIP_CONFIG)),
         image_projector=ImageProjectorConfig(kind="mlp"),
@@ -233,16 +234,18 @@ def fit_rank(
     data: pl.LightningDataModule,
     *callbacks: pl.Callback,
     ckpt: Path | None = None,
+    num_ranks: int = 2,
     **settings: Any,
 ) -> None:
-    """One of two gloo processes; writes the losses and (whole) weights that it ends with."""
+    """One of some gloo processes; writes the losses and (whole) weights that it ends with."""
     import os
 
     from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
     from mmllm.training.lightning_cli import quiet_lightning
 
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0}
+    variables |= {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
     os.environ.update({name: str(value) for name, value in variables.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
     torch.set_num_threads(1)
@@ -251,7 +254,7 @@ def fit_rank(
         trainer = quiet_trainer(
             recorder,
             *callbacks,
-            devices=2,
+            devices=num_ranks,
             plugins=[TorchElasticEnvironment()],
             use_distributed_sampler=False,
             **{"strategy": "ddp", **settings},
@@ -263,6 +266,11 @@ def fit_rank(
 
 def run_two_ranks(function: Callable[..., None], out: Path, *args: Any) -> list[dict[str, Any]]:
     """Runs `function(rank, port, out, *args)` in two processes; gives what each saved."""
+    return run_ranks(function, out, *args)
+
+
+def run_ranks(function: Callable[..., None], out: Path, *args: Any, num_ranks: int = 2) -> list[dict[str, Any]]:
+    """Runs `function(rank, port, out, *args)` in so many processes; gives what each saved."""
     import socket
     import sys
 
@@ -272,5 +280,5 @@ def run_two_ranks(function: Callable[..., None], out: Path, *args: Any) -> list[
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     method = "fork" if sys.platform == "linux" else "spawn"  # forking saves two imports of torch and Lightning
-    torch.multiprocessing.start_processes(function, args=(port, str(out), *args), nprocs=2, start_method=method)
-    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    torch.multiprocessing.start_processes(function, args=(port, str(out), *args), nprocs=num_ranks, start_method=method)
+    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(num_ranks)]

@@ -71,8 +71,9 @@ def test_any_shape_equals_the_reference(data):
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_many_more_shapes_equal_the_reference(dtype, data):
-    # Of one token and few channels, the largest output may be small because large terms cancel.
-    assert_like_reference(any_case(data, 90, 40), dtype, "triton", DEVICE, least=0.1)
+    # Of one token and few channels, the largest output may be small because large terms cancel, or have the rounding
+    # of a single large pre-activation.
+    assert_like_reference(any_case(data, 90, 40), dtype, "triton", DEVICE, least=0.1, slack=2.0)
 
 
 @pytest.mark.parametrize("num_experts", [5, 300])

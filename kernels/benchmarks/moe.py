@@ -1,4 +1,4 @@
-"""The mixture of experts against its peers: time, saved bytes, decoding.
+"""The mixture of experts against its peers: time, saved bytes, decoding; and the experts alone, gates given.
 
     python kernels/benchmarks/moe.py --json moe.json
 
@@ -145,7 +145,7 @@ def agrees(
 
 
 def training(report: measure.Report, shape: Shape, device: str, rounds: int, names: tuple[str, ...]) -> dict[str, str]:
-    """Forward, forward and backward, and saved bytes at one shape; returns what could not run."""
+    """Forward, forward and backward (also of given gates), and saved bytes at one shape; returns what could not run."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     case = shape.case(device, dtype)
     found, missing = candidates(shape, make_weights(shape, device, dtype), names)
@@ -173,6 +173,7 @@ def training(report: measure.Report, shape: Shape, device: str, rounds: int, nam
             report.add_times(measured, case, elapsed, "TF/s", lambda ms, t=times: shape.tflop(t) / (ms / 1e3))
         else:
             report.add_times(measured, case, elapsed, "ms", lambda ms: ms)
+    _given_gates(report, shape, case, found["ours"][1], x, grad, rounds)
     saved = {}
     for name, (function, parameters) in found.items():
         try:
@@ -184,8 +185,37 @@ def training(report: measure.Report, shape: Shape, device: str, rounds: int, nam
     return missing
 
 
+def _given_gates(
+    report: measure.Report,
+    shape: Shape,
+    case: str,
+    parameters: list[Tensor],
+    x: Tensor,
+    grad: Tensor,
+    rounds: int,
+) -> None:
+    """Forward and backward of our experts alone, against ours with the router's choice: what the choice costs."""
+    logits = make_tokens(shape, shape.T, x.device.type, x.dtype)[1].requires_grad_()
+    gates, experts = mmllm_kernels.route(logits.detach(), shape.K)
+    gates.requires_grad_()
+
+    def given() -> tuple[Tensor, ...]:
+        out = mmllm_kernels.experts(x, gates, experts, parameters[0], parameters[1]).out_TD
+        return torch.autograd.grad(out, [x, gates, *parameters], grad)
+
+    def composed() -> tuple[Tensor, ...]:
+        out = mmllm_kernels.moe(x, logits, parameters[0], parameters[1], shape.K).out_TD
+        return torch.autograd.grad(out, [x, logits, *parameters], grad)
+
+    elapsed = measure.interleaved_ms({"ours": given, "ours, with route": composed}, rounds, x.device.type)
+    if x.is_cuda:
+        report.add_times("given gates", case, elapsed, "TF/s", lambda ms: shape.tflop(18) / (ms / 1e3))
+    else:
+        report.add_times("given gates", case, elapsed, "ms", lambda ms: ms)
+
+
 def decoding_on_cpu(report: measure.Report, shape: Shape, rounds: int, names: tuple[str, ...]) -> dict[str, str]:
-    """One token, weights in float32 and in bfloat16; both also against transformers with float32 weights."""
+    """One token, weights in float32 and in bfloat16: against transformers', bfloat16 also against both in float32."""
     functions, missing = {}, {}
     batches = 64
     for dtype in (torch.float32, torch.bfloat16):
@@ -199,6 +229,8 @@ def decoding_on_cpu(report: measure.Report, shape: Shape, rounds: int, names: tu
     elapsed = {name: [ms / batches for ms in each] for name, each in elapsed.items()}
     for dtype in (torch.float32, torch.bfloat16):
         times = {"ours": elapsed[f"ours|{dtype}"]}
+        if dtype != torch.float32:
+            times["ours, float32"] = elapsed[f"ours|{torch.float32}"]
         for name, other in functions:
             if name != "ours" and f"{name}|{other}" in elapsed and other in (dtype, torch.float32):
                 times[name if other == dtype else f"{name}, float32"] = elapsed[f"{name}|{other}"]

@@ -43,7 +43,9 @@ def _add_build(actions: Any) -> None:
         "--image_features", metavar="TOWER", help="stores each picture's features with it: a CLIP run's out folder, or "
         "open_clip's NAME:TAG or NAME:FILE",
     )  # fmt: skip
-    parser.add_argument("--image_layer", default="-1", help="of the tower, as vision.layer of the decoder's config")
+    parser.add_argument(
+        "--image_layer", default="-1", help="of the tower, as vision.layer of the decoder's config; several: -9,-2"
+    )
     parser.add_argument(
         "--image_mode", choices=("squash", "pad", "crop"), default="squash", help="as the data's image_mode in training"
     )

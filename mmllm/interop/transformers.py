@@ -33,13 +33,14 @@ def export_family(config: DecoderConfig) -> str:
     and keys and allows dense layers.
 
     Raises:
-        ValueError: for a config of neither family, naming the first layer that does not fit.
+        ValueError: for a config of neither family, naming the first layer or the switch that does not fit.
     """
     dense = [layer for layer in range(config.num_hidden_layers) if not config.has_experts(layer)]
     if config.moe is None or len(dense) == config.num_hidden_layers:
         raise ValueError(
             "layer 0 is dense, as all layers are; Mixtral and Qwen3-MoE have experts: train with decoder.moe to export"
         )
+    _check_switches(config.moe)
     if config.qk_norm:
         return "qwen3_moe"
     if dense:
@@ -53,6 +54,23 @@ def export_family(config: DecoderConfig) -> str:
             "set moe.norm_topk_prob: true, or qk_norm: true to export to Qwen3-MoE"
         )
     return "mixtral"
+
+
+def _check_switches(moe: MoEConfig) -> None:
+    """Refuses what changes the function and neither family has; noise and dropout of experts are of training alone."""
+    plain = MoEConfig()
+    for key in ("scoring_func", "routed_scaling_factor", "n_shared_experts", "use_expert_bias", "modality_experts"):
+        got, wanted = getattr(moe, key), getattr(plain, key)
+        if got != wanted:
+            raise ValueError(
+                f"decoder.moe.{key} is {got!r}; Mixtral and Qwen3-MoE compute {wanted!r} alone: train with "
+                f"{key}: {'null' if wanted is None else str(wanted).lower()} to export"
+            )
+    if moe.topk_group < moe.n_group:
+        raise ValueError(
+            f"decoder.moe.topk_group is {moe.topk_group} of n_group {moe.n_group}; Mixtral and Qwen3-MoE limit no "
+            f"token to groups of experts: train with n_group: 1 to export"
+        )
 
 
 def to_transformers(decoder: Decoder, max_positions: int = 32768) -> PreTrainedModel:

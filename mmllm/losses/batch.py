@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmllm.batch import PackedBatch
 from mmllm.losses.cross_entropy import CrossEntropyBackend
-from mmllm.losses.ctc import ctc_losses, mean_over_targets
+from mmllm.losses.ctc import known_ctc_losses
 from mmllm.losses.routing import RoutingTotals, router_losses
 from mmllm.losses.tokens import HeadLayout, TokenLossConfig, TokenLosses, TokenTargets, TokenWeights, token_losses
 from mmllm.model.multimodal import AUDIO_END_ID, PAD_ID, ModelConfig, ModelOutput, MultimodalModel
@@ -124,7 +124,7 @@ class LossFunction:
         )
         hidden_MD = output.hidden_QD.index_select(0, metadata.targets_M)
         if self._weights.sources_S.device != hidden_MD.device:
-            self._weights = TokenWeights.of(self._config, self._layout, self.num_sources, hidden_MD.device)
+            self._weights = self._weights.to(hidden_MD.device)
 
         def reduce(hidden_MD: Tensor, weight_VD: Tensor) -> TokenLosses:
             return token_losses(hidden_MD, weight_VD, targets, self._layout, self._weights, backend=self._backend)
@@ -155,15 +155,10 @@ def _ctc(model: MultimodalModel, output: ModelOutput, batch: PackedBatch) -> tup
     num_left_out = zero + fits.count(False)
     if not rows:
         return zero, zero, num_left_out
-    slots_R, targets_R = (torch.tensor([each[row] for row in rows]) for each in (media.clip_slots, media.clip_targets))
+    slots, targets = ([each[row] for row in rows] for each in (media.clip_slots, media.clip_targets))
     rows_R = torch.tensor(rows).to(zero.device, non_blocking=True)
     log_probs_RSV = model.ctc_head(output.clips_CSD.index_select(0, rows_R)).to(wide).log_softmax(dim=-1)
-    losses = ctc_losses(
-        log_probs_RSV,
-        batch.clip_targets_CL.index_select(0, rows_R),
-        slots_R,
-        targets_R,
-        blank=PAD_ID,
-        required_slots_N=targets_R,  # room for repeats is known to be there
-    )
-    return mean_over_targets(losses, targets_R)[0], zero + len(rows), num_left_out
+    targets_RL = batch.clip_targets_CL.index_select(0, rows_R)
+    losses_R = known_ctc_losses(log_probs_RSV, targets_RL, slots, targets, blank=PAD_ID)
+    shares_R = torch.tensor([1 / each for each in targets], dtype=wide).to(zero.device, non_blocking=True)
+    return (losses_R * shares_R).sum(), zero + len(rows), num_left_out

@@ -10,6 +10,7 @@ Shapes: N clips, T slots, V classes, L targets.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -82,6 +83,33 @@ def ctc_losses(
         reduction="none",
     )
     return CTCLosses(torch.where(is_counted_N, losses_N, 0), is_counted_N, num_left_out)
+
+
+def known_ctc_losses(
+    log_probabilities_NTV: Tensor,
+    targets_NL: Tensor,
+    num_slots: Sequence[int],
+    target_lengths: Sequence[int],
+    *,
+    blank: int = 0,
+) -> Tensor:
+    """CTC loss of clips that the host knows to have room for their targets, nats [N]; asks the device nothing.
+
+    Args:
+        log_probabilities_NTV: of the classes at each slot.
+        targets_NL: int64; anything behind a clip's length.
+        num_slots: of each clip.
+        target_lengths: of each clip, above 0.
+        blank: its class.
+    """
+    return F.ctc_loss(
+        log_probabilities_NTV.transpose(0, 1),
+        targets_NL.clamp(min=0),
+        tuple(num_slots),  # pyright: ignore[reportArgumentType]
+        tuple(target_lengths),  # pyright: ignore[reportArgumentType]
+        blank=blank,
+        reduction="none",
+    )
 
 
 def mean_over_targets(losses: CTCLosses, target_lengths_N: Tensor) -> tuple[Tensor, Tensor]:

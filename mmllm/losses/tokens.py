@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -91,6 +91,11 @@ class TokenWeights:
     """float32, of sum 1."""
     sources_S: Tensor
     """float32."""
+
+    def to(self, device: torch.device | str) -> TokenWeights:
+        """The same on a device."""
+        codebooks_K, sources_S = (x.to(device, non_blocking=True) for x in (self.codebooks_K, self.sources_S))
+        return replace(self, codebooks_K=codebooks_K, sources_S=sources_S)
 
     @staticmethod
     def of(

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmllm.model import cpu
-from mmllm.model.cache import KVCache
+from mmllm.model.cache import CacheLayer
 from mmllm.model.masks import MaskRule, visible
 from mmllm.sequences import SequenceMetadata
 
@@ -141,24 +141,21 @@ class _Call:
     rule: MaskRule
 
 
-def attend(
-    q_QHC: Tensor, k_QGC: Tensor, v_QGC: Tensor, context: PackedContext | KVCache, rule: MaskRule, layer: int
-) -> Tensor:
+def attend(q_QHC: Tensor, k_QGC: Tensor, v_QGC: Tensor, context: PackedContext | CacheLayer, rule: MaskRule) -> Tensor:
     """Attention of each token to those of its own document that the rule lets it see.
 
     Args:
         q_QHC: queries, rotated.
         k_QGC: keys, rotated; G divides H.
         v_QGC: values.
-        context: the documents, prepared for the rule; or a cache, to which keys and values are appended.
+        context: the documents, prepared for the rule; or a layer of a cache, to which keys and values are appended.
         rule: what a query sees.
-        layer: the row of the cache; packed documents do not need it.
 
     Returns:
         [Q, H·C].
     """
-    if isinstance(context, KVCache):
-        return context.attend(q_QHC, k_QGC, v_QGC, rule, layer)
+    if isinstance(context, CacheLayer):
+        return context.attend(q_QHC, k_QGC, v_QGC, rule)
     return _BACKENDS[context.backend](_Call(q_QHC, k_QGC, v_QGC, context, rule))
 
 
@@ -222,6 +219,10 @@ def _varlen_settings(window: int | None) -> tuple[Callable[..., Tensor], dict[st
 def _flex(call: _Call) -> Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (call.q_QHC, call.k_QGC, call.v_QGC))
     mask, shares = call.context.made(call.rule), _shares(q, k)
+    if not q.is_cuda and torch.is_grad_enabled() and q.requires_grad:
+        raise ValueError(
+            f"decoder.attention_backend is 'flex', which has no gradient on {q.device.type}; set it to buckets or auto"
+        )
     with warnings.catch_warnings():  # on a CPU it says that it is not fused
         warnings.simplefilter("ignore", UserWarning)
         out = _flex_attention(q.is_cuda)(q, k, v, block_mask=mask, enable_gqa=shares)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmllm.model import cpu
 from mmllm.model.attend import PackedContext, attend
-from mmllm.model.cache import KVCache
+from mmllm.model.cache import CacheLayer
 from mmllm.model.masks import MaskRule
 from mmllm.model.norms import RMSNorm
 
@@ -64,10 +64,8 @@ class Attention(nn.Module):
             case "width":
                 self.q_norm, self.k_norm = (RMSNorm(each, settings.norm_eps) for each in (q_width, kv_width))
 
-    def forward(
-        self, x_ND: Tensor, cos_N1C: Tensor, sin_N1C: Tensor, context: PackedContext | KVCache, layer: int
-    ) -> Tensor:
-        """Same shape as the input. `layer` is the row of the cache; packed documents do not need it."""
+    def forward(self, x_ND: Tensor, cos_N1C: Tensor, sin_N1C: Tensor, context: PackedContext | CacheLayer) -> Tensor:
+        """Same shape as the input."""
         q, k, v = self.q_proj(x_ND), self.k_proj(x_ND), self.v_proj(x_ND)
         if self.settings.qk_norm == "width" and self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -75,4 +73,4 @@ class Attention(nn.Module):
         if self.settings.qk_norm == "head" and self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = cpu.rotate(q, cos_N1C, sin_N1C), cpu.rotate(k, cos_N1C, sin_N1C)
-        return self.o_proj(attend(q, k, v, context, self.settings.rule, layer))
+        return self.o_proj(attend(q, k, v, context, self.settings.rule))

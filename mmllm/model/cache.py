@@ -60,19 +60,12 @@ class KVCache:
         self.document_ids_BS[:, self.length : stop] = document_ids_BT
         self._begun = _Begun(self.length, stop, document_ids_BT, spans_BT)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, layer: int) -> Tensor:
-        """Stores the new keys and values of a layer and attends to all of its row's.
+    def layer(self, layer: int) -> CacheLayer:
+        """One layer's keys and values."""
+        return CacheLayer(self, layer)
 
-        Args:
-            q: queries [B·T, H, C].
-            k: keys [B·T, G, C].
-            v: values [B·T, G, C].
-            rule: what a query sees.
-            layer: which layer's keys and values these are.
-
-        Returns:
-            [B·T, H·C].
-        """
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: MaskRule) -> Tensor:
+        """See `CacheLayer.attend`."""
         assert self._begun is not None, "call begin first"
         start, stop = self._begun.start, self._begun.stop
         batch_size = self.document_ids_BS.shape[0]
@@ -89,6 +82,27 @@ class KVCache:
         """Counts the positions that `begin` made room for as used."""
         assert self._begun is not None, "call begin first"
         self.length, self._begun = self._begun.stop, None
+
+
+class CacheLayer:
+    """One layer of a cache: a layer need not know its number, which compilers would take for a constant."""
+
+    def __init__(self, cache: KVCache, layer: int):
+        self._cache, self._layer = cache, layer
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rule: MaskRule) -> Tensor:
+        """Stores the new keys and values and attends to all of its row's.
+
+        Args:
+            q: queries [B·T, H, C].
+            k: keys [B·T, G, C].
+            v: values [B·T, G, C].
+            rule: what a query sees.
+
+        Returns:
+            [B·T, H·C].
+        """
+        return self._cache.attend(self._layer, q, k, v, rule)
 
 
 class _Begun:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from mmllm.model.attend import AttentionBackend, PackedContext, check_backend
 from mmllm.model.attention import Attention, AttentionSettings
-from mmllm.model.cache import KVCache
+from mmllm.model.cache import CacheLayer, KVCache
 from mmllm.model.experts import MLP, MoE
 from mmllm.model.masks import MaskRule
 from mmllm.model.norms import RMSNorm
+from mmllm.model.roles import mark
 from mmllm.model.rope import RopeScaling, rotary
 from mmllm.model.router import MoEConfig, TokenInfo
 from mmllm.model.routing_stats import LayerSums, RoutingStats
@@ -114,6 +115,13 @@ class DecoderConfig:
         self._check_attention()
 
     def _check_attention(self) -> None:
+        for key, value, choices in (
+            ("qk_norm", self.qk_norm_over, ("none", "head", "width")),
+            ("attention_bias", self.bias_of, ("none", "qkv", "all")),
+            ("prefix", self.prefix, ("none", "media", "prompt")),
+        ):
+            if value not in choices:
+                raise ValueError(f"decoder.{key} is {value!r}; choose {', '.join(choices)}")
         types = self.layer_types
         if types is not None and len(types) != self.num_hidden_layers:
             raise ValueError(
@@ -209,7 +217,7 @@ class Block(nn.Module):
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x_ND: Tensor, cos: Tensor, sin: Tensor, context: PackedContext | KVCache, tokens: TokenInfo
+        self, x_ND: Tensor, cos: Tensor, sin: Tensor, context: PackedContext | CacheLayer, tokens: TokenInfo
     ) -> tuple[Tensor, LayerSums | None]:
         """The new residual stream, and sums of the routing if the layer has experts and they are wanted."""
         if self.is_checkpointed and torch.is_grad_enabled():
@@ -217,9 +225,9 @@ class Block(nn.Module):
         return self._forward(x_ND, cos, sin, context, tokens)
 
     def _forward(
-        self, x_ND: Tensor, cos: Tensor, sin: Tensor, context: PackedContext | KVCache, tokens: TokenInfo
+        self, x_ND: Tensor, cos: Tensor, sin: Tensor, context: PackedContext | CacheLayer, tokens: TokenInfo
     ) -> tuple[Tensor, LayerSums | None]:
-        attended = self.self_attn(self.input_layernorm(x_ND), cos, sin, context, self.layer)
+        attended = self.self_attn(self.input_layernorm(x_ND), cos, sin, context)
         x_ND = x_ND + F.dropout(attended, self.dropout, self.training)
         normed_ND = self.post_attention_layernorm(x_ND)
         sums = None
@@ -242,6 +250,7 @@ class Head(nn.Module):
         self._embedding = (embed_tokens,)
         vocab_size, width = embed_tokens.weight.shape
         self.register_parameter("weight", None if is_tied else nn.Parameter(torch.empty(vocab_size, width)))
+        mark(self, weight="head")
 
     @property
     def weight_VD(self) -> Tensor:
@@ -282,6 +291,18 @@ class Decoder(nn.Module):
                 nn.init.normal_(parameter, std=residual_std if is_residual else INIT_STD)
         for moe in self.expert_layers().values():
             moe.gate.reset_buffers()
+
+    def compile_layers(self, **options: Any) -> None:
+        """Compiles each layer by itself, in place; names of weights stay.
+
+        Batches should have their tokens rounded up (`PackedDataModule`'s `token_multiple`): every new number of tokens
+        is a shape to compile for.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        for block in self.layers:
+            block.compile(**{"fullgraph": True, **options})
 
     def expert_layers(self) -> dict[int, MoE]:
         """The mixtures of experts, by layer."""
@@ -393,7 +414,8 @@ class Decoder(nn.Module):
         x_QD = F.dropout(x_QD, config.dropout, self.training)
         by_layer: dict[int, LayerSums] = {}
         for layer, block in enumerate(self.layers):
-            x_QD, sums = block(x_QD, *angles[config.rope(layer)], context, tokens)
+            here = context.layer(layer) if isinstance(context, KVCache) else context
+            x_QD, sums = block(x_QD, *angles[config.rope(layer)], here, tokens)
             if sums is not None:
                 by_layer[layer] = sums
         return self.norm(x_QD), RoutingStats.of(config.moe, by_layer, tokens, num_tokens, x_QD)

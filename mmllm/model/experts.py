@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mmllm_kernels
+from mmllm.model.roles import mark
 from mmllm.model.router import MoEConfig, Router, TokenInfo
 from mmllm.model.routing_stats import LayerSums, layer_sums
 from mmllm_kernels import Backend
@@ -48,6 +49,7 @@ class Experts(nn.Module):
         self.backend: Backend = config.backend
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * inner, width))
         self.down_proj = nn.Parameter(torch.empty(num_experts, width, inner))
+        mark(self, gate_up_proj="hidden", down_proj="hidden")
 
     def forward(
         self, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor, shared: SharedExperts | None = None
@@ -74,6 +76,7 @@ class SharedExperts(nn.Module):
         self.backend: Backend = config.backend
         self.gate_up_proj = nn.Parameter(torch.empty(num_shared, 2 * inner, width))
         self.down_proj = nn.Parameter(torch.empty(num_shared, width, inner))
+        mark(self, gate_up_proj="hidden", down_proj="hidden")
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """The sum of their outputs; `Experts` computes it in one go with its own where all experts are here."""

@@ -17,16 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
+from mmllm.model.audio_projectors import AudioProjector, AudioProjectorConfig, CodeEmbedding
 from mmllm.model.cache import KVCache
 from mmllm.model.config import config_from_dict, config_to_dict
 from mmllm.model.decoder import INIT_STD, Decoder, DecoderConfig
-from mmllm.model.projectors import (
-    AudioProjector,
-    AudioProjectorConfig,
-    CodeEmbedding,
-    ImageProjector,
-    ImageProjectorConfig,
-)
+from mmllm.model.image_projectors import ImageProjector, ImageProjectorConfig
+from mmllm.model.roles import mark_all
 from mmllm.model.routing_stats import RoutingStats
 from mmllm.model.vision import VisionConfig, VisionTower
 from mmllm.sequences import BatchMetadata, MediaMetadata
@@ -156,6 +152,7 @@ class MultimodalModel(nn.Module):
             )
             if config.loss.ctc:
                 self.ctc_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.num_text))
+                mark_all(self.ctc_head, "head")
         self.mask_embedding = None
         if config.loss.word_dropout:
             self.mask_embedding = nn.Parameter(torch.randn(width) * INIT_STD)

@@ -40,6 +40,8 @@ class RopeScaling:
     attention_factor: float | None = None
 
     def __post_init__(self) -> None:
+        if self.rope_type not in ("linear", "llama3", "yarn"):
+            raise ValueError(f"rope_scaling.rope_type is {self.rope_type!r}; choose linear, llama3 or yarn")
         if not self.factor >= 1:
             raise ValueError(f"rope_scaling.factor is {self.factor}; it must be at least 1")
         if self.rope_type != "linear" and not (self.original_max_position_embeddings or 0) > 0:

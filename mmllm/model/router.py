@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import mmllm_kernels
 from mmllm.batch import Modality
+from mmllm.model.roles import mark
 from mmllm_kernels import Backend
 
 _SMALLEST_SUM = 1e-20
@@ -250,6 +251,7 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, width))
+        mark(self, weight="head")
         bias_E = torch.zeros(config.num_experts) if config.use_expert_bias else None
         self.register_buffer("e_score_correction_bias", bias_E)
         allowed_ME = None

@@ -82,7 +82,12 @@ def _count(
 
 def _sums_by(values_NE: Tensor, bucket_N: Tensor, num_buckets: int) -> Tensor:
     """Sums over each bucket's tokens [buckets, E]: a product, since adding to places at random has no fixed order."""
-    return F.one_hot(bucket_N, num_buckets).T.to(values_NE.dtype) @ values_NE
+    return _one_hot(bucket_N, num_buckets).T.to(values_NE.dtype) @ values_NE
+
+
+def _one_hot(bucket_N: Tensor, num_buckets: int) -> Tensor:
+    """Bool [N, buckets]; `F.one_hot` asks for the largest value."""
+    return bucket_N[:, None] == torch.arange(num_buckets, device=bucket_N.device)
 
 
 @dataclass
@@ -183,8 +188,8 @@ def _stacked(column: Sequence[Tensor | None]) -> Tensor | None:
 def _tokens_by(bucket_N: Tensor | None, num_buckets: int, is_real_N: Tensor | None) -> Tensor | None:
     if bucket_N is None:
         return None
-    is_in_NB = F.one_hot(bucket_N, num_buckets)
-    return (is_in_NB if is_real_N is None else is_in_NB * is_real_N[:, None]).sum(dim=0)
+    is_in_NB = _one_hot(bucket_N, num_buckets)
+    return (is_in_NB if is_real_N is None else is_in_NB & is_real_N[:, None]).sum(dim=0)
 
 
 class RoutingWindow:

@@ -16,17 +16,29 @@ from typing import Any, Literal
 import open_clip
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from open_clip.model import CustomTextCLIP
-from open_clip.modified_resnet import ModifiedResNet
+from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from open_clip.pretrained import get_pretrained_cfg
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import Attention, AttentionalPooler, TextTransformer, VisionTransformer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from mmllm.model.roles import Role, mark, mark_all
 
 NORM_GROUPS = 8
 STANDARDIZED_EPS = 1e-4
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ROLES: tuple[tuple[type[nn.Module], dict[str, Role]], ...] = (
+    (CLIP, {"positional_embedding": "embedding", "text_projection": "head"}),
+    (TextTransformer, {"positional_embedding": "embedding", "text_projection": "head"}),
+    (VisionTransformer, {"positional_embedding": "embedding", "proj": "head"}),
+    (AttentionPool2d, {"positional_embedding": "embedding"}),
+    (AttentionalPooler, {"query": "embedding"}),
+    (Attention, {"in_proj_weight": "hidden", "logit_scale": "vector", "head_scale": "vector"}),
+)
+"""What open_clip's own parameters are to the optimizer; the layers of torch in it tell by their types."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,8 @@ class VisionConfig:
         mean: of red, green and blue in [0, 1], by which pixels are normalized; None: the tag's, or else OpenAI's.
         std: as `mean`; both or neither are given.
         layer: index of a block of a ViT or of a stage of a timm trunk (negative: from the end), or
-            "layer1" to "layer4" of a ModifiedResNet (-1 is "layer4").
+            "layer1" to "layer4" of a ModifiedResNet (-1 is "layer4"). Several of one grid: their features are
+            concatenated, in the order in which they are named.
         trainable: whether gradients flow into the tower.
         norm: "batch" keeps BatchNorm where the model has it, with the statistics that it stores: right for pretrained
             weights. "group" puts GroupNorm in its place and standardizes the filters before it, so that a tower is
@@ -54,7 +67,7 @@ class VisionConfig:
     checkpoint: str | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
-    layer: int | str = -1
+    layer: int | str | tuple[int | str, ...] = -1
     trainable: bool = True
     norm: Literal["batch", "group"] = "batch"
 
@@ -67,10 +80,19 @@ class VisionConfig:
             raise ValueError(f"vision.mean is {self.mean} and vision.std {self.std}; give both or neither")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"vision.std is {self.std}; each must be positive")
+        if isinstance(self.layer, list):  # as YAML gives it
+            object.__setattr__(self, "layer", tuple(self.layer))
+        if not self.layers or len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"vision.layer is {list(self.layers)}; name one layer, or several different ones")
         if isinstance(self.open_clip, dict):
             missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in self.open_clip]
             if missing:
                 raise ValueError(f"vision.open_clip lacks {missing[0]!r}; it needs embed_dim, vision_cfg, text_cfg")
+
+    @property
+    def layers(self) -> tuple[int | str, ...]:
+        """The layers whose features are given: `layer`, or all that it names."""
+        return self.layer if isinstance(self.layer, tuple) else (self.layer,)
 
 
 def build_clip(config: VisionConfig, load: bool = True) -> nn.Module:
@@ -93,6 +115,7 @@ def build_clip(config: VisionConfig, load: bool = True) -> nn.Module:
     model = (CustomTextCLIP if custom_text else open_clip.CLIP)(**model_config)
     if config.norm == "group" and any(isinstance(part, nn.BatchNorm2d) for part in model.modules()):
         _use_group_norm(model)
+    _mark_roles(model)
     if path is not None:
         try:
             open_clip.load_checkpoint(model, path, strict=True, weights_only=True)  # pyright: ignore
@@ -147,6 +170,35 @@ def _check_statistics(config: VisionConfig) -> None:
             f"vision.checkpoint is {config.checkpoint!r} without vision.mean and vision.std, and not all weights of "
             f"{name} take OpenAI's ({others[0]} takes mean {mean} and std {std}); give those of these weights"
         )
+
+
+def _mark_roles(clip: nn.Module) -> None:
+    """Tells the optimizer what the parameters of open_clip's and timm's modules are."""
+    for module in clip.modules():
+        for kind, roles in _ROLES:
+            if isinstance(module, kind):
+                there: dict[str, Role] = {name: role for name, role in roles.items() if name in module._parameters}
+                mark(module, **there)
+        match module:
+            case AttentionPool2d():  # so wide that orthogonalizing it would take longer than the rest of a small CLIP
+                mark_all(module, "head")
+            case CLIP() | TextTransformer() if isinstance(module.text_projection, nn.Linear):
+                mark_all(module.text_projection, "head")
+            case TimmModel():
+                trunk: Any = module.trunk
+                for part in (module.head, trunk.get_classifier()):
+                    if isinstance(part, nn.Module):
+                        mark_all(part, "head")
+                _mark_bare(module.trunk)
+
+
+def _mark_bare(trunk: nn.Module) -> None:
+    """What timm's modules hold beside torch's layers is added or multiplied: positions, tokens, scales, tables."""
+    for module in trunk.modules():
+        if type(module).__module__.startswith("timm.") and not isinstance(module, _LAYERS):
+            bare = [name for name, p in module._parameters.items() if p is not None and p.ndim >= 2]
+            roles: dict[str, Role] = dict.fromkeys(bare, "embedding")
+            mark(module, **roles)
 
 
 class StandardizedConv2d(nn.Conv2d):
@@ -228,16 +280,21 @@ class VisionTower(nn.Module):
         size: Any = visual.image_size
         self.image_size = int(size if isinstance(size, int) else size[0])
         self.mean, self.std = pixel_statistics(config)
-        self.visual = _cut(visual, config.layer)
+        self.visual, self._depths = _cut(visual, config.layers)
         if isinstance(self.visual, ModifiedResNet):  # about a fifth faster on CPUs, weights and gradients laid alike
             self.visual.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.requires_grad_(config.trainable)
         self.train()
         with torch.no_grad():
             device = next(self.visual.parameters()).device
-            probe = self._spatial(torch.zeros(1, 3, self.image_size, self.image_size, device=device))
-        self.width = probe.shape[1]
-        self.grid: tuple[int, int] = (probe.shape[2], probe.shape[3])
+            probes = self._spatial(torch.zeros(1, 3, self.image_size, self.image_size, device=device))
+        self.width = sum(probe.shape[1] for probe in probes)
+        self.grid: tuple[int, int] = (probes[0].shape[2], probes[0].shape[3])
+        grids = [f"{probe.shape[2]} x {probe.shape[3]}" for probe in probes]
+        if len(set(grids)) > 1:
+            raise ValueError(
+                f"vision.layer is {list(config.layers)}, whose grids are {', '.join(grids)}; name layers of one grid"
+            )
 
     def load_pretrained(self) -> None:
         """Reads the weights that the config names, if any; see `build_clip` for what it raises."""
@@ -247,7 +304,7 @@ class VisionTower(nn.Module):
     def from_clip(self, clip: nn.Module) -> VisionTower:
         """Copies the image encoder's weights from an open_clip model of the same config; gives self."""
         visual: Any = clip.visual
-        source = _cut(copy.deepcopy(visual), self.config.layer)
+        source, _ = _cut(copy.deepcopy(visual), self.config.layers)
         self.visual.load_state_dict(source.state_dict())  # pyright: ignore[reportAttributeAccessIssue]
         return self
 
@@ -256,6 +313,8 @@ class VisionTower(nn.Module):
         """SHA-256 of all that decides the features; where weights are sharded, a collective call."""
         model_config = open_clip_config(self.config)
         shape = [model_config["vision_cfg"], model_config.get("quick_gelu", False), self.config.norm]
+        if len(self._depths) > 1:
+            shape.append(list(self._depths))
         digest = hashlib.sha256(json.dumps([*shape, self.mean, self.std], sort_keys=True).encode())
         for name, value in sorted(self.visual.state_dict().items()):  # only up to the chosen layer: the names tell it
             value = value.full_tensor() if isinstance(value, DTensor) else value
@@ -284,62 +343,81 @@ class VisionTower(nn.Module):
                 f"this tower takes uint8 [N, 3, {size}, {size}]"
             )
         dtype = next(self.visual.parameters()).dtype
-        mean = torch.tensor(self.mean, device=images_N3HW.device).view(3, 1, 1) * 255
-        std = torch.tensor(self.std, device=images_N3HW.device).view(3, 1, 1) * 255
-        pixels = ((images_N3HW - mean) / std).to(dtype)
+        channels = zip(images_N3HW.unbind(dim=1), self.mean, self.std, strict=True)  # numbers: no copy to the device
+        pixels = torch.stack([(plane - mean * 255) / (std * 255) for plane, mean, std in channels], dim=1).to(dtype)
         if isinstance(self.visual, ModifiedResNet):
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(self.config.trainable and torch.is_grad_enabled()):
-            return self._spatial(pixels).flatten(2).transpose(1, 2)
+            layers = self._spatial(pixels)
+            return (layers[0] if len(layers) == 1 else torch.cat(layers, dim=1)).flatten(2).transpose(1, 2)
 
-    def _spatial(self, pixels_N3HW: Tensor) -> Tensor:
-        """[N, C, h, w]."""
+    def _spatial(self, pixels_N3HW: Tensor) -> list[Tensor]:
+        """[N, C, h, w] of each of the layers."""
         visual: Any = self.visual
         if isinstance(visual, ModifiedResNet):
             x: Any = visual.stem(pixels_N3HW)
+            stages = []
             for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
                 x = stage(x)
-            return x
+                stages.append(x)
+            return [stages[depth] for depth in self._depths]
+        depths = sorted(self._depths)
         if isinstance(visual, TimmModel):
             trunk: Any = visual.trunk
-            return trunk.forward_intermediates(
-                pixels_N3HW, indices=1, intermediates_only=True, norm=False, output_fmt="NCHW"
-            )[0]
-        output = visual.forward_intermediates(
-            pixels_N3HW, indices=1, normalize_intermediates=True, intermediates_only=True
-        )
-        return output["image_intermediates"][0]
+            found = trunk.forward_intermediates(
+                pixels_N3HW, indices=depths, intermediates_only=True, norm=False, output_fmt="NCHW"
+            )
+        else:
+            is_one = len(depths) == 1
+            output = visual.forward_intermediates(
+                pixels_N3HW, indices=depths, normalize_intermediates=is_one, intermediates_only=True
+            )
+            found = output["image_intermediates"]
+            if not is_one:  # the last block's features alone are normalized, as where they are the only ones
+                found[-1] = visual.ln_post(found[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return [found[depths.index(depth)] for depth in self._depths]
 
 
-def _cut(visual: Any, layer: int | str) -> nn.Module:
-    """Takes off, in place, what lies behind the layer, so that every parameter left gets a gradient."""
+def _cut(visual: Any, layers: tuple[int | str, ...]) -> tuple[nn.Module, tuple[int, ...]]:
+    """Takes off, in place, what lies behind the deepest layer, so that every parameter left gets a gradient.
+
+    Returns:
+        What is left, and each layer's depth.
+    """
     if isinstance(visual, ModifiedResNet):
         stages = ("layer1", "layer2", "layer3", "layer4")
-        name = "layer4" if layer == -1 else layer
-        if name not in stages:
-            raise ValueError(f"vision.layer is {layer!r}; a ModifiedResNet has {', '.join(stages)}")
-        for stage in stages[stages.index(str(name)) + 1 :]:
+        names = ["layer4" if layer == -1 else layer for layer in layers]
+        unknown = [name for name in names if name not in stages]
+        if unknown:
+            raise ValueError(f"vision.layer is {unknown[0]!r}; a ModifiedResNet has {', '.join(stages)}")
+        depths = tuple(stages.index(str(name)) for name in names)
+        for stage in stages[max(depths) + 1 :]:
             setattr(visual, stage, nn.Identity())
         visual.attnpool = None  # pyright: ignore[reportAttributeAccessIssue]
-        return visual
+        return visual, depths
     if isinstance(visual, TimmModel):
         trunk: Any = visual.trunk
-        _check_index(layer, len(trunk.feature_info))
-        trunk.prune_intermediate_layers([layer], prune_norm=True, prune_head=True)
+        depths = _depths(layers, len(trunk.feature_info))
+        trunk.prune_intermediate_layers([max(depths)], prune_norm=True, prune_head=True)
         visual.head = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
-        return visual
+        return visual, depths
     if not isinstance(visual, VisionTransformer):
         raise ValueError(
             f"vision.open_clip gives a {type(visual).__name__}; ViT, ModifiedResNet and timm are supported"
         )
     num_blocks = len(visual.transformer.resblocks)
-    index = _check_index(layer, num_blocks)
-    visual.prune_intermediate_layers([index], prune_norm=index != num_blocks - 1, prune_head=True)
+    depths = _depths(layers, num_blocks)
+    visual.prune_intermediate_layers([max(depths)], prune_norm=max(depths) != num_blocks - 1, prune_head=True)
     visual.attn_pool = None
-    return visual
+    return visual, depths
 
 
-def _check_index(layer: int | str, num_layers: int) -> int:
-    if not isinstance(layer, int) or not -num_layers <= layer < num_layers:
-        raise ValueError(f"vision.layer is {layer!r}; this tower has layers 0 to {num_layers - 1} (or -1, -2, …)")
-    return layer % num_layers
+def _depths(layers: tuple[int | str, ...], num_layers: int) -> tuple[int, ...]:
+    """Layers counted from the first one."""
+    for layer in layers:
+        if not isinstance(layer, int) or not -num_layers <= layer < num_layers:
+            raise ValueError(f"vision.layer is {layer!r}; this tower has layers 0 to {num_layers - 1} (or -1, -2, …)")
+    depths = tuple(int(layer) % num_layers for layer in layers)
+    if len(set(depths)) < len(depths):
+        raise ValueError(f"vision.layer is {list(layers)}, which names a layer twice; name different ones")
+    return depths

@@ -6,6 +6,7 @@ Shapes: N clips, T samples, F frames, K codebooks, D latent width, L characters.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmllm.batch import SoundBatch
+from mmllm.model.roles import mark_all
 from mmllm.training.audio_losses import Balancer, MultiScaleMelLoss
 from mmllm.training.optimizers import OptimizerConfig
 from mmllm.training.staged import StagedModule
@@ -80,6 +82,8 @@ class CodecModule(StagedModule):
         self.mel_loss = MultiScaleMelLoss(codec.sample_rate)
         self.balancer = Balancer({"l1": self.losses.l1, "mel": self.losses.mel})
         self.ctc_head = _ctc_head(codec.dimension, self.losses.ctc_width) if self.losses.ctc else None
+        if self.ctc_head is not None:
+            mark_all(self.ctc_head, "head")
 
     @property
     def export_dir(self) -> str | None:
@@ -104,8 +108,9 @@ class CodecModule(StagedModule):
         }
         total = self.balancer(losses, output.wave) + self.losses.commitment * output.commit_loss
         if self.ctc_head is not None:
-            losses["ctc"] = character_ctc(self.ctc_head(output.quantized), texts)
+            losses["ctc"], left_out = character_ctc(self.ctc_head(output.quantized), texts)
             total = total + self.losses.ctc * losses["ctc"]
+            losses["ctc_left_out"] = losses["ctc"].new_tensor(left_out)
         if is_empty:
             return total * 0
         self.window.add(losses | {"codes_used": _share_of_codes_used(output.codes, self.codec_config)})
@@ -137,12 +142,17 @@ def si_sdr_db(wave_NT: Tensor, target_NT: Tensor) -> Tensor:
     return 10 * torch.log10(signal_N.clamp(min=1e-8) / noise_N.clamp(min=1e-8))
 
 
-def character_ctc(logits_NCF: Tensor, texts: list[str] | None) -> Tensor:
+def character_ctc(logits_NCF: Tensor, texts: list[str] | None) -> tuple[Tensor, float]:
     """CTC loss of UTF-8 bytes, mean over the characters of the clips that have text and frames enough for it.
+
+    A text of L bytes, R of them equal to the one before, needs L + R frames: a blank goes between equals.
 
     Args:
         logits_NCF: [N, 257, F], class 0 the blank and class b + 1 byte b.
         texts: of each clip; empty ones are left out.
+
+    Returns:
+        The loss, 0 where no clip counts, and the share of the clips with text that have too few frames for it.
 
     Raises:
         ValueError: no texts were given.
@@ -152,21 +162,27 @@ def character_ctc(logits_NCF: Tensor, texts: list[str] | None) -> Tensor:
             "losses.ctc is set but the data gives no texts; set losses.ctc to 0, or let the data module give whole "
             "clips with their text"
         )
-    targets = [torch.tensor([b + 1 for b in text.lower().encode()], dtype=torch.long) for text in texts]
-    lengths_N = torch.tensor([len(target) for target in targets])
-    log_probs_FNC = logits_NCF.float().log_softmax(dim=1).permute(2, 0, 1)
-    num_frames_N = torch.full((len(targets),), log_probs_FNC.shape[0], dtype=torch.long)
+    spoken, num_frames = [text.lower().encode() for text in texts], logits_NCF.shape[2]
+    rows = [row for row, text in enumerate(spoken) if text and _required_frames(text) <= num_frames]
+    num_with_text = sum(bool(text) for text in spoken)
+    left_out = (num_with_text - len(rows)) / max(num_with_text, 1)
+    if not rows:
+        return logits_NCF.sum() * 0.0, left_out
+    lengths = [len(spoken[row]) for row in rows]
+    targets = torch.tensor([byte + 1 for row in rows for byte in spoken[row]], device=logits_NCF.device)
     losses_N = F.ctc_loss(
-        log_probs_FNC,
-        torch.cat(targets).to(logits_NCF.device),
-        num_frames_N,
-        lengths_N,
+        logits_NCF[rows].float().log_softmax(dim=1).permute(2, 0, 1),
+        targets,
+        torch.full((len(rows),), num_frames),
+        torch.tensor(lengths),
         blank=BLANK,
         reduction="none",
-        zero_infinity=True,
     )
-    losses_N = losses_N * (lengths_N > 0).to(losses_N)
-    return losses_N.sum() / lengths_N.sum().clamp(min=1).to(losses_N)
+    return losses_N.sum() / sum(lengths), left_out
+
+
+def _required_frames(text: bytes) -> int:
+    return len(text) + sum(a == b for a, b in pairwise(text))
 
 
 def _ctc_head(dimension: int, width: int) -> nn.Module:

@@ -24,8 +24,8 @@ from mmllm.inference.settings import GenerationConfig
 from mmllm.losses.batch import TASKS, BatchLosses, LossFunction
 from mmllm.losses.routing import RoutingTotals, router_loss_weights, router_losses
 from mmllm.model.decoder import DecoderConfig
+from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
-from mmllm.model.projectors import ImageProjectorConfig
 from mmllm.model.routing_stats import RoutingWindow
 from mmllm.model.vision import VisionConfig
 from mmllm.training.clip_module import load_clip_config
@@ -66,6 +66,7 @@ class DecoderModule(StagedModule):
         init_from: str | None = None,
         optimizer: OptimizerConfig | None = None,
         max_seconds: float | None = None,
+        compile: bool = False,
         out: str | None = None,
         name: str = "mmllm model",
         peak_flops: float | None = None,
@@ -85,6 +86,7 @@ class DecoderModule(StagedModule):
                 head only where they were exported from a model of this very tokenizer.
             optimizer: rates and decay; `tower_lr: 0` freezes the tower.
             max_seconds: training ends after this long; None: `trainer.max_steps` alone ends it.
+            compile: compile each decoder layer; give the data module a `token_multiple` then, so that shapes are few.
             out: model folder to write when training ends.
             name: title of the model card.
             peak_flops: operations a second that the device can do, for `train/mfu`; None: known from its name, or
@@ -105,6 +107,7 @@ class DecoderModule(StagedModule):
         self.tokenizer = tokenizer
         self.clip = clip
         self.init_from = init_from
+        self.compile_layers = compile
         self.out = out
         self.name = name
         self.folder: TokenizerFolder | None = None
@@ -152,6 +155,8 @@ class DecoderModule(StagedModule):
         """Builds the model, loads CLIP weights and codebooks, and shards it under `ModelParallelStrategy`."""
         if self.model is not None:
             return
+        if self.device_mesh is not None:
+            _check_mesh(self.device_mesh)
         config = self.resolved_config()
         self.model = MultimodalModel(config)
         if self.folder is not None and self.model.vision is not None:
@@ -162,6 +167,8 @@ class DecoderModule(StagedModule):
             load_decoder(self.init_from, self.model.decoder, tokenizer)
         if self.folder is not None and config.audio is not None and self.folder.audio is not None:
             self.model.initialize_audio(codebooks_of(self.folder))
+        if self.compile_layers:
+            self.model.decoder.compile_layers()
         if self.device_mesh is not None:
             _shard(self.model, self.device_mesh)
 
@@ -194,7 +201,7 @@ class DecoderModule(StagedModule):
 
     def _name_sources(self) -> None:
         self._source_names = list(getattr(self._data, "source_names", None) or [])
-        self._loss_function = None
+        self._loss_function = LossFunction(self._built().config, self._source_names, MAX_UNNAMED_SOURCES)
 
     def _check_features(self) -> None:
         """Refuses stored image features that this tower would not give."""
@@ -267,8 +274,8 @@ class DecoderModule(StagedModule):
 
     def _losses_of(self, batch: PackedBatch) -> BatchLosses:
         if self._loss_function is None:
-            config = self._built().config
-            self._loss_function = LossFunction(config, self._source_names, MAX_UNNAMED_SOURCES)
+            self._name_sources()
+        assert self._loss_function is not None
         output = self._built()(batch)
         return self._loss_function(self._built(), output, batch)
 
@@ -331,7 +338,8 @@ class DecoderModule(StagedModule):
         counts |= {"text_accuracy": totals.counts["text"], "padding_share": totals.num_positions}
         sums["tokens"], counts["tokens"] = totals.num_tokens, 1.0
         if self._built().config.loss.ctc:
-            sums["ctc_left_out"], counts["ctc_left_out"] = totals.num_ctc_left_out, 1.0
+            sums["ctc_left_out"] = totals.num_ctc_left_out
+            counts["ctc_left_out"] = totals.counts["ctc"] + totals.num_ctc_left_out
         self.window.add(sums, counts)
         self.routing.add(losses.routing)
 
@@ -498,12 +506,24 @@ def _check_image_slots(model: MultimodalModel, folder: TokenizerFolder) -> None:
     if got != wanted:
         raise ValueError(
             f"the image projector fills {got} slots an image but the tokenizer folder's image_tokens is {wanted}; "
-            f"set image_projector.num_tokens to {wanted} with kind average or attention, or build the folder anew"
+            f"set image_projector.num_tokens to {wanted} with kind average, perceiver or c_abstractor, or build the "
+            f"folder anew"
         )
     if model.vision.image_size != folder.image_size:
         raise ValueError(
             f"the image tower sees {model.vision.image_size} pixels but the tokenizer folder's image_size is "
             f"{folder.image_size}; choose a tower of that size or build the folder anew"
+        )
+
+
+def _check_mesh(mesh: Any) -> None:
+    """Refuses tensor parallelism: ranks that share a model's matrices would have to see one batch, and don't."""
+    size = mesh["tensor_parallel"].size() if "tensor_parallel" in (mesh.mesh_dim_names or ()) else 1
+    if size > 1:
+        raise ValueError(
+            f"trainer.strategy's tensor_parallel_size is {size}, which the decoder isn't split by yet: its ranks would "
+            f"train models that drift apart; set tensor_parallel_size to 1 and data_parallel_size to the number of "
+            f"devices"
         )
 
 

@@ -6,6 +6,7 @@ Shapes: N images, P features an image, C channels, H and W pixels.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,14 +20,14 @@ from mmllm.training.clip_module import load_clip_config
 
 
 def load_image_encoder(
-    source: str, layer: int | str = -1, mode: Literal["squash", "pad", "crop"] = "squash"
+    source: str, layer: int | str | Sequence[int | str] = -1, mode: Literal["squash", "pad", "crop"] = "squash"
 ) -> ImageEncoder:
     """The frozen tower that a decoder would be trained with.
 
     Args:
         source: `out` folder of a finished `ClipModule` run, or `NAME:WEIGHTS` of an open_clip model, weights being a
             tag whose file lies in a cache, or a file.
-        layer: as `VisionConfig.layer`; digits may come as a string.
+        layer: as `VisionConfig.layer`; digits may come as a string, and several with commas between them.
         mode: how pictures become square, as the data module's `image_mode`.
 
     Raises:
@@ -40,15 +41,21 @@ def load_image_encoder(
         is_file = Path(weights).is_file()
         anywhere = f"{name}:{Path(weights).absolute()}" if is_file else source
         config = VisionConfig(name, None if is_file else weights, weights if is_file else None)
-    number = str(layer)
-    layer = int(number) if number.removeprefix("-").isdigit() else layer
+    layers = _layers(layer)
     with torch.random.fork_rng(devices=[]):  # building draws weights that are overwritten
-        tower = VisionTower(dataclasses.replace(config, layer=layer, trainable=False))
+        tower = VisionTower(dataclasses.replace(config, layer=layers, trainable=False))
         tower.load_pretrained()
     transform = ImageTransform(tower.image_size, mode=mode)
-    settings = {"source": anywhere, "layer": layer, "mode": mode}
+    settings = {"source": anywhere, "layer": layers, "mode": mode}
     hashed = features_hash(tower.hash, transform)
     return ImageEncoder(transform, hashed, _Encode(tower), f"{__name__}:load_image_encoder", settings)
+
+
+def _layers(layer: int | str | Sequence[int | str]) -> int | str | tuple[int | str, ...]:
+    given = layer.split(",") if isinstance(layer, str) else [layer] if isinstance(layer, int) else layer
+    texts = [str(each).strip() for each in given]
+    layers = tuple(int(text) if text.removeprefix("-").isdigit() else text for text in texts)
+    return layers[0] if len(layers) == 1 else layers
 
 
 class _Encode:

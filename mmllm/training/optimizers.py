@@ -11,20 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
+
+from mmllm.model.roles import parameter_roles
+from mmllm.training.matrix_exchange import MatrixExchange, local, local_matrices, matrix_shape, ranks_of
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Quintic coefficients of Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/)."""
-
-
-EMBEDDINGS = ("embedding", "embed_tokens", "position", "queries")
-"""In the names of parameters that are looked up or added, not multiplied by: neither decay nor Muon."""
-HEADS = ("head", "mlp.gate.weight", "attnpool", "text_projection")
-"""In the names of matrices that end a network: AdamW moves them. (open_clip's attention pool is also so wide that
-orthogonalizing it would take longer than the rest of a small CLIP's step.)"""
+MUON_MOVES = (("hidden", 2), ("hidden", 3), ("filters", 4))
+"""Roles and dimensions of what Muon moves. AdamW moves the filters of one-dimensional convolutions: most of ours are
+depthwise, one row each."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class OptimizerConfig:
         weight_decay: decoupled; never on norms, biases and embeddings.
         betas: AdamW's.
         eps: AdamW's.
-        warmup: share of the run over which the rate rises linearly from zero.
+        warmup: share of the run over which the rate rises linearly, from one part of it at the first step.
         min_lr_ratio: the cosine's floor as a share of the peak.
         muon: move hidden matrices with Muon, the rest with AdamW.
         muon_momentum: Muon's momentum (Nesterov's form).
@@ -76,7 +74,7 @@ def learning_rate_factor(progress: float, config: OptimizerConfig) -> float:
     """The rate as a share of its peak: linear warm-up, then a cosine to `min_lr_ratio`.
 
     Args:
-        progress: share of the run that is done, 0 to 1.
+        progress: share of the run that is done when the step ends, 0 to 1.
         config: gives `warmup` and `min_lr_ratio`.
     """
     progress = min(max(progress, 0.0), 1.0)
@@ -96,6 +94,9 @@ def parameter_groups(
         config: the rates.
         tower_of: a parameter's name to "decoder", "tower" or "projector".
 
+    What a parameter is, its module's type or mark says (`mmllm.model.roles`): embeddings and vectors don't decay, and
+    Muon moves hidden matrices, stacks of them and the filters of two-dimensional convolutions.
+
     Returns:
         Groups for `MuonAdamW` or `torch.optim.AdamW`. Each also has its `name` and its `peak_lr`, from which
         the schedule computes `lr`. The order depends on names alone, so checkpoints resume.
@@ -105,18 +106,15 @@ def parameter_groups(
         "tower": config.lr if config.tower_lr is None else config.tower_lr,
         "projector": config.lr if config.projector_lr is None else config.projector_lr,
     }
-    embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    roles = parameter_roles(module)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        tower = tower_of(name)
-        is_embedding = id(parameter) in embeddings or any(word in name for word in EMBEDDINGS)
-        is_matrix = parameter.ndim >= 2 and not is_embedding
-        is_depthwise = parameter.ndim == 3 and parameter.shape[1] == 1  # a convolution with one row a filter
-        is_hidden = is_matrix and parameter.ndim <= 4 and not is_depthwise and not any(word in name for word in HEADS)
-        use_muon = config.muon and is_hidden
-        key = f"{tower}/{'muon' if use_muon else 'adamw'}/{'decay' if is_matrix else 'no_decay'}"
+        tower, role = tower_of(name), roles[name]
+        decays = role in ("head", "hidden", "filters")
+        use_muon = config.muon and (role, parameter.ndim) in MUON_MOVES
+        key = f"{tower}/{'muon' if use_muon else 'adamw'}/{'decay' if decays else 'no_decay'}"
         group = groups.setdefault(
             key,
             {
@@ -124,7 +122,7 @@ def parameter_groups(
                 "name": key,
                 "lr": rates[tower],
                 "peak_lr": rates[tower],
-                "weight_decay": config.weight_decay if is_matrix else 0.0,
+                "weight_decay": config.weight_decay if decays else 0.0,
                 "use_muon": use_muon,
             },
         )
@@ -155,12 +153,16 @@ class MuonAdamW(torch.optim.Optimizer):
     Muon follows Jordan et al. 2024 with the update scaled by 0.2·sqrt(max(out, in)) (Liu et al. 2025,
     https://arxiv.org/abs/2502.16982), so that AdamW's rate and decay fit both. Unlike `torch.optim.Muon` it
     takes stacks [E, out, in] and filters [out, in, height, width] (each output's as one row, as in Jordan's CIFAR-10
-    speed record), orthogonalizes matrices of one shape in one batched product, and iterates in fp32 on the CPU,
-    where bf16 products are slow.
+    speed record), orthogonalizes matrices of one shape in one batched product, and iterates in fp32 on every device,
+    or in float64 where the weights are (theirs iterates in bf16).
+
+    Replicas share the work, and so do ranks that hold parts of a matrix: see `MatrixExchange`. Weights may be sharded
+    along any dimensions of any mesh (FSDP2, tensor and expert parallelism); the state is sharded as they are.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], config: OptimizerConfig, num_replicas: int = 1) -> None:
         self.num_replicas = num_replicas
+        self._exchanges: dict[tuple[int, ...], MatrixExchange] = {}
         defaults = {
             "lr": config.lr,
             "betas": config.betas,
@@ -205,10 +207,10 @@ class MuonAdamW(torch.optim.Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
         beta1, beta2 = group["betas"]
         adamw(
-            parameters,
-            [p.grad for p in parameters if p.grad is not None],
-            [self.state[p]["exp_avg"] for p in parameters],
-            [self.state[p]["exp_avg_sq"] for p in parameters],
+            [local(p) for p in parameters],
+            [_local_gradient(p) for p in parameters],
+            [local(self.state[p]["exp_avg"]) for p in parameters],
+            [local(self.state[p]["exp_avg_sq"]) for p in parameters],
             [],
             [self.state[p]["step"] for p in parameters],
             fused=True,
@@ -222,57 +224,51 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
     def _step_muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        by_shape: dict[tuple[int, int], list[Tensor]] = {}
         for parameter in parameters:
             state = self.state[parameter]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            by_shape.setdefault(_matrix_shape(parameter), []).append(parameter)
-        momentum, stacks = group["momentum"], []
-        for shape, same_shape in by_shape.items():
-            directions = []
-            for parameter in same_shape:
-                grad, buffer = parameter.grad, self.state[parameter]["momentum_buffer"]
-                assert grad is not None
-                buffer.mul_(momentum).add_(grad)
-                directions.append(grad.add(buffer, alpha=momentum).reshape(-1, *shape))
-            stacks.append(torch.cat(directions))
-        updates = self._orthogonalized(stacks, group["num_steps"])
-        for (shape, same_shape), update_NOI in zip(by_shape.items(), updates, strict=True):
-            scale = group["lr"] * 0.2 * math.sqrt(max(shape))
-            sizes = [parameter.numel() // math.prod(shape) for parameter in same_shape]
-            for parameter, update in zip(same_shape, update_NOI.split(sizes), strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.reshape(parameter.shape).to(parameter.dtype), alpha=-scale)
+        momentum, gradients = group["momentum"], [_local_gradient(p) for p in parameters]
+        buffers = [local(self.state[p]["momentum_buffer"]) for p in parameters]
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, gradients)
+        directions = torch._foreach_add(gradients, buffers, alpha=momentum)
+        updates = self._orthogonalized(parameters, list(directions), group["num_steps"])
+        weights = [local(p) for p in parameters]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        by_width: dict[int, list[int]] = {}
+        for number, parameter in enumerate(parameters):
+            by_width.setdefault(max(matrix_shape(parameter)[1:]), []).append(number)
+        for width, numbers in by_width.items():
+            scale = group["lr"] * 0.2 * math.sqrt(width)
+            torch._foreach_add_([weights[n] for n in numbers], [updates[n] for n in numbers], alpha=-scale)
 
-    def _orthogonalized(self, stacks: list[Tensor], num_steps: int) -> list[Tensor]:
-        """`orthogonalize` of each stack [N, out, in]; each replica does its share of every stack."""
-        num_ranks = self.num_replicas
-        if num_ranks == 1:
-            return [orthogonalize(stack, num_steps) for stack in stacks]
-        rank, own = dist.get_rank(), []
-        for turn, stack in enumerate(stacks):  # stacks of one matrix fall to each rank in turn
-            size = math.ceil(len(stack) / num_ranks)
-            padded = F.pad(stack, (0, 0, 0, 0, 0, size * num_ranks - len(stack)))
-            place = (rank + turn) % num_ranks
-            own.append(orthogonalize(padded[place * size : (place + 1) * size], num_steps))
-        flat = torch.cat([share.flatten() for share in own])
-        of_ranks = [torch.empty_like(flat) for _ in range(num_ranks)]
-        dist.all_gather(of_ranks, flat)
-        whole, start = [], 0
-        for turn, (stack, share) in enumerate(zip(stacks, own, strict=True)):
-            stop = start + share.numel()
-            shares = [of_ranks[(place - turn) % num_ranks][start:stop] for place in range(num_ranks)]
-            whole.append(torch.cat(shares).view(-1, *stack.shape[1:])[: len(stack)])
-            start = stop
-        return whole
+    def _orthogonalized(self, parameters: list[Tensor], directions: list[Tensor], num_steps: int) -> list[Tensor]:
+        """This rank's parts of the orthogonalized whole matrices, in the shapes of `directions`."""
+        together: dict[Any, list[int]] = {}
+        for number, parameter in enumerate(parameters):
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            together.setdefault((mesh, parameter.dtype), []).append(number)
+        updates = list(directions)
+        for numbers in together.values():
+            alike = [parameters[number] for number in numbers]
+            key = tuple(id(parameter) for parameter in alike)
+            if key not in self._exchanges:
+                self._exchanges[key] = MatrixExchange(alike, *ranks_of(alike[0], self.num_replicas))
+            parts = [local_matrices(parameters[number], directions[number]) for number in numbers]
+            results = self._exchanges[key].apply(parts, lambda stack_NOI: orthogonalize(stack_NOI, num_steps))
+            for number, result in zip(numbers, results, strict=True):
+                updates[number] = result.reshape(directions[number].shape)
+        return updates
 
 
-def _matrix_shape(parameter: Tensor) -> tuple[int, int]:
-    """[out, in] of a matrix or of those in a stack; filters count as one row an output."""
-    if parameter.ndim == 4:
-        return parameter.shape[0], parameter[0].numel()
-    return parameter.shape[-2], parameter.shape[-1]
+def _local_gradient(parameter: Tensor) -> Tensor:
+    """This rank's part of the gradient, split as the parameter is."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor) and gradient.placements != parameter.placements:
+        gradient = gradient.redistribute(placements=parameter.placements)
+    return local(gradient)
 
 
 def orthogonalize(matrices_NOI: Tensor, num_steps: int = 5) -> Tensor:
@@ -283,10 +279,10 @@ def orthogonalize(matrices_NOI: Tensor, num_steps: int = 5) -> Tensor:
         num_steps: iterations; after five, singular values lie between about 0.7 and 1.2.
 
     Returns:
-        fp32 [N, out, in].
+        [N, out, in], fp32 or wider.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices_NOI.float()
+    x = matrices_NOI.to(torch.promote_types(matrices_NOI.dtype, torch.float32))
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT

@@ -18,12 +18,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mmllm.model.earlier_names import is_earlier
+from mmllm.training.ema import without_averages
 from mmllm.training.optimizers import OptimizerConfig, build_optimizer, learning_rate_factor, parameter_groups
 from mmllm.training.step_start import StepStart
 from mmllm.training.watch import Watch
 
 log = logging.getLogger(__name__)
 
+FIRST_SECONDS = 0.01
+"""Share of the warm-up that counts as done at the first step of a training without a number of steps."""
 CLIP_EPS = 1e-6
 """Added to a norm before dividing by it, as `torch.nn.utils.clip_grad_norm_` does."""
 
@@ -32,7 +35,8 @@ class StagedModule(pl.LightningModule):
     """A Lightning module with a schedule by steps or by seconds, and metrics averaged between log lines.
 
     Progress is max(step / trainer.max_steps, seconds / max_seconds): whichever ends first shapes the whole
-    schedule. Seconds count training alone (validation included) and go on counting after a resume.
+    schedule (see `schedule_progress`). Seconds count training alone (validation included) and go on counting after a
+    resume.
     """
 
     def __init__(self, optimizer: OptimizerConfig | None = None, max_seconds: float | None = None) -> None:
@@ -98,6 +102,19 @@ class StagedModule(pl.LightningModule):
         by_seconds = self.elapsed_seconds / self.max_seconds if self.max_seconds else 0.0
         return min(max(by_steps, by_seconds), 1.0)
 
+    @property
+    def schedule_progress(self) -> float:
+        """The progress that the step under way ends at: what its learning rate is computed from.
+
+        The first of S warm-up steps has 1/S of the peak, and the last step of all the floor. How long a step takes
+        isn't known before it: where seconds alone end the training, the rate counts those of the steps that are done,
+        but at least `FIRST_SECONDS` of the warm-up.
+        """
+        num_steps = self._num_steps()
+        by_seconds = self.elapsed_seconds / self.max_seconds if self.max_seconds else 0.0
+        by_steps = (self.trainer.global_step + 1) / num_steps if num_steps else FIRST_SECONDS * self.optimizer.warmup
+        return min(max(by_steps, by_seconds), 1.0)
+
     def _num_steps(self) -> int | None:
         trainer = self.trainer
         if trainer.max_steps != -1:
@@ -148,7 +165,7 @@ class StagedModule(pl.LightningModule):
         self.watch.note_loss(loss)
 
     def gradient_norm(self, gradients: list[Tensor]) -> Tensor:
-        """The 2-norm of all gradients as one vector, a scalar on their device, whatever ranks hold of them."""
+        """The 2-norm of all gradients as one vector, a scalar on their device; of all ranks where they are sharded."""
         norm = torch.nn.utils.get_total_norm(gradients)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -195,7 +212,8 @@ class StagedModule(pl.LightningModule):
             self._step_start.note()
 
     def _shared_progress(self) -> float:
-        return self._shared(self.progress) if self.max_seconds is not None else self.progress
+        progress = self.schedule_progress
+        return self._shared(progress) if self.max_seconds is not None else progress
 
     def _shared(self, seconds: float) -> float:
         """Rank 0's clock on every rank, so that all stop together and keep one rate."""
@@ -232,8 +250,24 @@ class StagedModule(pl.LightningModule):
         """
         self.watch.settle()
         checkpoint["mmllm_elapsed_seconds"] = float(self.elapsed_seconds)
+        if "optimizer_states" in checkpoint:
+            states = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
+            checkpoint["optimizer_states"] = [self._numbered(state, optimizer) for state, optimizer in states]
         if self._step_start is not None:
             self._step_start.rewind(checkpoint)
+
+    def _numbered(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """An optimizer's state with parameters numbered as the module has them, not as the optimizer's groups do.
+
+        Sharded strategies read whole checkpoints so (lightning 2.6); `load_state_dict` takes any numbers.
+        """
+        saved = [number for group in state.get("param_groups", ()) for number in group["params"]]
+        if not saved or saved != list(range(len(saved))):  # another rank's, names (in shards), or numbered so already
+            return state
+        places = {id(parameter): place for place, parameter in enumerate(self.parameters())}
+        new = [places[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+        groups = [{**group, "params": [new[number] for number in group["params"]]} for group in state["param_groups"]]
+        return {**state, "state": {new[n]: value for n, value in state["state"].items()}, "param_groups": groups}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the clock.
@@ -242,12 +276,14 @@ class StagedModule(pl.LightningModule):
             ValueError: the checkpoint is at the end of the training that it should go on with; Lightning would do
                 nothing, export included, and say so nowhere.
         """
-        earlier = next((name for name in checkpoint["state_dict"] if is_earlier(name)), None)
+        weights = checkpoint.get("state_dict", {})  # a sharded strategy has loaded them already
+        earlier = next((name for name in weights if is_earlier(name)), None)
         if earlier is not None:
             raise ValueError(
                 f"the checkpoint has {earlier}, a name that an earlier mmllm gave that weight, and the optimizer's "
                 f"state in its order; go on with the mmllm that wrote it (the model folders it writes are read here)"
             )
+        without_averages(weights)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._check_goes_on(checkpoint)
         self.elapsed_seconds = float(checkpoint.get("mmllm_elapsed_seconds", 0.0))
@@ -321,8 +357,8 @@ class MetricWindow:
 def memory_gb(device: torch.device) -> dict[str, float]:
     """What the process holds of the device's memory, in 10⁹ bytes.
 
-    Of a GPU the most that was allocated, and the most that PyTorch's allocator reserved for that, since the process
-    began; of a CPU what the process has in memory now.
+    Of a GPU the most that was allocated, and the most that PyTorch's allocator reserved, since the process began; of a
+    CPU what the process has in memory now.
     """
     if device.type == "cuda":
         return {

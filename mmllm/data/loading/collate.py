@@ -28,6 +28,7 @@ def pack_documents(
     sequence_length: int,
     sources: Sequence[Sequence[int]] | None = None,
     state: dict[str, Any] | None = None,
+    token_multiple: int = 1,
 ) -> PackedBatch:
     """Lays each sequence's documents one after the other, and shifts their labels.
 
@@ -39,6 +40,7 @@ def pack_documents(
         sequence_length: T.
         sources: Each document's source, in the same shape; by default 0.
         state: The plan's state after this batch.
+        token_multiple: The tokens that the model sees are rounded up to it; see `SequenceMetadata.of`.
 
     Raises:
         ValueError: A sequence's documents don't fit, or they disagree in codebooks, image size or slots.
@@ -53,7 +55,7 @@ def pack_documents(
             if isinstance(document, Document):
                 arrays.add(row, start, number, document, sources[row][number] if sources else 0)
             start += document.num_tokens
-    return arrays.batch(state or {})
+    return arrays.batch(state or {}).with_metadata(token_multiple)
 
 
 def _num_codebooks(sequences: Sequence[Sequence[Document | Gap]]) -> int:
@@ -131,7 +133,7 @@ class _Arrays:
             clip_targets_CL=torch.from_numpy(targets_CL),
             image_features_NPC=torch.from_numpy(_stacked(self._features, (0, 0, 0), np.float16, "features")),
             state=state,
-        ).with_metadata()
+        )
 
     def _padded_clips(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         clips = self._clips

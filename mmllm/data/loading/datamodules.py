@@ -43,6 +43,8 @@ class PackedDataModule(L.LightningDataModule):
         flip: In training, mirror half of the pictures (not where texts say left and right).
         image_features: Don't decode pictures: take the features that `data build --image_features` stored with them.
             For a frozen image tower, and without `min_scale` and `flip`.
+        token_multiple: The tokens that a batch's decoder sees are rounded up to it by padding that is computed: few
+            different shapes for `compile`; 1: not at all.
     """
 
     def __init__(
@@ -58,8 +60,12 @@ class PackedDataModule(L.LightningDataModule):
         min_scale: float = 1.0,
         flip: bool = False,
         image_features: bool = False,
+        token_multiple: int = 1,
     ) -> None:
         super().__init__()
+        if token_multiple < 1:
+            raise ValueError(f"token_multiple is {token_multiple}; it must be at least 1")
+        self._token_multiple = token_multiple
         if batch_size < 1 or num_workers < 0:
             raise ValueError(f"batch_size is {batch_size}, num_workers {num_workers}; they must be >= 1 and >= 0")
         if steps_per_epoch is not None and steps_per_epoch < 1:
@@ -202,7 +208,7 @@ class PackedDataModule(L.LightningDataModule):
     def _loader(self, plan: Plan, num_steps: int, restarts: bool) -> PackedLoader[PackedBatch]:
         dataset = StepDataset(
             plan, self.folder, self.image_transform, self._cache_bytes, None if restarts else self._augment,
-            features=self.features,
+            features=self.features, token_multiple=self._token_multiple,
         )  # fmt: skip
         rank, world_size = rank_of(self)
         return PackedLoader(plan, dataset, num_steps, rank, world_size, self._num_workers, on_gpu(self), restarts)

@@ -49,6 +49,7 @@ class StepDataset(Dataset[PackedBatch]):
         hashes: Also give each sequence's hash and errors, in `state["hashes"]` and `state["row_errors"]`.
         raises: Whether a broken document may be an error, where the recipe says so; else it is always masked.
         features: Instead of decoding pictures, take the features of this hash that are stored with them.
+        token_multiple: The tokens of a batch are rounded up to it by padding that is computed.
     """
 
     def __init__(
@@ -61,7 +62,9 @@ class StepDataset(Dataset[PackedBatch]):
         hashes: bool = False,
         features: str | None = None,
         raises: bool = True,
+        token_multiple: int = 1,
     ) -> None:
+        self._token_multiple = token_multiple
         self._raises = raises and plan.recipe.on_error.action == "raise"
         self._augment, self._hashes, self._features = augment or AugmentConfig(), hashes, features
         self._plan, self._folder, self._transform = plan, folder, transform
@@ -83,7 +86,7 @@ class StepDataset(Dataset[PackedBatch]):
         if self._hashes:
             told = [self._plan.sequence_hash(sequence) for sequence in step.sequences]
             state = {**state, "hashes": told, "row_errors": row_errors}
-        batch = pack_documents(sequences, self._plan.recipe.sequence_length, sources, state)
+        batch = pack_documents(sequences, self._plan.recipe.sequence_length, sources, state, self._token_multiple)
         if self._augment.is_on and len(batch.images_NCHW):
             draws = [
                 self._draws(step.step, item, len(document.images))

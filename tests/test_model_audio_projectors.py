@@ -3,51 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmllm.model.projectors import (
-    AudioProjector,
-    AudioProjectorConfig,
-    CodeEmbedding,
-    ImageProjector,
-    ImageProjectorConfig,
-)
-
-
-@pytest.mark.parametrize(
-    ("config", "num_tokens"),
-    [
-        (ImageProjectorConfig("linear"), 12),
-        (ImageProjectorConfig("mlp", hidden_size=7), 12),
-        (ImageProjectorConfig("average", num_tokens=6), 6),
-        (ImageProjectorConfig("attention", num_tokens=5), 5),
-    ],
-)
-def test_image_projectors_see_content_and_place(config, num_tokens):
-    torch.manual_seed(0)
-    projector = ImageProjector(config, grid=(3, 4), feature_width=16, width=10)
-    features_NSC = torch.randn(2, 12, 16)
-    out_NOD = projector(features_NSC)
-    assert out_NOD.shape == (2, num_tokens, 10)
-    assert projector.num_tokens == num_tokens
-    torch.testing.assert_close(projector(features_NSC[1:]), out_NOD[1:])
-    assert not torch.allclose(projector(features_NSC.flip(1)).flip(1), out_NOD, atol=1e-3)  # places are told apart
-
-
-def test_average_pooling_is_over_the_grid():
-    projector = ImageProjector(ImageProjectorConfig("average", num_tokens=4), grid=(4, 4), feature_width=8, width=6)
-    features_NSC = torch.randn(1, 16, 8)
-    changed = features_NSC.clone()
-    changed[0, 0] += torch.randn(8)  # the feature of the top left corner
-    moved = (projector(changed) != projector(features_NSC)).any(dim=-1)
-    assert moved.tolist() == [[True, False, False, False]]
-
-
-def test_impossible_image_projectors_are_named():
-    with pytest.raises(ValueError, match=r"needs image_projector.num_tokens"):
-        ImageProjectorConfig("average")
-    with pytest.raises(ValueError, match="num_tokens is 5 but the tower gives 12 features"):
-        ImageProjector(ImageProjectorConfig("mlp", num_tokens=5), (3, 4), 16, 10)
-    with pytest.raises(ValueError, match="no such grid fits into 3 x 4"):
-        ImageProjector(ImageProjectorConfig("average", num_tokens=7), (3, 4), 16, 10)
+from mmllm.model.audio_projectors import AudioProjector, AudioProjectorConfig, CodeEmbedding
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp", "conv"])

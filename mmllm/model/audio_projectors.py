@@ -1,8 +1,7 @@
-"""From image features and audio codes to the decoder's width.
+"""From audio codes to the decoder's width.
 
-Shapes: N images, S features an image, O slots an image, C clips, F frames a clip, K codebooks,
-V codes a codebook (filler included), D decoder width, W inner width, P places of clips laid end to end,
-R of them slots.
+Shapes: C clips, F frames a clip, K codebooks, V codes a codebook (filler included), D decoder width, W inner width,
+P places of clips laid end to end, R of them slots.
 """
 
 from __future__ import annotations
@@ -16,87 +15,6 @@ from torch import Tensor, nn
 
 from mmllm.sequences import clip_frames
 from mmllm_tokenizers.spectrum import FrameSpectrum
-
-POSITION_STD = 0.2
-
-
-@dataclass(frozen=True)
-class ImageProjectorConfig:
-    """How image features become slots.
-
-    Attributes:
-        kind: "linear" and "mlp" make one slot of each feature; "average" and "attention" pool the
-            features to `num_tokens` slots (adaptive averages over the grid, or learned queries), then MLP.
-        num_tokens: slots an image; None: as many as features. Needed where features are pooled.
-        hidden_size: inner width of the MLP; None: the decoder's.
-        num_attention_heads: of the attention pooling.
-        dropout: on the features, in training.
-    """
-
-    kind: Literal["linear", "mlp", "average", "attention"] = "mlp"
-    num_tokens: int | None = None
-    hidden_size: int | None = None
-    num_attention_heads: int = 4
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.kind in ("average", "attention") and self.num_tokens is None:
-            raise ValueError(f"image_projector.kind is {self.kind!r}, which needs image_projector.num_tokens")
-
-
-class ImageProjector(nn.Module):
-    """LayerNorm, learned row and column embeddings, pooling if any, then linear or MLP."""
-
-    def __init__(self, config: ImageProjectorConfig, grid: tuple[int, int], feature_width: int, width: int):
-        super().__init__()
-        self.config, self.grid = config, grid
-        num_features = grid[0] * grid[1]
-        self.num_tokens = config.num_tokens or num_features
-        self.norm = nn.LayerNorm(feature_width)
-        self.row_embedding = nn.Parameter(torch.randn(grid[0], 1, feature_width) * POSITION_STD)
-        self.column_embedding = nn.Parameter(torch.randn(1, grid[1], feature_width) * POSITION_STD)
-        self.queries = None
-        match config.kind:
-            case "linear" | "mlp":
-                if self.num_tokens != num_features:
-                    raise ValueError(
-                        f"image_projector.num_tokens is {self.num_tokens} but the tower gives {num_features} features; "
-                        f"leave it out, or choose kind average or attention"
-                    )
-            case "average":
-                self.pooled_grid = _pooled_grid(self.num_tokens, grid)
-            case "attention":
-                self.queries = nn.Parameter(torch.randn(self.num_tokens, feature_width) * 0.02)
-                self.pool = nn.MultiheadAttention(feature_width, config.num_attention_heads, batch_first=True)
-        if config.kind == "linear":
-            self.project: nn.Module = nn.Linear(feature_width, width)
-        else:
-            self.project = _mlp(feature_width, config.hidden_size or width, width)
-
-    def forward(self, features_NSC: Tensor) -> Tensor:
-        """[N, O, D]."""
-        positions_SC = (self.row_embedding + self.column_embedding).flatten(0, 1)
-        x_NSC = F.dropout(self.norm(features_NSC) + positions_SC, self.config.dropout, self.training)
-        if self.config.kind == "average":
-            x_NCHW = x_NSC.transpose(1, 2).unflatten(2, self.grid)
-            x_NSC = F.adaptive_avg_pool2d(x_NCHW, self.pooled_grid).flatten(2).transpose(1, 2)
-        elif self.queries is not None:
-            queries = self.queries.expand(x_NSC.shape[0], -1, -1)
-            x_NSC = queries + self.pool(queries, x_NSC, x_NSC, need_weights=False)[0]
-        return self.project(x_NSC)
-
-
-def _pooled_grid(num_tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """The most square grid of exactly `num_tokens` cells that is no finer than the features'."""
-    options = [(h, num_tokens // h) for h in range(1, num_tokens + 1) if num_tokens % h == 0]
-    fitting = [(h, w) for h, w in options if h <= grid[0] and w <= grid[1]]
-    if not fitting:
-        raise ValueError(f"image_projector.num_tokens is {num_tokens}; no such grid fits into {grid[0]} x {grid[1]}")
-    return min(fitting, key=lambda cell: abs(cell[0] - cell[1]))
-
-
-def _mlp(width_in: int, hidden: int, width_out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width_in, hidden), nn.GELU(), nn.Linear(hidden, width_out))
 
 
 @dataclass(frozen=True)
@@ -304,7 +222,9 @@ class AudioProjector(nn.Module):
             )
             self.norm = nn.LayerNorm(inner)
         if config.kind == "mlp":
-            self.project: nn.Module = _mlp(latent_width * config.pool, inner, width)
+            self.project: nn.Module = nn.Sequential(
+                nn.Linear(latent_width * config.pool, inner), nn.GELU(), nn.Linear(inner, width)
+            )
         else:
             self.project = nn.Linear(inner if config.kind == "conv" else latent_width * config.pool, width)
 
@@ -364,11 +284,15 @@ class AudioProjector(nn.Module):
     def _laid_out(self, num_frames: tuple[int, ...], num_slots: int) -> tuple[Tensor, Tensor, int]:
         """Of each slot that a clip fills: its row in C·S, and its place where they lie end to end; and all places."""
         gap = max(self.config.kernel_size // 2, 1)
-        slots_C = -(torch.tensor(num_frames, dtype=torch.int64) // -self.config.pool)
-        starts_C = (slots_C + gap).cumsum(0) - slots_C - gap
-        clip_R = torch.repeat_interleave(slots_C)
-        slot_R = torch.arange(len(clip_R)) - (slots_C.cumsum(0) - slots_C)[clip_R]
-        return clip_R * num_slots + slot_R, starts_C[clip_R] + slot_R, int(slots_C.sum()) + gap * len(slots_C)
+        rows: list[int] = []
+        places: list[int] = []
+        start = 0
+        for clip, frames in enumerate(num_frames):
+            own = -(-frames // self.config.pool)
+            rows += range(clip * num_slots, clip * num_slots + own)
+            places += range(start, start + own)
+            start += own + gap
+        return torch.tensor(rows, dtype=torch.int64), torch.tensor(places, dtype=torch.int64), start
 
     def _drop_codebooks(self, codes_CFK: Tensor) -> Tensor:
         num_codebooks = codes_CFK.shape[2]
