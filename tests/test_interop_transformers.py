@@ -7,6 +7,7 @@ import torch
 
 from mmllm.interop.transformers import from_mixtral, to_mixtral, to_transformers
 from mmllm.model.decoder import Decoder, DecoderConfig
+from mmllm.model.rope import RopeScaling
 from mmllm.model.router import MoEConfig
 
 transformers = pytest.importorskip("transformers", reason="needs the transformers extra")
@@ -46,6 +47,13 @@ FAMILIES = {
     "mixtral": {},
     "mixtral tied": {"tie_word_embeddings": True},
     "qwen3_moe": {"qk_norm": True, "moe_layers": (1, 2)},
+    "mixtral yarn": {"qk_norm": "none", "rope_scaling": RopeScaling("yarn", 4.0, 8, beta_fast=4.0)},
+    "qwen3_moe llama3, biases": {
+        "qk_norm": "head",
+        "attention_bias": True,
+        "rope_scaling": RopeScaling("llama3", 2.0, 8),
+    },
+    "qwen3_moe linear": {"qk_norm": True, "rope_scaling": RopeScaling("linear", 2.5)},
     "qwen3_moe unnormalized gates": {"qk_norm": True, "moe": MoEConfig(5, 2, 24, norm_topk_prob=False)},
 }
 
@@ -72,13 +80,18 @@ def test_logits_and_every_gradient_equal_transformers(family):
         )
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen3_moe llama3, biases"])
 def test_round_trip_through_a_folder(family, tmp_path):
     decoder = _decoder(_config(**FAMILIES[family]))
-    assert to_mixtral(decoder, tmp_path) == family
+    assert to_mixtral(decoder, tmp_path) == family.split()[0]
     again = from_mixtral(tmp_path)
     intermediate_size = again.config.intermediate_size if family == "mixtral" else 40  # Mixtral has no dense layers
-    assert again.config == dataclasses.replace(decoder.config, intermediate_size=intermediate_size)
+    wanted = dataclasses.replace(
+        decoder.config,
+        intermediate_size=intermediate_size,
+        qk_norm=family != "mixtral",  # "head" is true in short
+    )
+    assert again.config == wanted
     for name, value in decoder.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
 
@@ -96,6 +109,11 @@ def test_round_trip_through_a_folder(family, tmp_path):
         ({"moe": MoEConfig(4, 2, 8, modality_experts={"text": (0, 1)})}, "modality_experts is .*: null to export"),
         ({"mod_layers": (1,), "moe_layers": (0, 2), "qk_norm": True}, "mod_layers names layer 1"),
         ({"moe": MoEConfig(4, 2, 8, n_group=2)}, "topk_group is 1 of n_group 2"),
+        ({"qk_norm": "width"}, "decoder.qk_norm is 'width'; .*qk_norm: head or none to export"),
+        ({"attention_bias": "qkv", "qk_norm": True}, "decoder.attention_bias is 'qkv'; .*attention_bias: all or none"),
+        ({"attention_bias": True}, "decoder.attention_bias is 'all' and decoder.qk_norm is 'none'"),
+        ({"sliding_window": 8}, "decoder.sliding_window is 8 in layer 0; .*sliding_window: null"),
+        ({"prefix": "media"}, "decoder.prefix is 'media'; .*prefix: none to export"),
     ],
 )
 def test_what_no_family_computes_is_refused_naming_layer_or_switch(changes, message):

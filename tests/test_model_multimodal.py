@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
 from mmllm.losses.batch import BatchLosses, LossFunction
+from mmllm.losses.router import balance_loss, z_loss
 from mmllm.model.audio_projectors import AudioProjectorConfig
 from mmllm.model.decoder import DecoderConfig
 from mmllm.model.image_projectors import ImageProjectorConfig
@@ -201,8 +202,37 @@ def test_losses_by_hand():
     by_modality = output.routing.counts_LME.sum(dim=(0, 2)).tolist()
     assert by_modality == [2 * (10 + 6), 0, 0, 2 * 6]
     targets = 9 + 6 - 2 / K + 1
-    auxiliary = 0.01 * output.routing.balance_loss() + 0.001 * output.routing.z_loss()
+    routing, num_tokens = output.routing, output.routing.num_tokens
+    balance = balance_loss(routing.counts_LE, routing.probability_sums_LE, num_tokens, routing.top_k)
+    auxiliary = 0.01 * balance + 0.001 * z_loss(routing.z_sums_L, num_tokens)
     torch.testing.assert_close(_loss(model, batch), (text + 0.5 * units) / targets + auxiliary, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ctc": -0.1}, r"loss\.ctc is -0\.1; a weight is a finite number, 0 or more"),
+        ({"units": float("nan")}, r"loss\.units is nan"),
+        ({"codebook_weights": [1.0, -2.0]}, r"loss\.codebook_weights\[1\] is -2\.0"),
+        ({"source_weights": {"books": float("inf")}}, r"loss\.source_weights\['books'\] is inf"),
+        ({"word_dropout": 1.5}, r"loss\.word_dropout is 1\.5; it is a share of words"),
+    ],
+)
+def test_weights_that_are_none_are_refused_when_they_are_read(given: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        LossConfig(**given)
+
+
+def test_the_heads_z_loss_is_reported_where_it_has_a_weight():
+    """Of text targets alone, each counts 1: the mean of logsumexp² over them."""
+    config = dataclasses.replace(CONFIG, loss=dataclasses.replace(CONFIG.loss, head_z_loss_coef=0.01))
+    model, make = _model(config), Documents(3)
+    batch = pack([[make.text(9), make.text(5)]], 16)
+    losses = _losses(model, batch)
+    z_M = model.logits(batch)[batch.labels_BT != IGNORE].logsumexp(dim=-1).square()
+    assert losses.counts["head_z"] == len(z_M)
+    torch.testing.assert_close(losses.sums["head_z"], z_M.sum().detach())
+    assert "head_z" not in _losses(_model(), batch).sums
 
 
 @pytest.mark.parametrize("repeats", [False, True])

@@ -152,6 +152,30 @@ def test_products_are_those_that_a_step_makes(is_moe: bool) -> None:
     assert ModelFlops.of(config).training(work) == pytest.approx(counted, rel=0.01)  # the tower's attention
 
 
+@pytest.mark.parametrize(("mode", "is_again"), [("none", False), (False, False), ("selective", False), ("full", True)])
+def test_products_are_made_again_by_full_checkpoints_alone(mode: Any, is_again: bool) -> None:
+    """Selective ones keep what products gave; and a mode is no truth value: "none" is a text."""
+    config = model_config(True, False, False)
+    config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, gradient_checkpointing=mode))
+    flops, work = ModelFlops.of(config), Work((40, 7), num_targets=40)
+    assert flops.computed_again(work) == (flops.layers(work) if is_again else 0)
+
+
+def test_tokens_that_skip_a_block_cost_it_nothing() -> None:
+    """A block that 1 of 4 tokens pass costs what the same block costs of the quarter of each document."""
+    dense = dataclasses.replace(model_config(False, False, False).decoder, num_hidden_layers=1)
+    skipped = dataclasses.replace(dense, mod_layers=(0,), mod_capacity=0.25)
+    whole, some = (ModelFlops.of(ModelConfig(decoder)) for decoder in (dense, skipped))
+    who_passes = 2 * (192 + 192 * 48 + 48)  # the router and the predictor's two matrices, of every token
+    assert some.layers(Work((40, 7))) == whole.layers(Work((10, 2))) + who_passes * 47
+
+
+def test_stored_features_cost_the_tower_nothing() -> None:
+    flops = ModelFlops.of(model_config(False, False, True))
+    seen, stored = (flops.training(Work((40,), num_images=3, num_stored_images=number)) for number in (0, 2))
+    assert flops.per_image > 0 and seen - stored == 3 * 2 * flops.per_image
+
+
 def test_devices_are_known_by_their_names() -> None:
     assert peak_flops("NVIDIA H200") == peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12

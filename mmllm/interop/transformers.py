@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mmllm.model.decoder import Decoder, DecoderConfig
+from mmllm.model.rope import RopeScaling
 from mmllm.model.router import MoEConfig
 
 if TYPE_CHECKING:
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 
 TOKENIZER_KEY = "mmllm_tokenizer"
 """In an exported config.json: the hash of the tokenizer folder."""
+_ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
+}
+"""Of each `rope_type` the keys of `rope_parameters` that are known here."""
 
 
 def export_family(config: DecoderConfig) -> str:
@@ -41,13 +48,19 @@ def export_family(config: DecoderConfig) -> str:
             "layer 0 is dense, as all layers are; Mixtral and Qwen3-MoE have experts: train with decoder.moe to export"
         )
     _check_switches(config.moe)
+    _check_attention(config)
     if config.mod_layers:
         raise ValueError(
             f"decoder.mod_layers names layer {config.mod_layers[0]}; no family has a mixture of depths: "
             f"train with mod_layers: [] to export"
         )
-    if config.qk_norm:
+    if config.qk_norm_over == "head":
         return "qwen3_moe"
+    if config.bias_of != "none":
+        raise ValueError(
+            f"decoder.attention_bias is {config.bias_of!r} and decoder.qk_norm is 'none': Mixtral has no biases, and "
+            f"Qwen3-MoE has them only with qk_norm; train with attention_bias: none, or qk_norm: head to export"
+        )
     if dense:
         raise ValueError(
             f"layer {dense[0]} is dense and decoder.qk_norm is false: Mixtral has no dense layers, and Qwen3-MoE "
@@ -78,6 +91,64 @@ def _check_switches(moe: MoEConfig) -> None:
         )
 
 
+def _check_attention(config: DecoderConfig) -> None:
+    """Refuses attention that neither family computes, or that is not exported."""
+    if config.qk_norm_over == "width":
+        raise ValueError(
+            "decoder.qk_norm is 'width'; Qwen3-MoE normalizes each head and Mixtral none: train with qk_norm: head or "
+            "none to export"
+        )
+    if config.bias_of == "qkv":
+        raise ValueError(
+            "decoder.attention_bias is 'qkv'; Qwen3-MoE has biases of all four projections or of none: train with "
+            "attention_bias: all or none to export"
+        )
+    sliding = [layer for layer in range(config.num_hidden_layers) if config.is_sliding(layer)]
+    if sliding:
+        raise ValueError(
+            f"decoder.sliding_window is {config.sliding_window} in layer {sliding[0]}; windows are not exported: train "
+            f"with sliding_window: null to export"
+        )
+    if config.prefix != "none":
+        raise ValueError(
+            f"decoder.prefix is {config.prefix!r}; Mixtral and Qwen3-MoE are causal throughout: train with prefix: "
+            f"none to export"
+        )
+
+
+def _rope_parameters(config: DecoderConfig) -> dict[str, Any]:
+    """Theta and scaling under their keys, which are ours."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return {"rope_type": "default", "rope_theta": config.rope_theta}
+    keys = _ROPE_KEYS[scaling.rope_type]
+    given = {key: value for key in keys if (value := getattr(scaling, key)) is not None}
+    return {"rope_type": scaling.rope_type, "rope_theta": config.rope_theta, **given}
+
+
+def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
+    """What `_rope_parameters` would have written.
+
+    Raises:
+        ValueError: a type or a key that this decoder does not know.
+    """
+    rope_type = rope.get("rope_type", "default")
+    if rope_type == "default":
+        return None
+    if rope_type not in _ROPE_KEYS:
+        raise ValueError(
+            f"the checkpoint's rope_type is {rope_type!r}; default, {', '.join(_ROPE_KEYS)} can be imported"
+        )
+    given = {key: value for key, value in rope.items() if key not in ("rope_type", "rope_theta") and value is not None}
+    unknown = sorted(set(given) - set(_ROPE_KEYS[rope_type]))
+    if unknown:
+        raise ValueError(
+            f"the checkpoint's rope_parameters have {unknown[0]}, which {rope_type!r} does not know here; it knows "
+            f"{', '.join(_ROPE_KEYS[rope_type])}"
+        )
+    return RopeScaling(rope_type, **given)
+
+
 def to_transformers(decoder: Decoder, max_positions: int = 32768) -> PreTrainedModel:
     """A transformers model with copies of the decoder's weights.
 
@@ -98,7 +169,7 @@ def to_transformers(decoder: Decoder, max_positions: int = 32768) -> PreTrainedM
         "head_dim": config.head_channels,
         "num_experts_per_tok": config.moe.num_experts_per_tok,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": _rope_parameters(config),
         "tie_word_embeddings": config.tie_word_embeddings,
         "max_position_embeddings": max_positions,
         "router_aux_loss_coef": config.moe.router_aux_loss_coef,
@@ -119,6 +190,7 @@ def to_transformers(decoder: Decoder, max_positions: int = 32768) -> PreTrainedM
                 moe_intermediate_size=config.moe.moe_intermediate_size,
                 num_experts=config.moe.num_experts,
                 norm_topk_prob=config.moe.norm_topk_prob,
+                attention_bias=config.bias_of == "all",
                 mlp_only_layers=[i for i in range(config.num_hidden_layers) if not config.has_experts(i)],
                 **common,
             )
@@ -233,14 +305,10 @@ def decoder_config(config: Any) -> DecoderConfig:
     _check_family(config.model_type)
     is_qwen = config.model_type == "qwen3_moe"
     rope = dict(config.rope_parameters or {})
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"the checkpoint's rope_type is {rope['rope_type']!r}; only 'default' is supported")
     if config.hidden_act != "silu":
         raise ValueError(f"the checkpoint's hidden_act is {config.hidden_act!r}; only 'silu' is supported")
     if config.sliding_window is not None:
         raise ValueError(f"the checkpoint's sliding_window is {config.sliding_window}; only null is supported")
-    if getattr(config, "attention_bias", False):
-        raise ValueError("the checkpoint has attention_bias; only checkpoints without biases are supported")
     dense = [
         layer
         for layer in range(config.num_hidden_layers)
@@ -263,8 +331,10 @@ def decoder_config(config: Any) -> DecoderConfig:
         ),
         moe_layers=experts if dense else "all",
         rope_theta=float(rope["rope_theta"]),
+        rope_scaling=_rope_scaling(rope),
         rms_norm_eps=config.rms_norm_eps,
         qk_norm=is_qwen,
+        attention_bias=is_qwen and bool(config.attention_bias),
         tie_word_embeddings=config.tie_word_embeddings,
     )
 

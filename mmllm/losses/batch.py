@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmllm.batch import PackedBatch
 from mmllm.losses.cross_entropy import CrossEntropyBackend
-from mmllm.losses.ctc import known_ctc_losses
+from mmllm.losses.ctc import alignable, ctc_losses
 from mmllm.losses.routing import RoutingTotals, router_losses
 from mmllm.losses.tokens import HeadLayout, TokenLossConfig, TokenLosses, TokenTargets, TokenWeights, token_losses
 from mmllm.model.multimodal import AUDIO_END_ID, PAD_ID, ModelConfig, ModelOutput, MultimodalModel
@@ -32,8 +32,9 @@ class BatchLosses:
     ctc_sum: Tensor
     """Differentiable: of clips that can be aligned, each divided by its length; to be divided by `counts["ctc"]`."""
     sums: dict[str, Tensor]
-    """Detached, to be reported: "text" and "units" (nats, without the config's weights), "task" (the objective), "ctc"
-    and those of `router_losses` (of this rank's own batch, times its number of tokens)."""
+    """Detached, to be reported: "text" and "units" (nats, without the config's weights), "task" (the objective), "ctc",
+    "head_z" (logsumexp² of the head, where it has a weight) and those of `router_losses` (of this rank's own batch,
+    times its number of tokens)."""
     counts: dict[str, Tensor]
     """What each sum is divided by. "units": a frame counts 1 when all K codes are targets."""
     source_sums: Tensor
@@ -100,6 +101,8 @@ class LossFunction:
         }
         counts = {"text": tokens.text_count, "units": tokens.units_count, "ctc": num_clips}
         counts["task"] = counts["text"] + counts["units"]
+        if self._config.head_z_loss_coef:
+            sums["head_z"], counts["head_z"] = tokens.z_sum, tokens.z_count
         if self._moe is not None and routing.layers:
             num_tokens = tokens.text_count.new_full((), routing.num_tokens)
             for name, loss in router_losses(self._moe, routing, RoutingTotals.of(routing)).items():
@@ -156,16 +159,14 @@ def _ctc(model: MultimodalModel, output: ModelOutput, batch: PackedBatch) -> tup
     zero = output.hidden_QD.new_zeros((), dtype=wide)
     if model.ctc_head is None or output.clips_CSD is None:
         return zero, zero, zero
-    lengths = zip(media.clip_slots, media.clip_targets, media.clip_repeats, strict=True)
-    fits = [targets + repeats <= slots if targets else None for slots, targets, repeats in lengths]
-    rows = [row for row, each in enumerate(fits) if each]
-    num_left_out = zero + fits.count(False)
+    rows, left_out = alignable(zip(media.clip_slots, media.clip_targets, media.clip_repeats, strict=True))
+    num_left_out = zero + left_out
     if not rows:
         return zero, zero, num_left_out
     slots, targets = ([each[row] for row in rows] for each in (media.clip_slots, media.clip_targets))
     rows_R = torch.tensor(rows).to(zero.device, non_blocking=True)
     log_probs_RSV = model.ctc_head(output.clips_CSD.index_select(0, rows_R)).to(wide).log_softmax(dim=-1)
     targets_RL = batch.clip_targets_CL.index_select(0, rows_R)
-    losses_R = known_ctc_losses(log_probs_RSV, targets_RL, slots, targets, blank=PAD_ID)
+    losses_R = ctc_losses(log_probs_RSV, targets_RL, slots, targets, blank=PAD_ID)
     shares_R = torch.tensor([1 / each for each in targets], dtype=wide).to(zero.device, non_blocking=True)
     return (losses_R * shares_R).sum(), zero + len(rows), num_left_out

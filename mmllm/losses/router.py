@@ -19,12 +19,6 @@ global: counts and probabilities are taken over all layers together, as transfor
 behind the others."""
 
 
-def group_sums(values_NE: Tensor, group_N: Tensor, num_groups: int) -> Tensor:
-    """Sums of values by group of tokens, [G, E], differentiable. Tokens of group -1 (padding) are in none."""
-    spare_N = torch.where(group_N < 0, num_groups, group_N)
-    return values_NE.new_zeros(num_groups + 1, *values_NE.shape[1:]).index_add(0, spare_N, values_NE)[:num_groups]
-
-
 def balance_losses(counts_E: Tensor, probability_sums_E: Tensor, num_tokens: int | Tensor, top_k: int) -> Tensor:
     """E · Σᵢ fᵢ Pᵢ: 1 at perfect balance, E / top_k at most (Switch, arXiv 2101.03961).
 
@@ -94,18 +88,13 @@ def z_loss(z_sums_L: Tensor, num_tokens: int | Tensor) -> Tensor:
     return z_sums_L.sum() / max(len(z_sums_L), 1) / _at_least_one(num_tokens, z_sums_L)
 
 
-def entropies(probabilities_NE: Tensor) -> Tensor:
-    """Entropy of each token's routing, nats [N], differentiable also where a probability is 0."""
-    return -torch.special.xlogy(probabilities_NE, probabilities_NE.clamp(min=_tiny(probabilities_NE))).sum(dim=-1)
-
-
 def local_entropy_losses(entropy_sums_LG: Tensor, num_tokens_G: Tensor) -> Tensor:
     """LIMoE's local loss by modality, [L, G]: the mean entropy of a token's routing (arXiv 2206.02770).
 
     Low where each token of the modality is routed with confidence. 0 where there are no tokens.
 
     Args:
-        entropy_sums_LG: `entropies` summed over this rank's tokens.
+        entropy_sums_LG: entropy of a token's routing in nats, summed over this rank's tokens.
         num_tokens_G: of all ranks.
     """
     return entropy_sums_LG / num_tokens_G.to(entropy_sums_LG.dtype).clamp(min=1)

@@ -9,6 +9,7 @@ F frames, M targets of the whole batch, U of them with unit targets; of image fe
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -78,6 +79,14 @@ class LossConfig:
     def __post_init__(self) -> None:
         if isinstance(self.codebook_weights, list):  # as YAML and JSON give it
             object.__setattr__(self, "codebook_weights", tuple(self.codebook_weights))
+        weights = {key: getattr(self, key) for key in ("text", "units", "ctc", "head_z_loss_coef")}
+        weights |= {f"codebook_weights[{k}]": weight for k, weight in enumerate(self.codebook_weights or ())}
+        weights |= {f"source_weights[{name!r}]": weight for name, weight in (self.source_weights or {}).items()}
+        for key, weight in weights.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"loss.{key} is {weight}; a weight is a finite number, 0 or more")
+        if not 0 <= self.word_dropout <= 1:
+            raise ValueError(f"loss.word_dropout is {self.word_dropout}; it is a share of words, from 0 to 1")
 
 
 @dataclass(frozen=True)

@@ -162,25 +162,6 @@ class RoutingStats:
             tokens_B=_tokens_by(tokens.sequence_N if has_sequences else None, tokens.num_sequences, tokens.is_real_N),
         )
 
-    def balance_loss(self, counts_LE: Tensor | None = None, num_tokens: int | Tensor | None = None) -> Tensor:
-        """E · Σᵢ fᵢ Pᵢ (Switch, arXiv 2101.03961), mean over layers: 1 at perfect balance.
-
-        fᵢ is expert i's share of (token, choice) pairs, Pᵢ its mean probability. With the counts and
-        number of tokens summed over all ranks the ranks' losses add up to the loss of one process.
-        """
-        counts_LE = self.counts_LE if counts_LE is None else counts_LE
-        num_tokens = self.num_tokens if num_tokens is None else num_tokens
-        if not self.layers or (not isinstance(num_tokens, Tensor) and num_tokens == 0):
-            return self.probability_sums_LE.sum() * 0.0
-        shares_LE = counts_LE.to(self.probability_sums_LE.dtype) / (num_tokens * self.top_k)
-        num_experts = shares_LE.shape[1]
-        return num_experts * (shares_LE * self.probability_sums_LE).sum(dim=1).mean() / num_tokens
-
-    def z_loss(self, num_tokens: int | Tensor | None = None) -> Tensor:
-        """Mean over tokens and layers of logsumexp(router logits)²."""
-        num_tokens = max(self.num_tokens, 1) if num_tokens is None else num_tokens
-        return self.z_sums_L.sum() / max(len(self.layers), 1) / num_tokens
-
 
 def _stacked(column: Sequence[Tensor | None]) -> Tensor | None:
     present = [value for value in column if value is not None]

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from mmllm.batch import SoundBatch
+from mmllm.losses.ctc import alignable, ctc_losses
 from mmllm.model.roles import mark_all
 from mmllm.training.audio_losses import Balancer, MultiScaleMelLoss
 from mmllm.training.optimizers import OptimizerConfig
@@ -163,26 +164,17 @@ def character_ctc(logits_NCF: Tensor, texts: list[str] | None) -> tuple[Tensor, 
             "clips with their text"
         )
     spoken, num_frames = [text.lower().encode() for text in texts], logits_NCF.shape[2]
-    rows = [row for row, text in enumerate(spoken) if text and _required_frames(text) <= num_frames]
-    num_with_text = sum(bool(text) for text in spoken)
-    left_out = (num_with_text - len(rows)) / max(num_with_text, 1)
+    repeats = (sum(a == b for a, b in pairwise(text)) for text in spoken)
+    rows, num_left_out = alignable((num_frames, len(text), again) for text, again in zip(spoken, repeats, strict=True))
+    left_out = num_left_out / max(sum(map(bool, spoken)), 1)
     if not rows:
         return logits_NCF.sum() * 0.0, left_out
     lengths = [len(spoken[row]) for row in rows]
-    targets = torch.tensor([byte + 1 for row in rows for byte in spoken[row]], device=logits_NCF.device)
-    losses_N = F.ctc_loss(
-        logits_NCF[rows].float().log_softmax(dim=1).permute(2, 0, 1),
-        targets,
-        torch.full((len(rows),), num_frames),
-        torch.tensor(lengths),
-        blank=BLANK,
-        reduction="none",
-    )
+    targets_NL = pad_sequence([torch.tensor([byte + 1 for byte in spoken[row]]) for row in rows], batch_first=True)
+    rows_N, targets_NL = (x.to(logits_NCF.device, non_blocking=True) for x in (torch.tensor(rows), targets_NL))
+    log_probs_NFC = logits_NCF.index_select(0, rows_N).float().log_softmax(dim=1).transpose(1, 2)
+    losses_N = ctc_losses(log_probs_NFC, targets_NL, [num_frames] * len(rows), lengths, blank=BLANK)
     return losses_N.sum() / sum(lengths), left_out
-
-
-def _required_frames(text: bytes) -> int:
-    return len(text) + sum(a == b for a, b in pairwise(text))
 
 
 def _ctc_head(dimension: int, width: int) -> nn.Module:
@@ -205,5 +197,5 @@ def _unpack(batch: Any) -> tuple[Tensor, list[str] | None]:
 def _share_of_codes_used(codes_NKF: Tensor, config: CodecConfig) -> Tensor:
     """Share of all codebooks' codes that occur in the batch."""
     offsets_K1 = torch.arange(config.num_codebooks, device=codes_NKF.device)[:, None] * config.codebook_size
-    num_used = (codes_NKF + offsets_K1).unique().numel()
-    return torch.tensor(num_used / (config.num_codebooks * config.codebook_size))
+    is_used = torch.zeros(config.num_codebooks * config.codebook_size, device=codes_NKF.device)
+    return is_used.index_fill(0, (codes_NKF + offsets_K1).flatten(), 1.0).mean()

@@ -156,7 +156,15 @@ def _planned(plan: Plan) -> tuple[Work, int] | None:
     if not lengths:
         return None
     num_targets = sum(lengths)  # at most: what is asked is no target, and isn't known without reading
-    return Work(tuple(lengths), num_targets, num_spoken, num_images, num_heard, num_spoken), num_sequences
+    work = Work(
+        tuple(lengths),
+        num_targets=num_targets,
+        num_unit_targets=num_spoken,
+        num_images=num_images,
+        num_heard_frames=num_heard,
+        num_spoken_frames=num_spoken,
+    )
+    return work, num_sequences
 
 
 def _by_part(model: MultimodalModel) -> dict[str, int]:

@@ -18,7 +18,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmllm.batch import PackedBatch
+from mmllm.model.depth import num_passing
 from mmllm.model.multimodal import ModelConfig, MultimodalModel
+from mmllm.model.recompute import recompute_mode
 
 PEAK_FLOPS: dict[str, float] = {
     "B200": 2250e12,
@@ -56,7 +58,8 @@ class Work:
         lengths: tokens of each document.
         num_targets: positions that predict something.
         num_unit_targets: of them, frames whose further codebooks are predicted.
-        num_images: pictures.
+        num_images: pictures, or tiles of them.
+        num_stored_images: of them, those whose features were stored, so that the tower has no work.
         num_heard_frames: frames of clips that are heard.
         num_spoken_frames: frames of units in the stream.
     """
@@ -65,6 +68,7 @@ class Work:
     num_targets: int = 0
     num_unit_targets: int = 0
     num_images: int = 0
+    num_stored_images: int = 0
     num_heard_frames: int = 0
     num_spoken_frames: int = 0
 
@@ -81,11 +85,12 @@ class Work:
         lengths = sequences.lengths[:-1] if sequences.size > sequences.num_tokens else sequences.lengths
         return Work(
             lengths,
-            len(batch.metadata.targets_M),
-            len(batch.metadata.unit_targets_U),
-            batch.num_images,
-            sum(media.clip_frames),
-            len(media.frames_F),
+            num_targets=len(batch.metadata.targets_M),
+            num_unit_targets=len(batch.metadata.unit_targets_U),
+            num_images=batch.num_images,
+            num_stored_images=len(batch.image_features_NPC),
+            num_heard_frames=sum(media.clip_frames),
+            num_spoken_frames=len(media.frames_F),
         )
 
 
@@ -94,8 +99,11 @@ class ModelFlops:
     """Forward operations of a model's parts; see `of`.
 
     Attributes:
-        per_token: of all layers, without attention's scores.
+        per_token: of all layers that every token passes, without attention's scores; of the others what decides who.
         per_pair: of attention's scores and sums, of each (window, all layers that have it); window None: no bound.
+        per_passing_token: as `per_token`, of the blocks that only some tokens pass.
+        per_passing_pair: as `per_pair`, of these blocks.
+        mod_capacity: share of a document's tokens that pass them.
         per_target: of the head.
         per_unit_target: of the further codebooks' blocks of the head.
         per_image: of the tower.
@@ -103,11 +111,14 @@ class ModelFlops:
         per_heard_frame: of the audio projector.
         per_spoken_frame: of the unit projector.
         is_tower_trained: the tower has a backward pass.
-        computes_again: layers are run again in the backward pass.
+        computes_again: layers are run again, products included, in the backward pass.
     """
 
     per_token: int
     per_pair: tuple[tuple[int | None, int], ...]
+    per_passing_token: int
+    per_passing_pair: int
+    mod_capacity: float
     per_target: int
     per_unit_target: int
     per_image: int
@@ -124,14 +135,19 @@ class ModelFlops:
             model = MultimodalModel(config)
         decoder, audio = config.decoder, config.audio
         by_window: dict[int | None, int] = {}
-        for layer in range(decoder.num_hidden_layers):
+        pair = 4 * decoder.num_attention_heads * decoder.head_channels
+        for layer in set(range(decoder.num_hidden_layers)).difference(decoder.mod_layers):
             window = decoder.rule(layer).window
-            by_window[window] = by_window.get(window, 0) + 4 * decoder.num_attention_heads * decoder.head_channels
+            by_window[window] = by_window.get(window, 0) + pair
         codebooks = (audio.num_codebooks - 1) * (audio.codebook_size + 1) if audio is not None else 0
         per_image, per_projected_image = _of_pictures(model)
+        per_token, per_passing_token = _of_layers(model)
         return ModelFlops(
-            per_token=_of_layers(model),
+            per_token=per_token,
             per_pair=tuple(by_window.items()),
+            per_passing_token=per_passing_token,
+            per_passing_pair=len(decoder.mod_layers) * pair,
+            mod_capacity=decoder.mod_capacity,
             per_target=2 * decoder.vocab_size * decoder.hidden_size,
             per_unit_target=2 * codebooks * decoder.hidden_size,
             per_image=per_image,
@@ -139,13 +155,17 @@ class ModelFlops:
             per_heard_frame=_of_heard_frame(model),
             per_spoken_frame=_of_matrices(model.unit_projector),
             is_tower_trained=config.vision is not None and config.vision.trainable,
-            computes_again=bool(decoder.gradient_checkpointing),
+            computes_again=recompute_mode(decoder.gradient_checkpointing) == "full",
         )
 
     def layers(self, work: Work) -> int:
         """Of a forward pass through all layers."""
         pairs = sum(each * sum(seen_pairs(length, window) for length in work.lengths) for window, each in self.per_pair)
-        return self.per_token * work.num_tokens + pairs
+        total = self.per_token * work.num_tokens + pairs
+        if self.per_passing_token:
+            passing = [num_passing(length, self.mod_capacity) for length in work.lengths]
+            total += self.per_passing_token * sum(passing) + self.per_passing_pair * sum(map(seen_pairs, passing))
+        return total
 
     def training(self, work: Work) -> int:
         """Of forward and backward pass, each product of the model once."""
@@ -157,7 +177,8 @@ class ModelFlops:
             + self.per_heard_frame * work.num_heard_frames
             + self.per_spoken_frame * work.num_spoken_frames
         )
-        return 3 * trained + (3 if self.is_tower_trained else 1) * self.per_image * work.num_images
+        num_seen = work.num_images - work.num_stored_images
+        return 3 * trained + (3 if self.is_tower_trained else 1) * self.per_image * num_seen
 
     def computed_again(self, work: Work) -> int:
         """What activation checkpointing adds."""
@@ -170,16 +191,24 @@ def seen_pairs(length: int, window: int | None = None) -> int:
     return window * (window + 1) // 2 + (length - window) * window
 
 
-def _of_layers(model: MultimodalModel) -> int:
-    """Two operations a token for each weight of a matrix; of experts for those of the experts that a token passes."""
-    layers = model.decoder.layers
-    experts = model.decoder.expert_layers()
-    stacks = {id(weight) for moe in experts.values() for weight in moe.experts.parameters()}
-    count = sum(weight.numel() for weight in layers.parameters() if weight.ndim > 1 and id(weight) not in stacks)
-    for moe in experts.values():
-        inside = sum(weight.numel() for weight in moe.experts.parameters())
-        count += inside * moe.config.num_experts_per_tok // moe.config.num_experts
-    return 2 * count
+def _of_layers(model: MultimodalModel) -> tuple[int, int]:
+    """Two operations for each weight of a matrix: of each token, and of each that passes a block that some skip.
+
+    Of experts those count that a token passes.
+    """
+    experts = {id(p): moe.config for moe in model.decoder.expert_layers().values() for p in moe.experts.parameters()}
+    per_token = per_passing_token = 0
+    for layer, block in enumerate(model.decoder.layers):
+        for name, weight in block.named_parameters():
+            count = weight.numel() if weight.ndim > 1 else 0
+            config = experts.get(id(weight))
+            if config is not None:
+                count = count * config.num_experts_per_tok // config.num_experts
+            if model.config.decoder.skips_tokens(layer) and not name.startswith("depth."):
+                per_passing_token += 2 * count
+            else:
+                per_token += 2 * count
+    return per_token, per_passing_token
 
 
 def _of_pictures(model: MultimodalModel) -> tuple[int, int]:
