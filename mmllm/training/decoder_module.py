@@ -31,7 +31,6 @@ from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
 from mmllm.model.routing_stats import RoutingWindow
 from mmllm.model.vision import VisionConfig
-from mmllm.parallel.clipping import clip_
 from mmllm.parallel.deferred import DeferredInit
 from mmllm.parallel.distribute import distribute, whole_state
 from mmllm.parallel.mesh import ParallelConfig, ParallelMesh
@@ -283,22 +282,6 @@ class DecoderModule(StagedModule):
             grads = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in _gradients(optimizer)]
             torch._foreach_mul_(grads, self._first_targets / self._accumulated_targets)
         self._num_accumulated = 0
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """By the norm over all ranks, whatever part of a weight each of them holds.
-
-        (Lightning's own refuses AdamW in one kernel with bf16-mixed, where there is no scaled loss to be afraid of.)
-        """
-        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if has_scaler or gradient_clip_val is None or gradient_clip_algorithm not in (None, "norm"):
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        else:
-            clip_(_gradients(optimizer), gradient_clip_val)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Moves the experts' biases with the weights: before any checkpoint of this step is saved."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mmllm.model.earlier_names import is_earlier
+from mmllm.parallel.norms import total_norm
 from mmllm.training.ema import without_averages
 from mmllm.training.optimizers import OptimizerConfig, build_optimizer, learning_rate_factor, parameter_groups
 from mmllm.training.step_start import StepStart
@@ -169,8 +170,7 @@ class StagedModule(pl.LightningModule):
 
     def gradient_norm(self, gradients: list[Tensor]) -> Tensor:
         """The 2-norm of all gradients as one vector, a scalar on their device; of all ranks where they are sharded."""
-        norm = torch.nn.utils.get_total_norm(gradients)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return total_norm(gradients)
 
     def configure_gradient_clipping(
         self,

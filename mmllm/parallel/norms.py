@@ -1,4 +1,4 @@
-"""Clipping by the norm of all gradients, some of which are sharded, over meshes that differ."""
+"""The norm of all gradients, some of which are sharded, over meshes that differ."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-
-_EPS = 1e-6
-"""As in `torch.nn.utils.clip_grad_norm_`."""
 
 
 @torch.no_grad()
@@ -49,15 +46,3 @@ def total_norm(gradients: Iterable[Tensor]) -> Tensor:
             dist.all_reduce(square, group=group)
         squares.append(square)
     return torch.stack(squares).sum().sqrt()
-
-
-@torch.no_grad()
-def clip_(gradients: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scales gradients in place so that their norm is at most `max_norm`, as `clip_grad_norm_` does; gives the norm."""
-    gradients = list(gradients)
-    norm = total_norm(gradients)
-    factor = (max_norm / (norm + _EPS)).clamp(max=1.0)
-    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    if local:
-        torch._foreach_mul_(local, factor)
-    return norm
