@@ -23,10 +23,10 @@ from lightning.pytorch.plugins.precision import DoublePrecision
 from torch.distributed.tensor import DTensor
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
-from mmllm.model.decoder import DecoderConfig
-from mmllm.model.multimodal import AudioConfig, LossConfig
 from mmllm.model.audio_projectors import AudioProjectorConfig
+from mmllm.model.decoder import DecoderConfig
 from mmllm.model.image_projectors import ImageProjectorConfig
+from mmllm.model.multimodal import AudioConfig, LossConfig
 from mmllm.model.router import MoEConfig
 from mmllm.model.vision import VisionConfig
 from mmllm.training.decoder_module import DecoderModule
