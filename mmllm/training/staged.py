@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from mmllm.model.earlier_names import is_earlier
-from mmllm.parallel.clipping import scale_to_norm_, total_norm
+from mmllm.parallel.norms import scale_to_norm_, total_norm
 from mmllm.training.ema import without_averages
 from mmllm.training.optimizers import OptimizerConfig, build_optimizer, learning_rate_factor, parameter_groups
 from mmllm.training.step_start import StepStart

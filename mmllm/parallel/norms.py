@@ -1,4 +1,4 @@
-"""Clipping by the norm of all gradients, some of which are sharded, over meshes that differ."""
+"""The norm of all gradients, some of which are sharded, over meshes that differ."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-
-_EPS = 1e-6
-"""As in `torch.nn.utils.clip_grad_norm_`."""
 
 
 @torch.no_grad()
