@@ -52,6 +52,8 @@ KINDS: dict[str, dict[str, Any]] = {
         ),
         "sliding_window": 8, "attention_bias": True, "dropout": 0.1, "gradient_checkpointing": True,
     },
+    "selective": {"moe": MoEConfig(4, 2, 8), "gradient_checkpointing": "selective"},
+    "skipped tokens": {"mod_layers": (1,), "mod_capacity": 0.5, "gradient_checkpointing": "selective"},
 }  # fmt: skip
 
 
@@ -72,7 +74,7 @@ def test_compiled_layers_have_no_break_and_compile_a_few_times(kind: str) -> Non
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kind", ["dense", "experts"])
+@pytest.mark.parametrize("kind", ["dense", "experts", "selective", "skipped tokens"])
 def test_compiled_layers_compute_the_same(kind: str) -> None:
     torch._dynamo.reset()
     results = []
@@ -85,6 +87,8 @@ def test_compiled_layers_compute_the_same(kind: str) -> None:
         hidden_QD, stats = decoder.packed(x_BTD, positions_BT, sequences, modality_BT)
         parameters = [p for p in decoder.parameters() if p is not decoder.embed_tokens.weight]
         loss = (hidden_QD[: sequences.num_tokens].square().sum()) + stats.z_sums_L.sum()
+        if stats.depth is not None:
+            loss = loss + stats.depth.loss(1)
         results.append([hidden_QD, *torch.autograd.grad(loss, [x_BTD, *parameters])])
         assert all(name.count("_orig_mod") == 0 for name in decoder.state_dict())
     for plain, compiled in zip(*results, strict=True):

@@ -245,7 +245,7 @@ class Block(nn.Module):
         self.recompute: Recompute = recompute_mode(config.gradient_checkpointing)
         self.has_experts = config.has_experts(layer)
         self.compiled: Callable[..., Any] | None = None
-        """`_run` of any block; the hooks of sharding stay outside of it, and so does recomputing."""
+        """`_recomputed` or `_run` of any block; the hooks of sharding stay outside of it."""
         self.rule = config.rule(layer)
         self.depth = DepthRouter(config.hidden_size) if config.skips_tokens(layer) else None
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -267,8 +267,14 @@ class Block(nn.Module):
         layout: DepthLayout | None = None,
     ) -> tuple[Tensor, LayerSums | DepthSums | None]:
         """The new residual stream, and sums of the routing to experts or past the block, if they are wanted."""
-        run = self._run if self.compiled is None else functools.partial(self.compiled, self)
-        return checkpointed(self.recompute, run, x_ND, cos, sin, context, tokens, layout)
+        if self.compiled is None or self.recompute == "full":
+            run = self._run if self.compiled is None else functools.partial(self.compiled, self)
+            return checkpointed(self.recompute, run, x_ND, cos, sin, context, tokens, layout)
+        return self.compiled(self, x_ND, cos, sin, context, tokens, layout)
+
+    def _recomputed(self, *args: Any) -> tuple[Tensor, LayerSums | DepthSums | None]:
+        """As `forward`, for a compiler, which must see what is kept of a selective checkpoint."""
+        return checkpointed(self.recompute, self._run, *args)
 
     def _run(
         self,
@@ -365,14 +371,18 @@ class Decoder(nn.Module):
         """Compiles each layer by itself, in place; names of weights stay.
 
         Batches should have their tokens rounded up (`PackedDataModule`'s `token_multiple`): every new number of tokens
-        is a shape to compile for.
+        is a shape to compile for. Blocks that only some tokens pass stay as they are: how many do is another number in
+        every batch.
 
         Args:
             options: of `torch.compile`.
         """
-        compiled = torch.compile(Block._run, **{"fullgraph": True, **options})
-        for block in self.layers:
-            block.compiled = compiled  # pyright: ignore[reportArgumentType]
+        is_selective = recompute_mode(self.config.gradient_checkpointing) == "selective"
+        run = Block._recomputed if is_selective else Block._run
+        compiled = torch.compile(run, **{"fullgraph": True, **options})
+        for layer, block in enumerate(self.layers):
+            if not self.config.skips_tokens(layer):
+                block.compiled = compiled  # pyright: ignore[reportArgumentType]
 
     def expert_layers(self) -> dict[int, MoE]:
         """The mixtures of experts, by layer."""
