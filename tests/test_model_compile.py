@@ -45,6 +45,7 @@ def _batch(seed: int, multiple: int = 32) -> tuple[torch.Tensor, torch.Tensor, S
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {},
     "experts": {"moe": MoEConfig(4, 2, 8)},
+    "selective": {"moe": MoEConfig(4, 2, 8, n_shared_experts=1), "gradient_checkpointing": "selective"},
     "every switch": {
         "moe": MoEConfig(
             8, 2, 8, scoring_func="sigmoid", router_z_loss_coef=0.0, n_group=2, topk_group=1, use_expert_bias=True,
@@ -72,7 +73,7 @@ def test_compiled_layers_have_no_break_and_compile_a_few_times(kind: str) -> Non
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kind", ["dense", "experts"])
+@pytest.mark.parametrize("kind", ["dense", "experts", "selective"])
 def test_compiled_layers_compute_the_same(kind: str) -> None:
     torch._dynamo.reset()
     results = []
