@@ -45,6 +45,7 @@ def _batch(seed: int, multiple: int = 32) -> tuple[torch.Tensor, torch.Tensor, S
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {},
     "experts": {"moe": MoEConfig(4, 2, 8)},
+    "selective": {"moe": MoEConfig(4, 2, 8, n_shared_experts=1), "gradient_checkpointing": "selective"},
     "every switch": {
         "moe": MoEConfig(
             8, 2, 8, scoring_func="sigmoid", router_z_loss_coef=0.0, n_group=2, topk_group=1, use_expert_bias=True,

@@ -9,6 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+_EPS = 1e-6
+"""As in `torch.nn.utils.clip_grad_norm_`."""
+
 
 @torch.no_grad()
 def total_norm(gradients: Iterable[Tensor]) -> Tensor:
