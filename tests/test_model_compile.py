@@ -53,7 +53,6 @@ KINDS: dict[str, dict[str, Any]] = {
         ),
         "sliding_window": 8, "attention_bias": True, "dropout": 0.1, "gradient_checkpointing": True,
     },
-    "selective": {"moe": MoEConfig(4, 2, 8), "gradient_checkpointing": "selective"},
     "skipped tokens": {"mod_layers": (1,), "mod_capacity": 0.5, "gradient_checkpointing": "selective"},
 }  # fmt: skip
 
