@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -282,7 +283,9 @@ def _connected(training: Training, rank: int, port: int) -> dict[str, Any]:
     os.environ.update({name: str(value) for name, value in places.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="parallel")
     layout = LAYOUTS[training.layout][number]
-    strategy = MeshStrategy(**(layout | training.strategy)) if isinstance(layout, dict) else layout
+    strategy = layout
+    if isinstance(layout, dict):
+        strategy = MeshStrategy(**(layout | training.strategy), timeout=timedelta(seconds=100))  # a hang fails
     return {"devices": number, "strategy": strategy}
 
 

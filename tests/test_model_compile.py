@@ -45,6 +45,7 @@ def _batch(seed: int, multiple: int = 32) -> tuple[torch.Tensor, torch.Tensor, S
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {},
     "experts": {"moe": MoEConfig(4, 2, 8)},
+    "selective": {"moe": MoEConfig(4, 2, 8, n_shared_experts=1), "gradient_checkpointing": "selective"},
     "every switch": {
         "moe": MoEConfig(
             8, 2, 8, scoring_func="sigmoid", router_z_loss_coef=0.0, n_group=2, topk_group=1, use_expert_bias=True,
@@ -52,7 +53,6 @@ KINDS: dict[str, dict[str, Any]] = {
         ),
         "sliding_window": 8, "attention_bias": True, "dropout": 0.1, "gradient_checkpointing": True,
     },
-    "selective": {"moe": MoEConfig(4, 2, 8), "gradient_checkpointing": "selective"},
     "skipped tokens": {"mod_layers": (1,), "mod_capacity": 0.5, "gradient_checkpointing": "selective"},
 }  # fmt: skip
 

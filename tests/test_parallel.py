@@ -20,10 +20,10 @@ from mmllm.model.decoder import Decoder, DecoderConfig
 from mmllm.model.multimodal import ModelConfig
 from mmllm.model.recompute import Recompute
 from mmllm.model.router import MoEConfig
-from mmllm.parallel.clipping import scale_to_norm_, total_norm
 from mmllm.parallel.deferred import DeferredInit, materialize
 from mmllm.parallel.experts import _positions
 from mmllm.parallel.mesh import ParallelConfig
+from mmllm.parallel.norms import scale_to_norm_, total_norm
 from mmllm.parallel.plan import Hardware, Sizes, plan
 from mmllm.parallel.shard import ShardConfig, compiles_in_one_graph
 from mmllm.training.lightning_cli import SUBCOMMANDS
@@ -179,10 +179,10 @@ def test_weights_that_nothing_fills_in_place_are_named() -> None:
         torch.randn(3)
 
 
-# --- clipping -----------------------------------------------------------------------------------------------------
+# --- norms --------------------------------------------------------------------------------------------------------
 
 
-def test_clipping_is_torch_s() -> None:
+def test_the_norm_of_whole_gradients_is_torch_s() -> None:
     generator = torch.Generator().manual_seed(0)
     for max_norm in (0.1, 1e3):
         parameters = [nn.Parameter(torch.randn(*shape, generator=generator)) for shape in ((3, 4), (5,), (0,), (2, 2))]

@@ -23,9 +23,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from mmllm.batch import IGNORE
 from mmllm.losses import chunked, vocabulary
 from mmllm.parallel.checkpoint import gathered, is_folder, load_folder, save_folder, sharded
-from mmllm.parallel.clipping import scale_to_norm_, total_norm
 from mmllm.parallel.experts import AllToAllDispatcher, TensorDispatcher
 from mmllm.parallel.mesh import ParallelConfig, ParallelMesh
+from mmllm.parallel.norms import scale_to_norm_, total_norm
 
 RANKS = 4
 NUM_EXPERTS, TOP_K, WIDTH = 8, 3, 5

@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from torch._dynamo.testing import CompileCounter
 
 from mmllm.batch import Modality, PackedBatch
 from mmllm.evaluation.routing import changed_share, chosen_experts, load_routing, routing_drift
@@ -195,6 +196,20 @@ def test_a_probe_changes_nothing_in_training(tmp_path: Path) -> None:
     plain = run("plain")
     probed = run("probed", RoutingLog(str(tmp_path), every_steps=1, probe=True))
     assert all(torch.equal(plain[name], probed[name]) for name in plain)
+
+
+def test_a_probe_compiles_nothing() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    module = tiny_module()
+    module.configure_model()
+    assert module.model is not None
+    module.model.decoder.compile_layers(backend=counter)
+    batch, compiled = tiny_batch(0).with_metadata(), module.model.decoder.layers[0].compiled
+    chosen = [chosen_experts(module.model, batch) for _ in range(3)]
+    assert torch.equal(chosen[0], chosen[2]) and counter.frame_count == 0
+    assert module.model.decoder.layers[0].compiled is compiled
+    torch._dynamo.reset()
 
 
 def test_totals_of_an_earlier_checkpoint_are_read(tmp_path: Path) -> None:

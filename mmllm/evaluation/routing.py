@@ -131,13 +131,21 @@ def chosen_experts(model: MultimodalModel, batch: PackedBatch) -> Tensor:
 
 @contextlib.contextmanager
 def _recorded(model: MultimodalModel, chosen: list[Tensor]) -> Iterator[None]:
+    """Compiled layers run as they are written: with each new hook they would be compiled anew, and soon refused."""
+
     def keep(router: nn.Module, inputs: Any, routing: Routing) -> None:
         chosen.append(routing.experts_NK)
 
+    blocks: list[Any] = list(model.decoder.layers)
+    compiled = [block.compiled for block in blocks]
     hooks = [moe.gate.register_forward_hook(keep) for moe in model.decoder.expert_layers().values()]
     try:
+        for block in blocks:
+            block.compiled = None
         yield
     finally:
+        for block, function in zip(blocks, compiled, strict=True):
+            block.compiled = function
         for hook in hooks:
             hook.remove()
 

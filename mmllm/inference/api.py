@@ -367,8 +367,8 @@ class Model:
         if not all(isinstance(part, str) for part in parts):
             raise ValueError("an assistant's message holds an image or a sound; it can hold text alone")
         writer = DocumentWriter(self.tokenizer)
-        writer.ids(self.tokenizer.text.encode("".join(parts)), is_target=False)  # type: ignore[arg-type]
-        writer.ids([self.tokenizer.id(END)], is_target=False)
+        writer.ids(self.tokenizer.text.encode("".join(parts)), is_target=True)  # type: ignore[arg-type]
+        writer.ids([self.tokenizer.id(END)], is_target=True)
         return writer.finish()
 
     def _prompt(

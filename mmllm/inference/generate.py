@@ -309,11 +309,9 @@ class _Decoding:
         self.device = model.decoder.head_weight_VD.device
         batch = pad_left(prompts).to(self.device)
         self.num_codebooks = batch.audio_codes_BTK.shape[-1]
-        x_BTD = model.splice(batch)
         num_rows, num_positions = batch.token_ids_BT.shape
         self.cache = model.decoder.make_cache(num_rows, num_positions + num_new)
-        hidden_BTD, _ = model.decoder(x_BTD, batch.positions_BT, batch.document_ids_BT, self.cache, batch.modality_BT)
-        self.hidden_BD = hidden_BTD[:, -1]
+        self.hidden_BD = model.hidden(batch, self.cache)[:, -1]
         self.positions_B = batch.positions_BT[:, -1]
 
     def advance(self, token_ids_B: Tensor, codes_BK: Tensor, modality: Modality) -> None:
@@ -321,11 +319,7 @@ class _Decoding:
         self.positions_B = self.positions_B + 1
         document_ids_B = torch.zeros_like(self.positions_B)
         batch = next_position(token_ids_B, self.positions_B, document_ids_B, codes_BK, modality)
-        x_B1D = self.model.splice(batch)
-        hidden_B1D, _ = self.model.decoder(
-            x_B1D, batch.positions_BT, batch.document_ids_BT, self.cache, batch.modality_BT
-        )
-        self.hidden_BD = hidden_B1D[:, -1]
+        self.hidden_BD = self.model.hidden(batch, self.cache)[:, -1]
 
     def keep(self, places: list[int]) -> None:
         """Drops all other rows."""

@@ -17,10 +17,14 @@ from mmllm.data.samples.documents import Document, tile_places
 
 
 def pad_left(documents: Sequence[Document]) -> PackedBatch:
-    """One document a row, each ending at the last position."""
+    """One document a row, each ending at the last position. What in it was a target in training is labelled as there.
+
+    (No loss is taken of it, but where a prompt ends, for `decoder.prefix`, is where its first target is.)
+    """
     num_rows, num_positions = len(documents), max(document.num_tokens for document in documents)
     num_codebooks = documents[0].codes_TK.shape[1]
     token_ids_BT = np.zeros((num_rows, num_positions), dtype=np.int64)
+    labels_BT = np.full((num_rows, num_positions), IGNORE, dtype=np.int64)
     document_ids_BT = np.full((num_rows, num_positions), -1, dtype=np.int64)
     positions_BT = np.zeros_like(token_ids_BT)
     modality_BT = np.zeros_like(token_ids_BT)
@@ -29,6 +33,7 @@ def pad_left(documents: Sequence[Document]) -> PackedBatch:
     for row, document in enumerate(documents):
         start = num_positions - document.num_tokens
         token_ids_BT[row, start:] = document.token_ids_T
+        labels_BT[row, start:-1] = np.where(document.targets_T[1:], document.token_ids_T[1:], IGNORE)
         document_ids_BT[row, start:] = 0
         positions_BT[row, start:] = np.arange(document.num_tokens)
         modality_BT[row, start:] = document.modality_T
@@ -42,7 +47,7 @@ def pad_left(documents: Sequence[Document]) -> PackedBatch:
             clip_slots.append(first + clip.start + torch.arange(clip.num_slots))
     return PackedBatch(
         token_ids_BT=torch.from_numpy(token_ids_BT),
-        labels_BT=torch.full((num_rows, num_positions), IGNORE),
+        labels_BT=torch.from_numpy(labels_BT),
         positions_BT=torch.from_numpy(positions_BT),
         document_ids_BT=torch.from_numpy(document_ids_BT),
         modality_BT=torch.from_numpy(modality_BT),

@@ -245,7 +245,7 @@ class Block(nn.Module):
         self.recompute: Recompute = recompute_mode(config.gradient_checkpointing)
         self.has_experts = config.has_experts(layer)
         self.compiled: Callable[..., Any] | None = None
-        """`_recomputed` or `_run` of any block; the hooks of sharding stay outside of it."""
+        """`_run_selective` of any block; the hooks of sharding stay outside of it, and so does full recomputing."""
         self.rule = config.rule(layer)
         self.depth = DepthRouter(config.hidden_size) if config.skips_tokens(layer) else None
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -267,14 +267,14 @@ class Block(nn.Module):
         layout: DepthLayout | None = None,
     ) -> tuple[Tensor, LayerSums | DepthSums | None]:
         """The new residual stream, and sums of the routing to experts or past the block, if they are wanted."""
-        if self.compiled is None or self.recompute == "full":
-            run = self._run if self.compiled is None else functools.partial(self.compiled, self)
-            return checkpointed(self.recompute, run, x_ND, cos, sin, context, tokens, layout)
-        return self.compiled(self, x_ND, cos, sin, context, tokens, layout)
+        if self.compiled is None:
+            return checkpointed(self.recompute, self._run, x_ND, cos, sin, context, tokens, layout)
+        mode: Recompute = "full" if self.recompute == "full" else "none"
+        return checkpointed(mode, functools.partial(self.compiled, self), x_ND, cos, sin, context, tokens, layout)
 
-    def _recomputed(self, *args: Any) -> tuple[Tensor, LayerSums | DepthSums | None]:
-        """As `forward`, for a compiler, which must see what is kept of a selective checkpoint."""
-        return checkpointed(self.recompute, self._run, *args)
+    def _run_selective(self, *args: Any) -> tuple[Tensor, LayerSums | DepthSums | None]:
+        """`_run`, with a selective checkpoint inside of what is compiled: compilers refuse its modes around them."""
+        return checkpointed("selective" if self.recompute == "selective" else "none", self._run, *args)
 
     def _run(
         self,
@@ -377,9 +377,7 @@ class Decoder(nn.Module):
         Args:
             options: of `torch.compile`.
         """
-        is_selective = recompute_mode(self.config.gradient_checkpointing) == "selective"
-        run = Block._recomputed if is_selective else Block._run
-        compiled = torch.compile(run, **{"fullgraph": True, **options})
+        compiled = torch.compile(Block._run_selective, **{"fullgraph": True, **options})
         for layer, block in enumerate(self.layers):
             if not self.config.skips_tokens(layer):
                 block.compiled = compiled  # pyright: ignore[reportArgumentType]

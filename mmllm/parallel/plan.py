@@ -193,11 +193,12 @@ class _Links:
         total = _Cost(0.0, 0.0)
         num_layers = decoder.num_hidden_layers
         holders = mesh.fsdp // mesh.expert
-        parts = [
-            (sizes.layer / mesh.tensor, mesh.fsdp, mesh.tensor, num_layers),
-            (sizes.experts / mesh.expert / mesh.tensor, holders, mesh.tensor * mesh.expert, num_layers),
-            (sizes.vocabulary / mesh.tensor, mesh.fsdp, mesh.tensor, 1),
-        ]
+        parts = [(sizes.vocabulary / mesh.tensor, mesh.fsdp, mesh.tensor, 1)]
+        if mesh.expert == 1:  # a layer is one unit
+            parts.append(((sizes.layer + sizes.experts) / mesh.tensor, mesh.fsdp, mesh.tensor, num_layers))
+        else:
+            parts.append((sizes.layer, mesh.fsdp, 1, num_layers))
+            parts.append((sizes.experts / mesh.expert, holders, mesh.expert, num_layers))
         for weights, size, stride, times in parts:
             if not weights:
                 continue

@@ -77,9 +77,9 @@ def shard(model: MultimodalModel, mesh: ParallelMesh, config: ShardConfig | None
     else:
         units.make(decoder.embed_tokens)
         units.make(decoder.lm_head)
-    if model.ctc_head is not None:
-        units.make(model.ctc_head)  # it is called after the model's own forward pass, as the head is
-    units.make(model, ignored=frozen)
+    # The root's stay gathered for the losses: the CTC head is called after the model's own forward pass, and only on
+    # ranks that hear something, so that it can't be a unit of its own, which all would have to call.
+    units.make(model, reshards=False, ignored=frozen)
     _prefetch(layers)
     _prefetch([[block] for block in blocks])
 
@@ -132,6 +132,7 @@ class _Units:
         mesh: DeviceMesh | None = None,
         keeps_dtype: bool = False,
         casts_inputs: bool = True,
+        reshards: bool = True,
         ignored: set[nn.Parameter] | None = None,
     ) -> Any:
         """Makes a module, or several, one unit.
@@ -141,6 +142,7 @@ class _Units:
             mesh: over which it is sharded; None: what is no expert.
             keeps_dtype: its weights are gathered in their own dtype.
             casts_inputs: float inputs become the compute dtype; not where gates are among them, which stay float32.
+            reshards: after the forward pass, where that is configured.
             ignored: parameters that stay whole.
         """
         mesh = self.mesh.fsdp_mesh() if mesh is None else mesh
@@ -153,7 +155,7 @@ class _Units:
         return fully_shard(
             module,
             mesh=mesh,
-            reshard_after_forward=self.config.reshard_after_forward,
+            reshard_after_forward=self.config.reshard_after_forward and reshards,
             shard_placement_fn=lambda parameter: _placement(parameter, num_shards),
             mp_policy=policy,
             ignored_params=ignored,

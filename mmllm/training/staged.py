@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from mmllm.model.earlier_names import is_earlier
-from mmllm.parallel.clipping import scale_to_norm_, total_norm
+from mmllm.parallel.norms import scale_to_norm_, total_norm
 from mmllm.training.ema import without_averages
 from mmllm.training.optimizers import OptimizerConfig, build_optimizer, learning_rate_factor, parameter_groups
 from mmllm.training.step_start import StepStart
@@ -56,6 +56,7 @@ class StagedModule(pl.LightningModule):
         self.window = MetricWindow()
         self.watch = Watch()
         self._last_tick: float | None = None
+        self._logged_step = 0
         self._step_start: StepStart | None = None
         self._resumed: dict[str, Any] | None = None
         self._peak_lrs: list[float] = []
@@ -134,6 +135,7 @@ class StagedModule(pl.LightningModule):
             log.warning("%s is not empty: this training writes over it when it ends", directory)
         self._last_tick = time.monotonic()
         self.window.reset()
+        self._logged_step = self.trainer.global_step
         self.watch = self._new_watch()
         self._step_start, self._resumed = StepStart(self, self._resumed), None
 
@@ -197,7 +199,9 @@ class StagedModule(pl.LightningModule):
             self.trainer.should_stop = True
         trainer: Any = self.trainer  # `log_every_n_steps` is declared nowhere
         step = trainer.global_step
-        if step and step % trainer.log_every_n_steps == 0 and self.window.num_batches:
+        # Of accumulated batches only the last one ends a step.
+        if step != self._logged_step and step % trainer.log_every_n_steps == 0 and self.window.num_batches:
+            self._logged_step = step
             self._write_metrics(step)
         assert self._step_start is not None, "on_train_start makes it"
         if self._step_start.is_over:
@@ -349,8 +353,8 @@ class MetricWindow:
 def memory_gb(device: torch.device) -> dict[str, float]:
     """What the process holds of the device's memory, in 10⁹ bytes.
 
-    Of a GPU the most that was allocated, and the most that PyTorch's allocator reserved for that, since the process
-    began; of a CPU what the process has in memory now.
+    Of a GPU the most that was allocated, and the most that PyTorch's allocator reserved, since the process began; of a
+    CPU what the process has in memory now.
     """
     if device.type == "cuda":
         return {

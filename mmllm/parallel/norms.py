@@ -1,4 +1,4 @@
-"""Clipping by the norm of all gradients, some of which are sharded, over meshes that differ."""
+"""The norm of all gradients, some of which are sharded, over meshes that differ."""
 
 from __future__ import annotations
 
