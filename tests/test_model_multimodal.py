@@ -15,7 +15,7 @@ from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
 from mmllm.model.router import MoEConfig
 from mmllm.model.vision import VisionConfig
-from mmllm.training.decoder_module import GlobalTotals
+from mmllm.training.totals import GlobalTotals
 from mmllm_tokenizers.vocab import AUDIO_END, SPECIAL_TOKENS
 
 CLIP = {

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from mmllm.batch import IGNORE, Modality, PackedBatch
 from mmllm.model.router import MoEConfig
 from mmllm.sequences import BatchMetadata, SequenceMetadata
-from mmllm.training.decoder_module import DecoderModule, GlobalTotals
+from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.lightning_cli import quiet_lightning
 from mmllm.training.optimizers import OptimizerConfig
+from mmllm.training.totals import GlobalTotals
 from tests.training_fixtures import TinyData, quiet_trainer, tiny_batch, tiny_module
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))

@@ -25,7 +25,6 @@ from mmllm.inference.card import ModelInfo
 from mmllm.inference.folder import check_replaceable, save_model
 from mmllm.inference.settings import GenerationConfig
 from mmllm.losses.batch import TASKS, BatchLosses, LossFunction
-from mmllm.losses.routing import RoutingTotals, router_loss_weights, router_losses
 from mmllm.model.decoder import DecoderConfig
 from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
@@ -43,6 +42,7 @@ from mmllm.training.interop_commands import load_decoder
 from mmllm.training.optimizers import OptimizerConfig
 from mmllm.training.staged import StagedModule
 from mmllm.training.strategy import MeshStrategy
+from mmllm.training.totals import GlobalTotals
 from mmllm_tokenizers.folder import TokenizerFolder
 from mmllm_tokenizers.vocab import Vocabulary
 
@@ -436,80 +436,6 @@ class DecoderModule(StagedModule):
             self._whole = _gathered(self._built())
         super().on_train_end()
         self._whole = None
-
-
-@dataclasses.dataclass
-class GlobalTotals:
-    """Detached sums and counts of a batch over all ranks, in one all-reduce; all stay on the device."""
-
-    sums: dict[str, Tensor]
-    counts: dict[str, Tensor]
-    source_sums: Tensor
-    source_counts: Tensor
-    routing: RoutingTotals
-    num_correct: Tensor
-    num_ctc_left_out: Tensor
-    num_positions: Tensor
-
-    @property
-    def num_targets(self) -> Tensor:
-        """Of text and units, at least 1."""
-        return self.counts["task"].clamp(min=1)
-
-    @property
-    def num_tokens(self) -> Tensor:
-        """Without padding."""
-        return self.routing.num_tokens
-
-    @property
-    def task_loss(self) -> Tensor:
-        """The weighted loss over text and unit targets."""
-        return self.sums["task"] / self.num_targets
-
-    @classmethod
-    def of(cls, losses: BatchLosses, batch: PackedBatch, group: dist.ProcessGroup | None = None) -> GlobalTotals:
-        """Gathers a forward pass over the ranks of `group` (None: over all), each of which has other sequences."""
-        keys = list(losses.sums)
-        like = losses.source_sums.double()
-        routing = RoutingTotals.of(losses.routing)
-        parts = [
-            torch.stack([losses.sums[key].double() for key in keys]),
-            torch.stack([losses.counts[key].double() for key in keys]),
-            losses.source_sums.double(),
-            losses.source_counts.double(),
-            torch.stack([losses.num_correct.double(), losses.num_ctc_left_out.double()]),
-            like.new_full((1,), batch.document_ids_BT.numel()),
-            routing.flat(),
-        ]
-        totals = torch.cat(parts)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(totals, group=group)
-        sums, counts, source_sums, source_counts, seen, sizes, flat = totals.split([len(p) for p in parts])
-        return cls(
-            sums=dict(zip(keys, sums, strict=True)),
-            counts=dict(zip(keys, counts, strict=True)),
-            source_sums=source_sums,
-            source_counts=source_counts,
-            routing=routing.with_flat(flat),
-            num_correct=seen[0],
-            num_ctc_left_out=seen[1],
-            num_positions=sizes[0],
-        )
-
-    def loss(self, losses: BatchLosses, config: ModelConfig) -> Tensor:
-        """This rank's part of the global loss, differentiable; see `DecoderModule`."""
-        loss = losses.objective / self.num_targets.to(losses.objective)
-        if config.loss.ctc:
-            loss = loss + config.loss.ctc * losses.ctc_sum / self.counts["ctc"].clamp(min=1).to(losses.ctc_sum)
-        if losses.routing.depth is not None:
-            num_tokens = self.num_tokens.to(losses.objective)
-            loss = loss + config.decoder.mod_predictor_coef * losses.routing.depth.loss(num_tokens)
-        moe = config.decoder.moe
-        if moe is not None:
-            weights = router_loss_weights(moe)
-            for name, value in router_losses(moe, losses.routing, self.routing).items():
-                loss = loss + weights[name] * value
-        return loss
 
 
 def with_vocabulary(
