@@ -83,6 +83,11 @@ def test_a_mesh_that_does_not_divide_the_processes_is_refused(sizes: dict[str, i
         ({"tensor": 2}, {"intermediate_size": 25}, "decoder.intermediate_size is 25"),
         ({"tensor": 2, "fsdp": 3}, {}, "decoder.hidden_size is 16, which strategy.fsdp, 3"),
         ({"tensor": 2}, {"qk_norm": "width"}, "decoder.qk_norm is 'width'.*set tensor to 1, or qk_norm to 'head'"),
+        (
+            {"tensor": 2},
+            {"attention_bias": "qkv"},
+            "attention_bias is 'qkv'.*set tensor to 1, or attention_bias",
+        ),
         ({"fsdp": 3, "expert": 3}, {}, "decoder.moe.num_experts is 4, which strategy.expert, 3.*choose 2"),
         ({"fsdp": 2, "expert": 2}, {"moe": None, "moe_layers": ()}, "the model has no experts; set decoder.moe"),
         ({"fsdp": 10, "expert": 2}, {}, "decoder.hidden_size is 16, which strategy.fsdp / expert, 5"),

@@ -15,6 +15,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
+from mmllm.model.router import MoEConfig
+
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # its files import each other, as scripts do
 
 from parallel_side import LAYOUTS, Training, run, train
@@ -74,6 +76,16 @@ def test_two_processes_train_as_one(
     assert len(alone["losses"]) == 6 and len(set(alone["losses"])) == 6
     for rank in together[layout]:
         assert_same(rank, alone)
+
+
+def test_a_tied_head_and_shared_experts_train_as_in_one_process(work: Path) -> None:
+    moe = MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, n_shared_experts=1)
+    changes: dict[str, Any] = {"num_steps": 2, "decoder": {"tie_word_embeddings": True, "moe": moe}}
+    ((tied,),) = run([dataclasses.replace(STEPS, **changes)], work / "tied")
+    layouts = ("FSDP2", "FSDP2+EP", "FSDP2+TP")
+    for ranks in run([on_two(layout, **changes) for layout in layouts], work / "tied together"):
+        for rank in ranks:
+            assert_same(rank, tied)
 
 
 def test_a_run_goes_on_in_another_layout(
