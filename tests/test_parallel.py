@@ -25,6 +25,7 @@ from mmllm.parallel.experts import _positions
 from mmllm.parallel.mesh import ParallelConfig
 from mmllm.parallel.norms import scale_to_norm_, total_norm
 from mmllm.parallel.plan import Hardware, Sizes, plan
+from mmllm.parallel.shard import ShardConfig, compiles_in_one_graph
 from mmllm.training.lightning_cli import SUBCOMMANDS
 
 DECODER = DecoderConfig(
@@ -93,6 +94,26 @@ def test_a_model_that_the_axes_do_not_divide_is_refused(
     config = ParallelConfig(**{"fsdp": 1, **mesh})
     with pytest.raises(ValueError, match=message):
         config.check_model(ModelConfig(dataclasses.replace(DECODER, **changes)))
+
+
+@pytest.mark.parametrize(
+    ("axes", "dtype", "recompute", "wanted"),
+    [
+        ({"fsdp": 2}, None, "selective", True),
+        ({"fsdp": 2}, torch.bfloat16, "full", False),
+        ({"fsdp": 2}, torch.bfloat16, "selective", "gradient_checkpointing is 'selective'"),
+        ({"fsdp": 2, "expert": 2}, None, "none", "strategy.expert is 2, whose exchanges"),
+        ({"fsdp": 2, "tensor": 2}, None, "none", "strategy.tensor is 2, whose exchanges"),
+    ],
+)
+def test_what_of_a_sharded_layer_is_compiled(axes: Any, dtype: Any, recompute: Any, wanted: Any) -> None:
+    decoder = dataclasses.replace(DECODER, moe=MoEConfig(4, 2, 8), gradient_checkpointing=recompute)
+    args = ModelConfig(decoder), ParallelConfig(**axes), ShardConfig(dtype)
+    if isinstance(wanted, bool):
+        assert compiles_in_one_graph(*args) is wanted
+    else:
+        with pytest.raises(ValueError, match=wanted):
+            compiles_in_one_graph(*args)
 
 
 def test_a_model_that_the_axes_divide_is_taken() -> None:

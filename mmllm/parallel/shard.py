@@ -17,8 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from mmllm.model.multimodal import MultimodalModel
-from mmllm.parallel.mesh import ParallelMesh
+from mmllm.model.multimodal import ModelConfig, MultimodalModel
+from mmllm.model.recompute import recompute_mode
+from mmllm.parallel.mesh import ParallelConfig, ParallelMesh
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,29 @@ def shard(model: MultimodalModel, mesh: ParallelMesh, config: ShardConfig | None
     units.make(model, reshards=False, ignored=frozen)
     _prefetch(layers)
     _prefetch([[block] for block in blocks])
+
+
+def compiles_in_one_graph(model: ModelConfig, mesh: ParallelConfig, config: ShardConfig) -> bool:
+    """Whether a sharded layer can be compiled without a break; False: its router is a unit, whose hooks are breaks.
+
+    Raises:
+        ValueError: such a layer can't be compiled at all.
+    """
+    for axis in ("expert", "tensor"):
+        if getattr(mesh, axis) > 1:
+            raise ValueError(
+                f"model.init_args.compile is true and strategy.{axis} is {getattr(mesh, axis)}, whose exchanges "
+                f"between ranks lie inside of a layer; set compile to false, or {axis} to 1"
+            )
+    if model.decoder.moe is None or config.compute_dtype is None:
+        return True
+    if recompute_mode(model.decoder.gradient_checkpointing) == "selective":
+        raise ValueError(
+            "model.init_args.compile is true and decoder.gradient_checkpointing is 'selective', which takes the "
+            "gathering of a sharded router's weight for an operator that wasn't there before; set "
+            "gradient_checkpointing to full or none, or compile to false"
+        )
+    return False
 
 
 def free_gathered(model: nn.Module) -> None:

@@ -34,7 +34,7 @@ from mmllm.model.vision import VisionConfig
 from mmllm.parallel.deferred import DeferredInit
 from mmllm.parallel.distribute import distribute, whole_state
 from mmllm.parallel.mesh import ParallelConfig, ParallelMesh
-from mmllm.parallel.shard import ShardConfig, free_gathered
+from mmllm.parallel.shard import ShardConfig, compiles_in_one_graph, free_gathered
 from mmllm.parallel.tensor import sum_partial_gradients
 from mmllm.training.clip_module import load_clip_config
 from mmllm.training.expert_bias import ExpertBias
@@ -183,7 +183,8 @@ class DecoderModule(StagedModule):
         if self.folder is not None and config.audio is not None and self.folder.audio is not None:
             self.model.initialize_audio(codebooks_of(self.folder))
         if self.compile_layers:
-            self.model.decoder.compile_layers()
+            is_whole = self.mesh is None or compiles_in_one_graph(config, self.mesh.config, sharding)
+            self.model.decoder.compile_layers(fullgraph=is_whole)
         if self.mesh is not None and deferred is not None:
             distribute(self.model, deferred, self.mesh, sharding, self.trainer.strategy.root_device)
         if self.init_from is not None:

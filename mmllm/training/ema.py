@@ -12,6 +12,7 @@ import torch.distributed.checkpoint
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from mmllm.parallel.deferred import fill
 from mmllm.training.matrix_exchange import local
 from mmllm.training.strategy import MeshStrategy
 
@@ -185,10 +186,7 @@ def _sharded_like(weight: Tensor, whole: Tensor) -> Tensor:
     if isinstance(whole, DTensor):
         return whole
     value = torch.empty_like(weight)
-    if isinstance(weight, DTensor):
-        (chunk,) = weight.__create_chunk_list__()
-        whole = whole[tuple(slice(o, o + size) for o, size in zip(chunk.offsets, chunk.sizes, strict=True))]
-    local(value).copy_(whole)
+    fill(value, whole)
     return value
 
 
