@@ -255,7 +255,7 @@ def train(training: Training, rank: int = 0, port: int = 0) -> dict[str, Any]:
     if training.layout is not None:
         settings |= _connected(training, rank, port)
         plugins.append(TorchElasticEnvironment())
-    elif training.num_processes == 1:
+    if training.layout in (None, "DDP"):
         plugins.append(AnyCheckpointIO())
     losses, module = Losses(), make_module(training)
     callbacks: list[pl.Callback] = [losses, EMA(decay=0.9), *training.callbacks]

@@ -366,6 +366,16 @@ def test_prefix_decoders_cache_and_pack_alike() -> None:
         ({"qk_norm": "heads"}, "qk_norm is 'heads'"),
         ({"attention_bias": "q"}, "attention_bias is 'q'"),
         ({"prefix": "image"}, "prefix is 'image'"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be at least 1"),
+        ({"num_key_value_heads": -2}, "num_key_value_heads is -2"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"intermediate_size": 0}, "intermediate_size is 0"),
+        ({"head_dim": -8}, "head_dim is -8"),
+        ({"rope_theta": 0.0}, "rope_theta is 0.0; give a number above 1"),
+        ({"sliding_window": 2, "sliding_rope_theta": float("nan")}, "sliding_rope_theta is nan"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
+        ({"dropout": 1.5}, "dropout is 1.5; it must be at least 0 and below 1"),
+        ({"mod_predictor_coef": float("nan")}, "mod_predictor_coef is nan"),
     ],
 )
 def test_switches_that_contradict_each_other_are_named(changes: dict[str, Any], message: str) -> None:
@@ -377,6 +387,11 @@ def test_switches_that_contradict_each_other_are_named(changes: dict[str, Any], 
     ("values", "message"),
     [
         ({"rope_type": "linear", "factor": 0.5}, "factor is 0.5"),
+        ({"rope_type": "linear", "factor": float("inf")}, "factor is inf"),
+        (
+            {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "attention_factor": 0.0},
+            "attention_factor is 0.0",
+        ),
         ({"rope_type": "yarn", "factor": 2.0}, "original_max_position_embeddings is None"),
         (
             {"rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 8, "low_freq_factor": 5},

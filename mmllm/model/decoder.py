@@ -108,6 +108,7 @@ class DecoderConfig:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         recompute_mode(self.gradient_checkpointing)
+        self._check_numbers()
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"decoder.hidden_size is {self.hidden_size}, which {self.num_attention_heads} heads do not divide; "
@@ -126,6 +127,25 @@ class DecoderConfig:
             raise ValueError(f"decoder.moe_layers names layer {wrong[0]}; layers are 0 to {self.num_hidden_layers - 1}")
         self._check_attention()
         self._check_depth()
+
+    def _check_numbers(self) -> None:
+        for key in (
+            "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "intermediate_size",
+        ):  # fmt: skip
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"decoder.{key} is {value}; it must be at least 1")
+        if self.vocab_size < 0:
+            raise ValueError(f"decoder.vocab_size is {self.vocab_size}; give the tokenizer's, or 0 to take it from there")
+        for key in ("rope_theta", "sliding_rope_theta"):
+            value = getattr(self, key)
+            if value is not None and not (math.isfinite(value) and value > 1):
+                raise ValueError(f"decoder.{key} is {value}; give a number above 1, such as 10000")
+        if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps > 0):
+            raise ValueError(f"decoder.rms_norm_eps is {self.rms_norm_eps}; give a small positive number, such as 1e-5")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"decoder.dropout is {self.dropout}; it must be at least 0 and below 1")
 
     def _check_attention(self) -> None:
         for key, value, choices in (
@@ -160,8 +180,8 @@ class DecoderConfig:
     def _check_depth(self) -> None:
         if not 0 < self.mod_capacity <= 1:
             raise ValueError(f"decoder.mod_capacity is {self.mod_capacity}; it must be above 0 and at most 1")
-        if self.mod_predictor_coef < 0:
-            raise ValueError(f"decoder.mod_predictor_coef is {self.mod_predictor_coef}; it must be 0 or more")
+        if not (math.isfinite(self.mod_predictor_coef) and self.mod_predictor_coef >= 0):
+            raise ValueError(f"decoder.mod_predictor_coef is {self.mod_predictor_coef}; it must be finite, 0 or more")
         for layer in self.mod_layers:
             if not 0 <= layer < self.num_hidden_layers:
                 last = self.num_hidden_layers - 1

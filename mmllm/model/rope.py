@@ -42,8 +42,12 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.rope_type not in ("linear", "llama3", "yarn"):
             raise ValueError(f"rope_scaling.rope_type is {self.rope_type!r}; choose linear, llama3 or yarn")
-        if not self.factor >= 1:
+        if not 1 <= self.factor < math.inf:
             raise ValueError(f"rope_scaling.factor is {self.factor}; it must be at least 1")
+        if self.attention_factor is not None and not 0 < self.attention_factor < math.inf:
+            raise ValueError(
+                f"rope_scaling.attention_factor is {self.attention_factor}; it must be positive, or left out"
+            )
         if self.rope_type != "linear" and not (self.original_max_position_embeddings or 0) > 0:
             raise ValueError(
                 f"rope_scaling.original_max_position_embeddings is {self.original_max_position_embeddings}; rope_type "

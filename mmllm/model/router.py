@@ -6,6 +6,7 @@ M modalities.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -138,12 +139,12 @@ def _check_numbers(config: MoEConfig) -> None:
         "router_aux_loss_coef", "router_z_loss_coef", "n_shared_experts", "bias_update_speed",
         "local_entropy_loss_coef", "global_entropy_loss_coef",
     ):  # fmt: skip
-        if getattr(config, key) < 0:
-            raise ValueError(f"moe.{key} is {getattr(config, key)}; it must be 0 or more")
+        if not 0 <= getattr(config, key) < math.inf:
+            raise ValueError(f"moe.{key} is {getattr(config, key)}; it must be a finite number, 0 or more")
     for key in ("router_jitter_noise", "expert_dropout"):
         if not 0 <= getattr(config, key) < 1:
             raise ValueError(f"moe.{key} is {getattr(config, key)}; it must be at least 0 and below 1")
-    if not config.routed_scaling_factor > 0:
+    if not 0 < config.routed_scaling_factor < math.inf:
         raise ValueError(f"moe.routed_scaling_factor is {config.routed_scaling_factor}; it must be positive")
     if config.scoring_func == "sigmoid" and config.router_z_loss_coef:
         raise ValueError(
