@@ -109,7 +109,9 @@ class PackedContext:
             return seen if keys_Q is None else seen & (keys_Q[key] | (query == key))
 
         size = self.sequences.size
-        return create_block_mask(seen, None, None, size, size, device=str(documents_Q.device))
+        # Compiled, it never holds all pairs of tokens at once.
+        is_cuda = documents_Q.is_cuda
+        return create_block_mask(seen, None, None, size, size, device=str(documents_Q.device), _compile=is_cuda)
 
     def _block_masks(self, rule: MaskRule) -> list[Tensor | None]:
         """A mask [D, 1, L, L] or [L, L] of each block; None where causal attention is all."""
