@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mmllm.batch import PackedBatch
+from mmllm.data.loading.collate import pack_documents
 from mmllm.model.multimodal import LossConfig
 from mmllm.parallel.mesh import ParallelMesh
 from mmllm.training.ema import EMA
@@ -220,3 +221,13 @@ def test_metrics_of_a_window(tmp_path: Path) -> None:
     counts = torch.tensor(json.loads((tmp_path / "routing.json").read_text())["counts"])
     assert counts.shape == (1, 4, 4)
     assert (counts.sum(dim=-1) > 0).all(), "every modality was routed"
+
+
+def test_a_batch_of_padding_alone_has_a_loss_of_nothing() -> None:
+    """As a rank gets where there are fewer sequences than ranks: nobody then knows how many codebooks there are."""
+    module = tiny_module()
+    module.configure_model()
+    loss, losses, _ = module.loss_of(pack_documents([[], []], 16))
+    loss.backward()
+    assert float(loss.detach()) == 0 and float(losses.num_targets) == 0
+    assert all(p.grad is None or not p.grad.any() for p in module.parameters())

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mmllm.batch import PackedBatch
+from mmllm.batch import IGNORE, PackedBatch
 from mmllm.losses.cross_entropy import CrossEntropyBackend
 from mmllm.losses.ctc import alignable, ctc_losses
 from mmllm.losses.routing import RoutingTotals, router_losses
@@ -129,8 +129,11 @@ class LossFunction:
     def _of_tokens(self, model: MultimodalModel, output: ModelOutput, batch: PackedBatch) -> TokenLosses:
         metadata = output.metadata
         positions_M = metadata.sequences.tokens_Q[metadata.targets_M]
+        code_labels_BTK = batch.audio_labels_BTK
+        if code_labels_BTK.shape[-1] == 0:  # a batch without a document knows no codebooks
+            code_labels_BTK = code_labels_BTK.new_full((*batch.labels_BT.shape, self._layout.num_codebooks), IGNORE)
         targets = TokenTargets.of(
-            batch.labels_BT, batch.audio_labels_BTK, batch.source_BT, positions_M, metadata.unit_targets_U
+            batch.labels_BT, code_labels_BTK, batch.source_BT, positions_M, metadata.unit_targets_U
         )
         hidden_MD = output.hidden_QD.index_select(0, metadata.targets_M)
         if self._weights.sources_S.device != hidden_MD.device:

@@ -137,7 +137,7 @@ class DecoderConfig:
             if value is not None and value < 1:
                 raise ValueError(f"decoder.{key} is {value}; it must be at least 1")
         if self.vocab_size < 0:
-            raise ValueError(f"decoder.vocab_size is {self.vocab_size}; give the tokenizer's, or 0 to take that")
+            raise ValueError(f"decoder.vocab_size is {self.vocab_size}; give the tokenizer's, or 0 for that")
         for key in ("rope_theta", "sliding_rope_theta"):
             value = getattr(self, key)
             if value is not None and not (math.isfinite(value) and value > 1):

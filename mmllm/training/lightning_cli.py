@@ -324,7 +324,7 @@ def _restored_environment() -> Iterator[None]:
         torch.set_grad_enabled(True)
 
 
-_NOISE = re.compile(r"^(- )?(Subtypes: |Errors$|Expected a <class 'NoneType'>|Given value( type)?: )")
+_NOISE = re.compile(r"^(- )?(Subtypes: |Errors$|Expected a <class 'NoneType'>|Given value( type: |: [\[{<(]))")
 _UNION = "Does not validate against any of the Union subtypes"
 
 
@@ -336,4 +336,8 @@ def one_line(message: str) -> str:
         line = re.sub(r"^Parser key \"([^\"]+)\":", r"\1:", line).replace(_UNION, "").strip().rstrip(":")
         if line and not _NOISE.match(line):
             kept.append(re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line))
+    # Of a union's alternatives, the one that says more than what type it wanted is the one that was meant.
+    is_bare = [re.fullmatch(r"Expected an? [\w.]+", line) is not None for line in kept]
+    if any(not bare and re.match(r"[\w.]+ is |.*Option ", line) for bare, line in zip(is_bare, kept, strict=True)):
+        kept = [line for bare, line in zip(is_bare, kept, strict=True) if not bare]
     return ": ".join(kept)
