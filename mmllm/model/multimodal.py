@@ -362,7 +362,7 @@ class MultimodalModel(nn.Module):
         modules: list[nn.Module | None] = [
             self.code_embedding,
             self.unit_projector,
-        ]  # the CTC loss touches its own head
+        ]  # CTC touches its own
         if not batch.num_images and not self.always_runs_tower:
             modules += [self.vision, self.image_projector]
         if not batch.clip_codes_CFK.shape[0]:
