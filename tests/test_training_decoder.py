@@ -231,3 +231,17 @@ def test_a_batch_of_padding_alone_has_a_loss_of_nothing() -> None:
     loss.backward()
     assert float(loss.detach()) == 0 and float(losses.num_targets) == 0
     assert all(p.grad is None or not p.grad.any() for p in module.parameters())
+
+
+@pytest.mark.parametrize("kind", ["mixed", "text alone", "padding alone"])
+def test_every_batch_passes_the_ctc_head_forwards_and_backwards(kind: str) -> None:
+    """Where it is sharded, each rank has to: else one waits for the other for ever."""
+    module = tiny_module()
+    module.configure_model()
+    assert module.model is not None and module.model.ctc_head is not None
+    seen: list[str] = []
+    module.model.ctc_head.register_forward_hook(lambda *_: seen.append("forward"))
+    module.model.ctc_head.register_full_backward_hook(lambda _, grads, __: seen.append(f"input {grads[0] is not None}"))
+    batch = pack_documents([[], []], 16) if kind == "padding alone" else tiny_batch(0, text_only=kind == "text alone")
+    module.loss_of(batch)[0].backward()
+    assert seen == ["forward", "input True"]

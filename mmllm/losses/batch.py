@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmllm.batch import IGNORE, PackedBatch
 from mmllm.losses.cross_entropy import CrossEntropyBackend
@@ -160,12 +160,14 @@ def _ctc(model: MultimodalModel, output: ModelOutput, batch: PackedBatch) -> tup
     media = output.metadata.media
     wide = torch.promote_types(output.hidden_QD.dtype, torch.float32)
     zero = output.hidden_QD.new_zeros((), dtype=wide)
-    if model.ctc_head is None or output.clips_CSD is None:
+    if model.ctc_head is None:
         return zero, zero, zero
+    if output.clips_CSD is None:
+        return _through(model.ctc_head, output.hidden_QD, zero), zero, zero
     rows, left_out = alignable(zip(media.clip_slots, media.clip_targets, media.clip_repeats, strict=True))
     num_left_out = zero + left_out
     if not rows:
-        return zero, zero, num_left_out
+        return _through(model.ctc_head, output.hidden_QD, zero), zero, num_left_out
     slots, targets = ([each[row] for row in rows] for each in (media.clip_slots, media.clip_targets))
     rows_R = torch.tensor(rows).to(zero.device, non_blocking=True)
     log_probs_RSV = model.ctc_head(output.clips_CSD.index_select(0, rows_R)).to(wide).log_softmax(dim=-1)
@@ -173,3 +175,12 @@ def _ctc(model: MultimodalModel, output: ModelOutput, batch: PackedBatch) -> tup
     losses_R = ctc_losses(log_probs_RSV, targets_RL, slots, targets, blank=PAD_ID)
     shares_R = torch.tensor([1 / each for each in targets], dtype=wide).to(zero.device, non_blocking=True)
     return (losses_R * shares_R).sum(), zero + len(rows), num_left_out
+
+
+def _through(ctc_head: nn.Module, hidden_QD: Tensor, zero: Tensor) -> Tensor:
+    """0 by way of the head: where it is sharded, ranks that have clips gather its weights with those that have none.
+
+    Its input has a gradient as clips have: else its own gradients were reduced later than on ranks with clips.
+    """
+    nothing_11D = hidden_QD.new_zeros(1, 1, hidden_QD.shape[1]) + hidden_QD.sum() * 0.0
+    return zero + ctc_head(nothing_11D).sum().to(zero) * 0.0

@@ -359,7 +359,10 @@ class MultimodalModel(nn.Module):
 
         Otherwise a rank with text alone would leave gradients out that other ranks wait for.
         """
-        modules: list[nn.Module | None] = [self.code_embedding, self.unit_projector, self.ctc_head]
+        modules: list[nn.Module | None] = [
+            self.code_embedding,
+            self.unit_projector,
+        ]  # CTC touches its own
         if not batch.num_images and not self.always_runs_tower:
             modules += [self.vision, self.image_projector]
         if not batch.clip_codes_CFK.shape[0]:
