@@ -174,7 +174,11 @@ def decode(settings: dict[str, Any]) -> None:
     tokens, one after the other.
     """
     from mmllm.model.decoder import Decoder, DecoderConfig
-    from mmllm.model.moe import MoEConfig
+
+    try:
+        from mmllm.model.router import MoEConfig
+    except ModuleNotFoundError:  # another revision's
+        from mmllm.model.moe import MoEConfig  # pyright: ignore[reportMissingImports]
 
     device, shape = settings["device"], Shape(**settings["shape"])
     values = text_config(shape, device, {})["model"]["init_args"]["decoder"]
