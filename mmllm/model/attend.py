@@ -239,13 +239,14 @@ def _varlen_settings(window: int | None) -> tuple[Callable[..., Tensor], dict[st
 def _flex(call: _Call) -> Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (call.q_QHC, call.k_QGC, call.v_QGC))
     mask, shares = call.context.made(call.rule), _shares(q, k)
-    if not q.is_cuda and torch.is_grad_enabled() and q.requires_grad:
+    try:
+        with warnings.catch_warnings():  # on a CPU it says that it is not fused
+            warnings.simplefilter("ignore", UserWarning)
+            out = _flex_attention(q.is_cuda)(q, k, v, block_mask=mask, enable_gqa=shares)
+    except NotImplementedError as error:
         raise ValueError(
             f"decoder.attention_backend is 'flex', which has no gradient on {q.device.type}; set it to buckets or auto"
-        )
-    with warnings.catch_warnings():  # on a CPU it says that it is not fused
-        warnings.simplefilter("ignore", UserWarning)
-        out = _flex_attention(q.is_cuda)(q, k, v, block_mask=mask, enable_gqa=shares)
+        ) from error
     return out[0].transpose(0, 1).flatten(1)
 
 
