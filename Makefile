@@ -28,12 +28,8 @@ types: setup
 imports: setup
 	$(BIN)/lint-imports
 
-# Their processes are forked, which autograd may forbid after what other files did in the one that forks.
-FORKING := $(sort $(wildcard tests/test_training_*.py tests/test_parallel*.py) tests/test_image_features.py)
-
 test: lint types imports
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not proof' -n 2 --dist loadfile $(addprefix --ignore=,$(FORKING))
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not proof' -n 2 --dist loadfile $(FORKING)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not proof' -n 2 --dist loadfile
 
 # No leaks, faults, ranks and resuming first: short, and in `make test` too.
 SHORT_PROOFS := $(addprefix tests/test_,model_decoder.py model_multimodal.py training_decoder.py data_faults.py \

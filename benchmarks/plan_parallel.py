@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from mmllm.model.config import config_from_dict
-from mmllm.model.decoder import DecoderConfig
+from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.router import MoEConfig
 from mmllm.parallel.mesh import AXES, ParallelConfig
 from mmllm.parallel.plan import Hardware, Sizes, Step, plan

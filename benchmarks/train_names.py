@@ -19,7 +19,7 @@ EARLIER_NAMES = {
 
 def named(values: dict[str, Any]) -> dict[str, Any]:
     """A config with the keys of this checkout."""
-    from mmllm.model.decoder import DecoderConfig
+    from mmllm.model.decoder_config import DecoderConfig
 
     if any(each.name == "hidden_size" for each in dataclasses.fields(DecoderConfig)):
         return values
@@ -35,7 +35,7 @@ def first_of(thing: Any, *names: str) -> Any:
 
 def attention_backends() -> list[str]:
     """Names of the backends that a config can ask for; none where there is nothing to choose."""
-    from mmllm.model.decoder import DecoderConfig
+    from mmllm.model.decoder_config import DecoderConfig
 
     names = get_args(get_type_hints(DecoderConfig).get("attention_backend"))
     return [name for name in names if name != "auto"]

@@ -173,7 +173,8 @@ def decode(settings: dict[str, Any]) -> None:
     Requests: `{"do": "decoder", "dtype": "float32"}` and `{"do": "kernel", …}`; a round of the first is `NEW_TOKENS`
     tokens, one after the other.
     """
-    from mmllm.model.decoder import Decoder, DecoderConfig
+    from mmllm.model.decoder import Decoder
+    from mmllm.model.decoder_config import DecoderConfig
 
     try:
         from mmllm.model.router import MoEConfig

@@ -7,6 +7,7 @@ pairs, L text tokens; of a `SoundBatch` N rows, T samples.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Self
@@ -40,13 +41,14 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The batch with every tensor on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
         """The batch in pinned memory; `torch.utils.data.DataLoader` calls this by name."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self.map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, function) -> Self:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The batch with `function` of every tensor."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}  # pyright: ignore
         for name, value in values.items():
             if isinstance(value, Tensor):

@@ -8,7 +8,7 @@ import torch
 from mmllm.inference.api import Model
 from mmllm.inference.settings import GenerationConfig
 from mmllm.model.audio_projectors import AudioProjectorConfig
-from mmllm.model.decoder import DecoderConfig
+from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig, ModelConfig, MultimodalModel
 from mmllm.model.router import MoEConfig

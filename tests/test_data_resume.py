@@ -25,7 +25,7 @@ from mmllm.data.plan.plan import open_plan
 from mmllm.data.plan.recipe import load_recipe
 from mmllm.data.samples.decode import ImageTransform
 from mmllm.model.audio_projectors import AudioProjectorConfig
-from mmllm.model.decoder import DecoderConfig
+from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig
 from mmllm.model.router import MoEConfig

@@ -26,7 +26,7 @@ from mmllm.data.plan.plan import Plan, open_plan
 from mmllm.data.plan.recipe import Recipe, recipe_from_dict
 from mmllm.data.samples.decode import ImageTransform, decode_image, picture_size
 from mmllm.data.samples.documents import Document, Sample, Segment, build_document
-from mmllm.model.decoder import DecoderConfig
+from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig, ModelConfig, MultimodalModel
 from mmllm.model.router import MoEConfig

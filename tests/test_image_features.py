@@ -25,7 +25,7 @@ from mmllm.data.shards import encode as sample_files
 from mmllm.data.shards.tar import read_members, scan_tar
 from mmllm.losses.batch import LossFunction
 from mmllm.model.audio_projectors import AudioProjectorConfig
-from mmllm.model.decoder import DecoderConfig
+from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig
 from mmllm.model.router import MoEConfig

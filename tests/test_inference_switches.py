@@ -19,7 +19,7 @@ from mmllm.inference.api import Model
 from mmllm.inference.generate import _Decoding
 from mmllm.inference.prompts import join, pad_left
 from mmllm.model.audio_projectors import AudioProjectorConfig
-from mmllm.model.decoder import DecoderConfig
+from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
 from mmllm.model.rope import RopeScaling
 from mmllm.model.router import MoEConfig

@@ -17,7 +17,8 @@ from mmllm.cli.main import main
 from mmllm.inference.folder import load_model, save_model
 from mmllm.interop.transformers import from_mixtral
 from mmllm.model.config import config_from_dict
-from mmllm.model.decoder import Decoder, DecoderConfig
+from mmllm.model.decoder import Decoder
+from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.multimodal import MultimodalModel
 from mmllm.training.decoder_module import DecoderModule
 from mmllm_tokenizers.folder import TokenizerFolder

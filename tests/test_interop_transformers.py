@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mmllm.interop.transformers import from_mixtral, to_mixtral, to_transformers
-from mmllm.model.decoder import Decoder, DecoderConfig
+from mmllm.model.decoder import Decoder
+from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.rope import RopeScaling
 from mmllm.model.router import MoEConfig
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mmllm.batch import Modality
 from mmllm.losses.routing import RoutingTotals, router_losses
-from mmllm.model.decoder import Decoder, DecoderConfig
+from mmllm.model.decoder import Decoder
+from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.router import MoEConfig
 from mmllm.model.routing_stats import RoutingStats
 

@@ -11,12 +11,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmllm.batch import IGNORE
-from mmllm.losses.tokens import HeadLayout, TokenLossConfig, TokenLosses, TokenTargets, TokenWeights, token_losses
+from mmllm.losses.tokens import HeadLayout, TokenLosses, TokenTargets, TokenWeights, token_losses
+from mmllm.model.multimodal import LossConfig
 
 NUM_TEXT, SIZE, WIDTH, NUM_SOURCES, END = 20, 6, 8, 3, 4
-PLAIN = TokenLossConfig()
-WEIGHTED = TokenLossConfig(
-    text=0.5, units=2.0, codebook_weights=(3.0, 1.0, 0.0), source_weights={0: 0.25, 2: 4.0}, head_z_loss_coef=0.1
+SOURCES = ("0", "1", "2")
+"""The sources' names: their indices."""
+PLAIN = LossConfig()
+WEIGHTED = LossConfig(
+    text=0.5, units=2.0, codebook_weights=(3.0, 1.0, 0.0), source_weights={"0": 0.25, "2": 4.0}, head_z_loss_coef=0.1
 )
 
 
@@ -51,13 +54,13 @@ class Stream:
     def pad(self, count: int) -> None:
         self.targets, self.frames = F.pad(self.targets, (0, count), value=-1), F.pad(self.frames, (0, count), value=-1)
 
-    def losses(self, config: TokenLossConfig, **options) -> TokenLosses:
+    def losses(self, config: LossConfig, **options) -> TokenLosses:
         targets = TokenTargets.of(self.labels, self.audio_labels, self.sources, self.targets, self.frames)
-        weights = TokenWeights.of(config, self.layout, NUM_SOURCES)
+        weights = TokenWeights.of(config, self.layout, SOURCES, NUM_SOURCES)
         hidden = self.hidden.flatten(0, 1)[self.targets.clamp(min=0)]
         return token_losses(hidden, self.weight, targets, self.layout, weights, **options)
 
-    def reference(self, config: TokenLossConfig) -> dict[str, Tensor]:
+    def reference(self, config: LossConfig) -> dict[str, Tensor]:
         """One target after the other."""
         num_codebooks = self.layout.num_codebooks
         shares = torch.tensor(config.codebook_weights or (1.0,) * num_codebooks, dtype=torch.float64)
@@ -70,7 +73,7 @@ class Stream:
             hidden = self.hidden.flatten(0, 1)[position]
             source = max(int(self.sources.flatten()[position]), 0)
             kind = "units" if label in (IGNORE, END) or label >= NUM_TEXT else "text"
-            factor = getattr(config, kind) * (config.source_weights or {}).get(source, 1.0)
+            factor = getattr(config, kind) * (config.source_weights or {}).get(str(source), 1.0)
             terms = []  # share, loss, z-loss
             if label != IGNORE:
                 logits = self.weight @ hidden
@@ -152,7 +155,7 @@ def test_no_target_at_all():
 
 def test_equal_codebook_weights_are_the_default():
     stream = Stream(3)
-    explicit = stream.losses(TokenLossConfig(codebook_weights=(5.0, 5.0, 5.0)))
+    explicit = stream.losses(LossConfig(codebook_weights=(5.0, 5.0, 5.0)))
     for ours, theirs in zip(explicit, stream.losses(PLAIN), strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -160,7 +163,7 @@ def test_equal_codebook_weights_are_the_default():
 def test_nothing_asks_the_host():
     """Tensors without data: whatever had to read one would fail."""
     stream = Stream(3)
-    weights = TokenWeights.of(WEIGHTED, stream.layout, NUM_SOURCES)
+    weights = TokenWeights.of(WEIGHTED, stream.layout, SOURCES, NUM_SOURCES)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for name in ("labels", "audio_labels", "sources", "targets", "frames"):
             setattr(stream, name, mode.from_tensor(getattr(stream, name)))
@@ -173,7 +176,7 @@ def test_nothing_asks_the_host():
 
 def test_compiled_without_a_break():
     stream = Stream(3)
-    weights = TokenWeights.of(WEIGHTED, stream.layout, NUM_SOURCES)
+    weights = TokenWeights.of(WEIGHTED, stream.layout, SOURCES, NUM_SOURCES)
 
     def step(hidden, weight, labels, audio_labels, sources, indices, frames):
         targets = TokenTargets.of(labels, audio_labels, sources, indices, frames)
@@ -193,18 +196,17 @@ def test_compiled_without_a_break():
         ({"head_z_loss_coef": float("nan")}, r"loss.head_z_loss_coef is nan"),
         ({"codebook_weights": (1.0, -2.0)}, r"loss.codebook_weights\[1\] is -2.0"),
         ({"codebook_weights": (0.0, 0.0)}, r"loss.codebook_weights are all 0; give one"),
-        ({"source_weights": {1: float("inf")}}, r"loss.source_weights\[1\] is inf"),
-        ({"source_weights": {-1: 1.0}}, r"names source -1; sources are numbered from 0"),
+        ({"source_weights": {"1": float("inf")}}, r"loss.source_weights\['1'\] is inf"),
     ],
 )
 def test_bad_weights_are_named(values, message):
     with pytest.raises(ValueError, match=message):
-        TokenLossConfig(**values)
+        LossConfig(**values)
 
 
 def test_weights_must_fit_vocabulary_and_recipe():
     layout = HeadLayout(NUM_TEXT, 3, SIZE, END)
     with pytest.raises(ValueError, match=r"codebook_weights has 2 weights but the vocabulary has 3 codebooks"):
-        TokenWeights.of(TokenLossConfig(codebook_weights=(1.0, 1.0)), layout, 1)
-    with pytest.raises(ValueError, match=r"names source 7 but there are 3 sources"):
-        TokenWeights.of(TokenLossConfig(source_weights={7: 2.0}), layout, 3)
+        TokenWeights.of(LossConfig(codebook_weights=(1.0, 1.0)), layout, SOURCES, 1)
+    with pytest.raises(ValueError, match=r"names '7', which is no source of the recipe; it has 0, 1, 2"):
+        TokenWeights.of(LossConfig(source_weights={"7": 2.0}), layout, SOURCES, 3)

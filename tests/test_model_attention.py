@@ -13,7 +13,8 @@ from mmllm.model import attend as attend_module
 from mmllm.model.attend import PackedContext, attend, check_backend
 from mmllm.model.attention import Attention, AttentionSettings
 from mmllm.model.cache import KVCache
-from mmllm.model.decoder import Decoder, DecoderConfig
+from mmllm.model.decoder import Decoder
+from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.masks import MaskRule
 from mmllm.model.rope import RopeScaling, rotary
 from mmllm.sequences import SequenceMetadata

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from mmllm.model.decoder import Decoder, DecoderConfig
+from mmllm.model.decoder import Decoder
+from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.router import MoEConfig
 from mmllm.sequences import SequenceMetadata
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mmllm.losses.router import balance_loss, z_loss
-from mmllm.model.decoder import Decoder, DecoderConfig
+from mmllm.model.decoder import Decoder
+from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.router import MoEConfig, TokenInfo
 from mmllm.model.routing_stats import RoutingStats
 from mmllm.sequences import SequenceMetadata

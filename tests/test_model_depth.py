@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmllm.model.attend import PackedContext
-from mmllm.model.decoder import Block, Decoder, DecoderConfig
+from mmllm.model.decoder import Block, Decoder
+from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.depth import DepthLayout, num_passing
 from mmllm.model.rope import rotary
 from mmllm.model.router import MoEConfig, TokenInfo
@@ -62,7 +63,7 @@ def _alone(decoder: Decoder, block: Block, x_ND: Tensor, positions_N: Tensor) ->
     """The block's own computation for some tokens of one document."""
     documents_BT = torch.zeros(1, len(x_ND), dtype=torch.int64)
     context = PackedContext(SequenceMetadata.of(documents_BT), "dense")
-    context.prepare(block.rule)
+    context.prepare(block.self_attn.settings.rule)
     cos, sin = rotary(positions_N, 4, decoder.config.rope_theta, x_ND.dtype)
     return block._forward(x_ND, cos, sin, context, TokenInfo())[0]
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from mmllm.batch import IGNORE, Modality, PackedBatch
 from mmllm.losses.batch import BatchLosses, LossFunction
 from mmllm.losses.router import balance_loss, z_loss
+from mmllm.losses.routing import RoutingTotals, router_losses
 from mmllm.model.audio_projectors import AudioProjectorConfig
-from mmllm.model.decoder import DecoderConfig
+from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
 from mmllm.model.router import MoEConfig
@@ -155,6 +156,14 @@ def _mixed() -> list[list[dict[str, torch.Tensor]]]:
     ]
 
 
+def _reported(model, losses):
+    """Sums and counts by name, the router's z-loss among them."""
+    routing = losses.routing
+    z = router_losses(model.config.decoder.moe, routing, RoutingTotals.of(routing))["z"].detach()
+    parts = {key: (losses.sums[key], losses.counts[key]) for key in ("text", "units", "ctc")}
+    return parts | {"z": (z * routing.num_tokens, torch.tensor(routing.num_tokens))}
+
+
 def test_a_mixed_batch_equals_its_parts():
     model, rows = _model(), _mixed()
     whole = _losses(model, pack(rows, 48))
@@ -167,14 +176,14 @@ def test_a_mixed_batch_equals_its_parts():
             stop = start + len(document["ids"])
             torch.testing.assert_close(logits[b, start:stop], model.logits(batch)[0], rtol=1e-9, atol=1e-10)
             part = _losses(model, batch)
-            for key in ("text", "units", "ctc", "z"):
-                sums[key] = sums.get(key, 0) + part.sums[key]
-                counts[key] = counts.get(key, 0) + part.counts[key]
+            for key, (value, count) in _reported(model, part).items():
+                sums[key] = sums.get(key, 0) + value
+                counts[key] = counts.get(key, 0) + count
             source_sums = source_sums + (part.source_sums if d % 2 == 0 else part.source_sums.flip(0))
             start = stop
-    for key in sums:
-        torch.testing.assert_close(whole.sums[key], sums[key], rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(whole.counts[key], counts[key])
+    for key, (value, count) in _reported(model, whole).items():
+        torch.testing.assert_close(value, sums[key], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(count, counts[key])
     torch.testing.assert_close(whole.source_sums, source_sums, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(whole.source_counts.sum(), whole.counts["text"] + whole.counts["units"])
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mmllm.batch import Modality
 from mmllm.model.config import config_from_dict, config_to_dict
-from mmllm.model.decoder import Decoder, DecoderConfig
+from mmllm.model.decoder import Decoder
+from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.experts import MoE
 from mmllm.model.router import MoEConfig, Router, TokenInfo
 from mmllm.model.routing_stats import layer_sums

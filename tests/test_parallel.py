@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmllm import paths
-from mmllm.model.decoder import Decoder, DecoderConfig
+from mmllm.model.decoder import Decoder
+from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.multimodal import ModelConfig
 from mmllm.model.recompute import Recompute
 from mmllm.model.router import MoEConfig

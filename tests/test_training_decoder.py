@@ -229,7 +229,7 @@ def test_a_batch_of_padding_alone_has_a_loss_of_nothing() -> None:
     module.configure_model()
     loss, losses, _ = module.loss_of(pack_documents([[], []], 16))
     loss.backward()
-    assert float(loss.detach()) == 0 and float(losses.num_targets) == 0
+    assert float(loss.detach()) == 0 and float(losses.counts["task"]) == 0
     assert all(p.grad is None or not p.grad.any() for p in module.parameters())
 
 

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmllm import paths
 from mmllm.cli.main import main
 from mmllm.losses.batch import LossFunction
-from mmllm.model.decoder import DecoderConfig
+from mmllm.model.decoder_config import DecoderConfig
+from mmllm.model.flops import ModelFlops, Work, peak_flops, seen_pairs
 from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import LossConfig, ModelConfig, MultimodalModel
 from mmllm.model.router import MoEConfig
@@ -23,7 +24,6 @@ from mmllm.model.vision import VisionConfig
 from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.ema import EMA
 from mmllm.training.estimate_memory import Load, largest_batch, memory_bytes
-from mmllm.training.flops import ModelFlops, Work, peak_flops, seen_pairs
 from mmllm.training.layout import Layout
 from mmllm.training.lightning_cli import quiet_lightning
 from mmllm.training.optimizers import OptimizerConfig

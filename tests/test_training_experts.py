@@ -135,21 +135,32 @@ class _SaveAndStop(pl.Callback):
 
 def _train_rank(rank: int, port: int, out: str, pairs: list[tuple[PackedBatch, PackedBatch]]) -> None:
     module = tiny_module(moe=SWITCHED, moe_layers=(0, 1))
-    fit_rank(rank, port, out, module, ListData(pairs), max_steps=3, accumulate_grad_batches=2)
+    logger = CSVLogger(out, name="", version="")
+    fit_rank(rank, port, out, module, ListData(pairs), max_steps=3, accumulate_grad_batches=2, logger=logger)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_two_ranks_give_the_losses_weights_and_biases_of_one(tmp_path: Path) -> None:
+def test_two_ranks_give_the_losses_weights_biases_and_log_of_one(tmp_path: Path) -> None:
     pairs = [*mixed_pairs(), *mixed_pairs()[:2]]
     alone = tiny_module(moe=SWITCHED, moe_layers=(0, 1))
     data = ListData([merge(list(pair)) for pair in pairs])
-    losses = _fit(alone, data, max_steps=3, accumulate_grad_batches=2)
+    logger = CSVLogger(tmp_path / "alone", name="", version="")
+    losses = _fit(alone, data, max_steps=3, accumulate_grad_batches=2, logger=logger)
     ranks = run_two_ranks(_train_rank, tmp_path, pairs)
     for name, weight in alone.state_dict().items():
         assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name]), name
         assert torch.allclose(ranks[0]["weights"][name], weight, atol=2e-5), name
     assert all(rank["losses"] == pytest.approx(losses, rel=1e-5) for rank in ranks)
     assert any(name.endswith("e_score_correction_bias") and value.any() for name, value in alone.state_dict().items())
+    logged = [_logged_losses(folder / "metrics.csv") for folder in (tmp_path, tmp_path / "alone")]
+    assert {f"train/loss/{name}" for name in ("balance", "z", "local_entropy", "global_entropy")} <= logged[0].keys()
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4)
+
+
+def _logged_losses(path: Path) -> dict[str, float]:
+    with path.open(newline="") as file:
+        row = list(csv.DictReader(file))[-1]
+    return {name: float(value) for name, value in row.items() if name.startswith("train/loss") and value}
 
 
 # --- telemetry ----------------------------------------------------------------------------------------------------

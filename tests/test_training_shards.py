@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from mmllm.cli.main import main
 from mmllm.data import commands
 from mmllm.data.loading.datamodules import PackedDataModule
-from mmllm.model.decoder import DecoderConfig
+from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import LossConfig
 from mmllm.model.router import MoEConfig

@@ -20,11 +20,11 @@ from lightning.pytorch.loggers import CSVLogger
 from mmllm.batch import Modality, PackedBatch
 from mmllm.data import commands
 from mmllm.data.loading.datamodules import PackedDataModule
-from mmllm.model.decoder import DecoderConfig
+from mmllm.model.decoder_config import DecoderConfig
+from mmllm.model.flops import ModelFlops, Work
 from mmllm.model.multimodal import LossConfig
 from mmllm.model.router import MoEConfig
 from mmllm.training.decoder_module import DecoderModule
-from mmllm.training.flops import ModelFlops, Work
 from mmllm.training.lightning_cli import quiet_lightning
 from mmllm.training.optimizers import OptimizerConfig
 from mmllm.training.watch import NonFiniteError, Watch, load_batch, save_batch

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
 from mmllm.model.audio_projectors import AudioProjectorConfig
-from mmllm.model.decoder import DecoderConfig
+from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig
 from mmllm.model.router import MoEConfig

@@ -11,14 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from mmllm.data.samples.documents import Document, Sample, build_document
 from mmllm.inference.api import Model
 from mmllm.inference.prompts import pad_left
-
-MAX_LOGITS = 64 * 1024 * 1024
-"""Logits of at most so many (position, id) pairs are held at once."""
+from mmllm.losses.cross_entropy import log_probabilities
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ def bits_of_documents(model: Model, texts: Sequence[str], window: int = 512, bat
         model: with any senses.
         texts: N documents.
         window: positions at once; the length of training's sequences, beyond which positions were never seen.
-        batch_size: windows of like length at once; less where the logits would be large.
+        batch_size: windows of like length at once.
 
     Returns:
         float64 [N].
@@ -68,13 +65,12 @@ def bits_of_documents(model: Model, texts: Sequence[str], window: int = 512, bat
     documents = [build_document(Sample(str(i), text), "text", model.tokenizer) for i, text in enumerate(texts)]
     pieces = [(i, w) for i, document in enumerate(documents) for w in plan_windows(document.num_tokens, window)]
     pieces.sort(key=lambda piece: piece[1].stop - piece[1].start)
-    size = max(1, min(batch_size, MAX_LOGITS // (window * model.tokenizer.vocabulary.size)))
     bits_N = np.zeros(len(texts))
     was_training = model.model.training
     model.model.eval()
     try:
-        for first in range(0, len(pieces), size):
-            batch = pieces[first : first + size]
+        for first in range(0, len(pieces), batch_size):
+            batch = pieces[first : first + batch_size]
             nats_B = _nats_of_windows(model, [documents[i] for i, _ in batch], [w for _, w in batch])
             np.add.at(bits_N, [i for i, _ in batch], nats_B / math.log(2))
             if model.progress:
@@ -96,8 +92,6 @@ def _nats_of_windows(model: Model, documents: Sequence[Document], windows: Seque
         is_scored_BT[row, num_positions - len(scored) :] = scored
     rows, places = is_scored_BT.nonzero(as_tuple=True)
     hidden_MD = model.model.hidden(batch)[rows.to(device), places.to(device) - 1]
-    losses_M = F.cross_entropy(
-        model.model.decoder.head(hidden_MD).float(), batch.token_ids_BT[rows.to(device), places.to(device)],
-        reduction="none",
-    )  # fmt: skip
-    return torch.zeros(len(windows), dtype=torch.float64).index_add(0, rows, losses_M.double().cpu()).numpy()
+    ids_M = batch.token_ids_BT[rows.to(device), places.to(device)]
+    nats_M = -log_probabilities(hidden_MD, model.model.decoder.head_weight_VD, ids_M)
+    return torch.zeros(len(windows), dtype=torch.float64).index_add(0, rows, nats_M.double().cpu()).numpy()

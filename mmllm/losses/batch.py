@@ -5,7 +5,7 @@ Shapes: M targets, D width, V vocabulary, C clips, S slots a clip, L layers with
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from mmllm.batch import IGNORE, PackedBatch
 from mmllm.losses.cross_entropy import CrossEntropyBackend
 from mmllm.losses.ctc import alignable, ctc_losses
-from mmllm.losses.routing import RoutingTotals, router_losses
-from mmllm.losses.tokens import HeadLayout, TokenLossConfig, TokenLosses, TokenTargets, TokenWeights, token_losses
+from mmllm.losses.tokens import HeadLayout, TokenLosses, TokenTargets, TokenWeights, token_losses
 from mmllm.model.multimodal import AUDIO_END_ID, PAD_ID, ModelConfig, ModelOutput, MultimodalModel
 from mmllm.model.routing_stats import RoutingStats
 
@@ -28,13 +27,13 @@ class BatchLosses:
     """Sums and counts, not means, so that ranks and accumulated batches can be added."""
 
     objective: Tensor
-    """Differentiable: text and units with all their weights, in nats; to be divided by `num_targets`."""
+    """Differentiable: text and units with all their weights, in nats; to be divided by `counts["task"]`."""
     ctc_sum: Tensor
     """Differentiable: of clips that can be aligned, each divided by its length; to be divided by `counts["ctc"]`."""
     sums: dict[str, Tensor]
     """Detached, to be reported: "text" and "units" (nats, without the config's weights), "task" (the objective), "ctc",
-    "head_z" (logsumexp² of the head, where it has a weight) and those of `router_losses` (of this rank's own batch,
-    times its number of tokens)."""
+    "head_z" (logsumexp² of the head, where it has a weight) and those of a mixture of depths. Routers' losses need the
+    counts of all ranks: `mmllm.losses.routing`."""
     counts: dict[str, Tensor]
     """What each sum is divided by. "units": a frame counts 1 when all K codes are targets."""
     source_sums: Tensor
@@ -46,11 +45,6 @@ class BatchLosses:
     num_ctc_left_out: Tensor
     """Clips whose transcript has no room in their slots."""
     routing: RoutingStats = field(repr=False)
-
-    @property
-    def num_targets(self) -> Tensor:
-        """Of text and units together."""
-        return self.counts["text"] + self.counts["units"]
 
 
 class LossFunction:
@@ -71,16 +65,8 @@ class LossFunction:
         self._layout = HeadLayout(config.num_text)
         if audio is not None:
             self._layout = HeadLayout(config.num_text, audio.num_codebooks, audio.codebook_size, AUDIO_END_ID)
-        self._config = TokenLossConfig(
-            text=loss.text,
-            units=loss.units,
-            codebook_weights=loss.codebook_weights,
-            source_weights=_by_index(loss.source_weights or {}, source_names),
-            head_z_loss_coef=loss.head_z_loss_coef,
-        )
-        self._moe = config.decoder.moe
         self._backend: CrossEntropyBackend = loss.cross_entropy
-        self._weights = TokenWeights.of(self._config, self._layout, self.num_sources)
+        self._weights = TokenWeights.of(loss, self._layout, source_names, self.num_sources)
 
     def __call__(self, model: MultimodalModel, output: ModelOutput, batch: PackedBatch) -> BatchLosses:
         """Losses of a batch.
@@ -92,7 +78,6 @@ class LossFunction:
         """
         tokens = self._of_tokens(model, output, batch)
         ctc_sum, num_clips, num_left_out = _ctc(model, output, batch)
-        routing = output.routing
         sums = {
             "text": tokens.text_sum,
             "units": tokens.units_sum,
@@ -101,13 +86,9 @@ class LossFunction:
         }
         counts = {"text": tokens.text_count, "units": tokens.units_count, "ctc": num_clips}
         counts["task"] = counts["text"] + counts["units"]
-        if self._config.head_z_loss_coef:
+        if self._weights.head_z_loss_coef:
             sums["head_z"], counts["head_z"] = tokens.z_sum, tokens.z_count
-        if self._moe is not None and routing.layers:
-            num_tokens = tokens.text_count.new_full((), routing.num_tokens)
-            for name, loss in router_losses(self._moe, routing, RoutingTotals.of(routing)).items():
-                sums[name], counts[name] = loss.detach() * num_tokens, num_tokens
-        depth = routing.depth
+        depth = output.routing.depth
         if depth is not None:
             num_tokens = tokens.text_count.new_full((), depth.num_tokens)
             sums["depth"], counts["depth"] = depth.loss(1).detach(), num_tokens
@@ -123,7 +104,7 @@ class LossFunction:
             source_counts=tokens.source_counts_S,
             num_correct=tokens.num_correct,
             num_ctc_left_out=num_left_out,
-            routing=routing,
+            routing=output.routing,
         )
 
     def _of_tokens(self, model: MultimodalModel, output: ModelOutput, batch: PackedBatch) -> TokenLosses:
@@ -143,16 +124,6 @@ class LossFunction:
             return token_losses(hidden_MD, weight_VD, targets, self._layout, self._weights, backend=self._backend)
 
         return model.decoder.lm_head(hidden_MD, reduce)
-
-
-def _by_index(weights: Mapping[str, float], source_names: Sequence[str]) -> dict[int, float]:
-    for name in weights:
-        if name not in source_names:
-            raise ValueError(
-                f"loss.source_weights names {name!r}, which is no source of the recipe; it has "
-                f"{', '.join(source_names) or 'none that is named'}"
-            )
-    return {source_names.index(name): weight for name, weight in weights.items()}
 
 
 def _ctc(model: MultimodalModel, output: ModelOutput, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,8 +8,7 @@ targets of codebooks beyond the first, J = K − 1 such codebooks, S sources.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from mmllm.batch import IGNORE
 from mmllm.losses.cross_entropy import CodeTargets, CrossEntropyBackend, product_dtype, weighted_cross_entropy
+from mmllm.model.multimodal import LossConfig
 
 
 @dataclass(frozen=True)
@@ -48,49 +48,16 @@ class HeadLayout:
 
 
 @dataclass(frozen=True)
-class TokenLossConfig:
-    """What text and unit targets weigh in training.
-
-    Attributes:
-        text: weight of text targets.
-        units: weight of unit targets and the end of sound.
-        codebook_weights: what each of the K codebooks weighs in a frame's loss, in relation to the others: they are
-            divided by their sum, so that a frame weighs as much as a text token. None: all alike.
-        source_weights: factors of the losses of sources, by the source's index; those not named have 1. They change
-            what is trained on, not what the reported losses are divided by.
-        head_z_loss_coef: of the z-loss on the head's whole softmax, logsumexp² (PaLM, arXiv 2204.02311: 1e-4).
-    """
-
-    text: float = 1.0
-    units: float = 1.0
-    codebook_weights: tuple[float, ...] | None = None
-    source_weights: Mapping[int, float] | None = None
-    head_z_loss_coef: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("text", "units", "head_z_loss_coef"):
-            _check_weight(f"loss.{name}", getattr(self, name))
-        for k, weight in enumerate(self.codebook_weights or ()):
-            _check_weight(f"loss.codebook_weights[{k}]", weight)
-        if self.codebook_weights is not None and not sum(self.codebook_weights):
-            raise ValueError("loss.codebook_weights are all 0; give one codebook a weight, or set loss.units to 0")
-        for index, weight in (self.source_weights or {}).items():
-            if index < 0:
-                raise ValueError(f"loss.source_weights names source {index}; sources are numbered from 0")
-            _check_weight(f"loss.source_weights[{index}]", weight)
-
-
-@dataclass(frozen=True)
 class TokenWeights:
-    """A `TokenLossConfig` as tensors on the device: made once and kept, since copying them at each step would wait."""
+    """Weights of a `LossConfig` as tensors on the device: made once and kept, since copying at each step would wait."""
 
     text: float
     units: float
     head_z_loss_coef: float
     codebooks_K: Tensor
-    """float32, of sum 1."""
+    """float32, of sum 1, so that a frame weighs as much as a text token."""
     sources_S: Tensor
-    """float32."""
+    """float32. They change what is trained on, not what the reported losses are divided by."""
 
     def to(self, device: torch.device | str) -> TokenWeights:
         """The same on a device."""
@@ -98,10 +65,14 @@ class TokenWeights:
         return replace(self, codebooks_K=codebooks_K, sources_S=sources_S)
 
     @staticmethod
-    def of(
-        config: TokenLossConfig, layout: HeadLayout, num_sources: int, device: torch.device | str = "cpu"
-    ) -> TokenWeights:
+    def of(config: LossConfig, layout: HeadLayout, source_names: Sequence[str], num_sources: int) -> TokenWeights:
         """Checks the config against the vocabulary and the recipe.
+
+        Args:
+            config: of the losses.
+            layout: of the vocabulary.
+            source_names: of the recipe's sources, in its order; may be empty.
+            num_sources: how many sources are told apart.
 
         Raises:
             ValueError: it has weights of codebooks or sources that there are not.
@@ -114,19 +85,19 @@ class TokenWeights:
             )
         weights = weights or (1.0,) * layout.num_codebooks
         sources = [1.0] * num_sources
-        for index, weight in (config.source_weights or {}).items():
-            if index >= num_sources:
+        for name, weight in (config.source_weights or {}).items():
+            if name not in source_names:
                 raise ValueError(
-                    f"loss.source_weights names source {index} but there are {num_sources} sources; "
-                    f"number them from 0 to {num_sources - 1}, as the recipe lists them"
+                    f"loss.source_weights names {name!r}, which is no source of the recipe; it has "
+                    f"{', '.join(source_names) or 'none that is named'}"
                 )
-            sources[index] = weight
+            sources[source_names.index(name)] = weight
         return TokenWeights(
             text=config.text,
             units=config.units,
             head_z_loss_coef=config.head_z_loss_coef,
-            codebooks_K=torch.tensor([weight / sum(weights) for weight in weights], device=device),
-            sources_S=torch.tensor(sources, device=device),
+            codebooks_K=torch.tensor([weight / sum(weights) for weight in weights]),
+            sources_S=torch.tensor(sources),
         )
 
 
@@ -254,8 +225,3 @@ def token_losses(
         z_sum=(share_M * result.logsumexp_M.square()).sum(),
         z_count=share_M.sum(),
     )
-
-
-def _check_weight(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} is {value}; a weight is a finite number, 0 or more")

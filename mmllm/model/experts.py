@@ -44,17 +44,14 @@ class MLP(nn.Module):
 class Experts(nn.Module):
     """Weights stacked over experts: gate and up in one matrix [E, 2I, D], and down [E, D, I]."""
 
-    def __init__(self, width: int, config: MoEConfig):
+    def __init__(self, width: int, num_experts: int, intermediate_size: int, backend: Backend):
         super().__init__()
-        num_experts, inner = config.num_experts, config.moe_intermediate_size
-        self.backend: Backend = config.backend
-        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * inner, width))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, width, inner))
+        self.backend: Backend = backend
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, width))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, width, intermediate_size))
         mark(self, gate_up_proj="hidden", down_proj="hidden")
 
-    def forward(
-        self, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor, shared: SharedExperts | None = None
-    ) -> Tensor:
+    def forward(self, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor, shared: Experts | None = None) -> Tensor:
         """Weighted sums of the chosen experts' outputs, and of the shared experts' where they are given, [T, D]."""
         return mmllm_kernels.experts(
             x_TD,
@@ -67,30 +64,16 @@ class Experts(nn.Module):
             shared_down_SDN=None if shared is None else shared.down_proj,
         ).out_TD
 
+    def of_every_token(self, x_TD: Tensor) -> Tensor:
+        """The sum of all experts' outputs, each with gate 1."""
+        num_tokens, num_experts = len(x_TD), len(self.gate_up_proj)
+        gates_TE = torch.ones(num_tokens, num_experts, device=x_TD.device)
+        return self(x_TD, gates_TE, torch.arange(num_experts, device=x_TD.device).expand(num_tokens, num_experts))
+
 
 def _here(weight: Tensor) -> Tensor:
     """This rank's experts, where they are spread over ranks."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
-
-
-class SharedExperts(nn.Module):
-    """Experts that every token passes, stacked as the others: [S, 2I, D] and [S, D, I]."""
-
-    def __init__(self, width: int, config: MoEConfig):
-        super().__init__()
-        num_shared, inner = config.n_shared_experts, config.moe_intermediate_size
-        self.backend: Backend = config.backend
-        self.gate_up_proj = nn.Parameter(torch.empty(num_shared, 2 * inner, width))
-        self.down_proj = nn.Parameter(torch.empty(num_shared, width, inner))
-        mark(self, gate_up_proj="hidden", down_proj="hidden")
-
-    def forward(self, x_ND: Tensor) -> Tensor:
-        """The sum of their outputs; `Experts` computes it in one go with its own where all experts are here."""
-        num_tokens, num_shared = len(x_ND), len(self.gate_up_proj)
-        gates_NS = torch.ones(num_tokens, num_shared, device=x_ND.device)
-        experts_NS = torch.arange(num_shared, device=x_ND.device).expand(num_tokens, num_shared)
-        weights = (self.gate_up_proj, self.down_proj)
-        return mmllm_kernels.experts(x_ND, gates_NS, experts_NS, *weights, self.backend).out_TD
 
 
 class MoE(nn.Module):
@@ -104,8 +87,11 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         self.gate = Router(width, config)
-        self.experts = Experts(width, config)
-        self.shared_experts = SharedExperts(width, config) if config.n_shared_experts else None
+        inner, backend = config.moe_intermediate_size, config.backend
+        self.experts = Experts(width, config.num_experts, inner, backend)
+        self.shared_experts = None
+        if config.n_shared_experts:
+            self.shared_experts = Experts(width, config.n_shared_experts, inner, backend)
         self.dispatcher: Dispatcher | None = None
 
     def forward(self, x_ND: Tensor, tokens: TokenInfo) -> tuple[Tensor, LayerSums | None]:
@@ -116,5 +102,5 @@ class MoE(nn.Module):
         else:
             out_ND = self.dispatcher(x_ND, routing.gates_NK, routing.experts_NK, self.experts)
             if self.shared_experts is not None:
-                out_ND = out_ND + self.shared_experts(x_ND)
+                out_ND = out_ND + self.shared_experts.of_every_token(x_ND)
         return out_ND, layer_sums(routing, tokens, self.config) if tokens.is_counted else None

@@ -22,7 +22,8 @@ from mmllm.batch import IGNORE, Modality, PackedBatch
 from mmllm.model.audio_projectors import AudioProjector, AudioProjectorConfig, CodeEmbedding
 from mmllm.model.cache import KVCache
 from mmllm.model.config import config_from_dict, config_to_dict
-from mmllm.model.decoder import INIT_STD, Decoder, DecoderConfig
+from mmllm.model.decoder import INIT_STD, Decoder
+from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.image_projectors import ImageProjector, ImageProjectorConfig
 from mmllm.model.roles import mark_all
 from mmllm.model.routing_stats import RoutingStats
@@ -85,6 +86,8 @@ class LossConfig:
         for key, weight in weights.items():
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"loss.{key} is {weight}; a weight is a finite number, 0 or more")
+        if self.codebook_weights is not None and not sum(self.codebook_weights):
+            raise ValueError("loss.codebook_weights are all 0; give one codebook a weight, or set loss.units to 0")
         if not 0 <= self.word_dropout <= 1:
             raise ValueError(f"loss.word_dropout is {self.word_dropout}; it is a share of words, from 0 to 1")
 
@@ -359,14 +362,17 @@ class MultimodalModel(nn.Module):
 
         Otherwise a rank with text alone would leave gradients out that other ranks wait for.
         """
-        modules: list[nn.Module | None] = [
-            self.code_embedding,
-            self.unit_projector,
-        ]  # CTC touches its own
+        assert batch.metadata is not None
+        has_clips, has_frames = len(batch.clip_codes_CFK) > 0, len(batch.metadata.media.frames_F) > 0
+        modules: list[nn.Module | None] = []  # the CTC head's loss passes it in every batch
         if not batch.num_images and not self.always_runs_tower:
             modules += [self.vision, self.image_projector]
-        if not batch.clip_codes_CFK.shape[0]:
+        if not has_clips:
             modules.append(self.clip_projector)
+        if not has_frames:
+            modules.append(self.unit_projector)
+        if not has_clips and not has_frames:
+            modules.append(self.code_embedding)
         parameters = [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
         if self.mask_embedding is not None:
             parameters.append(self.mask_embedding)

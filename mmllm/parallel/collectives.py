@@ -38,11 +38,6 @@ def summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return functional.wait_tensor(functional.all_reduce(x.contiguous(), "sum", group))
 
 
-def largest(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The elementwise maximum over ranks, without a gradient."""
-    return functional.wait_tensor(functional.all_reduce(x.contiguous(), "max", group))
-
-
 def exchanged(x_SF: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
     """`all_to_all` without a gradient."""
     return functional.wait_tensor(functional.all_to_all_single(x_SF.contiguous(), received, sent, group))

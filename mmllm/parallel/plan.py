@@ -13,7 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from mmllm.model.decoder import Decoder, DecoderConfig
+from mmllm.model.decoder import Decoder
+from mmllm.model.decoder_config import DecoderConfig
+from mmllm.model.flops import ModelFlops, Work
+from mmllm.model.multimodal import ModelConfig
 from mmllm.model.recompute import recompute_mode
 from mmllm.parallel.mesh import ParallelConfig
 
@@ -131,9 +134,8 @@ def plan(
     tokens = sequence_length * sequences
     links = _Links(mesh, hardware)
 
-    passes = 4 if recompute == "full" else 3  # forward, twice that backward, forward again
-    attention = 2 * decoder.num_hidden_layers * decoder.num_attention_heads * decoder.head_channels * sequence_length
-    flops = passes * tokens * (2 * sizes.active + attention) / mesh.tensor
+    model, work = ModelFlops.of(ModelConfig(decoder)), Work((sequence_length,) * sequences, num_targets=tokens)
+    flops = (model.training(work) + model.computed_again(work)) / mesh.tensor
     compute = flops / (hardware.flops_per_second * hardware.efficiency)
 
     gathers = links.fsdp(sizes, decoder, tokens)

@@ -25,7 +25,9 @@ from mmllm.inference.card import ModelInfo
 from mmllm.inference.folder import check_replaceable, save_model
 from mmllm.inference.settings import GenerationConfig
 from mmllm.losses.batch import TASKS, BatchLosses, LossFunction
-from mmllm.model.decoder import DecoderConfig
+from mmllm.losses.routing import router_loss_weights
+from mmllm.model.decoder_config import DecoderConfig
+from mmllm.model.flops import ModelFlops, Work, peak_flops
 from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
 from mmllm.model.routing_stats import RoutingWindow
@@ -37,7 +39,6 @@ from mmllm.parallel.shard import ShardConfig, compiles_in_one_graph, free_gather
 from mmllm.parallel.tensor import sum_partial_gradients
 from mmllm.training.clip_module import load_clip_config
 from mmllm.training.expert_bias import ExpertBias
-from mmllm.training.flops import ModelFlops, Work, peak_flops
 from mmllm.training.interop_commands import load_decoder
 from mmllm.training.optimizers import OptimizerConfig
 from mmllm.training.staged import StagedModule
@@ -378,6 +379,8 @@ class DecoderModule(StagedModule):
         sums: dict[str, Tensor | float] = {f"loss/{key}": value for key, value in totals.sums.items() if key != "task"}
         counts: dict[str, Tensor | float] = {f"loss/{key}": totals.counts[key] for key in totals.sums if key != "task"}
         sums["loss"], counts["loss"] = totals.sums["task"], totals.counts["task"]
+        for name, value in totals.router_losses.items():
+            sums[f"loss/{name}"], counts[f"loss/{name}"] = value * totals.num_tokens, totals.num_tokens
         for index in range(len(totals.source_sums)):
             name = self._source_names[index] if self._source_names else str(index)
             sums[f"loss/source/{name}"] = totals.source_sums[index]
@@ -392,14 +395,30 @@ class DecoderModule(StagedModule):
         self.routing.add(losses.routing)
 
     def window_metrics(self) -> dict[str, float]:
-        """Losses by modality and source, tokens a second, padding, and this rank's share of its device's peak."""
+        """Losses by modality and source, tokens a second, padding, and this rank's share of its device's peak.
+
+        A collective call: of router losses each rank has kept its part.
+        """
         num_tokens = float(self.window.sums["tokens"])
-        metrics = self.window.means()
+        metrics = self.window.means() | self._router_losses()
         metrics["tokens_per_second"] = num_tokens / max(self.window.seconds, 1e-9)
         peak = self._peak_flops
         if peak is not None and self.window.flops:
             metrics["mfu"] = self.window.flops / max(self.window.seconds, 1e-9) / peak
         return metrics
+
+    def _router_losses(self) -> dict[str, float]:
+        """Means over the window of the sums over ranks."""
+        moe, window = self._built().config.decoder.moe, self.window
+        names = [f"loss/{name}" for name in (router_loss_weights(moe) if moe is not None else ())]
+        names = [name for name in names if name in window.sums]
+        if not names:
+            return {}
+        sums = torch.stack([torch.as_tensor(window.sums[name]) for name in names])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums, group=self.batch_group)
+        means = zip(names, sums.tolist(), strict=True)
+        return {name: total / float(window.counts[name]) for name, total in means if window.counts[name] > 0}
 
     def check_export(self, directory: Path) -> None:
         """A model folder is replaced as a whole, with whatever lies in it."""

@@ -13,10 +13,10 @@ from mmllm import paths
 from mmllm.data.loading.datamodules import PackedDataModule
 from mmllm.data.plan.plan import Plan
 from mmllm.data.plan.recipe import Recipe, load_recipe
+from mmllm.model.flops import ModelFlops, Work
 from mmllm.model.multimodal import ModelConfig, MultimodalModel
 from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.estimate_memory import Load, memory_bytes
-from mmllm.training.flops import ModelFlops, Work
 from mmllm.training.layout import Layout
 
 NUM_PLANNED_STEPS = 8

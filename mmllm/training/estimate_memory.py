@@ -16,9 +16,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
+from mmllm.model.flops import Work
 from mmllm.model.multimodal import ModelConfig, MultimodalModel
 from mmllm.training.decoder_module import DecoderModule
-from mmllm.training.flops import Work
 from mmllm.training.layout import Layout
 from mmllm.training.live_memory import LiveMemory, Part
 from mmllm.training.optimizers import build_optimizer, parameter_groups
@@ -79,7 +79,7 @@ def memory_bytes(module: DecoderModule, config: ModelConfig, layout: Layout, loa
     memory = LiveMemory(scales, layout.is_gpu)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, memory:
-        batch = batch._map(mode.from_tensor)
+        batch = batch.map(mode.from_tensor)
         kept = [value for value in vars(batch).values() if isinstance(value, Tensor)]
         for value in kept:
             memory.mark(value, "pictures")

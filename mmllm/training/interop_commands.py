@@ -14,7 +14,8 @@ from torch import Tensor
 from mmllm.inference.folder import load_model
 from mmllm.interop.transformers import from_mixtral, to_mixtral, tokenizer_of
 from mmllm.model.config import config_from_dict, config_to_dict
-from mmllm.model.decoder import Decoder, DecoderConfig
+from mmllm.model.decoder import Decoder
+from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.earlier_names import current_keys, current_weights
 from mmllm.parallel.deferred import fill
 

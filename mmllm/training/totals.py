@@ -29,6 +29,8 @@ class GlobalTotals:
     num_correct: Tensor
     num_ctc_left_out: Tensor
     num_positions: Tensor
+    router_losses: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Detached, made by `loss`: this rank's part of each router loss, without its weight. The ranks' add up."""
 
     @property
     def num_targets(self) -> Tensor:
@@ -88,4 +90,5 @@ class GlobalTotals:
             weights = router_loss_weights(moe)
             for name, value in router_losses(moe, losses.routing, self.routing).items():
                 loss = loss + weights[name] * value
+                self.router_losses[name] = value.detach()
         return loss
