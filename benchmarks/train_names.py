@@ -63,6 +63,11 @@ def take_blocks_out(decoder: Any) -> None:
 
 def load_weights(decoder: Any, folder: str) -> None:
     """The weights of a Mixtral checkpoint."""
-    from mmllm.interop.transformers import from_mixtral
+    try:
+        from mmllm.interop.decoders import read_decoder
+    except ModuleNotFoundError:
+        from mmllm.interop.transformers import (  # pyright: ignore[reportMissingImports]
+            from_mixtral as read_decoder,
+        )
 
-    decoder.load_state_dict(from_mixtral(folder).state_dict())
+    decoder.load_state_dict(read_decoder(folder).state_dict())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from mmllm.checkpoints.settings import GenerationConfig
 from mmllm.inference.api import Model
-from mmllm.inference.settings import GenerationConfig
 from mmllm.model.audio_projectors import AudioProjectorConfig
 from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.image_projectors import ImageProjectorConfig

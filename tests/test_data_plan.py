@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,15 @@ import yaml
 from mmllm.data import commands
 from mmllm.data.expressions import compile_filter
 from mmllm.data.index.index import index_path, load_index
-from mmllm.data.plan.plan import Plan, open_plan, open_sources
-from mmllm.data.plan.recipe import CurriculumConfig, load_recipe, recipe_from_dict, recipe_hash, recipe_to_dict
+from mmllm.data.plan.plan import Plan, _warn_of_chat, open_plan, open_sources
+from mmllm.data.plan.recipe import (
+    CurriculumConfig,
+    SourceConfig,
+    load_recipe,
+    recipe_from_dict,
+    recipe_hash,
+    recipe_to_dict,
+)
 from mmllm.data.shards.tar import scan_tar
 from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict, words, write_manifest
 from tests.real_data import needs_real_data, real_set
@@ -352,3 +360,17 @@ def test_real_data_goes_the_whole_way(made, tmp_path):
         sources.append({"name": name, "kind": kind, "shards": str(tmp_path / name / "*.tar")})
     plan = plan_of(made, sources=sources, sequence_length=512)
     assert all(len(step.sequences) == 4 for step in islice(plan.steps(), 20))
+
+
+def test_conversations_of_an_imported_model_are_said_to_be_written_otherwise(caplog):
+    chats = SimpleNamespace(lengths={"chat": np.array([0, 5])})
+    none = SimpleNamespace(lengths={"chat": np.array([0, 0])})
+    config = SourceConfig("talk", "interleaved", ["x.tar"])
+    for indices, template, warns in (
+        ([none, chats], "{{ x }}", True),
+        ([none], "{{ x }}", False),
+        ([chats], None, False),
+    ):
+        caplog.clear()
+        _warn_of_chat(config, indices, SimpleNamespace(chat_template=template))  # type: ignore[arg-type]
+        assert ("source talk: conversations are written by" in caplog.text) is warns

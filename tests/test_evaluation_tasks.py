@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from mmllm.checkpoints.settings import GenerationConfig
 from mmllm.data.rows.bad_rows import ManifestError
 from mmllm.data.rows.column_names import ColumnNames
 from mmllm.data.rows.forms import read_rows
@@ -28,7 +29,6 @@ from mmllm.evaluation.results import load_result
 from mmllm.evaluation.tasks import derangement, evaluate, shuffled_segments
 from mmllm.inference.api import Waveform
 from mmllm.inference.prompts import pad_left
-from mmllm.inference.settings import GenerationConfig
 from tests.inference_fixtures import make
 
 RATE = 8000
@@ -335,7 +335,7 @@ def test_a_real_model_runs_every_task_from_the_command(tiny, tmp_path: Path, mon
     (tmp_path / "i2.png").rename(tmp_path / "i2")
     manifest.write_text(manifest.read_text().replace("i2.png", "i2"))
     assert len(read_rows(manifest)) == len(rows)
-    monkeypatch.setattr(commands, "load", lambda directory, device: tiny)
+    monkeypatch.setattr(commands, "load", lambda directory, device, adapter: tiny)
     monkeypatch.setattr(tasks, "CONTINUATION_TOKENS", 4)
     told: list[tuple[int, int]] = []
 

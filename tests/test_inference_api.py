@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 import mmllm
+from mmllm.checkpoints.folder import save_model
+from mmllm.checkpoints.settings import GenerationConfig
 from mmllm.cli.main import main
 from mmllm.data.samples.documents import Segment
 from mmllm.inference.api import Model
-from mmllm.inference.folder import save_model
 from mmllm.inference.inputs import parse_parts
-from mmllm.inference.settings import GenerationConfig
 from tests.inference_fixtures import RATE, images, make, make_model, make_tokenizer, sounds
 
 

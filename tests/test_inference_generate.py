@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from mmllm.batch import IGNORE
+from mmllm.checkpoints.settings import GenerationConfig, Sampling
 from mmllm.data.loading.collate import pack_documents
 from mmllm.data.samples.documents import Document, DocumentWriter, build_prompt
 from mmllm.inference import generate
 from mmllm.inference.generate import draw, generate_text, generate_units
 from mmllm.inference.prompts import join, pad_left
-from mmllm.inference.settings import GenerationConfig, Sampling
 from mmllm_tokenizers.vocab import AUDIO_END, END, SPECIAL_TOKENS
 from tests.inference_fixtures import images, make, sounds
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from mmllm.checkpoints.folder import load_model, save_model
+from mmllm.checkpoints.settings import GenerationConfig
 from mmllm.data.samples.documents import Segment
 from mmllm.inference.api import Model
-from mmllm.inference.folder import load_model, save_model
 from mmllm.inference.inputs import parse_parts
 from mmllm.inference.prompts import join, pad_left
-from mmllm.inference.settings import GenerationConfig
 from mmllm_tokenizers.tiling import Tiling
 from tests.inference_fixtures import IMAGE_SIZE, make_model, make_tokenizer
 

@@ -152,6 +152,37 @@ def test_weighted_sum(backend, size, dtype, z_loss_coef, softcap):
         _check(got, gradient, dtype)
 
 
+@pytest.mark.parametrize("cut", [1, 40, 45, 52], ids=lambda cut: f"{cut} rows first")  # 45 cuts the codes' blocks
+@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+@pytest.mark.parametrize("dtype", [*TOLERANCES, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["chunked", "full"])
+def test_rows_in_two_blocks_are_as_in_one_and_have_gradients_of_their_own(cut, trained, dtype, backend):
+    case = Case(*SIZES["odd"], torch.float32 if dtype == torch.bfloat16 else dtype)
+
+    def loss_of(weight):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return weighted_cross_entropy(
+                *(case.hidden, weight, case.labels, case.upstream, case.codes),
+                z_loss_coef=0.1, softcap=2.5, backend=backend, chunk_bytes=case.chunk_bytes,
+            )  # fmt: skip
+
+    blocks = tuple(
+        rows.detach().clone().requires_grad_(has_grad)
+        for rows, has_grad in zip(case.weight.split((cut, 53 - cut)), trained, strict=True)
+    )
+    got, wanted = loss_of(blocks), loss_of(case.weight)
+    rtol, atol = TOLERANCES.get(dtype, (2e-2, 2e-2))
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
+    got.total.backward()
+    of_hidden, of_weight = case.hidden.grad, torch.autograd.grad(wanted.total, (case.hidden, case.weight))
+    torch.testing.assert_close(of_hidden, of_weight[0], rtol=rtol, atol=atol)
+    for block, whole, has_grad in zip(blocks, of_weight[1].split((cut, 53 - cut)), trained, strict=True):
+        assert (block.grad is not None) == has_grad
+        if block.grad is not None:
+            torch.testing.assert_close(block.grad, whole, rtol=rtol, atol=atol)
+
+
 @pytest.mark.parametrize("backend", ["chunked", "full"])
 def test_all_ignored_is_zero_with_zero_gradients(backend):
     case = Case(*SIZES["odd"], torch.float32)
@@ -359,8 +390,9 @@ def test_nothing_asks_the_host():
             for tensor in (case.hidden, case.weight, case.labels, case.upstream, *case.codes[:3])
         )
         settings = (*case.codes[3:], 0.1, 2.0, torch.float32, 1000)
-        outputs = chunked.weighted._init_fn(hidden, weight, labels, upstream, *codes, *settings, True, True)
-        assert outputs[-1].shape == weight.shape
+        blocks, wanted = (weight[:50], weight[50:]), (True, False, True)
+        outputs = chunked.weighted._init_fn(hidden, *blocks, labels, upstream, *codes, *settings, *wanted)
+        assert [gradient.numel() for gradient in outputs[-2:]] == [0, weight[50:].numel()]
         losses, logsumexp, _ = chunked.per_target._init_fn(hidden, weight, labels, 0, 53, 0.0, torch.float32, 1000)
         args = (upstream, upstream, hidden, weight, labels, logsumexp, 0, 53, 0.0, torch.float32, 1000, True, True)
         assert chunked.per_target_backward._init_fn(*args)[1].shape == weight.shape
@@ -371,7 +403,8 @@ def test_nothing_asks_the_host():
 def test_operators_are_registered_rightly():
     case = Case(7, 4, 17, 200, torch.float64)
     settings = (0.1, 3.0, torch.float64, 200)
-    args = (case.hidden, case.weight, case.labels, case.upstream, *case.codes, *settings, True, True)
+    blocks = [block.detach().requires_grad_() for block in case.weight.split((10, 7))]
+    args = (case.hidden, *blocks, case.labels, case.upstream, *case.codes, *settings, True, True, True)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(chunked.weighted, args, test_utils=tests)
     args = (case.hidden, case.weight, case.labels, 0, 17, 3.0, torch.float64, 200)

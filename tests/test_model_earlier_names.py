@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmllm.inference.folder import load_model, save_model
+from mmllm.checkpoints.folder import load_model, save_model
 from mmllm.model.earlier_names import current_key, current_keys, current_weights, is_earlier
 from mmllm.training.decoder_module import DecoderModule
-from mmllm.training.interop_commands import load_decoder
+from mmllm.training.init_from import initialize
+from mmllm.training.init_source import InitSource
 from mmllm.training.lightning_cli import build_cli, quiet_lightning
 from tests.inference_fixtures import make_model, make_tokenizer
 
@@ -81,22 +82,23 @@ def test_a_model_folder_of_the_first_format_loads(tmp_path: Path, tie_word_embed
 
 
 def test_an_imported_decoder_of_before_loads(tmp_path: Path) -> None:
-    decoder = make_model(make_tokenizer()).decoder
+    tokenizer = make_tokenizer()
+    decoder = make_model(tokenizer).decoder
     weights = {f"decoder.{name}": weight.clone() for name, weight in decoder.state_dict().items()}
     old = {name.removeprefix("decoder."): weight for name, weight in _earlier(weights).items()}
     old.pop("output.weight", None)
     assert {"embedding.weight", "blocks.0.attention.qkv.weight"} < old.keys()
-    save_file(old, tmp_path / "decoder.safetensors", metadata={"format": "pt", "tokenizer": "t"})
+    save_file(old, tmp_path / "decoder.safetensors", metadata={"format": "pt", "tokenizer": tokenizer.hash})
     from mmllm.model.config import config_to_dict
 
     values = config_to_dict(decoder.config)
     values["width"], values["num_layers"] = values.pop("hidden_size"), values.pop("num_hidden_layers")
     (tmp_path / "decoder.json").write_text(json.dumps(values))
-    other = make_model(make_tokenizer()).decoder
-    for parameter in other.parameters():
+    model = make_model(tokenizer)
+    for parameter in model.decoder.parameters():
         parameter.data.zero_()
-    load_decoder(tmp_path, other, "t")
-    assert all(torch.equal(weight, decoder.state_dict()[name]) for name, weight in other.state_dict().items())
+    initialize(model, InitSource.open(tmp_path), tokenizer)
+    assert all(torch.equal(weight, decoder.state_dict()[name]) for name, weight in model.decoder.state_dict().items())
 
 
 def test_yaml_and_options_with_earlier_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

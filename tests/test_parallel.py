@@ -89,6 +89,7 @@ def test_a_mesh_that_does_not_divide_the_processes_is_refused(sizes: dict[str, i
             {"attention_bias": "qkv"},
             "attention_bias is 'qkv'.*set tensor to 1, or attention_bias",
         ),
+        ({"tensor": 2}, {"mlp_bias": True}, "decoder.mlp_bias is True.*set tensor to 1, or mlp_bias to false"),
         ({"fsdp": 3, "expert": 3}, {}, "decoder.moe.num_experts is 4, which strategy.expert, 3.*choose 2"),
         ({"fsdp": 2, "expert": 2}, {"moe": None, "moe_layers": ()}, "the model has no experts; set decoder.moe"),
         ({"fsdp": 10, "expert": 2}, {}, "decoder.hidden_size is 16, which strategy.fsdp / expert, 5"),

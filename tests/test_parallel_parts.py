@@ -125,7 +125,7 @@ def a_split_vocabulary_gives_the_losses_of_a_whole_one(rank: int, work: Path) ->
         rest = (labels_M, weights_M, frames_U, codes_UJ, code_weights_UJ, first_row, block, z_coef, cap, torch.float64)
         for chunk_bytes in (1, 2**20):
             hidden, weight = hidden_MD.clone().requires_grad_(), weight_VD.clone().requires_grad_()
-            wanted = chunked.weighted(hidden, weight, *rest, chunk_bytes, True, True)[:5]
+            wanted = chunked.weighted(hidden, weight, weight[:0], *rest, chunk_bytes, True, True, False)[:5]
             (wanted[0] * 3).backward()
             own_hidden = hidden_MD.clone().requires_grad_()
             own_weight = distribute_tensor(weight_VD, mesh, [Shard(0)], src_data_rank=None).requires_grad_()

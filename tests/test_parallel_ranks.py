@@ -88,6 +88,16 @@ def test_a_tied_head_and_shared_experts_train_as_in_one_process(work: Path) -> N
             assert_same(rank, tied)
 
 
+def test_partial_rotary_layers_without_positions_and_biases_train_as_in_one_process(work: Path) -> None:
+    changes: dict[str, Any] = {"num_steps": 2, "decoder": {"partial_rotary_factor": 0.5, "no_rope_layers": (1, 0, 1)}}
+    with_bias: dict[str, Any] = {"num_steps": 2, "decoder": {"mlp_bias": True, "moe": None}}
+    for name, values, layouts in (("rotary", changes, ("FSDP2", "FSDP2+TP")), ("bias", with_bias, ("FSDP2",))):
+        ((one,),) = run([dataclasses.replace(STEPS, **values)], work / name)
+        for ranks in run([on_two(layout, **values) for layout in layouts], work / f"{name} together"):
+            for rank in ranks:
+                assert_same(rank, one)
+
+
 def test_a_run_goes_on_in_another_layout(
     work: Path, alone: dict[str, Any], together: dict[str, list[dict[str, Any]]]
 ) -> None:

@@ -40,15 +40,17 @@ def _add_build(actions: Any) -> None:
     parser.add_argument("--media", metavar="DIR", help="what paths are relative to; by default each input's folder")
     parser.add_argument("--tokenizer", help="tokenizer folder; stores each sound's codes with it")
     parser.add_argument(
-        "--image_features", metavar="TOWER", help="stores each picture's features with it: a CLIP run's out folder, or "
-        "open_clip's NAME:TAG or NAME:FILE",
+        "--image_features", metavar="TOWER", help="stores each picture's features with it: a model folder, a CLIP "
+        "run's out folder, a vision model's of transformers or open_clip, or open_clip's NAME:TAG or NAME:FILE",
     )  # fmt: skip
     parser.add_argument(
-        "--image_layer", default="-1", help="of the tower, as vision.layer of the decoder's config; several: -9,-2"
-    )
+        "--image_layer", help="of the tower, as vision.layer of the decoder's config; several: -9,-2 (by default the "
+        "model folder's, else -1)",
+    )  # fmt: skip
     parser.add_argument(
-        "--image_mode", choices=("squash", "pad", "crop"), default="squash", help="as the data's image_mode in training"
-    )
+        "--image_mode", choices=("squash", "pad", "crop"), help="as the data's image_mode in training (by default as "
+        "the tower's pictures were made, where that is known, else squash)",
+    )  # fmt: skip
     parser.add_argument("--perturb", type=int, default=0, help="altered copies of each sound row")
     parser.add_argument("--holdout", metavar="KEY=VALUE", help="rows that are held out: KEY=VALUE or a fraction")
     parser.add_argument("--part", choices=("train", "heldout"), default="train", help="which of them to write")

@@ -16,6 +16,7 @@ def add_evaluation(commands: Any) -> None:
     """Adds `mmllm eval`."""
     parser = add_command(commands, "eval", "scores on held-out rows, with intervals and the blind baseline", _eval)
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder")
+    parser.add_argument("--adapter", metavar="NAME", help="of the model's adapters; without it the model alone")
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--manifest", required=True, metavar="FILE", help="held-out rows, of any form")
     add_input_options(parser)
@@ -37,7 +38,7 @@ def _eval(args: argparse.Namespace) -> Iterable[str]:
     result = commands.run_eval(
         args.model, args.task, args.manifest, args.json, args.limit, args.batch_size, args.seed, args.media,
         args.sequence_length, args.device, args.max_bad_fraction, ticker(f"prompts of {args.task}"),
-        args.format, column_names(args),
+        args.format, column_names(args), args.adapter,
     )  # fmt: skip
     end_line()
     return commands.score_lines(result)

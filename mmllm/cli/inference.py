@@ -96,6 +96,7 @@ def _add_text_settings(parser: argparse.ArgumentParser) -> None:
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder")
+    parser.add_argument("--adapter", metavar="NAME", help="of the model's adapters; without it the model alone")
     parser.add_argument("--temperature", type=float, help="0 takes the most probable")
     parser.add_argument("--top_k", type=int, help="draw among so many")
     parser.add_argument("--top_p", type=float, help="draw among the fewest of this probability")
@@ -112,4 +113,4 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def _loaded(args: argparse.Namespace) -> Any:
     from mmllm.inference.api import load
 
-    return load(args.model, args.device)
+    return load(args.model, args.device, adapter=args.adapter)

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
+from mmllm.cli.adapters import add_adapters, add_upcycle
 from mmllm.cli.configs import add_configs
 from mmllm.cli.data import add_data
 from mmllm.cli.evaluation import add_evaluation
@@ -112,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     add_inference(commands)
     add_evaluation(commands)
     add_interop(commands)
+    add_adapters(commands)
+    add_upcycle(commands)
     add_configs(commands)
     add_quickstart(commands, run_command=main)
     return parser

@@ -16,6 +16,25 @@ def add_tokenizer(commands: Any) -> None:
     _add_assemble(actions)
     _add_encodec(actions)
     _add_kmeans(actions)
+    _add_encode(actions)
+
+
+def _add_encode(actions: Any) -> None:
+    parser = add_command(
+        actions, "encode", "lines of text to ids, a JSON list a line, as transformers encodes them", _encode
+    )
+    parser.add_argument("inputs", nargs="*", help="text files; without any, standard input")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="DIR", help="tokenizer folder, model folder or checkpoint of transformers"
+    )
+
+
+def _encode(args: argparse.Namespace) -> Iterable[str]:
+    check_there("tokenizer folder", args.tokenizer)
+    check_there("text file", *args.inputs)
+    from mmllm.training import tokenizer_commands
+
+    return tokenizer_commands.encode(args.inputs, args.tokenizer)
 
 
 def _add_train_text(actions: Any) -> None:

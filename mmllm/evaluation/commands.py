@@ -27,6 +27,7 @@ def run_eval(
     progress: Callable[[int, int], None] | None = None,
     form: str = "auto",
     columns: ColumnNames | None = None,
+    adapter: str | None = None,
 ) -> TaskResult:
     """Scores a model on held-out rows, with intervals and the blind baseline.
 
@@ -45,6 +46,7 @@ def run_eval(
         progress: See `evaluate`.
         form: Of `manifest`; "auto": told from it.
         columns: What its columns are called here, and their types.
+        adapter: Of the model's, by name; None: the model alone.
 
     Returns:
         What `json_out` holds.
@@ -57,7 +59,7 @@ def run_eval(
         raise ValueError(f"json_out is {json_out}, a folder; name a file in it, such as {Path(json_out) / 'eval.json'}")
     if media_dir is None and json_out is not None and task == "speak":
         media_dir = str(Path(json_out).parent / "spoken")
-    model = load(model_dir, device)
+    model = load(model_dir, device, adapter=adapter)
     result = evaluate(
         model,
         task,

@@ -16,14 +16,17 @@ import soundfile
 import torch
 from torch import Tensor
 
+from mmllm.checkpoints.adapters import adapter_names, set_adapter
+from mmllm.checkpoints.folder import load_model
+from mmllm.checkpoints.settings import GenerationConfig, Sampling
 from mmllm.data.samples.decode import ImageInput, ImageTransform
-from mmllm.data.samples.documents import Document, DocumentWriter, Segment, build_prompt, default_transform
-from mmllm.inference.folder import load_model
+from mmllm.data.samples.documents import Document, DocumentWriter, Segment, build_prompt, default_transform, media_slots
 from mmllm.inference.generate import generate_text, generate_units
 from mmllm.inference.inputs import AudioInput, AudioPart, ImagePart, Part, as_audio, as_image, parse_parts
 from mmllm.inference.prompts import join
-from mmllm.inference.settings import GenerationConfig, Sampling
+from mmllm.inference.scoring import score_continuations
 from mmllm.model.multimodal import MultimodalModel
+from mmllm_tokenizers.chat import chat_pieces
 from mmllm_tokenizers.folder import TokenizerFolder
 from mmllm_tokenizers.vocab import END
 
@@ -60,14 +63,19 @@ class Waveform:
 
 
 def load(
-    directory: str | os.PathLike[str], device: torch.device | str = "auto", dtype: torch.dtype | str | None = None
+    directory: str | os.PathLike[str],
+    device: torch.device | str = "auto",
+    dtype: torch.dtype | str | None = None,
+    adapter: str | Sequence[str] | None = None,
 ) -> Model:
     """A model from its folder, ready to run.
 
     Args:
-        directory: what training wrote, or `mmllm.inference.folder.save_model`.
+        directory: what training wrote, or `mmllm.checkpoints.folder.save_model`.
         device: "auto" takes a GPU if there is one.
         dtype: of the weights, "bfloat16" for example; None keeps the saved one.
+        adapter: of the folder's `adapters/NAME`; of several, the first is used until `Model.set_adapter` chooses
+            another. None: the model alone.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -81,7 +89,7 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {device}, but PyTorch finds no GPU here; choose cpu, or auto")
-    loaded = load_model(directory, device, dtype)
+    loaded = load_model(directory, device, dtype, adapter)
     return Model(loaded.model, loaded.tokenizer, loaded.image_transform, loaded.generation)
 
 
@@ -137,6 +145,19 @@ class Model:
         self.generation = generation or GenerationConfig()
         self.progress: Callable[[int], None] | None = None
         """Called with the number of prompts of each batch that is answered."""
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that are loaded."""
+        return adapter_names(self.model.decoder)
+
+    def set_adapter(self, name: str | None) -> None:
+        """Chooses which adapter the model runs with from now on; None: the model alone.
+
+        Raises:
+            ValueError: none of this name is loaded.
+        """
+        set_adapter(self.model.decoder, name)
 
     @overload
     def caption(self, images: list[ImageInput], **settings: Unpack[TextSettings]) -> list[str]: ...
@@ -316,6 +337,29 @@ class Model:
         ]
         return _like(questions, self._write(prompts, settings))
 
+    @overload
+    def score(self, prompt: list[str], continuation: list[str], *, batch_size: int | None = None) -> list[float]: ...
+    @overload
+    def score(self, prompt: str, continuation: str, *, batch_size: int | None = None) -> float: ...
+    def score(
+        self, prompt: str | list[str], continuation: str | list[str], *, batch_size: int | None = None
+    ) -> float | list[float]:
+        """How probable a continuation is behind a prompt: the sum of its tokens' log-probabilities, in nats.
+
+        Each is encoded by itself, and no special or task token is added.
+
+        Args:
+            prompt: text, or several.
+            continuation: text, or as many.
+            batch_size: pairs at once.
+
+        Raises:
+            ValueError: a prompt has no token, or the numbers differ.
+        """
+        size = batch_size or self.generation.batch_size
+        scores = score_continuations(self.model, self.tokenizer, _as_list(prompt), _as_list(continuation), size)
+        return _like(prompt, scores)
+
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -323,13 +367,16 @@ class Model:
     ) -> str:
         """The assistant's next message.
 
+        A model that came with a chat template writes conversations by it, others as the task `chat`.
+
         Args:
             messages: `{"role": "system" | "user" | "assistant", "content": ...}`, the last one the user's. Content
-                is text or a list of parts, as `generate` takes them.
+                is text or a list of parts, as `generate` takes them. With a chat template there may be the role
+                `tool`, which may be the last, and further keys that the template reads.
             **settings: see `TextSettings`.
 
         Raises:
-            ValueError: a role is unknown, or the last message is not the user's.
+            ValueError: a role is unknown, the last message is not the user's, or the template refuses the messages.
         """
         return self._write([self.chat_prompt(messages)], settings)[0]
 
@@ -341,6 +388,9 @@ class Model:
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> Document:
         """A conversation as a prompt for the assistant's next message."""
+        template = self.tokenizer.chat_template
+        if template is not None:
+            return self._templated(template, messages)
         if not messages or messages[-1].get("role") != "user":
             got = repr(messages[-1].get("role")) if messages else "no message"
             raise ValueError(f"the last message is of {got}; it must be the user's")
@@ -361,6 +411,32 @@ class Model:
             if role == "user":
                 documents.append(self._prompt("chat", segments=self._segments(waiting)))
                 waiting = []
+        return join(documents)
+
+    def _templated(self, template: str, messages: Sequence[Mapping[str, Any]]) -> Document:
+        """A conversation as the model's own chat template writes it."""
+        if not messages or messages[-1].get("role") not in ("user", "tool"):
+            got = repr(messages[-1].get("role")) if messages else "no message"
+            raise ValueError(f"the last message is of {got}; it must be the user's")
+        media: list[ImagePart | AudioPart] = []
+        written = []
+        for message in messages:
+            if message.get("content") is None:
+                written.append(dict(message))
+                continue
+            role, content = message.get("role"), message["content"]
+            parts = [content] if isinstance(content, str) and role != "user" else parse_parts(content)
+            media += [part for part in parts if not isinstance(part, str)]
+            written.append({**message, "content": _as_content(parts)})
+        segments = iter(self._segments(media))
+        documents = []
+        for piece in chat_pieces(self.tokenizer.text, template, written):
+            if piece.kind == "text":
+                writer = DocumentWriter(self.tokenizer)
+                writer.ids(piece.ids, is_target=False)
+                documents.append(writer.finish())
+            else:
+                documents.append(media_slots(next(segments), self.tokenizer, self.image_transform))
         return join(documents)
 
     def _said(self, parts: Sequence[str | ImagePart | AudioPart]) -> Document:
@@ -443,6 +519,22 @@ class Model:
     def _need(self, part: object | None, verb: str, noun: str) -> None:
         if part is None:
             raise ValueError(f"this model does not {verb}, but {noun} were given; use a model that was trained to")
+
+
+def _as_content(parts: Sequence[str | ImagePart | AudioPart]) -> str | list[dict[str, str]]:
+    """A message's parts as a chat template reads them."""
+    if all(isinstance(part, str) for part in parts):
+        return "".join(parts)  # type: ignore[arg-type]
+    content = []
+    for part in parts:
+        match part:
+            case str():
+                content.append({"type": "text", "text": part})
+            case ImagePart():
+                content.append({"type": "image"})
+            case AudioPart():
+                content.append({"type": "audio"})
+    return content
 
 
 def _check_settings(settings: Mapping[str, Any], wanted: type) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -17,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmllm.batch import Modality
+from mmllm.checkpoints.settings import Sampling
 from mmllm.data.samples.documents import Document
 from mmllm.inference.prompts import next_position, pad_left
-from mmllm.inference.settings import Sampling
 from mmllm.model.multimodal import MultimodalModel
 from mmllm_tokenizers.folder import TokenizerFolder
 from mmllm_tokenizers.patterns import invert_pattern, num_positions
-from mmllm_tokenizers.vocab import AUDIO_END, END, SPECIAL_TOKENS
+from mmllm_tokenizers.vocab import AUDIO_END
 
 GREY = 128
 SILENT_FRAMES = 32
@@ -69,7 +70,7 @@ def generate_text(
 ) -> list[list[int]]:
     """Text ids that continue each prompt, up to its end (which is left out).
 
-    Only text and `<|end|>` can be drawn: never a unit, nor another special token.
+    Only text, `<|end|>` and what else ends a text can be drawn: never a unit, nor another special token.
 
     Args:
         model: in any mode; it is run in eval mode and left as it was.
@@ -91,17 +92,17 @@ def generate_text(
         prompts = _hidden(prompts, tokenizer)
         if sampling.temperature == 0:  # many are alike once nothing is seen
             prompts, places = _distinct(prompts)
-    end = tokenizer.id(END)
-    vocabulary = tokenizer.vocabulary
-    allowed_V = torch.zeros(vocabulary.num_text, dtype=torch.bool)
-    allowed_V[len(SPECIAL_TOKENS) : tokenizer.text.vocab_size] = True
-    allowed_V[end] = True
+    ends = set(tokenizer.text.end_ids)
+    allowed_V = torch.zeros(tokenizer.vocabulary.num_text, dtype=torch.bool)
+    allowed_V[: tokenizer.text.num_tokens] = True
+    allowed_V[list(tokenizer.text.hidden_ids)] = False
+    allowed_V[list(ends)] = True
     uniforms_NP = _uniforms(len(prompts), max_new_tokens, sampling)
     answers: list[list[int]] = [[] for _ in prompts]
-    with _Evaluating(model):
-        for rows in _batches(prompts, batch_size):
+    with evaluating(model):
+        for rows in batches(prompts, batch_size):
             decoding = _Decoding(model, [prompts[row] for row in rows], max_new_tokens)
-            _continue_text(decoding, rows, allowed_V, end, sampling, uniforms_NP, answers)
+            _continue_text(decoding, rows, allowed_V, ends, sampling, uniforms_NP, answers)
             if progress:
                 progress(len(rows))
     return [list(answers[place]) for place in places]
@@ -141,7 +142,7 @@ def _continue_text(
     decoding: _Decoding,
     rows: list[int],
     allowed_V: Tensor,
-    end: int,
+    ends: set[int],
     sampling: Sampling,
     uniforms_NP: Tensor,
     answers: list[list[int]],
@@ -153,7 +154,7 @@ def _continue_text(
         logits_BV = F.linear(decoding.hidden_BD, head_VD).float().masked_fill(is_forbidden_V, -torch.inf)
         next_B = draw(logits_BV, sampling, uniforms_NP[rows, step].to(decoding.device))
         for place, token_id in enumerate(next_B.tolist()):
-            is_going[place] = is_going[place] and token_id != end
+            is_going[place] = is_going[place] and token_id not in ends
             if is_going[place]:
                 answers[rows[place]].append(token_id)
         if not any(is_going) or step + 1 == uniforms_NP.shape[1]:
@@ -194,8 +195,8 @@ def generate_units(
     uniforms_NPK = _uniforms(len(prompts), rules.max_positions * rules.num_rows, sampling)
     uniforms_NPK = uniforms_NPK.view(len(prompts), rules.max_positions, rules.num_rows)
     sounds: list[Tensor] = [torch.empty(0)] * len(prompts)
-    with _Evaluating(model):
-        for rows in _batches(prompts, batch_size):
+    with evaluating(model):
+        for rows in batches(prompts, batch_size):
             decoding = _Decoding(model, [prompts[row] for row in rows], rules.max_positions)
             _continue_units(decoding, rows, rules, sampling, uniforms_NPK, sounds)
             if progress:
@@ -327,24 +328,19 @@ class _Decoding:
         self.hidden_BD, self.positions_B = self.hidden_BD[places], self.positions_B[places]
 
 
-class _Evaluating:
+@contextmanager
+def evaluating(model: MultimodalModel) -> Iterator[None]:
     """Eval mode without gradients; afterwards the model is as it was."""
-
-    def __init__(self, model: MultimodalModel) -> None:
-        self._model = model
-        self._no_grad = torch.no_grad()
-
-    def __enter__(self) -> None:
-        self._was_training = self._model.training
-        self._model.eval()
-        self._no_grad.__enter__()
-
-    def __exit__(self, *exception: object) -> None:
-        self._no_grad.__exit__(*exception)
-        self._model.train(self._was_training)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
-def _batches(prompts: Sequence[Document], batch_size: int) -> Iterator[list[int]]:
+def batches(prompts: Sequence[Document], batch_size: int) -> Iterator[list[int]]:
     """Numbers of the prompts, those of like length together, the longest first (so that memory fails early)."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")

@@ -15,7 +15,8 @@ from mmllm.batch import IGNORE, PackedBatch
 from mmllm.losses.cross_entropy import CrossEntropyBackend
 from mmllm.losses.ctc import alignable, ctc_losses
 from mmllm.losses.tokens import HeadLayout, TokenLosses, TokenTargets, TokenWeights, token_losses
-from mmllm.model.multimodal import AUDIO_END_ID, PAD_ID, ModelConfig, ModelOutput, MultimodalModel
+from mmllm.model.embedding import Rows
+from mmllm.model.multimodal import ModelConfig, ModelOutput, MultimodalModel
 from mmllm.model.routing_stats import RoutingStats
 
 TASKS = ("text", "units")
@@ -64,7 +65,7 @@ class LossFunction:
         audio, loss = config.audio, config.loss
         self._layout = HeadLayout(config.num_text)
         if audio is not None:
-            self._layout = HeadLayout(config.num_text, audio.num_codebooks, audio.codebook_size, AUDIO_END_ID)
+            self._layout = HeadLayout(config.num_text, audio.num_codebooks, audio.codebook_size, audio.audio_end_id)
         self._backend: CrossEntropyBackend = loss.cross_entropy
         self._weights = TokenWeights.of(loss, self._layout, source_names, self.num_sources)
 
@@ -120,7 +121,7 @@ class LossFunction:
         if self._weights.sources_S.device != hidden_MD.device:
             self._weights = self._weights.to(hidden_MD.device)
 
-        def reduce(hidden_MD: Tensor, weight_VD: Tensor) -> TokenLosses:
+        def reduce(hidden_MD: Tensor, weight_VD: Rows) -> TokenLosses:
             return token_losses(hidden_MD, weight_VD, targets, self._layout, self._weights, backend=self._backend)
 
         return model.decoder.lm_head(hidden_MD, reduce)
@@ -143,7 +144,9 @@ def _ctc(model: MultimodalModel, output: ModelOutput, batch: PackedBatch) -> tup
     rows_R = torch.tensor(rows).to(zero.device, non_blocking=True)
     log_probs_RSV = model.ctc_head(output.clips_CSD.index_select(0, rows_R)).to(wide).log_softmax(dim=-1)
     targets_RL = batch.clip_targets_CL.index_select(0, rows_R)
-    losses_R = ctc_losses(log_probs_RSV, targets_RL, slots, targets, blank=PAD_ID)
+    assert model.config.audio is not None
+    pad_id = model.config.audio.pad_id
+    losses_R = ctc_losses(log_probs_RSV, targets_RL, slots, targets, blank=pad_id)
     shares_R = torch.tensor([1 / each for each in targets], dtype=wide).to(zero.device, non_blocking=True)
     return (losses_R * shares_R).sum(), zero + len(rows), num_left_out
 

@@ -7,8 +7,10 @@ a second product:
   are at hand (as in Liger Kernel, arXiv 2410.10989): three products in all, as with all logits at once.
 - `per_target` gives losses that anything may follow, so that the backward pass makes the logits again: four products.
 
-Shapes: M targets, D width, V vocabulary, U frames of units, J codebooks that have their own blocks of the vocabulary,
-C codes of such a block; R rows of a chunk, W columns of a chunk.
+The head's rows may lie in two blocks, of which `weighted` makes the gradients that are wanted.
+
+Shapes: M targets, D width, V vocabulary, A rows of it in a block of their own, U frames of units, J codebooks that have
+their own blocks of the vocabulary, C codes of such a block; R rows of a chunk, W columns of a chunk.
 """
 
 from __future__ import annotations
@@ -81,6 +83,7 @@ def _to_gradient(
 def weighted(
     hidden_MD: Tensor,
     weight_VD: Tensor,
+    added_AD: Tensor,
     labels_M: Tensor,
     weights_M: Tensor,
     frames_U: Tensor,
@@ -94,12 +97,14 @@ def weighted(
     chunk_bytes: int,
     hidden_grad: bool,
     weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    added_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Σ w · (loss + z · logsumexp²) of targets and Σ w · loss of codes, and its gradient.
 
     Args:
         hidden_MD: of the targets.
         weight_VD: of the head.
+        added_AD: its last rows, behind those of `weight_VD`; [0, D]: there are none.
         labels_M: rows of the weight; IGNORE: none.
         weights_M: of each target in the sum.
         frames_U: which of the M targets also have codes.
@@ -113,15 +118,17 @@ def weighted(
         chunk_bytes: bound of a chunk's logits.
         hidden_grad: whether the gradient of `hidden_MD` is wanted.
         weight_grad: whether that of `weight_VD` is.
+        added_grad: whether that of `added_AD` is.
 
     Returns:
-        The sum; losses, logsumexp and whether the label is the argmax, each [M]; losses [U, J]; the two gradients,
+        The sum; losses, logsumexp and whether the label is the argmax, each [M]; losses [U, J]; the three gradients,
         empty where not wanted.
     """
     wide = _wide(dtype)
     with torch.autocast(hidden_MD.device.type, enabled=False):
-        head = _Head(hidden_MD.to(dtype), weight_VD.to(dtype), softcap, chunk_bytes, hidden_grad, weight_grad)
-        everything = slice(0, len(weight_VD))
+        blocks = [(weight_VD.to(dtype), weight_grad), (added_AD.to(dtype), added_grad)]
+        head = _Head(hidden_MD.to(dtype), blocks, softcap, chunk_bytes, hidden_grad)
+        everything = slice(0, len(weight_VD) + len(added_AD))
         of_targets = head.add(None, everything, labels_M[:, None], weights_M.to(wide)[:, None], z_loss_coef)
         of_codes = head.add(
             frames_U, slice(first_row, first_row + codes_UJ.shape[1] * block), codes_UJ, code_weights_UJ.to(wide), 0.0
@@ -129,28 +136,53 @@ def weighted(
         losses_M, logsumexp_M, is_best_M = (x.squeeze(1) for x in of_targets)
         total = (weights_M * (losses_M + z_loss_coef * logsumexp_M.square())).sum()
         total = total + (code_weights_UJ * of_codes.losses).sum()
-        gradients = (head.grad_hidden_MD.to(hidden_MD.dtype), head.grad_weight_VD.to(weight_VD.dtype))
-        return total.to(wide), losses_M, logsumexp_M, is_best_M, of_codes.losses, *gradients
+        of_weight, of_added = head.blocks
+        gradients = (of_weight.grad_WD.to(weight_VD.dtype), of_added.grad_WD.to(added_AD.dtype))
+        grad_hidden_MD = head.grad_hidden_MD.to(hidden_MD.dtype)
+        return total.to(wide), losses_M, logsumexp_M, is_best_M, of_codes.losses, grad_hidden_MD, *gradients
+
+
+class _Block(NamedTuple):
+    """Rows of the weight that lie in one tensor."""
+
+    first: int
+    """Their place among all rows."""
+    weight_WD: Tensor
+    has_grad: bool
+    grad_WD: Tensor
+    """Of sums so far; empty where it isn't wanted."""
 
 
 class _Head:
-    """Adds up the gradients of what is put through one linear layer, chunk by chunk."""
+    """Adds up the gradients of what is put through one linear layer, chunk by chunk.
+
+    Args:
+        hidden_MD: what is put through.
+        blocks: the layer's rows, and whether the gradient of each block is wanted.
+        softcap: of the logits.
+        chunk_bytes: bound of a chunk's logits.
+        hidden_grad: whether the gradient of `hidden_MD` is wanted.
+    """
 
     def __init__(
         self,
         hidden_MD: Tensor,
-        weight_VD: Tensor,
+        blocks: list[tuple[Tensor, bool]],
         softcap: float,
         chunk_bytes: int,
         hidden_grad: bool,
-        weight_grad: bool,
     ):
-        self.hidden_MD, self.weight_VD = hidden_MD, weight_VD
+        self.hidden_MD, self.hidden_grad = hidden_MD, hidden_grad
         self.softcap, self.chunk_bytes = softcap, chunk_bytes
         self.wide = _wide(hidden_MD.dtype)
-        self.hidden_grad, self.weight_grad = hidden_grad, weight_grad
         self.grad_hidden_MD = hidden_MD.new_zeros(hidden_MD.shape if hidden_grad else 0, dtype=self.wide)
-        self.grad_weight_VD = hidden_MD.new_zeros(weight_VD.shape if weight_grad else 0, dtype=self.wide)
+        self.blocks: list[_Block] = []
+        first = 0
+        for weight_WD, has_grad in blocks:
+            grad_WD = hidden_MD.new_zeros(weight_WD.shape if has_grad else 0, dtype=self.wide)
+            self.blocks.append(_Block(first, weight_WD, has_grad, grad_WD))
+            first += len(weight_WD)
+        self.weight_grad = any(has_grad for _, has_grad in blocks)
 
     def add(
         self, frames_U: Tensor | None, rows: slice, labels_UJ: Tensor, weights_UJ: Tensor, z_loss_coef: float
@@ -169,7 +201,8 @@ class _Head:
                 logits = self.hidden_MD.new_empty(len(hidden_RD), columns)
                 probabilities = torch.empty_like(logits, dtype=self.wide)
             logits_RV, gradient_RV = logits[: len(hidden_RD)], probabilities[: len(hidden_RD)]
-            torch.mm(hidden_RD, self.weight_VD[rows].T, out=logits_RV)
+            for block, columns_W, rows_W in self._parts(rows):
+                torch.mm(hidden_RD, block.weight_WD[rows_W].T, out=logits_RV[:, columns_W])
             shape = (len(hidden_RD), num_blocks, columns // num_blocks)
             logits_RJC, gradient_RJC = _capped(logits_RV, self.softcap).view(shape), gradient_RV.view(shape)
             labels_RJ, weights_RJ = labels_UJ[chunk], weights_UJ[chunk] * (labels_UJ[chunk] != IGNORE)
@@ -185,28 +218,42 @@ class _Head:
             )
         return result
 
+    def _parts(self, rows: slice) -> Iterator[tuple[_Block, slice, slice]]:
+        """Blocks that hold some of `rows`: which of them each has, and where in the block they are."""
+        for block in self.blocks:
+            start, stop = max(rows.start, block.first), min(rows.stop, block.first + len(block.weight_WD))
+            if start < stop:
+                yield (
+                    block,
+                    slice(start - rows.start, stop - rows.start),
+                    slice(start - block.first, stop - block.first),
+                )
+
     def _backward(self, gradient_RV: Tensor, hidden_RD: Tensor, targets: slice | Tensor, rows: slice) -> None:
-        if self.hidden_grad:
-            if isinstance(targets, slice):
-                self.grad_hidden_MD[targets] += gradient_RV @ self.weight_VD[rows]
-            else:
-                grad_RD = gradient_RV @ self.weight_VD[rows]
-                self.grad_hidden_MD.index_add_(0, targets, grad_RD.to(self.wide))
-        if self.weight_grad:
-            grad_weight_WD = self.grad_weight_VD[rows]
+        for block, columns_W, rows_W in self._parts(rows):
+            gradient_RW = gradient_RV[:, columns_W]
+            if self.hidden_grad:
+                grad_RD = gradient_RW @ block.weight_WD[rows_W]
+                if isinstance(targets, slice):
+                    self.grad_hidden_MD[targets] += grad_RD
+                else:
+                    self.grad_hidden_MD.index_add_(0, targets, grad_RD.to(self.wide))
+            if not block.has_grad:
+                continue
+            grad_WD = block.grad_WD[rows_W]
             if gradient_RV.dtype == self.wide:
-                grad_weight_WD.addmm_(gradient_RV.T, hidden_RD)
-                return
+                grad_WD.addmm_(gradient_RW.T, hidden_RD)
+                continue
             # A product in bf16 is added in float32, some rows at a time: whole, it and its copy in float32 would take
             # more than the weight.
-            for part in chunks(len(grad_weight_WD), 4 * grad_weight_WD[0].nbytes, self.chunk_bytes):
-                grad_weight_WD[part] += gradient_RV[:, part].T @ hidden_RD
+            for part in chunks(len(grad_WD), 4 * grad_WD[0].nbytes, self.chunk_bytes):
+                grad_WD[part] += gradient_RW[:, part].T @ hidden_RD
 
 
 @weighted.register_fake
 def _(
-    hidden_MD, weight_VD, labels_M, weights_M, frames_U, codes_UJ, code_weights_UJ,
-    first_row, block, z_loss_coef, softcap, dtype, chunk_bytes, hidden_grad, weight_grad,
+    hidden_MD, weight_VD, added_AD, labels_M, weights_M, frames_U, codes_UJ, code_weights_UJ,
+    first_row, block, z_loss_coef, softcap, dtype, chunk_bytes, hidden_grad, weight_grad, added_grad,
 ):  # fmt: skip
     wide = _wide(dtype)
     losses_M = hidden_MD.new_empty(labels_M.shape, dtype=wide)
@@ -218,6 +265,7 @@ def _(
         hidden_MD.new_empty(codes_UJ.shape, dtype=wide),
         hidden_MD.new_empty(hidden_MD.shape if hidden_grad else 0),
         weight_VD.new_empty(weight_VD.shape if weight_grad else 0),
+        added_AD.new_empty(added_AD.shape if added_grad else 0),
     )
 
 
@@ -225,22 +273,18 @@ def _save_gradients(ctx, inputs, output) -> None:
     _, losses_M, logsumexp_M, is_best_M, code_losses_UJ, *gradients = output
     ctx.mark_non_differentiable(losses_M, logsumexp_M, is_best_M, code_losses_UJ)
     ctx.set_materialize_grads(False)
-    ctx.hidden_grad, ctx.weight_grad = inputs[-2:]
+    ctx.are_wanted = inputs[-3:]
     ctx.save_for_backward(*gradients)
 
 
 def _scale_gradients(ctx, grad_total, *others):
     if any(grad is not None for grad in others):
         raise RuntimeError("the weighted cross-entropy has no second derivative; use backend='full'")
-    nones = (None,) * 13
+    nones = (None,) * 14
     if grad_total is None:
-        return (None, None, *nones)
-    grad_hidden_MD, grad_weight_VD = ctx.saved_tensors
-    return (
-        grad_hidden_MD * grad_total.to(grad_hidden_MD.dtype) if ctx.hidden_grad else None,
-        grad_weight_VD * grad_total.to(grad_weight_VD.dtype) if ctx.weight_grad else None,
-        *nones,
-    )
+        return (None, None, None, *nones)
+    gradients = zip(ctx.saved_tensors, ctx.are_wanted, strict=True)
+    return (*(grad * grad_total.to(grad.dtype) if is_wanted else None for grad, is_wanted in gradients), *nones)
 
 
 weighted.register_autograd(_scale_gradients, setup_context=_save_gradients)
@@ -266,7 +310,7 @@ def per_target(
     """
     with torch.autocast(hidden_MD.device.type, enabled=False):
         weight_WD = weight_VD[first_row:last_row].to(dtype)
-        head = _Head(hidden_MD.to(dtype), weight_WD, softcap, chunk_bytes, False, False)
+        head = _Head(hidden_MD.to(dtype), [(weight_WD, False)], softcap, chunk_bytes, False)
         labels_M1 = labels_M[:, None]
         weights_M1 = torch.zeros_like(labels_M1, dtype=head.wide)
         losses_M, logsumexp_M, is_best_M = head.add(None, slice(0, len(weight_WD)), labels_M1, weights_M1, 0.0)

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from mmllm.batch import IGNORE
 from mmllm.losses import chunked, vocabulary
+from mmllm.model.embedding import Rows, joined
 
 CrossEntropyBackend = Literal["auto", "chunked", "full", "torch", "liger"]
 """auto: chunked, or full where all logits together are smaller than one chunk and nothing is saved by chunks.
@@ -72,7 +73,7 @@ class CodeTargets(NamedTuple):
 
 def linear_cross_entropy(
     hidden_MD: Tensor,
-    weight_VD: Tensor,
+    weight_VD: Rows,
     labels_M: Tensor,
     *,
     rows: tuple[int, int] | None = None,
@@ -88,7 +89,7 @@ def linear_cross_entropy(
 
     Args:
         hidden_MD: hidden states of the targets.
-        weight_VD: of the head.
+        weight_VD: of the head; in two blocks, they are copied into one.
         labels_M: int64, counted from the first of `rows`; `IGNORE` where none.
         rows: range of the vocabulary that the softmax is over; None: all of it.
         softcap: logits become softcap · tanh(logits / softcap) (Gemma 2, arXiv 2408.00118).
@@ -99,6 +100,7 @@ def linear_cross_entropy(
         ValueError: the backend is unknown or can't do this.
         ModuleNotFoundError: its library is missing or too old.
     """
+    weight_VD = joined(weight_VD)
     first_row, last_row = rows if rows is not None else (0, len(weight_VD))
     dtype = product_dtype(hidden_MD, weight_VD)
     chunk_bytes = _chunk_bytes(hidden_MD, chunk_bytes)
@@ -117,7 +119,7 @@ def linear_cross_entropy(
 
 def weighted_cross_entropy(
     hidden_MD: Tensor,
-    weight_VD: Tensor,
+    weight_VD: Rows,
     labels_M: Tensor,
     weights_M: Tensor,
     codes: CodeTargets | None = None,
@@ -135,7 +137,8 @@ def weighted_cross_entropy(
 
     Args:
         hidden_MD: hidden states of the targets.
-        weight_VD: of the head; a DTensor split over its rows: each rank has some, and all have the same targets.
+        weight_VD: of the head; a DTensor split over its rows: each rank has some, and all have the same targets. Of
+            two blocks "auto" and "chunked" make only the gradient of the one that is trained; others copy both.
         labels_M: int64; `IGNORE` where none.
         weights_M: of each target; no gradient goes to it.
         codes: further targets, among blocks of the vocabulary.
@@ -151,7 +154,8 @@ def weighted_cross_entropy(
     if codes is None:
         none_U = labels_M.new_zeros(0)
         codes = CodeTargets(none_U, none_U.view(0, 0), weights_M.new_zeros(0, 0), 0, 0)
-    dtype, cap = product_dtype(hidden_MD, weight_VD), softcap or 0.0
+    blocks = (weight_VD,) if isinstance(weight_VD, Tensor) else weight_VD
+    dtype, cap = product_dtype(hidden_MD, blocks[0]), softcap or 0.0
     chunk_bytes = _chunk_bytes(hidden_MD, chunk_bytes)
     if isinstance(weight_VD, DTensor):
         if backend not in ("auto", "chunked"):
@@ -166,13 +170,14 @@ def weighted_cross_entropy(
             )
         )
     if backend in ("auto", "chunked"):
+        base_VD, added_AD = (*blocks, blocks[0].new_zeros(0, blocks[0].shape[1]))[:2]
         result = chunked.weighted(
-            *(hidden_MD, weight_VD, labels_M, weights_M.detach(), codes.frames_U, codes.codes_UJ),
+            *(hidden_MD, base_VD, added_AD, labels_M, weights_M.detach(), codes.frames_U, codes.codes_UJ),
             *(codes.weights_UJ.detach(), codes.first_row, codes.block, z_loss_coef, cap, dtype, chunk_bytes),
-            torch.is_grad_enabled() and hidden_MD.requires_grad,
-            torch.is_grad_enabled() and weight_VD.requires_grad,
+            *(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden_MD, base_VD, added_AD)),
         )
         return WeightedCrossEntropy(*result[:5])
+    weight_VD = joined(weight_VD)
     options: dict[str, Any] = {"softcap": softcap, "backend": backend, "chunk_bytes": chunk_bytes}
     losses_M, logsumexp_M, is_best_M = linear_cross_entropy(hidden_MD, weight_VD, labels_M, **options)
     total = (weights_M.detach() * (losses_M + z_loss_coef * logsumexp_M.square())).sum()
@@ -190,7 +195,7 @@ def weighted_cross_entropy(
 
 def log_probabilities(
     hidden_MD: Tensor,
-    weight_VD: Tensor,
+    weight_VD: Rows,
     ids_M: Tensor,
     *,
     rows: tuple[int, int] | None = None,

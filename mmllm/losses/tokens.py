@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmllm.batch import IGNORE
 from mmllm.losses.cross_entropy import CodeTargets, CrossEntropyBackend, product_dtype, weighted_cross_entropy
+from mmllm.model.embedding import Rows
 from mmllm.model.multimodal import LossConfig
 
 
@@ -159,7 +160,7 @@ class TokenLosses(NamedTuple):
 
 def token_losses(
     hidden_MD: Tensor,
-    weight_VD: Tensor,
+    weight_VD: Rows,
     targets: TokenTargets,
     layout: HeadLayout,
     weights: TokenWeights,
@@ -175,7 +176,7 @@ def token_losses(
 
     Args:
         hidden_MD: hidden states where there are targets.
-        weight_VD: of the head.
+        weight_VD: of the head, in one block or two.
         targets: what is predicted there.
         layout: of the vocabulary.
         weights: of kinds, codebooks and sources.
@@ -187,7 +188,8 @@ def token_losses(
     has_label_M, has_code_UJ = labels_M != IGNORE, codes_UJ != IGNORE
     is_code_M = labels_M >= layout.num_text
     is_units_M = is_code_M | (labels_M == layout.audio_end_id) | ~has_label_M
-    wide = torch.promote_types(product_dtype(hidden_MD, weight_VD), torch.float32)
+    weight = weight_VD if isinstance(weight_VD, Tensor) else weight_VD[0]
+    wide = torch.promote_types(product_dtype(hidden_MD, weight), torch.float32)
     codebooks_K, sources_S = weights.codebooks_K.to(wide), weights.sources_S.to(wide)
 
     share_M = has_label_M.to(wide)

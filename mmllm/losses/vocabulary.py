@@ -123,7 +123,7 @@ class _Weighted(Function):
         wide = logsumexp_P.dtype
         hidden_grad, weight_grad = ctx.needs_input_grad[:2]
         grad_hidden_MD = torch.zeros_like(hidden_MD, dtype=wide)
-        grad_weight_WD = torch.zeros_like(weight_WD)
+        grad_weight_WD = torch.zeros_like(weight_WD) if weight_grad else weight_WD.new_zeros(0)
         weights = [weights_M, *code_weights_UJ.unbind(1)]
         by_question = logsumexp_P.split([len(question.labels_P) for question in ctx.questions])
         for turn, (question, own_P, logsumexp) in enumerate(zip(ctx.questions, weights, by_question, strict=True)):

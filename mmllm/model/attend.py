@@ -14,14 +14,13 @@ import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmllm.model import cpu
-from mmllm.model.cache import CacheLayer
 from mmllm.model.masks import MaskRule, visible
 from mmllm.sequences import SequenceMetadata
 
@@ -161,20 +160,31 @@ class _Call:
     rule: MaskRule
 
 
-def attend(q_QHC: Tensor, k_QGC: Tensor, v_QGC: Tensor, context: PackedContext | CacheLayer, rule: MaskRule) -> Tensor:
+class LayerContext(Protocol):
+    """One layer's attention that isn't over the packed batch alone: over a cache, or behind a learned prefix."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rule: MaskRule, /) -> Tensor:
+        """As the function `attend`."""
+        ...
+
+
+def attend(
+    q_QHC: Tensor, k_QGC: Tensor, v_QGC: Tensor, context: PackedContext | LayerContext, rule: MaskRule
+) -> Tensor:
     """Attention of each token to those of its own document that the rule lets it see.
 
     Args:
         q_QHC: queries, rotated.
         k_QGC: keys, rotated; G divides H.
         v_QGC: values.
-        context: the documents, prepared for the rule; or a layer of a cache, to which keys and values are appended.
+        context: the documents, prepared for the rule; or a layer of a cache, to which keys and values are appended, or
+            of a batch with a learned prefix.
         rule: what a query sees.
 
     Returns:
         [Q, H·C].
     """
-    if isinstance(context, CacheLayer):
+    if not isinstance(context, PackedContext):
         return context.attend(q_QHC, k_QGC, v_QGC, rule)
     return _BACKENDS[context.backend](_Call(q_QHC, k_QGC, v_QGC, context, rule))
 

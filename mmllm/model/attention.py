@@ -11,8 +11,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from mmllm.model import cpu
-from mmllm.model.attend import PackedContext, attend
-from mmllm.model.cache import CacheLayer
+from mmllm.model.attend import LayerContext, PackedContext, attend
 from mmllm.model.masks import MaskRule
 from mmllm.model.norms import RMSNorm
 
@@ -64,7 +63,7 @@ class Attention(nn.Module):
             case "width":
                 self.q_norm, self.k_norm = (RMSNorm(each, settings.norm_eps) for each in (q_width, kv_width))
 
-    def forward(self, x_ND: Tensor, cos_N1C: Tensor, sin_N1C: Tensor, context: PackedContext | CacheLayer) -> Tensor:
+    def forward(self, x_ND: Tensor, cos_N1C: Tensor, sin_N1C: Tensor, context: PackedContext | LayerContext) -> Tensor:
         """Same shape as the input."""
         q, k, v = self.q_proj(x_ND), self.k_proj(x_ND), self.v_proj(x_ND)
         if self.settings.qk_norm == "width" and self.q_norm is not None and self.k_norm is not None:

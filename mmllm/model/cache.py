@@ -36,7 +36,14 @@ class KVCache:
         self.keys_by_layer: dict[int, Tensor] = {}
         """bool [B, S] for layers that some tokens skip: True where a token has keys."""
         self.length = 0
+        self.num_virtual = 0
+        """Learned tokens before each row, which take its first positions: of whichever document it holds."""
         self._begun: _Begun | None = None
+
+    def reserve(self, num_virtual: int) -> None:
+        """Counts the first positions of each row, which are filled with learned tokens, as used."""
+        assert not self.length, "the cache is in use"
+        self.length = self.num_virtual = num_virtual
 
     @property
     def max_length(self) -> int:
@@ -60,6 +67,8 @@ class KVCache:
                 f"more were given; make it with a larger max_length"
             )
         self.document_ids_BS[:, self.length : stop] = document_ids_BT
+        if self.length == self.num_virtual:  # a row is one document, whose tokens see those before it
+            self.document_ids_BS[:, : self.num_virtual] = document_ids_BT.amax(dim=1, keepdim=True)
         self._begun = _Begun(self.length, stop, document_ids_BT, spans_BT)
 
     def hide(self, layer: int, passes: Tensor) -> None:

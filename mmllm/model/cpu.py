@@ -27,13 +27,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x_NHC: Tensor, cos_N1C: Tensor, sin_N1C: Tensor) -> Tensor:
-    """Turns each pair of channels (i, i + C/2), as in Llama's checkpoints, by its angle (arXiv 2104.09864).
+    """Turns each pair of channels (i, i + R/2) of the first R, as in Llama's checkpoints, by its angle.
+
+    See arXiv 2104.09864. The channels behind the first R stay, as in Phi and GLM; with R = 0 all do.
 
     Args:
         x_NHC: queries or keys.
-        cos_N1C: [N, 1, C/2], in any dtype.
+        cos_N1C: [N, 1, R/2], in any dtype.
         sin_N1C: as the cosines.
     """
+    num_turned = 2 * cos_N1C.shape[-1]
+    if num_turned == 0:
+        return x_NHC
+    if num_turned < x_NHC.shape[-1]:
+        turned = rotate(x_NHC[..., :num_turned], cos_N1C, sin_N1C)
+        return torch.cat([turned, x_NHC[..., num_turned:]], dim=-1)
     cos_N1C, sin_N1C = cos_N1C.to(x_NHC.dtype), sin_N1C.to(x_NHC.dtype)
     if _by_hand(x_NHC):
         return _Rotation.apply(x_NHC, cos_N1C, sin_N1C)  # pyright: ignore[reportReturnType]

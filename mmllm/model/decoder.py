@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +20,18 @@ from mmllm.model.attention import Attention
 from mmllm.model.cache import CacheLayer, KVCache
 from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.depth import DepthLayout, DepthRouter, DepthStats, DepthSums
+from mmllm.model.embedding import Embedding, Head
 from mmllm.model.experts import MLP, MoE
 from mmllm.model.norms import RMSNorm
 from mmllm.model.recompute import Recompute, checkpointed, recompute_mode
-from mmllm.model.roles import mark
 from mmllm.model.rope import rotary
 from mmllm.model.router import TokenInfo
 from mmllm.model.routing_stats import LayerSums, RoutingStats
+from mmllm.model.virtual_tokens import PrefixLayer, VirtualLayout, VirtualTokens
 from mmllm.sequences import SequenceMetadata
 
 INIT_STD = 0.02
-Result = TypeVar("Result")
+Context = PackedContext | CacheLayer | PrefixLayer
 
 
 class Block(nn.Module):
@@ -51,14 +52,14 @@ class Block(nn.Module):
             assert config.moe is not None
             self.mlp = MoE(config.hidden_size, config.moe)
         else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size)
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
 
     def forward(
         self,
         x_ND: Tensor,
         cos: Tensor,
         sin: Tensor,
-        context: PackedContext | CacheLayer,
+        context: Context,
         tokens: TokenInfo,
         layout: DepthLayout | None = None,
     ) -> tuple[Tensor, LayerSums | DepthSums | None]:
@@ -77,13 +78,13 @@ class Block(nn.Module):
         x_ND: Tensor,
         cos: Tensor,
         sin: Tensor,
-        context: PackedContext | CacheLayer,
+        context: Context,
         tokens: TokenInfo,
         layout: DepthLayout | None,
     ) -> tuple[Tensor, LayerSums | DepthSums | None]:
         if self.depth is None:
             return self._forward(x_ND, cos, sin, context, tokens)
-        assert not self.has_experts
+        assert not self.has_experts and not isinstance(context, PrefixLayer)
 
         def run(x_PD: Tensor, angles: tuple[Tensor, Tensor], context: PackedContext | CacheLayer) -> Tensor:
             return self._forward(x_PD, *angles, context, TokenInfo(is_counted=False))[0]
@@ -95,7 +96,7 @@ class Block(nn.Module):
         x_ND: Tensor,
         cos: Tensor,
         sin: Tensor,
-        context: PackedContext | CacheLayer,
+        context: Context,
         tokens: TokenInfo,
     ) -> tuple[Tensor, LayerSums | None]:
         attended = self.self_attn(self.input_layernorm(x_ND), cos, sin, context)
@@ -109,44 +110,31 @@ class Block(nn.Module):
         return x_ND + F.dropout(out_ND, self.dropout, self.training), sums
 
 
-class Head(nn.Module):
-    """From hidden states to logits, with a weight of its own or the embedding's.
-
-    A loss that never holds all logits runs inside of its forward: sharding gathers the weight for just that.
-    """
-
-    def __init__(self, embed_tokens: nn.Embedding, is_tied: bool):
-        super().__init__()
-        # Not registered a second time: the weight has one name, and one owner that shards and moves it.
-        self._embedding = (embed_tokens,)
-        vocab_size, width = embed_tokens.weight.shape
-        self.register_parameter("weight", None if is_tied else nn.Parameter(torch.empty(vocab_size, width)))
-        mark(self, weight="head")
-
-    @property
-    def weight_VD(self) -> Tensor:
-        """The rows, in id order."""
-        return self._embedding[0].weight if self.weight is None else self.weight  # pyright: ignore
-
-    def forward(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], Result] | None = None) -> Tensor | Result:
-        """Logits [..., V], or what `reduce` makes of the hidden states and the weight [V, D]."""
-        return F.linear(hidden, self.weight_VD) if reduce is None else reduce(hidden, self.weight_VD)
-
-
 class Decoder(nn.Module):
     """Embeddings, blocks, final norm and head.
 
     Padding is removed before the first block: it costs nothing, no expert sees it, and its hidden
     states come back as zeros.
+
+    Args:
+        config: its shape.
+        splits_vocabulary: rows of base ids and added rows are parameters of their own (`Embedding`).
+
+    Attributes:
+        virtual_tokens: learned tokens before each document, by name.
+        active_virtual: which of them it runs with; None: with none.
     """
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, splits_vocabulary: bool = False):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        num_base_ids = config.num_base_ids if splits_vocabulary else 0
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, num_base_ids)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Head(self.embed_tokens, config.tie_word_embeddings)
+        self.virtual_tokens = nn.ModuleDict()
+        self.active_virtual: str | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -184,7 +172,7 @@ class Decoder(nn.Module):
 
     @property
     def head_weight_VD(self) -> Tensor:
-        """The head's rows, in id order."""
+        """The head's rows, in id order; a copy where they are in two blocks."""
         return self.lm_head.weight_VD
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -195,18 +183,27 @@ class Decoder(nn.Module):
         """Logits over the whole vocabulary, [..., V]."""
         return self.lm_head(hidden)
 
+    @property
+    def _virtual(self) -> VirtualTokens | None:
+        """The learned tokens that it runs with."""
+        return None if self.active_virtual is None else self.virtual_tokens[self.active_virtual]  # pyright: ignore
+
     def make_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache on this decoder's device and in its dtype."""
-        weight, config = self.embed_tokens.weight, self.config
-        return KVCache(
+        """An empty cache on this decoder's device and in its dtype; learned tokens have room of their own in it."""
+        weight, config, virtual = self.embed_tokens.weight, self.config, self._virtual
+        cache = KVCache(
             config.num_hidden_layers,
             config.kv_heads,
             config.head_channels,
             batch_size,
-            max_length,
+            max_length + (0 if virtual is None else virtual.num_tokens),
             weight.device,
             weight.dtype,
         )
+        if virtual is not None and virtual.kind == "prefix_tuning":
+            virtual.fill(cache)
+            cache.reserve(virtual.num_tokens)
+        return cache
 
     def forward(
         self,
@@ -231,12 +228,29 @@ class Decoder(nn.Module):
             sequences = SequenceMetadata.of(document_ids_BT)
             hidden_QD, stats = self.packed(x_BTD, positions_BT, sequences, modality_BT, spans_BT)
             return unpacked(hidden_QD, sequences, x_BTD.shape[:2]), stats
+        virtual = self._virtual
+        if virtual is not None:
+            if virtual.kind == "prompt_tuning" and not cache.length:
+                self._begin_prompt(virtual, document_ids_BT, cache, modality_BT is not None)
+            positions_BT = positions_BT + virtual.num_tokens
         cache.begin(document_ids_BT, spans_BT)
         tokens = TokenInfo(None if modality_BT is None else modality_BT.flatten(), is_counted=False)
         x_ND, positions_N = x_BTD.flatten(0, 1), positions_BT.flatten()
         hidden_ND, stats = self._run(x_ND, positions_N, cache, tokens, x_ND.shape[0])
         cache.end()
         return hidden_ND.view(x_BTD.shape), stats
+
+    def _begin_prompt(
+        self, virtual: VirtualTokens, document_ids_BT: Tensor, cache: KVCache, has_modality: bool
+    ) -> None:
+        """Puts the learned embeddings into the cache, before each row's document."""
+        shape_BV = (len(document_ids_BT), virtual.num_tokens)
+        cache.begin(document_ids_BT.amax(dim=1, keepdim=True).expand(shape_BV))
+        positions_N = torch.arange(virtual.num_tokens, device=document_ids_BT.device).repeat(shape_BV[0])
+        x_ND = virtual.prompt_embeddings.to(self.embed_tokens.weight.dtype).repeat(shape_BV[0], 1)
+        tokens = TokenInfo(torch.zeros_like(positions_N) if has_modality else None, is_counted=False)
+        self._run(x_ND, positions_N, cache, tokens, len(x_ND))
+        cache.end()
 
     def packed(
         self,
@@ -255,14 +269,39 @@ class Decoder(nn.Module):
         spans_Q = None if spans_BT is None else _taken(spans_BT.flatten(), sequences)
         if self.config.prefix != "none" and spans_Q is None:
             raise ValueError(f"decoder.prefix is {self.config.prefix!r}, but no spans were given; pass spans_BT")
-        context = PackedContext(sequences, self.config.attention_backend, spans_Q, _attention_dtype(x_QD))
-        for layer in range(self.config.num_hidden_layers):
-            context.prepare(self.config.rule(layer))
-        tokens = self._token_info(sequences, modality_BT, x_BTD.shape)
+        tokens, virtual = self._token_info(sequences, modality_BT, x_BTD.shape), self._virtual
+        if virtual is not None:
+            return self._packed_behind(virtual, x_QD, positions_Q, sequences, tokens)
+        context = self._context(sequences, spans_Q, x_QD)
         layout = None
         if self.config.mod_layers:
             layout = DepthLayout.of(sequences, context.documents_Q(), self.config.mod_capacity)
         return self._run(x_QD, positions_Q, context, tokens, sequences.num_tokens, layout)
+
+    def _context(self, sequences: SequenceMetadata, spans_Q: Tensor | None, x_QD: Tensor) -> PackedContext:
+        context = PackedContext(sequences, self.config.attention_backend, spans_Q, _attention_dtype(x_QD))
+        for layer in range(self.config.num_hidden_layers):
+            context.prepare(self.config.rule(layer))
+        return context
+
+    def _packed_behind(
+        self,
+        virtual: VirtualTokens,
+        x_QD: Tensor,
+        positions_Q: Tensor,
+        sequences: SequenceMetadata,
+        tokens: TokenInfo,
+    ) -> tuple[Tensor, RoutingStats]:
+        """`packed`, of documents that begin with learned tokens."""
+        layout = VirtualLayout.of(sequences, virtual.num_tokens)
+        context, positions_Q = self._context(layout.sequences, None, x_QD), positions_Q + virtual.num_tokens
+        if virtual.kind == "prefix_tuning":
+            prefixes = [PrefixLayer(context, layout, *pair) for pair in virtual.keys_values_L2VGC]
+            return self._run(x_QD, positions_Q, prefixes, tokens, sequences.num_tokens)
+        x_XD = layout.extended(x_QD, virtual.prompt_embeddings)
+        positions_X = layout.extended(positions_Q, torch.arange(virtual.num_tokens, device=positions_Q.device))
+        hidden_XD, stats = self._run(x_XD, positions_X, context, layout.tokens(tokens), sequences.num_tokens)
+        return hidden_XD.index_select(0, layout.real_Q), stats
 
     def _token_info(self, sequences: SequenceMetadata, modality_BT: Tensor | None, shape: torch.Size) -> TokenInfo:
         modality_Q = None if modality_BT is None else _taken(modality_BT.flatten(), sequences)
@@ -277,20 +316,26 @@ class Decoder(nn.Module):
         self,
         x_QD: Tensor,
         positions_Q: Tensor,
-        context: PackedContext | KVCache,
+        context: PackedContext | KVCache | list[PrefixLayer],
         tokens: TokenInfo,
         num_tokens: int,
         layout: DepthLayout | None = None,
     ) -> tuple[Tensor, RoutingStats]:
-        config = self.config
-        ropes, dtype = {config.rope(layer) for layer in range(config.num_hidden_layers)}, _attention_dtype(x_QD)
-        angles = {rope: rotary(positions_Q, config.head_channels, rope[0], dtype, rope[1]) for rope in ropes}
+        config, dtype = self.config, _attention_dtype(x_QD)
+        ropes = [(config.rotary_channels(layer), *config.rope(layer)) for layer in range(config.num_hidden_layers)]
+        angles = {each: rotary(positions_Q, each[0], each[1], dtype, each[2]) for each in set(ropes)}
         x_QD = F.dropout(x_QD, config.dropout, self.training)
         by_layer: dict[int, LayerSums] = {}
         depth_by_layer: dict[int, DepthSums] = {}
         for layer, block in enumerate(self.layers):
-            here = context.layer(layer) if isinstance(context, KVCache) else context
-            x_QD, sums = block(x_QD, *angles[config.rope(layer)], here, tokens, layout)
+            match context:
+                case KVCache():
+                    here = context.layer(layer)
+                case list():
+                    here = context[layer]
+                case _:
+                    here = context
+            x_QD, sums = block(x_QD, *angles[ropes[layer]], here, tokens, layout)
             if sums is not None:
                 (depth_by_layer if config.skips_tokens(layer) else by_layer)[layer] = sums
         stats = RoutingStats.of(config.moe, by_layer, tokens, num_tokens, x_QD)

@@ -22,6 +22,8 @@ class DecoderConfig:
 
     Attributes:
         vocab_size: ids in the one id space; `Vocabulary.size`.
+        num_base_ids: ids of the checkpoint that was imported; special tokens and units lie behind them and may be
+            trained while their rows are frozen. 0: there is no such checkpoint, and all rows are one block.
         hidden_size: width of the residual stream.
         num_hidden_layers: blocks.
         num_attention_heads: query heads.
@@ -37,11 +39,16 @@ class DecoderConfig:
         rope_theta: base of the rotary angles.
         rope_scaling: how the rotary frequencies are stretched to longer contexts; not in sliding layers where
             `sliding_rope_theta` is given.
+        partial_rotary_factor: share of a head's channels that positions turn, the first ones (Phi, GLM); even in
+            number.
+        no_rope_layers: of each layer 1 where positions turn queries and keys and 0 where they don't, so that it knows
+            no positions but those of what it sees (SmolLM3); None: 1 everywhere.
         rms_norm_eps: of every RMSNorm.
         qk_norm: RMS-normalize queries and keys over each "head" (as Qwen3 does; true says the same), over the "width"
             of all heads (OLMoE), or "none" (false).
         attention_bias: biases of queries, keys and values ("qkv"), of the output too ("all"; true says the same), or
             "none" (false).
+        mlp_bias: biases of the three projections of dense layers.
         layer_types: of each layer "full_attention" or "sliding_attention"; None: all full, or with `sliding_window`
             all sliding.
         sliding_window: tokens that a query of a sliding layer sees, itself included.
@@ -72,9 +79,12 @@ class DecoderConfig:
     mod_predictor_coef: float = 0.01
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: float = 1.0
+    no_rope_layers: tuple[int, ...] | None = None
     rms_norm_eps: float = 1e-5
     qk_norm: bool | Literal["none", "head", "width"] = False
     attention_bias: bool | Literal["none", "qkv", "all"] = False
+    mlp_bias: bool = False
     layer_types: tuple[str, ...] | None = None
     sliding_window: int | None = None
     sliding_rope_theta: float | None = None
@@ -83,9 +93,10 @@ class DecoderConfig:
     tie_word_embeddings: bool = True
     dropout: float = 0.0
     gradient_checkpointing: bool | Recompute = "none"
+    num_base_ids: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("moe_layers", "mod_layers", "layer_types"):  # lists, as YAML and JSON give them
+        for name in ("moe_layers", "mod_layers", "layer_types", "no_rope_layers"):  # lists, as YAML and JSON give them
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         recompute_mode(self.gradient_checkpointing)
@@ -97,6 +108,7 @@ class DecoderConfig:
             )
         if self.head_channels % 2:
             raise ValueError(f"decoder.head_dim is {self.head_channels}; rotary positions need an even number")
+        self._check_rotary()
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"decoder.num_attention_heads is {self.num_attention_heads}, which num_key_value_heads, "
@@ -119,6 +131,11 @@ class DecoderConfig:
                 raise ValueError(f"decoder.{key} is {value}; it must be at least 1")
         if self.vocab_size < 0:
             raise ValueError(f"decoder.vocab_size is {self.vocab_size}; give the tokenizer's, or 0 for that")
+        if not self.num_base_ids >= 0 or (self.vocab_size and self.num_base_ids > self.vocab_size):
+            raise ValueError(
+                f"decoder.num_base_ids is {self.num_base_ids} and vocab_size {self.vocab_size}; give the ids of the "
+                f"checkpoint that was imported, or 0"
+            )
         for key in ("rope_theta", "sliding_rope_theta"):
             value = getattr(self, key)
             if value is not None and not (math.isfinite(value) and value > 1):
@@ -127,6 +144,23 @@ class DecoderConfig:
             raise ValueError(f"decoder.rms_norm_eps is {self.rms_norm_eps}; give a small positive number, such as 1e-5")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"decoder.dropout is {self.dropout}; it must be at least 0 and below 1")
+
+    def _check_rotary(self) -> None:
+        factor = self.partial_rotary_factor
+        if not 0 < factor <= 1:
+            raise ValueError(f"decoder.partial_rotary_factor is {factor}; it must be above 0 and at most 1")
+        channels = int(self.head_channels * factor)
+        if channels < 2 or channels % 2:
+            raise ValueError(
+                f"decoder.partial_rotary_factor is {factor}, which turns {channels} of {self.head_channels} channels; "
+                f"wanted an even number of at least 2"
+            )
+        layers = self.no_rope_layers
+        if layers is not None and (len(layers) != self.num_hidden_layers or not set(layers) <= {0, 1}):
+            raise ValueError(
+                f"decoder.no_rope_layers is {list(layers)}; give 1 (positions) or 0 (none) for each of the "
+                f"{self.num_hidden_layers} layers"
+            )
 
     def _check_attention(self) -> None:
         for key, value, choices in (
@@ -207,6 +241,12 @@ class DecoderConfig:
         if self.is_sliding(layer) and self.sliding_rope_theta is not None:
             return self.sliding_rope_theta, None
         return self.rope_theta, self.rope_scaling
+
+    def rotary_channels(self, layer: int) -> int:
+        """How many channels of a head positions turn in a layer, the first ones; 0: none."""
+        if self.no_rope_layers is not None and not self.no_rope_layers[layer]:
+            return 0
+        return int(self.head_channels * self.partial_rotary_factor)
 
     def rule(self, layer: int) -> MaskRule:
         """What a layer's queries see."""

@@ -30,11 +30,11 @@ Differentiable in tokens and gates. It may call `Compute` with the tokens of oth
 class MLP(nn.Module):
     """Dense SwiGLU (arXiv 2002.05202)."""
 
-    def __init__(self, width: int, intermediate_size: int):
+    def __init__(self, width: int, intermediate_size: int, bias: bool = False):
         super().__init__()
-        self.gate_proj = nn.Linear(width, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(width, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, width, bias=False)
+        self.gate_proj = nn.Linear(width, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(width, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, width, bias=bias)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Same shape as the input."""

@@ -33,7 +33,8 @@ class ImageProjectorConfig:
             the features to `num_tokens` slots: "average" over the grid, then MLP; "perceiver" by learned queries in
             layers of cross-attention and MLP (Flamingo, arXiv 2204.14198); "c_abstractor" by convolutions before and
             behind an average over the grid (Honeybee, arXiv 2312.06742). "attention", of earlier models, is one layer
-            of cross-attention, then MLP.
+            of cross-attention, then MLP. "llava" is the MLP alone, on features that are neither normalized nor told
+            where they are (LLaVA-1.5, arXiv 2310.03744): such models come from others, and go to them.
         num_tokens: slots an image (of one that is cut into tiles: a tile). Needed where features are pooled; None
             elsewhere: as many as there are.
         hidden_size: inner width. None: the decoder's; for "perceiver", whose MLPs are meant, four times the features'.
@@ -43,9 +44,12 @@ class ImageProjectorConfig:
         dropout: on the features, in training.
         max_tiles: rows and columns of tiles at most, as `tiling.max_tiles` of the tokenizer folder; slots are told
             where their tile is in the picture. 1: pictures are not cut.
+        bias: of "llava": whether its layers add one.
     """
 
-    kind: Literal["linear", "mlp", "pixel_shuffle", "average", "attention", "perceiver", "c_abstractor"] = "mlp"
+    kind: Literal["linear", "mlp", "pixel_shuffle", "average", "attention", "perceiver", "c_abstractor", "llava"] = (
+        "mlp"
+    )
     num_tokens: int | None = None
     hidden_size: int | None = None
     num_attention_heads: int = 4
@@ -53,6 +57,7 @@ class ImageProjectorConfig:
     scale_factor: int = 2
     dropout: float = 0.0
     max_tiles: int = 1
+    bias: bool = True
 
     def __post_init__(self) -> None:
         if self.kind in POOLING and self.num_tokens is None:
@@ -64,12 +69,14 @@ class ImageProjectorConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"image_projector.{name} is {value}; it must be at least 1, or left out")
+        if not self.bias and self.kind != "llava":
+            raise ValueError(f"image_projector.bias is false with kind {self.kind!r}; only 'llava' can be without")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"image_projector.dropout is {self.dropout}; it must be in [0, 1)")
 
 
 class ImageProjector(nn.Module):
-    """LayerNorm, learned row and column embeddings, what `config.kind` says, and where the slots' tile is.
+    """LayerNorm and learned row and column embeddings (not of "llava"), what `config.kind` says, where the tile is.
 
     Args:
         config: the kind and its sizes.
@@ -85,10 +92,12 @@ class ImageProjector(nn.Module):
         super().__init__()
         self.config, self.grid = config, grid
         self.num_tokens = _num_slots(config, grid)
-        self.norm = nn.LayerNorm(feature_width)
-        self.row_embedding = nn.Parameter(torch.randn(grid[0], 1, feature_width) * POSITION_STD)
-        self.column_embedding = nn.Parameter(torch.randn(1, grid[1], feature_width) * POSITION_STD)
-        mark(self, row_embedding="embedding", column_embedding="embedding")
+        self.norm = self.row_embedding = self.column_embedding = None
+        if config.kind != "llava":
+            self.norm = nn.LayerNorm(feature_width)
+            self.row_embedding = nn.Parameter(torch.randn(grid[0], 1, feature_width) * POSITION_STD)
+            self.column_embedding = nn.Parameter(torch.randn(1, grid[1], feature_width) * POSITION_STD)
+            mark(self, row_embedding="embedding", column_embedding="embedding")
         self.queries = self.pool = None
         hidden = config.hidden_size or width
         match config.kind:
@@ -96,6 +105,8 @@ class ImageProjector(nn.Module):
                 self.project: nn.Module = nn.Linear(feature_width, width)
             case "mlp":
                 self.project = _mlp(feature_width, hidden, width)
+            case "llava":
+                self.project = _mlp(feature_width, hidden, width, config.bias)
             case "pixel_shuffle":
                 self.pool = PixelShuffle(grid, config.scale_factor)
                 self.project = _mlp(feature_width * config.scale_factor**2, hidden, width)
@@ -129,8 +140,7 @@ class ImageProjector(nn.Module):
             features_NSC: of whole pictures or of tiles.
             tiles_N2: int64, row and column of each tile in its picture, from 1; 0, 0: a whole picture. None: all are.
         """
-        positions_SC = (self.row_embedding + self.column_embedding).flatten(0, 1)
-        x_NSC = F.dropout(self.norm(features_NSC) + positions_SC, self.config.dropout, self.training)
+        x_NSC = F.dropout(self._placed(features_NSC), self.config.dropout, self.training)
         if self.pool is not None and self.queries is not None:
             queries_NOC = self.queries.expand(x_NSC.shape[0], -1, -1)
             if self.config.kind == "attention":
@@ -140,6 +150,17 @@ class ImageProjector(nn.Module):
         elif self.pool is not None:
             x_NSC = self.pool(x_NSC)
         return self._with_tiles(self.project(x_NSC), tiles_N2)
+
+    def _placed(self, features_NSC: Tensor) -> Tensor:
+        """Normalized, and told where they are."""
+        if self.norm is None or self.row_embedding is None or self.column_embedding is None:
+            return features_NSC
+        return self.norm(features_NSC) + (self.row_embedding + self.column_embedding).flatten(0, 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
 
     def _with_tiles(self, slots_NOD: Tensor, tiles_N2: Tensor | None) -> Tensor:
         if self.tile_row_embedding is None or self.tile_column_embedding is None:
@@ -195,8 +216,8 @@ def pooled_grid(num_tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
     return min(fitting, key=lambda cell: abs(cell[0] - cell[1]))
 
 
-def _mlp(width_in: int, hidden: int, width_out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width_in, hidden), nn.GELU(), nn.Linear(hidden, width_out))
+def _mlp(width_in: int, hidden: int, width_out: int, bias: bool = True) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width_in, hidden, bias), nn.GELU(), nn.Linear(hidden, width_out, bias))
 
 
 class AveragePool(nn.Module):

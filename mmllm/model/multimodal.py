@@ -31,9 +31,6 @@ from mmllm.model.vision import VisionConfig, VisionTower
 from mmllm.sequences import BatchMetadata, MediaMetadata
 from mmllm_tokenizers.vocab import AUDIO_END, PAD, SPECIAL_TOKENS
 
-AUDIO_END_ID = SPECIAL_TOKENS.index(AUDIO_END)
-PAD_ID = SPECIAL_TOKENS.index(PAD)
-
 
 @dataclass(frozen=True)
 class AudioConfig:
@@ -44,12 +41,16 @@ class AudioConfig:
         codebook_size: units a codebook, without the filler.
         codebook_dim: of the codes' embeddings; the codec's dimension where `initialize_audio` is used.
         projector: of clips that are heard.
+        audio_end_id: of `<|audio_end|>`; the tokenizer folder's is taken where there is one.
+        pad_id: of `<|pad|>`, which stands for the blank of CTC; likewise.
     """
 
     num_codebooks: int
     codebook_size: int
     codebook_dim: int = 128
     projector: AudioProjectorConfig = field(default_factory=AudioProjectorConfig)
+    audio_end_id: int = SPECIAL_TOKENS.index(AUDIO_END)
+    pad_id: int = SPECIAL_TOKENS.index(PAD)
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,11 @@ class ModelConfig:
                 f"{self.audio.num_codebooks} codebooks of {self.audio.codebook_size}; use the tokenizer's "
                 f"Vocabulary.size"
             )
+        if self.audio is not None and self.decoder.num_base_ids > self.num_text:
+            raise ValueError(
+                f"decoder.num_base_ids is {self.decoder.num_base_ids}, but units begin at id {self.num_text}; base ids "
+                f"are text: give at most {self.num_text}"
+            )
 
     @property
     def num_text(self) -> int:
@@ -143,12 +149,18 @@ class ModelOutput:
 class MultimodalModel(nn.Module):
     """Sees, hears, reads, writes and speaks. Weights are random: see `load_pretrained`, `initialize_audio`."""
 
-    def __init__(self, config: ModelConfig, decoder_init: AbstractContextManager[Any] | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        decoder_init: AbstractContextManager[Any] | None = None,
+        splits_vocabulary: bool = False,
+    ):
         """Builds all parts.
 
         Args:
             config: their sizes.
             decoder_init: entered while the decoder is built, whose weights may wait until they are sharded.
+            splits_vocabulary: rows of base ids and added rows are parameters of their own.
         """
         super().__init__()
         self.config = config
@@ -156,7 +168,7 @@ class MultimodalModel(nn.Module):
         """Set where the tower is sharded: without pictures it then runs on a blank one, with the other ranks."""
         width = config.decoder.hidden_size
         with decoder_init or nullcontext():
-            self.decoder = Decoder(config.decoder)
+            self.decoder = Decoder(config.decoder, splits_vocabulary)
         self.vision = self.image_projector = None
         if config.vision is not None:
             self.vision = VisionTower(config.vision)
@@ -223,13 +235,18 @@ class MultimodalModel(nn.Module):
         if self.vision is None or self.image_projector is None:
             raise ValueError("this model has no vision tower; give it no images, or set model.vision")
         if tiles_N3 is None or not len(tiles_N3):
-            return self.image_projector(self.vision(images_NCHW))
+            return self.image_projector(self._features(images_NCHW))
         if self.config.image_projector.max_tiles == 1:
             raise ValueError(
                 "the batch has pictures that are cut into tiles, but image_projector.max_tiles is 1; set it to "
                 "tiling.max_tiles of the tokenizer folder"
             )
-        return self.image_projector(self.vision(images_NCHW), tiles_N3[:, 1:])
+        return self.image_projector(self._features(images_NCHW), tiles_N3[:, 1:])
+
+    def _features(self, images_NCHW: Tensor) -> Tensor:
+        """What the tower gives, in the projector's dtype: one that was imported may have another."""
+        assert self.vision is not None and self.image_projector is not None
+        return self.vision(images_NCHW).to(self.image_projector.dtype)
 
     def feature_embedding(self, features_NPC: Tensor) -> Tensor:
         """What the frozen tower gave for images, as it was stored, to slots [N, S, D]."""
@@ -243,7 +260,7 @@ class MultimodalModel(nn.Module):
                 f"the batch has {list(features_NPC.shape[1:])} features an image, but the tower gives {list(wanted)}; "
                 f"build the shards with --image_features of this tower"
             )
-        return self.image_projector(features_NPC.to(self.image_projector.row_embedding.dtype))
+        return self.image_projector(features_NPC.to(self.image_projector.dtype))
 
     def clip_embedding(self, codes_CFK: Tensor, num_frames: tuple[int, ...] | None = None) -> Tensor:
         """Codes of clips that are heard, -1 behind each end, to slots [C, ceil(F / pool), D].

@@ -28,6 +28,7 @@ class RopeScaling:
         beta_fast: yarn: rotations over the original context from which frequencies stay.
         beta_slow: yarn: rotations below which they are divided by `factor`.
         attention_factor: yarn: by which cosines and sines are multiplied; None: 0.1 ln(factor) + 1.
+        truncate: yarn: the channels between which frequencies pass over are rounded to whole ones.
     """
 
     rope_type: Literal["linear", "llama3", "yarn"]
@@ -38,6 +39,7 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
+    truncate: bool = True
 
     def __post_init__(self) -> None:
         if self.rope_type not in ("linear", "llama3", "yarn"):
@@ -71,11 +73,13 @@ def inverse_frequencies(
     """Angle a position of each pair of channels, float32 [C/2], and the factor of cosines and sines.
 
     Args:
-        head_dim: C.
+        head_dim: C, or how many of its first channels are turned.
         theta: base of the angles.
         scaling: None: θ^(−2i/C) as they are.
         device: where they go.
     """
+    if not head_dim:
+        return torch.empty(0, device=device), 1.0
     exponents_C = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
     frequencies_C = 1.0 / theta**exponents_C
     if scaling is None:
@@ -97,7 +101,7 @@ def rotary(
 
     Args:
         positions_N: of each token in its document.
-        head_dim: C.
+        head_dim: C, or how many of its first channels are turned; 0: none, and the result is empty.
         theta: base of the angles.
         dtype: of the result.
         scaling: of the frequencies.
@@ -126,8 +130,10 @@ def _yarn(frequencies_C: Tensor, head_dim: int, theta: float, scaling: RopeScali
         wavelength = scaling.original_max_position_embeddings / (num_rotations * 2 * math.pi)  # pyright: ignore
         return head_dim * math.log(wavelength) / (2 * math.log(theta))
 
-    first = max(math.floor(channel(scaling.beta_fast)), 0)
-    last = min(math.ceil(channel(scaling.beta_slow)), head_dim - 1)
+    first, last = channel(scaling.beta_fast), channel(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
     places_C = torch.arange(len(frequencies_C), device=frequencies_C.device, dtype=torch.float32)
-    divided_C = ((places_C - first) / max(last - first, 0.001)).clamp(0, 1)
+    divided_C = ((places_C - first) / ((last - first) or 0.001)).clamp(0, 1)  # below 0 where contexts are tiny
     return frequencies_C / scaling.factor * divided_C + frequencies_C * (1 - divided_C)

@@ -1,4 +1,4 @@
-"""The CLIP tower: spatial features of a chosen layer of any open_clip image encoder.
+"""The image tower: spatial features of chosen layers of an image encoder of open_clip or transformers.
 
 Shapes: N images, S features an image (rows first), C channels, H and W pixels.
 """
@@ -25,6 +25,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mmllm.model.roles import Role, mark, mark_all
+from mmllm.model.transformers_vision import (
+    build_encoder,
+    check_config,
+    cut_encoder,
+    encoder_features,
+    encoder_layers,
+    image_side,
+    num_sides,
+)
 
 NORM_GROUPS = 8
 STANDARDIZED_EPS = 1e-4
@@ -43,15 +52,16 @@ _ROLES: tuple[tuple[type[nn.Module], dict[str, Role]], ...] = (
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Which CLIP model, which of its layers, and whether it learns.
+    """Which image encoder, which of its layers, and whether it learns.
 
     Attributes:
         open_clip: a model name of open_clip ("ViT-B-32"), or a model's config as a dict with
-            `embed_dim`, `vision_cfg` and `text_cfg`, as open_clip's own JSON files.
+            `embed_dim`, `vision_cfg` and `text_cfg`, as open_clip's own JSON files. None: see `transformers`.
         pretrained: a tag of open_clip ("laion2b_s34b_b79k") whose weights lie in open_clip's or
             Hugging Face's cache. Read by `load_pretrained`, never by a constructor.
         checkpoint: a local file of open_clip weights (`.safetensors`, `.pt`), instead of `pretrained`.
         mean: of red, green and blue in [0, 1], by which pixels are normalized; None: the tag's, or else OpenAI's.
+            `transformers` needs it told.
         std: as `mean`; both or neither are given.
         layer: index of a block of a ViT or of a stage of a timm trunk (negative: from the end), or
             "layer1" to "layer4" of a ModifiedResNet (-1 is "layer4"). Several of one grid: their features are
@@ -60,9 +70,13 @@ class VisionConfig:
         norm: "batch" keeps BatchNorm where the model has it, with the statistics that it stores: right for pretrained
             weights. "group" puts GroupNorm in its place and standardizes the filters before it, so that a tower is
             learnt from nothing as fast as with BatchNorm, without one packed document's pictures changing another's.
+        transformers: in the place of `open_clip`, the config of a vision model of transformers: CLIP, SigLIP or
+            SigLIP2, whose keys are there as in its config.json. `mmllm import --vision` gives it, with its weights.
+        post_layernorm: whether the last block's features pass the norm that a ViT has behind it. Of other blocks, and
+            of encoders that aren't a ViT of open_clip or transformers, none do.
     """
 
-    open_clip: str | dict[str, Any]
+    open_clip: str | dict[str, Any] | None = None
     pretrained: str | None = None
     checkpoint: str | None = None
     mean: tuple[float, float, float] | None = None
@@ -70,8 +84,16 @@ class VisionConfig:
     layer: int | str | tuple[int | str, ...] = -1
     trainable: bool = True
     norm: Literal["batch", "group"] = "batch"
+    transformers: dict[str, Any] | None = None
+    post_layernorm: bool = True
 
     def __post_init__(self) -> None:
+        if (self.open_clip is None) == (self.transformers is None):
+            given = "neither" if self.transformers is None else "both"
+            raise ValueError(f"vision.open_clip and vision.transformers: {given} is given; give one of them")
+        if self.transformers is not None:
+            check_config(self.transformers)
+            _check_alone(self)
         if self.pretrained and self.checkpoint:
             raise ValueError(
                 f"vision.pretrained is {self.pretrained!r} and vision.checkpoint {self.checkpoint!r}; give one of them"
@@ -93,6 +115,22 @@ class VisionConfig:
     def layers(self) -> tuple[int | str, ...]:
         """The layers whose features are given: `layer`, or all that it names."""
         return self.layer if isinstance(self.layer, tuple) else (self.layer,)
+
+
+def _check_alone(config: VisionConfig) -> None:
+    """Refuses what belongs to open_clip beside `transformers`, and pixels that nothing is said of.
+
+    Raises:
+        ValueError: something like that.
+    """
+    if config.mean is None:
+        raise ValueError("vision.transformers is given without vision.mean and vision.std; give those of its weights")
+    for key in ("pretrained", "checkpoint"):
+        if getattr(config, key) is not None:
+            raise ValueError(
+                f"vision.{key} is {getattr(config, key)!r} beside vision.transformers, but is of open_clip; bring its "
+                f"weights into a model folder with `mmllm import --vision`, and start from that"
+            )
 
 
 def build_clip(config: VisionConfig, load: bool = True) -> nn.Module:
@@ -128,6 +166,10 @@ def build_clip(config: VisionConfig, load: bool = True) -> nn.Module:
 def open_clip_config(config: VisionConfig) -> dict[str, Any]:
     """open_clip's own config of the model, with the activation that the tag's weights were trained with."""
     name = config.open_clip
+    if name is None:
+        raise ValueError(
+            "vision.transformers is given, but this needs a whole model of open_clip; give vision.open_clip"
+        )
     if isinstance(name, str):
         model_config = open_clip.get_model_config(name)
         if model_config is None:
@@ -266,7 +308,7 @@ def _weights_path(config: VisionConfig) -> str | None:
 
 
 class VisionTower(nn.Module):
-    """A CLIP image encoder up to the chosen layer; what lies behind it is cut off.
+    """An image encoder up to the chosen layer; what lies behind it is cut off.
 
     Weights are random until `load_pretrained`, `from_clip` or `load_state_dict`. BatchNorm always uses
     its stored statistics: a decoder's batches of a few images would ruin them, and would mix documents.
@@ -275,12 +317,15 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config
+        self.mean, self.std = pixel_statistics(config)
+        if config.transformers is not None:
+            self._build_encoder(config.transformers)
+            return
         clip = build_clip(config, load=False)
         visual: Any = clip.visual
         size: Any = visual.image_size
         self.image_size = int(size if isinstance(size, int) else size[0])
-        self.mean, self.std = pixel_statistics(config)
-        self.visual, self._depths = _cut(visual, config.layers)
+        self.visual, self._depths = _cut(visual, config)
         if isinstance(self.visual, ModifiedResNet):  # about a fifth faster on CPUs, weights and gradients laid alike
             self.visual.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.requires_grad_(config.trainable)
@@ -296,6 +341,25 @@ class VisionTower(nn.Module):
                 f"vision.layer is {list(config.layers)}, whose grids are {', '.join(grids)}; name layers of one grid"
             )
 
+    def _build_encoder(self, values: dict[str, Any]) -> None:
+        """The encoder of transformers, whose config tells its sizes."""
+        encoder: Any = build_encoder(values)
+        self._depths = _depths(self.config.layers, values["num_hidden_layers"])
+        cut_encoder(encoder, max(self._depths), keeps_norm=self._normed_depth is not None)
+        self.visual = encoder
+        self.image_size, side = image_side(values), num_sides(values)
+        self.width = values["hidden_size"] * len(self._depths)
+        self.grid = (side, side)
+        self.requires_grad_(self.config.trainable)
+        self.train()
+
+    @property
+    def _normed_depth(self) -> int | None:
+        """Of the layer of transformers' encoder whose features pass the last norm."""
+        assert self.config.transformers is not None
+        last = self.config.transformers["num_hidden_layers"] - 1
+        return last if self.config.post_layernorm and last in self._depths else None
+
     def load_pretrained(self) -> None:
         """Reads the weights that the config names, if any; see `build_clip` for what it raises."""
         if self.config.checkpoint or self.config.pretrained:
@@ -304,7 +368,7 @@ class VisionTower(nn.Module):
     def from_clip(self, clip: nn.Module) -> VisionTower:
         """Copies the image encoder's weights from an open_clip model of the same config; gives self."""
         visual: Any = clip.visual
-        source, _ = _cut(copy.deepcopy(visual), self.config.layers)
+        source, _ = _cut(copy.deepcopy(visual), self.config)
         self.visual.load_state_dict(source.state_dict())  # pyright: ignore[reportAttributeAccessIssue]
         return self
 
@@ -312,6 +376,8 @@ class VisionTower(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """Its repeated blocks, in the order in which they run; each is called as a module."""
         visual: Any = self.visual
+        if self.config.transformers is not None:
+            return encoder_layers(visual)
         if isinstance(visual, ModifiedResNet):
             return [
                 block for name in ("layer1", "layer2", "layer3", "layer4") for block in getattr(visual, name).children()
@@ -324,8 +390,10 @@ class VisionTower(nn.Module):
     @property
     def hash(self) -> str:
         """SHA-256 of all that decides the features; where weights are sharded, a collective call."""
-        model_config = open_clip_config(self.config)
-        shape = [model_config["vision_cfg"], model_config.get("quick_gelu", False), self.config.norm]
+        shape: list[Any] = [self.config.transformers]
+        if self.config.transformers is None:
+            model_config = open_clip_config(self.config)
+            shape = [model_config["vision_cfg"], model_config.get("quick_gelu", False), self.config.norm]
         if len(self._depths) > 1:
             shape.append(list(self._depths))
         digest = hashlib.sha256(json.dumps([*shape, self.mean, self.std], sort_keys=True).encode())
@@ -367,6 +435,8 @@ class VisionTower(nn.Module):
     def _spatial(self, pixels_N3HW: Tensor) -> list[Tensor]:
         """[N, C, h, w] of each of the layers."""
         visual: Any = self.visual
+        if self.config.transformers is not None:
+            return encoder_features(visual, self.config.transformers, pixels_N3HW, self._depths, self._normed_depth)
         if isinstance(visual, ModifiedResNet):
             x: Any = visual.stem(pixels_N3HW)
             stages = []
@@ -381,12 +451,14 @@ class VisionTower(nn.Module):
                 pixels_N3HW, indices=depths, intermediates_only=True, norm=False, output_fmt="NCHW"
             )
         else:
-            is_one = len(depths) == 1
+            is_one, is_normed = len(depths) == 1, self.config.post_layernorm
             output = visual.forward_intermediates(
-                pixels_N3HW, indices=depths, normalize_intermediates=is_one, intermediates_only=True
+                pixels_N3HW, indices=depths, normalize_intermediates=is_one and is_normed, intermediates_only=True
             )
             found = output["image_intermediates"]
-            if not is_one:  # the last block's features alone are normalized, as where they are the only ones
+            if (
+                not is_one and is_normed
+            ):  # the last block's features alone are normalized, as where they are the only ones
                 found[-1] = visual.ln_post(found[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return [found[depths.index(depth)] for depth in self._depths]
 
@@ -396,12 +468,13 @@ def _of_levels(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.cat([torch.full((1,), value, device=device) for value in values]).view(3, 1, 1) * 255
 
 
-def _cut(visual: Any, layers: tuple[int | str, ...]) -> tuple[nn.Module, tuple[int, ...]]:
+def _cut(visual: Any, config: VisionConfig) -> tuple[nn.Module, tuple[int, ...]]:
     """Takes off, in place, what lies behind the deepest layer, so that every parameter left gets a gradient.
 
     Returns:
         What is left, and each layer's depth.
     """
+    layers = config.layers
     if isinstance(visual, ModifiedResNet):
         stages = ("layer1", "layer2", "layer3", "layer4")
         names = ["layer4" if layer == -1 else layer for layer in layers]
@@ -425,7 +498,8 @@ def _cut(visual: Any, layers: tuple[int | str, ...]) -> tuple[nn.Module, tuple[i
         )
     num_blocks = len(visual.transformer.resblocks)
     depths = _depths(layers, num_blocks)
-    visual.prune_intermediate_layers([max(depths)], prune_norm=max(depths) != num_blocks - 1, prune_head=True)
+    keeps_norm = config.post_layernorm and max(depths) == num_blocks - 1
+    visual.prune_intermediate_layers([max(depths)], prune_norm=not keeps_norm, prune_head=True)
     visual.attn_pool = None
     return visual, depths
 

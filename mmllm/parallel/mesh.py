@@ -102,11 +102,14 @@ class ParallelConfig:
                     f"decoder.qk_norm is 'width', which normalizes over all heads, but strategy.tensor, {self.tensor}, "
                     f"splits them over ranks; set tensor to 1, or qk_norm to 'head'"
                 )
-            if decoder.bias_of != "none":
-                raise ValueError(
-                    f"decoder.attention_bias is {decoder.bias_of!r}, whose vectors strategy.tensor, {self.tensor}, "
-                    f"would split over the one dimension that fsdp splits; set tensor to 1, or attention_bias to none"
-                )
+            for key, value, plain in (
+                ("attention_bias", decoder.bias_of, "none"), ("mlp_bias", decoder.mlp_bias, False)
+            ):  # fmt: skip
+                if value != plain:
+                    raise ValueError(
+                        f"decoder.{key} is {value!r}, whose vectors strategy.tensor, {self.tensor}, would split over "
+                        f"the one dimension that fsdp splits; set tensor to 1, or {key} to {str(plain).lower()}"
+                    )
             sizes = {
                 "decoder.num_attention_heads": decoder.num_attention_heads,
                 "decoder.num_key_value_heads": decoder.kv_heads,

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from mmllm.checkpoints.card import ModelInfo
+from mmllm.checkpoints.folder import write_card
 from mmllm.data.plan.plan import open_plan
 from mmllm.data.plan.recipe import Recipe, load_recipe
 from mmllm.evaluation.charts import Points
@@ -15,8 +17,6 @@ from mmllm.evaluation.curves import read_curves
 from mmllm.evaluation.report import REPORT_JSON, ReportInfo, Stage, now, write_report
 from mmllm.evaluation.results import TASKS, load_result
 from mmllm.evaluation.routing import load_routing
-from mmllm.inference.card import ModelInfo
-from mmllm.inference.folder import write_card
 from mmllm.quickstart.plan import OUTPUT_OF_STAGE, STATE_FILE, evaluation_tasks, read_contents, read_json
 
 

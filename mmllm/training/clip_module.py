@@ -206,6 +206,8 @@ def with_text_tokens(config: VisionConfig, vocab_size: int, end_id: int, pad_id:
         if found is None:
             raise ValueError(f"clip.open_clip is {values!r}, which open_clip doesn't know; see open_clip.list_models()")
         values = found
+    if values is None:
+        raise ValueError("clip.open_clip is null: a CLIP model of transformers can't be trained here; name open_clip's")
     values = copy.deepcopy(values)
     text_cfg = dict(values["text_cfg"])
     if "hf_model_name" in text_cfg:

@@ -19,14 +19,27 @@ from torch.distributed.tensor import DTensor
 
 from mmllm.batch import PackedBatch
 from mmllm.checkout import commit
+from mmllm.checkpoints.adapters import (
+    AdapterConfig,
+    base_facts,
+    base_state,
+    check_name,
+    copy_adapters,
+    keep_stacks_uncompiled,
+    reset_magnitudes,
+    save_adapter,
+)
+from mmllm.checkpoints.card import ModelInfo
+from mmllm.checkpoints.files import ADAPTERS, check_replaceable
+from mmllm.checkpoints.folder import save_model
+from mmllm.checkpoints.settings import GenerationConfig
+from mmllm.checkpoints.weights import Checkpoint
 from mmllm.data.samples.decode import ImageTransform
 from mmllm.data.samples.stored import features_hash
-from mmllm.inference.card import ModelInfo
-from mmllm.inference.folder import check_replaceable, save_model
-from mmllm.inference.settings import GenerationConfig
 from mmllm.losses.batch import TASKS, BatchLosses, LossFunction
 from mmllm.losses.routing import router_loss_weights
 from mmllm.model.decoder_config import DecoderConfig
+from mmllm.model.embedding import joined_rows
 from mmllm.model.flops import ModelFlops, Work, peak_flops
 from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
@@ -37,15 +50,28 @@ from mmllm.parallel.distribute import distribute, whole_state
 from mmllm.parallel.mesh import ParallelConfig, ParallelMesh
 from mmllm.parallel.shard import ShardConfig, compiles_in_one_graph, free_gathered
 from mmllm.parallel.tensor import sum_partial_gradients
+from mmllm.training.adapters import (
+    KEY,
+    adapter_rates,
+    base_names,
+    check_adapter,
+    check_has_no_base,
+    check_out,
+    check_sharding,
+    leave_out_base,
+    put_base_back,
+)
 from mmllm.training.clip_module import load_clip_config
 from mmllm.training.expert_bias import ExpertBias
-from mmllm.training.interop_commands import load_decoder
+from mmllm.training.init_from import InitSummary, initialize
+from mmllm.training.init_source import InitSource
 from mmllm.training.optimizers import OptimizerConfig
+from mmllm.training.parts import PARTS, build_model, group_of, part_of, splits_vocabulary
 from mmllm.training.staged import StagedModule
 from mmllm.training.strategy import MeshStrategy
 from mmllm.training.totals import GlobalTotals
 from mmllm_tokenizers.folder import TokenizerFolder
-from mmllm_tokenizers.vocab import Vocabulary
+from mmllm_tokenizers.vocab import AUDIO_END, PAD, Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +90,11 @@ class DecoderModule(StagedModule):
     over batches weighted by targets.
     """
 
+    parts = PARTS
+
     def __init__(
         self,
-        decoder: DecoderConfig,
+        decoder: DecoderConfig | None = None,
         vision: VisionConfig | None = None,
         image_projector: ImageProjectorConfig | None = None,
         audio: AudioConfig | None = None,
@@ -74,6 +102,9 @@ class DecoderModule(StagedModule):
         tokenizer: str | None = None,
         clip: str | None = None,
         init_from: str | None = None,
+        init_parts: tuple[str, ...] | None = None,
+        adapter: AdapterConfig | None = None,
+        adapter_name: str = "default",
         optimizer: OptimizerConfig | None = None,
         max_seconds: float | None = None,
         compile: bool = False,
@@ -84,7 +115,8 @@ class DecoderModule(StagedModule):
         """Keeps the settings; `configure_model` builds.
 
         Args:
-            decoder: its shape; `vocab_size: 0` takes the tokenizer's.
+            decoder: its shape; `vocab_size: 0` takes the tokenizer's. None: the model in `init_from`'s, and so are
+                `vision`, `image_projector`, `audio`, `loss` and `tokenizer` where they are None.
             vision: the image tower; None: the model doesn't see, unless `clip` is given.
             image_projector: from the tower to the decoder; `max_tiles: 1` takes the tokenizer's.
             audio: sound in and out; `num_codebooks`, `codebook_size` and `codebook_dim` of 0 take the
@@ -92,9 +124,15 @@ class DecoderModule(StagedModule):
             loss: weights of the losses.
             tokenizer: tokenizer folder; None: the model's sizes are all given and nothing is exported.
             clip: folder of a trained `ClipModule`: the tower's config and weights.
-            init_from: folder that `mmllm import` wrote: the decoder starts with its weights; with its embeddings and
-                head only where they were exported from a model of this very tokenizer.
-            optimizer: rates and decay; `tower_lr: 0` freezes the tower.
+            init_from: model folder whose weights the training starts with, or what an earlier `mmllm import` wrote.
+                Rows of ids are taken where the ids mean the same. In a config file, keys of `decoder`, `vision`,
+                `image_projector`, `audio` and `loss` that aren't given, and `tokenizer`, are those of the folder.
+            init_parts: parts of the model (as in `optimizer.parts`) that come from there; others start anew. None: all
+                that it has.
+            adapter: what is trained in the place of the weights of `init_from`, of which those alone are trained beside
+                it whose parts `optimizer.parts` gives a rate (or `tower_lr`, `projector_lr`).
+            adapter_name: what it is called in `out`, a model folder with `adapters/NAME`.
+            optimizer: rates and decay; parts of the model whose rate is 0 are frozen.
             max_seconds: training ends after this long; None: `trainer.max_steps` alone ends it.
             compile: compile each decoder layer; give the data module a `token_multiple` then, so that shapes are few.
             out: model folder to write when training ends.
@@ -103,9 +141,23 @@ class DecoderModule(StagedModule):
                 else not logged.
 
         Raises:
-            ValueError: `peak_flops` is not positive.
+            ValueError: `peak_flops` is not positive, `init_parts` names no part, or there is neither `decoder` nor
+                `init_from`.
+            FileNotFoundError: `decoder` is left to a folder that isn't there.
         """
-        super().__init__(optimizer, max_seconds)
+        super().__init__(optimizer if adapter is None else adapter_rates(optimizer), max_seconds)
+        unknown = [part for part in init_parts or () if part not in PARTS]
+        if unknown:
+            raise ValueError(f"init_parts names {unknown[0]!r}; choose among {', '.join(PARTS)}")
+        if decoder is None:
+            if init_from is None:
+                raise ValueError("decoder is left out, and so is init_from; give one of them")
+            source = InitSource.open(init_from)
+            decoder = source.model.decoder
+            if source.is_model_folder:
+                vision = vision or (source.model.vision if clip is None else None)
+                image_projector = image_projector or source.model.image_projector
+                audio, loss, tokenizer = audio or source.model.audio, loss or source.model.loss, tokenizer or init_from
         if peak_flops is not None and not peak_flops > 0:
             raise ValueError(f"peak_flops is {peak_flops}; give what the device can do a second, or null")
         self.peak_flops = peak_flops
@@ -117,6 +169,11 @@ class DecoderModule(StagedModule):
         self.tokenizer = tokenizer
         self.clip = clip
         self.init_from = init_from
+        self.init_parts = None if init_parts is None else tuple(init_parts)
+        self.init_summary: InitSummary | None = None
+        self.adapter = adapter
+        self.adapter_name = adapter_name
+        check_name(adapter_name)
         self.compile_layers = compile
         self.out = out
         self.name = name
@@ -126,6 +183,8 @@ class DecoderModule(StagedModule):
         self.routing = RoutingWindow()
         self.expert_bias: ExpertBias | None = None
         self._whole: MultimodalModel | None = None
+        self._whole_state: dict[str, Tensor] | None = None
+        self._source: InitSource | None = None
         self._source_names: list[str] = []
         self._first_targets = self._accumulated_targets = torch.zeros(())
         self._num_accumulated = 0
@@ -141,11 +200,8 @@ class DecoderModule(StagedModule):
         return self.out
 
     def tower_of(self, name: str) -> str:
-        """Image tower, projectors, or the rest."""
-        part = name.removeprefix("model.").split(".")[0]
-        if part == "vision":
-            return "tower"
-        return "projector" if part in ("image_projector", "clip_projector", "unit_projector") else "decoder"
+        """Its part of the model where that has a rate of its own; else image tower, projectors, or the rest."""
+        return group_of(name, self.optimizer)
 
     def resolved_config(self) -> ModelConfig:
         """The model's config with what the tokenizer and the CLIP folder decide filled in.
@@ -154,7 +210,7 @@ class DecoderModule(StagedModule):
             ValueError: the config contradicts the tokenizer folder.
         """
         vision = self.vision if self.clip is None else load_clip_config(self.clip, self.vision)
-        if vision is not None and self.optimizer.tower_lr == 0:
+        if vision is not None and self.optimizer.rate_of("image_tower") == 0:
             vision = dataclasses.replace(vision, trainable=False)
         decoder, audio, image_projector = self.decoder, self.audio, self.image_projector
         if self.tokenizer is not None:
@@ -173,24 +229,46 @@ class DecoderModule(StagedModule):
         if self.model is not None:
             return
         config = self.resolved_config()
+        check_adapter(self.adapter, self.optimizer, self.init_from)
         self.mesh, sharding = self._mesh_and_sharding()
         if self.mesh is not None:
             self.mesh.config.check_model(config)
+            if self.mesh.config.tensor > 1 and splits_vocabulary(config, self.optimizer):
+                raise ValueError(
+                    f"optimizer.parts gives text_embedding and unit_embedding different rates, and strategy.tensor is "
+                    f"{self.mesh.config.tensor}, which splits their rows over ranks; give both one rate, or set tensor "
+                    f"to 1 (fsdp shards them all the same)"
+                )
+            if self.adapter is not None:
+                check_sharding(self.adapter, config.decoder, self.mesh.config)
         deferred = None if self.mesh is None else DeferredInit()
-        self.model = MultimodalModel(config, deferred or contextlib.nullcontext())
+        init = deferred or contextlib.nullcontext()
+        self.model = build_model(config, self.optimizer, init, self.adapter, self.adapter_name)
         if self.folder is not None and self.model.vision is not None:
             _check_image_slots(self.model, self.folder)
         self.model.load_pretrained()
         if self.folder is not None and config.audio is not None and self.folder.audio is not None:
-            self.model.initialize_audio(codebooks_of(self.folder))
+            self.model.initialize_audio(self.folder.codebooks_KVD)
         if self.compile_layers:
             is_whole = self.mesh is None or compiles_in_one_graph(config, self.mesh.config, sharding)
+            is_whole = not keep_stacks_uncompiled(self.model.decoder) and is_whole
             self.model.decoder.compile_layers(fullgraph=is_whole)
         if self.mesh is not None and deferred is not None:
             distribute(self.model, deferred, self.mesh, sharding, self.trainer.strategy.root_device)
         if self.init_from is not None:
-            tokenizer = None if self.folder is None else self.folder.hash
-            load_decoder(self.init_from, self.model.decoder, tokenizer)
+            self._source = InitSource.open(self.init_from)
+            self._initialize(self.model, self._source)
+
+    def _initialize(self, model: MultimodalModel, source: InitSource) -> None:
+        """Takes the weights of `init_from`, and says which."""
+        summary = initialize(model, source, self.folder, self.init_parts, takes_tower=self.clip is None)
+        summary.log()
+        if self.adapter is not None and self.adapter.use_dora:
+            reset_magnitudes(model.decoder, self.adapter_name)
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        for part in sorted({part_of(name) for name in frozen.intersection(summary.new)}):
+            log.warning("%s of the model isn't in %s, and its rate is 0: it stays random", part, source.path)
+        self.init_summary = summary
 
     def _mesh_and_sharding(self) -> tuple[ParallelMesh | None, ShardConfig]:
         """The strategy's; None where each process holds the whole model."""
@@ -221,8 +299,11 @@ class DecoderModule(StagedModule):
     def on_fit_start(self) -> None:
         """Checks that the data was made with this tokenizer and tower, and asks for its sources' names."""
         super().on_fit_start()
+        if self.init_summary is not None and self.trainer.is_global_zero and self.trainer.loggers:
+            self.init_summary.write(Path(self.trainer.log_dir or self.trainer.default_root_dir))
         self._num_accumulated = 0  # an earlier fit may have ended before its step
-        self.expert_bias = ExpertBias.of(self._built().decoder)
+        routers_move = self.optimizer.rate_of("routers") > 0
+        self.expert_bias = ExpertBias.of(self._built().decoder) if routers_move else None
         self._name_sources()
         if self._peak_flops is not None:
             self._flops = ModelFlops.of(self._built().config)
@@ -232,22 +313,31 @@ class DecoderModule(StagedModule):
                 f"the recipe's tokenizer folder is {data_folder.hash[:12]} but the model's, {self.tokenizer}, is "
                 f"{self.folder.hash[:12]}; name one tokenizer folder in both"
             )
-        self._check_features()
+        self._check_pictures()
 
     def on_validation_start(self) -> None:
         """Checks the data where nothing was fitted before."""
         if self.trainer.validating:
             self._name_sources()
-            self._check_features()
+            self._check_pictures()
 
     def on_test_start(self) -> None:
         """As before validation alone."""
         self._name_sources()
-        self._check_features()
+        self._check_pictures()
 
     def _name_sources(self) -> None:
         self._source_names = list(getattr(self._data, "source_names", None) or [])
         self._loss_function = LossFunction(self._built().config, self._source_names, MAX_UNNAMED_SOURCES)
+
+    def _check_pictures(self) -> None:
+        """Pictures are made as the tower of `init_from` saw them; stored features must be what the tower would give."""
+        take = getattr(self._data, "take_transform", None)
+        if self.init_from is not None and self.init_summary is not None and take is not None:
+            transform = InitSource.open(self.init_from).image_transform
+            if transform is not None and any(name.startswith("vision.") for name in self.init_summary.loaded):
+                take(transform)
+        self._check_features()
 
     def _check_features(self) -> None:
         """Refuses stored image features that this tower would not give."""
@@ -257,7 +347,8 @@ class DecoderModule(StagedModule):
         if vision.config.trainable:
             raise ValueError(
                 "data.init_args.image_features is on, but the image tower is trained, and stored features would stay "
-                "as they are; set model.init_args.optimizer.tower_lr to 0, or image_features to false"
+                "as they are; set model.init_args.optimizer.parts.image_tower (or tower_lr) to 0, or image_features to "
+                "false"
             )
         transform = self.image_transform
         assert transform is not None
@@ -423,16 +514,49 @@ class DecoderModule(StagedModule):
     def check_export(self, directory: Path) -> None:
         """A model folder is replaced as a whole, with whatever lies in it."""
         check_replaceable(directory)
+        if self.adapter is not None:
+            check_out(str(directory), self.init_from)
 
     def export(self, directory: Path) -> None:
         """Writes the model folder."""
         if self.folder is None:
             raise ValueError("`out` is set but `tokenizer` is not; a model folder needs its tokenizer")
-        generation = GenerationConfig(
-            max_heard_seconds=getattr(self._data, "max_heard_seconds", None), voices=getattr(self._data, "voices", ())
+        source = self._source
+        generation = dataclasses.replace(
+            GenerationConfig() if source is None else source.generation,
+            max_heard_seconds=getattr(self._data, "max_heard_seconds", None),
+            voices=getattr(self._data, "voices", ()),
         )
         model = self._whole or self._built()
-        save_model(directory, model, self.folder, self._info(), self.image_transform, generation)
+        foreign = None if source is None else source.foreign_files
+        settings = (self._info(), self.image_transform, generation, foreign)
+        save_model(directory, model, self.folder, *settings, more=self._export_adapters)
+
+    def _export_adapters(self, folder: Path) -> None:
+        """Puts the trained adapter, and those that `init_from` has, beside the weights."""
+        if self.adapter is None or self._source is None:
+            return
+        facts = base_facts(Checkpoint.open(folder), self._built().config.decoder)
+        if self._source.is_model_folder:
+            copy_adapters(self._source.path, folder, facts, but=self.adapter_name)
+        state = None
+        if self._whole_state is not None:
+            state = {n.removeprefix("decoder."): t for n, t in self._whole_state.items() if n.startswith("decoder.")}
+        save_adapter(folder / ADAPTERS / self.adapter_name, self._built().decoder, self.adapter_name, facts, state)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """With an adapter, leaves to the base folder what is its."""
+        super().on_save_checkpoint(checkpoint)
+        if self.adapter is not None and self._source is not None and self.init_summary is not None:
+            leave_out_base(checkpoint, base_names(self, self.init_summary), self._source)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the clock; with an adapter, takes the base's weights from where they are."""
+        super().on_load_checkpoint(checkpoint)
+        if self.adapter is None:
+            check_has_no_base(checkpoint)
+        elif self._source is not None and self.init_summary is not None and KEY in checkpoint:
+            put_base_back(checkpoint, self, base_names(self, self.init_summary), self._source)
 
     @property
     def image_transform(self) -> ImageTransform | None:
@@ -452,9 +576,9 @@ class DecoderModule(StagedModule):
     def on_train_end(self) -> None:
         """Exports; all ranks gather a sharded model first."""
         if self.export_dir and self.mesh is not None:
-            self._whole = _gathered(self._built())
+            self._whole, self._whole_state = _gathered(self._built()) or (None, None)
         super().on_train_end()
-        self._whole = None
+        self._whole = self._whole_state = None
 
 
 def with_vocabulary(
@@ -473,8 +597,9 @@ def with_vocabulary(
         wanted = {"num_codebooks": vocabulary.num_codebooks, "codebook_size": vocabulary.codebook_size}
         for key, value in wanted.items():
             _check_size(f"audio.{key}", getattr(audio, key), value)
-        codebook_dim = audio.codebook_dim or codebooks_of(folder).shape[-1]
-        audio = dataclasses.replace(audio, codebook_dim=codebook_dim, **wanted)
+        codebook_dim = audio.codebook_dim or folder.codebooks_KVD.shape[-1]
+        ids = {"audio_end_id": folder.id(AUDIO_END), "pad_id": folder.id(PAD)}
+        audio = dataclasses.replace(audio, codebook_dim=codebook_dim, **wanted, **ids)
         if audio.projector.pool != folder.audio_pool:
             raise ValueError(
                 f"audio.projector.pool is {audio.projector.pool} but the tokenizer folder's audio_pool is "
@@ -482,13 +607,6 @@ def with_vocabulary(
             )
     _check_size("decoder.vocab_size", decoder.vocab_size, vocabulary.size)
     return dataclasses.replace(decoder, vocab_size=vocabulary.size), audio
-
-
-def codebooks_of(folder: TokenizerFolder) -> Tensor:
-    """The codec's codebooks as the vocabulary numbers them, [K, V, D]: one long codebook where the stream is flat."""
-    vocabulary = folder.vocabulary
-    codebooks_KVD = folder.require_audio().codebooks_KVD[: folder.num_codebooks]
-    return codebooks_KVD.reshape(vocabulary.num_codebooks, vocabulary.codebook_size, -1)
 
 
 def _check_size(key: str, got: int, wanted: int) -> None:
@@ -532,11 +650,14 @@ def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
-def _gathered(model: MultimodalModel) -> MultimodalModel | None:
-    """A whole copy of a sharded model on rank 0's CPU, None elsewhere; a collective call."""
+def _gathered(model: MultimodalModel) -> tuple[MultimodalModel, dict[str, Tensor]] | None:
+    """A sharded model's whole copy, without adapters, and its whole state with them, on rank 0's CPU; None elsewhere.
+
+    A collective call.
+    """
     state = whole_state(model)
     if state is None:
         return None
     full = MultimodalModel(model.config)
-    full.load_state_dict(state)
-    return full
+    full.load_state_dict(base_state(joined_rows(state)))
+    return full, state

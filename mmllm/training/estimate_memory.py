@@ -22,6 +22,7 @@ from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.layout import Layout
 from mmllm.training.live_memory import LiveMemory, Part
 from mmllm.training.optimizers import build_optimizer, parameter_groups
+from mmllm.training.parts import build_model
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ def memory_bytes(module: DecoderModule, config: ModelConfig, layout: Layout, loa
     scale = stored / layout.dtype.itemsize / layout.num_shards
     scales = {"weights": scale, "gradients": scale, "optimizer": scale}
     config = _on_device(config, layout)
-    with torch.device("meta"):
-        shapes = MultimodalModel(config)
-    batch = largest_batch(shapes, num_sequences, load)
+    with torch.device("meta"), _default_dtype(layout.dtype):
+        model = build_model(config, module.optimizer, None, module.adapter)
+    batch = largest_batch(model, num_sequences, load)
     followed = DecoderModule(config.decoder, loss=config.loss, optimizer=module.optimizer)
     followed.source_names.extend(config.loss.source_weights or ())
     memory = LiveMemory(scales, layout.is_gpu)
@@ -83,8 +84,8 @@ def memory_bytes(module: DecoderModule, config: ModelConfig, layout: Layout, loa
         kept = [value for value in vars(batch).values() if isinstance(value, Tensor)]
         for value in kept:
             memory.mark(value, "pictures")
-        with memory.allocating("weights"), _default_dtype(layout.dtype):
-            followed.model = model = MultimodalModel(config)
+        with memory.allocating("weights"):  # PEFT moves what it makes, which tensors without storage don't bear
+            followed.model = model.to_empty(device="cpu")
         _follow_step(followed, batch, layout, memory)
     # The watch keeps a step's batches until the next one ends.
     more = {"pictures": (2 * layout.accumulated - 1) * sum(value.nbytes for value in kept)}
@@ -207,8 +208,9 @@ def _gathered_bytes(model: MultimodalModel, layout: Layout) -> tuple[int, int]:
     """
     layers = model.decoder.layers
     largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+    reduced = max(sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in layers)
     tower = list(model.vision.parameters()) if model.vision is not None else []
     frozen = sum(p.numel() for p in tower if not p.requires_grad)
     rest = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in [*layers.parameters(), *tower])
     size = layout.dtype.itemsize
-    return size * (rest + 2 * largest) + round(size * frozen * (1 - 1 / layout.num_shards)), largest * (size + 4)
+    return size * (rest + 2 * largest) + round(size * frozen * (1 - 1 / layout.num_shards)), reduced * (size + 4)

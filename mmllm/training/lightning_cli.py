@@ -187,7 +187,7 @@ def build_cli(
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        args=_with_current_names(argv),
+        args=_with_folder_keys(_with_current_names(argv)),
         run=run,
         overwrite=overwrite,
     )
@@ -268,6 +268,72 @@ def _current_yaml(path: Path) -> str | None:
         return None
     log.warning("%s has earlier names of keys (mmllm/model/earlier_names.py lists both); they are still read", path)
     return yaml.safe_dump(current, sort_keys=False)
+
+
+_INIT_FROM = "--model.init_args.init_from"
+
+
+def _with_folder_keys(argv: list[str]) -> list[str]:
+    """Config files in which `DecoderModule`'s keys that aren't given are those of the model in `init_from`.
+
+    They are given to the parser as one text, in the place of the first.
+
+    Raises:
+        FileNotFoundError, ValueError: that folder is no model.
+    """
+    places = [place for place, word in enumerate(argv) if word.partition("=")[0] in ("-c", "--config", _INIT_FROM)]
+    options: dict[int, tuple[str, str]] = {}
+    for place in places:
+        key, equals, value = argv[place].partition("=")
+        if equals or place + 1 < len(argv):
+            options[place] = key, value if equals else argv[place + 1]
+    files = {place: _as_mapping(value) for place, (key, value) in options.items() if key != _INIT_FROM}
+    merged: dict[str, Any] = {}
+    for values in files.values():
+        if values is None:  # the parser says what is wrong with it
+            return argv
+        merged = _merged(merged, values)
+    model = merged.get("model")
+    init_args = model.get("init_args") if isinstance(model, dict) else None
+    if not isinstance(init_args, dict) or not str(merged["model"].get("class_path")).endswith("DecoderModule"):
+        return argv
+    given = [value for key, value in options.values() if key == _INIT_FROM]
+    init_from = given[-1] if given else init_args.get("init_from")
+    if not init_from or str(init_from) == "null":
+        return argv
+    from mmllm.training.init_source import with_folder_keys
+
+    merged["model"]["init_args"] = with_folder_keys(init_args, init_from)
+    text = yaml.safe_dump(merged, sort_keys=False)
+    left_out = {place + offset for place in files for offset in range(1 if "=" in argv[place] else 2)}
+    first = min(files)
+    return (
+        [word for place, word in enumerate(argv) if place < first]
+        + [f"--config={text}"]
+        + [word for place, word in enumerate(argv) if place > first and place not in left_out]
+    )
+
+
+def _as_mapping(value: str) -> dict[str, Any] | None:
+    """A config file, or its text; None where it is no mapping."""
+    try:
+        is_file = "\n" not in value and Path(value).is_file()
+        values = yaml.safe_load(Path(value).read_text(encoding="utf-8") if is_file else value)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """As the parser merges config files: the second's keys over the first's; another class has none of its settings."""
+    merged = dict(first)
+    for key, value in second.items():
+        own = merged.get(key)
+        if isinstance(own, dict) and isinstance(value, dict):
+            is_other = "class_path" in value and value["class_path"] != own.get("class_path")
+            value = value if is_other else _merged(own, value)
+        merged[key] = value
+    return merged
 
 
 def run_lightning(argv: list[str]) -> MmllmCLI:

@@ -110,9 +110,9 @@ class LiveMemory(TorchDispatchMode):
 
 def _inside_cross_entropy(args: Any, is_gpu: bool) -> dict[str, int]:
     """`mmllm.losses.chunked.weighted`: a chunk's logits and probabilities, and casts of what it is given."""
-    hidden_MD, weight_VD, *_, dtype, chunk_bytes, hidden_grad, weight_grad = args
+    hidden_MD, weight_VD, added_AD, *_, dtype, chunk_bytes, hidden_grad, weight_grad, added_grad = args
     chunk_bytes = GPU_CHUNK_BYTES if is_gpu else chunk_bytes
-    num_targets, (num_rows, width) = len(hidden_MD), weight_VD.shape
+    num_targets, num_rows, width = len(hidden_MD), len(weight_VD) + len(added_AD), weight_VD.shape[1]
     wide = torch.promote_types(dtype, torch.float32).itemsize
     narrow = dtype.itemsize
     chunk_rows = -(-num_targets // max(1, -(-num_targets // max(1, chunk_bytes // max(1, num_rows * wide)))))
@@ -125,8 +125,9 @@ def _inside_cross_entropy(args: Any, is_gpu: bool) -> dict[str, int]:
         sizes += num_targets * width * narrow
     if hidden_grad and hidden_MD.dtype.itemsize != wide:
         sizes += num_targets * width * wide
-    if weight_grad and weight_VD.dtype.itemsize != wide:
-        sizes += num_rows * width * wide
+    if weight_VD.dtype.itemsize != wide:
+        trained_rows = len(weight_VD) * weight_grad + len(added_AD) * added_grad
+        sizes += trained_rows * width * wide
     return {"logits": sizes}
 
 

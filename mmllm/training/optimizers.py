@@ -24,6 +24,9 @@ MUON_MOVES = (("hidden", 2), ("hidden", 3), ("filters", 4))
 """Roles and dimensions of what Muon moves. AdamW moves the filters of one-dimensional convolutions: most of ours are
 depthwise, one row each."""
 
+_OLDER = {"image_tower": "tower_lr", "image_projector": "projector_lr", "audio_front_end": "projector_lr"}
+"""Keys that gave rates before `parts` did."""
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -32,7 +35,9 @@ class OptimizerConfig:
     Attributes:
         lr: peak learning rate of everything that has none of its own.
         tower_lr: peak learning rate of the image tower; None: `lr`; 0: the tower is frozen.
-        projector_lr: peak learning rate of the image and audio projectors; None: `lr`.
+        projector_lr: peak learning rate of the image and audio projectors; None: `lr`; 0: they are frozen.
+        parts: peak learning rates of parts of a decoder's model (`mmllm.training.parts`) by their names, which then
+            don't follow `lr`, `tower_lr` and `projector_lr`. 0: frozen, without gradient or optimizer state.
         weight_decay: decoupled; never on norms, biases and embeddings.
         betas: AdamW's.
         eps: AdamW's.
@@ -46,6 +51,7 @@ class OptimizerConfig:
     lr: float = 1e-3
     tower_lr: float | None = None
     projector_lr: float | None = None
+    parts: dict[str, float] | None = None
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -62,12 +68,25 @@ class OptimizerConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"optimizer.{name} is {value}; give a rate of 0 or more, or leave it out for lr")
+        for name, value in (self.parts or {}).items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"optimizer.parts.{name} is {value}; give a rate of 0 or more, or leave it out for lr")
+            older = _OLDER.get(name)
+            if older is not None and getattr(self, older) is not None:
+                raise ValueError(f"optimizer.{older} and parts.{name} both give a rate; leave one of them out")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"optimizer.warmup is {self.warmup}; it is a share of the run, from 0 up to below 1")
         if not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"optimizer.min_lr_ratio is {self.min_lr_ratio}; it is a share of lr, from 0 to 1")
         if not all(0 <= beta < 1 for beta in (*self.betas, self.muon_momentum)):
             raise ValueError(f"optimizer.betas {self.betas} and muon_momentum {self.muon_momentum} must be in [0, 1)")
+
+    def rate_of(self, group: str) -> float:
+        """The peak rate of a part that `parts` names, or of "tower", "projector" or "decoder"."""
+        if group in (self.parts or {}):
+            return (self.parts or {})[group]
+        own = {"tower": self.tower_lr, "image_tower": self.tower_lr, "projector": self.projector_lr}.get(group)
+        return self.lr if own is None else own
 
 
 def learning_rate_factor(progress: float, config: OptimizerConfig) -> float:
@@ -92,7 +111,7 @@ def parameter_groups(
     Args:
         module: whose trainable parameters are grouped; frozen ones are left out.
         config: the rates.
-        tower_of: a parameter's name to "decoder", "tower" or "projector".
+        tower_of: a parameter's name to what has a rate: see `OptimizerConfig.rate_of`.
 
     What a parameter is, its module's type or mark says (`mmllm.model.roles`): embeddings and vectors don't decay, and
     Muon moves hidden matrices, stacks of them and the filters of two-dimensional convolutions.
@@ -101,11 +120,6 @@ def parameter_groups(
         Groups for `MuonAdamW` or `torch.optim.AdamW`. Each also has its `name` and its `peak_lr`, from which
         the schedule computes `lr`. The order depends on names alone, so checkpoints resume.
     """
-    rates = {
-        "decoder": config.lr,
-        "tower": config.lr if config.tower_lr is None else config.tower_lr,
-        "projector": config.lr if config.projector_lr is None else config.projector_lr,
-    }
     roles = parameter_roles(module)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
@@ -120,8 +134,8 @@ def parameter_groups(
             {
                 "params": [],
                 "name": key,
-                "lr": rates[tower],
-                "peak_lr": rates[tower],
+                "lr": config.rate_of(tower),
+                "peak_lr": config.rate_of(tower),
                 "weight_decay": config.weight_decay if decays else 0.0,
                 "use_muon": use_muon,
             },
@@ -141,7 +155,10 @@ def build_optimizer(
         num_replicas: ranks that hold the same weights and gradients (DDP's), among which Muon's work is shared.
     """
     if not groups:
-        raise ValueError("no parameter is trainable; set a tower's `trainable: true` or a learning rate above 0")
+        raise ValueError(
+            "no parameter is trainable: each part's rate is 0; give one of optimizer.parts (or tower_lr, projector_lr) "
+            "a learning rate above 0"
+        )
     if config.muon:
         return MuonAdamW(groups, config, num_replicas)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

@@ -20,6 +20,7 @@ from mmllm.model.earlier_names import is_earlier
 from mmllm.parallel.norms import scale_to_norm_, total_norm
 from mmllm.training.ema import without_averages
 from mmllm.training.optimizers import OptimizerConfig, build_optimizer, learning_rate_factor, parameter_groups
+from mmllm.training.parts import check_parts
 from mmllm.training.step_start import StepStart
 from mmllm.training.watch import Watch
 
@@ -37,6 +38,9 @@ class StagedModule(pl.LightningModule):
     resume.
     """
 
+    parts: tuple[str, ...] = ()
+    """Names that `optimizer.parts` may have."""
+
     def __init__(self, optimizer: OptimizerConfig | None = None, max_seconds: float | None = None) -> None:
         """Keeps the settings.
 
@@ -45,12 +49,13 @@ class StagedModule(pl.LightningModule):
             max_seconds: training ends after this long, resumes included; None: `trainer.max_steps` alone ends it.
 
         Raises:
-            ValueError: `max_seconds` is not positive.
+            ValueError: `max_seconds` is not positive, or `optimizer.parts` names what is no part of it.
         """
         super().__init__()
         if max_seconds is not None and not max_seconds > 0:
             raise ValueError(f"max_seconds is {max_seconds}; give a positive number of seconds or null")
         self.optimizer = optimizer or OptimizerConfig()
+        check_parts(self.optimizer, self.parts, type(self).__name__)
         self.max_seconds = max_seconds
         self.elapsed_seconds = 0.0
         self.window = MetricWindow()
@@ -68,7 +73,7 @@ class StagedModule(pl.LightningModule):
         return self.trainer.global_rank
 
     def tower_of(self, name: str) -> str:
-        """Which tower a parameter belongs to: decides its learning rate."""
+        """What decides a parameter's learning rate: see `OptimizerConfig.rate_of`."""
         return "decoder"
 
     def export(self, directory: Path) -> None:

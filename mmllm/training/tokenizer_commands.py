@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from mmllm.data.rows.rows import Row, row_media
 from mmllm.data.samples.schema import AUDIO_ENDINGS, jsonl_rows, parse_line
 from mmllm.data.shards.find import shard_paths
 from mmllm.data.shards.tar import Member, scan_tar
+from mmllm.interop.tokenizers import reference_encoder
 from mmllm_tokenizers.audio import (
     AudioTokenizer,
     EncodecTokenizer,
@@ -35,7 +37,7 @@ from mmllm_tokenizers.audio import (
     resample,
     to_mono,
 )
-from mmllm_tokenizers.folder import TokenizerConfig, TokenizerFolder
+from mmllm_tokenizers.folder import TEMPLATES_FILE, TokenizerConfig, TokenizerFolder
 from mmllm_tokenizers.text import TextTokenizer
 
 DEFAULT_VOCAB_SIZE = 4096
@@ -269,3 +271,40 @@ def _document_texts(values: Any, own: bool = True) -> Iterator[str]:
     found += [segment.get("text") for segment in values.get("segments") or () if isinstance(segment, dict)]
     found += [values.get("question"), values.get("answer")]
     yield from (text for text in found if isinstance(text, str) and text)
+
+
+def encode(inputs: Sequence[str], tokenizer: str) -> Iterator[str]:
+    """Lines of text as JSON lists of ids: special tokens count, and what frames a text is added.
+
+    Args:
+        inputs: text files in UTF-8; none: standard input.
+        tokenizer: one of our folders, or a checkpoint of transformers.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no tokenizer in the folder, or a line is no UTF-8.
+        ModuleNotFoundError: transformers, for a checkpoint of it.
+    """
+    folder = Path(tokenizer)
+    if (folder / TEMPLATES_FILE).is_file():
+        ids_of = TokenizerFolder.load(folder).text.encode_as_transformers
+    else:
+        backend = reference_encoder(folder)
+
+        def ids_of(text: str) -> list[int]:
+            return backend.encode(text).ids
+
+    for name, line in _lines(inputs):
+        try:
+            text = line.removesuffix(b"\n").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} is no UTF-8: {error}; convert it") from error
+        yield json.dumps(ids_of(text))
+
+
+def _lines(inputs: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Each line of the files, or of standard input, and where it is."""
+    if not inputs:
+        yield from ((f"line {number} of standard input", line) for number, line in enumerate(sys.stdin.buffer, 1))
+    for path in inputs:
+        with open(path, "rb") as file:
+            yield from ((f"{path}:{number}", line) for number, line in enumerate(file, 1))

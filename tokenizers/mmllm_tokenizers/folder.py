@@ -3,6 +3,7 @@
     tokenizer.json         text tokens
     templates.json         how each task is written
     tokenizer_config.json  `TokenizerConfig`
+    chat_template.jinja    how a checkpoint's own conversations are written, where it was imported
     codec/                 the audio tokenizer, where there is sound
 
 A model, an index and a plan's state store its `hash` and refuse another.
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from mmllm_tokenizers.audio import AudioTokenizer, load_audio_tokenizer
 from mmllm_tokenizers.patterns import PATTERNS, apply_pattern, invert_pattern, num_positions
-from mmllm_tokenizers.text import TextTokenizer
+from mmllm_tokenizers.text import ForeignText, TextTokenizer
 from mmllm_tokenizers.tiling import TileGrid, Tiling, choose_grid
 from mmllm_tokenizers.vocab import TEMPLATES, Vocabulary
 
@@ -31,6 +32,9 @@ TEXT_FILE = "tokenizer.json"
 TEMPLATES_FILE = "templates.json"
 CONFIG_FILE = "tokenizer_config.json"
 CODEC_FOLDER = "codec"
+CHAT_FILE = "chat_template.jinja"
+_OPTIONAL = ("tiling", "text")
+"""Keys that are written only where they say something: older folders and their hashes have none."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class TokenizerConfig:
     """Folder of the audio tokenizer, relative to this one."""
     tiling: Tiling | None = None
     """How pictures are cut into tiles; None: they aren't, and neither file nor hash speaks of it."""
+    text: ForeignText | None = None
+    """Of a checkpoint's own text tokenizer; None: one that was trained here."""
 
     def __post_init__(self) -> None:
         for name in ("image_tokens", "image_size", "audio_pool"):
@@ -69,21 +75,23 @@ class TokenizerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-serializable values."""
-        values = dataclasses.asdict(self)
-        return {key: value for key, value in values.items() if key != "tiling" or value is not None}
+        values = dataclasses.asdict(dataclasses.replace(self, text=None))
+        if self.text is not None:
+            values["text"] = self.text.to_dict()
+        return {key: value for key, value in values.items() if key not in _OPTIONAL or value is not None}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any], where: str) -> TokenizerConfig:
         """The inverse of `to_dict`.
 
         Args:
-            values: all of its keys; `tiling` may be left out.
+            values: all of its keys; `tiling` and `text` may be left out.
             where: what errors call them.
 
         Raises:
             ValueError: a key is missing or unknown, or has no possible value.
         """
-        wrong = (set(values) ^ {field.name for field in dataclasses.fields(TokenizerConfig)}) - {"tiling"}
+        wrong = (set(values) ^ {field.name for field in dataclasses.fields(TokenizerConfig)}) - set(_OPTIONAL)
         tiling = values.get("tiling")
         if isinstance(tiling, Mapping):
             wrong |= {f"tiling.{key}" for key in set(tiling) ^ {field.name for field in dataclasses.fields(Tiling)}}
@@ -91,7 +99,14 @@ class TokenizerConfig:
             wrong.add("tiling")
         if wrong:
             raise ValueError(f"{where} has unknown or missing keys: {', '.join(sorted(wrong))}; build the folder again")
-        return TokenizerConfig(**{**values, "tiling": None if tiling is None else Tiling(**tiling)})
+        text = values.get("text")
+        return TokenizerConfig(
+            **{
+                **values,
+                "tiling": None if tiling is None else Tiling(**tiling),
+                "text": None if text is None else ForeignText.from_dict(text, where),
+            }
+        )
 
 
 class TokenizerFolder:
@@ -102,6 +117,7 @@ class TokenizerFolder:
         audio: the audio tokenizer, or None for a model without sound.
         config: how images and sound become positions.
         templates: how each task is written.
+        chat_template: how conversations are written, in transformers' form (Jinja); None: as the task `chat`.
 
     Raises:
         ValueError: the configuration asks for more codebooks than the audio tokenizer has.
@@ -113,8 +129,9 @@ class TokenizerFolder:
         audio: AudioTokenizer | None = None,
         config: TokenizerConfig | None = None,
         templates: Mapping[str, Mapping[str, str]] = TEMPLATES,
+        chat_template: str | None = None,
     ) -> None:
-        config = config or TokenizerConfig()
+        config = dataclasses.replace(config or TokenizerConfig(), text=text.foreign)
         if audio is None:
             config = dataclasses.replace(
                 config, num_codebooks=0, codebook_size=0, frame_rate=0.0, sample_rate=0, codec=None
@@ -130,7 +147,7 @@ class TokenizerFolder:
                 sample_rate=audio.sample_rate,
                 codec=CODEC_FOLDER,
             )
-        self._init(text, audio, config, templates, None)
+        self._init(text, audio, config, templates, None, chat_template)
 
     def _init(
         self,
@@ -139,8 +156,10 @@ class TokenizerFolder:
         config: TokenizerConfig,
         templates: Mapping[str, Mapping[str, str]],
         folder: Path | None,
+        chat_template: str | None,
     ) -> None:
         self.text = text
+        self.chat_template = chat_template
         self.config = config
         self.templates = {task: dict(parts) for task, parts in templates.items()}
         self._audio = audio
@@ -163,7 +182,9 @@ class TokenizerFolder:
         read = TokenizerConfig.from_dict(config, str(folder / CONFIG_FILE))
         templates = _read_json(folder / TEMPLATES_FILE)
         new = cls.__new__(cls)
-        new._init(TextTokenizer.load(folder / TEXT_FILE), None, read, templates, folder)
+        text = TextTokenizer.load(folder / TEXT_FILE, read.text)
+        chat = folder / CHAT_FILE
+        new._init(text, None, read, templates, folder, chat.read_text(encoding="utf-8") if chat.is_file() else None)
         if new.config.codec is not None and not (folder / new.config.codec).is_dir():
             raise FileNotFoundError(f"{folder / new.config.codec} does not exist; the tokenizer's codec is missing")
         return new
@@ -176,6 +197,10 @@ class TokenizerFolder:
         self.text.save(folder / TEXT_FILE)
         _write_json(folder / TEMPLATES_FILE, self.templates)
         _write_json(folder / CONFIG_FILE, {"format_version": FORMAT_VERSION, **self.config.to_dict()})
+        if self.chat_template is not None:
+            (folder / CHAT_FILE).write_text(self.chat_template, encoding="utf-8")
+        else:
+            (folder / CHAT_FILE).unlink(missing_ok=True)
         if audio is not None and self.config.codec is not None:
             audio.save(folder / self.config.codec)
 
@@ -220,6 +245,12 @@ class TokenizerFolder:
         return Vocabulary(self.text.vocab_size, num_codebooks, size)
 
     @property
+    def codebooks_KVD(self) -> Tensor:
+        """The codec's codebooks as the vocabulary numbers them: one long codebook where the stream is flat."""
+        codebooks_KVD = self.require_audio().codebooks_KVD[: self.num_codebooks]
+        return codebooks_KVD.reshape(self.vocabulary.num_codebooks, self.vocabulary.codebook_size, -1)
+
+    @property
     def hash(self) -> str:
         """SHA-256 of the contents: text tokens, templates, configuration, codec. Not of the path."""
         if self._hash is None:
@@ -229,6 +260,8 @@ class TokenizerFolder:
                 "config": self.config.to_dict(),
                 "audio": None if self.audio is None else self.audio.hash,
             }
+            if self.chat_template is not None:
+                parts["chat_template"] = self.chat_template
             self._hash = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         return self._hash
 

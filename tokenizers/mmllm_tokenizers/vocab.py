@@ -1,4 +1,4 @@
-"""One id space: special tokens, text tokens, then K codebooks of audio units with a filler each."""
+"""One id space: text tokens and special tokens, then K codebooks of audio units with a filler each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ SPECIAL_TOKENS = (
     PAD, END, TEXT, IMAGE, AUDIO, CAPTION, TRANSCRIBE, SPEAK,
     AUDIO_START, AUDIO_END, QUESTION, ANSWER, USER, ASSISTANT,
 )  # fmt: skip
-"""In id order: token i of every tokenizer is `SPECIAL_TOKENS[i]`."""
+"""In id order in tokenizers that are trained here. Everywhere they are looked up by name: a checkpoint's own tokenizer
+has them behind its ids."""
 
 TEMPLATES: dict[str, dict[str, str]] = {
     "caption": {"prompt": "{image}<|caption|>", "target": "{text}<|end|>"},

@@ -37,7 +37,8 @@ class PackedDataModule(L.LightningDataModule):
         val_recipe: The recipe of validation, whose documents are taken once each; by default none.
         num_val_sequences: At most this many of its sequences; `None`: all.
         steps_per_epoch: How many steps Lightning calls an epoch; by default about one pass over the documents.
-        image_mode: How pictures become square: squash, pad or crop.
+        image_mode: How pictures become square: squash, pad or crop. By default as the model in `init_from` saw them,
+            else squash.
         cache_mb: Memory for built documents, a process: on small sets nothing is decoded twice.
         min_scale: In training, random crops keep at least this share of a picture's area; 1: no crops.
         flip: In training, mirror half of the pictures (not where texts say left and right).
@@ -55,7 +56,7 @@ class PackedDataModule(L.LightningDataModule):
         val_recipe: str | Path | Recipe | None = None,
         num_val_sequences: int | None = None,
         steps_per_epoch: int | None = None,
-        image_mode: Literal["squash", "pad", "crop"] = "squash",
+        image_mode: Literal["squash", "pad", "crop"] | None = None,
         cache_mb: int = 512,
         min_scale: float = 1.0,
         flip: bool = False,
@@ -73,7 +74,8 @@ class PackedDataModule(L.LightningDataModule):
         self._recipe, self._val_recipe = recipe, val_recipe
         self._batch_size, self._num_workers = batch_size, num_workers
         self._num_val_sequences, self._steps_per_epoch = num_val_sequences, steps_per_epoch
-        self._image_mode: Literal["squash", "pad", "crop"] = image_mode
+        self._image_mode: Literal["squash", "pad", "crop"] | None = image_mode
+        self._model_transform: ImageTransform | None = None
         self._cache_bytes = cache_mb * 2**20
         self._augment, self._image_features = AugmentConfig(min_scale, flip), image_features
         if image_features and self._augment.is_on:
@@ -111,7 +113,28 @@ class PackedDataModule(L.LightningDataModule):
     @property
     def image_transform(self) -> ImageTransform:
         """How pictures become the tower's squares."""
-        return ImageTransform(self.folder.image_size, mode=self._image_mode)
+        if self._model_transform is not None:
+            return self._model_transform
+        return ImageTransform(self.folder.image_size, mode=self._image_mode or "squash")
+
+    def take_transform(self, transform: ImageTransform) -> None:
+        """Pictures are to be made as a pretrained tower saw them; called before any loader is made.
+
+        Raises:
+            ValueError: `image_mode` was set to something else, or the tokenizer folder has pictures of another size.
+        """
+        if self._image_mode is not None and (transform.library or transform.mode != self._image_mode):
+            made = f"as {transform.library} does ({transform.mode})" if transform.library else f"by {transform.mode}"
+            raise ValueError(
+                f"data.init_args.image_mode is {self._image_mode!r}, but the image tower that the training starts from "
+                f"has its pictures made {made}; leave image_mode out, or start without that tower (init_parts)"
+            )
+        if transform.size != self.folder.image_size:
+            raise ValueError(
+                f"the image tower that the training starts from sees {transform.size} pixels but the tokenizer "
+                f"folder's image_size is {self.folder.image_size}; build the folder anew with that size"
+            )
+        self._model_transform = transform
 
     @property
     def plan(self) -> Plan:

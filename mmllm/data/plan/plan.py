@@ -12,8 +12,9 @@ Clocks instead of token counts let shares change: a schedule changes how fast a 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 
 from mmllm.data.index.index import ShardIndex, load_indices
 from mmllm.data.plan.best_fit import Budgets, pack_window
-from mmllm.data.plan.recipe import METRICS, Recipe, recipe_hash
+from mmllm.data.plan.recipe import METRICS, Recipe, SourceConfig, recipe_hash
 from mmllm.data.plan.source import Drawn, Item, Source
 from mmllm.data.samples.schema import read_sample
 from mmllm.data.samples.templates import chat_tokens, template_tokens
@@ -34,6 +35,8 @@ from mmllm.data.shards.tar import read_members
 from mmllm_tokenizers.folder import TokenizerFolder
 
 __all__ = ["Item", "Plan", "Source", "StepPlan", "open_plan", "open_sources"]
+
+_logger = logging.getLogger(__name__)
 
 STATE_VERSION = 3
 """To be raised by whatever makes another stream of the same recipe."""
@@ -442,6 +445,7 @@ def open_sources(recipe: Recipe, tokenizer_hash: str, folder: TokenizerFolder | 
             indices = list(load_indices(shards, tokenizer_hash))
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"source {config.name!r}: {error}") from error
+        _warn_of_chat(config, indices, folder)
         more_tokens = None
         if config.templates:
             assert folder is not None, "templates are counted with the tokenizer"
@@ -449,6 +453,19 @@ def open_sources(recipe: Recipe, tokenizer_hash: str, folder: TokenizerFolder | 
         sources.append(Source(config, number, indices, recipe, more_tokens))
     _check_metric(recipe, sources)
     return sources
+
+
+def _warn_of_chat(config: SourceConfig, indices: Sequence[ShardIndex], folder: TokenizerFolder | None) -> None:
+    """Says that conversations are trained on in another form than an imported model's own."""
+    if folder is None or folder.chat_template is None or "chat" not in config.task_names:
+        return
+    if any(index.lengths["chat"].any() for index in indices):
+        _logger.warning(
+            "source %s: conversations are written by the task `chat` of templates.json, not by chat_template.jinja, by "
+            "which Model.chat writes them: give the source a template for chat in the checkpoint's form, or remove "
+            "chat_template.jinja from the tokenizer folder",
+            config.name,
+        )
 
 
 def _more_tokens(

@@ -5,6 +5,7 @@ Shapes: C channels, H and W pixels, M tiles of a picture.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import warnings
 import zlib
@@ -14,13 +15,21 @@ from dataclasses import dataclass
 from functools import cache, partial
 from os import PathLike
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from mmllm.data.samples.library_transforms import (
+    Fit,
+    Library,
+    Resample,
+    fit_as_open_clip,
+    fit_as_transformers,
+    pil_resample,
+)
 from mmllm_tokenizers.tiling import TileGrid
 
 ImageInput = str | PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
@@ -30,6 +39,8 @@ ImageInput = str | PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
 MAX_PIXELS = 64_000_000
 """More than this is refused before it is decoded: a decompression bomb, or a map sheet."""
 
+_ALWAYS_TOLD = ("size", "mean", "std", "mode")
+"""Keys of a transform that are written whatever they are, as all models' are that were saved before there were more."""
 _MUCH_LARGER = 1.5
 _OVERSHOOT = 0.25
 """So far floats may lie outside [0, 1]: sharp edges ring when a picture is resized."""
@@ -336,20 +347,77 @@ class ImageTransform:
     """Any picture to uint8 [3, size, size]; the tower normalizes by `mean` and `std` itself.
 
     `squash` scales both sides to `size`; `pad` keeps the proportions on a ground of the mean colour; `crop`
-    scales the short side and takes the middle (open_clip's evaluation transform: bicubic, antialiased).
+    scales the short side and takes the middle.
+
+    Attributes:
+        size: side in pixels.
+        mean: of red, green and blue in [0, 1].
+        std: likewise.
+        mode: how pictures become square.
+        resample: the filter, antialiased.
+        library: whose pixels come out, to the bit: those of open_clip's `image_transform`, or of transformers' image
+            processors. None: neither's; large pictures are then scaled by torch, small ones by Pillow.
+        resized: with a library, as long sides are scaled (of `crop` the short one) before the middle is cut out of
+            them; None: `size`.
+        fill: with a library, the colour beside padded pictures; None: the mean.
     """
 
     size: int
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     mode: Literal["squash", "pad", "crop"] = "squash"
+    resample: Resample = "bicubic"
+    library: Library | None = None
+    resized: int | None = None
+    fill: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"size is {self.size}; it must be at least 1 pixel")
-        if self.mode not in ("squash", "pad", "crop"):
-            raise ValueError(f"mode is {self.mode!r}; it must be 'squash', 'pad' or 'crop'")
+        if self.resized is not None and self.resized < 1:
+            raise ValueError(f"resized is {self.resized}; it must be at least 1 pixel")
+        for key in ("mean", "std", "fill"):
+            value = getattr(self, key)
+            if value is not None and len(value) != 3:
+                raise ValueError(f"{key} is {value}; it must be three numbers, of red, green and blue")
+        allowed = {"mode": ("squash", "pad", "crop"), "resample": get_args(Resample)}
+        allowed["library"] = (None, *get_args(Library))
+        for key, values in allowed.items():
+            if getattr(self, key) not in values:
+                wanted = ", ".join("null" if value is None else repr(value) for value in values)
+                raise ValueError(f"{key} is {getattr(self, key)!r}; it must be one of {wanted}")
+        for key in ("resized", "fill"):
+            if self.library is None and getattr(self, key) is not None:
+                raise ValueError(f"{key} is {getattr(self, key)} without a library; leave it out, or name the library")
+        if self.library == "open_clip" and self.resized not in (None, self.size):
+            raise ValueError(
+                f"resized is {self.resized} and size {self.size}, but open_clip cuts nothing off; leave it out"
+            )
         _torch_resize()  # now, so that workers that are forked from this process needn't
+
+    @staticmethod
+    def from_dict(values: Any) -> ImageTransform:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: it is no object of these keys, or one has another value than it can have.
+        """
+        keys = [field.name for field in dataclasses.fields(ImageTransform)]
+        if not isinstance(values, dict) or not set(_ALWAYS_TOLD) <= set(values) <= set(keys):
+            raise ValueError(f"image_transform is {values!r}; wanted an object with the keys {', '.join(keys)}")
+        given: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return ImageTransform(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON: what was there from the beginning, and what else isn't as by default."""
+        values = dataclasses.asdict(self)
+        return {
+            field.name: values[field.name]
+            for field in dataclasses.fields(self)
+            if field.name in _ALWAYS_TOLD or values[field.name] != field.default
+        }
 
     def __call__(self, source: ImageInput, name: str = "image", tiles: TileGrid | None = None) -> np.ndarray:
         """A picture as uint8 [3, size, size], or cut into tiles as [M, 3, size, size].
@@ -359,23 +427,40 @@ class ImageTransform:
             name: What errors call it.
             tiles: Rows and columns; the whole picture comes first where the grid has a thumbnail. Each of `mode`'s
                 ways is then one to the whole grid, so that without `crop` every part of the picture is in a tile.
+                No library cuts such tiles: the grid is filled as without one.
 
         Raises:
             ValueError: The picture cannot be read.
         """
         picture = decode_image(source, name)
         if tiles is None:
-            return self._fitted(picture, 1, 1)[0]
+            return self._whole(picture, name)
         cut_M3HW = self._fitted(picture, tiles.rows, tiles.columns)
         if not tiles.thumbnail:
             return cut_M3HW
-        return np.concatenate([self._fitted(picture, 1, 1), cut_M3HW])
+        return np.concatenate([self._whole(picture, name)[None], cut_M3HW])
+
+    def _whole(self, picture: Image.Image, name: str) -> np.ndarray:
+        """The picture as one square, [3, size, size]."""
+        if self.library is None:
+            return self._fitted(picture, 1, 1)[0]
+        fit = Fit(self.size, self.mode, self.resized or self.size, self.resample, self._ground)
+        fitted_by = fit_as_open_clip if self.library == "open_clip" else fit_as_transformers
+        return fitted_by(picture, fit, name)
+
+    @property
+    def _ground(self) -> tuple[int, int, int]:
+        """The colour beside padded pictures."""
+        if self.fill is not None:
+            return self.fill
+        red, green, blue = (round(255 * value) for value in self.mean)
+        return red, green, blue
 
     def _fitted(self, picture: Image.Image, rows: int, columns: int) -> np.ndarray:
         """The picture, made as large as so many tiles, as those: [rows · columns, 3, size, size]."""
         size = (columns * self.size, rows * self.size)
         is_much_larger = all(has >= _MUCH_LARGER * wanted for has, wanted in zip(picture.size, size, strict=True))
-        if self.mode == "squash" and is_much_larger:
+        if self.mode == "squash" and self.resample == "bicubic" and is_much_larger:
             pixels_3HW = self._squashed(picture, size)
         else:
             picture = picture if picture.size == size else self._resize(picture, size)
@@ -390,23 +475,23 @@ class ImageTransform:
 
     def _resize(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
         (width, height), (max_width, max_height) = picture.size, size
+        resample = pil_resample(self.resample)
         match self.mode:
             case "squash":
-                return picture.resize(size, Image.Resampling.BICUBIC)
+                return picture.resize(size, resample)
             case "pad":
                 scale = min(max_width / width, max_height / height)
                 inner = (max(1, round(width * scale)), max(1, round(height * scale)))
-                red, green, blue = (round(255 * value) for value in self.mean)
-                ground = Image.new("RGB", size, (red, green, blue))
+                ground = Image.new("RGB", size, self._ground)
                 corner = ((max_width - inner[0]) // 2, (max_height - inner[1]) // 2)
-                ground.paste(picture.resize(inner, Image.Resampling.BICUBIC), corner)
+                ground.paste(picture.resize(inner, resample), corner)
                 return ground
         # crop: the box in the source's own pixels, so that a 20,000 x 1 strip never grows to 20,000 x size
         box_width = min(width, height * max_width / max_height)
         box_height = min(height, width * max_height / max_width)
         left, top = (width - box_width) / 2, (height - box_height) / 2
         box = (left, top, left + box_width, top + box_height)
-        return picture.resize(size, Image.Resampling.BICUBIC, box=box)
+        return picture.resize(size, resample, box=box)
 
 
 @cache

@@ -269,7 +269,7 @@ def build_document(
     writer = DocumentWriter(folder)
     fields = _Fields(sample, task, folder, transform or default_transform(folder))
     if task == "interleaved" and "question" in sample.metadata:
-        fields.render(writer, "{segments}<|question|>{question}<|answer|>{answer}<|end|>", True)
+        fields.render(writer, _interleaved_question(folder), True)
         return writer.finish()
     if task == "chat" and any(segment.role for segment in sample.segments):
         fields.conversation(writer, template)
@@ -277,6 +277,23 @@ def build_document(
     template = template or template_of(task, folder)
     fields.render(writer, template["prompt"], False)
     fields.render(writer, template["target"], True)
+    return writer.finish()
+
+
+def _interleaved_question(folder: TokenizerFolder) -> str:
+    """How an interleaved row with a question is written, all of whose text is to be predicted."""
+    return template_of("interleaved", folder)["prompt"] + "{segments}<|question|>{question}<|answer|>{answer}<|end|>"
+
+
+def media_slots(segment: Segment, folder: TokenizerFolder, transform: Transform | None = None) -> Document:
+    """The slots of a picture or a sound alone.
+
+    Raises:
+        ValueError: It can't be read.
+    """
+    writer = DocumentWriter(folder)
+    sample = Sample("prompt", segments=(segment,))
+    _Fields(sample, "interleaved", folder, transform or default_transform(folder)).render(writer, "{segments}", False)
     return writer.finish()
 
 
@@ -375,7 +392,7 @@ def document_length(
         total = sum(len(literal_ids(folder.text, piece)) for piece, _ in chat_pieces(roles, folder))
         return total + sum(_segment_length(segment, folder) for segment in segments)
     if task == "interleaved" and "question" in metadata:
-        rendered = "{segments}<|question|>{question}<|answer|>{answer}<|end|>"
+        rendered = _interleaved_question(folder)
     else:
         template = template_of(task, folder)
         rendered = template["prompt"] + template["target"]

@@ -5,7 +5,6 @@ Shapes: K codebooks, F frames; N images, P features an image, C channels, H and 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
@@ -86,7 +85,7 @@ class ImageEncoder:
 
 def features_hash(tower: str, transform: ImageTransform) -> str:
     """Names what makes features: the tower (by its own hash) and how pictures reach it."""
-    value = [tower, dataclasses.asdict(transform)]
+    value = [tower, transform.to_dict()]
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

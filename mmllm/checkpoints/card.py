@@ -30,8 +30,8 @@ def model_card(model: MultimodalModel, tokenizer: TokenizerFolder, info: ModelIn
     lines = [
         f"# {info.name}",
         "",
-        f"A multimodal mixture-of-experts decoder{' that takes ' + ' and '.join(senses) if senses else ''}, "
-        f"trained with mmllm.",
+        f"A {'mixture-of-experts decoder' if model.config.decoder.moe else 'decoder'}"
+        f"{' that takes ' + ' and '.join(senses) if senses else ''}, of mmllm.",
         "",
         "| | |",
         "|---|---|",

@@ -2,9 +2,12 @@
 
 ```
 config.json             format_version, the model's config (CLIP tower included), image transform, tokenizer hash
-model.safetensors       every weight, image tower included
+model.safetensors       every weight, image tower included; above 5 GB in shards, with model.safetensors.index.json
 generation_config.json  how text and speech are sampled unless the caller says otherwise
 tokenizer.json  templates.json  tokenizer_config.json  codec/      the tokenizer folder, flat
+chat_template.jinja     how an imported checkpoint writes conversations
+source/                 what an imported checkpoint had beside its weights, to the letter
+adapters/NAME/          adapters, as PEFT lays them out
 README.md               model card: recipe hash, data, scores, commit
 ```
 """
@@ -12,43 +15,41 @@ README.md               model card: recipe hash, data, scores, commit
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from mmllm.checkpoints.adapters import adapter_folder, base_facts, base_state, load_adapter, set_adapter
+from mmllm.checkpoints.card import ModelInfo, model_card
+from mmllm.checkpoints.files import (
+    CARD,
+    CONFIG,
+    GENERATION,
+    SOURCE,
+    check_files,
+    listed,
+    parsed,
+    read_json,
+    replaced_folder,
+    write_json,
+)  # fmt: skip
+from mmllm.checkpoints.settings import GenerationConfig
+from mmllm.checkpoints.weights import WEIGHTS, Checkpoint, TensorSpec, write_weights
 from mmllm.data.samples.decode import ImageTransform
-from mmllm.inference.card import ModelInfo, model_card
-from mmllm.inference.settings import GenerationConfig
 from mmllm.model.earlier_names import current_keys, current_weights, is_earlier
+from mmllm.model.embedding import joined_rows
 from mmllm.model.multimodal import ModelConfig, MultimodalModel
 from mmllm.model.vision import open_clip_config, pixel_statistics
 from mmllm_tokenizers.folder import TokenizerFolder
 
 FORMAT_VERSION = 2
 """1 has the names that `mmllm.model.earlier_names` lists; it is still read."""
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-GENERATION = "generation_config.json"
-CARD = "README.md"
-TOKENIZER_FILES = ("tokenizer.json", "templates.json", "tokenizer_config.json")
-CODEC = "codec"
-
-_REQUIRED = (CONFIG, WEIGHTS, GENERATION, *TOKENIZER_FILES)
-_WELCOME_SUFFIXES = (".md", ".txt")
-_NUM_SHOWN = 5
-
-_Given = TypeVar("_Given")
-_Parsed = TypeVar("_Parsed")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,75 @@ class LoadedModel:
     generation: GenerationConfig
 
 
+@dataclass(frozen=True)
+class FolderParts:
+    """What a model folder holds, its weights not yet read."""
+
+    config: ModelConfig
+    tokenizer: TokenizerFolder
+    image_transform: ImageTransform | None
+    checkpoint: Tensors
+
+
+class Tensors(Protocol):
+    """Named tensors that are read when asked for."""
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Type and shape of each, by name."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One of them."""
+        ...
+
+
+class _Held:
+    """Tensors that are in memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+def open_weights(directory: Path, config: ModelConfig) -> Tensors:
+    """A model folder's weights, by today's names; those of earlier folders are all read at once.
+
+    Raises:
+        FileNotFoundError, ValueError: as `Checkpoint.open`.
+    """
+    checkpoint = Checkpoint.open(directory)
+    if not any(is_earlier(name) for name in checkpoint.specs):
+        return checkpoint
+    tensors = {name: checkpoint.read(name) for name in checkpoint.specs}
+    return _Held(current_weights(tensors, config.decoder.num_attention_heads, config.decoder.kv_heads))
+
+
+def read_folder(directory: str | os.PathLike[str]) -> FolderParts:
+    """Reads a model folder but for its weights.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_model`.
+    """
+    directory = Path(directory)
+    check_files(directory)
+    config = read_config(directory)
+    tokenizer = read_tokenizer(directory, config["tokenizer_hash"])
+    model_config = parsed(directory / CONFIG, ModelConfig.from_dict, config["model"])
+    transform = config["image_transform"]
+    if transform is not None:
+        transform = parsed(directory / CONFIG, ImageTransform.from_dict, transform)
+    _check_vocabulary(model_config, tokenizer)
+    _check_tiling(model_config, tokenizer)
+    return FolderParts(model_config, tokenizer, transform, open_weights(directory, model_config))
+
+
 def save_model(
     directory: str | os.PathLike[str],
     model: MultimodalModel,
@@ -68,6 +138,8 @@ def save_model(
     info: ModelInfo | None = None,
     image_transform: ImageTransform | None = None,
     generation: GenerationConfig | None = None,
+    source: Path | None = None,
+    more: Callable[[Path], None] | None = None,
 ) -> Path:
     """Writes a model folder, whole or not at all; an older model at `directory` is replaced.
 
@@ -78,6 +150,8 @@ def save_model(
         info: facts for the model card.
         image_transform: how images reach the tower; by default a squash to the tower's size.
         generation: default sampling.
+        source: folder of what an imported checkpoint had beside its weights, which is copied.
+        more: writes what else belongs into the folder, before it takes its place.
 
     Returns:
         The folder.
@@ -89,26 +163,20 @@ def save_model(
     directory = Path(directory)
     _check_vocabulary(model.config, tokenizer)
     _check_tiling(model.config, tokenizer)
-    check_replaceable(directory)
     image_transform = _checked_transform(model, image_transform)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
+    state = base_state(joined_rows(model.state_dict()))
+    names = _unique_names(state)
+    specs = {name: TensorSpec(state[name].dtype, tuple(state[name].shape)) for name in names}
+    with replaced_folder(directory) as partial:
         tokenizer.save(partial)
-        _write_json(partial / CONFIG, _config_dict(model, tokenizer, image_transform))
-        _write_json(partial / GENERATION, (generation or GenerationConfig()).to_dict())
-        state = model.state_dict()
-        tensors = {name: state[name].detach().cpu().contiguous().clone() for name in _unique_names(state)}
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        write_json(partial / CONFIG, folder_config(model.config, tokenizer, image_transform))
+        write_json(partial / GENERATION, (generation or GenerationConfig()).to_dict())
+        write_weights(partial, specs, ((name, state[name]) for name in names))
         (partial / CARD).write_text(model_card(model, tokenizer, info or ModelInfo()), encoding="utf-8")
-        partial.chmod(0o755)
-        replaced = partial.with_name(partial.name + ".old")
-        if directory.exists():
-            directory.rename(replaced)
-        partial.rename(directory)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if source is not None and source.is_dir():
+            shutil.copytree(source, partial / SOURCE)
+        if more is not None:
+            more(partial)
     return directory
 
 
@@ -127,7 +195,10 @@ def write_card(directory: str | os.PathLike[str], info: ModelInfo) -> None:
 
 
 def load_model(
-    directory: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    directory: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    adapter: str | Sequence[str] | None = None,
 ) -> LoadedModel:
     """Reads a model folder; the weights are exactly those that were saved.
 
@@ -135,6 +206,8 @@ def load_model(
         directory: the folder that `save_model` wrote.
         device: where the model goes.
         dtype: another floating-point type for the weights; None keeps the saved one.
+        adapter: of `adapters/NAME`; of several, the model runs with the first until another is chosen
+            (`mmllm.checkpoints.adapters.set_adapter`). None: with none.
 
     Raises:
         FileNotFoundError: `directory` does not exist.
@@ -142,37 +215,38 @@ def load_model(
             missing, unexpected or misshapen tensor, or another tokenizer than the model was trained with.
     """
     directory = Path(directory)
-    _check_files(directory)
-    config = _read_config(directory)
+    check_files(directory)
+    config = read_config(directory)
     with torch.random.fork_rng(devices=[]):  # building draws weights that are overwritten: leave the user's seed alone
-        tokenizer = _read_tokenizer(directory, config["tokenizer_hash"])
+        tokenizer = read_tokenizer(directory, config["tokenizer_hash"])
         model = _build(directory, config["model"])
-    _load_weights(directory / WEIGHTS, model)
+    load_weights(directory, model, dtype)
     _check_vocabulary(model.config, tokenizer)
     _check_tiling(model.config, tokenizer)
-    generation = _parse(directory / GENERATION, GenerationConfig.from_dict, _read_json(directory / GENERATION))
+    generation = parsed(directory / GENERATION, GenerationConfig.from_dict, read_json(directory / GENERATION))
     transform = config["image_transform"]
     if transform is not None:
-        transform = _parse(directory / CONFIG, _transform_from_dict, transform)
+        transform = parsed(directory / CONFIG, ImageTransform.from_dict, transform)
         if model.vision is not None and model.vision.config.mean is None:
             model.vision.mean, model.vision.std = transform.mean, transform.std
-    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    names = [adapter] if isinstance(adapter, str) else list(adapter or ())
+    load_adapters(directory, model, names)
+    model = model.to(device=device).eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, transform, generation)
 
 
-def check_replaceable(directory: Path) -> None:
-    """Makes sure that `save_model` would replace no more than an older model.
+def load_adapters(directory: Path, model: MultimodalModel, names: Sequence[str]) -> None:
+    """Puts a folder's adapters into its model, which then runs with the first.
 
     Raises:
-        ValueError: `directory` is a file, or a folder with something else in it.
+        FileNotFoundError, ValueError, ModuleNotFoundError: as `mmllm.checkpoints.adapters.load_adapter`.
     """
-    if directory.is_file():
-        raise ValueError(f"cannot save a model to {directory}: it is a file; give a folder")
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / CONFIG).is_file():
-        raise ValueError(
-            f"cannot save a model to {directory}: it holds other files and no {CONFIG}; "
-            f"give a new or empty folder, or one with an older model"
-        )
+    if not names:
+        return
+    base = base_facts(Checkpoint.open(directory), model.config.decoder)
+    for name in names:
+        load_adapter(model.decoder, adapter_folder(directory, name), name, base)
+    set_adapter(model.decoder, names[0])
 
 
 def _check_vocabulary(config: ModelConfig, tokenizer: TokenizerFolder) -> None:
@@ -213,15 +287,14 @@ def _three(values: Sequence[float]) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _config_dict(
-    model: MultimodalModel, tokenizer: TokenizerFolder, transform: ImageTransform | None
-) -> dict[str, Any]:
+def folder_config(config: ModelConfig, tokenizer: TokenizerFolder, transform: ImageTransform | None) -> dict[str, Any]:
+    """What `config.json` holds."""
     return {
         "format": "mmllm",
         "format_version": FORMAT_VERSION,
         "tokenizer_hash": tokenizer.hash,
-        "image_transform": None if transform is None else dataclasses.asdict(transform),
-        "model": _self_contained(model.config).to_dict(),
+        "image_transform": None if transform is None else transform.to_dict(),
+        "model": _self_contained(config).to_dict(),
     }
 
 
@@ -242,39 +315,16 @@ def _unique_names(state: Mapping[str, Tensor]) -> list[str]:
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     for name, tensor in state.items():
         identity = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if not (tensor.numel() and identity in seen):
+        if tensor.is_meta or not (tensor.numel() and identity in seen):
             names.append(name)
         seen.add(identity)
     return names
 
 
-def _check_files(directory: Path) -> None:
-    if not directory.exists():
-        raise FileNotFoundError(f"no model folder at {directory}; give the folder that training or `save_model` wrote")
-    if not directory.is_dir():
-        raise ValueError(f"{directory} is a file; a model is a folder with {CONFIG} and {WEIGHTS}")
-    present = {entry.name for entry in directory.iterdir()}
-    missing = [name for name in _REQUIRED if name not in present]
-    if missing:
-        raise ValueError(
-            f"model folder {directory} lacks {_listed(missing)}; wanted {_listed(list(_REQUIRED), len(_REQUIRED))}; "
-            f"copy the whole folder or export the model again"
-        )
-    foreign = sorted(
-        name
-        for name in present - {*_REQUIRED, CARD, CODEC}
-        if not name.startswith((".", "LICENSE")) and not name.endswith(_WELCOME_SUFFIXES)
-    )
-    if foreign:
-        raise ValueError(
-            f"model folder {directory} holds {_listed(foreign)}, which is no part of a model; "
-            f"wanted {_listed([*_REQUIRED, CODEC + '/', CARD], 9)} alone; move it elsewhere"
-        )
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
+    """A model folder's `config.json`, with today's names of keys; ValueError if it isn't one."""
     path = directory / CONFIG
-    config = _read_json(path)
+    config = read_json(path)
     if config.get("format") != "mmllm":
         what = "a transformers model" if {"architectures", "model_type"} & set(config) else "something else"
         raise ValueError(
@@ -293,13 +343,14 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"{path} has keys {sorted(config)}; wanted {sorted(wanted)}; restore the file or export the model again"
         )
     if version == 1:
-        config["model"] = _parse(path, current_keys, config["model"])
+        config["model"] = parsed(path, current_keys, config["model"])
     return config
 
 
-def _read_tokenizer(directory: Path, wanted_hash: str) -> TokenizerFolder:
-    tokenizer = _parse(directory, TokenizerFolder.load, directory)
-    got_hash = _parse(directory, lambda folder: folder.hash, tokenizer)
+def read_tokenizer(directory: Path, wanted_hash: str) -> TokenizerFolder:
+    """A model folder's tokenizer; ValueError if it is another than the model was trained with."""
+    tokenizer = parsed(directory, TokenizerFolder.load, directory)
+    got_hash = parsed(directory, lambda folder: folder.hash, tokenizer)
     if got_hash != wanted_hash:
         raise ValueError(
             f"the tokenizer in {directory} has hash {got_hash[:16]}… but the model was trained with "
@@ -309,74 +360,70 @@ def _read_tokenizer(directory: Path, wanted_hash: str) -> TokenizerFolder:
 
 
 def _build(directory: Path, config: dict[str, Any]) -> MultimodalModel:
-    return _parse(directory / CONFIG, lambda values: MultimodalModel(ModelConfig.from_dict(values)), config)
+    """The model, its decoder without memory: the weights that are read are all that it ever has."""
+    return parsed(
+        directory / CONFIG,
+        lambda values: MultimodalModel(ModelConfig.from_dict(values), torch.device("meta")),
+        config,
+    )
 
 
-def _load_weights(path: Path, model: MultimodalModel) -> None:
-    try:
-        tensors = load_file(path, device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} cannot be read: {error}; wanted a whole safetensors file; copy or export the model again"
-        ) from error
-    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    if len(dtypes) == 1:
-        model.to(dtype=dtypes.pop())
-    if any(is_earlier(name) for name in tensors):
-        decoder = model.config.decoder
-        tensors = current_weights(tensors, decoder.num_attention_heads, decoder.kv_heads)
+def load_weights(directory: Path, model: MultimodalModel, dtype: torch.dtype | None = None) -> None:
+    """Gives a model the weights of a folder, one tensor after another; what lies on the meta device gets memory.
+
+    Args:
+        directory: the model folder.
+        model: of the folder's config.
+        dtype: of floating-point weights; None: as saved.
+
+    Raises:
+        ValueError: the weights are damaged, or not those of the config.
+    """
+    path = directory / WEIGHTS
+    checkpoint = open_weights(directory, model.config)
+    shapes = {name: spec.shape for name, spec in checkpoint.specs.items()}
     own = model.state_dict()
-    _check_names(path, set(tensors), set(_unique_names(own)))
-    for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
+    _check_names(path, set(shapes), set(_unique_names(own)))
+    for name, shape in shapes.items():
+        if shape != own[name].shape:
             raise ValueError(
-                f"tensor {name} in {path} has shape {tuple(tensor.shape)}; {CONFIG} wants "
+                f"tensor {name} in {path} has shape {shape}; {CONFIG} wants "
                 f"{tuple(own[name].shape)}; the two files are of different models: copy the folder again"
             )
-        own[name].copy_(tensor)
+    for module in model.decoder.modules():
+        _fill_buffers(module)
+    for name in shapes:
+        _put(model, name, checkpoint.read(name), dtype)
+
+
+def _fill_buffers(module: Any) -> None:
+    """Memory for a module's buffers, of which not all are saved."""
+    if any(buffer is not None for buffer in module._buffers.values()):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        module.reset_buffers()
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
+    """Makes a tensor a parameter, in `dtype`, or a buffer, whose dtype is the module's: biases of routers need it."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if leaf in owner._parameters:
+        tensor = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+    else:
+        buffer = owner._buffers[leaf]
+        assert buffer is not None
+        owner._buffers[leaf] = tensor.to(buffer.dtype)
 
 
 def _check_names(path: Path, names: set[str], wanted: set[str]) -> None:
     missing, unexpected = sorted(wanted - names), sorted(names - wanted)
     if missing or unexpected:
-        found = [f"lacks {_listed(missing)}"] if missing else []
-        found += [f"has unexpected {_listed(unexpected)}"] if unexpected else []
+        found = [f"lacks {listed(missing)}"] if missing else []
+        found += [f"has unexpected {listed(unexpected)}"] if unexpected else []
         raise ValueError(
             f"{path} {' and '.join(found)}; got {len(names)} tensors, {CONFIG} wants {len(wanted)}; "
             f"the two files are of different models: copy the folder again"
         )
-
-
-def _parse(path: Path, parse: Callable[[_Given], _Parsed], value: _Given) -> _Parsed:
-    """`parse(value)`; whatever it dislikes becomes a ValueError that names the file."""
-    try:
-        return parse(value)
-    except (ValueError, TypeError, KeyError, OSError, AttributeError) as error:
-        said = f"{type(error).__name__} {error}" if isinstance(error, (KeyError, AttributeError)) else str(error)
-        raise ValueError(f"{path} is not usable: {said}; restore it or export the model again") from error
-
-
-def _transform_from_dict(values: Any) -> ImageTransform:
-    known = [f.name for f in dataclasses.fields(ImageTransform)]
-    if not isinstance(values, dict) or set(values) != set(known):
-        raise ValueError(f"image_transform is {values!r}; wanted an object with the keys {known}")
-    return ImageTransform(values["size"], _three(values["mean"]), _three(values["std"]), values["mode"])
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not JSON: {error}; copy or export the model again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; wanted an object; copy or export the model again")
-    return values
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _listed(names: list[str], num_shown: int = _NUM_SHOWN) -> str:
-    shown = ", ".join(names[:num_shown])
-    return shown if len(names) <= num_shown else f"{shown} and {len(names) - num_shown} more"

@@ -1,0 +1,125 @@
+"""Training an adapter: what else is trained beside it, and checkpoints that hold no more than what is trained.
+
+A checkpoint names the base folder and its hash in the place of what that holds; a base that changed is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mmllm.checkpoints.adapters import AdapterConfig, is_adapters
+from mmllm.model.decoder_config import DecoderConfig
+from mmllm.parallel.mesh import ParallelConfig
+from mmllm.training.init_from import InitSummary
+from mmllm.training.init_source import InitSource
+from mmllm.training.optimizers import OptimizerConfig
+from mmllm.training.parts import PARTS
+
+KEY = "mmllm_base"
+"""Of a checkpoint: the base folder and its hash."""
+
+
+def adapter_rates(optimizer: OptimizerConfig | None) -> OptimizerConfig:
+    """The rates of a training with an adapter: parts of the base that are given none are frozen."""
+    optimizer = optimizer or OptimizerConfig()
+    own = {"image_tower": optimizer.tower_lr, "image_projector": optimizer.projector_lr}
+    own["audio_front_end"] = optimizer.projector_lr
+    frozen = {part: 0.0 for part in PARTS if part != "adapter" and own.get(part) is None}
+    return dataclasses.replace(optimizer, parts={**frozen, **(optimizer.parts or {})})
+
+
+def check_adapter(adapter: AdapterConfig | None, optimizer: OptimizerConfig, init_from: str | None) -> None:
+    """Refuses what an adapter lacks, or what lacks an adapter.
+
+    Raises:
+        ValueError: there is no base, or a rate for an adapter that there isn't.
+    """
+    if adapter is None and "adapter" in (optimizer.parts or {}):
+        raise ValueError("optimizer.parts names 'adapter', but there is none; give model.init_args.adapter too")
+    if adapter is not None and init_from is None:
+        raise ValueError("adapter is given without init_from, the model that it adapts; give the folder of one")
+
+
+def check_sharding(adapter: AdapterConfig, decoder: DecoderConfig, axes: ParallelConfig) -> None:
+    """Refuses axes that PEFT's modules can't be split over.
+
+    Raises:
+        ValueError: such an axis; the message says what to do instead.
+    """
+    if axes.tensor > 1:
+        raise ValueError(
+            f"strategy.tensor is {axes.tensor} and an adapter is trained, whose layers it can't split; set tensor to 1 "
+            f"(fsdp shards them all the same)"
+        )
+    has_stacks = bool(adapter.targets(decoder)[1])
+    if axes.expert > 1 and has_stacks:
+        raise ValueError(
+            f"strategy.expert is {axes.expert} and the adapter adapts stacks of experts, which are then on several "
+            f"ranks; set expert to 1, or leave experts out of adapter.parts"
+        )
+    if adapter.use_dora:
+        raise ValueError(
+            "adapter.use_dora is true under a MeshStrategy: the norms of rows can't be taken from shards; train on one "
+            "device or with ddp, or leave use_dora out"
+        )
+
+
+def base_names(module: nn.Module, summary: InitSummary) -> set[str]:
+    """Weights that a checkpoint leaves to the base folder: frozen, and wholly loaded from there."""
+    loaded = {f"model.{name}" for name in summary.loaded}
+    return {
+        name
+        for name, parameter in module.named_parameters()
+        if not parameter.requires_grad and _in_folder(name) in loaded and not is_adapters(name)
+    }
+
+
+def _in_folder(name: str) -> str:
+    """A weight's name in a model folder."""
+    return name.replace(".base_layer", "").replace(".added", ".weight")
+
+
+def leave_out_base(checkpoint: dict[str, Any], names: Iterable[str], source: InitSource) -> None:
+    """Takes the base's weights out of a checkpoint, and names the base instead."""
+    weights = checkpoint["state_dict"]
+    if weights:  # where one file is written, only the rank that writes it has them
+        checkpoint["state_dict"] = {name: weights[name] for name in weights.keys() - set(names)}
+    checkpoint[KEY] = {"folder": str(source.path), "hash": source.hash}
+
+
+def put_base_back(checkpoint: dict[str, Any], module: nn.Module, names: Iterable[str], source: InitSource) -> None:
+    """Completes a checkpoint's weights by those of the module, which has loaded the base.
+
+    Raises:
+        ValueError: that base isn't the one that the checkpoint was trained on.
+    """
+    wanted = checkpoint[KEY]
+    if wanted["hash"] != source.hash:
+        raise ValueError(
+            f"the checkpoint was trained on {wanted['folder']} with hash {wanted['hash'][:12]}…, but init_from, "
+            f"{source.path}, has {source.hash[:12]}…: the base changed, or is another; give the one of the checkpoint"
+        )
+    own, weights = module.state_dict(), checkpoint["state_dict"]
+    weights |= {name: own[name] for name in names if name not in weights}
+
+
+def check_has_no_base(checkpoint: dict[str, Any]) -> None:
+    """Raises ValueError where a checkpoint holds an adapter alone, and this training has none."""
+    if KEY in checkpoint:
+        raise ValueError(
+            f"the checkpoint holds an adapter and what was trained with it, on {checkpoint[KEY]['folder']}; go on with "
+            f"the same model.init_args.adapter and init_from"
+        )
+
+
+def check_out(out: str | None, init_from: str | None) -> None:
+    """Raises ValueError where a training would replace the base of its own checkpoints."""
+    if out is not None and init_from is not None and Path(out).resolve() == Path(init_from).resolve():
+        raise ValueError(
+            f"out is {out}, which is init_from, the base that checkpoints of an adapter refer to; give another folder"
+        )
