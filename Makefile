@@ -1,22 +1,38 @@
-# make demo    from an empty machine to a trained model and its report
-# make test    lint, types, import rule, all tests
-# make proofs  what takes too long for `make test`; writes what it showed into docs/RESULTS.md
+# make demo        from an empty machine to a trained model and its report
+# make pretrained  a language model of transformers gets eyes, ears and adapters, and goes back to transformers
+# make test        lint, types, import rule, all tests
+# make proofs      what takes too long for `make test`; writes what it showed into docs/RESULTS.md
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt -e
 
-.PHONY: setup demo test lint types imports proofs wheel clean
+.PHONY: setup demo pretrained test lint types imports proofs wheel clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	touch $(STAMP)
+	$(INSTALL) '.[dev]'
+	touch $(STAMP) $(STAMP)-demo $(STAMP)-pretrained
 
-demo: setup
+# What the demo runs on: without transformers, PEFT, data tools and checkers.
+$(STAMP)-demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) '.[speech]'
+	touch $@
+
+$(STAMP)-pretrained: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) '.[speech,transformers,adapt]'
+	touch $@
+
+demo: $(STAMP)-demo
 	$(BIN)/mmllm quickstart --out runs/demo
+
+pretrained: $(STAMP)-pretrained
+	$(BIN)/python benchmarks/pretrained.py --out runs/pretrained
 
 lint: setup
 	$(BIN)/ruff check .

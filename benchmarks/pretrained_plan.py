@@ -10,7 +10,7 @@ from typing import Any
 
 from mmllm.quickstart.plan import stage_config, write_yaml
 
-SECONDS_SHARE = {"text_model": 0.11, "codec": 0.06, "clip": 0.07, "aligned": 0.12, "adapted": 0.14}
+SECONDS_SHARE = {"text_model": 0.11, "codec": 0.06, "clip": 0.07, "aligned": 0.1, "adapted": 0.18}
 """Of all minutes, what each training may take. From nothing takes as long as alignment and adapters together; what is
 left is for data, evaluation and the starts of processes."""
 DATA_SHARE, TRYOUT_DATA_SHARE = 0.5, 0.006
@@ -35,9 +35,9 @@ NAME = "senses"
 """Of the adapter."""
 WEIGHTS = {
     "aligned": {"caption": 0.55, "heard": 0.35, "spoken": 0.10},
-    "adapted": {"caption": 0.45, "heard": 0.25, "spoken": 0.10, "text": 0.20},
+    "adapted": {"caption": 0.45, "heard": 0.30, "text": 0.25},
 }
-"""Shares of tokens. Frozen words learn nothing from text; adapted ones would drift away from it without."""
+"""Shares of tokens. A frozen language model learns nothing from text; an adapted one would unlearn it without."""
 RATES = {
     "aligned": {
         "image_tower": 3e-3, "image_projector": 6e-3, "audio_front_end": 6e-3, "unit_embedding": 6e-3,

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mmllm.checkpoints.adapter_config import AdapterConfig
 from mmllm.checkpoints.adapters import (
-    AdapterConfig,
     adapter_names,
     add_adapter,
     base_facts,
@@ -217,6 +217,20 @@ def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'mmllm\[adapt\]'"):
         add_adapter(make_decoder(False), AdapterConfig(), "mine")
+
+
+def test_no_code_comes_from_a_hub_with_peft(tmp_path: Path) -> None:
+    """bitsandbytes, which PEFT imports, asks the library `kernels` for some on processors with bfloat16."""
+    import subprocess
+    import sys
+
+    (tmp_path / "kernels.py").write_text("def get_kernel(*args, **kwargs):\n    raise SystemExit('a hub was asked')\n")
+    script = (
+        "import kernels, sys; from mmllm.checkpoints.peft_library import peft_library; peft_library(); "
+        "assert sys.modules['kernels'] is kernels"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 # --- model folders ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmllm.checkpoints.adapters import AdapterConfig, add_adapter, base_facts, base_state, merge_adapter, save_adapter
+from mmllm.checkpoints.adapter_config import AdapterConfig
+from mmllm.checkpoints.adapters import add_adapter, base_facts, base_state, merge_adapter, save_adapter
 from mmllm.checkpoints.folder import load_model
 from mmllm.checkpoints.weights import Checkpoint
 from mmllm.cli.main import main
@@ -52,7 +53,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: object, code: int = 0) -> str
 
 def test_merged_is_unmerged(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = run(capsys, "adapter", "merge", "--model", made, "--adapter", "both", "--out", tmp_path / "merged")
-    assert "with both in its weights" in said
+    assert "with both in its weights" in said and "stayed behind" not in said
     merged = load_model(tmp_path / "merged").model
     wanted = text_logits(load_model(made, adapter="both").model)
     torch.testing.assert_close(text_logits(merged), wanted, rtol=0, atol=1e-5)
@@ -124,7 +125,21 @@ def test_adapters_of_peft_are_added_and_listed(made: Path, tmp_path: Path, capsy
     torch.testing.assert_close(got, wanted)
     said = run(capsys, "adapter", "ls", "--model", made)
     assert "theirs: LORA, rank 4, k_proj o_proj q_proj v_proj" in said and "both: LORA, rank 2" in said
+    said = run(capsys, "adapter", "merge", "--model", made, "--adapter", "theirs", "--out", tmp_path / "merged")
+    assert "both stayed behind" in said
     again = run(capsys, "adapter", "add", tmp_path / "peft", "--model", made, "--name", "theirs", code=2)
     assert "is there already" in again
     said = run(capsys, "generate", "one two", "--model", made, "--adapter", "nowhere", code=2)
     assert "has both, theirs" in said
+
+
+def test_an_adapter_of_another_model_is_not_added(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    run(capsys, "adapter", "merge", "--model", made, "--adapter", "both", "--out", other)
+    source = made / "adapters" / "both"
+    said = run(capsys, "adapter", "add", source, "--model", other, "--name", "x", code=2)
+    assert "base.json has weights" in said and "another base" in said and not (other / "adapters").exists()
+    run(capsys, "adapter", "add", source, "--model", made, "--name", "again")
+    assert (made / "adapters" / "again" / "base.json").read_bytes() == (source / "base.json").read_bytes()

@@ -9,14 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmllm.checkpoints.adapters import (
-    AdapterConfig,
-    add_adapter,
-    load_adapter,
-    merge_adapter,
-    save_adapter,
-    set_adapter,
-)
+from mmllm.checkpoints.adapter_config import AdapterConfig
+from mmllm.checkpoints.adapters import add_adapter, load_adapter, merge_adapter, save_adapter, set_adapter
 from mmllm.checkpoints.folder import load_model
 from mmllm.inference.api import load
 from mmllm.model.decoder import Decoder

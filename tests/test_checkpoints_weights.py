@@ -87,6 +87,53 @@ def test_damaged_and_foreign_checkpoints_are_named(tmp_path):
             Checkpoint.open(tmp_path)
 
 
+def header(path, **changes):
+    """Rewrites entries of a header, over the same data."""
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    entries = json.loads(whole[8 : 8 + length])
+    for name, change in changes.items():
+        entries[name] = {**entries[name], **change}
+    text = json.dumps(entries).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data_offsets": [0.0, 12.0]},
+        {"data_offsets": ["0", "12"]},
+        {"data_offsets": [0, 4, 12]},
+        {"shape": [True, 3]},
+        {"shape": [-1, -3]},
+        {"shape": [2**32, 2**32], "data_offsets": [0, 0]},
+        {"shape": [10**30], "data_offsets": [0, 0]},
+        {"shape": None},
+        {"dtype": ["F32"]},
+        {"dtype": "F4"},
+        {"data_offsets": [12, 24]},
+    ],
+)
+def test_headers_that_lie_are_refused(tmp_path, change):
+    save_file({"a": torch.zeros(3), "b": torch.ones(3)}, tmp_path / WEIGHTS)
+    header(tmp_path / WEIGHTS, a=change)
+    with pytest.raises(ValueError, match="can't be read as safetensors"):
+        Checkpoint.open(tmp_path)
+
+
+def test_json_without_end_is_refused(tmp_path):
+    (tmp_path / WEIGHTS).write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
+    with pytest.raises(ValueError, match="can't be read as safetensors"):
+        Checkpoint.open(tmp_path)
+
+
+def test_of_one_file_and_shards_the_file_counts_as_in_transformers(tmp_path):
+    made = tensors()
+    write_weights(tmp_path, specs_of(made), made.items(), 100)
+    save_file({"a": torch.ones(1)}, tmp_path / WEIGHTS)
+    assert set(Checkpoint.open(tmp_path).specs) == {"a"}
+
+
 def test_an_index_and_its_shards_must_fit(tmp_path):
     made = tensors()
     write_weights(tmp_path, specs_of(made), made.items(), 100)
@@ -105,6 +152,10 @@ def test_an_index_and_its_shards_must_fit(tmp_path):
     write({**names, "t.0": "../elsewhere.safetensors"})
     with pytest.raises(ValueError, match="wanted a file beside it"):
         Checkpoint.open(tmp_path)
+    for wrong in (5, None, ["x"]):
+        write(dict.fromkeys(names, wrong))
+        with pytest.raises(ValueError, match="no index of shards"):
+            Checkpoint.open(tmp_path)
     write(names)
     (tmp_path / names["t.3"]).unlink()
     with pytest.raises(FileNotFoundError, match=r"index\.json names it"):

@@ -32,7 +32,14 @@ from tests.data_fixtures import make_folder, mixed_manifest
 torch.set_num_threads(1)
 
 CONFIGS = sorted(path for path in paths.configs_dir().rglob("*.yaml"))
-MILLION_PARAMETERS = {"one_gpu/decoder_1b.yaml": (1041, 337), "eight_gpus/decoder_7b.yaml": (6971, 1535)}
+FROM_NOTHING = {"one_gpu/decoder_1b.yaml": (1041, 337), "eight_gpus/decoder_7b.yaml": (6971, 1535)}
+PRETRAINED = {
+    "one_gpu/llava_4b_align.yaml": (4495, 4495), "eight_gpus/llava_4b_align.yaml": (4495, 4495),
+    "one_gpu/llava_4b_lora.yaml": (4495, 4495), "eight_gpus/llava_4b_lora.yaml": (4495, 4495),
+    "one_gpu/upcycle_1b.yaml": (3652, 2041), "eight_gpus/upcycle_1b.yaml": (6873, 2041),
+}  # fmt: skip
+"""Stepped in tests/test_configs_pretrained.py."""
+MILLION_PARAMETERS = {**FROM_NOTHING, **PRETRAINED}
 """In all and active."""
 
 
@@ -164,8 +171,9 @@ def test_a_shipped_recipe_bounds_pictures_and_is_named_by_its_config() -> None:
         data = yaml.safe_load(path.read_text())["data"]["init_args"]
         for key in ("recipe", "val_recipe"):
             recipe = load_recipe(paths.config_path(data[key]))
-            assert recipe.packing.max_images is not None
-            assert {source.kind for source in recipe.sources} == {"caption", "interleaved", "text", "audio"}
+            kinds = {source.kind for source in recipe.sources}
+            assert recipe.packing.max_images is not None or kinds == {"text"}
+            assert kinds == {"caption", "interleaved", "text", "audio"} or _name(path) in PRETRAINED
             assert recipe.tokenizer == yaml.safe_load(path.read_text())["model"]["init_args"]["tokenizer"]
 
 
@@ -227,7 +235,7 @@ def _narrow(path: Path, run: str) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("name", MILLION_PARAMETERS)
+@pytest.mark.parametrize("name", FROM_NOTHING)
 def test_a_large_config_steps_in_small_and_resumes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = paths.configs_dir() / name

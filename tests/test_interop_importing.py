@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mmllm
-from mmllm.checkpoints.folder import load_model
+from mmllm.checkpoints.folder import load_model, save_model
 from mmllm.checkpoints.weights import Checkpoint
 from mmllm.cli.main import main
 from mmllm.data.samples.documents import DocumentWriter, Segment, media_slots
@@ -216,6 +216,11 @@ def test_a_sharded_checkpoint_is_the_same_model(tmp_path, capsys):
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "spiral"),
         ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"model_type": ["llama"]}, "model_type is ['llama']"),
+        ({"rope_parameters": {"rope_type": ["x"], "rope_theta": 1e4}}, "rope_parameters.rope_type"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": -5.0}}, "rope_theta is -5.0"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, but the checkpoint has"),
+        ({"hidden_size": 10**12}, "hidden_size is 1000000000000"),
     ],
 )
 def test_what_cannot_be_computed_is_refused_with_code_2_naming_the_field(tmp_path, capsys, damage, said):
@@ -253,6 +258,60 @@ def test_damaged_checkpoints_are_refused(tmp_path, capsys):
     (source / "pytorch_model.bin").write_bytes(b"")
     assert "a pickle" in refused()
     assert "no folder" in run(capsys, "import", tmp_path / "nowhere", "--out", tmp_path / "ours", code=2)
+
+
+def test_nothing_else_is_replaced(tmp_path, capsys):
+    """Neither the checkpoint that is read, nor another, nor the folder around it; nor a model by a checkpoint."""
+    save_checkpoint(tmp_path / "theirs", "llama")
+    shutil.copytree(tmp_path / "theirs", tmp_path / "other")
+    shutil.copytree(tmp_path / "theirs", tmp_path / "other" / "within")
+    run(capsys, "import", tmp_path / "theirs", "--out", tmp_path / "ours")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for source, out in (("theirs", "theirs"), ("theirs", "other"), ("other/within", "other")):
+        error = run(capsys, "import", tmp_path / source, "--out", tmp_path / out, code=2)
+        assert "a checkpoint of transformers is there" in error and out in error
+    error = run(capsys, "export", "--model", tmp_path / "ours", "--out", tmp_path / "ours", code=2)
+    assert "a model folder of mmllm is there" in error
+    (tmp_path / "around").mkdir()
+    shutil.move(tmp_path / "ours", tmp_path / "around" / "ours")
+    (tmp_path / "around" / "config.json").write_text("{}")
+    error = run(capsys, "export", "--model", tmp_path / "around" / "ours", "--out", tmp_path / "around", code=2)
+    assert "would be replaced" in error
+    shutil.move(tmp_path / "around" / "ours", tmp_path / "ours")
+    shutil.rmtree(tmp_path / "around")
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_link_is_written_through(tmp_path, capsys):
+    save_checkpoint(tmp_path / "theirs", "llama")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    for _ in range(2):
+        run(capsys, "import", tmp_path / "theirs", "--out", tmp_path / "link")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "target", "theirs"]
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "target" / "model.safetensors").is_file()
+
+
+def test_matrices_of_several_dtypes_are_refused_and_norms_may_be_of_another(tmp_path, capsys):
+    save_checkpoint(tmp_path / "theirs", "llama")
+    weights = load_file(tmp_path / "theirs" / "model.safetensors")
+    path = tmp_path / "theirs" / "model.safetensors"
+    save_file({name: t if "lm_head" in name else t.bfloat16() for name, t in weights.items()}, path)
+    error = run(capsys, "import", tmp_path / "theirs", "--out", tmp_path / "ours", code=2)
+    assert "embed_tokens.weight is bfloat16 and lm_head.weight is float32; wanted one dtype" in error
+    save_file({name: t if "norm" in name else t.bfloat16() for name, t in weights.items()}, path)
+    run(capsys, "import", tmp_path / "theirs", "--out", tmp_path / "ours")
+    assert mmllm.load(tmp_path / "ours").generate("a", max_new_tokens=2) is not None
+
+
+def test_further_chat_templates_go_out_as_they_came(tmp_path, capsys):
+    save_checkpoint(tmp_path / "theirs", "llama")
+    (tmp_path / "theirs" / "additional_chat_templates").mkdir()
+    (tmp_path / "theirs" / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    said = json.loads(run(capsys, "import", tmp_path / "theirs", "--out", tmp_path / "ours", "--json"))
+    assert "chat template 'tool_use'" in said["left_out"]
+    run(capsys, "export", "--model", tmp_path / "ours", "--out", tmp_path / "out")
+    read = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "out"), local_files_only=True)
+    assert read.chat_template["tool_use"] == "{{ tools }}"
 
 
 def test_tokenizer_and_embedding_must_belong_together(tmp_path, capsys):
@@ -501,4 +560,9 @@ def test_each_part_keeps_its_dtype_and_they_run_together(tmp_path, capsys):
     whole = mmllm.load(tmp_path / "ours", dtype="float32")
     assert whole.score("a", "b c") == pytest.approx(model.score("a", "b c"), rel=0.05)
     said = json.loads(run(capsys, "export", "--model", tmp_path / "ours", "--out", tmp_path / "out", "--json"))
-    assert "float32" in said["left_behind"]["dtype of the image tower"]
+    assert any("the image tower is float32" in note for note in said["notes"])
+    wide = load_model(tmp_path / "ours", dtype=torch.float32)  # as a training writes it
+    transform, source = wide.image_transform, tmp_path / "ours" / "source"
+    save_model(tmp_path / "wide", wide.model, wide.tokenizer, image_transform=transform, source=source)
+    line = ["export", "--model", tmp_path / "wide", "--out", tmp_path / "out-wide", "--json"]
+    assert "weights are float32; those that were imported were bfloat16" in json.loads(run(capsys, *line))["notes"]

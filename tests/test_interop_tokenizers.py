@@ -200,6 +200,68 @@ def test_what_is_no_tokenizer_of_the_checkpoint_is_named(tmp_path):
         read_tokenizer(tmp_path, len(theirs))
 
 
+@pytest.mark.parametrize("named", ["generation_config.json", "config.json"])
+def test_what_ends_a_text_is_an_id_or_several(tmp_path, named):
+    theirs = saved(byte_level(), tmp_path, eos_token="<|im_end|>")
+    for wrong in (99_999, -1, "</s>", [1, "x"], [[1]], True, 1.5, {"a": 1}):
+        (tmp_path / named).write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(ValueError, match=rf"/{named} has eos_token_id .*; wanted the id of one"):
+            read_tokenizer(tmp_path, len(theirs))
+    (tmp_path / named).write_text(json.dumps({"eos_token_id": [5, 7], "text_config": "x"}))
+    text = read_tokenizer(tmp_path, len(theirs)).text
+    assert text.end_ids == (text.id("<|end|>"), 5, 7, theirs.eos_token_id)
+
+
+PRECOMPILED = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+FRAMED = {"type": "TemplateProcessing", "pair": [{"Sequence": {"id": "A", "type_id": 0}}], "special_tokens": {}}
+FRAMED["single"] = [{"SpecialToken": {"id": "z", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+
+
+@pytest.mark.parametrize("damage", [{"normalizer": PRECOMPILED}, {"post_processor": FRAMED}])
+def test_a_file_over_which_the_library_panics_is_refused(tmp_path, damage):
+    theirs = saved(byte_level(), tmp_path, eos_token="<|im_end|>")
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(ValueError, match=r"tokenizer.json.* can't be read as a tokenizer"):
+        read_tokenizer(tmp_path, len(theirs))
+    if "normalizer" in damage:
+        with pytest.raises(ValueError, match="is not a Hugging Face tokenizer"):
+            TextTokenizer.load(path)
+
+
+def test_what_frames_a_text_has_rows_too(tmp_path):
+    theirs = saved(byte_level(), tmp_path, eos_token="<|im_end|>")
+    path = tmp_path / "tokenizer.json"
+    framed = {**FRAMED, "special_tokens": {"z": {"id": "z", "ids": [99_999], "tokens": ["z"]}}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "post_processor": framed}))
+    with pytest.raises(ValueError, match=r"id 99999 .*don't belong together"):
+        read_tokenizer(tmp_path, len(theirs))
+
+
+def test_texts_that_never_hold_special_tokens_are_refused_by_the_fields_name(tmp_path):
+    theirs = saved(byte_level(), tmp_path, eos_token="<|im_end|>")
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "split_special_tokens": True}))
+    with pytest.raises(ValueError, match=r"tokenizer_config.json has split_special_tokens true"):
+        read_tokenizer(tmp_path, len(theirs))
+
+
+def test_a_chat_template_is_kept_with_its_line_breaks_as_files_have_them(tmp_path):
+    theirs = saved(byte_level(), tmp_path / "theirs", eos_token="<|im_end|>")
+    path = tmp_path / "theirs" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    lines = "{{ 'a' }}\r\n{% for m in messages %}\r{{ m.content }}\r\n{% endfor %}"
+    path.write_text(json.dumps({**config, "chat_template": lines}))
+    imported = read_tokenizer(tmp_path / "theirs", len(theirs))
+    made = TokenizerFolder(imported.text, None, TokenizerConfig(), imported.templates, imported.chat_template)
+    made.save(tmp_path / "ours")
+    assert TokenizerFolder.load(tmp_path / "ours").hash == made.hash
+    for wrong in (5, ["x"], "\ud83d"):
+        path.write_text(json.dumps({**config, "chat_template": wrong}))
+        with pytest.raises(ValueError, match=r"chat_template|can't be read as a tokenizer"):
+            read_tokenizer(tmp_path / "theirs", len(theirs))
+
+
 def test_ids_that_do_not_fit_the_tokenizer_are_refused():
     made = byte_level()
     ids = {name: made.get_vocab_size() + number for number, name in enumerate(SPECIAL_TOKENS)}

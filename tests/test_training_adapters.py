@@ -15,19 +15,21 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
-from mmllm.checkpoints.adapters import AdapterConfig, adapter_names, base_state, saved_adapters
+from mmllm.checkpoints.adapter_config import AdapterConfig
+from mmllm.checkpoints.adapters import adapter_names, base_state, saved_adapters
 from mmllm.checkpoints.folder import load_model, save_model
 from mmllm.data.loading.collate import pack_documents
 from mmllm.data.samples.documents import DocumentWriter
 from mmllm.inference.api import load
 from mmllm.model.decoder import Decoder
 from mmllm.model.embedding import joined_rows
+from mmllm.model.multimodal import MultimodalModel
 from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.ema import EMA
 from mmllm.training.estimate import estimate
 from mmllm.training.layout import Layout
 from mmllm.training.lightning_cli import build_cli, quiet_lightning
-from mmllm.training.optimizers import OptimizerConfig
+from mmllm.training.optimizers import OptimizerConfig, parameter_groups
 from mmllm.training.parts import part_of
 from mmllm.training.strategy import MeshStrategy
 from tests.inference_fixtures import make_model, make_tokenizer
@@ -44,12 +46,17 @@ BOTH = AdapterConfig(r=2, lora_alpha=8, parts=("attention", "experts"))
 PARTS = {"unit_embedding": 1e-2, "image_projector": 1e-2}
 
 
-def make_base(folder: Path, tie_word_embeddings: bool = False) -> Path:
+def make_base(folder: Path, **changes: Any) -> Path:
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer, tie_word_embeddings=tie_word_embeddings)
+    config = make_model(tokenizer, tie_word_embeddings=False).config
     num_base_ids = tokenizer.vocabulary.num_text - 10
-    decoder = dataclasses.replace(model.config.decoder, num_base_ids=num_base_ids)
-    model.config = dataclasses.replace(model.config, decoder=decoder)
+    decoder = dataclasses.replace(config.decoder, num_base_ids=num_base_ids, **changes)
+    torch.manual_seed(1)
+    model = MultimodalModel(dataclasses.replace(config, decoder=decoder))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and not name.startswith("vision"):
+                parameter.normal_(std=0.25 * (32 / decoder.hidden_size) ** 0.5)
     save_model(folder, model, tokenizer)
     return folder
 
@@ -108,6 +115,18 @@ def test_the_adapter_and_the_parts_with_a_rate_move_and_nothing_else(base: Path,
     assert torch.equal(
         own["decoder.layers.0.self_attn.q_proj.weight"], folder.decoder.layers[0].self_attn.q_proj.weight
     )  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("rate", [None, 0.0, 1e-3])
+def test_the_older_rate_of_projectors_is_that_of_all_that_hears(base: Path, rate: float | None) -> None:
+    module = make_module(base, optimizer=OptimizerConfig(lr=1e-2, projector_lr=rate))
+    module.configure_model()
+    trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
+    parts = {"adapter", "image_projector", "audio_front_end"} if rate else {"adapter"}
+    assert {part_of(name) for name in trained} == parts
+    assert any("code_embedding" in name for name in trained) == bool(rate)
+    groups = parameter_groups(module, module.optimizer, module.tower_of)
+    assert all(group["peak_lr"] == (1e-2 if group["name"].startswith("decoder/") else rate) for group in groups)
 
 
 @pytest.mark.parametrize("adapter", [ATTENTION, BOTH], ids=["attention", "experts too"])
@@ -308,6 +327,36 @@ def test_sharded_adapters_train_as_in_one_process(base: Path, tmp_path: Path, ad
     ids_BT = torch.arange(20, 38).view(2, 9)
     with torch.no_grad():
         torch.testing.assert_close(logits(model, ids_BT), logits(alone.model, ids_BT), atol=1e-3, rtol=1e-3)
+
+
+def _resuming_rank(rank: int, port: int, out: str, folder: Path, steps: int, is_folder: bool, ckpt: Any) -> None:
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    module = make_module(folder, seed=0 if ckpt is None else 9)
+    data = [(one, two) for one, two in zip(batches(3, 1), batches(3, 1), strict=True)]
+    strategy = MeshStrategy(fsdp=2, save_distributed_checkpoint=is_folder)
+    saving = ModelCheckpoint(Path(out) / "ckpt", save_last=True, save_top_k=0, every_n_train_steps=1)
+    settings: dict[str, Any] = {"max_steps": steps, "strategy": strategy, "enable_checkpointing": True}
+    rest = ListData(data[0 if ckpt is None else 2 :])
+    fit_rank(rank, port, out, module, rest, saving, EMA(0.9), ckpt=ckpt, **settings)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("is_folder", [True, False], ids=["in shards", "one file"])
+def test_sharded_adapters_go_on_exactly_from_what_is_trained(base: Path, tmp_path: Path, is_folder: bool) -> None:
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    ckpt = tmp_path / "cut" / "ckpt" / "last.ckpt"
+    whole = run_two_ranks(_resuming_rank, tmp_path / "whole", base, 3, is_folder, None)
+    run_two_ranks(_resuming_rank, tmp_path / "cut", base, 2, is_folder, None)
+    size = sum(path.stat().st_size for path in (ckpt.rglob("*") if is_folder else [ckpt]) if path.is_file())
+    module = make_module(base)
+    module.configure_model()
+    trained = 4 * sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
+    frozen = 4 * sum(weight.numel() for weight in module.parameters() if not weight.requires_grad)
+    assert 4 * trained < size < 4 * trained + frozen / 2 + 100_000  # weights, two moments and an average of each
+    rest = run_two_ranks(_resuming_rank, tmp_path / "cut", base, 3, is_folder, ckpt)
+    for name, weight in whole[0]["weights"].items():
+        assert torch.equal(rest[0]["weights"][name], weight), name
 
 
 def _twice(batch: Any) -> Any:

@@ -116,7 +116,20 @@ def test_half_precision_and_sources_stay(tmp_path: Path, capsys: pytest.CaptureF
     make_dense(tmp_path / "dense", torch.bfloat16)
     (tmp_path / "dense" / "source").mkdir()
     (tmp_path / "dense" / "source" / "config.json").write_text("{}")
-    run(capsys, "upcycle", "--model", tmp_path / "dense", "--out", tmp_path / "moe")
+    (tmp_path / "dense" / "adapters" / "old").mkdir(parents=True)
+    (tmp_path / "dense" / "adapters" / "old" / "adapter_config.json").write_text("{}")
+    said = run(capsys, "upcycle", "--model", tmp_path / "dense", "--out", tmp_path / "dense", code=2)
+    assert "would be replaced; give another folder" in said
+    said = run(capsys, "upcycle", "--model", tmp_path / "dense", "--out", tmp_path / "moe")
+    assert "left behind: old" in said and not (tmp_path / "moe" / "adapters").exists()
+    said = run(
+        capsys, "upcycle", "--model", tmp_path / "dense", "--granularity", 3, "--out", tmp_path / "three", code=2
+    )
+    assert "--granularity is 3 and the weights are bfloat16" in said and not (tmp_path / "three").exists()
+    run(
+        capsys, "upcycle", "--model", tmp_path / "dense", "--granularity", 3, "--noise", 0.1, "--out",
+        tmp_path / "three",
+    )  # fmt: skip
     stored = load_file(tmp_path / "moe" / "model.safetensors")
     assert {tensor.dtype for name, tensor in stored.items() if name.startswith("decoder.")} == {torch.bfloat16}
     assert (tmp_path / "moe" / "source" / "config.json").read_text() == "{}"
@@ -146,8 +159,6 @@ def test_models_that_cant_be_upcycled_are_named(tmp_path: Path, capsys: pytest.C
     save_model(tmp_path / "moe", make_model(tokenizer), tokenizer)
     said = run(capsys, "upcycle", "--model", tmp_path / "moe", "--out", tmp_path / "x", code=2)
     assert "has experts already" in said
-    said = run(capsys, "upcycle", "--model", tmp_path / "moe", "--out", tmp_path / "moe", code=2)
-    assert "the model itself" in said
     with pytest.raises(ValueError, match=r"mlp_bias is true"):
         Upcycling().config(DecoderConfig(40, mlp_bias=True))
     skipping = DecoderConfig(40, num_hidden_layers=3, mod_layers=(1,))

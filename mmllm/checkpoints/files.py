@@ -7,9 +7,9 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from mmllm.checkpoints.weights import INDEX, WEIGHTS
 from mmllm_tokenizers.folder import CHAT_FILE
@@ -29,18 +29,28 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _WELCOME_SUFFIXES = (".md", ".txt")
 _NUM_SHOWN = 5
 
+Kind = Literal["model", "checkpoint"]
 _Given = TypeVar("_Given")
 _Parsed = TypeVar("_Parsed")
 
 
 @contextlib.contextmanager
-def replaced_folder(directory: Path) -> Iterator[Path]:
+def replaced_folder(directory: Path, kind: Kind = "model", sources: Sequence[Path] = ()) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `directory` when all is written, or goes.
 
+    Args:
+        directory: of a link, what it links to.
+        kind: what may be there already, and is replaced.
+        sources: folders that are read for it.
+
     Raises:
-        ValueError: as `check_replaceable`.
+        ValueError: as `check_replaceable`; or a source would be replaced with it.
     """
-    check_replaceable(directory)
+    directory = directory.resolve()
+    check_replaceable(directory, kind)
+    for source in sources:
+        if directory == source.resolve() or directory in source.resolve().parents:
+            raise ValueError(f"{directory} is where {source} lies, which would be replaced; give another folder")
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -55,18 +65,31 @@ def replaced_folder(directory: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_replaceable(directory: Path) -> None:
-    """Makes sure that `save_model` would replace no more than an older model.
+def check_replaceable(directory: Path, kind: Kind = "model") -> None:
+    """Makes sure that no more would be replaced than an older folder of the same kind.
+
+    Args:
+        directory: what would be replaced.
+        kind: a model folder of this project, or a checkpoint of transformers.
 
     Raises:
         ValueError: `directory` is a file, or a folder with something else in it.
     """
     if directory.is_file():
         raise ValueError(f"cannot save a model to {directory}: it is a file; give a folder")
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / CONFIG).is_file():
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    if not (directory / CONFIG).is_file():
         raise ValueError(
             f"cannot save a model to {directory}: it holds other files and no {CONFIG}; "
             f"give a new or empty folder, or one with an older model"
+        )
+    found = "model" if read_json(directory / CONFIG).get("format") == "mmllm" else "checkpoint"
+    if found != kind:
+        names = {"model": "a model folder of mmllm", "checkpoint": "a checkpoint of transformers"}
+        raise ValueError(
+            f"cannot write {names[kind]} to {directory}: {names[found]} is there, by its {CONFIG}, and would be "
+            f"replaced; give another folder, or remove it"
         )
 
 
@@ -112,18 +135,26 @@ def parsed(path: Path, parse: Callable[[_Given], _Parsed], value: _Given) -> _Pa
         raise ValueError(f"{path} is not usable: {said}; restore it or export the model again") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a file; ValueError if it holds none."""
+def read_json(path: Path, hint: str = "copy or export the model again") -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: of the file.
+        hint: what is to be done where it is none.
+
+    Raises:
+        ValueError: it can't be read, or is no object.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not JSON: {error}; copy or export the model again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}; {hint}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; wanted an object; copy or export the model again")
+        raise ValueError(f"{path} holds a {type(values).__name__}; wanted an object; {hint}")
     return values
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes an object, its keys in order."""
     path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ from mmllm.checkpoints.files import (
     write_json,
 )  # fmt: skip
 from mmllm.checkpoints.settings import GenerationConfig
-from mmllm.checkpoints.weights import WEIGHTS, Checkpoint, TensorSpec, write_weights
+from mmllm.checkpoints.weights import WEIGHTS, Checkpoint, Tensors, TensorSpec, write_weights
 from mmllm.data.samples.decode import ImageTransform
 from mmllm.model.earlier_names import current_keys, current_weights, is_earlier
 from mmllm.model.embedding import joined_rows
@@ -70,19 +70,6 @@ class FolderParts:
     tokenizer: TokenizerFolder
     image_transform: ImageTransform | None
     checkpoint: Tensors
-
-
-class Tensors(Protocol):
-    """Named tensors that are read when asked for."""
-
-    @property
-    def specs(self) -> dict[str, TensorSpec]:
-        """Type and shape of each, by name."""
-        ...
-
-    def read(self, name: str) -> Tensor:
-        """One of them."""
-        ...
 
 
 class _Held:

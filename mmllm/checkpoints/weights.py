@@ -6,15 +6,16 @@ form to another in the memory of its largest tensor.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import struct
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -54,7 +55,7 @@ class TensorSpec:
     @property
     def num_elements(self) -> int:
         """Of all dimensions."""
-        return int(np.prod(self.shape, dtype=np.int64)) if self.shape else 1
+        return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
@@ -67,6 +68,19 @@ class _Place:
     path: Path
     start: int
     spec: TensorSpec
+
+
+class Tensors(Protocol):
+    """Named tensors that are read when asked for: a `Checkpoint`, or what stands for one."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Type and shape of each, by name."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One of them."""
+        ...
 
 
 class Checkpoint:
@@ -87,6 +101,8 @@ class Checkpoint:
     def open(cls, folder: str | Path) -> Checkpoint:
         """Reads the headers of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
 
+        Where both are there, the one file counts, as in transformers.
+
         Raises:
             FileNotFoundError: there is no such folder, no weights in it, or a shard that the index names is missing.
             ValueError: only pickled weights are there, a file is damaged, or the index doesn't fit its shards.
@@ -94,10 +110,10 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is no folder; give the folder of a checkpoint")
-        if (folder / INDEX).is_file():
-            return cls._open_shards(folder, folder / INDEX)
         if (folder / WEIGHTS).is_file():
             return cls(folder, _read_header(folder / WEIGHTS))
+        if (folder / INDEX).is_file():
+            return cls._open_shards(folder, folder / INDEX)
         pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
         if pickled:
             raise ValueError(
@@ -127,7 +143,9 @@ class Checkpoint:
         try:
             where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             shards = sorted(set(where.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if not all(isinstance(shard, str) for shard in shards):
+                raise ValueError(f"weight_map has the shard {shards[0]!r}")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{index} is no index of shards: {error}; copy the checkpoint again") from error
         places: dict[str, _Place] = {}
         for shard in shards:
@@ -208,7 +226,8 @@ def _read_header(path: Path) -> dict[str, _Place]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         places = {name: _place(path, _HEADER_BYTES + length, name, entry) for name, entry in header.items()}
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _check_disjoint(places)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} can't be read as safetensors: {error}; copy the checkpoint again") from error
     end = max((place.start + place.spec.num_bytes for place in places.values()), default=0)
     if end > size:
@@ -216,14 +235,24 @@ def _read_header(path: Path) -> dict[str, _Place]:
     return places
 
 
+def _check_disjoint(places: Mapping[str, _Place]) -> None:
+    """Makes sure that no byte belongs to two tensors."""
+    ordered = sorted((place.start, place.spec.num_bytes, name) for name, place in places.items())
+    for (start, num_bytes, name), (after, _, other) in itertools.pairwise(ordered):
+        if after < start + num_bytes:
+            raise SafetensorError(f"{name} and {other} have the same bytes")
+
+
 def _place(path: Path, base: int, name: str, entry: Mapping) -> _Place:
     if entry["dtype"] not in _DTYPES:
         raise SafetensorError(f"{name} has dtype {entry['dtype']}; known are {', '.join(_DTYPES)}")
     shape = entry["shape"]
-    if not all(isinstance(size, int) and size >= 0 for size in shape):
+    if not all(type(size) is int and size >= 0 for size in shape):
         raise SafetensorError(f"{name} has shape {shape}")
     spec = TensorSpec(_DTYPES[entry["dtype"]], tuple(shape))
     start, end = entry["data_offsets"]
+    if not (type(start) is int and type(end) is int):
+        raise SafetensorError(f"{name} has data_offsets {entry['data_offsets']}")
     if start < 0 or end - start != spec.num_bytes:
         raise SafetensorError(f"{name} has {end - start} bytes, its shape and dtype make {spec.num_bytes}")
     return _Place(path, base + start, spec)

@@ -37,9 +37,12 @@ def add_upcycle(commands: Any) -> None:
     parser.add_argument("--experts", type=int, default=8, help="copies of each MLP")
     parser.add_argument("--top_k", type=int, default=2, help="copies that a token passes")
     parser.add_argument(
-        "--granularity", type=int, default=1, metavar="G", help="cut each copy into G experts, of which G times as many "
-        "are made and chosen",
-    )  # fmt: skip
+        "--granularity",
+        type=int,
+        default=1,
+        metavar="G",
+        help="cut each copy into G experts; G times as many are chosen",
+    )
     parser.add_argument(
         "--noise", type=float, default=0.0, metavar="S", help="noise on the experts, S of their deviation"
     )

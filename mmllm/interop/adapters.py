@@ -10,9 +10,7 @@ Shapes: E experts, R rank, I inner width of an expert.
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmllm.checkpoints.adapters import (
+    BASE,
     CONFIG,
     PREFIX,
     WEIGHTS,
     adapter_folder,
+    base_facts,
     load_adapter,
     merge_adapter,
     saved_adapters,
@@ -36,6 +36,7 @@ from mmllm.checkpoints.weights import Checkpoint
 from mmllm.interop.decoder_names import Piece, decoder_layout
 from mmllm.interop.families import decoder_config
 from mmllm.interop.family_configs import family_for
+from mmllm.interop.tokenizer_files import copy_there
 from mmllm.model.decoder_config import DecoderConfig
 
 _STACK = re.compile(r"(?P<layer>layers\.\d+\.mlp\.experts)\.(?P<inner>base_layer\.)?lora_(?P<side>[AB])\.weight")
@@ -65,7 +66,9 @@ def merge(model_dir: str | Path, name: str, out: str | Path) -> str:
     info = ModelInfo(notes=f"Merged with the adapter `{name}`.")
     source = Path(model_dir) / SOURCE
     save_model(out, loaded.model, loaded.tokenizer, info, loaded.image_transform, loaded.generation, source)
-    return f"{out}: {model_dir} with {name} in its weights"
+    others = [other for other in saved_adapters(model_dir) if other != name]
+    behind = f"; {', '.join(others)} stayed behind: adapters of the weights as they were" if others else ""
+    return f"{out}: {model_dir} with {name} in its weights{behind}"
 
 
 def export(model_dir: str | Path, name: str, out: str | Path) -> str:
@@ -157,7 +160,7 @@ def _family(model_dir: Path, config: DecoderConfig) -> str:
     """What the decoder goes out as: what it came in as, else what computes it."""
     path = model_dir / SOURCE / "config.json"
     if path.is_file():
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         text = values.get("text_config") or values
         if (decoder_config(text).moe is None) == (config.moe is None):  # else it was upcycled since
             return str(text["model_type"])
@@ -165,11 +168,11 @@ def _family(model_dir: Path, config: DecoderConfig) -> str:
 
 
 def add(model_dir: str | Path, folder: str | Path, name: str) -> str:
-    """Copies an adapter that PEFT saved into a model folder, once it has been seen to fit.
+    """Copies an adapter into a model folder, once it has been seen to fit.
 
     Args:
         model_dir: model folder.
-        folder: the adapter's.
+        folder: the adapter's, saved by PEFT or here.
         name: what it is called there.
 
     Returns:
@@ -177,16 +180,17 @@ def add(model_dir: str | Path, folder: str | Path, name: str) -> str:
 
     Raises:
         FileNotFoundError: no such model, or no such adapter.
-        ValueError: there is one of this name, or it doesn't fit the model.
+        ValueError: there is one of this name, it doesn't fit the model, or it was trained on another.
         ModuleNotFoundError: without PEFT.
     """
     target = Path(model_dir) / ADAPTERS / name
     if target.exists():
         raise ValueError(f"{target} is there already; give another name")
-    load_adapter(load_model(model_dir).model.decoder, folder, name)
+    decoder = load_model(model_dir).model.decoder
+    load_adapter(decoder, folder, name, base_facts(Checkpoint.open(model_dir), decoder.config))
     target.mkdir(parents=True)
-    for file in (CONFIG, WEIGHTS):
-        shutil.copyfile(Path(folder) / file, target / file)
+    for file in (CONFIG, WEIGHTS, BASE):
+        copy_there(Path(folder) / file, target / file)
     return f"{target}: from {folder}"
 
 

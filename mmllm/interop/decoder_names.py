@@ -197,12 +197,6 @@ def is_stacked(names: Iterable[str]) -> bool:
     return any(name.endswith(".mlp.experts.gate_up_proj") for name in names)
 
 
-def listed(names: Iterable[str]) -> str:
-    """The first few of several names, for messages."""
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def check_dtypes(names: Mapping[str, TensorSpec]) -> None:
     """Refuses weights that are not floating-point numbers of a kind that products take.
 

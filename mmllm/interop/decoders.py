@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmllm.checkpoints.weights import Checkpoint, TensorSpec, write_weights
+from mmllm.checkpoints.files import listed, write_json
+from mmllm.checkpoints.weights import Checkpoint, Tensors, TensorSpec, write_weights
 from mmllm.interop.decoder_names import (
     DECODER,
     Names,
@@ -19,7 +19,6 @@ from mmllm.interop.decoder_names import (
     check_dtypes,
     decoder_layout,
     is_stacked,
-    listed,
 )
 from mmllm.interop.families import decoder_config, family_of
 from mmllm.interop.family_configs import family_config, family_for
@@ -31,19 +30,14 @@ TOKENIZER_KEY = "mmllm_tokenizer"
 """In an exported config.json: the hash of the tokenizer folder."""
 _IGNORED = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 """Buffers of earlier transformers, which follow from config.json."""
-
-
-class Tensors(Protocol):
-    """What a checkpoint is read through; `mmllm.checkpoints.weights.Checkpoint` is one."""
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """Type and shape of each tensor."""
-        ...
-
-    def read(self, name: str) -> Tensor:
-        """A tensor."""
-        ...
+_OF_ANY_DTYPE = re.compile(r"norm\.weight$|\.mlp\.gate\.")
+"""Of our tensors those that are computed with in float32 whatever they are."""
+_SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "moe_intermediate_size", "num_experts", "num_local_experts", "n_routed_experts",
+    "n_shared_experts", "first_k_dense_replace",
+)  # fmt: skip
+"""Fields that are numbers of tensors, or no larger than one of their dimensions."""
 
 
 class DecoderReader:
@@ -70,10 +64,16 @@ class DecoderReader:
 
     def __init__(self, checkpoint: Tensors, config: Mapping[str, Any], elsewhere: tuple[str, ...] = ()):
         self.family = family_of(config)
-        self.config = decoder_config(config)
         self._checkpoint = checkpoint
         found = {name: spec for name, spec in checkpoint.specs.items() if not name.startswith(elsewhere)}
         self.names = Names.of(found)
+        _check_sizes(config, found)
+        self.config = decoder_config(config)
+        if self.config.num_hidden_layers > len(found):  # before so many are laid out
+            raise ValueError(
+                f"config.json: num_hidden_layers is {self.config.num_hidden_layers}, but the checkpoint has "
+                f"{len(found)} tensors; the two are of different models: copy the checkpoint again"
+            )
         layout = decoder_layout(self.config, self.family, self.names, is_stacked(found))
         others = [name for name in found if name not in layout.theirs]
         self.ignored = tuple(name for name in others if _IGNORED.search(name))
@@ -92,6 +92,7 @@ class DecoderReader:
         check_dtypes({name: found[name] for name in layout.theirs})
         self._pieces = layout.by_ours()
         self.specs = {name: self._spec(name, shape, found) for name, shape in layout.ours.items()}
+        self._check_one_dtype()
         if self.config.tie_word_embeddings and self.names.head in found:
             self._check_tied()
 
@@ -111,6 +112,18 @@ class DecoderReader:
                 f"checkpoint in one dtype"
             )
         return TensorSpec(next(iter(dtypes)), shape)
+
+    def _check_one_dtype(self) -> None:
+        """Refuses matrices whose products would mix types; norms and routers may be of another."""
+        products = {name: spec.dtype for name, spec in self.specs.items() if not _OF_ANY_DTYPE.search(name)}
+        first = next(iter(products))
+        for name, dtype in products.items():
+            if dtype != products[first]:
+                kinds = [f"{self._pieces[each][0].theirs} is {str(products[each])[6:]}" for each in (first, name)]
+                raise ValueError(
+                    f"tensor {' and '.join(kinds)}; wanted one dtype for all but norms and routers: save the "
+                    f"checkpoint in one"
+                )
 
     def _check_tied(self) -> None:
         embedding = next(piece.theirs for piece in self._pieces["embed_tokens.weight"])
@@ -220,11 +233,23 @@ class _Last:
         return self._tensor
 
 
+def _check_sizes(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> None:
+    """Refuses numbers that no such checkpoint has, before anything of their size is made."""
+    most = max([len(specs), *(size for spec in specs.values() for size in spec.shape)])
+    for key in _SIZES:
+        value = config.get(key)
+        if isinstance(value, int) and value > most:
+            raise ValueError(
+                f"config.json: {key} is {value}, but the checkpoint has {len(specs)} tensors, of {most} rows at most; "
+                f"the two are of different models: copy the checkpoint again"
+            )
+
+
 def _refuse(names: list[str], problem: str, why: str) -> None:
     if names:
         raise ValueError(
-            f"the checkpoint {problem} {'tensors' if len(names) > 1 else 'tensor'} {listed(names)}; {why}; the two are "
-            f"of different models, or the checkpoint is not whole: copy it again"
+            f"the checkpoint {problem} {'tensors' if len(names) > 1 else 'tensor'} {listed(names, 3)}; {why}; the two "
+            f"are of different models, or the checkpoint is not whole: copy it again"
         )
 
 
@@ -294,13 +319,6 @@ def write_decoder(
     config = family_config(decoder.config, max_positions=max_positions, dtype=dtype) | dict(more or {})
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config)
     write_weights(folder, writer.specs, writer.tensors(state.__getitem__))
     return family
-
-
-def tokenizer_of(folder: str | Path) -> str | None:
-    """Hash of the tokenizer folder that a checkpoint's ids belong to; None where mmllm didn't write it."""
-    value = read_config(folder).get(TOKENIZER_KEY)
-    return None if value is None else str(value)

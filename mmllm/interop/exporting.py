@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,17 +16,17 @@ from typing import Any, Literal
 
 import torch
 
-from mmllm.checkpoints.files import SOURCE, replaced_folder
+from mmllm.checkpoints.files import SOURCE, read_json, replaced_folder, write_json
 from mmllm.checkpoints.folder import FolderParts, read_folder
 from mmllm.checkpoints.weights import Checkpoint, TensorSpec, write_weights
 from mmllm.interop.decoder_names import DECODER, LLAVA
 from mmllm.interop.decoders import TOKENIZER_KEY, DecoderWriter
 from mmllm.interop.families import decoder_config, family_of
 from mmllm.interop.family_configs import family_config, family_for
-from mmllm.interop.importing import TOWER_REST
+from mmllm.interop.importing import PART_NAMES, TOWER_REST
 from mmllm.interop.llava import llava_parts
 from mmllm.interop.llava_export import LlavaWriter, check_llava
-from mmllm.interop.tokenizer_files import GENERATION, text_ids, write_json, write_tokenizer
+from mmllm.interop.tokenizer_files import GENERATION, text_ids, write_tokenizer
 from mmllm.model.decoder_config import DecoderConfig
 from mmllm_tokenizers.vocab import IMAGE, SPECIAL_TOKENS
 
@@ -39,11 +38,6 @@ _OF_TRAINING = (
     "vocab_size", "num_base_ids", "dropout", "gradient_checkpointing", "attention_backend", "mod_predictor_coef",
 )  # fmt: skip
 """What of a decoder's config doesn't change its function."""
-_PART_NAMES = {
-    "vision": "image tower", "image_projector": "image projector", "code_embedding": "audio front end",
-    "clip_projector": "audio front end", "unit_projector": "audio front end", "ctc_head": "CTC head",
-    "mask_embedding": "word dropout",
-}  # fmt: skip
 
 
 @dataclass
@@ -57,6 +51,7 @@ class ExportReport:
         num_tensors: in the checkpoint.
         num_rows: of embedding and head.
         left_behind: what has no form there, by name, and why or how much.
+        notes: what else is to be known.
     """
 
     out: str
@@ -65,12 +60,14 @@ class ExportReport:
     num_tensors: int
     num_rows: int
     left_behind: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> Iterator[str]:
         """For people."""
         yield f"{self.out}: {self.family}, {self.num_tensors} tensors, {self.num_rows:,} ids"
         for what, why in self.left_behind.items():
             yield f"  left behind  {what}: {why}"
+        yield from (f"  note         {note}" for note in self.notes)
 
 
 def export_model(
@@ -94,7 +91,7 @@ def export_model(
     source = Path(model_dir) / SOURCE
     exporter = _Exporter(model, source if source.is_dir() else None, keep_added)
     kind, why = exporter.format(format)
-    with replaced_folder(Path(out)) as partial:
+    with replaced_folder(Path(out), "checkpoint", [Path(model_dir)]) as partial:
         return exporter.llava(partial, str(out)) if kind == "llava" else exporter.decoder(partial, str(out), why)
 
 
@@ -105,7 +102,7 @@ class _Exporter:
         self.model, self.source, self.keep_added = model, source, keep_added
         self.config = model.config.decoder
         self.checkpoint = model.checkpoint
-        self.foreign = _read_json(source / "config.json") if source is not None else None
+        self.foreign = read_json(source / "config.json") if source is not None else None
         self.is_llava = self.foreign is not None and self.foreign.get("model_type") == "llava"
 
     def format(self, wanted: Format) -> tuple[str, str]:
@@ -142,7 +139,7 @@ class _Exporter:
         left = self._left_behind(num_rows)
         senses = [part for part in left if part == "image tower"]
         left |= {part: f"{left[part]}; {why}" for part in senses if why}
-        return ExportReport(out, "decoder", family, len(writer.specs), num_rows, left)
+        return ExportReport(out, "decoder", family, len(writer.specs), num_rows, left, self._notes())
 
     def llava(self, folder: Path, out: str) -> ExportReport:
         """The model with its pictures."""
@@ -176,14 +173,21 @@ class _Exporter:
             write_json(folder / "processor_config.json", {**pictures.processor, "image_token": image_token})
         self._write_text(folder, num_rows, values)
         left = self._left_behind(num_rows, ("vision", "image_projector"))
+        notes = (*self._notes(), *pictures.notes)
         seeing, speaking = (_dtypes(self.checkpoint.specs, part) for part in ("vision.", "decoder."))
         if seeing - speaking:
-            left["dtype of the image tower"] = (
-                f"{', '.join(sorted(seeing))} in the files; transformers loads all in the decoder's, unless it is "
-                f"given dtype"
+            notes += (
+                f"the image tower is {', '.join(sorted(seeing))} in the files; transformers loads all in the "
+                f"decoder's dtype, unless it is given dtype",
             )
-        left |= {f"note {number}": note for number, note in enumerate(pictures.notes, start=1)}
-        return ExportReport(out, "llava", "llava", len(specs), num_rows, left)
+        return ExportReport(out, "llava", "llava", len(specs), num_rows, left, notes)
+
+    def _notes(self) -> tuple[str, ...]:
+        """Whether the decoder has another dtype than it came with: training has all of a model in float32."""
+        text = {**(self.foreign or {}), **(self._foreign_text() or {})}
+        told = text.get("dtype", text.get("torch_dtype"))
+        dtype = _name(self.checkpoint.specs["decoder.embed_tokens.weight"].dtype)
+        return () if told in (None, dtype) else (f"weights are {dtype}; those that were imported were {told}",)
 
     def _rest(self) -> Checkpoint | None:
         """Layers of an imported LLaVA's tower that aren't used here."""
@@ -201,7 +205,7 @@ class _Exporter:
         if text is not None and _computes(text, self.config):
             values = dict(text)
             told = values.get("dtype", values.get("torch_dtype"))
-            is_own = values["vocab_size"] == num_rows
+            is_own = values.get("vocab_size", self.config.num_base_ids) == num_rows
             if told not in (None, _name(dtype)):
                 is_own = False
                 values["dtype"] = _name(dtype)
@@ -248,7 +252,7 @@ class _Exporter:
         for name in self.checkpoint.specs:
             part = name.split(".")[0]
             if part != "decoder" and part not in taken:
-                left[_PART_NAMES[part]] = left.get(_PART_NAMES[part], 0) + 1
+                left[PART_NAMES[part]] = left.get(PART_NAMES[part], 0) + 1
         found = {part: f"{count} tensors" for part, count in left.items()}
         tokenizer, config = self.model.tokenizer, self.model.config
         special = [name for name in SPECIAL_TOKENS if tokenizer.id(name) >= num_rows]
@@ -287,7 +291,3 @@ def _dtypes(specs: Mapping[str, TensorSpec], part: str) -> set[str]:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))

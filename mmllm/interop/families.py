@@ -51,6 +51,11 @@ def family_of(config: Mapping[str, Any]) -> str:
             message names the field.
     """
     family = config.get("model_type")
+    if not isinstance(family, str):
+        raise ValueError(
+            f"config.json: model_type is {family!r}; {', '.join(FAMILIES)} can be imported; take the config.json that "
+            f"belongs to the checkpoint"
+        )
     if config.get("auto_map"):
         raise ValueError(
             f"config.json: auto_map is {config['auto_map']!r}: the checkpoint wants code of its own to run, which is "
@@ -80,7 +85,7 @@ def family_of(config: Mapping[str, Any]) -> str:
                 f"{' or '.join('null' if each is None else str(each).lower() for each in neutral)}; such a checkpoint "
                 f"can't be imported"
             )
-    return str(family)
+    return family
 
 
 def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:

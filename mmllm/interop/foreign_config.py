@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from mmllm.checkpoints import files
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -17,13 +18,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} doesn't exist; give the folder of a whole checkpoint")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}; copy the checkpoint again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; wanted an object; copy the checkpoint again")
-    return values
+    return files.read_json(path, "copy the checkpoint again")
+
+
+def read_json_if_there(path: Path) -> dict[str, Any]:
+    """As `read_json`; empty where there is no such file."""
+    return read_json(path) if path.is_file() else {}
 
 
 def refuse_custom_code(path: Path, values: Mapping[str, Any]) -> None:

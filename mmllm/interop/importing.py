@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from mmllm.interop.decoders import DecoderReader, read_config
 from mmllm.interop.families import family_of, unread_fields
 from mmllm.interop.growth import grown
 from mmllm.interop.llava import ImportedLlava, read_llava
+from mmllm.interop.tokenizer_files import copy_there
 from mmllm.interop.tokenizers import KEPT_FILES, ImportedTokenizer, read_tokenizer
 from mmllm.interop.towers import ImportedTower, read_tower
 from mmllm.model.config import config_from_dict
@@ -44,11 +44,12 @@ SEED = 0
 TOWER_REST = "tower"
 """In `source/`: the layers of LLaVA's tower behind the one whose features are taken."""
 _VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
-_PART_NAMES = {
+PART_NAMES = {
     "decoder": "decoder", "vision": "image tower", "image_projector": "image projector",
     "code_embedding": "audio front end", "clip_projector": "audio front end", "unit_projector": "audio front end",
     "ctc_head": "CTC head", "mask_embedding": "word dropout",
 }  # fmt: skip
+"""What reports call the modules of a model."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def import_model(
     sources = _open(folder, vision, codec, options)
     tokenizer, config = _configs(sources, options)
     transform = sources.tower.transform if sources.tower else sources.llava.transform if sources.llava else None
-    with replaced_folder(directory) as partial:
+    with replaced_folder(directory, sources=_folders(source, vision, codec)) as partial:
         tokenizer.save(partial)
         write_json(partial / CONFIG, folder_config(config, tokenizer, transform))
         write_json(partial / GENERATION, GenerationConfig().to_dict())
@@ -195,6 +196,11 @@ def import_model(
         notes = "\n".join(["Imported:", "", *(f"    {line}" for line in report.lines())])
         (partial / CARD).write_text(model_card(model, tokenizer, ModelInfo(directory.name, notes=notes)), "utf-8")
     return report
+
+
+def _folders(*sources: str | Path | None) -> list[Path]:
+    """What is read that is a folder; a name of open_clip isn't."""
+    return [Path(source) for source in sources if source is not None and Path(source).is_dir()]
 
 
 def _open(folder: Path, vision: str | None, codec: str | Path | None, options: ImportOptions) -> _Sources:
@@ -337,7 +343,7 @@ def _report(
     new: dict[str, int] = {}
     dtypes: dict[str, set[str]] = {}
     for name, spec in specs.items():
-        part = _PART_NAMES[name.split(".")[0]]
+        part = PART_NAMES[name.split(".")[0]]
         dtypes.setdefault(part, set()).add(str(spec.dtype).removeprefix("torch."))
         if name in fresh:
             new[part] = new.get(part, 0) + 1
@@ -381,5 +387,4 @@ def _keep(folder: Path, kept: Path, llava: ImportedLlava | None) -> None:
         (kept / TOWER_REST).mkdir()
         write_weights(kept / TOWER_REST, llava.rest, ((name, llava.read_rest(name)) for name in llava.rest))
     for name in KEPT_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, kept / name)
+        copy_there(folder / name, kept / name)

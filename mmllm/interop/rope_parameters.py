@@ -55,13 +55,18 @@ def read_rope(fields: Fields) -> Rope:
     rope_type = given.get("rope_type", given.get("type")) or "default"
     if fields.family == "phi3" and rope_type in ("su", "yarn"):  # as it was called when Phi-3 came
         rope_type = "longrope"
-    if rope_type not in _KEYS or (fields.family == "phi3" and rope_type != "default"):
+    if not isinstance(rope_type, str) or rope_type not in _KEYS or (fields.family == "phi3" and rope_type != "default"):
         raise ValueError(
             f"config.json: {where}.rope_type is {rope_type!r}; {fields.family} is imported with "
             f"{'default' if fields.family == 'phi3' else ', '.join(_KEYS)} alone; take a checkpoint of the original "
             f"context length"
         )
     theta = _number(given, "rope_theta", where) if given.get("rope_theta") else fields.number("rope_theta")
+    if not 0 < theta < math.inf:
+        raise ValueError(
+            f"config.json: rope_theta is {theta}; wanted a number above 0; take the config.json that belongs to the "
+            f"checkpoint"
+        )
     if given.get("partial_rotary_factor") is not None:
         factor = _number(given, "partial_rotary_factor", where)
     else:

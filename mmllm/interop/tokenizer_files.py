@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from mmllm.checkpoints.files import write_json
+from mmllm.interop.foreign_config import read_json_if_there
 from mmllm.interop.tokenizers import TOKENIZER
 from mmllm_tokenizers.folder import CHAT_FILE, TokenizerFolder
 from mmllm_tokenizers.vocab import END, PAD
@@ -19,7 +20,8 @@ CONFIG = "tokenizer_config.json"
 GENERATION = "generation_config.json"
 _OF_TOKENIZER = (
     TOKENIZER, CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
-    CHAT_FILE, "chat_template.json",
+    CHAT_FILE, "chat_template.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "tekken.json",
+    "additional_chat_templates",
 )  # fmt: skip
 
 
@@ -46,8 +48,7 @@ def write_tokenizer(tokenizer: TokenizerFolder, source: Path | None, folder: Pat
         _write_own(tokenizer, folder)
         return
     for name in _OF_TOKENIZER:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+        copy_there(source / name, folder / name)
     added = {name: i for name, i in text.special_ids.items() if text.num_tokens <= i < num_rows}
     if not added:
         return
@@ -62,9 +63,17 @@ def write_tokenizer(tokenizer: TokenizerFolder, source: Path | None, folder: Pat
     _tell_added(folder / CONFIG, tokens, text.num_tokens)
 
 
+def copy_there(source: Path, target: Path) -> None:
+    """Copies a file, or a folder of files, that is there; of links what they link to."""
+    if source.is_dir():
+        shutil.copytree(source, target)
+    elif source.is_file():
+        shutil.copyfile(source, target)
+
+
 def _tell_added(path: Path, tokens: list[str], first: int) -> None:
     """Names added tokens in the config too, where transformers looks when it has built a tokenizer anew."""
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_json_if_there(path)
     if "added_tokens_decoder" in config:
         flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
         config["added_tokens_decoder"] |= {
@@ -112,8 +121,3 @@ def chat_template_of(parts: Mapping[str, str]) -> str:
 def text_ids(tokenizer: TokenizerFolder) -> TextIds:
     """Of a tokenizer that was trained here."""
     return TextIds(None, tokenizer.id(END), tokenizer.id(PAD))
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """As transformers writes its own."""
-    path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,17 +11,19 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from mmllm.interop.foreign_config import read_json_if_there
 from mmllm.interop.library import quiet, transformers_library
-from mmllm_tokenizers.text import ForeignText, TextTokenizer
+from mmllm_tokenizers.text import ForeignText, TextTokenizer, unreadable
 from mmllm_tokenizers.vocab import IMAGE, SPECIAL_TOKENS, TEMPLATES
 
 TOKENIZER = "tokenizer.json"
 KEPT_FILES = (
     "config.json", "generation_config.json", TOKENIZER, "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
-    "preprocessor_config.json", "processor_config.json",
+    "preprocessor_config.json", "processor_config.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt",
+    "tekken.json", "additional_chat_templates",
 )  # fmt: skip
-"""Of a checkpoint, beside its weights: kept to the letter, so that it can go out as it came."""
+"""Of a checkpoint, beside its weights, files and a folder: kept to the letter, so that it can go out as it came."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,10 @@ def read_tokenizer(folder: str | Path, num_rows: int, image_id: int | None = Non
         ModuleNotFoundError: without transformers.
     """
     folder = Path(folder)
+    ends = _told_ends(folder, num_rows)
     theirs, backend, written = _load(folder)
     num_ids = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    num_ids = max([num_ids, *(token_id + 1 for token_id in backend.encode("a").ids)])  # of what frames a text too
     if num_ids > num_rows:
         token = backend.id_to_token(num_ids - 1)
         raise ValueError(
@@ -71,14 +76,18 @@ def read_tokenizer(folder: str | Path, num_rows: int, image_id: int | None = Non
             )
         ids[IMAGE] = image_id
     if num_ids == num_rows and ids == {name: number for number, name in enumerate(SPECIAL_TOKENS)}:
-        return ImportedTokenizer(TextTokenizer(backend), TEMPLATES, _default(theirs.chat_template)[0], SPECIAL_TOKENS)
+        return ImportedTokenizer(
+            TextTokenizer(backend), TEMPLATES, _default(theirs.chat_template, folder)[0], SPECIAL_TOKENS
+        )
     shared = tuple(ids)
     added = tuple(name for name in (IMAGE, *SPECIAL_TOKENS) if name not in ids)
     added = tuple(dict.fromkeys(added))  # the picture's first: it may go out without the others
     ids |= {name: num_rows + number for number, name in enumerate(added)}
     named = {key: str(value) for key, value in theirs.special_tokens_map.items() if isinstance(value, str)}
-    foreign = ForeignText(num_rows + len(added), ids, _end_ids(folder, theirs, num_rows), named)
-    template, others = _default(theirs.chat_template)
+    if isinstance(theirs.eos_token_id, int):
+        ends = tuple(dict.fromkeys((*ends, theirs.eos_token_id)))
+    foreign = ForeignText(num_rows + len(added), ids, ends, named)
+    template, others = _default(theirs.chat_template, folder)
     begin = _beginning(backend)
     return ImportedTokenizer(
         TextTokenizer(backend, foreign, written),
@@ -110,30 +119,41 @@ def _load(folder: Path) -> tuple[Any, Tokenizer, str]:
                 f"sentencepiece, and save it with save_pretrained"
             )
         raise FileNotFoundError(f"{path} doesn't exist; give a checkpoint with its tokenizer")
-    config = _read_json(folder / "tokenizer_config.json")
+    config = read_json_if_there(folder / "tokenizer_config.json")
     if config.get("auto_map"):
         raise ValueError(
             f"{folder / 'tokenizer_config.json'} has auto_map {config['auto_map']!r}: a tokenizer of its own code, "
             f"which is never run; give a checkpoint whose tokenizer is one of transformers'"
         )
+    if config.get("split_special_tokens"):
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'} has split_special_tokens true: texts then never hold a special token, "
+            f"nor do conversations; set it to false"
+        )
     transformers = transformers_library()
-    try:
-        with quiet(transformers):
-            theirs = transformers.AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False
-            )
-    except Exception as error:  # whatever a damaged file makes of it
-        raise ValueError(f"{path} can't be read as a tokenizer: {error}; copy the checkpoint again") from error
+    with _read(path), quiet(transformers):
+        theirs = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     backend = getattr(theirs, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise ValueError(f"{folder}: its tokenizer, {type(theirs).__name__}, has no {TOKENIZER} that it works by")
     backend = Tokenizer.from_str(backend.to_str())
     backend.no_truncation()
     backend.no_padding()
-    written = path.read_text(encoding="utf-8")
-    if not _is_alike(written, backend):
-        written = backend.to_str(pretty=True)
+    with _read(path):
+        backend.encode("a", add_special_tokens=True)  # what frames a text is looked up only now
+        written = path.read_text(encoding="utf-8")
+        if not _is_alike(written, backend):
+            written = backend.to_str(pretty=True)
     return theirs, backend, written
+
+
+def _read(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Reading a tokenizer; whatever a damaged file makes of it is told as an error about the file."""
+    return unreadable(
+        lambda error: ValueError(
+            f"{path}, with the configs beside it, can't be read as a tokenizer: {error}; copy the checkpoint again"
+        )
+    )
 
 
 def _is_alike(written: str, backend: Tokenizer) -> bool:
@@ -155,29 +175,46 @@ def _beginning(backend: Tokenizer) -> str:
     return "".join(backend.id_to_token(token_id) or "" for token_id in before)
 
 
-def _end_ids(folder: Path, theirs: Any, num_rows: int) -> tuple[int, ...]:
-    """What ends a text: of the generation config, the config and the tokenizer."""
-    found: list[Any] = []
+def _told_ends(folder: Path, num_rows: int) -> tuple[int, ...]:
+    """What ends a text, as the generation config and the config say."""
+    found: list[int] = []
     for name in ("generation_config.json", "config.json"):
-        values = _read_json(folder / name)
-        for holder in (values, values.get("text_config") or {}):
-            ids = holder.get("eos_token_id")
-            found += ids if isinstance(ids, list) else [ids]
-    wanted = [token_id for token_id in (*found, theirs.eos_token_id) if isinstance(token_id, int)]
-    beyond = [token_id for token_id in wanted if not 0 <= token_id < num_rows]
-    if beyond:
+        values = read_json_if_there(folder / name)
+        text = values.get("text_config")
+        for holder in (values, text if isinstance(text, Mapping) else {}):
+            given = holder.get("eos_token_id")
+            ids = given if isinstance(given, list) else [] if given is None else [given]
+            if not all(type(token_id) is int and 0 <= token_id < num_rows for token_id in ids):
+                raise ValueError(
+                    f"{folder / name} has eos_token_id {given!r} but the embedding has {num_rows} rows; wanted the id "
+                    f"of one, or a list of such; tokenizer and weights don't belong together"
+                )
+            found += ids
+    return tuple(dict.fromkeys(found))
+
+
+def _default(template: Any, folder: Path) -> tuple[str | None, tuple[str, ...]]:
+    """The template of conversations, with line breaks as files have them, and what others there are."""
+    others: tuple[str, ...] = ()
+    if isinstance(template, Mapping):
+        others = tuple(f"chat template {name!r}" for name in template if name != "default")
+        template = template.get("default")
+    if template is None:
+        return None, others
+    if not isinstance(template, str) or not _is_unicode(template):
         raise ValueError(
-            f"{folder / 'config.json'} has eos_token_id {beyond[0]} but the embedding has {num_rows} rows; "
-            f"tokenizer and weights don't belong together"
+            f"{folder / 'tokenizer_config.json'} has chat_template {str(template)[:40]!a}; wanted text in Jinja: copy "
+            f"the checkpoint again"
         )
-    return tuple(dict.fromkeys(wanted))
+    return template.replace("\r\n", "\n").replace("\r", "\n"), others
 
 
-def _default(template: Any) -> tuple[str | None, tuple[str, ...]]:
-    """The template of conversations, and what others there are."""
-    if not isinstance(template, Mapping):
-        return template, ()
-    return template.get("default"), tuple(f"chat template {name!r}" for name in template if name != "default")
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _templates(begin: str, end: str | None) -> dict[str, dict[str, str]]:
@@ -191,15 +228,3 @@ def _templates(begin: str, end: str | None) -> dict[str, dict[str, str]]:
 
 def _literal(text: str) -> str:
     return text.replace("{", "{{").replace("}", "}}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}; copy the checkpoint again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; wanted an object: copy the checkpoint again")
-    return values

@@ -414,6 +414,12 @@ class TowerTensors:
     """
 
     def __init__(self, vision: VisionConfig, checkpoint: Checkpoint, their_name: Callable[[str], str], source: str):
+        depth = (vision.transformers or {}).get("num_hidden_layers", 0)
+        if depth > len(checkpoint.specs):  # before so many are made
+            raise ValueError(
+                f"{source}: num_hidden_layers is {depth}, but there are {len(checkpoint.specs)} tensors; the two are "
+                f"of different models: copy both again"
+            )
         with torch.device("meta"):
             self.tower = VisionTower(vision)
         self._checkpoint, self._source = checkpoint, source

@@ -27,10 +27,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmllm.checkpoints.adapters import saved_adapters
 from mmllm.checkpoints.card import ModelInfo, model_card
 from mmllm.checkpoints.files import CARD, CONFIG, GENERATION, SOURCE, replaced_folder, write_json
-from mmllm.checkpoints.folder import FolderParts, Tensors, folder_config, read_folder
-from mmllm.checkpoints.weights import TensorSpec, write_weights
+from mmllm.checkpoints.folder import FolderParts, folder_config, read_folder
+from mmllm.checkpoints.weights import Tensors, TensorSpec, write_weights
 from mmllm.model.decoder import INIT_STD
 from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.multimodal import ModelConfig, MultimodalModel
@@ -120,17 +121,17 @@ def upcycle(model_dir: str | Path, out: str | Path, upcycling: Upcycling) -> lis
 
     Raises:
         FileNotFoundError: no such model.
-        ValueError: it can't be done with this model, or `out` holds something else.
+        ValueError: it can't be done with this model, or not so that the logits stay equal; or `out` holds something
+            else.
     """
-    if Path(model_dir).resolve() == Path(out).resolve():
-        raise ValueError(f"--out is {out}, the model itself; give another folder")
     dense = read_folder(model_dir)
     decoder = upcycling.config(dense.config.decoder)
     config = dataclasses.replace(dense.config, decoder=decoder)
     with torch.device("meta"):
         shapes = MultimodalModel(config)
     specs = _specs(dense.checkpoint, shapes)
-    with replaced_folder(Path(out)) as folder:
+    _check_exact(upcycling, specs)
+    with replaced_folder(Path(out), sources=[Path(model_dir)]) as folder:
         dense.tokenizer.save(folder)
         write_json(folder / CONFIG, folder_config(config, dense.tokenizer, dense.image_transform))
         shutil.copyfile(Path(model_dir) / GENERATION, folder / GENERATION)
@@ -139,10 +140,12 @@ def upcycle(model_dir: str | Path, out: str | Path, upcycling: Upcycling) -> lis
         (folder / CARD).write_text(model_card(shapes, dense.tokenizer, info), encoding="utf-8")
         if (Path(model_dir) / SOURCE).is_dir():
             shutil.copytree(Path(model_dir) / SOURCE, folder / SOURCE)
-    return list(_lines(out, decoder, shapes, upcycling))
+    return list(_lines(out, decoder, shapes, upcycling, saved_adapters(model_dir)))
 
 
-def _lines(out: str | Path, decoder: DecoderConfig, model: MultimodalModel, upcycling: Upcycling) -> Iterator[str]:
+def _lines(
+    out: str | Path, decoder: DecoderConfig, model: MultimodalModel, upcycling: Upcycling, adapters: list[str]
+) -> Iterator[str]:
     assert decoder.moe is not None
     yield (
         f"{out}: {decoder.moe.num_experts} experts a layer, {decoder.moe.num_experts_per_tok} a token, of inner width "
@@ -153,6 +156,8 @@ def _lines(out: str | Path, decoder: DecoderConfig, model: MultimodalModel, upcy
         yield f"noise of {upcycling.noise:g} of the weights' deviation: the logits differ from the dense model's"
     else:
         yield "the logits are the dense model's"
+    if adapters:
+        yield f"left behind: {', '.join(adapters)}, adapters of the dense layers"
 
 
 def _specs(dense: Tensors, model: MultimodalModel) -> dict[str, TensorSpec]:
@@ -164,6 +169,18 @@ def _specs(dense: Tensors, model: MultimodalModel) -> dict[str, TensorSpec]:
         like = found.get(name) or found[f"{path}.mlp.up_proj.weight"]
         specs[name] = TensorSpec(like.dtype, tuple(tensor.shape))
     return specs
+
+
+def _check_exact(upcycling: Upcycling, specs: dict[str, TensorSpec]) -> None:
+    """Refuses slices whose down projections, multiplied by G, would be rounded: the logits would not stay equal."""
+    dtype = next(spec.dtype for name, spec in specs.items() if name.endswith(".mlp.experts.down_proj"))
+    is_power_of_2 = not upcycling.granularity & (upcycling.granularity - 1)
+    if dtype.itemsize < 4 and not is_power_of_2 and not upcycling.noise:
+        raise ValueError(
+            f"--granularity is {upcycling.granularity} and the weights are {str(dtype).removeprefix('torch.')}, which "
+            f"rounds their multiples: the logits would differ from the dense model's; choose a power of 2, or --noise "
+            f"above 0, with which they differ anyway"
+        )
 
 
 def _tensors(

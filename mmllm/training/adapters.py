@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from mmllm.checkpoints.adapters import AdapterConfig, is_adapters
+from mmllm.checkpoints.adapter_config import AdapterConfig
+from mmllm.checkpoints.adapters import is_adapters
 from mmllm.model.decoder_config import DecoderConfig
 from mmllm.parallel.mesh import ParallelConfig
 from mmllm.training.init_from import InitSummary
@@ -25,12 +26,16 @@ KEY = "mmllm_base"
 
 
 def adapter_rates(optimizer: OptimizerConfig | None) -> OptimizerConfig:
-    """The rates of a training with an adapter: parts of the base that are given none are frozen."""
+    """The rates of a training with an adapter: parts of the base that are given none are frozen.
+
+    `projector_lr` is that of the whole audio front end, embeddings of codes and CTC head included, which else follow
+    `lr`: with an adapter nothing of the base does.
+    """
     optimizer = optimizer or OptimizerConfig()
-    own = {"image_tower": optimizer.tower_lr, "image_projector": optimizer.projector_lr}
-    own["audio_front_end"] = optimizer.projector_lr
-    frozen = {part: 0.0 for part in PARTS if part != "adapter" and own.get(part) is None}
-    return dataclasses.replace(optimizer, parts={**frozen, **(optimizer.parts or {})})
+    older = {"image_tower": optimizer.tower_lr, "image_projector": optimizer.projector_lr}
+    older["audio_front_end"] = optimizer.projector_lr
+    own = {part: older.get(part) or 0.0 for part in PARTS if part != "adapter"}
+    return dataclasses.replace(optimizer, tower_lr=None, projector_lr=None, parts={**own, **(optimizer.parts or {})})
 
 
 def check_adapter(adapter: AdapterConfig | None, optimizer: OptimizerConfig, init_from: str | None) -> None:
@@ -86,10 +91,17 @@ def _in_folder(name: str) -> str:
 
 def leave_out_base(checkpoint: dict[str, Any], names: Iterable[str], source: InitSource) -> None:
     """Takes the base's weights out of a checkpoint, and names the base instead."""
-    weights = checkpoint["state_dict"]
+    weights, names = checkpoint["state_dict"], set(names)
     if weights:  # where one file is written, only the rank that writes it has them
-        checkpoint["state_dict"] = {name: weights[name] for name in weights.keys() - set(names)}
+        checkpoint["state_dict"] = {name: weight for name, weight in weights.items() if not _is_of(name, names)}
     checkpoint[KEY] = {"folder": str(source.path), "hash": source.hash}
+
+
+def _is_of(name: str, weights: set[str]) -> bool:
+    """Whether a tensor is one of these weights, or what a quantized one has beside it (`weight.absmax`)."""
+    while name and name not in weights:
+        name = name.rpartition(".")[0]
+    return bool(name)
 
 
 def put_base_back(checkpoint: dict[str, Any], module: nn.Module, names: Iterable[str], source: InitSource) -> None:

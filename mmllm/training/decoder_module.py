@@ -19,8 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from mmllm.batch import PackedBatch
 from mmllm.checkout import commit
+from mmllm.checkpoints.adapter_config import AdapterConfig
 from mmllm.checkpoints.adapters import (
-    AdapterConfig,
+    add_adapter,
     base_facts,
     base_state,
     check_name,
@@ -66,7 +67,8 @@ from mmllm.training.expert_bias import ExpertBias
 from mmllm.training.init_from import InitSummary, initialize
 from mmllm.training.init_source import InitSource
 from mmllm.training.optimizers import OptimizerConfig
-from mmllm.training.parts import PARTS, build_model, group_of, part_of, splits_vocabulary
+from mmllm.training.parts import PARTS, build_model, freeze, group_of, part_of, splits_vocabulary
+from mmllm.training.quantize import check_quantization, put_trained, quantize_base
 from mmllm.training.staged import StagedModule
 from mmllm.training.strategy import MeshStrategy
 from mmllm.training.totals import GlobalTotals
@@ -185,6 +187,7 @@ class DecoderModule(StagedModule):
         self._whole: MultimodalModel | None = None
         self._whole_state: dict[str, Tensor] | None = None
         self._source: InitSource | None = None
+        self._quantized: set[str] = set()
         self._source_names: list[str] = []
         self._first_targets = self._accumulated_targets = torch.zeros(())
         self._num_accumulated = 0
@@ -243,7 +246,13 @@ class DecoderModule(StagedModule):
                 check_sharding(self.adapter, config.decoder, self.mesh.config)
         deferred = None if self.mesh is None else DeferredInit()
         init = deferred or contextlib.nullcontext()
-        self.model = build_model(config, self.optimizer, init, self.adapter, self.adapter_name)
+        quantization = None if self.adapter is None else self.adapter.quantization
+        if quantization is not None:
+            rates = {part: self.optimizer.rate_of(part) for part in ("attention", "experts")}
+            check_quantization(self.mesh is not None, self.compile_layers, rates)
+        # What is quantized has its weights before it gets an adapter.
+        adapter = None if quantization is not None else self.adapter
+        self.model = build_model(config, self.optimizer, init, adapter, self.adapter_name)
         if self.folder is not None and self.model.vision is not None:
             _check_image_slots(self.model, self.folder)
         self.model.load_pretrained()
@@ -258,6 +267,10 @@ class DecoderModule(StagedModule):
         if self.init_from is not None:
             self._source = InitSource.open(self.init_from)
             self._initialize(self.model, self._source)
+        if quantization is not None and self.adapter is not None:
+            self._quantized = quantize_base(self.model.decoder, quantization)
+            add_adapter(self.model.decoder, self.adapter, self.adapter_name)
+            freeze(self.model, self.optimizer)
 
     def _initialize(self, model: MultimodalModel, source: InitSource) -> None:
         """Takes the weights of `init_from`, and says which."""
@@ -299,8 +312,10 @@ class DecoderModule(StagedModule):
     def on_fit_start(self) -> None:
         """Checks that the data was made with this tokenizer and tower, and asks for its sources' names."""
         super().on_fit_start()
-        if self.init_summary is not None and self.trainer.is_global_zero and self.trainer.loggers:
-            self.init_summary.write(Path(self.trainer.log_dir or self.trainer.default_root_dir))
+        if self.init_summary is not None and self.trainer.loggers:
+            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # rank 0's, for which all must ask
+            if self.trainer.is_global_zero:
+                self.init_summary.write(folder)
         self._num_accumulated = 0  # an earlier fit may have ended before its step
         routers_move = self.optimizer.rate_of("routers") > 0
         self.expert_bias = ExpertBias.of(self._built().decoder) if routers_move else None
@@ -527,10 +542,18 @@ class DecoderModule(StagedModule):
             max_heard_seconds=getattr(self._data, "max_heard_seconds", None),
             voices=getattr(self._data, "voices", ()),
         )
-        model = self._whole or self._built()
+        model = self._whole or (self._unquantized() if self._quantized else self._built())
         foreign = None if source is None else source.foreign_files
         settings = (self._info(), self.image_transform, generation, foreign)
         save_model(directory, model, self.folder, *settings, more=self._export_adapters)
+
+    def _unquantized(self) -> MultimodalModel:
+        """The base as its folder has it, with what was trained beside the adapter."""
+        assert self._source is not None
+        full = MultimodalModel(self._built().config)
+        initialize(full, self._source, self.folder, self.init_parts, takes_tower=self.clip is None)
+        put_trained(full, base_state(self._built().state_dict()), self._quantized)
+        return full
 
     def _export_adapters(self, folder: Path) -> None:
         """Puts the trained adapter, and those that `init_from` has, beside the weights."""

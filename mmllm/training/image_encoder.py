@@ -6,7 +6,6 @@ Shapes: N images, P features an image, C channels, H and W pixels.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -16,6 +15,7 @@ import torch
 
 from mmllm.data.samples.decode import ImageTransform
 from mmllm.data.samples.stored import ImageEncoder, features_hash
+from mmllm.interop.foreign_config import read_json
 from mmllm.interop.towers import OPEN_CLIP_CONFIG, VISION_MODELS, read_tower
 from mmllm.model.vision import VisionConfig, VisionTower
 from mmllm.training.clip_module import load_clip_config
@@ -83,7 +83,7 @@ def _tower(source: str, layer: Layers | None) -> tuple[VisionTower, ImageTransfo
 def _kind(folder: Path) -> Literal["model", "vision model"] | None:
     """What a folder holds; None: a CLIP run's output, or it is no folder."""
     if (folder / CONFIG).is_file():
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG)
         if config.get("format") == "mmllm":
             return "model"
         if config.get("model_type") in VISION_MODELS:

@@ -164,7 +164,8 @@ def with_folder_keys(init_args: Mapping[str, Any], directory: str | Path) -> dic
     """The settings of a `DecoderModule` in which what isn't given is the folder's.
 
     Sizes that the tokenizer decides are left to it where another than the folder's is named. A section that is null
-    stays so.
+    stays so. Settings with a `decoder.vocab_size` have all sizes, so that they can be estimated without the folder:
+    where that isn't there yet they stay as they are.
 
     Args:
         init_args: as YAML has them, all or some.
@@ -173,8 +174,11 @@ def with_folder_keys(init_args: Mapping[str, Any], directory: str | Path) -> dic
     Raises:
         FileNotFoundError, ValueError: as `InitSource.open`.
     """
-    source = InitSource.open(directory)
     given = dict(init_args)
+    decoder = given.get("decoder")
+    if isinstance(decoder, dict) and decoder.get("vocab_size") and not Path(directory).exists():
+        return given
+    source = InitSource.open(directory)
     if source.is_model_folder:
         given.setdefault("tokenizer", str(directory))
     is_own = source.is_model_folder and _is_same(given.get("tokenizer"), directory)

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from mmllm.checkpoints.adapters import AdapterConfig, add_adapter, is_adapters
+from mmllm.checkpoints.adapter_config import AdapterConfig
+from mmllm.checkpoints.adapters import add_adapter, is_adapters
 from mmllm.model.embedding import ADDED
 from mmllm.model.multimodal import ModelConfig, MultimodalModel
 from mmllm.training.optimizers import OptimizerConfig

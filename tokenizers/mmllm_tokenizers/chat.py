@@ -1,41 +1,37 @@
 """Conversations as a checkpoint's own chat template writes them, with special tokens that no message can forge.
 
-Templates are Jinja in the form of transformers' `apply_chat_template`. They come with checkpoints from anywhere, so
-they run in jinja2's immutable sandbox, and what they make is bounded.
+Templates are Jinja in the form of transformers' `apply_chat_template`. They run in `mmllm_tokenizers.chat_sandbox`.
+
+How special tokens of the template are told from those that words spell: the words get a character of no text, the
+guard, wherever a special token could begin in them, or go on into them. What the template makes of them, by cutting,
+joining, deleting or changing case, has guards inside; what is whole is the template's own. Guards are taken out again
+before anything is encoded, and words in which the template looks for something stay whole, so that it finds it.
 """
 
 from __future__ import annotations
 
 import datetime
 import functools
-import itertools
-import json
-import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jinja2 import TemplateError, nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
+from jinja2 import Template, TemplateError
 
+from mmllm_tokenizers.chat_sandbox import MAX_CHARACTERS, Sandbox, too_long
+from mmllm_tokenizers.text import GUARD as PRIVATE
 from mmllm_tokenizers.text import TextTokenizer
 from mmllm_tokenizers.vocab import IMAGE
 
-MAX_CHARACTERS = 4_000_000
-"""Of a rendered conversation, and of any string on the way to it."""
-MAX_LOOP_STEPS = 1_000_000
-"""Of all loops of a template."""
 ROLES = ("system", "user", "assistant", "tool")
 _GUARD = "\ufdd1"
 _MEDIUM = "\ufdd2"
 """Noncharacters of Unicode, which no message has: one breaks special tokens, the other stands for media."""
 _PROBE = "probe of content"
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names under which an assistant's thoughts are given; templates read the first, some the second."""
+_Mark = Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -44,6 +40,48 @@ class ChatPiece:
 
     kind: Literal["text", "image", "audio"]
     ids: tuple[int, ...] = ()
+
+
+class _Renderer:
+    """A template, compiled once and rendered several times, always at the same time of day.
+
+    Attributes:
+        constants: strings and names of attributes that the template looks for or compares with.
+    """
+
+    def __init__(self, template: str) -> None:
+        self._sandbox = Sandbox(datetime.datetime.now())
+        self._template: Template = _said(lambda: self._sandbox.from_string(template))
+        self.constants = self._sandbox.constants
+
+    def render(self, given: Mapping[str, Any]) -> str:
+        """The text; ValueError as `render_chat`."""
+        self._sandbox.begin()
+        return _said(lambda: self._written(given))
+
+    def _written(self, given: Mapping[str, Any]) -> str:
+        parts: list[str] = []
+        num_characters = 0
+        for part in self._template.generate(given):
+            num_characters += len(part)
+            if num_characters > MAX_CHARACTERS:
+                raise too_long()
+            parts.append(part)
+        return "".join(parts)
+
+
+def _said(work: Callable[[], Any]) -> Any:
+    """What a template gives; whatever it raises becomes a ValueError."""
+    try:
+        return work()
+    except RecursionError as error:
+        raise ValueError("the chat template nests or calls itself without end; the checkpoint's is broken") from error
+    except MemoryError as error:
+        raise ValueError("the chat template can't write these messages: it wants more memory than there is") from error
+    except (
+        TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, SyntaxError, RuntimeError,
+    ) as error:  # fmt: skip
+        raise ValueError(f"the chat template can't write these messages: {error}") from error
 
 
 def render_chat(
@@ -62,29 +100,27 @@ def render_chat(
         named: what it calls special tokens: `bos_token`, …
         add_generation_prompt: whether the assistant's turn is opened behind the last message.
         tools: JSON schemas of functions.
-        **variables: more that it reads, such as `enable_thinking`.
+        **variables: more that it reads, such as `enable_thinking` or `documents`.
 
     Raises:
         ValueError: the template is no Jinja, refuses the messages, does what the sandbox forbids, or makes more than
             `MAX_CHARACTERS`.
     """
-    given = {**(named or {}), **variables, "messages": [dict(message) for message in messages]}
-    given |= {"tools": None if tools is None else [dict(tool) for tool in tools], "documents": None}
-    given["add_generation_prompt"] = add_generation_prompt
-    parts: list[str] = []
-    num_characters = 0
-    try:
-        environment = _Sandbox()
-        for part in environment.from_string(template).generate(given):
-            num_characters += len(part)
-            if num_characters > MAX_CHARACTERS:
-                raise _too_long()
-            parts.append(part)
-    except RecursionError as error:
-        raise ValueError("the chat template calls itself without end; the checkpoint's is broken") from error
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, MemoryError) as error:
-        raise ValueError(f"the chat template can't write these messages: {error}") from error
-    return "".join(parts)
+    _check_some(messages)
+    given = [_completed(_marked(message, str)) for message in messages]
+    return _Renderer(template).render(_given(given, named, add_generation_prompt, _marked(tools, str), variables))
+
+
+def _given(
+    messages: Any,
+    named: Mapping[str, str] | None,
+    add_generation_prompt: bool,
+    tools: Any,
+    variables: Mapping[str, Any],
+) -> dict[str, Any]:
+    """All that a template sees."""
+    given = {"documents": None, **(named or {}), **variables, "messages": messages, "tools": tools}
+    return given | {"add_generation_prompt": add_generation_prompt}
 
 
 def chat_pieces(
@@ -103,23 +139,32 @@ def chat_pieces(
         text: the checkpoint's tokenizer.
         template: its template.
         messages: `{"role": …, "content": …}`; content is text, or a list of parts `{"type": "text", "text": …}`,
-            `{"type": "image"}` and `{"type": "audio"}`.
+            `{"type": "image"}` and `{"type": "audio"}`. Roles are `ROLES`, and others that the template names.
         add_generation_prompt: as in `render_chat`.
         tools: likewise.
         **variables: likewise.
 
     Raises:
-        ValueError: as `render_chat`; a role or part is unknown, or the template drops an image or sound.
+        ValueError: as `render_chat`; a role or part is unknown, the template drops an image or sound, or makes special
+            tokens of words.
     """
+    _check_some(messages)
     takes_parts = _takes_parts(template)
     has_own_image = text.special_ids[IMAGE] < text.num_tokens
     own_image = text.token(text.special_ids[IMAGE]) if has_own_image and takes_parts else None
-    control = _control_pattern(text)
-    media: list[Literal["image", "audio"]] = []
-    guarded = [_guarded_message(message, control, media, takes_parts, own_image is not None) for message in messages]
+    renderer = _Renderer(template)
     named = {} if text.foreign is None else text.foreign.named
-    tools = None if tools is None else [_guarded(dict(tool), control) for tool in tools]
-    rendered = render_chat(template, guarded, named, add_generation_prompt, tools, **variables)
+    media: list[Literal["image", "audio"]] = []
+
+    def render(mark: _Mark) -> str:
+        media.clear()
+        marked = [
+            _message(each, mark, media, renderer.constants, takes_parts, own_image is not None) for each in messages
+        ]
+        more = {key: _marked(value, mark) for key, value in variables.items()}
+        return renderer.render(_given(marked, named, add_generation_prompt, _marked(tools, mark), more))
+
+    rendered = _guarded(render, _control(frozenset(text.control_tokens), renderer.constants))
     marks = re.escape(_MEDIUM) + (f"|{re.escape(own_image)}" if own_image else "")
     parts = re.split(marks, rendered)
     if len(parts) - 1 != len(media):
@@ -136,6 +181,11 @@ def chat_pieces(
     return pieces
 
 
+def _check_some(messages: Sequence[Mapping[str, Any]]) -> None:
+    if not messages:
+        raise ValueError("there is no message; a conversation has one at least")
+
+
 @functools.lru_cache(maxsize=8)
 def _takes_parts(template: str) -> bool:
     """Whether a template reads lists of parts; others paste what content is."""
@@ -150,202 +200,169 @@ def _takes_parts(template: str) -> bool:
     return False
 
 
-def _guarded_message(
+# --- what messages hold ---------------------------------------------------------------------------------------
+
+
+def _message(
     message: Mapping[str, Any],
-    control: re.Pattern[str],
+    mark: _Mark,
     media: list[Literal["image", "audio"]],
+    constants: frozenset[str],
     takes_parts: bool,
     has_own_image: bool,
 ) -> dict[str, Any]:
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
+    """A message as the template sees it, its words marked, its media where they stand."""
+    role = message.get("role")
+    if not (role in ROLES or (isinstance(role, str) and role.isidentifier() and role in constants)):
         raise ValueError(f"a message has role {role!r}; wanted one of {', '.join(ROLES)}")
-    guarded = {key: _guarded(value, control) for key, value in message.items() if key != "content"}
+    marked = {
+        key: role if key == "role" else _content(value, mark, media, takes_parts, has_own_image)
+        if key == "content" else _marked(value, mark)
+        for key, value in message.items()
+    }  # fmt: skip
+    return _completed(marked)
+
+
+def _content(
+    content: Any, mark: _Mark, media: list[Literal["image", "audio"]], takes_parts: bool, has_own_image: bool
+) -> Any:
     if content is None or isinstance(content, str):
-        return {**guarded, "content": content if content is None else _guarded(content, control)}
+        return content if content is None else _marked(content, mark)
     if not isinstance(content, Sequence):
         raise ValueError(f"a message's content is {type(content).__name__}; wanted text, or a list of parts")
     parts: list[dict[str, Any]] = []
     for part in content:
         match part:
-            case str():
-                parts.append({"type": "text", "text": _guarded(part, control)})
-            case {"type": "text", "text": str() as words}:
-                parts.append({"type": "text", "text": _guarded(words, control)})
+            case str() | {"type": "text", "text": str()}:
+                words = _checked(part if isinstance(part, str) else part["text"])
+                parts.append({"type": "text", "text": words})
             case {"type": "image" | "audio" as kind}:
                 media.append(kind)
-                own = kind == "image" and has_own_image
-                parts.append({"type": "image"} if own else {"type": "text", "text": _MEDIUM})
+                is_own = kind == "image" and has_own_image and takes_parts
+                parts.append({"type": "image"} if is_own else {"type": "text", "text": _MEDIUM})
             case _:
                 raise ValueError(f"a part of a message is {part!r}; wanted a part of type text, image or audio")
-    if has_own_image and takes_parts:
-        return {**guarded, "content": parts}
-    merged = "".join(part["text"] for part in parts)
-    return {**guarded, "content": [{"type": "text", "text": merged}] if takes_parts else merged}
+    if not takes_parts:  # joined before they are marked: two parts may spell a token together
+        return mark("".join(part["text"] for part in parts))
+    return [{**part, "text": mark(part["text"])} if "text" in part else part for part in parts]
 
 
-def _control_pattern(text: TextTokenizer) -> re.Pattern[str]:
-    names = sorted(text.control_tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names)))
+def _completed(message: dict[str, Any]) -> dict[str, Any]:
+    """A message without keys that say nothing, whose thoughts have each of the names that templates read.
+
+    So it is in transformers 5: many templates write `None` where a key is null, but look whether it is there.
+    """
+    message = {key: value for key, value in message.items() if value is not None}
+    given = [message[key] for key in _REASONING if message.get(key) is not None]
+    return {"thinking": given[0], **message, "reasoning_content": given[0]} if given else message
 
 
-def _guarded(value: Any, control: re.Pattern[str]) -> Any:
-    """The value with a guard inside of each special token that its strings spell."""
+def _marked(value: Any, mark: _Mark) -> Any:
+    """The value with all strings in it marked, made of plain types alone: a template sees no methods of others."""
     match value:
+        case None | bool():
+            return value
         case str():
-            if _GUARD in value or _MEDIUM in value:
-                raise ValueError(f"a message holds a noncharacter of Unicode ({_GUARD!r} or {_MEDIUM!r}); leave it out")
-            return control.sub(lambda found: found[0][0] + _GUARD + found[0][1:], value)
+            return mark(_checked(value))
+        case int() | float():
+            return int(value) if isinstance(value, int) else float(value)
         case Mapping():
-            return {_guarded(key, control): _guarded(item, control) for key, item in value.items()}
-        case list() | tuple():
-            return [_guarded(item, control) for item in value]
-    return value
+            return {_marked(key, mark): _marked(item, mark) for key, item in value.items()}
+        case list():
+            return [_marked(item, mark) for item in value]
+        case tuple():
+            return tuple(_marked(item, mark) for item in value)
+    return f"<{type(value).__name__}>"
 
 
-def _too_long() -> SecurityError:
-    return SecurityError(f"it makes more than {MAX_CHARACTERS} characters")
+def _checked(words: str) -> str:
+    found = next((each for each in (PRIVATE, _GUARD, _MEDIUM) if each in words), None)
+    if found is not None:
+        raise ValueError(f"a message holds the noncharacter of Unicode {found!r}; leave it out")
+    return str(words)
 
 
-def _bounded(value: Any) -> Any:
-    if isinstance(value, (str, bytes, list, tuple)) and len(value) > MAX_CHARACTERS:
-        raise _too_long()
-    return value
+# --- guards ---------------------------------------------------------------------------------------------------
 
 
-class _Watched(NodeTransformer):
-    """`a ~ b` and `for a in b`, which the sandbox can't watch, through filters that it can."""
+class _Control:
+    """Special tokens, and where guards against them stand in words.
 
-    def visit_For(self, node: nodes.For, *args: Any, **kwargs: Any) -> nodes.Node:
-        self.generic_visit(node)
-        node.iter = nodes.Filter(node.iter, "stepped", [], [], None, None).set_lineno(node.lineno)
-        return node
+    Args:
+        names: how the special tokens are written.
+        constants: what the template looks for. Where words hold it, they stay whole, unless it is itself a part of a
+            special token, or holds one.
+    """
 
-    def visit_Concat(self, node: nodes.Concat, *args: Any, **kwargs: Any) -> nodes.Node:
-        self.generic_visit(node)
-        return nodes.Filter(nodes.List(node.nodes), "concatenated", [], [], None, None).set_lineno(node.lineno)
+    def __init__(self, names: frozenset[str], constants: frozenset[str]) -> None:
+        self.pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+        lower = [name.lower() for name in names]
+        self._longest = max(map(len, lower))
+        self._whole = "\0".join(lower)
+        self._behind = "\0".join(name[1:] for name in lower)
+        self._begins = {name[:size] for name in lower for size in range(1, len(name) + 1)}
+        self._ends = {name[start:] for name in lower for start in range(1, len(name))}
+        self._constants = constants
+        firsts = {each for name in names for each in (name[0].lower(), name[0].upper())}
+        self._firsts = re.compile("[" + "".join(map(re.escape, sorted(firsts))) + "]")
+        kept = [each for each in constants if self._firsts.search(each) and not self._touches(each.lower())]
+        kept.sort(key=len, reverse=True)
+        self._kept = re.compile("(" + "|".join(map(re.escape, kept)) + ")") if kept else None
 
+    def _touches(self, constant: str) -> bool:
+        """Whether a constant holds a special token, is a part of one, or ends as one begins."""
+        ends = (constant[start:] for start in range(max(0, len(constant) - self._longest), len(constant)))
+        holds_one = re.search(self.pattern.pattern, constant, re.IGNORECASE) is not None
+        return holds_one or constant in self._whole or any(end in self._begins for end in ends)
 
-class _Generation(Extension):
-    """`{% generation %} … {% endgeneration %}`, which marks the assistant's words, as what is in it."""
+    def spelt(self, words: str) -> str:
+        """Words with a guard in each special token that they spell."""
+        return self.pattern.sub(lambda found: found[0][0] + _GUARD + found[0][1:], words)
 
-    tags = {"generation"}  # noqa: RUF012
+    def anywhere(self, words: str) -> str:
+        """Words with a guard wherever a special token could begin in them, or go on into them."""
+        parts = self._kept.split(words) if self._kept else [words]
+        for number in range(0, len(parts), 2):
+            parts[number] = self._firsts.sub(lambda found: found[0] + _GUARD, parts[number])
+        return (_GUARD if self._goes_on(words) else "") + "".join(parts)
 
-    def parse(self, parser: Parser) -> nodes.Node:
-        """What stands between, as a scope of its own."""
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
-
-
-class _Namespace(Namespace):
-    """A namespace without access to what Python keeps behind underscores."""
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if str(name).startswith("_"):
-            raise SecurityError(f"it stores {name!r} in a namespace; names may not begin with an underscore")
-        super().__setitem__(name, value)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """jinja2's immutable sandbox, in which neither strings nor loops grow without bound."""
-
-    intercepted_binops = frozenset(["+", "*", "**", "%"])
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        self._num_steps = 0
-        self.filters["tojson"] = _to_json
-        self.filters["stepped"] = self._stepped
-        self.filters["concatenated"] = lambda parts: _bounded("".join(map(str, parts)))
-        self.filters = {name: _watched(function) for name, function in self.filters.items()}
-        self.globals |= {
-            "raise_exception": _raise,
-            "strftime_now": lambda form: datetime.datetime.now().strftime(form),
-            "namespace": _Namespace,
-        }
-        for name in ("lipsum", "cycler", "joiner"):
-            self.globals.pop(name)
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        return _Watched().visit(super()._parse(source, name, filename))
-
-    def _stepped(self, values: Any) -> Any:
-        """What a loop goes through, if all loops together have not too many steps."""
-        if not hasattr(values, "__len__"):
-            values = list(itertools.islice(values, MAX_LOOP_STEPS + 1))
-        self._num_steps += len(values)
-        if self._num_steps > MAX_LOOP_STEPS:
-            raise SecurityError(f"its loops have more than {MAX_LOOP_STEPS} steps")
-        return values
-
-    def call_binop(self, context: Any, operator_: str, left: Any, right: Any) -> Any:
-        """`left operator right`, if its result is not too long."""
-        sizes = [len(side) if hasattr(side, "__len__") else side for side in (left, right)]
-        numbers = [size for size in sizes if isinstance(size, (int, float))]
-        match operator_:
-            case "*" if any(hasattr(side, "__len__") for side in (left, right)) and len(numbers) == 2:
-                if numbers[0] * numbers[1] > MAX_CHARACTERS:
-                    raise _too_long()
-            case "**" if any(abs(number) > 1000 for number in numbers):
-                raise SecurityError("it takes powers of large numbers")
-            case "%" if isinstance(left, (str, bytes)):
-                _check_widths(str(left), "%")
-        functions: dict[str, Callable[[Any, Any], Any]] = {
-            "+": operator.add, "*": operator.mul, "**": operator.pow, "%": operator.mod,
-        }  # fmt: skip
-        return _bounded(functions[operator_](left, right))
-
-    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """A call, if neither its numbers nor its result are too large."""
-        numbers = [value for value in (*args, *kwargs.values()) if isinstance(value, int)]
-        if any(abs(number) > MAX_CHARACTERS for number in numbers):
-            raise _too_long()
-        owner = getattr(function, "__self__", None)
-        if isinstance(owner, str) and function.__name__ in ("format", "format_map"):
-            _check_widths(owner, "{")
-        if isinstance(owner, str) and function.__name__ == "replace" and len(args) >= 2:
-            _check_replaced(owner, *args[:2])
-        return _bounded(super().call(context, function, *args, **kwargs))
+    def _goes_on(self, words: str) -> bool:
+        """Whether words may be the end of a special token, or its middle."""
+        if not words or words in self._constants:
+            return False
+        start = words[: self._longest].lower()
+        if any(start[:size] in self._ends for size in range(1, len(start) + 1)):
+            return True
+        return len(words) < self._longest and start in self._behind
 
 
-def _watched(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter, if its numbers are not too large, nor what it makes."""
-
-    @functools.wraps(function)
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        numbers = [value for value in (*args, *kwargs.values()) if isinstance(value, int)]
-        strings = [value for value in args if isinstance(value, str)]
-        if any(abs(number) > MAX_CHARACTERS for number in numbers):
-            raise _too_long()
-        if function.__name__ == "do_format" and strings:
-            _check_widths(strings[0], "%")
-        if function.__name__ == "do_replace" and len(strings) >= 3:
-            _check_replaced(*strings[:3])
-        return _bounded(function(*args, **kwargs))
-
-    return watched
+_control = functools.lru_cache(maxsize=8)(_Control)
 
 
-def _check_widths(form: str, _kind: str) -> None:
-    if re.search(r"\d{7}|\*", form):
-        raise SecurityError(f"its format {form[:40]!r} pads without bound")
+def _guarded(render: Callable[[_Mark], str], control: _Control) -> str:
+    """A conversation whose special tokens are the template's own, with guards in the words.
+
+    Raises:
+        ValueError: guards change what the template writes, so that its own special tokens can't be told from words.
+    """
+    plain = render(str)
+    guarded = _attempt(render, control.anywhere)
+    if guarded is not None and guarded.replace(_GUARD, "") == plain:
+        return guarded
+    spelt = _attempt(render, control.spelt)  # of a template that looks at single characters, or at lengths
+    if guarded is not None and spelt is not None and spelt.replace(_GUARD, "") == plain:
+        own = [control.pattern.findall(each) for each in (spelt, guarded)]
+        if own[0] == own[1]:
+            return spelt
+    found = control.pattern.search(plain)
+    raise ValueError(
+        f"the chat template changes the messages' words such that they can't be told from its special tokens "
+        f"({'' if found is None else found[0]}); leave out what looks like parts of these"
+    )
 
 
-def _check_replaced(whole: Any, old: Any, new: Any) -> None:
-    num_found = whole.count(old) if isinstance(old, str) else 0
-    if len(whole) + num_found * len(str(new)) > MAX_CHARACTERS:
-        raise _too_long()
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _attempt(render: Callable[[_Mark], str], mark: _Mark) -> str | None:
+    try:
+        return render(mark)
+    except ValueError:
+        return None

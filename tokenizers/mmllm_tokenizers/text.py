@@ -5,10 +5,12 @@ Those of a checkpoint may be byte-level BPE, BPE of SentencePiece's kind with by
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,10 @@ from mmllm_tokenizers.vocab import END, SPECIAL_TOKENS
 
 PIECE_TOKENS = 512
 _MAX_FAILED_CUTS = 8
-_GUARD = "\ufdd0"
+GUARD = "\ufdd0"
 """A noncharacter: Unicode keeps it for a program's own use, and no text has it."""
+_TURN = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
+"""Tokens that mark turns, though some checkpoints don't call them special: DeepSeek's `<｜User｜>`."""
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 """The special tokens and one token for each byte."""
 
@@ -129,12 +133,15 @@ class TextTokenizer:
         self.hidden_ids: frozenset[int] = frozenset(theirs | set(self.special_ids.values()))
         """Special tokens, ours and the tokenizer's own: no user's text gives one, and none is written as text."""
         self._forgeable_ids = self.hidden_ids - {_unknown_id(self._template)}  # which words without a token do give
+        turns = {i for i, token in added.items() if _TURN.fullmatch(token.content)}
+        self._control_ids = self._forgeable_ids | turns
         self._plain = Tokenizer.from_str(_without_control_pieces(serialized, {added[i].content for i in theirs}))
         self._plain.no_truncation()
         self._plain.no_padding()
         self._plain.encode_special_tokens = True  # i.e. encode their characters, as of any other text
-        ours = [name for name, token_id in self.special_ids.items() if token_id != self._template.token_to_id(name)]
-        self._ours = re.compile("(" + "|".join(map(re.escape, ours)) + ")") if ours else None
+        theirs_to_id = self._template.token_to_id
+        self._our_names = [name for name, token_id in self.special_ids.items() if token_id != theirs_to_id(name)]
+        self._ours = re.compile("(" + "|".join(map(re.escape, self._our_names)) + ")") if self._our_names else None
 
     def _num_tokens(self) -> int:
         return max(self._template.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -196,11 +203,9 @@ class TextTokenizer:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; `mmllm tokenizer train-text` writes it")
-        try:
+        with unreadable(lambda error: ValueError(f"{path} is not a Hugging Face tokenizer: {error}")):
             written = path.read_text(encoding="utf-8")
             tokenizer = Tokenizer.from_str(written)
-        except Exception as error:  # the library raises bare Exception on bad JSON
-            raise ValueError(f"{path} is not a Hugging Face tokenizer: {error}") from error
         try:
             return cls(tokenizer, foreign, None if foreign is None else written)
         except ValueError as error:
@@ -252,7 +257,7 @@ class TextTokenizer:
         forged = self._forgeable_ids.intersection(encoding.ids)
         if forged:
             token = self._template.id_to_token(min(forged))
-            raise ValueError(f"text would give the special token {token!r}; leave out the noncharacter {_GUARD!r}")
+            raise ValueError(f"text would give the special token {token!r}; leave out the noncharacter {GUARD!r}")
         return encoding
 
     def encode_pieces(self, text: str, least: int = PIECE_TOKENS) -> tuple[list[int], list[tuple[int, int]]]:
@@ -308,21 +313,43 @@ class TextTokenizer:
     def encode_marked(self, text: str, guard: str) -> list[int]:
         """Ids of a rendered template: its special tokens count, but those of users' words, which `guard` breaks, don't.
 
+        They are what transformers gives for it, where the words spell no special token.
+
         Args:
             text: what a template made.
             guard: a character that stands inside of each special token of the users' words, and is taken out here.
+
+        Raises:
+            ValueError: as `encode`.
         """
-        if guard not in text:
-            return self.encode_template(text)
-        names = [token.content for token in self._template.get_added_tokens_decoder().values()]
-        names = sorted({*names, *self.special_ids}, key=len, reverse=True)
-        ids: list[int] = []
-        for number, part in enumerate(re.split("(" + "|".join(map(re.escape, names)) + ")", text)):
-            if number % 2:
-                ids += self.encode_template(part)
+        control = self.control_tokens
+        names = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
+        spelt, plain = names.findall(text), text.replace(guard, "")
+        wanted = [i for found in spelt if (i := self.id(found)) in self._control_ids]
+        if names.findall(plain) == spelt:
+            ids = self.encode_template(plain)
+            if [i for i in ids if i in self._control_ids] == wanted:  # normalizers may make some of other characters
+                return ids
+        private = names.sub(lambda found: GUARD + found[0], text).replace(guard, "")
+        ours = {GUARD + name: self.special_ids[name] for name in self._our_names}
+        ids = []
+        for part in re.split("(" + "|".join(map(re.escape, ours)) + ")", private) if ours else [private]:
+            if part in ours:
+                ids.append(ours[part])
             elif part:
-                ids += self.encode(part.replace(guard, ""))
+                ids += self._private.encode(_valid_unicode(part), add_special_tokens=False).ids
+        if [i for i in ids if i in self._control_ids] != wanted:
+            raise ValueError("the messages' words would give special tokens; leave out what looks like parts of them")
         return ids
+
+    @functools.cached_property
+    def _private(self) -> Tokenizer:
+        """The tokenizer with another name for each special token, one that no text has: the guard stands before it."""
+        names = self.control_tokens.difference(self._our_names)
+        private = Tokenizer.from_str(_without_control_pieces(self._template.to_str(), names, everywhere=True))
+        private.no_truncation()
+        private.no_padding()
+        return private
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special tokens and ids beyond the text (audio units) are dropped.
@@ -341,8 +368,8 @@ class TextTokenizer:
 
     @property
     def control_tokens(self) -> set[str]:
-        """How the special tokens are written, ours and the tokenizer's own."""
-        return {self.token(token_id) for token_id in self.hidden_ids} | set(self.special_ids)
+        """How the special tokens are written, ours and the tokenizer's own, and what else marks turns."""
+        return {self.token(token_id) for token_id in self.hidden_ids | self._control_ids} | set(self.special_ids)
 
     def id(self, token: str) -> int:
         """Id of one token, such as `"<|image|>"`.
@@ -356,6 +383,20 @@ class TextTokenizer:
         return token_id
 
 
+@contextlib.contextmanager
+def unreadable(said: Callable[[BaseException], ValueError]) -> Iterator[None]:
+    """Turns whatever the tokenizers library makes of a damaged file into an error of ours.
+
+    On bad JSON it raises a bare Exception; where its own code panics, what it raises isn't even one.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise said(error) from error
+
+
 def _unknown_id(tokenizer: Tokenizer) -> int | None:
     """Id of what has no token, where the model has such an id."""
     model: Any = tokenizer.model
@@ -365,30 +406,35 @@ def _unknown_id(tokenizer: Tokenizer) -> int | None:
     return None if unknown is None else tokenizer.token_to_id(unknown)
 
 
-def _without_control_pieces(serialized: str, special: set[str]) -> str:
+def _without_control_pieces(serialized: str, special: set[str], everywhere: bool = False) -> str:
     """The tokenizer without its special tokens among the pieces that its model can give.
 
     Unigram's vocabulary holds `</s>` as a piece like any other, and BPE that looks whole words up (`ignore_merges`)
     finds it too: users' text would give it. Such pieces get a name that no text has; ids stay.
+
+    Args:
+        serialized: `tokenizer.json`.
+        special: how its special tokens are written.
+        everywhere: all of them get such a name, not only those that are pieces.
     """
     content = json.loads(serialized)
     model = content["model"]
     vocab = model.get("vocab")
     if isinstance(vocab, list):  # Unigram: [piece, score]
         hidden = special.intersection(piece for piece, _ in vocab)
-        model["vocab"] = [[_GUARD + piece if piece in hidden else piece, score] for piece, score in vocab]
+        model["vocab"] = [[GUARD + piece if piece in hidden else piece, score] for piece, score in vocab]
     else:
-        hidden = special.intersection(vocab) if model.get("ignore_merges") else set()
+        hidden = special.intersection(vocab) if everywhere or model.get("ignore_merges") else set()
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", ())]
         hidden = hidden.difference(*merges, ("".join(merge) for merge in merges)) if hidden else hidden
-        model["vocab"] = {_GUARD + token if token in hidden else token: number for token, number in vocab.items()}
-    if not hidden:
+        model["vocab"] = {GUARD + token if token in hidden else token: number for token, number in vocab.items()}
+    if not hidden and not everywhere:
         return serialized
     for token in content["added_tokens"]:  # under the same ids, so that those of other added tokens stay
-        if token["content"] in hidden:
-            token["content"] = _GUARD + token["content"]
+        if token["content"] in (special if everywhere else hidden):
+            token |= {"content": GUARD + token["content"], **({"normalized": False} if everywhere else {})}
     if model.get("unk_token") in hidden:
-        model["unk_token"] = _GUARD + model["unk_token"]
+        model["unk_token"] = GUARD + model["unk_token"]
     content["post_processor"] = None
     return json.dumps(content, ensure_ascii=False)
 
