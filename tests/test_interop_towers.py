@@ -450,3 +450,30 @@ def test_vision_configs_say_what_is_wrong(values, said, tmp_path):
             dataclasses.replace(vision, transformers=vision.transformers | {key: wrong})
     with pytest.raises(ValueError, match="whole model of open_clip"):
         build_clip(vision)
+
+
+def test_what_training_clip_here_wrote_comes_in(tmp_path):
+    from mmllm.model.vision import VisionConfig
+    from mmllm.training.clip_module import save_clip, with_text_tokens
+
+    values = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 16, "layers": 3, "width": 16, "head_width": 8, "patch_size": 8},
+        "text_cfg": {"context_length": 8, "vocab_size": 40, "width": 16, "heads": 2, "layers": 1},
+    }
+    config = with_text_tokens(VisionConfig(values), 40, 1, 0)
+    torch.manual_seed(0)
+    save_clip(tmp_path, build_clip(config), config)
+    imported = read_tower(tmp_path, -2)
+    tower = VisionTower(imported.vision)
+    tower.load_state_dict({name.removeprefix("vision."): tensor for name, tensor in imported.tensors()})
+    trained = VisionTower(dataclasses.replace(config, layer=-2, checkpoint=str(tmp_path / "model.safetensors")))
+    trained.load_pretrained()
+    pixels = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+    assert torch.equal(tower(pixels), trained(pixels))
+    assert imported.transform == ImageTransform(16) and "squashed" in imported.report.notes[0]
+    assert imported.report.left_out["visual.transformer.resblocks.2"] == 12
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "nrom": "batch"}))
+    with pytest.raises(ValueError, match=r"unknown key 'nrom' of .*config\.json"):
+        read_tower(tmp_path)

@@ -41,9 +41,16 @@ def _module(config: str) -> Any:
         if clip is not None:
             towers = _module("quickstart/clip.yaml").clip_config
             module.vision = dataclasses.replace(towers, layer=module.vision.layer)
-        module.vision = dataclasses.replace(module.vision, pretrained=None)
+        if module.init_from is not None:  # a folder that isn't here, and the adapter of what would be in it
+            module.init_from = module.adapter = None
+            parts = {part: rate for part, rate in (module.optimizer.parts or {}).items() if part != "adapter"}
+            module.optimizer = dataclasses.replace(module.optimizer, parts=parts or None)
         sizes = {"num_codebooks": 4, "codebook_size": 256, "codebook_dim": 48}
-        module.audio = dataclasses.replace(module.audio, **{k: getattr(module.audio, k) or v for k, v in sizes.items()})
+        if module.vision is not None:
+            module.vision = dataclasses.replace(module.vision, pretrained=None)
+        if module.audio is not None:
+            sizes = {key: getattr(module.audio, key) or size for key, size in sizes.items()}
+            module.audio = dataclasses.replace(module.audio, **sizes)
         module.decoder = dataclasses.replace(module.decoder, vocab_size=module.decoder.vocab_size or 4000)
         module.configure_model()
     elif hasattr(module, "clip_config"):

@@ -180,7 +180,7 @@ def test_a_base_that_changed_and_a_checkpoint_without_its_adapter_are_refused(ba
     save_model(other, model, tokenizer)
     with pytest.raises(ValueError, match=r"trained on .*base with hash \S+…, but init_from, .*other, has \S+…"):
         fit(make_module(other), 2, ckpt=ckpt)
-    with pytest.raises(ValueError, match=r"holds an adapter .*go on with the same model\.init_args\.adapter"):
+    with pytest.raises(ValueError, match=r"holds only what was trained, .*go on with the same model\.init_args"):
         fit(make_module(base, None), 2, ckpt=ckpt)
 
 
@@ -231,7 +231,18 @@ def test_the_export_is_a_model_folder_with_the_adapter_and_earlier_ones(
     config = json.loads((tmp_path / "two" / "adapters" / "second" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["base_model_name_or_path"]) == ("LORA", 2, None)
 
+    # one of PEFT's own, which names no base, goes along, and what half precision holds is the same base
+    half, loaded = tmp_path / "half", load_model(tmp_path / "one", dtype=torch.bfloat16)
+    save_model(half, loaded.model, loaded.tokenizer)
+    shutil.copytree(tmp_path / "one" / "adapters" / "first", half / "adapters" / "theirs")
+    (half / "adapters" / "theirs" / "base.json").unlink()
+    fit(make_module(half, out=str(tmp_path / "wide"), adapter_name="mine"), 2)
+    assert saved_adapters(tmp_path / "wide") == ["mine", "theirs"]
+    shutil.copytree(tmp_path / "wide" / "adapters" / "mine", half / "adapters" / "mine")
+    assert load(half, adapter="mine").adapters == ["mine"]
+
     # where the decoder itself is trained too, adapters of the earlier one stay behind
+    (tmp_path / "two" / "adapters" / "first" / "base.json").unlink()
     parts = OptimizerConfig(lr=1e-2, parts={**PARTS, "attention": 1e-2})
     third = make_module(tmp_path / "two", out=str(tmp_path / "three"), adapter_name="third", optimizer=parts)
     with caplog.at_level(logging.WARNING):
@@ -382,3 +393,60 @@ def test_axes_that_adapters_cant_be_split_over_are_refused(base: Path) -> None:
 
 def test_adapter_names_of_a_plain_decoder_are_none(base: Path) -> None:
     assert adapter_names(load_model(base).model.decoder) == []
+
+
+FROZEN = {"text_embedding": 0.0, "attention": 0.0, "experts": 0.0, "routers": 0.0, "image_tower": 0.0}
+
+
+def frozen_module(base: Path, **settings: Any) -> DecoderModule:
+    """An alignment: no adapter, and the language model and the tower are frozen."""
+    optimizer = OptimizerConfig(lr=1e-2, warmup=0.0, min_lr_ratio=1.0, parts=dict(FROZEN))
+    return make_module(base, None, optimizer=optimizer, **settings)
+
+
+def test_checkpoints_leave_out_what_is_frozen_without_an_adapter_too(base: Path, tmp_path: Path) -> None:
+    losses = fit(frozen_module(base), 4)
+    saver = ModelCheckpoint(tmp_path / "saved", save_last=True, every_n_train_steps=2)
+    fit(frozen_module(base), 2, saver, enable_checkpointing=True)
+    saved = torch.load(tmp_path / "saved" / "last.ckpt", weights_only=True)
+    parts = {part_of(name) for name in saved["state_dict"]}
+    assert parts == {"unit_embedding", "image_projector", "audio_front_end"}
+    recorder = LossRecorder()
+    with quiet_lightning():
+        trainer = quiet_trainer(recorder, max_steps=4)
+        resumed = frozen_module(base, seed=9)
+        trainer.fit(
+            resumed, datamodule=_Rest(batches(4), 2), ckpt_path=tmp_path / "saved" / "last.ckpt", weights_only=True
+        )
+    assert recorder.losses == losses[2:]
+    with pytest.raises(ValueError, match=r"holds only what was trained.*go on with the same"):
+        fit(make_module(base, None, optimizer=OptimizerConfig(lr=1e-2)), 4, ckpt=tmp_path / "saved" / "last.ckpt")
+    other = make_base(tmp_path / "other", rms_norm_eps=1e-3)
+    with pytest.raises(ValueError, match="the base changed, or is another"):
+        fit(frozen_module(other), 4, ckpt=tmp_path / "saved" / "last.ckpt")
+    with pytest.raises(ValueError, match=r"out is .*which is init_from"):
+        fit(frozen_module(base, out=str(base)), 1)
+
+
+def test_frozen_weights_go_out_in_the_dtype_of_their_folder(base: Path, tmp_path: Path) -> None:
+    loaded = load_model(base, dtype=torch.bfloat16)
+    half = tmp_path / "half"
+    save_model(half, loaded.model, loaded.tokenizer)
+    was = load_file(half / "model.safetensors")
+    fit(frozen_module(half, out=str(tmp_path / "aligned")), 2)
+    now = load_file(tmp_path / "aligned" / "model.safetensors")
+    num_base = loaded.model.config.decoder.num_base_ids
+    for name, tensor in now.items():
+        if part_of(name) in ("unit_embedding", "image_projector", "audio_front_end"):
+            continue
+        rows = slice(num_base) if "embed_tokens" in name or "lm_head" in name else slice(None)
+        assert tensor.dtype == torch.bfloat16 and torch.equal(tensor[rows], was[name][rows]), name
+    assert now["image_projector.project.0.weight"].dtype == torch.float32
+    assert not torch.equal(now["decoder.embed_tokens.weight"], was["decoder.embed_tokens.weight"])
+    assert isinstance(load(tmp_path / "aligned").score("a", "b"), float)
+    experts = OptimizerConfig(lr=1e-2, parts={**FROZEN, "experts": 1e-2})
+    fit(make_module(half, None, optimizer=experts, out=str(tmp_path / "tuned")), 1)
+    tuned = load_file(tmp_path / "tuned" / "model.safetensors")
+    dtypes = {tensor.dtype for name, tensor in tuned.items() if name.startswith("decoder.")}
+    assert dtypes == {torch.float32}, "a decoder of which more is trained keeps what was learned"
+    assert tuned[next(name for name in tuned if name.startswith("vision."))].dtype == torch.bfloat16

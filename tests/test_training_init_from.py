@@ -261,6 +261,18 @@ def test_a_longer_context_is_allowed_and_said(made: Any, caplog: pytest.LogCaptu
     assert list(summary_of(module).changed) == ["rope_scaling"] and "decoder.rope_scaling is" in caplog.text
 
 
+def test_a_config_with_all_sizes_is_estimated_without_the_folder(tmp_path: Path, made: Any) -> None:
+    _, model, _ = made
+    nowhere, values = tmp_path / "nowhere", config_to_dict(model.config)
+    config = str(write_config(tmp_path / "c.yaml", init_from=str(nowhere), tokenizer=str(nowhere), **values))
+    said = print_estimate(["-c", config], sequence_length=64)
+    assert said["parameters"]["total"] == model.num_parameters()
+    module = built("-c", config)
+    module.tokenizer = None
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        module.configure_model()
+
+
 def test_tensors_are_streamed(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(sound=False)
     model = make_model(tokenizer, sight=False)
@@ -401,6 +413,21 @@ def test_sharded_models_take_their_shards(tmp_path: Path, made: Any) -> None:
     whole = joined_rows({name.removeprefix("model."): w for name, w in ranks[0]["weights"].items()})
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(whole[name], tensor, atol=1e-6, rtol=0, msg=name)
+
+
+def _logging_rank(rank: int, port: int, out: str, folder: Path) -> None:
+    data = ListData([_batches()])
+    logger = CSVLogger(out, name="logs", version="")
+    fit_rank(rank, port, out, DecoderModule(init_from=str(folder)), data, max_steps=1, logger=logger)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_two_ranks_write_it_once_and_none_waits_for_the_other(tmp_path: Path, made: Any) -> None:
+    """Where logs go is asked by all ranks together, so that one that asks alone would wait without end."""
+    folder, _, _ = made
+    run_two_ranks(_logging_rank, tmp_path, folder)
+    assert json.loads((tmp_path / "logs" / "init_from.json").read_text())["init_from"] == str(folder)
 
 
 def test_a_decoder_config_without_base_ids_is_read() -> None:

@@ -41,7 +41,8 @@ WEIGHTS = "adapter_model.safetensors"
 BASE = "base.json"
 PREFIX = "base_model.model.model."
 """What PEFT's names of a transformers decoder begin with; ours follow."""
-_HEAD_BYTES = 65536
+_HEAD_NUMBERS = 16384
+"""Of each weight, by which a base is known."""
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _KINDS = {"PROMPT_TUNING": "prompt_tuning", "PREFIX_TUNING": "prefix_tuning"}
 """PEFT's names of adapters that are tokens, and ours."""
@@ -266,39 +267,42 @@ def _tokens_config(decoder: Decoder, name: str) -> Any:
 
 
 def base_facts(checkpoint: Checkpoint, config: DecoderConfig) -> dict[str, Any]:
-    """What tells a decoder from others: its sizes, and a hash of the first 64 KiB of each of its weights.
+    """What tells a decoder from others: its sizes, and a hash of the beginning of each of its weights.
 
-    Rows of the vocabulary behind `num_base_ids` are left out: it stays the same decoder when they are trained.
+    Rows of the vocabulary behind `num_base_ids` are left out: it stays the same decoder when they are trained. So it
+    does in another dtype that holds the same numbers, as training writes what was imported in bfloat16.
     """
     digest = hashlib.sha256()
     for name, spec in sorted(checkpoint.specs.items()):
         if not name.startswith("decoder."):
             continue
-        shape, num_bytes = spec.shape, _HEAD_BYTES
+        shape = spec.shape
         if config.num_base_ids and name.removeprefix("decoder.") in _VOCABULARY:
             shape = (config.num_base_ids, *shape[1:])
-            num_bytes = min(num_bytes, math.prod(shape) * spec.dtype.itemsize)
-        digest.update(f"{name} {spec.dtype} {list(shape)}".encode())
-        digest.update(checkpoint.read_start(name, num_bytes))
+        num_bytes = min(_HEAD_NUMBERS, math.prod(shape)) * spec.dtype.itemsize
+        numbers = torch.frombuffer(bytearray(checkpoint.read_start(name, num_bytes)), dtype=spec.dtype)
+        digest.update(f"{name} {list(shape)}".encode())
+        digest.update(numbers.double().numpy().data)
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads")
     return {**{key: getattr(config, key) for key in sizes}, "weights": digest.hexdigest()}
 
 
-def copy_adapters(source: Path, target: Path, base: Mapping[str, Any], but: str) -> None:
+def copy_adapters(source: Path, target: Path, before: Mapping[str, Any], base: Mapping[str, Any], but: str) -> None:
     """Copies a model folder's adapters to another, where the decoder is the same.
 
     Args:
         source: the model folder.
         target: the other.
-        base: of `base_facts`, of the other.
+        before: of `base_facts`, of the model folder.
+        base: of the other.
         but: name of one that stays behind.
     """
     for name in saved_adapters(source):
         folder = source / ADAPTERS / name
-        written = read_json(folder / BASE) if (folder / BASE).is_file() else {}
         if name == but:
             continue
-        if written and written != dict(base):
+        written = read_json(folder / BASE) if (folder / BASE).is_file() else dict(before)  # PEFT's own name none
+        if written != dict(base):
             log.warning("adapter %s of %s stays behind: the decoder's weights were trained", name, source)
             continue
         shutil.copytree(folder, target / ADAPTERS / name)

@@ -127,18 +127,20 @@ def save_model(
     generation: GenerationConfig | None = None,
     source: Path | None = None,
     more: Callable[[Path], None] | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> Path:
     """Writes a model folder, whole or not at all; an older model at `directory` is replaced.
 
     Args:
         directory: where to; its parents are made.
-        model: the weights, saved in the dtype that they have.
+        model: the weights.
         tokenizer: what it was trained with.
         info: facts for the model card.
         image_transform: how images reach the tower; by default a squash to the tower's size.
         generation: default sampling.
         source: folder of what an imported checkpoint had beside its weights, which is copied.
         more: writes what else belongs into the folder, before it takes its place.
+        dtypes: of weights, by name; others are saved in the dtype that they have.
 
     Returns:
         The folder.
@@ -153,12 +155,13 @@ def save_model(
     image_transform = _checked_transform(model, image_transform)
     state = base_state(joined_rows(model.state_dict()))
     names = _unique_names(state)
-    specs = {name: TensorSpec(state[name].dtype, tuple(state[name].shape)) for name in names}
+    dtypes = {name: state[name].dtype for name in names} | {**(dtypes or {})}
+    specs = {name: TensorSpec(dtypes[name], tuple(state[name].shape)) for name in names}
     with replaced_folder(directory) as partial:
         tokenizer.save(partial)
         write_json(partial / CONFIG, folder_config(model.config, tokenizer, image_transform))
         write_json(partial / GENERATION, (generation or GenerationConfig()).to_dict())
-        write_weights(partial, specs, ((name, state[name]) for name in names))
+        write_weights(partial, specs, ((name, state[name].to(dtypes[name])) for name in names))
         (partial / CARD).write_text(model_card(model, tokenizer, info or ModelInfo()), encoding="utf-8")
         if source is not None and source.is_dir():
             shutil.copytree(source, partial / SOURCE)

@@ -24,8 +24,8 @@ def _add_import(commands: Any) -> None:
     parser.add_argument(
         "--vision",
         metavar="TOWER",
-        help="image tower: a folder of CLIP, SigLIP or SigLIP2 (transformers) or of open_clip; or NAME, NAME:TAG or "
-        "NAME:FILE of open_clip",
+        help="image tower: a folder of CLIP, SigLIP or SigLIP2 (transformers), of open_clip, or a CLIP run's out "
+        "folder; or NAME, NAME:TAG or NAME:FILE of open_clip",
     )
     parser.add_argument("--codec", metavar="DIR", help="folder of an audio tokenizer; without it there is no sound")
     parser.add_argument(

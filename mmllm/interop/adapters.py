@@ -68,7 +68,9 @@ def merge(model_dir: str | Path, name: str, out: str | Path) -> str:
     save_model(out, loaded.model, loaded.tokenizer, info, loaded.image_transform, loaded.generation, source)
     others = [other for other in saved_adapters(model_dir) if other != name]
     behind = f"; {', '.join(others)} stayed behind: adapters of the weights as they were" if others else ""
-    return f"{out}: {model_dir} with {name} in its weights{behind}"
+    dtype = loaded.model.decoder.embed_tokens.weight.dtype
+    rounded = f", rounded to {str(dtype).removeprefix('torch.')}" if dtype.itemsize < 4 else ""
+    return f"{out}: {model_dir} with {name} in its weights{rounded}{behind}"
 
 
 def export(model_dir: str | Path, name: str, out: str | Path) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from mmllm.checkpoints.adapters import saved_adapters
 from mmllm.checkpoints.files import SOURCE, read_json, replaced_folder, write_json
 from mmllm.checkpoints.folder import FolderParts, read_folder
 from mmllm.checkpoints.weights import Checkpoint, TensorSpec, write_weights
@@ -89,7 +90,7 @@ def export_model(
     """
     model = read_folder(model_dir)
     source = Path(model_dir) / SOURCE
-    exporter = _Exporter(model, source if source.is_dir() else None, keep_added)
+    exporter = _Exporter(model, source if source.is_dir() else None, keep_added, saved_adapters(model_dir))
     kind, why = exporter.format(format)
     with replaced_folder(Path(out), "checkpoint", [Path(model_dir)]) as partial:
         return exporter.llava(partial, str(out)) if kind == "llava" else exporter.decoder(partial, str(out), why)
@@ -98,8 +99,8 @@ def export_model(
 class _Exporter:
     """One model on its way out."""
 
-    def __init__(self, model: FolderParts, source: Path | None, keep_added: bool):
-        self.model, self.source, self.keep_added = model, source, keep_added
+    def __init__(self, model: FolderParts, source: Path | None, keep_added: bool, adapters: list[str]):
+        self.model, self.source, self.keep_added, self.adapters = model, source, keep_added, adapters
         self.config = model.config.decoder
         self.checkpoint = model.checkpoint
         self.foreign = read_json(source / "config.json") if source is not None else None
@@ -261,6 +262,8 @@ class _Exporter:
         if config.decoder.vocab_size > max(num_rows, config.num_text):
             units = config.decoder.vocab_size - config.num_text
             found["audio units"] = f"{units} ids; --keep_added takes them along"
+        if self.adapters:
+            found["adapters"] = f"{', '.join(self.adapters)}; `mmllm adapter merge` first, or `mmllm adapter export`"
         if tokenizer.config.codec is not None:
             found["codec"] = "transformers has none of its kind"
         return found

@@ -30,6 +30,7 @@ from mmllm.interop.llava import ImportedLlava, read_llava
 from mmllm.interop.tokenizer_files import copy_there
 from mmllm.interop.tokenizers import KEPT_FILES, ImportedTokenizer, read_tokenizer
 from mmllm.interop.towers import ImportedTower, read_tower
+from mmllm.model.audio_projectors import AudioProjectorConfig
 from mmllm.model.config import config_from_dict
 from mmllm.model.image_projectors import ImageProjector, ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
@@ -263,9 +264,7 @@ def _configs(sources: _Sources, options: ImportOptions) -> tuple[TokenizerFolder
             codebook_size=vocabulary.codebook_size,
             codebook_dim=folder.codebooks_KVD.shape[-1],
             projector=config_from_dict(
-                AudioConfig.__dataclass_fields__["projector"].default_factory,  # type: ignore[arg-type]
-                {**options.audio_projector, "pool": options.audio_pool},
-                "audio.projector",
+                AudioProjectorConfig, {**options.audio_projector, "pool": options.audio_pool}, "audio.projector"
             ),
             audio_end_id=folder.id(AUDIO_END),
             pad_id=folder.id(PAD),

@@ -1,4 +1,4 @@
-"""Training an adapter: what else is trained beside it, and checkpoints that hold no more than what is trained.
+"""Training an adapter: what else is trained beside it; and what checkpoints leave out of a base that is frozen in part.
 
 A checkpoint names the base folder and its hash in the place of what that holds; a base that changed is refused.
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from mmllm.checkpoints.adapter_config import AdapterConfig
@@ -84,6 +85,26 @@ def base_names(module: nn.Module, summary: InitSummary) -> set[str]:
     }
 
 
+def kept_dtypes(module: nn.Module, summary: InitSummary, source: InitSource) -> dict[str, torch.dtype]:
+    """In which dtype a model folder gets weights that are frozen: as the base folder has them, which is exact.
+
+    A decoder has one dtype: it keeps its own where nothing of it is trained but the rows of added ids, which are
+    rounded to it with the matrix that they lie in.
+
+    Returns:
+        By the names of a model folder; other weights are written as they were trained.
+    """
+    if not source.is_model_folder:
+        return {}
+    specs = source.checkpoint.specs
+    frozen = {_in_folder(name).removeprefix("model.") for name in base_names(module, summary)}
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    of_decoder = [name for name in trained if name.startswith("model.decoder.") and not is_adapters(name)]
+    if any(not name.endswith(".added") for name in of_decoder):
+        frozen = {name for name in frozen if not name.startswith("decoder.")}
+    return {name: specs[name].dtype for name in frozen if name in specs}
+
+
 def _in_folder(name: str) -> str:
     """A weight's name in a model folder."""
     return name.replace(".base_layer", "").replace(".added", ".weight")
@@ -121,11 +142,11 @@ def put_base_back(checkpoint: dict[str, Any], module: nn.Module, names: Iterable
 
 
 def check_has_no_base(checkpoint: dict[str, Any]) -> None:
-    """Raises ValueError where a checkpoint holds an adapter alone, and this training has none."""
+    """Raises ValueError where a checkpoint holds what was trained alone, and this training has no such base."""
     if KEY in checkpoint:
         raise ValueError(
-            f"the checkpoint holds an adapter and what was trained with it, on {checkpoint[KEY]['folder']}; go on with "
-            f"the same model.init_args.adapter and init_from"
+            f"the checkpoint holds only what was trained, on {checkpoint[KEY]['folder']}; go on with the same "
+            f"model.init_args.init_from, adapter and optimizer.parts"
         )
 
 
@@ -133,5 +154,5 @@ def check_out(out: str | None, init_from: str | None) -> None:
     """Raises ValueError where a training would replace the base of its own checkpoints."""
     if out is not None and init_from is not None and Path(out).resolve() == Path(init_from).resolve():
         raise ValueError(
-            f"out is {out}, which is init_from, the base that checkpoints of an adapter refer to; give another folder"
+            f"out is {out}, which is init_from, the base that this training's checkpoints refer to; give another folder"
         )

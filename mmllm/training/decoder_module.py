@@ -59,6 +59,7 @@ from mmllm.training.adapters import (
     check_has_no_base,
     check_out,
     check_sharding,
+    kept_dtypes,
     leave_out_base,
     put_base_back,
 )
@@ -348,8 +349,8 @@ class DecoderModule(StagedModule):
     def _check_pictures(self) -> None:
         """Pictures are made as the tower of `init_from` saw them; stored features must be what the tower would give."""
         take = getattr(self._data, "take_transform", None)
-        if self.init_from is not None and self.init_summary is not None and take is not None:
-            transform = InitSource.open(self.init_from).image_transform
+        if self._source is not None and self.init_summary is not None and take is not None:
+            transform = self._source.image_transform
             if transform is not None and any(name.startswith("vision.") for name in self.init_summary.loaded):
                 take(transform)
         self._check_features()
@@ -529,7 +530,7 @@ class DecoderModule(StagedModule):
     def check_export(self, directory: Path) -> None:
         """A model folder is replaced as a whole, with whatever lies in it."""
         check_replaceable(directory)
-        if self.adapter is not None:
+        if self.adapter is not None or self._base_names():
             check_out(str(directory), self.init_from)
 
     def export(self, directory: Path) -> None:
@@ -545,7 +546,10 @@ class DecoderModule(StagedModule):
         model = self._whole or (self._unquantized() if self._quantized else self._built())
         foreign = None if source is None else source.foreign_files
         settings = (self._info(), self.image_transform, generation, foreign)
-        save_model(directory, model, self.folder, *settings, more=self._export_adapters)
+        dtypes = {}
+        if source is not None and self.init_summary is not None:
+            dtypes = kept_dtypes(self, self.init_summary, source)
+        save_model(directory, model, self.folder, *settings, more=self._export_adapters, dtypes=dtypes)
 
     def _unquantized(self) -> MultimodalModel:
         """The base as its folder has it, with what was trained beside the adapter."""
@@ -561,25 +565,30 @@ class DecoderModule(StagedModule):
             return
         facts = base_facts(Checkpoint.open(folder), self._built().config.decoder)
         if self._source.is_model_folder:
-            copy_adapters(self._source.path, folder, facts, but=self.adapter_name)
+            before = base_facts(self._source.checkpoint, self._source.model.decoder)
+            copy_adapters(self._source.path, folder, before, facts, but=self.adapter_name)
         state = None
         if self._whole_state is not None:
             state = {n.removeprefix("decoder."): t for n, t in self._whole_state.items() if n.startswith("decoder.")}
         save_adapter(folder / ADAPTERS / self.adapter_name, self._built().decoder, self.adapter_name, facts, state)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """With an adapter, leaves to the base folder what is its."""
+        """Leaves to the base folder what is its, and frozen."""
         super().on_save_checkpoint(checkpoint)
-        if self.adapter is not None and self._source is not None and self.init_summary is not None:
-            leave_out_base(checkpoint, base_names(self, self.init_summary), self._source)
+        if self._source is not None and (names := self._base_names()):
+            leave_out_base(checkpoint, names, self._source)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the clock; with an adapter, takes the base's weights from where they are."""
+        """Restores the clock, and takes the base's frozen weights from where they are."""
         super().on_load_checkpoint(checkpoint)
-        if self.adapter is None:
+        if self._source is None or not (names := self._base_names()):
             check_has_no_base(checkpoint)
-        elif self._source is not None and self.init_summary is not None and KEY in checkpoint:
-            put_base_back(checkpoint, self, base_names(self, self.init_summary), self._source)
+        elif KEY in checkpoint:
+            put_base_back(checkpoint, self, names, self._source)
+
+    def _base_names(self) -> set[str]:
+        """Weights that are frozen, and as the folder of `init_from` has them."""
+        return set() if self.init_summary is None else base_names(self, self.init_summary)
 
     @property
     def image_transform(self) -> ImageTransform | None:
