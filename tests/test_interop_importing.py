@@ -566,3 +566,9 @@ def test_each_part_keeps_its_dtype_and_they_run_together(tmp_path, capsys):
     save_model(tmp_path / "wide", wide.model, wide.tokenizer, image_transform=transform, source=source)
     line = ["export", "--model", tmp_path / "wide", "--out", tmp_path / "out-wide", "--json"]
     assert "weights are float32; those that were imported were bfloat16" in json.loads(run(capsys, *line))["notes"]
+
+
+def test_a_checkpoint_that_was_not_imported_is_told_from_a_model_folder(tmp_path):
+    save_checkpoint(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=r"is a checkpoint of transformers, not a model folder; .*mmllm import"):
+        mmllm.load(tmp_path / "theirs")

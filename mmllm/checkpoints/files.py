@@ -108,6 +108,11 @@ def check_files(directory: Path) -> None:
     missing = [name for name in _REQUIRED if name not in present]
     if not present & {WEIGHTS, INDEX}:
         missing.append(WEIGHTS)
+    if missing and CONFIG in present and "model_type" in read_json(directory / CONFIG):
+        raise ValueError(
+            f"{directory} is a checkpoint of transformers, not a model folder; make one of it with "
+            f"`mmllm import {directory} --out DIR`"
+        )
     if missing:
         wanted = listed([CONFIG, WEIGHTS, *_REQUIRED[1:]], 9)
         raise ValueError(
