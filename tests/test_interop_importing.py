@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -39,7 +40,7 @@ PADDING = 11
 def save_checkpoint(folder: Path, name: str = "qwen3", kind: str = "byte_level", dtype=torch.float32, **options):
     """A random model with a tokenizer and a padded vocabulary, as transformers saves both."""
     tokenizer = saved_kind(kind, folder)
-    prefix, values = CASES[name]
+    prefix, values = copy.deepcopy(CASES[name])  # transformers writes into what it is given
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
     sizes = {
         "vocab_size": len(tokenizer) + PADDING, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -490,7 +491,7 @@ def llava(request, tmp_path_factory):
         byte_level(("<|endoftext|>", "<image>", "<|im_end|>")), root / "theirs", CHATML, eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
     )  # fmt: skip
-    prefix, values = CASES[text]
+    prefix, values = copy.deepcopy(CASES[text])
     sizes = {"vocab_size": len(tokenizer) + PADDING, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 40}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": tokenizer.eos_token_id}
     strategy = "default" if tower == "CLIP" else "full"
@@ -566,6 +567,7 @@ def test_each_part_keeps_its_dtype_and_they_run_together(tmp_path, capsys):
     save_model(tmp_path / "wide", wide.model, wide.tokenizer, image_transform=transform, source=source)
     line = ["export", "--model", tmp_path / "wide", "--out", tmp_path / "out-wide", "--json"]
     assert "weights are float32; those that were imported were bfloat16" in json.loads(run(capsys, *line))["notes"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_a_checkpoint_that_was_not_imported_is_told_from_a_model_folder(tmp_path):

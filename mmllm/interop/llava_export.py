@@ -118,7 +118,7 @@ class LlavaWriter:
         text = {key: value for key, value in text_config.items() if key != "transformers_version"}
         return {
             "architectures": ["LlavaForConditionalGeneration"],
-            **(base or self._dtype()),
+            **(base or self._dtype(text_config)),
             "model_type": "llava",
             "image_seq_length": (base or {}).get("image_seq_length", num_sides(values) ** 2),
             "image_token_index": image_token_id,
@@ -130,9 +130,10 @@ class LlavaWriter:
             "vision_feature_layer": layers,
         }
 
-    def _dtype(self) -> dict[str, str]:
-        """Of the tower's weights, for who loads it."""
-        return {"dtype": str(next(iter(self.specs.values())).dtype).removeprefix("torch.")}
+    def _dtype(self, text_config: Mapping[str, Any]) -> dict[str, str]:
+        """What all of it is loaded in: the decoder's, which is most of it; of the tower's where nothing is said."""
+        told = text_config.get("dtype", text_config.get("torch_dtype"))
+        return {"dtype": told or str(next(iter(self.specs.values())).dtype).removeprefix("torch.")}
 
     def _feature_layers(self, vision: VisionConfig, num_layers: int) -> int | list[int]:
         """`vision_feature_layer`: from the end where it was told so or the tower ends earlier, else from the front."""
