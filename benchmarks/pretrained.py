@@ -275,7 +275,7 @@ def report(plan: Plan, stages: Stages, source: str) -> None:
     values["holds"] = {
         "imported as in transformers (1e-4)": abs(values["relative_to_transformers"]) <= TOLERANCE,
         "aligned equal to the last bit": values["equal_to_the_bit"],
-        "adapted within 1%": values["adapted_relative"] <= 0.01,
+        "adapted no more than 1% worse": values["adapted_relative"] <= 0.01,
         "logits in transformers (1e-4)": all(
             found["max_difference"] <= TOLERANCE * max(1.0, found["max_logit"]) for found in values["logits"].values()
         ),

@@ -574,3 +574,16 @@ def test_a_checkpoint_that_was_not_imported_is_told_from_a_model_folder(tmp_path
     save_checkpoint(tmp_path / "theirs")
     with pytest.raises(ValueError, match=r"is a checkpoint of transformers, not a model folder; .*mmllm import"):
         mmllm.load(tmp_path / "theirs")
+
+
+def test_what_is_replaced_and_sampling_that_is_not_used_are_said(tmp_path, capsys):
+    save_checkpoint(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_sample": True, "temperature": 0.6}))
+    line = ["import", tmp_path / "theirs", "--out", tmp_path / "ours", "--json"]
+    said = json.loads(run(capsys, *line))
+    assert "generation_config.json: do_sample, temperature" in said["left_out"] and said["notes"] == []
+    assert json.loads(run(capsys, *line))["notes"] == [f"the model that was in {tmp_path / 'ours'} before is replaced"]
+    line = ["export", "--model", tmp_path / "ours", "--out", tmp_path / "out", "--json"]
+    assert json.loads(run(capsys, *line))["notes"] == []
+    assert "before is replaced" in json.loads(run(capsys, *line))["notes"][0]

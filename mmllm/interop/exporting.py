@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,14 +23,13 @@ from mmllm.interop.decoder_names import DECODER, LLAVA
 from mmllm.interop.decoders import TOKENIZER_KEY, DecoderWriter
 from mmllm.interop.families import decoder_config, family_of
 from mmllm.interop.family_configs import family_config, family_for
-from mmllm.interop.importing import PART_NAMES, TOWER_REST
+from mmllm.interop.importing import PART_NAMES, PROCESSOR_FILES, TOWER_REST
 from mmllm.interop.llava import llava_parts
 from mmllm.interop.llava_export import LlavaWriter, check_llava
-from mmllm.interop.tokenizer_files import GENERATION, text_ids, write_tokenizer
+from mmllm.interop.tokenizer_files import GENERATION, copy_there, text_ids, write_tokenizer
 from mmllm.model.decoder_config import DecoderConfig
 from mmllm_tokenizers.vocab import IMAGE, SPECIAL_TOKENS
 
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 Format = Literal["auto", "decoder", "llava"]
 MAX_POSITIONS = 32768
 """Of a decoder that was trained here, whose positions have no end."""
@@ -92,8 +90,12 @@ def export_model(
     source = Path(model_dir) / SOURCE
     exporter = _Exporter(model, source if source.is_dir() else None, keep_added, saved_adapters(model_dir))
     kind, why = exporter.format(format)
+    was_there = Path(out).is_dir() and any(Path(out).iterdir())
     with replaced_folder(Path(out), "checkpoint", [Path(model_dir)]) as partial:
-        return exporter.llava(partial, str(out)) if kind == "llava" else exporter.decoder(partial, str(out), why)
+        report = exporter.llava(partial, str(out)) if kind == "llava" else exporter.decoder(partial, str(out), why)
+    if was_there:
+        report.notes += (f"the checkpoint that was in {out} before is replaced",)
+    return report
 
 
 class _Exporter:
@@ -133,13 +135,13 @@ class _Exporter:
         writer = DecoderWriter(self.config, family, self._decoder_specs(), DECODER, num_rows)
         write_weights(folder, writer.specs, writer.tensors(lambda name: self.checkpoint.read(f"decoder.{name}")))
         if is_own and self.source is not None and not self.is_llava:
-            shutil.copyfile(self.source / "config.json", folder / "config.json")
+            copy_there(self.source / "config.json", folder / "config.json")
         else:
             write_json(folder / "config.json", values)
-        self._write_text(folder, num_rows, values)
+        self._write_text(folder, num_rows)
         left = self._left_behind(num_rows)
-        senses = [part for part in left if part == "image tower"]
-        left |= {part: f"{left[part]}; {why}" for part in senses if why}
+        if "image tower" in left:
+            left["image tower"] += f"; {why}"
         return ExportReport(out, "decoder", family, len(writer.specs), num_rows, left, self._notes())
 
     def llava(self, folder: Path, out: str) -> ExportReport:
@@ -166,13 +168,12 @@ class _Exporter:
         write_weights(folder, specs, tensors)
         if self.source is not None and base is not None and pictures.config == base:
             for name in ("config.json", *PROCESSOR_FILES):
-                if (self.source / name).is_file():
-                    shutil.copyfile(self.source / name, folder / name)
+                copy_there(self.source / name, folder / name)
         else:
             write_json(folder / "config.json", pictures.config)
             image_token = self.model.tokenizer.text.token(self.model.tokenizer.id(IMAGE))
             write_json(folder / "processor_config.json", {**pictures.processor, "image_token": image_token})
-        self._write_text(folder, num_rows, values)
+        self._write_text(folder, num_rows)
         left = self._left_behind(num_rows, ("vision", "image_projector"))
         notes = (*self._notes(), *pictures.notes)
         seeing, speaking = (_dtypes(self.checkpoint.specs, part) for part in ("vision.", "decoder."))
@@ -235,18 +236,15 @@ class _Exporter:
         """Ids of special tokens in config.json."""
         if text is not None:
             return {key: text[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in text}
-        ids = text_ids(self.model.tokenizer)
-        return {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
+        return text_ids(self.model.tokenizer)
 
-    def _write_text(self, folder: Path, num_rows: int, values: Mapping[str, Any]) -> None:
+    def _write_text(self, folder: Path, num_rows: int) -> None:
         """Tokenizer and generation config."""
         write_tokenizer(self.model.tokenizer, self.source, folder, num_rows)
         if self.source is not None:
-            if (self.source / GENERATION).is_file():
-                shutil.copyfile(self.source / GENERATION, folder / GENERATION)
+            copy_there(self.source / GENERATION, folder / GENERATION)
             return
-        ids = text_ids(self.model.tokenizer)
-        write_json(folder / GENERATION, {"eos_token_id": ids.eos, "pad_token_id": ids.pad, "do_sample": False})
+        write_json(folder / GENERATION, {**text_ids(self.model.tokenizer), "do_sample": False})
 
     def _left_behind(self, num_rows: int, taken: tuple[str, ...] = ()) -> dict[str, str]:
         left: dict[str, int] = {}

@@ -28,7 +28,7 @@ from mmllm.interop.families import family_of, unread_fields
 from mmllm.interop.growth import grown
 from mmllm.interop.llava import ImportedLlava, read_llava
 from mmllm.interop.tokenizer_files import copy_there
-from mmllm.interop.tokenizers import KEPT_FILES, ImportedTokenizer, read_tokenizer
+from mmllm.interop.tokenizers import TOKENIZER_FILES, ImportedTokenizer, read_tokenizer
 from mmllm.interop.towers import ImportedTower, read_tower
 from mmllm.model.audio_projectors import AudioProjectorConfig
 from mmllm.model.config import config_from_dict
@@ -44,6 +44,7 @@ SEED = 0
 """Of the projectors, which are new."""
 TOWER_REST = "tower"
 """In `source/`: the layers of LLaVA's tower behind the one whose features are taken."""
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 PART_NAMES = {
     "decoder": "decoder", "vision": "image tower", "image_projector": "image projector",
@@ -184,6 +185,7 @@ def import_model(
     folder, directory = Path(source), Path(out)
     sources = _open(folder, vision, codec, options)
     tokenizer, config = _configs(sources, options)
+    was_there = directory.is_dir() and any(directory.iterdir())
     transform = sources.tower.transform if sources.tower else sources.llava.transform if sources.llava else None
     with replaced_folder(directory, sources=_folders(source, vision, codec)) as partial:
         tokenizer.save(partial)
@@ -191,6 +193,8 @@ def import_model(
         write_json(partial / GENERATION, GenerationConfig().to_dict())
         _keep(folder, partial / SOURCE, sources.llava)
         specs, tensors, report = _weights(sources, tokenizer, config, str(directory))
+        if was_there:
+            report.notes += (f"the model that was in {directory} before is replaced",)
         write_weights(partial, specs, tensors)
         with torch.device("meta"):
             model = MultimodalModel(config)
@@ -385,5 +389,5 @@ def _keep(folder: Path, kept: Path, llava: ImportedLlava | None) -> None:
     if llava is not None and llava.rest:
         (kept / TOWER_REST).mkdir()
         write_weights(kept / TOWER_REST, llava.rest, ((name, llava.read_rest(name)) for name in llava.rest))
-    for name in KEPT_FILES:
+    for name in (CONFIG, GENERATION, *PROCESSOR_FILES, *TOKENIZER_FILES):
         copy_there(folder / name, kept / name)

@@ -5,33 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
 from mmllm.checkpoints.files import write_json
 from mmllm.interop.foreign_config import read_json_if_there
-from mmllm.interop.tokenizers import TOKENIZER
+from mmllm.interop.tokenizers import TOKENIZER, TOKENIZER_FILES
 from mmllm_tokenizers.folder import CHAT_FILE, TokenizerFolder
 from mmllm_tokenizers.vocab import END, PAD
 
 CONFIG = "tokenizer_config.json"
 GENERATION = "generation_config.json"
-_OF_TOKENIZER = (
-    TOKENIZER, CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
-    CHAT_FILE, "chat_template.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "tekken.json",
-    "additional_chat_templates",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TextIds:
-    """Ids that a config.json names."""
-
-    bos: int | None
-    eos: int | list[int] | None
-    pad: int | None
 
 
 def write_tokenizer(tokenizer: TokenizerFolder, source: Path | None, folder: Path, num_rows: int) -> None:
@@ -47,7 +32,7 @@ def write_tokenizer(tokenizer: TokenizerFolder, source: Path | None, folder: Pat
     if source is None or text.foreign is None:
         _write_own(tokenizer, folder)
         return
-    for name in _OF_TOKENIZER:
+    for name in TOKENIZER_FILES:
         copy_there(source / name, folder / name)
     added = {name: i for name, i in text.special_ids.items() if text.num_tokens <= i < num_rows}
     if not added:
@@ -118,6 +103,6 @@ def chat_template_of(parts: Mapping[str, str]) -> str:
     )
 
 
-def text_ids(tokenizer: TokenizerFolder) -> TextIds:
-    """Of a tokenizer that was trained here."""
-    return TextIds(None, tokenizer.id(END), tokenizer.id(PAD))
+def text_ids(tokenizer: TokenizerFolder) -> dict[str, int]:
+    """What configs say of a tokenizer that was trained here."""
+    return {"eos_token_id": tokenizer.id(END), "pad_token_id": tokenizer.id(PAD)}

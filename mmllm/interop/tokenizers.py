@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from mmllm_tokenizers.text import ForeignText, TextTokenizer, unreadable
 from mmllm_tokenizers.vocab import IMAGE, SPECIAL_TOKENS, TEMPLATES
 
 TOKENIZER = "tokenizer.json"
-KEPT_FILES = (
-    "config.json", "generation_config.json", TOKENIZER, "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
-    "preprocessor_config.json", "processor_config.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt",
-    "tekken.json", "additional_chat_templates",
+TOKENIZER_FILES = (
+    TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "tokenizer.model", "chat_template.jinja", "chat_template.json", "spiece.model", "sentencepiece.bpe.model",
+    "vocab.txt", "tekken.json", "additional_chat_templates",
 )  # fmt: skip
-"""Of a checkpoint, beside its weights, files and a folder: kept to the letter, so that it can go out as it came."""
+"""Of a checkpoint's tokenizer, files and a folder: kept to the letter, so that it can go out as it came."""
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ImportedTokenizer:
     """Our special tokens for which it has one of the same meaning."""
     added: tuple[str, ...] = ()
     """Our special tokens that lie behind its ids."""
-    left_out: tuple[str, ...] = field(default=())
+    left_out: tuple[str, ...] = ()
     """What of it isn't used."""
 
 
@@ -80,8 +80,8 @@ def read_tokenizer(folder: str | Path, num_rows: int, image_id: int | None = Non
             TextTokenizer(backend), TEMPLATES, _default(theirs.chat_template, folder)[0], SPECIAL_TOKENS
         )
     shared = tuple(ids)
-    added = tuple(name for name in (IMAGE, *SPECIAL_TOKENS) if name not in ids)
-    added = tuple(dict.fromkeys(added))  # the picture's first: it may go out without the others
+    missing = [name for name in SPECIAL_TOKENS if name not in ids]
+    added = tuple(sorted(missing, key=lambda name: name != IMAGE))  # the picture's first: it may go out alone
     ids |= {name: num_rows + number for number, name in enumerate(added)}
     named = {key: str(value) for key, value in theirs.special_tokens_map.items() if isinstance(value, str)}
     if isinstance(theirs.eos_token_id, int):
@@ -95,7 +95,7 @@ def read_tokenizer(folder: str | Path, num_rows: int, image_id: int | None = Non
         template,
         shared,
         added,
-        others,
+        (*others, *_sampling(folder)),
     )
 
 
@@ -191,6 +191,13 @@ def _told_ends(folder: Path, num_rows: int) -> tuple[int, ...]:
                 )
             found += ids
     return tuple(dict.fromkeys(found))
+
+
+def _sampling(folder: Path) -> tuple[str, ...]:
+    """What the generation config says of sampling: a model folder's texts are the most probable unless it is asked."""
+    values = read_json_if_there(folder / "generation_config.json")
+    told = [key for key in _SAMPLING if values.get(key) is not None]
+    return (f"generation_config.json: {', '.join(told)}",) if told else ()
 
 
 def _default(template: Any, folder: Path) -> tuple[str | None, tuple[str, ...]]:
