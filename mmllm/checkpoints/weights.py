@@ -148,6 +148,7 @@ class Checkpoint:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{index} is no index of shards: {error}; copy the checkpoint again") from error
         places: dict[str, _Place] = {}
+        unlisted: list[str] = []
         for shard in shards:
             if Path(shard).name != shard:
                 raise ValueError(f"{index} names the shard {shard!r}; wanted a file beside it: copy it again")
@@ -156,14 +157,15 @@ class Checkpoint:
                     f"{folder / shard} doesn't exist, but {index.name} names it ({list(where.values()).count(shard)} "
                     f"tensors); copy the whole checkpoint"
                 )
-            places |= {name: place for name, place in _read_header(folder / shard).items() if where.get(name) == shard}
+            held = _read_header(folder / shard)
+            places |= {name: place for name, place in held.items() if where.get(name) == shard}
+            unlisted += [name for name in held if name not in where]
         missing = [name for name in where if name not in places]
         if missing:
             raise ValueError(
                 f"{folder / where[missing[0]]} lacks {missing[0]}, which {index.name} says is in it ({len(missing)} "
                 f"such tensors); copy the whole checkpoint"
             )
-        unlisted = [name for shard in shards for name in _read_header(folder / shard) if where.get(name) not in shards]
         if unlisted:
             raise ValueError(f"{index} doesn't name {unlisted[0]}, which its shards hold; copy the whole checkpoint")
         return cls(folder, places, index)

@@ -154,8 +154,8 @@ class _Sources:
     family: str
     decoder: DecoderReader
     tokenizer: ImportedTokenizer
-    llava: ImportedLlava | None
-    tower: ImportedTower | None
+    eyes: ImportedTower | ImportedLlava | None
+    projector: ImageProjectorConfig
     codec: AudioTokenizer | None
     unread: tuple[str, ...] = ()
 
@@ -186,12 +186,12 @@ def import_model(
     sources = _open(folder, vision, codec, options)
     tokenizer, config = _configs(sources, options)
     was_there = directory.is_dir() and any(directory.iterdir())
-    transform = sources.tower.transform if sources.tower else sources.llava.transform if sources.llava else None
+    transform = None if sources.eyes is None else sources.eyes.transform
     with replaced_folder(directory, sources=_folders(source, vision, codec)) as partial:
         tokenizer.save(partial)
         write_json(partial / CONFIG, folder_config(config, tokenizer, transform))
         write_json(partial / GENERATION, GenerationConfig().to_dict())
-        _keep(folder, partial / SOURCE, sources.llava)
+        _keep(folder, partial / SOURCE, sources.eyes)
         specs, tensors, report = _weights(sources, tokenizer, config, str(directory))
         if was_there:
             report.notes += (f"the model that was in {directory} before is replaced",)
@@ -221,9 +221,12 @@ def _open(folder: Path, vision: str | None, codec: str | Path | None, options: I
     decoder = _named(folder, lambda: DecoderReader(checkpoint, text, elsewhere))
     image_id = None if llava is None else llava.parts.image_token_id
     tokenizer = read_tokenizer(folder, decoder.config.vocab_size, image_id)
-    tower = None if vision is None else read_tower(vision, options.vision_layer)
+    eyes, projector = llava, ImageProjectorConfig() if llava is None else llava.parts.projector
+    if vision is not None:
+        eyes = read_tower(vision, options.vision_layer)
+        projector = options.image_projector or ImageProjectorConfig(kind="llava")
     audio = None if codec is None else load_audio_tokenizer(codec)
-    return _Sources(str(config["model_type"]), decoder, tokenizer, llava, tower, audio, unread_fields(text))
+    return _Sources(str(config["model_type"]), decoder, tokenizer, eyes, projector, audio, unread_fields(text))
 
 
 def _named(folder: Path, read: Callable[[], Read]) -> Read:
@@ -236,13 +239,10 @@ def _named(folder: Path, read: Callable[[], Read]) -> Read:
 
 def _configs(sources: _Sources, options: ImportOptions) -> tuple[TokenizerFolder, ModelConfig]:
     """The tokenizer folder and the model's config, which fit each other."""
-    vision, projector, num_slots, size = None, ImageProjectorConfig(), 1, 1
-    if sources.llava is not None:
-        vision, projector = sources.llava.vision, sources.llava.parts.projector
-    elif sources.tower is not None:
-        vision, projector = sources.tower.vision, options.image_projector or ImageProjectorConfig(kind="llava")
+    vision, projector, num_slots, size = None, sources.projector, 1, 1
     width = sources.decoder.config.hidden_size
-    if vision is not None:
+    if sources.eyes is not None:
+        vision = sources.eyes.vision
         with torch.device("meta"):
             tower = VisionTower(vision)
             made = ImageProjector(projector, tower.grid, tower.width, width)
@@ -291,12 +291,8 @@ def _weights(
             grown_rows[name] = spec.shape[0], num_ids - spec.shape[0]
             spec = TensorSpec(spec.dtype, (num_ids, *spec.shape[1:]))
         specs[f"decoder.{name}"] = spec
-    given: Mapping[str, TensorSpec] = {}
-    if sources.llava is not None:
-        given = sources.llava.specs
-    elif sources.tower is not None:
-        given = sources.tower.specs
-    specs |= given
+    if sources.eyes is not None:
+        specs |= sources.eyes.specs
     dtype = decoder.specs["embed_tokens.weight"].dtype
     fresh = _new_parts(config, codebooks, dtype, set(specs))
     specs |= {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in fresh.items()}
@@ -305,10 +301,8 @@ def _weights(
         for name, tensor in decoder.tensors():
             yield f"decoder.{name}", grown(tensor, num_ids, codebooks) if name in _VOCABULARY else tensor
             del tensor
-        if sources.llava is not None:
-            yield from sources.llava.tensors()
-        elif sources.tower is not None:
-            yield from sources.tower.tensors()
+        if sources.eyes is not None:
+            yield from sources.eyes.tensors()
         yield from fresh.items()
 
     return specs, tensors(), _report(sources, folder, config, out, specs, grown_rows, set(fresh))
@@ -360,8 +354,8 @@ def _report(
         notes = (
             f"config.json has {', '.join(sources.unread)}, which transformers' {sources.family} doesn't know either",
         )
-    seen = sources.tower.report if sources.tower else sources.llava.report if sources.llava else None
-    if seen is not None:
+    if sources.eyes is not None:
+        seen = sources.eyes.report
         left_out |= {f"{seen.source} {what}": f"{count} tensors" for what, count in seen.left_out.items()}
         notes += (seen.features, *seen.notes)
     vocabulary = folder.vocabulary
@@ -383,11 +377,11 @@ def _report(
     )
 
 
-def _keep(folder: Path, kept: Path, llava: ImportedLlava | None) -> None:
+def _keep(folder: Path, kept: Path, eyes: ImportedTower | ImportedLlava | None) -> None:
     """Copies what the checkpoint has beside its weights, and layers of its tower that aren't used."""
     kept.mkdir()
-    if llava is not None and llava.rest:
+    if isinstance(eyes, ImportedLlava) and eyes.rest:
         (kept / TOWER_REST).mkdir()
-        write_weights(kept / TOWER_REST, llava.rest, ((name, llava.read_rest(name)) for name in llava.rest))
+        write_weights(kept / TOWER_REST, eyes.rest, ((name, eyes.read_rest(name)) for name in eyes.rest))
     for name in (CONFIG, GENERATION, *PROCESSOR_FILES, *TOKENIZER_FILES):
         copy_there(folder / name, kept / name)
