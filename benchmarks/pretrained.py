@@ -32,8 +32,8 @@ from pretrained_plan import CLIP_CONTEXT, CLIP_IDS, IMAGE_SIZE, NAME, Plan
 from pretrained_stages import Stages
 
 from mmllm.checkout import commit
+from mmllm.quickstart.machine import num_cores
 from mmllm.quickstart.prose import make_prose
-from mmllm.quickstart.run import num_cores
 
 HELDOUT_SHARE, PIECE_CHARACTERS = 0.08, 800
 MAX_OBJECTS = 2

@@ -1,8 +1,8 @@
 """The typed contracts in which data, model, training and inference meet.
 
 Shapes: B sequences, T positions, K codebooks, N images or tiles of them, S slots an image or a clip, P features an
-image, C clips (of features: channels), F frames a clip, L target tokens a clip, H and W pixels. Of a `CaptionBatch` N
-pairs, L text tokens; of a `SoundBatch` N rows, T samples.
+image, C clips (of features: channels), F frames a clip, L target tokens a clip, or letters of all texts that
+are spoken, H and W pixels. Of a `CaptionBatch` N pairs, L text tokens; of a `SoundBatch` N rows, T samples.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from mmllm.sequences import BatchMetadata, MediaMetadata, SequenceMetadata
 
 IGNORE = -100
 """Label of a position that is no target (`torch.nn.functional.cross_entropy`'s default)."""
+
+
+LETTER_GAP = 8
+"""How many places behind a text's letters hold none, so that none sees another's: as far as a window may reach."""
 
 
 class Modality(IntEnum):
@@ -100,6 +104,15 @@ class PackedBatch(Batch):
     image_tiles_N3: Tensor = field(default_factory=lambda: torch.zeros(0, 3, dtype=torch.int64))
     """int64: of each of `images_NCHW` the number of its picture (ascending), and its row and column in it from 1; those
     of a whole picture are 0. [0, 3]: no picture is cut."""
+    letters_L: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """int64 bytes of all texts that are spoken, with `LETTER_GAP` times -1 behind each."""
+    pointer_BT: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
+    """int64: the letter, as an index into `letters_L`, that is said by the frame which is predicted here; -1: none.
+    [0, 0]: no speech has a pointer; so are the next two."""
+    pointer_age_BT: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
+    """int64: frames before that one which said the same letter."""
+    advance_labels_BT: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
+    """int64: how many letters further the frame behind that one is (the end is one behind the last); `IGNORE`: none."""
     state: dict[str, Any] = field(default_factory=dict)
     metadata: BatchMetadata | None = None
     """What the device would ask the host for; None: whoever needs it makes it, and on a device waits for that."""
@@ -116,7 +129,9 @@ class PackedBatch(Batch):
         if self.metadata is not None:
             return self.metadata.media
         is_frame_BT = self.modality_BT == Modality.UNITS
-        return MediaMetadata.of(is_frame_BT, self.clip_slots_CS, self.clip_codes_CFK, self.clip_targets_CL)
+        return MediaMetadata.of(
+            is_frame_BT, self.clip_slots_CS, self.clip_codes_CFK, self.clip_targets_CL, self.pointer_BT >= 0
+        )
 
     def with_metadata(self, multiple: int = 1) -> PackedBatch:
         """Itself, if it has its metadata, or a copy that has.
@@ -133,6 +148,7 @@ class PackedBatch(Batch):
             host.media_metadata(),
             host.labels_BT != IGNORE,
             host.audio_labels_BTK != IGNORE,
+            host.advance_labels_BT != IGNORE,
         )
         return replace(self, metadata=metadata.map(lambda tensor: tensor.to(device)))
 

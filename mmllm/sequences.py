@@ -4,7 +4,8 @@ Made on the host, where the batch is put together, and carried with it: between 
 waits for the device. Imports torch and NumPy only.
 
 Shapes: B sequences, T positions, N real tokens of the whole batch in order, Q with filler behind them, S documents, P
-rows of the padded blocks, M targets, U of them with unit targets, F frames of units, C clips, R clip slots.
+rows of the padded blocks, M targets, U of them with unit targets, F frames of units, C clips, R clip slots, W positions
+with a pointer, A of them that predict how far it advances.
 """
 
 from __future__ import annotations
@@ -127,10 +128,17 @@ class MediaMetadata:
     """Tokens that are said in each; 0 where that isn't known."""
     clip_repeats: tuple[int, ...]
     """How many of them equal the one before: CTC needs a slot more for each."""
+    pointers_W: Tensor
+    """int64 flat indices into B·T of positions with a pointer into what is said."""
 
     @classmethod
     def of(
-        cls, is_frame_BT: Tensor, clip_slots_CS: Tensor, clip_codes_CFK: Tensor, clip_targets_CL: Tensor
+        cls,
+        is_frame_BT: Tensor,
+        clip_slots_CS: Tensor,
+        clip_codes_CFK: Tensor,
+        clip_targets_CL: Tensor,
+        has_pointer_BT: Tensor,
     ) -> MediaMetadata:
         """Looks at tensors of a `PackedBatch`; those on a device are waited for.
 
@@ -139,6 +147,7 @@ class MediaMetadata:
             clip_slots_CS: -1 pads.
             clip_codes_CFK: -1 pads.
             clip_targets_CL: -1 pads.
+            has_pointer_BT: bool; [0, 0]: nowhere.
         """
         is_slot_CS, is_target_CL = clip_slots_CS >= 0, clip_targets_CL >= 0
         repeats_CL = (clip_targets_CL[:, 1:] == clip_targets_CL[:, :-1]) & is_target_CL[:, 1:]
@@ -149,6 +158,7 @@ class MediaMetadata:
             clip_slots=tuple(is_slot_CS.sum(dim=1).tolist()),
             clip_targets=tuple(is_target_CL.sum(dim=1).tolist()),
             clip_repeats=tuple(repeats_CL.sum(dim=1).tolist()),
+            pointers_W=has_pointer_BT.flatten().nonzero().squeeze(1),
         )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
@@ -166,10 +176,17 @@ class BatchMetadata:
     """int64, indices into the N tokens of those that predict something: a label, or a code of a unit's frame."""
     unit_targets_U: Tensor
     """int64, indices into the M targets of those that predict codes of codebooks above the first."""
+    advances_A: Tensor
+    """int64, indices into the N tokens of those that predict how far a pointer advances."""
 
     @classmethod
     def of(
-        cls, sequences: SequenceMetadata, media: MediaMetadata, is_label_BT: Tensor, is_code_label_BTK: Tensor
+        cls,
+        sequences: SequenceMetadata,
+        media: MediaMetadata,
+        is_label_BT: Tensor,
+        is_code_label_BTK: Tensor,
+        is_advance_BT: Tensor,
     ) -> BatchMetadata:
         """Finds the targets; all tensors are on the host.
 
@@ -178,12 +195,16 @@ class BatchMetadata:
             media: frames and clips.
             is_label_BT: bool, where `labels_BT` has a target.
             is_code_label_BTK: bool, where `audio_labels_BTK` has one.
+            is_advance_BT: bool, where `advance_labels_BT` has one; [0, 0]: nowhere.
         """
         tokens_N = sequences.tokens_Q[: sequences.num_tokens]
         has_codes_NK = is_code_label_BTK.flatten(0, 1)[tokens_N]
         targets_M = (is_label_BT.flatten()[tokens_N] | has_codes_NK.any(dim=-1)).nonzero().squeeze(1)
         unit_targets_U = has_codes_NK[targets_M, 1:].any(dim=-1).nonzero().squeeze(1)
-        return cls(sequences, media, targets_M, unit_targets_U)
+        advances_A = torch.zeros(0, dtype=torch.int64)
+        if is_advance_BT.numel():
+            advances_A = is_advance_BT.flatten()[tokens_N].nonzero().squeeze(1)
+        return cls(sequences, media, targets_M, unit_targets_U, advances_A)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """With `function` of each tensor."""

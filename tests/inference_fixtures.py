@@ -10,12 +10,14 @@ from mmllm.inference.api import Model
 from mmllm.model.audio_projectors import AudioProjectorConfig
 from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.image_projectors import ImageProjectorConfig
-from mmllm.model.multimodal import AudioConfig, ModelConfig, MultimodalModel
+from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
+from mmllm.model.pointer import PointerConfig
 from mmllm.model.router import MoEConfig
 from mmllm.model.vision import VisionConfig
 from mmllm_tokenizers.audio import SmallCodec
 from mmllm_tokenizers.codec import Codec, CodecConfig
 from mmllm_tokenizers.folder import TokenizerConfig, TokenizerFolder
+from mmllm_tokenizers.pointer import PointerRule
 from mmllm_tokenizers.text import TextTokenizer
 from mmllm_tokenizers.tiling import Tiling
 
@@ -29,11 +31,17 @@ CLIP = {
 
 
 def make_tokenizer(
-    pattern: str = "delay", num_codebooks: int = 3, sound: bool = True, tiling: Tiling | None = None
+    pattern: str = "delay",
+    num_codebooks: int = 3,
+    sound: bool = True,
+    tiling: Tiling | None = None,
+    pointer: PointerRule | None = None,
 ) -> TokenizerFolder:
     torch.manual_seed(0)
     text = TextTokenizer.train(["a red circle above two blue squares, he said: one, two, three"] * 3, vocab_size=320)
-    config = TokenizerConfig(image_tokens=4, image_size=IMAGE_SIZE, audio_pool=2, pattern=pattern, tiling=tiling)
+    config = TokenizerConfig(
+        image_tokens=4, image_size=IMAGE_SIZE, audio_pool=2, pattern=pattern, tiling=tiling, pointer=pointer
+    )
     if not sound:
         return TokenizerFolder(text, None, config)
     codec = Codec(
@@ -48,12 +56,13 @@ def make_tokenizer(
 def make_model(tokenizer: TokenizerFolder, sight: bool = True, tie_word_embeddings: bool = True) -> MultimodalModel:
     """Random weights, far enough from nothing that answers differ in length."""
     torch.manual_seed(1)
-    vocabulary = tokenizer.vocabulary
+    vocabulary, rule = tokenizer.vocabulary, tokenizer.config.pointer
     audio = AudioConfig(
         vocabulary.num_codebooks,
         vocabulary.codebook_size,
         8,
         AudioProjectorConfig(pool=2, num_hidden_layers=1, kernel_size=3),
+        None if rule is None else PointerConfig(before=1, after=2, max_age=5, max_advance=rule.max_advance),
     )
     config = ModelConfig(
         decoder=DecoderConfig(
@@ -72,6 +81,7 @@ def make_model(tokenizer: TokenizerFolder, sight: bool = True, tie_word_embeddin
             max_tiles=tokenizer.config.tiling.max_tiles if tokenizer.config.tiling else 1
         ),
         audio=audio if vocabulary.num_codebooks else None,
+        loss=LossConfig(ctc=0.0 if rule is None else 0.3),
     )
     model = MultimodalModel(config)
     with torch.no_grad():
@@ -81,8 +91,8 @@ def make_model(tokenizer: TokenizerFolder, sight: bool = True, tie_word_embeddin
     return model.eval()
 
 
-def make(pattern: str = "delay", num_codebooks: int = 3) -> Model:
-    tokenizer = make_tokenizer(pattern, num_codebooks)
+def make(pattern: str = "delay", num_codebooks: int = 3, pointer: PointerRule | None = None) -> Model:
+    tokenizer = make_tokenizer(pattern, num_codebooks, pointer=pointer)
     return Model(make_model(tokenizer), tokenizer, generation=GenerationConfig(max_new_tokens=12, max_seconds=0.2))
 
 

@@ -17,7 +17,9 @@ from mmllm.quickstart.prose import make_prose
 from mmllm.quickstart.scenes import heldout_pairs
 from mmllm.quickstart.speech import WORDS, make_speech, sample_sentence, say_utterances
 from mmllm.quickstart.speech import sample_utterance as plan
-from mmllm.quickstart.synthesis import clean_speech, resample, synthesize, trim_silence, voices
+from mmllm.quickstart.spoken_words import Phoneme, word_times
+from mmllm.quickstart.synthesis import Espeak, clean_speech, resample, synthesize, trim_silence, voices
+from mmllm_tokenizers.alignment import WordTime, moved, read_words
 
 
 def rows_of(path):
@@ -48,11 +50,45 @@ def test_resampling_keeps_a_tone_and_removes_what_does_not_fit():
 def test_silence_is_cut_and_added():
     tone = np.sin(np.arange(8000) / 3)
     for lead, tail in ((4000, 2000), (0, 0), (100, 0)):
-        out = trim_silence(np.pad(tone, (lead, tail)), 8000, keep_seconds=0.04)
+        padded = np.pad(tone, (lead, tail))
+        out, num_later = trim_silence(padded, 8000, keep_seconds=0.04)
         assert abs(len(out) - 8000 - 640) <= 160
         assert np.abs(out[:160]).max() == np.abs(out[-160:]).max() == 0
-    assert len(trim_silence(np.zeros(3), 8000)) == 3
-    assert not clean_speech(np.zeros(4000, dtype=np.int16), 8000, -20).any()
+        for place in (lead + 500, lead + 7000):
+            assert out[place + num_later] == padded[place]
+    assert len(trim_silence(np.zeros(3), 8000)[0]) == 3
+    assert not clean_speech(np.zeros(4000, dtype=np.int16), 8000, -20)[0].any()
+
+
+def test_cleaning_says_by_how_much_all_is_later():
+    clicks = np.zeros(22050, dtype=np.int16)
+    clicks[[6615, 11025]] = 20000  # at 0.3 and 0.5 s
+    out, seconds_later = clean_speech(clicks, 8000, -20)
+    found = np.sort(np.argsort(np.abs(out.astype(int)))[-2:]) / 8000
+    assert found - seconds_later == pytest.approx([0.3, 0.5], abs=1 / 8000)
+    assert seconds_later == pytest.approx(0.04 - 0.3, abs=0.0101)
+
+
+def phonemes_of(*values):
+    return [Phoneme(*value) for value in values]
+
+
+def test_word_times_of_phonemes():
+    said = phonemes_of(
+        ("r", 0, 0.1), ("E", 0, 0.2), ("d", 0, 0.4), ("_:", 4, 0.5), ("k", 4, 0.6), ("r", 4, 0.7), ("0", 4, 0.8),
+        ("s", 4, 1.0), ("_:", 9, 1.4), ("_", 9, 1.5),
+    )  # fmt: skip
+    red, cross = word_times("red cross", said)
+    assert red == WordTime("red", 0.1, 0.5, (0.1, 0.2, 0.4))
+    assert cross.start == 0.6 and cross.end == 1.4
+    assert cross.letters == pytest.approx((0.6, 0.68, 0.76, 0.88, 1.08))
+    of, the, top = word_times("of the top", phonemes_of(
+        ("V", 0, 0.0), ("v", 0, 0.1), ("D", 0, 0.3), ("@2", 0, 0.4), ("t", 7, 0.5), ("_", 7, 0.6)
+    ))  # fmt: skip
+    assert (of.start, of.end, the.start, the.end, top.start, top.end) == (0.0, 0.3, 0.3, 0.5, 0.5, 0.6)
+    assert the.letters == pytest.approx((0.3, 0.3 + 2 / 3 * 0.1, 0.4 + 1 / 3 * 0.1))
+    with pytest.raises(ValueError, match="'a -' in 'a -' has 1 phonemes"):
+        word_times("a -", phonemes_of(("a", 0, 0.0), ("_", 2, 0.2)))
 
 
 def test_speech_does_not_depend_on_what_was_said_before(espeak, tmp_path):
@@ -63,6 +99,41 @@ def test_speech_does_not_depend_on_what_was_said_before(espeak, tmp_path):
     assert 1 < len(first) / 22050 < 2 and np.abs(first).max() > 3000
     with pytest.raises(ValueError, match="no voice 'nobody'"):
         synthesize("red", "nobody")
+
+
+def test_words_are_where_the_sound_is(espeak):
+    """Every voice: silence around the words, and an "s" hisses from where its letter starts."""
+    text = "the small red circle is left of the blue star"
+    with Espeak() as talker:
+        for voice in (*voices(False), *voices(True)):
+            samples = talker.say(text, voice)
+            words = word_times(text, talker.phonemes)
+            assert [word.word for word in words] == text.split()
+            samples, seconds_later = clean_speech(samples, 16000, -20)
+            words = moved(words, seconds_later, len(samples) / 16000)
+            read_words([word.to_json() for word in words], text, voice)
+            frames = np.lib.stride_tricks.sliding_window_view(samples / 32768, 320)[::80] * np.hanning(320)
+            power = np.abs(np.fft.rfft(frames, axis=1)) ** 2
+            times = (np.arange(len(power)) * 80 + 160) / 16000
+            energy = 10 * np.log10(power.sum(axis=1) + 1e-9)
+            loud = times[energy > energy.max() - 35]
+            assert abs(loud[0] - words[0].start) < 0.02 and abs(loud[-1] - words[-1].end) < 0.06, voice  # some echo
+            hiss = 10 * np.log10((power[:, 60:].sum(axis=1) + 1e-9) / (power[:, 4:40].sum(axis=1) + 1e-9))
+            for word in (words[1], words[3], words[-1]):
+                first, second = word.letter_starts(len(word.word))[:2]
+                into, vowel = (times > first + 0.01) & (times < second), (times > second + 0.06) & (times < word.end)
+                assert hiss[into].max() > hiss[vowel].min() + 10, (voice, word)
+
+
+def test_watching_phonemes_changes_no_sample(espeak, monkeypatch):
+    arguments = [("put two red stars in the corner", voice, 150 + i, 40 + i) for i, voice in enumerate(voices(False))]
+    with Espeak() as talker:
+        watched = [talker.say(*each) for each in arguments]
+    monkeypatch.setattr("mmllm.quickstart.synthesis._PHONEME_EVENTS", 0)
+    with Espeak() as talker:
+        for each, samples in zip(arguments, watched, strict=True):
+            assert np.array_equal(talker.say(*each), samples)
+            assert not talker.phonemes
 
 
 def test_the_number_of_processes_changes_no_sample(espeak, tmp_path, monkeypatch):
@@ -91,6 +162,10 @@ def test_speech_rows(espeak, tmp_path):
                 samples = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(float) / 32768
             assert len(samples) / 8000 == pytest.approx(row["duration"], abs=1e-4)
             assert 0.15 < row["duration"] < 5
+            words = read_words(row["words"], row["text"], row["id"])
+            assert [word.word for word in words] == row["text"].split()
+            assert 0.03 < words[0].start < 0.06 and row["duration"] - 0.1 < words[-1].end <= row["duration"]
+            assert all(len(word.letters or ()) == len(word.word) for word in words)
             assert 0.03 < np.sqrt(np.mean(samples**2)) < 0.2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -9,7 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmllm.evaluation.captions import caption_matches, count_attributes, names_heldout_pairs, reference_scene
+from mmllm.evaluation.captions import (
+    caption_matches,
+    count_attributes,
+    names_heldout_pairs,
+    order_is_right,
+    reference_scene,
+)
 from mmllm.evaluation.metrics import (
     Edits,
     bootstrap_interval,
@@ -121,6 +128,31 @@ def test_bootstrap_of_a_rate_draws_errors_and_words_together():
         bootstrap_interval([])
 
 
+def test_whole_clusters_are_drawn():
+    """Against drawing them one by one; rows of a cluster that agree make the interval as wide as so few clusters do."""
+    rng = np.random.default_rng(5)
+    clusters_N = rng.integers(0, 12, 300).tolist()
+    rate_C = rng.random(12)
+    values_N = rng.random(300) < rate_C[clusters_N]
+    weights_N = rng.integers(1, 4, 300)
+    lower, upper = bootstrap_interval(values_N, weights_N, num_resamples=4000, clusters_N=clusters_N)
+    ratios = []
+    for _ in range(4000):
+        rows = np.concatenate([np.flatnonzero(np.array(clusters_N) == c) for c in rng.integers(0, 12, 12)])
+        ratios.append(values_N[rows].sum() / weights_N[rows].sum())
+    assert [lower, upper] == pytest.approx(np.quantile(ratios, [0.025, 0.975]), abs=0.012)
+    narrow = bootstrap_interval(values_N, weights_N)
+    assert upper - lower > 1.5 * (narrow[1] - narrow[0])
+
+
+def test_rows_that_stand_alone_are_clusters_of_one():
+    values_N, weights_N = [1.0, 0, 3, 2, 0], [2.0, 1, 3, 5, 1]
+    assert bootstrap_interval(values_N, weights_N, clusters_N="abcde") == bootstrap_interval(values_N, weights_N)
+    assert bootstrap_interval(values_N, clusters_N=[7] * 5) == bootstrap_interval(values_N), "nothing else to draw"
+    with pytest.raises(ValueError, match="4 clusters for 5 rows"):
+        bootstrap_interval(values_N, clusters_N="abcd")
+
+
 SCENE = {
     "objects": [
         {"size": "small", "colour": "red", "shape": "circle"},
@@ -148,6 +180,45 @@ def test_scene_captions(caption: str, matches: bool, right: int, total: int):
     assert scene is not None
     assert caption_matches(caption, "any wording", scene) is matches
     assert count_attributes(caption, scene) == (right, total)
+
+
+THREE = {
+    "objects": [*SCENE["objects"], {"size": "small", "colour": "pink", "shape": "ring"}],
+    "relations": [[0, "left of", 1], [1, "left of", 2]],
+}
+NAMES = ("a small red circle", "a large blue star", "a small pink ring")
+
+
+@pytest.mark.parametrize(
+    ("caption", "order"),
+    [
+        ("a small red circle left of a large blue star", True),
+        ("a large blue star to the right of a small red circle", True),
+        ("a large blue star left of a small red circle", False),
+        ("a small red circle above a large blue star", False),  # the axis is wrong
+        ("a small red circle left of a large blue ring", None),  # another object
+        ("a small red circle left of a small red circle", None),  # one of them twice
+        ("a small red circle, a small red circle and a large blue star from left to right", None),
+        ("a small red circle, a large blue star and a small pink ring from left to right", None),
+        ("a small red circle in the centre", None),
+        ("no grammar", None),
+    ],
+)
+def test_order_of_two_where_both_are_named(caption: str, order: bool | None):
+    scene = reference_scene(SCENE)
+    assert scene is not None
+    assert order_is_right(caption, scene) is order
+
+
+def test_order_of_three_is_right_in_one_of_six():
+    scene = reference_scene(THREE)
+    assert scene is not None
+    said = {names: order_is_right("{}, {} and {} from left to right".format(*names), scene)
+            for names in itertools.permutations(NAMES)}  # fmt: skip
+    assert [names for names, order in said.items() if order] == [NAMES] and len(said) == 6
+    turned = "{2}, {1} and {0} from right to left".format(*NAMES)
+    assert order_is_right(turned, scene) is True and caption_matches(turned, "", scene)
+    assert order_is_right("{1} with {0} to its left and {2} to its left".format(*NAMES), scene) is False
 
 
 def test_attributes_match_objects_as_favourably_as_possible():

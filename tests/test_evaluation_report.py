@@ -102,7 +102,7 @@ def test_page_shows_rows_and_scores(results, tmp_path: Path):
     info = ReportInfo(title="T", stages=(Stage("data", 65.0, "mmllm data build"),))
     routing = routing_summary(np.arange(16.0).reshape(1, 4, 4), [3])
     html = page(write_report(tmp_path / "out", results, curves, routing, info))
-    for wanted in ("50.0%", "20.0% – 80.0%", "no picture <b>12.5%</b>", "3.21", "other words <b>120.0%</b>", "2.12",
+    for wanted in ("50.0%", "20.0% – 80.0%", "grey picture <b>12.5%</b>", "3.21", "other words <b>120.0%</b>", "2.12",
                    "1 min 05 s", "mmllm data build", "Loss by modality", "mutual information", "always: “a dog”",
                    "To be or not to", "which?"):  # fmt: skip
         assert wanted in html, wanted
@@ -111,6 +111,71 @@ def test_page_shows_rows_and_scores(results, tmp_path: Path):
     assert html.count("<audio") == html.count("data:audio/wav") == 6
     assert "pairs never trained on" in html
     assert html.count("<circle cx=") == 5 + 1 and "M191 3l9" not in html, "a score each, and the key"
+
+
+def test_controls_are_named_for_what_they_are(results, tmp_path: Path):
+    """The keys say blind; people read what the model was given."""
+    html = page(write_report(tmp_path / "out", results))
+    assert "Given a grey picture in the place of each row's own" in html.replace("&#39;", "'")
+    assert "Given silence" in html and "silence <b>150.0%</b>" in html
+    assert "blind" not in re.sub(r"<style>.*?</style>|class=\"[^\"]*\"", "", html, flags=re.DOTALL)
+
+
+def test_order_and_ordinals_have_their_rows(tmp_path: Path):
+    scores = {
+        "order_accuracy_2": 0.55, "order_accuracy_2_ci": [0.5, 0.6], "order_n_2": 305, "order_n_3": 0,
+        "heldout_pairs_accuracy": 0.8, "heldout_pairs_n": 504, "num_heldout_pairs": 12,
+    }  # fmt: skip
+    answers = {"answer_accuracy": 0.6, "ordinal_accuracy": 0.4, "ordinal_n": 353, "blind_ordinal_accuracy": 0.05}
+    speech = {"round_trip_wer": 0.2, "level_db": -0.4, "mel_error": 0.7, "at_bound": 0.0, "length_correlation": 0.95,
+              "judge_wer": 0.3, "judge_resynthesis_wer": 0.2}  # fmt: skip
+    html = page(write_report(tmp_path, [TaskResult("caption", scores, []), TaskResult("interleaved", answers, []),
+                                        TaskResult("speak", speech, [])]))  # fmt: skip
+    for wanted in ("Order of two objects ↑", "55.0%", "by chance 50%", ">305<", "504 in 12 pairs", "353",
+                   "First, second, third ↑", "grey and silent <b>5.0%</b>", "Level, dB → 0", "-0.40", "Log-mel error ↓",
+                   "another judge ↓", "codec alone <b>20.0%</b>", "Length, correlation ↑"):  # fmt: skip
+        assert wanted in html, wanted
+    assert "Order of three" not in html, "of no rows there is no score"
+
+
+def test_paraphrases_are_not_marked(tmp_path: Path):
+    """Of a caption with one wrong colour that one word is marked, though nearly every word differs."""
+    wanted = "a large blue star right of a small green circle"
+    said = [("a small red circle to the left of a large blue star", False),
+            ("there is a small green circle, and to its right a large blue star", True)]  # fmt: skip
+    rows = [Prediction(str(i), wanted, text, 0.9, right) for i, (text, right) in enumerate(said)]
+    html = page(write_report(tmp_path, [TaskResult("caption", {"exact_match": 0.5}, rows)]))
+    assert set(re.findall(r'<span class="(wrong|missing)">(\w+)</span>', html)) == {
+        ("wrong", "red"), ("missing", "green"),
+    }  # fmt: skip
+
+
+def test_sounds_are_as_loud_as_they_are(tmp_path: Path):
+    """A player gets the file's own samples; the outline and the level in dBFS show what it lacks of full scale."""
+    wave_T = np.sin(np.arange(8000) / 5)
+    heights, levels = [], []
+    for number, gain in enumerate((1.0, 0.25)):
+        soundfile.write(tmp_path / f"{number}.wav", (gain * wave_T).astype(np.float32), 8000, subtype="FLOAT")
+        sound = MediaBudget().sound(str(tmp_path / f"{number}.wav"), "#000")
+        assert sound is not None
+        played_T, _ = soundfile.read(io.BytesIO(base64.b64decode(sound.uri.split(",")[1])))
+        assert np.abs(played_T).max() == pytest.approx(gain, rel=1e-3)
+        levels.append(sound.level_db)
+        heights.append(max(abs(18 - float(y)) for y in re.findall(r" ([\d.]+)", sound.path)))
+    assert levels == pytest.approx([-3.01, -15.05], abs=0.02)
+    assert heights[1] == pytest.approx(heights[0] / 4, abs=0.1) and heights[0] == pytest.approx(17, abs=0.1)
+    silent = write_report(tmp_path, [TaskResult("speak", {"round_trip_wer": 1.0}, [
+        Prediction("s", "one", "", 0.0, False, written=str(tmp_path / "1.wav"))])])  # fmt: skip
+    assert "1.0 s, −15 dBFS" in page(silent)
+
+
+def test_scores_are_cards_on_a_phone(results, tmp_path: Path):
+    """Below 720 pixels a row of the table is a card whose cells say what they are; the score stays beside its name."""
+    html = page(write_report(tmp_path / "out", results))
+    phone = html[html.index("@media(max-width:720px)") :]
+    for rule in (".scores thead{display:none}", ".scores td{display:block}", ".scores tr{display:grid"):
+        assert rule in phone, rule
+    assert html.count('<span class="told">95%: </span>') == 2 and html.count('<span class="told"> rows</span>') == 7
 
 
 def test_a_word_error_rate_beyond_the_bar_is_an_arrow_at_its_end(tmp_path: Path):

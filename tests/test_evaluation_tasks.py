@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,14 +23,17 @@ from mmllm.data.rows.column_names import ColumnNames
 from mmllm.data.rows.forms import read_rows
 from mmllm.data.rows.rows import Row
 from mmllm.data.samples.documents import Sample, build_document
-from mmllm.evaluation import commands, tasks
+from mmllm.evaluation import commands, tasks, text_task
+from mmllm.evaluation.answer_task import shuffled_segments
 from mmllm.evaluation.media import MediaBudget
 from mmllm.evaluation.metrics import word_edits
 from mmllm.evaluation.perplexity import bits_of_documents, plan_windows
 from mmllm.evaluation.results import load_result
-from mmllm.evaluation.tasks import derangement, evaluate, shuffled_segments
-from mmllm.inference.api import Waveform
+from mmllm.evaluation.scoring import derangement
+from mmllm.evaluation.speech_task import Judge
+from mmllm.evaluation.tasks import evaluate
 from mmllm.inference.prompts import pad_left
+from mmllm.inference.speaking import Waveform
 from tests.inference_fixtures import make
 
 RATE = 8000
@@ -41,7 +46,10 @@ class StubAudio:
         return wave.reshape(1, -1)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        return codes
+        return codes * 0.5
+
+    def prepare(self, wave: torch.Tensor, sample_rate: int) -> torch.Tensor:
+        return wave
 
 
 class StubTokenizer:
@@ -57,6 +65,7 @@ class StubModel:
 
     tokenizer = StubTokenizer()
     generation = GenerationConfig()
+    model = SimpleNamespace(pointer=None)
 
     def __init__(self, said: dict[str, str], spoken: dict[str, str] | None = None) -> None:
         self.said = said
@@ -154,6 +163,54 @@ def test_rows_of_any_form_with_embedded_media(tmp_path: Path):
     assert evaluate(model, "interleaved", rows).scores["n"] == 1
 
 
+def scene_of(*colours: str) -> dict:
+    """Small circles of these colours from left to right."""
+    names = [f"a small {colour} circle" for colour in colours]
+    text = f"{names[0]} left of {names[1]}" if len(names) == 2 else "{}, {} and {} from left to right".format(*names)
+    objects = [{"size": "small", "colour": colour, "shape": "circle"} for colour in colours]
+    return {"text": text, "objects": objects, "relations": [[i, "left of", i + 1] for i in range(len(names) - 1)]}
+
+
+def test_order_is_scored_where_all_objects_are_named(tmp_path: Path):
+    pairs, triples = [("red", "blue")] * 3 + [("red", "pink")] * 2, [("red", "blue", "pink")] * 3
+    scenes = [scene_of(*colours) for colours in pairs + triples] + [scene("red")]
+    rows = [{"id": str(i), "image": f"{i}.png", **row} for i, row in enumerate(scenes)]
+    rows.append({"id": "x", "image": "x.png", **scene_of("cyan", "red"), "heldout_pairs": [["circle", "cyan"]]})
+    said = {f"{i}.png": row["text"] for i, row in enumerate(scenes)}
+    said["1.png"] = scene_of("blue", "red")["text"]
+    said["3.png"] = scene_of("pink", "red")["text"]
+    said["4.png"] = scene_of("red", "green")["text"]  # another object: its order says nothing
+    said["6.png"] = scene_of("red", "pink", "blue")["text"]
+    said["x.png"] = scene_of("red", "cyan")["text"]  # a set of its own
+    scores = evaluate(StubModel(said), "caption", write_rows(tmp_path, rows)).scores  # type: ignore[arg-type]
+    assert (scores["order_accuracy_2"], scores["order_n_2"]) == (2 / 4, 4)
+    assert (scores["order_accuracy_3"], scores["order_n_3"]) == (2 / 3, 3)
+    assert scores["order_accuracy_2_ci"] == [0.0, 1.0]
+    assert scores["exact_match"] == 5 / 9, "the share with all objects right, times the order"
+    said |= {f"{i}.png": "nothing" for i in (5, 6, 7)}
+    scores = evaluate(StubModel(said), "caption", tmp_path / "rows.jsonl").scores  # type: ignore[arg-type]
+    assert scores["order_n_3"] == 0 and "order_accuracy_3" not in scores
+
+
+def test_intervals_draw_what_rows_share(tmp_path: Path):
+    """Pairs never trained on, voices never heard and pictures are drawn whole."""
+    rows = [{"id": f"{i}", "image": f"{i}.png", **scene("pink" if i < 10 else "cyan"),
+             "heldout_pairs": [["circle", "pink" if i < 10 else "cyan"]]} for i in range(20)]  # fmt: skip
+    said = {f"{i}.png": "a large pink circle at the top" for i in range(20)}
+    scores = evaluate(StubModel(said), "caption", write_rows(tmp_path, rows)).scores  # type: ignore[arg-type]
+    assert scores["heldout_pairs_accuracy"] == 0.5 and scores["num_heldout_pairs"] == 2
+    assert scores["heldout_pairs_accuracy_ci"] == [0.0, 1.0], "either of two pairs, or both"
+    rows = [{"id": f"{i}", "audio": f"{i}.wav", "text": "one", "heldout_voice": True, "speaker": ("ann", "bob")[i % 2]}
+            for i in range(20)]  # fmt: skip
+    heard = StubModel({f"{i}.wav": "one" if i % 2 else "two" for i in range(20)})
+    scores = evaluate(heard, "transcribe", write_rows(tmp_path, rows)).scores  # type: ignore[arg-type]
+    assert scores["heldout_voices_wer_ci"] == [0.0, 1.0] and scores["num_heldout_voices"] == 2
+    rows = [{"id": f"{i}", "image": f"{i % 2}.png", "text": f"photo {i % 2}"} for i in range(20)]
+    two = StubModel({"0.png": "photo 0", "1.png": "photo 0"})
+    scores = evaluate(two, "caption", write_rows(tmp_path, rows)).scores  # type: ignore[arg-type]
+    assert scores["exact_match"] == 0.5 and scores["exact_match_ci"] == [0.0, 1.0]
+
+
 def test_captions_without_scenes_have_no_attributes(tmp_path: Path):
     rows = [{"id": n, "image": f"{n}.png", "text": f"a photo of {n}"} for n in ("cats", "dogs")]
     said = {"cats.png": "A photo of cats.", "dogs.png": "a photo of cats"}
@@ -179,7 +236,7 @@ def test_transcripts_score_heldout_voices_apart(tmp_path: Path):
 
 
 def test_speech_and_its_controls(tmp_path: Path):
-    rows = [{"id": str(i), "audio": f"{i}.wav", "text": t, "speaker": f"v{i}"}
+    rows: list[dict] = [{"id": str(i), "audio": f"{i}.wav", "text": t, "speaker": f"v{i}"}
             for i, t in enumerate(["one two", "three four", "five six"])]  # fmt: skip
     rows.append({"id": "x", "audio": "x.wav", "text": "seven", "heldout_voice": True})
     spoken = {"one two": "11", "three four": "12", "five six": "13"}
@@ -196,6 +253,40 @@ def test_speech_and_its_controls(tmp_path: Path):
     assert model.voices == ["v0", "v1", "v2"]
     assert [Path(str(p.written)).is_file() for p in result.predictions] == [True] * 3
     assert soundfile.info(str(tmp_path / "out" / "00001.wav")).frames == 12
+    assert scores["level_db"] == pytest.approx(-6.02, abs=0.01)
+    assert 0 < scores["mel_error"] < 6.03  # bands at the floor are as loud
+    assert scores["at_bound"] == 0.0 and scores["length_correlation"] == pytest.approx(1.0)
+    assert not any(key.startswith("judge") for key in scores)
+
+
+def test_speech_before_a_judge_and_at_its_bounds(tmp_path: Path):
+    texts = {"one two": "11", "three four": "12", "five six": "13"}
+    manifest = write_rows(tmp_path, [
+        {"id": str(i), "audio": f"{i}.wav", "text": text, "speaker": "stranger"} for i, text in enumerate(texts)
+    ])  # fmt: skip
+    model = StubModel({**dict.fromkeys(["11", "12", "13", "800", "801", "802"], "so")}, texts)
+    model.generation = dataclasses.replace(model.generation, voices=("ann", "bob"))
+    made = model.speak
+
+    def speak(texts: list[str], *, voice: list[str | None], **settings) -> list[Waveform]:
+        one, two, three = made(texts, voice=voice)
+        return [dataclasses.replace(one, num_bounded=2), two, dataclasses.replace(three, is_whole=False)]
+
+    model.speak = speak  # type: ignore[method-assign]
+    asked: list[tuple[list[int], object]] = []
+
+    def transcribe(waves: list[torch.Tensor], rate: int, lexicon: object) -> list[str]:
+        asked.append(([wave.shape[-1] for wave in waves], lexicon))
+        by_length = {11: "one two", 12: "three for", 13: "six", 800: "one two", 801: "three four", 802: "five"}
+        return [by_length[wave.shape[-1]] for wave in waves]
+
+    judge = Judge(SimpleNamespace(transcribe=transcribe), ("one", "two"))  # type: ignore[arg-type]
+    scores = evaluate(model, "speak", manifest, judge=judge).scores  # type: ignore[arg-type]
+    assert scores["judge_wer"] == 2 / 6 and scores["judge_resynthesis_wer"] == 1 / 6
+    assert scores["judge_recording_wer"] == 1 / 6
+    assert asked == [([11, 12, 13], ("one", "two")), *[([800, 801, 802], ("one", "two"))] * 2]
+    assert scores["at_bound"] == 2 / 3
+    assert model.voices == ["ann", "bob", "ann"], "strangers' rows are said by the voices that there are, in turn"
 
 
 def test_answers_beside_shuffled_and_blind(tmp_path: Path):
@@ -212,6 +303,27 @@ def test_answers_beside_shuffled_and_blind(tmp_path: Path):
     assert result.scores["blind_accuracy"] == 0.0
     assert result.scores["n"] == 4
     assert result.predictions[0].segments[1] == {"image": str(tmp_path / "0.png")}
+
+
+def test_questions_that_ask_for_one_of_several_are_scored_apart(tmp_path: Path):
+    questions = {
+        "which colour is the shape in the first picture?": "Red",
+        "which word is said second?": "no",
+        "what is said in the Third sound?": "green",
+        "which picture shows a star?": "the first",  # asks for a picture, not for one told by its place
+        "how many seconds does it take?": "pink",
+    }
+    answers = ["red", "blue", "green", "the first", "cyan"]
+    rows = [{"id": str(i), "segments": [{"image": f"{i}.png"}], "question": question, "answer": answer}
+            for i, (question, answer) in enumerate(zip(questions, answers, strict=True))]  # fmt: skip
+    said = {f"{i}.png": answer for i, answer in enumerate(questions.values())}
+    scores = evaluate(StubModel(said), "interleaved", write_rows(tmp_path, rows)).scores  # type: ignore[arg-type]
+    assert (scores["ordinal_accuracy"], scores["ordinal_n"]) == (2 / 3, 3)
+    assert scores["answer_accuracy"] == 3 / 5
+    assert scores["blind_ordinal_accuracy"] == 0 and 0 <= scores["shuffled_ordinal_accuracy"] < 1
+    write_rows(tmp_path, rows[3:])
+    scores = evaluate(StubModel(said), "interleaved", tmp_path / "rows.jsonl").scores  # type: ignore[arg-type]
+    assert scores["n"] == 2 and not [key for key in scores if "ordinal" in key]
 
 
 def interleaved_row(number: int, num_images: int, num_sounds: int) -> Row:
@@ -336,7 +448,7 @@ def test_a_real_model_runs_every_task_from_the_command(tiny, tmp_path: Path, mon
     manifest.write_text(manifest.read_text().replace("i2.png", "i2"))
     assert len(read_rows(manifest)) == len(rows)
     monkeypatch.setattr(commands, "load", lambda directory, device, adapter: tiny)
-    monkeypatch.setattr(tasks, "CONTINUATION_TOKENS", 4)
+    monkeypatch.setattr(text_task, "CONTINUATION_TOKENS", 4)
     told: list[tuple[int, int]] = []
 
     def tell(num_done: int, num_all: int) -> None:

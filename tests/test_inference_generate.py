@@ -11,8 +11,9 @@ from mmllm.checkpoints.settings import GenerationConfig, Sampling
 from mmllm.data.loading.collate import pack_documents
 from mmllm.data.samples.documents import Document, DocumentWriter, build_prompt
 from mmllm.inference import generate
-from mmllm.inference.generate import draw, generate_text, generate_units
+from mmllm.inference.generate import draw, generate_text
 from mmllm.inference.prompts import join, pad_left
+from mmllm.inference.units import generate_units
 from mmllm_tokenizers.vocab import AUDIO_END, END, SPECIAL_TOKENS
 from tests.inference_fixtures import images, make, sounds
 
@@ -100,7 +101,8 @@ def test_units_and_special_tokens_are_never_written(model):
 def test_cached_speech_equals_uncached(pattern, num_codebooks):
     model = make(pattern, num_codebooks)
     documents = speak_prompts(model)
-    sounds_KF = generate_units(model.model, model.tokenizer, documents, GREEDY, MAX_FRAMES)
+    spoken = generate_units(model.model, model.tokenizer, documents, GREEDY, MAX_FRAMES)
+    sounds_KF = [each.codes_KF for each in spoken]
     vocabulary = model.tokenizer.vocabulary
     num_units = vocabulary.filler
     start = vocabulary.codebook_start(0)
@@ -127,7 +129,9 @@ def test_cached_speech_equals_uncached(pattern, num_codebooks):
 
 def test_speech_ends_by_itself(model):
     documents = speak_prompts(model)
-    codes = generate_units(model.model, model.tokenizer, documents, Sampling(temperature=1.0), 200)
+    spoken = generate_units(model.model, model.tokenizer, documents, Sampling(temperature=1.0), 200)
+    codes = [each.codes_KF for each in spoken]
+    assert all(each.is_whole for each in spoken)
     assert all(codes_KF.shape[1] < 200 for codes_KF in codes)
     assert len({codes_KF.shape[1] for codes_KF in codes}) > 2
 
@@ -146,7 +150,7 @@ def test_batch_size_changes_nothing(model, sampling, monkeypatch):
     for batch_size, share in ((2, 1.0), (64, 1.0), (64, 0.0)):
         monkeypatch.setattr(generate, "_COMPACT_SHARE", share)
         got = generate_units(model.model, model.tokenizer, documents, sampling, MAX_FRAMES, batch_size)
-        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        assert all(torch.equal(a.codes_KF, b.codes_KF) for a, b in zip(got, expected, strict=True))
 
 
 def test_seed_decides_what_is_drawn(model):

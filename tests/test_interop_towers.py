@@ -432,8 +432,8 @@ def test_nothing_that_could_execute_code_is_opened(suffix, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"transformers": None}, "neither is given; give one of them"),
-        ({"open_clip": "ViT-B-32"}, "both is given"),
+        ({"transformers": None}, "none is given; give one"),
+        ({"open_clip": "ViT-B-32"}, r"vision.open_clip and vision.transformers are given"),
         ({"mean": None, "std": None}, "without vision.mean and vision.std"),
         ({"checkpoint": "x.safetensors"}, "vision.checkpoint is 'x.safetensors' beside vision.transformers"),
         ({"transformers": {"model_type": "vit"}}, "model_type is 'vit'; it can be clip_vision_model, siglip"),

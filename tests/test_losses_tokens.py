@@ -19,8 +19,10 @@ SOURCES = ("0", "1", "2")
 """The sources' names: their indices."""
 PLAIN = LossConfig()
 WEIGHTED = LossConfig(
-    text=0.5, units=2.0, codebook_weights=(3.0, 1.0, 0.0), source_weights={"0": 0.25, "2": 4.0}, head_z_loss_coef=0.1
-)
+    text=0.5, units=2.0, codebook_weights=(3.0, 1.0, 0.0), source_weights={"0": 0.25, "2": 4.0}, head_z_loss_coef=0.1,
+    word_weights={"3": 6.0, "11": 0.5, "4": 2.0},
+)  # fmt: skip
+"""Words are their ids here; 4 is the end of sound, too, which is no text."""
 
 
 class Stream:
@@ -56,7 +58,8 @@ class Stream:
 
     def losses(self, config: LossConfig, **options) -> TokenLosses:
         targets = TokenTargets.of(self.labels, self.audio_labels, self.sources, self.targets, self.frames)
-        weights = TokenWeights.of(config, self.layout, SOURCES, NUM_SOURCES)
+        words = {int(word): weight for word, weight in (config.word_weights or {}).items()}
+        weights = TokenWeights.of(config, self.layout, SOURCES, NUM_SOURCES, words)
         hidden = self.hidden.flatten(0, 1)[self.targets.clamp(min=0)]
         return token_losses(hidden, self.weight, targets, self.layout, weights, **options)
 
@@ -74,6 +77,8 @@ class Stream:
             source = max(int(self.sources.flatten()[position]), 0)
             kind = "units" if label in (IGNORE, END) or label >= NUM_TEXT else "text"
             factor = getattr(config, kind) * (config.source_weights or {}).get(str(source), 1.0)
+            if kind == "text":
+                factor *= (config.word_weights or {}).get(str(label), 1.0)
             terms = []  # share, loss, z-loss
             if label != IGNORE:
                 logits = self.weight @ hidden

@@ -283,3 +283,15 @@ def test_impossible_image_projectors_are_named():
     ]:
         with pytest.raises(ValueError, match=message):
             ImageProjectorConfig(**values)
+
+
+def test_places_begin_as_strong_as_told() -> None:
+    for config, std in ((ImageProjectorConfig(), 0.2), (ImageProjectorConfig(position_std=0.05), 0.05)):
+        torch.manual_seed(0)
+        projector = ImageProjector(config, grid=(16, 16), feature_width=64, width=8)
+        for embedding in (projector.row_embedding, projector.column_embedding):
+            assert embedding is not None and embedding.std().item() == pytest.approx(std, rel=0.1)
+    assert config_from_dict(ImageProjectorConfig, {"kind": "mlp"}).position_std == 0.2, "as in earlier model folders"
+    for value in (-0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"image_projector.position_std is (-0.1|nan); give a finite number"):
+            ImageProjectorConfig(position_std=value)

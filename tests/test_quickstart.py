@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -18,7 +19,8 @@ from PIL import Image
 
 from mmllm.cli.main import main
 from mmllm.data.rows.forms import read_rows
-from mmllm.quickstart import run
+from mmllm.quickstart import machine, run
+from mmllm.quickstart import state as run_state
 from mmllm.quickstart.budget import (
     DEMO_STEPS,
     EVALUATION_SECONDS,
@@ -96,7 +98,7 @@ def test_quickstart_goes_the_whole_way_and_continues(manifest, tmp_path, capsys)
     assert "data:image/" in page
     assert "data:audio/" in page
     assert (out / "recipe.yaml").is_file()
-    assert {path.name for path in (out / "configs").iterdir()} == {"codec.yaml", "clip.yaml", "decoder.yaml"}
+    assert {path.name for path in (out / "configs").iterdir()} == {"codec.yaml", "decoder.yaml"}
     printed = capsys.readouterr().out
     assert f"$ mmllm fit -c '{out}/configs/decoder.yaml'" in printed and f"Report: {out}/report.html" in printed
     before = (out / "model" / "model.safetensors").read_bytes()
@@ -145,7 +147,7 @@ def test_a_quickstart_by_minutes_trains_as_two_ranks(tmp_path, monkeypatch):
     rows = [{"id": f"t{i}", "text": f"Row {i} says that {i} and {i} make {2 * i}."} for i in range(120)]
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(run, "num_cores", lambda: 2)
+    monkeypatch.setattr(machine, "num_cores", lambda: 2)
     out = tmp_path / "run"
     assert main(["quickstart", "--train", str(manifest), "--out", str(out), "--minutes", "0.7"]) == 0
     report = json.loads((out / "report.json").read_text())
@@ -203,7 +205,7 @@ def test_choices_follow_the_rows(manifest, tmp_path):
     assert contents.has_sounds
     assert contents.is_single_words
     assert not contents.names_sides
-    recipe = recipe_dict(tmp_path, contents, choose(contents, is_demo=False), seed=3, curriculum_steps=10)
+    recipe = recipe_dict(tmp_path, contents, choose(contents, is_demo=False), seed=3, num_steps=20)
     assert [source["name"] for source in recipe["sources"]] == ["caption", "interleaved", "text", "heard", "spoken"]
     assert "curriculum" not in recipe
 
@@ -216,7 +218,7 @@ def test_pictures_are_not_mirrored_where_an_answer_says_left(manifest):
 
 
 def test_a_gpu_that_is_not_used_is_mentioned(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(run, "NVIDIA_GPU", tmp_path)
+    monkeypatch.setattr(machine, "NVIDIA_GPU", tmp_path)
     assert main(["quickstart", "--out", str(tmp_path), "--train", "nowhere.jsonl"]) == 2
     assert "trainings run on the CPU" in capsys.readouterr().out
 
@@ -268,10 +270,10 @@ KILLED = """
 import os, signal, sys, time
 from pathlib import Path
 from mmllm.cli.main import main
-from mmllm.quickstart import run
+from mmllm.quickstart import run, state
 from mmllm.training.decoder_module import DecoderModule
 
-run.SAVE_SECONDS = 0.1
+state.SAVE_SECONDS = 0.1
 shipped, end_of_batch = run.stage_config, DecoderModule.on_train_batch_end
 
 
@@ -288,8 +290,8 @@ def on_train_batch_end(module, *args):
     end_of_batch(module, *args)
     if module.trainer.global_step == 2:
         out, deadline = Path(module.out).parent, time.monotonic() + 20
-        state, checkpoint = out / "quickstart.json", out / "checkpoints" / "decoder" / "last.ckpt"
-        while state.stat().st_mtime <= checkpoint.stat().st_mtime and time.monotonic() < deadline:
+        saved, checkpoint = out / "quickstart.json", out / "checkpoints" / "decoder" / "last.ckpt"
+        while saved.stat().st_mtime <= checkpoint.stat().st_mtime and time.monotonic() < deadline:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -335,7 +337,7 @@ SETTINGS = {"train": ["x"], "test": [], "holdout": None, "minutes": 10.0, "seed"
 def saved_run(out, stages, seconds=0.0):
     out.mkdir(exist_ok=True)
     done = [{"name": name, "seconds": 1.0, "command": ""} for name in stages]
-    (out / run.STATE_FILE).write_text(json.dumps({"settings": SETTINGS, "seconds": seconds, "stages": done}))
+    (out / run_state.STATE_FILE).write_text(json.dumps({"settings": SETTINGS, "seconds": seconds, "stages": done}))
 
 
 def test_a_training_by_minutes_that_goes_on_gets_what_is_left_beside_what_it_had(tmp_path, monkeypatch):
@@ -372,30 +374,30 @@ def test_a_training_that_was_stopped_goes_on_or_over_what_it_left(tmp_path, left
 def test_minutes_may_grow_until_the_decoder_is_trained(tmp_path):
     more, less = {**SETTINGS, "minutes": 12.0}, {**SETTINGS, "minutes": 9.0}
     saved_run(tmp_path, ["split"])
-    assert run._Run(tmp_path, more, lambda command: 0).seconds_left == pytest.approx(720, abs=5)
+    assert run_state.RunState(tmp_path, more).seconds_left == pytest.approx(720, abs=5)
     for settings in (less, {**more, "seed": 1}, {**SETTINGS, "minutes": None}):
         with pytest.raises(ValueError, match=r"other settings \((minutes|minutes, seed) differ"):
-            run._Run(tmp_path, settings, lambda command: 0)
+            run_state.RunState(tmp_path, settings)
     saved_run(tmp_path, ["split", "fit decoder"])
     with pytest.raises(ValueError, match="only until the decoder is trained"):
-        run._Run(tmp_path, more, lambda command: 0)
+        run_state.RunState(tmp_path, more)
 
 
 def test_ranks_follow_cores_and_memory_where_minutes_count(monkeypatch):
-    memory = type("Memory", (), {"available": 16 * 2**30})
+    memory = SimpleNamespace(available=16 * 2**30)
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     for cores, ranks in ((1, 1), (2, 2), (3, 2), (4, 4), (16, 4)):
-        monkeypatch.setattr(run, "num_cores", lambda cores=cores: cores)
-        assert run.num_ranks(10.0, None) == ranks
-        assert run.num_ranks(None, None) == 2, "the demo is the same run everywhere"
+        monkeypatch.setattr(machine, "num_cores", lambda cores=cores: cores)
+        assert machine.num_ranks(10.0, None) == ranks
+        assert machine.num_ranks(None, None) == 2, "the demo is the same run everywhere"
     memory.available = 6 * 2**30
-    assert run.num_ranks(10.0, None) == 2
-    assert run.num_ranks(10.0, 3) == 1
+    assert machine.num_ranks(10.0, None) == 2
+    assert machine.num_ranks(10.0, 3) == 1
 
 
 def test_no_rank_is_without_a_sequence(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "num_ranks", lambda minutes, max_steps: 4)
+    monkeypatch.setattr(machine, "num_ranks", lambda minutes, max_steps: 4)
     (tmp_path / "manifests").mkdir()
     (tmp_path / "manifests" / "val.jsonl").write_text("")
     long_speech = run._Run(tmp_path, SETTINGS, lambda command: 0)
@@ -408,7 +410,7 @@ def test_no_rank_is_without_a_sequence(tmp_path, monkeypatch):
 
 def test_the_demo_makes_its_data_with_several_processes(tmp_path, monkeypatch):
     commands = []
-    monkeypatch.setattr(run, "num_workers", lambda: 3)
+    monkeypatch.setattr(machine, "num_cores", lambda: 3)
     demo = run._Run(tmp_path, {**SETTINGS, "train": [], "minutes": None}, lambda command: 0)
     monkeypatch.setattr(demo, "stage", lambda name, *command, **options: commands.append(command))
     (tmp_path / "data").mkdir()

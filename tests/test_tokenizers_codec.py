@@ -57,6 +57,7 @@ def test_the_first_channels_are_the_spectrum_and_the_encoder_learns_the_others()
     assert latents_NDF.shape == (3, config.dimension, codec.num_frames(500))
     expected_NMF = FrameSpectrum(config.sample_rate, config.hop_samples, 12)(wave_NT)
     torch.testing.assert_close(latents_NDF[:, :12], expected_NMF, rtol=0, atol=1e-6)
+    assert codec.encoder is not None
     gradients = torch.autograd.grad(latents_NDF.square().sum(), list(codec.encoder.parameters()))
     assert any(bool(gradient.abs().sum() > 0) for gradient in gradients)
     same = fused(codec).latents(wave_NT)
@@ -178,6 +179,63 @@ def test_warmup_passes_latents_then_kmeans_sets_the_codebooks():
     error = float((quantizer(latents_NDF).quantized_NDF - latents_NDF).square().mean())
     assert error < 0.5
     assert not torch.equal(quantizer.codebooks, before_KVD)
+
+
+COMPUTED = dataclasses.replace(
+    TINY, ratios=(4, 8), decoder="source_filter", num_bands=13, warmup_batches=2, quantizer_dropout=0.0
+)
+
+
+def test_codebooks_of_computed_latents_are_made_of_all_warmup_batches_and_stay() -> None:
+    torch.manual_seed(0)
+    quantizer = ResidualQuantizer(COMPUTED).train()
+    batches = [torch.randn(4, 16, 50) + shift for shift in (-9.0, 0.0, 9.0, 30.0)]
+    for latents_NDF in batches[:3]:
+        quantizer(latents_NDF)
+    assert not len(quantizer.first_vectors)
+    vectors_RD = torch.cat([latents_NDF.transpose(1, 2).reshape(-1, 16) for latents_NDF in batches[:3]])
+    torch.testing.assert_close(quantizer.codebooks[0], kmeans(vectors_RD, 16, num_iterations=10, seed=0)[0])
+    before_KVD = quantizer.codebooks.clone()
+    quantizer(batches[3])
+    assert torch.equal(quantizer.codebooks, before_KVD)
+    other = ResidualQuantizer(dataclasses.replace(TINY, warmup_batches=2)).train()
+    for latents_NDF in batches[:2]:
+        other(latents_NDF)
+    assert len(other.first_vectors) == 200, "an encoder that learns makes vectors of earlier batches stale"
+
+
+def test_a_warmup_that_is_cut_short_still_gives_codebooks() -> None:
+    torch.manual_seed(0)
+    quantizer = ResidualQuantizer(COMPUTED).train()
+    latents_NDF = torch.randn(4, 16, 50)
+    quantizer(latents_NDF)
+    quantizer.end_warmup()
+    wanted_VD, _ = kmeans(latents_NDF.transpose(1, 2).reshape(-1, 16), 16, num_iterations=10, seed=0)
+    torch.testing.assert_close(quantizer.codebooks[0], wanted_VD)
+    before_KVD = quantizer.codebooks.clone()
+    quantizer.end_warmup()
+    assert torch.equal(quantizer.codebooks, before_KVD)
+
+
+def test_a_wide_search_finds_the_nearest_sum_of_all() -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, num_codebooks=3, codebook_size=4, dimension=5)
+    latents_NDF, codebooks_KVD = torch.randn(3, 5, 40), torch.randn(3, 4, 5)
+    errors = []
+    for width in (1, 2, 4, 16):
+        quantizer = ResidualQuantizer(dataclasses.replace(config, search_width=width))
+        quantizer.codebooks.copy_(codebooks_KVD)
+        codes_NKF = quantizer.encode(latents_NDF)
+        assert codes_NKF.shape == (3, 3, 40) and codes_NKF.is_contiguous()
+        errors.append(float((quantizer.decode(codes_NKF) - latents_NDF).square().sum(dim=1).mean()))
+        assert torch.equal(quantizer.eval()(latents_NDF).codes_NKF, codes_NKF)
+        torch.testing.assert_close(quantizer(latents_NDF).quantized_NDF, quantizer.decode(codes_NKF))
+    first_VD, second_VD, third_VD = codebooks_KVD
+    sums_SD = (first_VD[:, None, None] + second_VD[None, :, None] + third_VD[None, None]).reshape(-1, 5)
+    vectors_RD = latents_NDF.transpose(1, 2).reshape(-1, 5)
+    nearest_R = torch.tensor([float((sums_SD - vector_D).square().sum(dim=1).min()) for vector_D in vectors_RD])
+    assert errors == sorted(errors, reverse=True) and errors[0] > 1.05 * errors[-1], errors
+    assert errors[-1] == pytest.approx(float(nearest_R.mean()), rel=1e-5)  # 16 sums kept of 16: all
 
 
 def test_quantizer_dropout_keeps_a_prefix_of_codebooks():

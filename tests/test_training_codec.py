@@ -10,16 +10,22 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from mmllm.batch import SoundBatch
-from mmllm.training.audio_losses import Balancer, MultiScaleMelLoss
-from mmllm.training.codec_module import CodecLossConfig, CodecModule, character_ctc, si_sdr_db
+from mmllm.training.audio_losses import Balancer, LogSpectrumLoss, MultiScaleMelLoss, level_loss
+from mmllm.training.codec_module import CodecLossConfig, CodecModule, character_ctc, pitch_loss, si_sdr_db
 from mmllm.training.lightning_cli import quiet_lightning
 from mmllm.training.optimizers import OptimizerConfig
 from mmllm_tokenizers.audio import load_audio_tokenizer
-from mmllm_tokenizers.codec import CodecConfig
+from mmllm_tokenizers.codec import Codec, CodecConfig
+from mmllm_tokenizers.sound_quality import level_db
 from mmllm_tokenizers.spectrum import mel_filters
 from tests.training_fixtures import quiet_trainer
 
 TINY = CodecConfig(sample_rate=2000, num_filters=4, ratios=(2, 4, 5), dimension=8, num_codebooks=2, codebook_size=16)
+
+VOICE = CodecConfig(
+    sample_rate=2000, ratios=(2, 4, 5), decoder="source_filter", num_bands=8, dimension=11, num_codebooks=2,
+    codebook_size=16, decoder_hidden_size=8, search_width=2, warmup_batches=3, quantizer_dropout=0.0,
+)  # fmt: skip
 
 
 class Waves(pl.LightningDataModule):
@@ -64,6 +70,14 @@ def _module(**settings: Any) -> CodecModule:
     return CodecModule(TINY, optimizer=OptimizerConfig(lr=3e-3, warmup=0.05), **settings)
 
 
+def _voice_module(**settings: Any) -> CodecModule:
+    """Computed latents and a source-filter decoder."""
+    torch.manual_seed(0)
+    losses = CodecLossConfig(l1=0.0, mel=0.0, log_spectrum=1.0, level=0.1, pitch=1.0)
+    optimizer = OptimizerConfig(lr=3e-3, warmup=0.05, weight_decay=0.0)
+    return CodecModule(VOICE, losses=losses, optimizer=optimizer, **settings)
+
+
 def _fit(module: CodecModule, steps: int, *callbacks: pl.Callback, data: Waves | None = None, **settings: Any) -> None:
     with quiet_lightning():
         trainer = quiet_trainer(*callbacks, max_steps=steps, **settings)
@@ -87,9 +101,43 @@ def test_a_few_steps_make_the_sound_better_and_the_export_is_the_same_codec(tmp_
     assert torch.equal(load_audio_tokenizer(tmp_path / "codec").encode(wave[0], 2000), codes[0])
 
 
-def test_resuming_a_codec_equals_not_stopping(tmp_path: Path) -> None:
+def test_a_voice_is_as_loud_as_recorded_and_its_decoder_learns(tmp_path: Path) -> None:
+    module = _voice_module(out=str(tmp_path / "codec"))
+    wave = chords(10_000)
+    _fit(module, 4)  # the warm-up, and the step that makes the codebooks
+    module.eval()
+
+    def distance() -> float:
+        with torch.no_grad():
+            return float(torch.stack(module.log_spectrum_loss(module.codec(wave).wave, wave)).sum())
+
+    before = distance()
+    module.train()
+    codebooks = module.codec.codebooks_KVD.clone()
+    _fit(module, 60)
+    module.eval()
+    assert distance() < 0.95 * before
+    assert torch.equal(module.codec.codebooks_KVD, codebooks)
+    loaded = load_audio_tokenizer(tmp_path / "codec")
+    for clip in wave:
+        assert abs(float(level_db(loaded.decode(loaded.encode(clip, 2000)), clip))) < 2
+
+
+def test_a_warmup_step_teaches_the_decoder_nothing_and_a_short_training_has_codebooks(tmp_path: Path) -> None:
+    module = _voice_module(out=str(tmp_path / "codec"))
+    before = {name: value.clone() for name, value in module.codec.state_dict().items()}
+    _fit(module, 2)
+    module.export(tmp_path / "codec")
+    after = load_audio_tokenizer(tmp_path / "codec")
+    changed = {name for name, value in module.codec.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {f"quantizer.{name}" for name in ("codebooks", "counts", "sums", "num_batches")}
+    assert torch.equal(after.codebooks_KVD, module.codec.codebooks_KVD)
+
+
+@pytest.mark.parametrize(("make", "stop"), [(_module, 3), (_voice_module, 2), (_voice_module, 4)])
+def test_resuming_a_codec_equals_not_stopping(tmp_path: Path, make: Any, stop: int) -> None:
     def run(steps: int, name: str, ckpt: Any = None) -> CodecModule:
-        module = _module()
+        module = make()
         saving = ModelCheckpoint(tmp_path / name, save_last=True, save_top_k=0, every_n_train_steps=1)
         with quiet_lightning():
             trainer = quiet_trainer(saving, _StopAfter(steps), max_steps=6, enable_checkpointing=True)
@@ -97,7 +145,7 @@ def test_resuming_a_codec_equals_not_stopping(tmp_path: Path) -> None:
         return module
 
     whole = run(6, "whole")
-    run(3, "cut")
+    run(stop, "cut")
     resumed = run(6, "cut", tmp_path / "cut" / "last.ckpt")
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
@@ -141,7 +189,9 @@ def test_character_ctc_is_a_mean_over_characters_of_clips_with_text() -> None:
     assert float(both) == pytest.approx(float(alone)) and left_out == 0
     log_probs = logits[:1].log_softmax(1).permute(2, 0, 1)
     targets = torch.tensor([[b + 1 for b in b"abc"]])
-    expected = torch.nn.functional.ctc_loss(log_probs, targets, [12], [3], reduction="sum") / 3
+    expected = (
+        torch.nn.functional.ctc_loss(log_probs, targets, torch.tensor([12]), torch.tensor([3]), reduction="sum") / 3
+    )
     assert float(alone) == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -205,8 +255,55 @@ def test_si_sdr_ignores_scale() -> None:
     assert (si_sdr_db(torch.flip(wave, dims=[0]), wave) < 20).all()
 
 
+def test_log_spectrum_loss_equals_its_definition() -> None:
+    loss, wave_NT, target_NT = LogSpectrumLoss(2000), chords(1), chords(2)
+    assert loss.windows == [32, 64, 128]
+    bands, bins = [], []
+    for window in loss.windows:
+        filters_MW = mel_filters(2000, window, window // 8)
+        magnitudes = []
+        for x_NT in (wave_NT, target_NT):
+            padded_NT = torch.nn.functional.pad(x_NT[:, None], (window // 2, window // 2), mode="reflect")[:, 0]
+            frames_NFS = padded_NT.unfold(1, window, window // 4) * torch.hann_window(window)
+            magnitudes.append((torch.fft.rfft(frames_NFS).abs().square() + 1e-5 * window / 64).sqrt())
+        ours, theirs = magnitudes
+        bins.append((ours.log() - theirs.log()).abs().mean())
+        ours, theirs = ((m @ filters_MW.T + 1e-3).log() for m in magnitudes)
+        bands.append((ours - theirs).abs().mean())
+    found = loss(wave_NT, target_NT)
+    torch.testing.assert_close(
+        torch.stack(found), torch.stack([torch.stack(bands).mean(), torch.stack(bins).mean()]), rtol=1e-4, atol=1e-5
+    )
+    assert [float(part) for part in loss(target_NT, target_NT)] == [0, 0]
+
+
+def test_level_loss_is_the_distance_of_levels_alone() -> None:
+    wave_NT = chords(3)
+    assert float(level_loss(0.5 * wave_NT, wave_NT)) == pytest.approx(torch.tensor(4.0).log().item(), rel=1e-3)
+    assert float(level_loss(-wave_NT.flip(1), wave_NT)) == pytest.approx(0, abs=1e-5)
+    silence = torch.zeros(2, 100, requires_grad=True)
+    assert torch.autograd.grad(level_loss(silence, chords(4)[:2, :100]), silence)[0].isfinite().all()
+
+
+def test_pitch_loss_counts_octaves_where_there_is_voice() -> None:
+    codec = Codec(VOICE).eval().requires_grad_(False)
+    hz_NT = torch.full((2, 2000), 100.0)
+    voice_NT = sum((torch.cumsum(hz_NT, dim=1) * k * 2 * torch.pi / 2000).cos() for k in range(1, 8)) * 0.05
+    assert isinstance(voice_NT, Tensor)
+    output = codec(voice_NT)
+    output.pitch = torch.full_like(output.pitch, 100.0).log2() if output.pitch is not None else None
+    assert float(pitch_loss(output, VOICE.num_bands)) < 0.03
+    assert output.pitch is not None
+    output.pitch = output.pitch + 1
+    assert float(pitch_loss(output, VOICE.num_bands)) == pytest.approx(1, abs=0.03)
+    silent = codec(torch.zeros(1, 2000))
+    assert float(pitch_loss(silent, VOICE.num_bands)) == 0
+
+
 def test_bad_losses_are_named() -> None:
+    with pytest.raises(ValueError, match=r"losses.pitch is 1.0, but decoder 'seanet' has no pitch"):
+        CodecModule(TINY, losses=CodecLossConfig(pitch=1.0))
     with pytest.raises(ValueError, match=r"losses\.mel is -1"):
         CodecLossConfig(mel=-1)
-    with pytest.raises(ValueError, match="both 0"):
+    with pytest.raises(ValueError, match="all 0"):
         CodecLossConfig(l1=0, mel=0)

@@ -33,6 +33,7 @@ from mmllm.checkpoints.weights import Checkpoint
 from mmllm.model.decoder import Decoder
 from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.virtual_tokens import VirtualTokens
+from mmllm_tokenizers.tensor_file import save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -237,12 +238,10 @@ def save_adapter(
         base: of `base_facts`, of the model folder that it belongs to.
         state: as of `adapter_tensors`.
     """
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     tensors = adapter_tensors(decoder, name, state)
     plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(plain, folder / WEIGHTS, metadata={"format": "pt"})
     config = _tokens_config(decoder, name) if name in decoder.virtual_tokens else _lora_configs(decoder)[name]
     values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     values |= {"inference_mode": True}

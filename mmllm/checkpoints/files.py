@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -52,10 +52,10 @@ def replaced_folder(directory: Path, kind: Kind = "model", sources: Sequence[Pat
         if directory == source.resolve() or directory in source.resolve().parents:
             raise ValueError(f"{directory} is where {source} lies, which would be replaced; give another folder")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    partial = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:12]}"
+    partial.mkdir()  # with the permissions of any new folder; `tempfile` makes its own for the owner alone
     try:
         yield partial
-        partial.chmod(0o755)
         replaced = partial.with_name(partial.name + ".old")
         if directory.exists():
             directory.rename(replaced)

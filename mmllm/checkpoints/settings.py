@@ -41,6 +41,8 @@ class GenerationConfig:
     """Prompts that are answered at once."""
     text: Sampling = Sampling()
     speech: Sampling = Sampling(temperature=0.7, top_k=50)
+    speech_temperatures: tuple[float, ...] = ()
+    """Of each codebook; empty: that of `speech`."""
     max_heard_seconds: float | None = None
     """Longer sounds are refused: training's sequences held no such; None: not known."""
     voices: tuple[str, ...] = ()
@@ -70,8 +72,9 @@ class GenerationConfig:
             if name in values:
                 _check_keys(Sampling, values[name], f"{name}.")
                 values[name] = Sampling(**values[name])
-        if "voices" in values:
-            values["voices"] = tuple(values["voices"])
+        for name in ("voices", "speech_temperatures"):
+            if name in values:
+                values[name] = tuple(values[name])
         return cls(**values)
 
 

@@ -16,6 +16,7 @@ def add_data(commands: Any) -> None:
     actions = add_group(commands, "data", "manifests to shards, indices, and what a recipe draws from them")
     _add_build(actions)
     _add_split(actions)
+    _add_align(actions)
     _add_index(actions)
     _add_verify(actions)
     _add_stats(actions)
@@ -110,6 +111,37 @@ def _split(args: argparse.Namespace) -> Iterable[str]:
         args.media, column_names(args),
     )  # fmt: skip
     return as_json(told)
+
+
+def _add_align(actions: Any) -> None:
+    parser = add_command(actions, "align", "when each word of speech is said", _align)
+    parser.add_argument("manifest", nargs="+", help="manifests, or data of other forms, of speech with its texts")
+    parser.add_argument("--out", required=True, help="folder of the new manifests and of the aligner")
+    add_input_options(parser)
+    parser.add_argument("--media", metavar="DIR", help="what paths are relative to; by default each input's folder")
+    parser.add_argument("--aligner", metavar="DIR", help="a trained aligner; without it one is trained on the rows")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, default=90.0, help="of training, by the clock")
+    length.add_argument("--steps", type=int, help="of training, in place of seconds: the same aligner each time")
+    parser.add_argument("--min_confidence", type=float, default=0.0, help="rows below it stay without words, named")
+    parser.add_argument("--max_bad_fraction", type=float, default=0.05, help="more unreadable rows are an error")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _align(args: argparse.Namespace) -> Iterable[str]:
+    check_there("manifest", *args.manifest)
+    check_there("aligner", args.aligner, hint="`mmllm data align` without --aligner trains one")
+    from mmllm.training import align_commands
+    from mmllm.training.aligner_training import AlignerTraining
+
+    training = AlignerTraining(seconds=args.seconds, steps=args.steps, seed=args.seed)
+    told = align_commands.align(
+        args.manifest, args.out, args.aligner, training, args.min_confidence, args.max_bad_fraction, args.format,
+        args.media, column_names(args), ticker,
+    )  # fmt: skip
+    end_line()
+    return as_json(told) if args.json else align_commands.align_lines(told)
 
 
 def _add_index(actions: Any) -> None:

@@ -14,7 +14,12 @@ TASKS = ("caption", "transcribe", "speak", "text", "interleaved")
 
 def add_evaluation(commands: Any) -> None:
     """Adds `mmllm eval`."""
-    parser = add_command(commands, "eval", "scores on held-out rows, with intervals and the blind baseline", _eval)
+    parser = add_command(
+        commands,
+        "eval",
+        "scores on held-out rows, with intervals and controls: a grey picture, silence, other rows",
+        _eval,
+    )
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder")
     parser.add_argument("--adapter", metavar="NAME", help="of the model's adapters; without it the model alone")
     parser.add_argument("--task", required=True, choices=TASKS)
@@ -25,6 +30,9 @@ def add_evaluation(commands: Any) -> None:
     parser.add_argument("--sequence_length", type=int, default=512, help="of text: the length of training's sequences")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--media", metavar="DIR", help="folder for what is spoken")
+    parser.add_argument(
+        "--judge", metavar="DIR", help="of speak: an aligner of `mmllm data align`, which transcribes too"
+    )
     parser.add_argument("--max_bad_fraction", type=float, default=0.05, help="more unusable rows are an error")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
@@ -33,12 +41,13 @@ def add_evaluation(commands: Any) -> None:
 def _eval(args: argparse.Namespace) -> Iterable[str]:
     check_model(args.model)
     check_there("manifest", args.manifest)
+    check_there("judge", args.judge)
     from mmllm.evaluation import commands
 
     result = commands.run_eval(
         args.model, args.task, args.manifest, args.json, args.limit, args.batch_size, args.seed, args.media,
         args.sequence_length, args.device, args.max_bad_fraction, ticker(f"prompts of {args.task}"),
-        args.format, column_names(args), args.adapter,
+        args.format, column_names(args), args.adapter, args.judge,
     )  # fmt: skip
     end_line()
     return commands.score_lines(result)

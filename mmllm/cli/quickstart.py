@@ -60,11 +60,17 @@ def _add_run(commands: Any, run_command: RunCommand) -> None:
         column_names(args)  # a misspelt one is said now
         quickstart(
             run_command, args.out, args.train, args.test, args.holdout, args.minutes, args.seed, args.max_steps,
-            args.max_bad_fraction, args.format, args.media, args.columns,
+            args.max_bad_fraction, args.format, args.media, args.columns, args.preset,
         )  # fmt: skip
         return []
 
+    from mmllm.quickstart.presets import DEMO, PRESETS
+
     parser = add_command(commands, "quickstart", "the whole way on one machine, from data to report", run)
+    parser.add_argument(
+        "--preset", choices=tuple(PRESETS), default=DEMO.name,
+        help="; ".join(f"{preset.name}: {preset.about}" for preset in PRESETS.values()),
+    )  # fmt: skip
     parser.add_argument("--train", action="append", default=[], metavar="MANIFEST", help="your data; may be repeated")
     parser.add_argument("--test", action="append", default=[], metavar="MANIFEST", help="may be repeated")
     parser.add_argument("--holdout", metavar="KEY=VALUE", help="rows to hold out where there is no --test")
@@ -72,7 +78,8 @@ def _add_run(commands: Any, run_command: RunCommand) -> None:
     parser.add_argument("--media", metavar="DIR", help="what paths are relative to; by default each input's folder")
     parser.add_argument(
         "--minutes", type=float, metavar="N",
-        help="wall time at most, evaluation included; a run that goes on may get more until its decoder is trained",
+        help="wall time at most, of everything: making and building data, training, evaluation, report; a run that "
+        "goes on may get more until its decoder is trained",
     )  # fmt: skip
     parser.add_argument("--max_steps", type=int, metavar="N", help="steps of each training at most")
     parser.add_argument("--max_bad_fraction", type=float, help="more unusable rows are an error")

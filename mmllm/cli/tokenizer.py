@@ -127,10 +127,15 @@ def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--audio_pool", type=int, default=2, help="frames an <|audio|> slot")
     parser.add_argument("--pattern", choices=("parallel", "delay", "flatten"), default="delay")
     parser.add_argument("--num_codebooks", type=int, default=0, help="codebooks in use; 0: as in the codec folder")
+    parser.add_argument(
+        "--pointer", type=int, nargs="?", const=2, default=0, metavar="LETTERS",
+        help="speech has a pointer into its text, which passes so many letters a frame at most (2); rows need `words`",
+    )  # fmt: skip
 
 
 def _tokenizer_config(args: argparse.Namespace) -> Any:
     from mmllm_tokenizers.folder import TokenizerConfig
+    from mmllm_tokenizers.pointer import PointerRule
     from mmllm_tokenizers.tiling import Tiling
 
     tiling = None
@@ -141,4 +146,7 @@ def _tokenizer_config(args: argparse.Namespace) -> Any:
     elif args.no_thumbnail or args.max_image_tokens is not None:
         raise ValueError("--no_thumbnail and --max_image_tokens are of pictures that are cut; give --max_tiles as well")
     names = ("image_tokens", "image_size", "audio_pool", "pattern", "num_codebooks")
-    return TokenizerConfig(**{name: getattr(args, name) for name in names}, tiling=tiling)
+    if args.pointer and args.codec is None:
+        raise ValueError("--pointer is of speech, but there is no --codec; give one, or leave --pointer out")
+    pointer = PointerRule(args.pointer) if args.pointer else None
+    return TokenizerConfig(**{name: getattr(args, name) for name in names}, tiling=tiling, pointer=pointer)

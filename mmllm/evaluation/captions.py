@@ -65,6 +65,18 @@ def _matchings(
             yield dict(zip(objects, order, strict=True))
 
 
+def order_is_right(prediction: str, scene: ParsedScene) -> bool | None:
+    """Whether a caption that names all objects of a scene, and no other, has their relations right too.
+
+    Returns:
+        None where it does not name exactly these objects: then it says nothing of their order.
+    """
+    predicted = parse_caption(prediction)
+    if predicted is None or predicted.objects != scene.objects:
+        return None
+    return predicted.relations == scene.relations
+
+
 def names_heldout_pairs(prediction: str, pairs: list[list[str]]) -> bool:
     """Whether each held-out (shape, colour) pair is on one object of the caption, both right."""
     predicted = parse_caption(prediction)

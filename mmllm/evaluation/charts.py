@@ -122,13 +122,13 @@ def line_chart(
 
 
 def waveform(samples_T: np.ndarray, width: int = 240, height: int = 36) -> str:
-    """The envelope of a sound as an SVG path that is filled: loudest parts span the height."""
+    """The envelope of a sound as an SVG path that is filled: full scale spans the height, so that loudness is seen."""
     samples_T = np.abs(np.asarray(samples_T, dtype=np.float32).reshape(-1))
     if not len(samples_T):
         return ""
     num_bins = min(width // 2, len(samples_T))
     peaks = np.array([part.max() for part in np.array_split(samples_T, num_bins)])
-    peaks = np.maximum(peaks / max(float(peaks.max()), 1e-6), 0.03) * (height / 2 - 1)
+    peaks = np.clip(peaks, 0.03, 1.0) * (height / 2 - 1)
     xs = np.linspace(0, width, num_bins)
     upper = [f"{x:.0f} {height / 2 - p:.1f}" for x, p in zip(xs, peaks, strict=True)]
     lower = [f"{x:.0f} {height / 2 + p:.1f}" for x, p in zip(xs[::-1], peaks[::-1], strict=True)]

@@ -8,6 +8,7 @@ from typing import Any
 
 from mmllm.data.rows.column_names import ColumnNames
 from mmllm.evaluation.results import TaskResult, save_result
+from mmllm.evaluation.speech_task import Judge
 from mmllm.evaluation.tasks import evaluate
 from mmllm.inference.api import load
 
@@ -28,6 +29,7 @@ def run_eval(
     form: str = "auto",
     columns: ColumnNames | None = None,
     adapter: str | None = None,
+    judge: str | None = None,
 ) -> TaskResult:
     """Scores a model on held-out rows, with intervals and the blind baseline.
 
@@ -47,6 +49,7 @@ def run_eval(
         form: Of `manifest`; "auto": told from it.
         columns: What its columns are called here, and their types.
         adapter: Of the model's, by name; None: the model alone.
+        judge: For `speak`, an aligner's folder (`mmllm data align` writes one): it writes down what is spoken as well.
 
     Returns:
         What `json_out` holds.
@@ -73,6 +76,7 @@ def run_eval(
         progress,
         form,
         columns,
+        None if judge is None else Judge.load(judge),
     )
     if json_out is not None:
         save_result(result, json_out)

@@ -13,6 +13,7 @@ from mmllm.evaluation.charts import MODALITY_COLORS
 from mmllm.evaluation.media import EmbeddedImage, EmbeddedSound, MediaBudget
 from mmllm.evaluation.metrics import normalize_text
 from mmllm.evaluation.results import Prediction, TaskResult
+from mmllm.evaluation.scene_marks import marked_scenes
 
 NUM_PICTURES = 24
 NUM_SOUNDS = 6
@@ -113,8 +114,8 @@ def _lead(task: str) -> str:
     match task:
         case "caption":
             return (
-                "Pictures never seen in training. Marked words differ from the reference; another wording of the same "
-                "scene counts as right where rows say what the scene holds."
+                "Pictures never seen in training. Marked words are wrong, or missing from what was said; another "
+                "wording of the same scene is right, and so are its parts in a caption with a mistake elsewhere."
             )
         case "transcribe":
             return "Sounds never heard in training. Marked words are wrong, underlined ones were missed."
@@ -126,18 +127,19 @@ def _lead(task: str) -> str:
 
 
 def _blind_notes(task: str, predictions: Sequence[Prediction]) -> tuple[str, ...]:
-    """What the model says when it sees or hears nothing: mostly one thing, so it is said once."""
+    """What the model says of a grey picture or of silence: mostly one thing, so it is said once."""
     blind = Counter(p.blind for p in predictions if p.blind is not None)
     if task not in ("caption", "transcribe") or not blind:
         return ()
     text, count = blind.most_common(1)[0]
-    sense = "picture" if task == "caption" else "sound"
+    given = "a grey picture" if task == "caption" else "silence"
     often = "always" if count == blind.total() else f"{100 * count / blind.total():.0f}% of the time"
-    return (f"Without the {sense} the model says {often}: “{text}”",)
+    return (f"Given {given} in the place of each row's own, the model says {often}: “{text}”",)
 
 
 def _item(task: str, prediction: Prediction, budget: MediaBudget) -> Item:
-    predicted, expected = marked_words(prediction.prediction, prediction.reference)
+    scenes = marked_scenes(prediction.prediction, prediction.reference) if task == "caption" else None
+    predicted, expected = scenes or marked_words(prediction.prediction, prediction.reference)
     if prediction.correct:  # another wording of the same thing is no mistake
         predicted, expected = [(word, "") for word, _ in predicted], [(word, "") for word, _ in expected]
     return Item(

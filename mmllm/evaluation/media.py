@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import logging
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,11 +37,13 @@ class EmbeddedImage:
 
 @dataclass(frozen=True)
 class EmbeddedSound:
-    """A sound for `<audio>`, with its outline; `uri` is empty once the page has enough."""
+    """A sound for `<audio>`, as loud as it is, with its outline; `uri` is empty once the page has enough."""
 
     uri: str
     path: str
     seconds: float
+    level_db: float
+    """Root mean square against full scale."""
     colour: str
 
 
@@ -74,7 +77,7 @@ class MediaBudget:
             _logger.warning("sound left out of the report: %s", error)
             return None
         wave_T = to_mono(wave_CT)
-        seconds = len(wave_T) / rate
+        seconds, level_db = len(wave_T) / rate, _level_db(wave_T.numpy())
         wave_T = wave_T[: int(MAX_SECONDS * rate)]
         outline = waveform(wave_T.numpy())
         for highest in SAMPLE_RATES:
@@ -82,8 +85,14 @@ class MediaBudget:
             uri = _wav_uri(lower_T.numpy(), min(rate, highest))
             if len(uri) <= self.sound_bytes:
                 self.sound_bytes -= len(uri)
-                return EmbeddedSound(uri, outline, seconds, colour)
-        return EmbeddedSound("", outline, seconds, colour)
+                return EmbeddedSound(uri, outline, seconds, level_db, colour)
+        return EmbeddedSound("", outline, seconds, level_db, colour)
+
+
+def _level_db(samples_T: np.ndarray) -> float:
+    """Root mean square in dBFS; of silence -99."""
+    rms = math.sqrt(float(np.mean(np.square(samples_T, dtype=np.float64)))) if len(samples_T) else 0.0
+    return 20 * math.log10(max(rms, 10 ** (-99 / 20)))
 
 
 def _embed_image(path: str) -> EmbeddedImage | None:

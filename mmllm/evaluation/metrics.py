@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import jiwer
@@ -88,11 +88,13 @@ def bootstrap_interval(
     num_resamples: int = 1000,
     seed: int = 0,
     confidence: float = 0.95,
+    clusters_N: Sequence[Hashable] | None = None,
 ) -> list[float]:
     """The percentile bootstrap interval of a ratio of sums over rows (Efron 1979).
 
     A mean is the case of denominators 1; a corpus WER has rows' errors and rows' words. Rows are drawn with
-    replacement, so rows that belong together (one speaker's, say) make the interval too narrow.
+    replacement; rows that belong together (one speaker's, say) would make that interval too narrow, so with
+    `clusters_N` whole clusters are drawn (Davison and Hinkley 1997, section 3.8).
 
     Args:
         numerators_N: one number a row.
@@ -100,12 +102,14 @@ def bootstrap_interval(
         num_resamples: S.
         seed: of the draw; the same seed gives the same interval.
         confidence: the interval's coverage.
+        clusters_N: what each row belongs to; None: every row stands for itself. Of a single cluster there is nothing
+            to draw: its rows are drawn then, and the interval says nothing of other clusters.
 
     Returns:
         [lower, upper].
 
     Raises:
-        ValueError: there are no rows, or the two sequences differ in length.
+        ValueError: there are no rows, or the sequences differ in length.
     """
     values_N = np.asarray(numerators_N, dtype=np.float64)
     weights_N = np.ones_like(values_N) if denominators_N is None else np.asarray(denominators_N, dtype=np.float64)
@@ -114,6 +118,8 @@ def bootstrap_interval(
             f"got numerators of shape {values_N.shape} and denominators of shape {weights_N.shape}; "
             f"a bootstrap needs two equally long rows of numbers, at least one each"
         )
+    if clusters_N is not None:
+        values_N, weights_N = _summed_by_cluster(values_N, weights_N, clusters_N)
     generator = np.random.default_rng(seed)
     num_rows = len(values_N)
     # How often each row is drawn is multinomial: this needs no [S, N] table of indices.
@@ -122,6 +128,19 @@ def bootstrap_interval(
     tail = (1.0 - confidence) / 2.0
     lower, upper = np.quantile(ratios_S, [tail, 1.0 - tail])
     return [float(lower), float(upper)]
+
+
+def _summed_by_cluster(
+    values_N: np.ndarray, weights_N: np.ndarray, clusters_N: Sequence[Hashable]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both sums of each cluster, in the order in which clusters are met; the rows' own where there is but one."""
+    if len(clusters_N) != len(values_N):
+        raise ValueError(f"got {len(clusters_N)} clusters for {len(values_N)} rows; give each row one")
+    numbers: dict[Hashable, int] = {}
+    places_N = [numbers.setdefault(cluster, len(numbers)) for cluster in clusters_N]
+    if len(numbers) < 2:
+        return values_N, weights_N
+    return np.bincount(places_N, values_N), np.bincount(places_N, weights_N)
 
 
 def cider_d(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:

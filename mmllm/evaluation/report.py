@@ -57,49 +57,71 @@ class Measure:
     note: str
     kind: str = "percent"
     """"percent" (on a bar from 0 to 100) or "number"."""
-    higher_is_better: bool = True
+    higher_is_better: bool | None = True
+    """None: neither is, nought is best."""
     controls: tuple[tuple[str, str], ...] = ()
     """(key, name) of the scores beside which it is to be read."""
     rows: str = "n"
     """Key of its number of rows."""
+    clusters: tuple[str, str] | None = None
+    """(key of their number, name) of what its rows fall into, which the interval draws whole."""
 
 
-_BLIND_PICTURE = "no picture"
-_BLIND_SOUND = "no sound"
+_GREY = "grey picture"
+_SILENCE = "silence"
 _OTHER_PICTURE = "other pictures"
 MEASURES: dict[str, tuple[Measure, ...]] = {
     "caption": (
         Measure("exact_match", "Exact match", "all of the scene, or all words", controls=(
-            ("blind_exact_match", _BLIND_PICTURE), ("shuffled_exact_match", _OTHER_PICTURE))),
+            ("blind_exact_match", _GREY), ("shuffled_exact_match", _OTHER_PICTURE))),
         Measure("attribute_accuracy", "Attributes right", "size, colour, shape, place", controls=(
-            ("blind_attribute_accuracy", _BLIND_PICTURE), ("shuffled_attribute_accuracy", _OTHER_PICTURE))),
+            ("blind_attribute_accuracy", _GREY), ("shuffled_attribute_accuracy", _OTHER_PICTURE))),
         Measure("cider", "CIDEr-D", "n-grams shared with the reference, 0 to 10", "number", controls=(
-            ("blind_cider", _BLIND_PICTURE), ("shuffled_cider", _OTHER_PICTURE))),
+            ("blind_cider", _GREY), ("shuffled_cider", _OTHER_PICTURE))),
         Measure("heldout_pairs_accuracy", "Pairs never trained on", "shape and colour both right", controls=(
-            ("blind_heldout_pairs_accuracy", _BLIND_PICTURE),), rows="heldout_pairs_n"),
+            ("blind_heldout_pairs_accuracy", _GREY),), rows="heldout_pairs_n",
+            clusters=("num_heldout_pairs", "pairs")),
+        Measure("order_accuracy_2", "Order of two objects", "where both are named right; by chance 50%",
+                rows="order_n_2"),
+        Measure("order_accuracy_3", "Order of three objects", "where all are named right; by chance 17%",
+                rows="order_n_3"),
     ),
     "transcribe": (
         Measure("wer", "Word error rate", "over all words", "percent", False, (
-            ("blind_wer", _BLIND_SOUND), ("shuffled_wer", "other sounds"))),
+            ("blind_wer", _SILENCE), ("shuffled_wer", "other sounds"))),
         Measure("cer", "Character error rate", "over all characters", "percent", False, (
-            ("blind_cer", _BLIND_SOUND),)),
+            ("blind_cer", _SILENCE),)),
         Measure("exact_match", "Exact match", "all words of a row", controls=(
-            ("blind_exact_match", _BLIND_SOUND),)),
+            ("blind_exact_match", _SILENCE),)),
         Measure("heldout_voices_wer", "Word error rate, new voices", "voices never trained on", "percent", False, (
-            ("blind_heldout_voices_wer", _BLIND_SOUND),), rows="heldout_voices_n"),
+            ("blind_heldout_voices_wer", _SILENCE),), rows="heldout_voices_n",
+            clusters=("num_heldout_voices", "voices")),
     ),
     "speak": (
         Measure("round_trip_wer", "Round-trip word error rate", "spoken, then transcribed back", "percent", False, (
             ("shuffled_wer", "other words"), ("resynthesis_wer", "codec alone"))),
+        Measure("judge_wer", "Word error rate by another judge", "a recogniser that shares nothing with the model",
+                "percent", False, (
+            ("judge_shuffled_wer", "other words"), ("judge_resynthesis_wer", "codec alone"))),
+        Measure("length_correlation", "Length, correlation", "of what is spoken with the recordings", "number"),
+        Measure("at_bound", "Stopped at the bound", "did not end by itself", "percent", False),
+        Measure("level_db", "Level, dB", "of the codec's sound against the recording's", "number", None),
+        Measure("mel_error", "Log-mel error", "of the codec's sound, voiced frames", "number", False),
     ),
     "interleaved": (
         Measure("answer_accuracy", "Answers right", "all words of the answer", controls=(
-            ("shuffled_accuracy", "shuffled"), ("blind_accuracy", "none"))),
+            ("shuffled_accuracy", "other rows' media"), ("blind_accuracy", "grey and silent"))),
+        Measure("ordinal_accuracy", "First, second, third", "questions that ask for one of several by its place",
+                controls=(("shuffled_ordinal_accuracy", "other rows' media"),
+                          ("blind_ordinal_accuracy", "grey and silent")), rows="ordinal_n"),
     ),
     "text": (
         Measure("bits_per_byte", "Bits a byte", "of held-out text", "number", False),
     ),
 }  # fmt: skip
+
+
+_ARROWS = {True: "↑", False: "↓", None: "→ 0"}
 
 
 def write_report(
@@ -224,7 +246,7 @@ def _measure_row(measure: Measure, scores: Mapping[str, Any]) -> dict[str, Any]:
         start, stop = _place(interval[0]), _place(interval[1])
         band = (start, max(stop - start, 1.5))
     return {
-        "label": f"{measure.label} {'↑' if measure.higher_is_better else '↓'}",
+        "label": f"{measure.label} {_ARROWS[measure.higher_is_better]}",
         "note": measure.note,
         "value": _score(scores[measure.key], percent),
         "bar": _place(scores[measure.key]) if percent else None,
@@ -233,8 +255,17 @@ def _measure_row(measure: Measure, scores: Mapping[str, Any]) -> dict[str, Any]:
         "interval": f"{_score(interval[0], percent)} – {_score(interval[1], percent)}" if interval else "",
         "controls": [(name, _score(value, percent)) for name, value in controls],
         "control_marks": [_place(value) for _, value in controls] if percent else [],
-        "rows": f"{scores[measure.rows]:,}" if measure.rows in scores else "",
+        "rows": _num_rows(measure, scores),
     }
+
+
+def _num_rows(measure: Measure, scores: Mapping[str, Any]) -> str:
+    """The number of rows, and of what they fall into: "504 in 12 pairs"."""
+    if measure.rows not in scores:
+        return ""
+    key, name = measure.clusters or ("", "")
+    inside = f" in {scores[key]:,} {name}" if key in scores else ""
+    return f"{scores[measure.rows]:,}{inside}"
 
 
 def _place(value: float) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "crescent")
@@ -160,6 +160,24 @@ def render_caption(objects: list[SceneObject], relation: str, rng: random.Random
     ))  # fmt: skip
 
 
+def plain_caption(objects: list[SceneObject], relation: str, rng: random.Random) -> str:
+    """The plainest wording of a scene: each object as "a small red circle", and the relation between neighbours.
+
+    Args:
+        objects: as `render_caption`'s.
+        relation: likewise.
+        rng: chooses the end at which it begins.
+    """
+    names = [
+        f"{'an' if thing.size[0] in 'aeiou' else 'a'} {thing.size} {thing.colour} {thing.shape}" for thing in objects
+    ]
+    if len(objects) == 1:
+        return f"{names[0]} {POSITION_FORMS[relation][0]}"
+    if rng.random() < 0.5:
+        names, relation = names[::-1], OPPOSITE[relation]
+    return f" {relation} ".join(names)
+
+
 # ---------------------------------------------------------------------------------------------------------- parsing
 def _any(*words: str) -> str:
     return "(?:" + "|".join(sorted(words, key=len, reverse=True)) + ")"
@@ -188,34 +206,82 @@ _SKELETONS: dict[str, tuple[tuple[int, int, int], ...]] = {
 """For each skeleton: (object, which of the relations met, object), numbered in the order of mention."""
 
 
+@dataclass(frozen=True)
+class Symbol:
+    """A piece of a caption that means something.
+
+    Attributes:
+        kind: a letter of its skeleton.
+        words: as the lexer reads them, without capitals and punctuation.
+        start: number of its first word in the caption.
+        name: of the relation or position; "" of others.
+        thing: of an object.
+    """
+
+    kind: str
+    words: tuple[str, ...]
+    start: int
+    name: str = ""
+    thing: SceneObject | None = None
+
+    @property
+    def stop(self) -> int:
+        """Number of the word behind it."""
+        return self.start + len(self.words)
+
+    @staticmethod
+    def is_attribute(word: str) -> bool:
+        """Whether it is a size, a colour or a shape."""
+        return word in SIZES or word in COLORS or word in SHAPES
+
+
+def read_symbols(text: str) -> list[Symbol] | None:
+    """The pieces of a caption in order, words without meaning of their own ("_") too; None where there are others.
+
+    Capitals and punctuation don't matter.
+    """
+    text = " ".join(re.sub(r"[^a-z ]", " ", text.lower()).split())
+    symbols: list[Symbol] = []
+    start = num_words = 0
+    while start < len(text):
+        match = _LEXER.match(text, start)
+        if match is None or (match.end() < len(text) and text[match.end()] != " "):
+            return None
+        start = match.end() + 1
+        kind, words = match.lastgroup or "", tuple(match.group().split())
+        name, thing = _WORDINGS[kind][match.group()] if kind in _WORDINGS else "", None
+        if kind == "O":
+            size, colour, shape = (next(w for w in options if w in words) for options in (SIZES, COLORS, SHAPES))
+            thing = SceneObject(size, colour, shape)
+        symbols.append(Symbol(kind, words, num_words, name, thing))
+        num_words += len(words)
+    return symbols or None
+
+
+def caption_relations(symbols: list[Symbol]) -> list[tuple[int, Symbol, int | str]] | None:
+    """What is said between objects, by their numbers: (object, relation as it is said, object or position).
+
+    Returns:
+        None where the symbols make no sentence of the grammar.
+    """
+    skeleton = "".join(symbol.kind for symbol in symbols if symbol.kind != "_")
+    named = [symbol for symbol in symbols if symbol.name]
+    if skeleton in ("OP", "PO"):
+        return [(0, replace(named[0], name=AT), named[0].name)]
+    if skeleton not in _SKELETONS:
+        return None
+    return [(first, named[place], second) for first, place, second in _SKELETONS[skeleton]]
+
+
 def parse_caption(text: str) -> ParsedScene | None:
     """What a caption says, or None where it is no caption of the grammar.
 
     Capitals and punctuation don't matter. Contradictions ("a … left of b, which is right of …") are parsed as they
     stand, and then equal no scene.
     """
-    text = " ".join(re.sub(r"[^a-z ]", " ", text.lower()).split())
-    objects: list[SceneObject] = []
-    names: list[str] = []
-    skeleton = ""
-    start = 0
-    while start < len(text):
-        match = _LEXER.match(text, start)
-        if match is None or (match.end() < len(text) and text[match.end()] != " "):
-            return None
-        start = match.end() + 1
-        kind = match.lastgroup or ""
-        if kind == "_":
-            continue
-        skeleton += kind
-        if kind == "O":
-            words = set(match.group().split())
-            size, colour, shape = (next(w for w in options if w in words) for options in (SIZES, COLORS, SHAPES))
-            objects.append(SceneObject(size, colour, shape))
-        elif kind in _WORDINGS:
-            names.append(_WORDINGS[kind][match.group()])
-    if skeleton in ("OP", "PO"):
-        return ParsedScene.of(objects, [(0, AT, names[0])])
-    if skeleton not in _SKELETONS:
+    symbols = read_symbols(text)
+    relations = caption_relations(symbols) if symbols is not None else None
+    if symbols is None or relations is None:
         return None
-    return ParsedScene.of(objects, [(first, names[name], second) for first, name, second in _SKELETONS[skeleton]])
+    objects = [symbol.thing for symbol in symbols if symbol.thing is not None]
+    return ParsedScene.of(objects, [(first, symbol.name, second) for first, symbol, second in relations])

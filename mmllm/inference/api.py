@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
-import numpy as np
-import soundfile
 import torch
 from torch import Tensor
 
@@ -21,10 +17,12 @@ from mmllm.checkpoints.folder import load_model
 from mmllm.checkpoints.settings import GenerationConfig, Sampling
 from mmllm.data.samples.decode import ImageInput, ImageTransform
 from mmllm.data.samples.documents import Document, DocumentWriter, Segment, build_prompt, default_transform, media_slots
-from mmllm.inference.generate import generate_text, generate_units
+from mmllm.inference.generate import generate_text
 from mmllm.inference.inputs import AudioInput, AudioPart, ImagePart, Part, as_audio, as_image, parse_parts
 from mmllm.inference.prompts import join
 from mmllm.inference.scoring import score_continuations
+from mmllm.inference.speaking import Speaker, Waveform, speech_options
+from mmllm.inference.voices import Recording, align_recording
 from mmllm.model.multimodal import MultimodalModel
 from mmllm_tokenizers.chat import chat_pieces
 from mmllm_tokenizers.folder import TokenizerFolder
@@ -32,34 +30,6 @@ from mmllm_tokenizers.vocab import END
 
 _Answer = TypeVar("_Answer")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Waveform:
-    """Speech that a model made."""
-
-    samples: np.ndarray
-    """float32 [T] in about [-1, 1]."""
-    sample_rate: int
-    codes_KF: np.ndarray
-    """int64, the units of which it was made."""
-
-    @property
-    def seconds(self) -> float:
-        """How long it lasts."""
-        return len(self.samples) / self.sample_rate
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes 16-bit sound in the format that the path's suffix names (`.wav`, `.flac`, `.ogg`).
-
-        Raises:
-            ValueError: the suffix names no format.
-        """
-        path = Path(path)
-        if path.suffix[1:].upper() not in soundfile.available_formats():
-            raise ValueError(f"cannot write sound to {path}: its suffix is {path.suffix!r}; use .wav, .flac or .ogg")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, self.samples.clip(-1.0, 1.0), self.sample_rate)
 
 
 def load(
@@ -94,7 +64,6 @@ def load(
 
 
 class _Settings(TypedDict, total=False):
-    temperature: float
     top_k: int | None
     top_p: float | None
     seed: int
@@ -109,14 +78,31 @@ class TextSettings(_Settings, total=False):
     shows a grey picture for each image and silence for each sound: the baseline of what words alone give.
     """
 
+    temperature: float
     max_new_tokens: int
     blind: bool
 
 
 class SpeechSettings(_Settings, total=False):
-    """Keyword arguments of `Model.speak`: as `TextSettings`, for units; `max_seconds` bounds the speech."""
+    """Keyword arguments of `Model.speak`: as `TextSettings`, for units; `max_seconds` bounds the speech.
 
+    `temperature` may be one of each codebook. `best_of` tries are spoken of each text, of which the one is kept that
+    the model's CTC head hears best. `stop()` is asked before each frame; True ends what is still spoken.
+
+    Where the model has a pointer into what it says: `rate` 2 speaks about twice as fast, `pauses` are seconds of rest
+    behind words by their numbers (`{2: 0.5}`: behind the third word; -1: before the first), a letter lasts
+    `max_letter_seconds` at most, and `variation` (0 to 1) leaves the time that each takes to chance. Without
+    `max_seconds`, speech takes as long as its text does.
+    """
+
+    temperature: float | Sequence[float]
     max_seconds: float
+    rate: float
+    pauses: Mapping[int, float]
+    max_letter_seconds: float
+    variation: float
+    best_of: int
+    stop: Callable[[], bool]
 
 
 class Model:
@@ -213,6 +199,8 @@ class Model:
         out: Sequence[str | os.PathLike[str]] | None = None,
         *,
         voice: str | list[str | None] | None = None,
+        recording: AudioInput | None = None,
+        recording_text: str | None = None,
         **settings: Unpack[SpeechSettings],
     ) -> list[Waveform]: ...
     @overload
@@ -222,6 +210,8 @@ class Model:
         out: str | os.PathLike[str] | None = None,
         *,
         voice: str | None = None,
+        recording: AudioInput | None = None,
+        recording_text: str | None = None,
         **settings: Unpack[SpeechSettings],
     ) -> Waveform: ...
     def speak(
@@ -230,6 +220,8 @@ class Model:
         out: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
         *,
         voice: str | list[str | None] | None = None,
+        recording: AudioInput | None = None,
+        recording_text: str | None = None,
         **settings: Unpack[SpeechSettings],
     ) -> Waveform | list[Waveform]:
         """Says a text, or each of a list.
@@ -238,6 +230,8 @@ class Model:
             texts: what to say.
             out: a sound file to write, or one for each text.
             voice: a speaker of the training data, or one for each text; None leaves it to the model.
+            recording: a few seconds of a voice, in which the texts are said as if it went on.
+            recording_text: what is said in it.
             **settings: see `SpeechSettings`.
 
         Raises:
@@ -247,7 +241,6 @@ class Model:
         _check_settings(settings, SpeechSettings)
         self._need(self.model.config.audio, "speak", "texts to be spoken")
         defaults = self.generation
-        audio = self.tokenizer.require_audio()
         many = _as_list(texts)
         if not all(text.strip() for text in many):
             raise ValueError("a text to be spoken is empty; give words")
@@ -260,28 +253,21 @@ class Model:
         for noun, given in (("voices", voices), ("files", paths)):
             if len(given) != len(many):
                 raise ValueError(f"there are {len(many)} texts but {len(given)} {noun}; give one for each text")
-        prompts = [self._prompt("speak", text=text, voice=one) for text, one in zip(many, voices, strict=True)]
-        max_seconds = settings.get("max_seconds", defaults.max_seconds)
-        if not max_seconds > 0:
-            raise ValueError(f"max_seconds is {max_seconds}; it must be positive")
-        sounds = generate_units(
-            self.model,
-            self.tokenizer,
-            prompts,
-            _sampling(settings, defaults.speech),
-            max(1, round(max_seconds * self.tokenizer.frame_rate)),
-            settings.get("batch_size", defaults.batch_size),
-            self.progress,
-        )
-        waveforms = []
-        for codes_KF in sounds:
-            wave = audio.decode(codes_KF)
-            mono = wave.mean(dim=0) if wave.dim() == 2 else wave
-            waveforms.append(Waveform(mono.numpy().astype(np.float32), audio.sample_rate, codes_KF.numpy()))
+        options = speech_options(settings, defaults, self.model.pointer is not None)
+        speaker = Speaker(self.model, self.tokenizer, self.progress)
+        waveforms = speaker.speak(many, voices, options, self._recording(recording, recording_text))
         for waveform, path in zip(waveforms, paths, strict=True):
             if path is not None:
                 waveform.save(path)
         return _like(texts, waveforms)
+
+    def _recording(self, recording: AudioInput | None, text: str | None) -> Recording | None:
+        if recording is None and text is None:
+            return None
+        if recording is None or text is None:
+            raise ValueError("a voice from a recording needs both: recording, and recording_text, what is said in it")
+        (codes_KF,) = self._encode([as_audio(recording)])
+        return align_recording(self.model, self.tokenizer, codes_KF[: self.tokenizer.num_codebooks], text)
 
     def generate(
         self,
@@ -544,7 +530,7 @@ def _check_settings(settings: Mapping[str, Any], wanted: type) -> None:
             raise ValueError(f"unknown setting {name!r}; wanted one of {', '.join(known)}")
 
 
-def _sampling(settings: TextSettings | SpeechSettings, default: Sampling) -> Sampling:
+def _sampling(settings: TextSettings, default: Sampling) -> Sampling:
     return Sampling(
         settings.get("temperature", default.temperature),
         settings.get("top_k", default.top_k),

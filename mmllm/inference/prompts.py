@@ -7,13 +7,37 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
-from mmllm.data.samples.documents import Document, tile_places
+from mmllm.data.loading.collate import with_pointers
+from mmllm.data.samples.documents import Document, Pointer, tile_places
+
+
+class SpokenLetters(NamedTuple):
+    """Where rows that speak are in their texts."""
+
+    letters_L: Tensor
+    """As `PackedBatch.letters_L`, of all rows."""
+    places_B: Tensor
+    """int64 index into them."""
+    ages_B: Tensor
+    """int64."""
+
+    def put_into(self, batch: PackedBatch) -> PackedBatch:
+        """A batch of one position a row, with its pointers."""
+        ages_B1 = self.ages_B[:, None]
+        return dataclasses.replace(
+            batch,
+            letters_L=self.letters_L,
+            pointer_BT=self.places_B[:, None],
+            pointer_age_BT=ages_B1,
+            advance_labels_BT=torch.full_like(ages_B1, IGNORE),
+        )
 
 
 def pad_left(documents: Sequence[Document]) -> PackedBatch:
@@ -45,7 +69,7 @@ def pad_left(documents: Sequence[Document]) -> PackedBatch:
         for clip in document.clips:
             clips.append(torch.from_numpy(np.ascontiguousarray(clip.codes_FK)))
             clip_slots.append(first + clip.start + torch.arange(clip.num_slots))
-    return PackedBatch(
+    batch = PackedBatch(
         token_ids_BT=torch.from_numpy(token_ids_BT),
         labels_BT=torch.from_numpy(labels_BT),
         positions_BT=torch.from_numpy(positions_BT),
@@ -61,16 +85,27 @@ def pad_left(documents: Sequence[Document]) -> PackedBatch:
         clip_targets_CL=torch.full((len(clips), 1), -1),
         image_tiles_N3=torch.from_numpy(tile_places(picture for each in documents for picture in each.images)),
     )
+    pointers = [
+        (row, num_positions - document.num_tokens, document.pointer)
+        for row, document in enumerate(documents)
+        if document.pointer is not None
+    ]
+    return with_pointers(batch, pointers)
 
 
 def next_position(
-    token_ids_B: Tensor, positions_B: Tensor, document_ids_B: Tensor, codes_BK: Tensor, modality: Modality
+    token_ids_B: Tensor,
+    positions_B: Tensor,
+    document_ids_B: Tensor,
+    codes_BK: Tensor,
+    modality: Modality,
+    spoken: SpokenLetters | None = None,
 ) -> PackedBatch:
-    """One new position a row, without images or clips."""
+    """One new position a row, without images or clips; `spoken`: where in their texts those are that speak."""
     num_rows, num_codebooks = codes_BK.shape
     ignored_B1 = torch.full_like(token_ids_B[:, None], IGNORE)
     no_slots = token_ids_B.new_zeros(0, 1)
-    return PackedBatch(
+    batch = PackedBatch(
         token_ids_BT=token_ids_B[:, None],
         labels_BT=ignored_B1,
         positions_BT=positions_B[:, None],
@@ -85,6 +120,7 @@ def next_position(
         clip_slots_CS=no_slots,
         clip_targets_CL=no_slots,
     )
+    return batch if spoken is None else spoken.put_into(batch)
 
 
 def join(documents: Sequence[Document]) -> Document:
@@ -107,7 +143,14 @@ def join(documents: Sequence[Document]) -> Document:
         ),
         filler=documents[0].filler,
         has_units=any(document.has_units for document in documents),
+        pointer=_joined_pointer(documents),
     )
+
+
+def _joined_pointer(documents: Sequence[Document]) -> Pointer | None:
+    if all(document.pointer is None for document in documents):
+        return None
+    return Pointer.join([document.pointer or Pointer.none(document.num_tokens) for document in documents])
 
 
 def _stack(rows: list[Tensor]) -> Tensor:

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mmllm.checkpoints.adapters import (
@@ -38,6 +37,7 @@ from mmllm.interop.families import decoder_config
 from mmllm.interop.family_configs import family_for
 from mmllm.interop.tokenizer_files import copy_there
 from mmllm.model.decoder_config import DecoderConfig
+from mmllm_tokenizers.tensor_file import save_tensors
 
 _STACK = re.compile(r"(?P<layer>layers\.\d+\.mlp\.experts)\.(?P<inner>base_layer\.)?lora_(?P<side>[AB])\.weight")
 _FUSED = {"phi3": ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")}
@@ -118,7 +118,8 @@ def export(model_dir: str | Path, name: str, out: str | Path) -> str:
     if out.is_dir() and any(path.name not in (CONFIG, WEIGHTS) for path in out.iterdir()):
         raise ValueError(f"{out} holds other files than an adapter's; give a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, out / WEIGHTS, metadata={"format": "pt"})
+    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    save_tensors(contiguous, out / WEIGHTS, metadata={"format": "pt"})
     write_json(out / CONFIG, values)
     return f"{out}: {name}, {len(tensors)} tensors for the model as {family}"
 

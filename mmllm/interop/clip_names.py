@@ -84,6 +84,11 @@ class ClipTower:
     """
 
     def __init__(self, vision: VisionConfig):
+        if vision.whitened is not None:
+            raise ValueError(
+                "vision.whitened is given, a tower that LLaVA doesn't have; train with CLIP or SigLIP to export "
+                "pictures, or export as decoder"
+            )
         if vision.transformers is not None:
             if family_of(vision.transformers).is_naflex:
                 raise ValueError(

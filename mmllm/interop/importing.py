@@ -49,7 +49,7 @@ _VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 PART_NAMES = {
     "decoder": "decoder", "vision": "image tower", "image_projector": "image projector",
     "code_embedding": "audio front end", "clip_projector": "audio front end", "unit_projector": "audio front end",
-    "ctc_head": "CTC head", "mask_embedding": "word dropout",
+    "pointer": "speech pointer", "ctc_head": "CTC head", "mask_embedding": "word dropout",
 }  # fmt: skip
 """What reports call the modules of a model."""
 

@@ -5,10 +5,11 @@ Shapes: M targets, D width, V vocabulary, C clips, S slots a clip, L layers with
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmllm.batch import IGNORE, PackedBatch
@@ -28,13 +29,14 @@ class BatchLosses:
     """Sums and counts, not means, so that ranks and accumulated batches can be added."""
 
     objective: Tensor
-    """Differentiable: text and units with all their weights, in nats; to be divided by `counts["task"]`."""
+    """Differentiable: text, units and the advance of pointers with all their weights, in nats; to be divided by
+    `counts["task"]`, the number of text and unit targets."""
     ctc_sum: Tensor
     """Differentiable: of clips that can be aligned, each divided by its length; to be divided by `counts["ctc"]`."""
     sums: dict[str, Tensor]
     """Detached, to be reported: "text" and "units" (nats, without the config's weights), "task" (the objective), "ctc",
-    "head_z" (logsumexp² of the head, where it has a weight) and those of a mixture of depths. Routers' losses need the
-    counts of all ranks: `mmllm.losses.routing`."""
+    "advance" (nats, where the model has a pointer), "head_z" (logsumexp² of the head, where it has a weight) and those
+    of a mixture of depths. Routers' losses need the counts of all ranks: `mmllm.losses.routing`."""
     counts: dict[str, Tensor]
     """What each sum is divided by. "units": a frame counts 1 when all K codes are targets."""
     source_sums: Tensor
@@ -55,19 +57,26 @@ class LossFunction:
         config: of the model.
         source_names: of the recipe's sources, in its order.
         num_sources: how many to tell apart where they have no names.
+        text_weights: factors of the losses of text ids, see `word_weights`.
 
     Raises:
         ValueError: a weight names a source or a codebook that there is not.
     """
 
-    def __init__(self, config: ModelConfig, source_names: Sequence[str] = (), num_sources: int = 1):
+    def __init__(
+        self,
+        config: ModelConfig,
+        source_names: Sequence[str] = (),
+        num_sources: int = 1,
+        text_weights: Mapping[int, float] | None = None,
+    ):
         self.num_sources = len(source_names) or num_sources
         audio, loss = config.audio, config.loss
         self._layout = HeadLayout(config.num_text)
         if audio is not None:
             self._layout = HeadLayout(config.num_text, audio.num_codebooks, audio.codebook_size, audio.audio_end_id)
         self._backend: CrossEntropyBackend = loss.cross_entropy
-        self._weights = TokenWeights.of(loss, self._layout, source_names, self.num_sources)
+        self._weights = TokenWeights.of(loss, self._layout, source_names, self.num_sources, text_weights)
 
     def __call__(self, model: MultimodalModel, output: ModelOutput, batch: PackedBatch) -> BatchLosses:
         """Losses of a batch.
@@ -78,15 +87,19 @@ class LossFunction:
             batch: gives the targets.
         """
         tokens = self._of_tokens(model, output, batch)
+        advance, advance_sum, advance_count = self._of_pointers(model, output, batch)
+        objective = tokens.objective + advance
         ctc_sum, num_clips, num_left_out = _ctc(model, output, batch)
         sums = {
             "text": tokens.text_sum,
             "units": tokens.units_sum,
-            "task": tokens.objective.detach(),
+            "task": objective.detach(),
             "ctc": ctc_sum.detach(),
         }
         counts = {"text": tokens.text_count, "units": tokens.units_count, "ctc": num_clips}
         counts["task"] = counts["text"] + counts["units"]
+        if model.pointer is not None:
+            sums["advance"], counts["advance"] = advance_sum, advance_count
         if self._weights.head_z_loss_coef:
             sums["head_z"], counts["head_z"] = tokens.z_sum, tokens.z_count
         depth = output.routing.depth
@@ -97,7 +110,7 @@ class LossFunction:
             for name, num_L in shares.items():
                 sums[name], counts[name] = num_L.to(num_tokens.dtype).mean(), num_tokens
         return BatchLosses(
-            objective=tokens.objective + output.zero,
+            objective=objective + output.zero,
             ctc_sum=ctc_sum,
             sums=sums,
             counts=counts,
@@ -125,6 +138,21 @@ class LossFunction:
             return token_losses(hidden_MD, weight_VD, targets, self._layout, self._weights, backend=self._backend)
 
         return model.decoder.lm_head(hidden_MD, reduce)
+
+    def _of_pointers(
+        self, model: MultimodalModel, output: ModelOutput, batch: PackedBatch
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the advances add to the objective; their sum in nats without weights, detached, and their number."""
+        advances_A, sequences = output.metadata.advances_A, output.metadata.sequences
+        zero = output.hidden_QD.new_zeros((), dtype=torch.promote_types(output.hidden_QD.dtype, torch.float32))
+        if model.pointer is None or not len(advances_A):
+            return zero, zero, zero
+        positions_A = sequences.tokens_Q[advances_A]
+        logits_AJ = model.pointer.advance_head(output.hidden_QD.index_select(0, advances_A)).to(zero.dtype)
+        losses_A = F.cross_entropy(logits_AJ, batch.advance_labels_BT.flatten()[positions_A], reduction="none")
+        weights_A = self._weights.sources_S[batch.source_BT.flatten()[positions_A].clamp(min=0)].to(zero.dtype)
+        weighted = model.config.loss.advance * (losses_A * weights_A).sum()
+        return weighted, losses_A.detach().sum(), zero + len(advances_A)
 
 
 def _ctc(model: MultimodalModel, output: ModelOutput, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ targets of codebooks beyond the first, J = K − 1 such codebooks, S sources.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -58,15 +58,24 @@ class TokenWeights:
     codebooks_K: Tensor
     """float32, of sum 1, so that a frame weighs as much as a text token."""
     sources_S: Tensor
-    """float32. They change what is trained on, not what the reported losses are divided by."""
+    """float32. They change what is trained on, not what the reported losses are divided by; so do the next."""
+    text_V: Tensor | None = None
+    """float32, of each text id; None: all alike."""
 
     def to(self, device: torch.device | str) -> TokenWeights:
         """The same on a device."""
         codebooks_K, sources_S = (x.to(device, non_blocking=True) for x in (self.codebooks_K, self.sources_S))
-        return replace(self, codebooks_K=codebooks_K, sources_S=sources_S)
+        text_V = None if self.text_V is None else self.text_V.to(device, non_blocking=True)
+        return replace(self, codebooks_K=codebooks_K, sources_S=sources_S, text_V=text_V)
 
     @staticmethod
-    def of(config: LossConfig, layout: HeadLayout, source_names: Sequence[str], num_sources: int) -> TokenWeights:
+    def of(
+        config: LossConfig,
+        layout: HeadLayout,
+        source_names: Sequence[str],
+        num_sources: int,
+        text_weights: Mapping[int, float] | None = None,
+    ) -> TokenWeights:
         """Checks the config against the vocabulary and the recipe.
 
         Args:
@@ -74,6 +83,7 @@ class TokenWeights:
             layout: of the vocabulary.
             source_names: of the recipe's sources, in its order; may be empty.
             num_sources: how many sources are told apart.
+            text_weights: of text ids; 1 for the others. The config's `word_weights` as a tokenizer has them.
 
         Raises:
             ValueError: it has weights of codebooks or sources that there are not.
@@ -93,12 +103,18 @@ class TokenWeights:
                     f"{', '.join(source_names) or 'none that is named'}"
                 )
             sources[source_names.index(name)] = weight
+        text_V = None
+        if text_weights:
+            text_V = torch.ones(layout.num_text)
+            for token_id, weight in text_weights.items():
+                text_V[token_id] = weight
         return TokenWeights(
             text=config.text,
             units=config.units,
             head_z_loss_coef=config.head_z_loss_coef,
             codebooks_K=torch.tensor([weight / sum(weights) for weight in weights]),
             sources_S=torch.tensor(sources),
+            text_V=text_V,
         )
 
 
@@ -199,6 +215,9 @@ def token_losses(
         share_M = torch.where(is_code_M, codebooks_K[0], 1.0) * share_M
         share_UJ = share_UJ * codebooks_K[1:]
     factor_M = torch.where(is_units_M, weights.units, weights.text) * sources_S[source_M]
+    if weights.text_V is not None:
+        is_text_M = has_label_M & ~is_units_M & (labels_M < layout.num_text)
+        factor_M = factor_M * torch.where(is_text_M, weights.text_V.to(wide)[labels_M * is_text_M], 1.0)
     if layout.num_codebooks > 1:
         factor_U1 = factor_M[frames_U][:, None]
         codes = CodeTargets(frames_U, codes_UJ, share_UJ * factor_U1, layout.second_codebook, layout.block)

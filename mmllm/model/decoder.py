@@ -27,6 +27,7 @@ from mmllm.model.recompute import Recompute, checkpointed, recompute_mode
 from mmllm.model.rope import rotary
 from mmllm.model.router import TokenInfo
 from mmllm.model.routing_stats import LayerSums, RoutingStats
+from mmllm.model.short_conv import Neighbors, PackedNeighbors, ShortConv
 from mmllm.model.virtual_tokens import PrefixLayer, VirtualLayout, VirtualTokens
 from mmllm.sequences import SequenceMetadata
 
@@ -35,7 +36,7 @@ Context = PackedContext | CacheLayer | PrefixLayer
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)); short convolutions, if any, follow the norms."""
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
@@ -53,6 +54,10 @@ class Block(nn.Module):
             self.mlp = MoE(config.hidden_size, config.moe)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.attention_conv = self.mlp_conv = None
+        if config.conv_size:
+            self.attention_conv = ShortConv(config.hidden_size, config.conv_size, "attention")
+            self.mlp_conv = ShortConv(config.hidden_size, config.conv_size, "mlp")
 
     def forward(
         self,
@@ -62,12 +67,14 @@ class Block(nn.Module):
         context: Context,
         tokens: TokenInfo,
         layout: DepthLayout | None = None,
+        neighbors: Neighbors | None = None,
     ) -> tuple[Tensor, LayerSums | DepthSums | None]:
         """The new residual stream, and sums of the routing to experts or past the block, if they are wanted."""
         if self.compiled is None:
-            return checkpointed(self.recompute, self._run, x_ND, cos, sin, context, tokens, layout)
+            return checkpointed(self.recompute, self._run, x_ND, cos, sin, context, tokens, layout, neighbors)
         mode: Recompute = "full" if self.recompute == "full" else "none"
-        return checkpointed(mode, functools.partial(self.compiled, self), x_ND, cos, sin, context, tokens, layout)
+        run = functools.partial(self.compiled, self)
+        return checkpointed(mode, run, x_ND, cos, sin, context, tokens, layout, neighbors)
 
     def _run_selective(self, *args: Any) -> tuple[Tensor, LayerSums | DepthSums | None]:
         """`_run`, with a selective checkpoint inside of what is compiled: compilers refuse its modes around them."""
@@ -81,9 +88,10 @@ class Block(nn.Module):
         context: Context,
         tokens: TokenInfo,
         layout: DepthLayout | None,
+        neighbors: Neighbors | None,
     ) -> tuple[Tensor, LayerSums | DepthSums | None]:
         if self.depth is None:
-            return self._forward(x_ND, cos, sin, context, tokens)
+            return self._forward(x_ND, cos, sin, context, tokens, neighbors)
         assert not self.has_experts and not isinstance(context, PrefixLayer)
 
         def run(x_PD: Tensor, angles: tuple[Tensor, Tensor], context: PackedContext | CacheLayer) -> Tensor:
@@ -98,10 +106,16 @@ class Block(nn.Module):
         sin: Tensor,
         context: Context,
         tokens: TokenInfo,
+        neighbors: Neighbors | None = None,
     ) -> tuple[Tensor, LayerSums | None]:
-        attended = self.self_attn(self.input_layernorm(x_ND), cos, sin, context)
+        normed_ND = self.input_layernorm(x_ND)
+        if self.attention_conv is not None and neighbors is not None:
+            normed_ND = self.attention_conv(normed_ND, neighbors)
+        attended = self.self_attn(normed_ND, cos, sin, context)
         x_ND = x_ND + F.dropout(attended, self.dropout, self.training)
         normed_ND = self.post_attention_layernorm(x_ND)
+        if self.mlp_conv is not None and neighbors is not None:
+            normed_ND = self.mlp_conv(normed_ND, neighbors)
         sums = None
         if self.has_experts:
             out_ND, sums = self.mlp(normed_ND, tokens)
@@ -138,7 +152,10 @@ class Decoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal, std 0.02; what writes to the residual stream 1 / sqrt(2 · layers) of that (GPT-2); biases 0."""
+        """Normal, std 0.02; what writes to the residual stream 1 / sqrt(2 · layers) of that (GPT-2); biases 0.
+
+        Short convolutions have their own.
+        """
         residual_std = INIT_STD / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
             if name.endswith(".bias"):
@@ -148,6 +165,9 @@ class Decoder(nn.Module):
             else:
                 is_residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
                 nn.init.normal_(parameter, std=residual_std if is_residual else INIT_STD)
+        for module in self.layers.modules():
+            if isinstance(module, ShortConv):
+                module.reset_parameters()
         for moe in self.expert_layers().values():
             moe.gate.reset_buffers()
 
@@ -199,6 +219,7 @@ class Decoder(nn.Module):
             max_length + (0 if virtual is None else virtual.num_tokens),
             weight.device,
             weight.dtype,
+            conv_size=config.conv_size,
         )
         if virtual is not None and virtual.kind == "prefix_tuning":
             virtual.fill(cache)
@@ -276,7 +297,11 @@ class Decoder(nn.Module):
         layout = None
         if self.config.mod_layers:
             layout = DepthLayout.of(sequences, context.documents_Q(), self.config.mod_capacity)
-        return self._run(x_QD, positions_Q, context, tokens, sequences.num_tokens, layout)
+        neighbors = self._neighbors(sequences)
+        return self._run(x_QD, positions_Q, context, tokens, sequences.num_tokens, layout, neighbors)
+
+    def _neighbors(self, sequences: SequenceMetadata) -> PackedNeighbors | None:
+        return PackedNeighbors(sequences, self.config.conv_size) if self.config.conv_size else None
 
     def _context(self, sequences: SequenceMetadata, spans_Q: Tensor | None, x_QD: Tensor) -> PackedContext:
         context = PackedContext(sequences, self.config.attention_backend, spans_Q, _attention_dtype(x_QD))
@@ -297,10 +322,15 @@ class Decoder(nn.Module):
         context, positions_Q = self._context(layout.sequences, None, x_QD), positions_Q + virtual.num_tokens
         if virtual.kind == "prefix_tuning":
             prefixes = [PrefixLayer(context, layout, *pair) for pair in virtual.keys_values_L2VGC]
-            return self._run(x_QD, positions_Q, prefixes, tokens, sequences.num_tokens)
+            return self._run(
+                x_QD, positions_Q, prefixes, tokens, sequences.num_tokens, neighbors=self._neighbors(sequences)
+            )
         x_XD = layout.extended(x_QD, virtual.prompt_embeddings)
         positions_X = layout.extended(positions_Q, torch.arange(virtual.num_tokens, device=positions_Q.device))
-        hidden_XD, stats = self._run(x_XD, positions_X, context, layout.tokens(tokens), sequences.num_tokens)
+        neighbors = self._neighbors(layout.sequences)
+        hidden_XD, stats = self._run(
+            x_XD, positions_X, context, layout.tokens(tokens), sequences.num_tokens, neighbors=neighbors
+        )
         return hidden_XD.index_select(0, layout.real_Q), stats
 
     def _token_info(self, sequences: SequenceMetadata, modality_BT: Tensor | None, shape: torch.Size) -> TokenInfo:
@@ -320,6 +350,7 @@ class Decoder(nn.Module):
         tokens: TokenInfo,
         num_tokens: int,
         layout: DepthLayout | None = None,
+        neighbors: PackedNeighbors | None = None,
     ) -> tuple[Tensor, RoutingStats]:
         config, dtype = self.config, _attention_dtype(x_QD)
         ropes = [(config.rotary_channels(layer), *config.rope(layer)) for layer in range(config.num_hidden_layers)]
@@ -335,7 +366,8 @@ class Decoder(nn.Module):
                     here = context[layer]
                 case _:
                     here = context
-            x_QD, sums = block(x_QD, *angles[ropes[layer]], here, tokens, layout)
+            nearby = here if isinstance(here, CacheLayer) and config.conv_size else neighbors
+            x_QD, sums = block(x_QD, *angles[ropes[layer]], here, tokens, layout, nearby)
             if sums is not None:
                 (depth_by_layer if config.skips_tokens(layer) else by_layer)[layer] = sums
         stats = RoutingStats.of(config.moe, by_layer, tokens, num_tokens, x_QD)

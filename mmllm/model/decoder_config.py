@@ -53,6 +53,8 @@ class DecoderConfig:
             all sliding.
         sliding_window: tokens that a query of a sliding layer sees, itself included.
         sliding_rope_theta: base of the rotary angles in sliding layers; None: `rope_theta`.
+        conv_size: tokens that short causal convolutions mix before attention and before the feed-forward of every
+            block, the token itself included ("Canon" layers A and C, arXiv 2512.17351; 4 there); 0: there are none.
         prefix: what is seen in both directions: the slots of each picture and sound ("media"), all of a document up to
             its first target ("prompt"), or nothing ("none").
         attention_backend: "buckets" of padded documents (any device), torch's "varlen" kernel (a GPU in half
@@ -88,6 +90,7 @@ class DecoderConfig:
     layer_types: tuple[str, ...] | None = None
     sliding_window: int | None = None
     sliding_rope_theta: float | None = None
+    conv_size: int = 0
     prefix: Literal["none", "media", "prompt"] = "none"
     attention_backend: AttentionBackend = "auto"
     tie_word_embeddings: bool = True
@@ -142,6 +145,11 @@ class DecoderConfig:
                 raise ValueError(f"decoder.{key} is {value}; give a number above 1, such as 10000")
         if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps > 0):
             raise ValueError(f"decoder.rms_norm_eps is {self.rms_norm_eps}; give a small positive number, such as 1e-5")
+        if self.conv_size < 0 or self.conv_size == 1:
+            raise ValueError(
+                f"decoder.conv_size is {self.conv_size}; give the number of tokens that are mixed, 2 or more (such "
+                f"as 4), or 0 for none"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"decoder.dropout is {self.dropout}; it must be at least 0 and below 1")
 
@@ -197,6 +205,11 @@ class DecoderConfig:
             raise ValueError(f"decoder.mod_capacity is {self.mod_capacity}; it must be above 0 and at most 1")
         if not (math.isfinite(self.mod_predictor_coef) and self.mod_predictor_coef >= 0):
             raise ValueError(f"decoder.mod_predictor_coef is {self.mod_predictor_coef}; it must be finite, 0 or more")
+        if self.mod_layers and self.conv_size:
+            raise ValueError(
+                f"decoder.conv_size is {self.conv_size} and mod_layers {list(self.mod_layers)}; what stands before a "
+                f"token would be another one where some are skipped: leave one of them out"
+            )
         for layer in self.mod_layers:
             if not 0 <= layer < self.num_hidden_layers:
                 last = self.num_hidden_layers - 1

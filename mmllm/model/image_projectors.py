@@ -6,6 +6,7 @@ H and W rows and columns of features, h and w of slots, I inner width, A attenti
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 
 from mmllm.model.roles import mark
 
-POSITION_STD = 0.2
 QUERY_STD = 0.02
 POOLING = ("average", "attention", "perceiver", "c_abstractor")
 """Kinds whose number of slots is chosen."""
@@ -45,6 +45,8 @@ class ImageProjectorConfig:
         max_tiles: rows and columns of tiles at most, as `tiling.max_tiles` of the tokenizer folder; slots are told
             where their tile is in the picture. 1: pictures are not cut.
         bias: of "llava": whether its layers add one.
+        position_std: of the row and column embeddings at the start, beside normalized features. The stronger they are,
+            the longer does a picture's place outweigh what is in it.
     """
 
     kind: Literal["linear", "mlp", "pixel_shuffle", "average", "attention", "perceiver", "c_abstractor", "llava"] = (
@@ -58,6 +60,7 @@ class ImageProjectorConfig:
     dropout: float = 0.0
     max_tiles: int = 1
     bias: bool = True
+    position_std: float = 0.2
 
     def __post_init__(self) -> None:
         if self.kind in POOLING and self.num_tokens is None:
@@ -71,6 +74,8 @@ class ImageProjectorConfig:
                 raise ValueError(f"image_projector.{name} is {value}; it must be at least 1, or left out")
         if not self.bias and self.kind != "llava":
             raise ValueError(f"image_projector.bias is false with kind {self.kind!r}; only 'llava' can be without")
+        if not (math.isfinite(self.position_std) and self.position_std >= 0):
+            raise ValueError(f"image_projector.position_std is {self.position_std}; give a finite number, 0 or more")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"image_projector.dropout is {self.dropout}; it must be in [0, 1)")
 
@@ -95,8 +100,8 @@ class ImageProjector(nn.Module):
         self.norm = self.row_embedding = self.column_embedding = None
         if config.kind != "llava":
             self.norm = nn.LayerNorm(feature_width)
-            self.row_embedding = nn.Parameter(torch.randn(grid[0], 1, feature_width) * POSITION_STD)
-            self.column_embedding = nn.Parameter(torch.randn(1, grid[1], feature_width) * POSITION_STD)
+            self.row_embedding = nn.Parameter(torch.randn(grid[0], 1, feature_width) * config.position_std)
+            self.column_embedding = nn.Parameter(torch.randn(1, grid[1], feature_width) * config.position_std)
             mark(self, row_embedding="embedding", column_embedding="embedding")
         self.queries = self.pool = None
         hidden = config.hidden_size or width

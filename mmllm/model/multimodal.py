@@ -25,6 +25,7 @@ from mmllm.model.config import config_from_dict, config_to_dict
 from mmllm.model.decoder import INIT_STD, Decoder
 from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.image_projectors import ImageProjector, ImageProjectorConfig
+from mmllm.model.pointer import PointerConfig, SpeechPointer
 from mmllm.model.roles import mark_all
 from mmllm.model.routing_stats import RoutingStats
 from mmllm.model.vision import VisionConfig, VisionTower
@@ -41,6 +42,7 @@ class AudioConfig:
         codebook_size: units a codebook, without the filler.
         codebook_dim: of the codes' embeddings; the codec's dimension where `initialize_audio` is used.
         projector: of clips that are heard.
+        pointer: speech that is predicted knows what is being said; None: it has to find out.
         audio_end_id: of `<|audio_end|>`; the tokenizer folder's is taken where there is one.
         pad_id: of `<|pad|>`, which stands for the blank of CTC; likewise.
     """
@@ -49,6 +51,7 @@ class AudioConfig:
     codebook_size: int
     codebook_dim: int = 128
     projector: AudioProjectorConfig = field(default_factory=AudioProjectorConfig)
+    pointer: PointerConfig | None = None
     audio_end_id: int = SPECIAL_TOKENS.index(AUDIO_END)
     pad_id: int = SPECIAL_TOKENS.index(PAD)
 
@@ -62,7 +65,10 @@ class LossConfig:
         units: weight of unit targets and the end of sound.
         codebook_weights: what each codebook weighs in a frame's loss, in relation to the others; None: all alike.
         source_weights: factors of the losses of sources, by their names in the recipe; 1 for those not named.
+        word_weights: factors of the losses of words where they are targets, with and without a space before them, as
+            far as they are one token. For the few words on which the meaning of a text hangs.
         ctc: weight of the auxiliary CTC loss on clips that are heard; 0: no CTC head.
+        advance: weight of predicting how far a speech's pointer advances, where there is one.
         head_z_loss_coef: weight of the z-loss on the head's softmax, logsumexp² (PaLM, arXiv 2204.02311: 1e-4).
         cross_entropy: which implementation: "chunked" never holds all logits, "full" does, "torch" and "liger" are
             those libraries'; "auto" chooses.
@@ -73,7 +79,9 @@ class LossConfig:
     units: float = 1.0
     codebook_weights: tuple[float, ...] | None = None
     source_weights: dict[str, float] | None = None
+    word_weights: dict[str, float] | None = None
     ctc: float = 0.0
+    advance: float = 0.3
     head_z_loss_coef: float = 0.0
     cross_entropy: Literal["auto", "chunked", "full", "torch", "liger"] = "auto"
     word_dropout: float = 0.0
@@ -81,9 +89,10 @@ class LossConfig:
     def __post_init__(self) -> None:
         if isinstance(self.codebook_weights, list):  # as YAML and JSON give it
             object.__setattr__(self, "codebook_weights", tuple(self.codebook_weights))
-        weights = {key: getattr(self, key) for key in ("text", "units", "ctc", "head_z_loss_coef")}
+        weights = {key: getattr(self, key) for key in ("text", "units", "ctc", "advance", "head_z_loss_coef")}
         weights |= {f"codebook_weights[{k}]": weight for k, weight in enumerate(self.codebook_weights or ())}
-        weights |= {f"source_weights[{name!r}]": weight for name, weight in (self.source_weights or {}).items()}
+        for key in ("source_weights", "word_weights"):
+            weights |= {f"{key}[{name!r}]": weight for name, weight in (getattr(self, key) or {}).items()}
         for key, weight in weights.items():
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"loss.{key} is {weight}; a weight is a finite number, 0 or more")
@@ -173,7 +182,7 @@ class MultimodalModel(nn.Module):
         if config.vision is not None:
             self.vision = VisionTower(config.vision)
             self.image_projector = ImageProjector(config.image_projector, self.vision.grid, self.vision.width, width)
-        self.code_embedding = self.clip_projector = self.unit_projector = self.ctc_head = None
+        self.code_embedding = self.clip_projector = self.unit_projector = self.pointer = self.ctc_head = None
         if config.audio is not None:
             audio = config.audio
             keeps_scale = audio.projector.range_db > 0
@@ -184,6 +193,8 @@ class MultimodalModel(nn.Module):
             self.unit_projector = nn.Sequential(
                 nn.Linear(audio.codebook_dim, width), nn.GELU(), nn.Linear(width, width)
             )
+            if audio.pointer is not None:
+                self.pointer = SpeechPointer(audio.pointer, width)
             if config.loss.ctc:
                 self.ctc_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.num_text))
                 mark_all(self.ctc_head, "head")
@@ -318,7 +329,19 @@ class MultimodalModel(nn.Module):
         if len(media.frames_F):
             frames_FD = self.unit_embedding(batch.audio_codes_BTK.flatten(0, 1)[media.frames_F])
             x_PD = x_PD.index_copy(0, media.frames_F, frames_FD.to(x_PD.dtype))
+        if len(media.pointers_W):
+            x_PD = x_PD.index_add(0, media.pointers_W, self._spoken(batch, media.pointers_W).to(x_PD.dtype))
         return x_PD.view(num_sequences, num_positions, -1), clips_CSD
+
+    def _spoken(self, batch: PackedBatch, pointers_W: Tensor) -> Tensor:
+        """What is being said where there is a pointer, [W, D]."""
+        if self.pointer is None:
+            raise ValueError(
+                "the batch's speech has a pointer, but the model has none; set audio.pointer to {}, or take "
+                "a tokenizer folder without a pointer"
+            )
+        pointer_W, age_W = (each.flatten()[pointers_W] for each in (batch.pointer_BT, batch.pointer_age_BT))
+        return self.pointer(batch.letters_L, pointer_W, age_W)
 
     def _hidden_words(self, batch: PackedBatch) -> Tensor:
         """Which text tokens, targets of the position before, are hidden as inputs, bool [B, T]."""
@@ -390,6 +413,8 @@ class MultimodalModel(nn.Module):
             modules.append(self.unit_projector)
         if not has_clips and not has_frames:
             modules.append(self.code_embedding)
+        if not len(batch.metadata.media.pointers_W):
+            modules.append(self.pointer)
         parameters = [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
         if self.mask_embedding is not None:
             parameters.append(self.mask_embedding)

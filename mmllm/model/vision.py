@@ -1,4 +1,4 @@
-"""The image tower: spatial features of chosen layers of an image encoder of open_clip or transformers.
+"""The image tower: spatial features of chosen layers of an image encoder of open_clip or transformers, or its own.
 
 Shapes: N images, S features an image (rows first), C channels, H and W pixels.
 """
@@ -6,9 +6,10 @@ Shapes: N images, S features an image (rows first), C channels, H and W pixels.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mmllm.model.roles import Role, mark, mark_all
+from mmllm.model.standardized import StandardizedConv2d, group_norm
 from mmllm.model.transformers_vision import (
     build_encoder,
     check_config,
@@ -34,9 +36,8 @@ from mmllm.model.transformers_vision import (
     image_side,
     num_sides,
 )
+from mmllm.model.whitened_vision import WhitenedConfig, WhitenedTower
 
-NORM_GROUPS = 8
-STANDARDIZED_EPS = 1e-4
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ROLES: tuple[tuple[type[nn.Module], dict[str, Role]], ...] = (
@@ -72,6 +73,8 @@ class VisionConfig:
             learnt from nothing as fast as with BatchNorm, without one packed document's pictures changing another's.
         transformers: in the place of `open_clip`, the config of a vision model of transformers: CLIP, SigLIP or
             SigLIP2, whose keys are there as in its config.json. `mmllm import --vision` gives it, with its weights.
+        whitened: in the place of `open_clip`, a small tower of convolutions behind filters that are computed from the
+            training pictures when a training starts: it is learnt from nothing in minutes, and has no other weights.
         post_layernorm: whether the last block's features pass the norm that a ViT has behind it. Of other blocks, and
             of encoders that aren't a ViT of open_clip or transformers, none do.
     """
@@ -86,14 +89,18 @@ class VisionConfig:
     norm: Literal["batch", "group"] = "batch"
     transformers: dict[str, Any] | None = None
     post_layernorm: bool = True
+    whitened: WhitenedConfig | None = None
 
     def __post_init__(self) -> None:
-        if (self.open_clip is None) == (self.transformers is None):
-            given = "neither" if self.transformers is None else "both"
-            raise ValueError(f"vision.open_clip and vision.transformers: {given} is given; give one of them")
+        given = [name for name in ("open_clip", "transformers", "whitened") if getattr(self, name) is not None]
+        if len(given) != 1:
+            said = " and ".join(f"vision.{name}" for name in given) + " are" if given else "none is"
+            raise ValueError(f"of vision.open_clip, vision.transformers and vision.whitened {said} given; give one")
         if self.transformers is not None:
             check_config(self.transformers)
             _check_alone(self)
+        if self.whitened is not None:
+            _check_has_no_layers(self)
         if self.pretrained and self.checkpoint:
             raise ValueError(
                 f"vision.pretrained is {self.pretrained!r} and vision.checkpoint {self.checkpoint!r}; give one of them"
@@ -133,6 +140,21 @@ def _check_alone(config: VisionConfig) -> None:
             )
 
 
+def _check_has_no_layers(config: VisionConfig) -> None:
+    """Refuses beside `whitened` what has a meaning for other encoders alone.
+
+    Raises:
+        ValueError: something like that.
+    """
+    plain = VisionConfig(open_clip="")
+    for key in ("pretrained", "checkpoint", "layer", "norm", "post_layernorm"):
+        if getattr(config, key) != getattr(plain, key):
+            raise ValueError(
+                f"vision.{key} is {getattr(config, key)!r} beside vision.whitened, which has one norm, one layer of "
+                f"features and no weights but those that it learns here; leave {key} out"
+            )
+
+
 def build_clip(config: VisionConfig, load: bool = True) -> nn.Module:
     """The whole open_clip model: both towers.
 
@@ -167,9 +189,8 @@ def open_clip_config(config: VisionConfig) -> dict[str, Any]:
     """open_clip's own config of the model, with the activation that the tag's weights were trained with."""
     name = config.open_clip
     if name is None:
-        raise ValueError(
-            "vision.transformers is given, but this needs a whole model of open_clip; give vision.open_clip"
-        )
+        given = "vision.transformers" if config.transformers is not None else "vision.whitened"
+        raise ValueError(f"{given} is given, but this needs a whole model of open_clip; give vision.open_clip")
     if isinstance(name, str):
         model_config = open_clip.get_model_config(name)
         if model_config is None:
@@ -243,17 +264,6 @@ def _mark_bare(trunk: nn.Module) -> None:
             mark(module, **roles)
 
 
-class StandardizedConv2d(nn.Conv2d):
-    """A convolution whose filters are used with mean 0 and norm 1 (weight standardization, arXiv 1903.10520)."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """As `nn.Conv2d`."""
-        var_O111, mean_O111 = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        fan_in = self.weight[0].numel()
-        weight_OIHW = (self.weight - mean_O111) * torch.rsqrt(fan_in * var_O111 + STANDARDIZED_EPS)
-        return self._conv_forward(input, weight_OIHW, self.bias)
-
-
 def _use_group_norm(module: nn.Module) -> None:
     """Replaces BatchNorm by GroupNorm (arXiv 1803.08494) and standardizes the filters, in place.
 
@@ -263,7 +273,7 @@ def _use_group_norm(module: nn.Module) -> None:
     for name, child in module.named_children():
         match child:
             case nn.BatchNorm2d():
-                setattr(module, name, nn.GroupNorm(math.gcd(NORM_GROUPS, child.num_features), child.num_features))
+                setattr(module, name, group_norm(child.num_features))
             case nn.Conv2d():
                 child.__class__ = StandardizedConv2d  # the same parameters, under the same names
             case _:
@@ -321,6 +331,9 @@ class VisionTower(nn.Module):
         if config.transformers is not None:
             self._build_encoder(config.transformers)
             return
+        if config.whitened is not None:
+            self._build_whitened(config.whitened)
+            return
         clip = build_clip(config, load=False)
         visual: Any = clip.visual
         size: Any = visual.image_size
@@ -353,6 +366,28 @@ class VisionTower(nn.Module):
         self.requires_grad_(self.config.trainable)
         self.train()
 
+    def _build_whitened(self, config: WhitenedConfig) -> None:
+        """The tower that is learnt here, whose config tells its sizes."""
+        self.visual, self._depths = WhitenedTower(config), (0,)
+        self.visual.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.image_size, self.width, side = config.image_size, config.feature_width, config.num_sides
+        self.grid = (side, side)
+        self.requires_grad_(self.config.trainable)
+        self.train()
+
+    @property
+    def needs_pictures(self) -> bool:
+        """Whether `whiten` is to be called before training; asks the device."""
+        return self.config.whitened is not None and not int(self._whitened().num_pictures)
+
+    def whiten(self, images_N3HW: Iterable[Tensor]) -> int:
+        """Computes the filters of a whitened tower from uint8 images, in parts; gives how many there were."""
+        return self._whitened().whiten(map(self._pixels, images_N3HW))
+
+    def _whitened(self) -> WhitenedTower:
+        assert self.config.whitened is not None, "only such a tower is computed from pictures"
+        return self.visual  # pyright: ignore[reportReturnType]
+
     @property
     def _normed_depth(self) -> int | None:
         """Of the layer of transformers' encoder whose features pass the last norm."""
@@ -378,6 +413,8 @@ class VisionTower(nn.Module):
         visual: Any = self.visual
         if self.config.transformers is not None:
             return encoder_layers(visual)
+        if self.config.whitened is not None:
+            return self._whitened().blocks
         if isinstance(visual, ModifiedResNet):
             return [
                 block for name in ("layer1", "layer2", "layer3", "layer4") for block in getattr(visual, name).children()
@@ -391,7 +428,9 @@ class VisionTower(nn.Module):
     def hash(self) -> str:
         """SHA-256 of all that decides the features; where weights are sharded, a collective call."""
         shape: list[Any] = [self.config.transformers]
-        if self.config.transformers is None:
+        if self.config.whitened is not None:
+            shape = [dataclasses.asdict(self.config.whitened)]
+        elif self.config.transformers is None:
             model_config = open_clip_config(self.config)
             shape = [model_config["vision_cfg"], model_config.get("quick_gelu", False), self.config.norm]
         if len(self._depths) > 1:
@@ -423,18 +462,23 @@ class VisionTower(nn.Module):
                 f"images are {images_N3HW.dtype} {list(images_N3HW.shape)}; "
                 f"this tower takes uint8 [N, 3, {size}, {size}]"
             )
-        dtype = next(self.visual.parameters()).dtype
-        mean_311, std_311 = (_of_levels(values, images_N3HW.device) for values in (self.mean, self.std))
-        pixels = ((images_N3HW - mean_311) / std_311).to(dtype)
-        if isinstance(self.visual, ModifiedResNet):
+        pixels = self._pixels(images_N3HW).to(next(self.visual.parameters()).dtype)
+        if self.config.whitened is not None or isinstance(self.visual, ModifiedResNet):
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(self.config.trainable and torch.is_grad_enabled()):
             layers = self._spatial(pixels)
             return (layers[0] if len(layers) == 1 else torch.cat(layers, dim=1)).flatten(2).transpose(1, 2)
 
+    def _pixels(self, images_N3HW: Tensor) -> Tensor:
+        """Normalized, float32."""
+        mean_311, std_311 = (_of_levels(values, images_N3HW.device) for values in (self.mean, self.std))
+        return (images_N3HW - mean_311) / std_311
+
     def _spatial(self, pixels_N3HW: Tensor) -> list[Tensor]:
         """[N, C, h, w] of each of the layers."""
         visual: Any = self.visual
+        if self.config.whitened is not None:
+            return [visual(pixels_N3HW)]
         if self.config.transformers is not None:
             return encoder_features(visual, self.config.transformers, pixels_N3HW, self._depths, self._normed_depth)
         if isinstance(visual, ModifiedResNet):

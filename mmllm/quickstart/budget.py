@@ -9,8 +9,10 @@ from typing import Any
 DEMO_STEPS = {"codec": 300, "clip": 60, "decoder": 750}
 """Training steps of the demo on its own data. Fixed, so that everybody's demo is the same run."""
 
-CODEC_SHARE, CLIP_SHARE = 0.2, 0.15
+ALIGN_SHARE, CODEC_SHARE, CLIP_SHARE = 0.1, 0.08, 0.15
 """With `--minutes`: share of what is left that a stage before the decoder may take."""
+ALIGN_STEPS = 1000
+"""Of the aligner, without `--minutes`."""
 
 EVALUATION_SECONDS = {"caption": 0.04, "transcribe": 0.03, "speak": 0.12, "interleaved": 0.06, "text": 0.05}
 """About what one row costs, all controls included."""
@@ -64,9 +66,22 @@ class Budget:
         if self.minutes is None or seconds_left is None:
             steps = DEMO_STEPS[stage] if self.is_demo else 2 * DEMO_STEPS[stage]
             return {"trainer.max_steps": steps, "model.init_args.max_seconds": None}
-        spare = seconds_left - self.evaluation_seconds(tasks) - FIT_START_SECONDS
+        spare = self._spare_seconds(tasks, seconds_left)
         seconds = spare - MARGIN_SHARE * 60 * self.minutes if share is None else spare * share
         return {"trainer.max_steps": -1, "model.init_args.max_seconds": round(max(MIN_TRAINING_SECONDS, seconds), 1)}
+
+    def command_length(self, tasks: Sets, seconds_left: float | None, share: float) -> list[str]:
+        """The option that bounds a command which learns something small beside its work; see `training_length`."""
+        if self.max_steps is not None:
+            return ["--steps", str(self.max_steps)]
+        if self.minutes is None or seconds_left is None:
+            return ["--steps", str(ALIGN_STEPS)]
+        seconds = share * self._spare_seconds(tasks, seconds_left)
+        return ["--seconds", f"{max(MIN_TRAINING_SECONDS, seconds):.1f}"]
+
+    def _spare_seconds(self, tasks: Sets, seconds_left: float) -> float:
+        """What evaluation leaves to a training."""
+        return seconds_left - self.evaluation_seconds(tasks) - FIT_START_SECONDS
 
     def evaluation_seconds(self, tasks: Sets) -> float:
         """What is kept back for evaluation and report of a run by minutes."""

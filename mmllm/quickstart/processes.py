@@ -12,9 +12,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -44,15 +44,49 @@ class Processes:
     def run(self, command: Sequence[str], num_threads: int) -> int:
         """Runs `mmllm COMMAND` with so many threads and gives its exit code."""
         self._end_shared()
+        with self._started(command, num_threads) as process:
+            return process.wait()
+
+    def run_beside(self, command: Sequence[str], num_threads: int, say: Callable[[str], None]) -> tuple[int, str]:
+        """As `run`, for a command that others run beside: what they print must not be mixed.
+
+        Args:
+            command: of `mmllm`.
+            num_threads: of the process.
+            say: called with each line of its standard error as it comes, from another thread.
+
+        Returns:
+            The exit code, and its whole standard output.
+        """
+        self._end_shared()
+        with self._started(command, num_threads, is_piped=True) as process:
+            assert process.stdout is not None and process.stderr is not None
+            reader = threading.Thread(target=_each_line, args=(process.stderr, say), daemon=True)
+            reader.start()
+            printed = process.stdout.read().decode(errors="replace")
+            code = process.wait()
+            reader.join()
+        return code, printed
+
+    @contextmanager
+    def _started(
+        self, command: Sequence[str], num_threads: int, is_piped: bool = False
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """`mmllm COMMAND` as a process, which is ended with the block."""
         environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
-        process = subprocess.Popen([sys.executable, "-m", "mmllm.cli", *command], env=environment)
+        pipe = subprocess.PIPE if is_piped else None
+        line = [sys.executable, "-m", "mmllm.cli", *command]
+        process = subprocess.Popen(line, env=environment, stdout=pipe, stderr=pipe)
         self._running.append(process)
         try:
-            return process.wait()
+            yield process
         finally:
             if process.poll() is None:
                 _end(process)
             self._running.remove(process)
+            for stream in (process.stdout, process.stderr):
+                if stream is not None:
+                    stream.close()
 
     def end_all(self) -> None:
         """Ends what still runs, from another thread too."""
@@ -66,6 +100,13 @@ class Processes:
         if shared is not None:
             shared.end()
             self._running.remove(shared.process)
+
+
+def _each_line(stream: IO[bytes], say: Callable[[str], None]) -> None:
+    """Hands on the lines of a stream until it ends."""
+    with suppress(ValueError):  # closed with its process
+        for line in stream:
+            say(line.decode(errors="replace").rstrip())
 
 
 class _Shared:

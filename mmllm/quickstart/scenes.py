@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from mmllm.evaluation.scenes import AT, COLORS, POSITIONS, SHAPES, SIZES, SceneObject, render_caption
+from mmllm.evaluation.scenes import AT, COLORS, POSITIONS, SHAPES, SIZES, SceneObject, plain_caption, render_caption
 
 RGB = {
     "red": (222, 30, 38), "orange": (250, 138, 16), "yellow": (246, 224, 40), "green": (34, 150, 52),
@@ -271,7 +271,8 @@ def make_scenes(
     """Draws scenes and writes `train.jsonl`, `test.jsonl` and `heldout.jsonl` with their pictures as PNG.
 
     A third of the rows has one object, a third two, a third three. Each row of `heldout.jsonl` shows exactly one
-    (shape, colour) pair that no other file shows, and lists it in `heldout_pairs`. No scene of `test.jsonl` is in
+    (shape, colour) pair that no other file shows, and lists it in `heldout_pairs`. Each picture of training has a
+    second row, marked `plain`, whose caption is in the plainest wording. No scene of `test.jsonl` is in
     `train.jsonl`, drawn or worded otherwise. Equal arguments give equal bytes.
 
     Args:
@@ -302,7 +303,13 @@ def make_scenes(
             name = f"{split}_{i:06d}"
             write_png(folder / f"{name}.png", image_HW3)
             row = {"id": f"scene_{name}", "image": f"images/{split}/{name}.png", **row}
-            if split != "train":
+            if split == "train":
+                things = [SceneObject(o["size"], o["colour"], o["shape"]) for o in row["objects"]]
+                relation = row["relations"][0][2 if len(things) == 1 else 1]
+                plain = plain_caption(things, relation, random.Random(f"plain {seed} {i}"))
+                lines.append(json.dumps({**row, "id": f"{row['id']}_plain", "text": plain, "plain": True}) + "\n")
+                row["plain"] = False
+            else:
                 shown = [[o["shape"], o["colour"]] for o in row["objects"]]
                 row["heldout_pairs"] = [pair for pair in shown if tuple(pair) in heldout]
             lines.append(json.dumps(row) + "\n")

@@ -15,7 +15,9 @@ from typing import Any
 
 from mmllm.evaluation.scenes import COLORS, SHAPES, SIZES
 from mmllm.quickstart.scenes import split_pairs
+from mmllm.quickstart.spoken_words import word_times
 from mmllm.quickstart.synthesis import Espeak, clean_speech, voices, write_wav
+from mmllm_tokenizers.alignment import WordTime, moved
 
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine")
 PLURALS = {shape: shape + ("es" if shape.endswith("ss") else "s") for shape in SHAPES}
@@ -124,25 +126,36 @@ def sample_sentence(rng: random.Random, seed: int, is_test: bool) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------- files
-def _say_all(utterances: list[Utterance], sample_rate: int) -> list[float]:
-    durations = []
+@dataclass(frozen=True)
+class Said:
+    """How long an utterance lasts, and when each of its words is said."""
+
+    duration: float
+    """Seconds."""
+    words: list[WordTime]
+
+
+def _say_all(utterances: list[Utterance], sample_rate: int) -> list[Said]:
+    said = []
     with Espeak() as espeak:
         for item in utterances:
             samples_T = espeak.say(item.text, item.voice, item.words_per_minute, item.pitch)
-            samples_T = clean_speech(samples_T, sample_rate, item.level_db)
+            words = word_times(item.text, espeak.phonemes)
+            samples_T, seconds_later = clean_speech(samples_T, sample_rate, item.level_db)
             write_wav(item.path, samples_T, sample_rate)
-            durations.append(round(len(samples_T) / sample_rate, 4))
-    return durations
+            duration = len(samples_T) / sample_rate
+            said.append(Said(round(duration, 4), moved(words, seconds_later, duration)))
+    return said
 
 
-def say_utterances(utterances: list[Utterance], sample_rate: int, num_processes: int = 1) -> list[float]:
-    """Says and writes utterances; returns their durations in seconds. The number of processes changes no sample."""
+def say_utterances(utterances: list[Utterance], sample_rate: int, num_processes: int = 1) -> list[Said]:
+    """Says and writes utterances; returns how long they last. The number of processes changes no sample."""
     chunks = [utterances[i : i + ROWS_A_PROCESS] for i in range(0, len(utterances), ROWS_A_PROCESS)]
     say = partial(_say_all, sample_rate=sample_rate)
     if num_processes == 1 or len(chunks) < 2:
-        return [duration for chunk in chunks for duration in say(chunk)]
+        return [said for chunk in chunks for said in say(chunk)]
     with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return [duration for durations in pool.map(say, chunks) for duration in durations]
+        return [one for said in pool.map(say, chunks) for one in said]
 
 
 def _training_text(level: str, i: int, rng: random.Random, seed: int) -> str:
@@ -160,11 +173,12 @@ def _write_split(
 ) -> Path:
     (out_dir / "audio" / split).mkdir(parents=True, exist_ok=True)
     rows, utterances = zip(*plan, strict=True) if (plan := list(plan)) else ((), ())
-    durations = say_utterances(list(utterances), sample_rate, num_processes)
+    all_said = say_utterances(list(utterances), sample_rate, num_processes)
     path = out_dir / f"{split}.jsonl"
     with path.open("w") as file:
-        for row, duration in zip(rows, durations, strict=True):
-            file.write(json.dumps({**row, "duration": duration}) + "\n")
+        for row, said in zip(rows, all_said, strict=True):
+            words = [word.to_json() for word in said.words]
+            file.write(json.dumps({**row, "duration": said.duration, "words": words}) + "\n")
     return path
 
 
@@ -197,8 +211,9 @@ def make_speech(
 ) -> dict[str, Path]:
     """Synthesizes speech and writes `train.jsonl`, `test.jsonl` and `heldout.jsonl` with mono 16-bit WAV files.
 
-    Rows carry `speaker` (the voice), `level` ("word", "phrase" or "sentence") and `duration` in seconds. Equal
-    arguments, but for `num_processes`, give equal bytes on one version of espeak-ng.
+    Rows carry `speaker` (the voice), `level` ("word", "phrase" or "sentence"), `duration` in seconds and `words`: when
+    each is said, with its letters (`mmllm_tokenizers.alignment`). Equal arguments, but for `num_processes`, give equal
+    bytes on one version of espeak-ng.
 
     Args:
         out_dir: Folder to write to; made where it is missing.

@@ -21,9 +21,12 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+from mmllm.quickstart.spoken_words import Phoneme
+
 ESPEAK_RATE = 22050
 """Samples a second of espeak-ng's output."""
-_SYNCHRONOUS, _DONT_EXIT, _UTF8 = 2, 0x8000, 1
+_SYNCHRONOUS, _PHONEME_EVENTS, _DONT_EXIT, _UTF8 = 2, 1, 0x8000, 1
+_END_OF_EVENTS, _PHONEME = 0, 7
 _WORDS_A_MINUTE, _PITCH = 1, 3
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
 
@@ -45,6 +48,21 @@ def voices(heldout: bool) -> list[str]:
         for i, variant in enumerate(VARIANTS)
         if (i % 5 == 4) == heldout
     ]  # fmt: skip
+
+
+class _Event(ctypes.Structure):
+    """espeak-ng's `espeak_EVENT`."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", ctypes.c_char * 8),
+    )
 
 
 class Espeak:
@@ -74,21 +92,32 @@ class Espeak:
             self._folder.cleanup()
             raise OSError(f"espeak-ng's library does not load: {error}; reinstall espeakng-loader") from error
         self._blocks: list[bytes] = []
+        self._phonemes: list[Phoneme] = []
         self._callback = _CALLBACK(self._receive)
-        rate = self._library.espeak_Initialize(_SYNCHRONOUS, 0, data, _DONT_EXIT)
+        rate = self._library.espeak_Initialize(_SYNCHRONOUS, 0, data, _PHONEME_EVENTS | _DONT_EXIT)
         if rate != ESPEAK_RATE:
             self._unload()
             raise RuntimeError(f"espeak_Initialize returned {rate}; expected {ESPEAK_RATE} samples a second; "
                                f"reinstall espeakng-loader")  # fmt: skip
         self._library.espeak_SetSynthCallback(self._callback)
 
-    def _receive(self, wave_address: int | None, num_samples: int, _events: int | None) -> int:
+    def _receive(self, wave_address: int | None, num_samples: int, events_address: int | None) -> int:
         if wave_address and num_samples > 0:
             self._blocks.append(ctypes.string_at(wave_address, 2 * num_samples))
+        while events_address and (event := _Event.from_address(events_address)).type != _END_OF_EVENTS:
+            if event.type == _PHONEME:
+                name = event.id.decode("utf-8", "replace")
+                self._phonemes.append(Phoneme(name, event.text_position - 1, event.sample / ESPEAK_RATE))
+            events_address += ctypes.sizeof(_Event)
         return 0
 
+    @property
+    def phonemes(self) -> list[Phoneme]:
+        """What was said last: its phonemes and pauses, in order."""
+        return list(self._phonemes)
+
     def say(self, text: str, voice: str, words_per_minute: int = 175, pitch: int = 50) -> NDArray[np.int16]:
-        """The samples of a text, int16 [T] at 22,050 Hz.
+        """The samples of a text, int16 [T] at 22,050 Hz; `phonemes` are its phonemes then.
 
         Args:
             text: What to say.
@@ -106,6 +135,7 @@ class Espeak:
         library.espeak_SetParameter(_PITCH, pitch, 0)
         library.espeak_ng_SetRandSeed(ctypes.c_long(1))
         self._blocks.clear()
+        self._phonemes.clear()
         data = text.encode() + b"\0"
         status = library.espeak_Synth(data, ctypes.c_size_t(len(data)), 0, 0, 0, _UTF8, None, None)
         if status != 0:
@@ -167,37 +197,45 @@ def resample(wave_T: NDArray[np.floating], from_rate: int, to_rate: int) -> NDAr
     return out[:num_out].astype(np.float32)
 
 
-def trim_silence(wave_T: NDArray[np.floating], rate: int, keep_seconds: float = 0.04) -> NDArray[np.floating]:
+def trim_silence(
+    wave_T: NDArray[np.floating], rate: int, keep_seconds: float = 0.04
+) -> tuple[NDArray[np.floating], int]:
     """A sound with `keep_seconds` of silence at both ends: cut off or, where there is less, added as zeros.
 
     Silence is what lies 40 dB below the loudest 10 ms.
+
+    Returns:
+        The trimmed sound, and how many samples later than before its content begins (negative where it is earlier).
     """
     hop_samples = max(1, rate // 100)
     num_hops = len(wave_T) // hop_samples
     if num_hops == 0:
-        return wave_T
+        return wave_T, 0
     energy = (wave_T[: num_hops * hop_samples].reshape(num_hops, hop_samples).astype(np.float64) ** 2).mean(axis=1)
     loud = np.flatnonzero(energy > 1e-4 * energy.max())
     if not len(loud):
-        return wave_T
-    keep_samples = round(keep_seconds * rate)
+        return wave_T, 0
+    keep_samples, first_sample = round(keep_seconds * rate), int(loud[0]) * hop_samples
     padded_T = np.pad(wave_T, keep_samples)
-    return padded_T[int(loud[0]) * hop_samples : (int(loud[-1]) + 1) * hop_samples + 2 * keep_samples]
+    return padded_T[first_sample : (int(loud[-1]) + 1) * hop_samples + 2 * keep_samples], keep_samples - first_sample
 
 
-def clean_speech(samples_T: NDArray[np.int16], rate: int, level_db: float) -> NDArray[np.int16]:
-    """espeak-ng's samples resampled, trimmed and set to a level; int16.
+def clean_speech(samples_T: NDArray[np.int16], rate: int, level_db: float) -> tuple[NDArray[np.int16], float]:
+    """espeak-ng's samples resampled, trimmed and set to a level.
 
     Args:
         samples_T: At 22,050 Hz.
         rate: Samples a second of the result.
         level_db: Root mean square of the result in decibels of full scale, less where it would clip.
+
+    Returns:
+        The samples, int16, and how many seconds later than in `samples_T` all is said.
     """
-    wave_T = trim_silence(resample(samples_T.astype(np.float32) / 32768, ESPEAK_RATE, rate), rate)
+    wave_T, num_later = trim_silence(resample(samples_T.astype(np.float32) / 32768, ESPEAK_RATE, rate), rate)
     power = float(np.sqrt(np.mean(wave_T.astype(np.float64) ** 2))) if len(wave_T) else 0.0
     peak = float(np.abs(wave_T).max(initial=0.0))
     gain = min(10 ** (level_db / 20) / power, 0.97 / peak) if power > 0 else 1.0
-    return np.round(wave_T * gain * 32767).astype(np.int16)
+    return np.round(wave_T * gain * 32767).astype(np.int16), num_later / rate
 
 
 def write_wav(path: Path, samples_T: NDArray[np.int16], rate: int) -> None:

@@ -1,4 +1,4 @@
-"""Losses of the codec: the waveform, mel spectrograms at several scales, and how they are balanced.
+"""Losses of the codec: spectra at several scales, level, and how losses are balanced.
 
 Shapes: N clips, T samples, F frames, M mel bands, W bins of a spectrum.
 """
@@ -50,6 +50,53 @@ class MultiScaleMelLoss(nn.Module):
         spectrum_NWF = torch.stft(wave_NT, window, window // 4, window=hann, normalized=True, return_complex=True)
         magnitude_NWF = (spectrum_NWF.real.square() + spectrum_NWF.imag.square() + 1e-9).sqrt()
         return self.get_buffer(f"filters_{window}") @ magnitude_NWF
+
+
+class LogSpectrumLoss(nn.Module):
+    """L1 of log magnitudes, in mel bands and in single bins, over windows of 16, 32 and 64 milliseconds or so.
+
+    The log-magnitude part of Parallel WaveGAN's loss (https://arxiv.org/abs/1910.11480); its spectral convergence did
+    not help here (docs/RESULTS.md). Differs in the bands, and in no window being shorter than a period of a voice.
+    """
+
+    MEL_FLOOR, BIN_FLOOR = 1e-3, 1e-5
+    """Added to a band's magnitude; to a bin's power, for a window of 64 samples."""
+
+    def __init__(self, sample_rate: int, max_mels: int = 64):
+        super().__init__()
+        shortest = 2 ** round(math.log2(0.016 * sample_rate))
+        self.windows = [shortest, 2 * shortest, 4 * shortest]
+        for window in self.windows:
+            filters_MW = mel_filters(sample_rate, window, max(1, min(max_mels, window // 8)))
+            self.register_buffer(f"filters_{window}", filters_MW, persistent=False)
+            self.register_buffer(f"hann_{window}", torch.hann_window(window), persistent=False)
+
+    def forward(self, wave_NT: Tensor, target_NT: Tensor) -> tuple[Tensor, Tensor]:
+        """The bands' part and the bins', means over scales. Both waves [N, T], T at least half the longest window."""
+        both_2NT = torch.cat([wave_NT, target_NT]).float()
+        bands, bins = [], []
+        for window in self.windows:
+            hann = self.get_buffer(f"hann_{window}")
+            spectrum_NWF = torch.stft(both_2NT, window, window // 4, window=hann, return_complex=True)
+            power_NWF = spectrum_NWF.real.square() + spectrum_NWF.imag.square() + self.BIN_FLOOR * window / 64
+            bins.append(_distance(power_NWF.log() / 2))
+            bands.append(_distance((self.get_buffer(f"filters_{window}") @ power_NWF.sqrt() + self.MEL_FLOOR).log()))
+        return torch.stack(bands).mean(), torch.stack(bins).mean()
+
+
+def level_loss(wave_NT: Tensor, target_NT: Tensor) -> Tensor:
+    """Mean over clips of the distance between the logarithms of their mean squares.
+
+    Spectra's distances leave the level free: the median of a logarithm, which an L1 loss finds, is quieter than the
+    mean power, and of a wave whose phase it cannot know, an L1 loss finds silence.
+    """
+    log_power, log_target = ((x_NT.float().square().mean(dim=1) + 1e-6).log() for x_NT in (wave_NT, target_NT))
+    return (log_power - log_target).abs().mean()
+
+
+def _distance(both_2NWF: Tensor) -> Tensor:
+    ours, target = both_2NWF.chunk(2)
+    return (ours - target).abs().mean()
 
 
 class Balancer(nn.Module):

@@ -16,7 +16,6 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.loss import gather_features
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mmllm.batch import CaptionBatch
@@ -24,6 +23,7 @@ from mmllm.model.vision import VisionConfig, build_clip, pixel_statistics
 from mmllm.training.optimizers import OptimizerConfig
 from mmllm.training.staged import StagedModule
 from mmllm_tokenizers.folder import TokenizerFolder
+from mmllm_tokenizers.tensor_file import save_tensors
 from mmllm_tokenizers.vocab import END, PAD
 
 WEIGHTS = "model.safetensors"
@@ -207,7 +207,8 @@ def with_text_tokens(config: VisionConfig, vocab_size: int, end_id: int, pad_id:
             raise ValueError(f"clip.open_clip is {values!r}, which open_clip doesn't know; see open_clip.list_models()")
         values = found
     if values is None:
-        raise ValueError("clip.open_clip is null: a CLIP model of transformers can't be trained here; name open_clip's")
+        given = "transformers" if config.transformers is not None else "whitened"
+        raise ValueError(f"clip.{given} is given, which has no text tower to train with here; name clip.open_clip")
     values = copy.deepcopy(values)
     text_cfg = dict(values["text_cfg"])
     if "hf_model_name" in text_cfg:
@@ -225,7 +226,7 @@ def save_clip(directory: str | Path, clip: torch.nn.Module, config: VisionConfig
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in clip.state_dict().items()}
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     values = {"open_clip": config.open_clip, "norm": config.norm, "mean": config.mean, "std": config.std}
     (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

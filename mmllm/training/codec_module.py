@@ -17,11 +17,13 @@ from torch.nn.utils.rnn import pad_sequence
 from mmllm.batch import SoundBatch
 from mmllm.losses.ctc import alignable, ctc_losses
 from mmllm.model.roles import mark_all
-from mmllm.training.audio_losses import Balancer, MultiScaleMelLoss
+from mmllm.training.audio_losses import Balancer, LogSpectrumLoss, MultiScaleMelLoss, level_loss
 from mmllm.training.optimizers import OptimizerConfig
 from mmllm.training.staged import StagedModule
 from mmllm_tokenizers.audio import SmallCodec
-from mmllm_tokenizers.codec import Codec, CodecConfig
+from mmllm_tokenizers.codec import Codec, CodecConfig, CodecOutput
+from mmllm_tokenizers.frame_features import FrameFeatures
+from mmllm_tokenizers.sound_quality import level_db
 
 BLANK = 0
 NUM_CHARACTERS = 257
@@ -35,6 +37,10 @@ class CodecLossConfig:
     Attributes:
         l1: of the waveform; its share of the balanced gradient.
         mel: of the multi-scale mel spectrogram; its share of the balanced gradient.
+        log_spectrum: of log magnitudes, in bands and bins alike, at several scales; its share of the balanced gradient.
+        level: of each clip's level; its share of the balanced gradient.
+        pitch: weight of the distance in octaves from the pitch that was computed, outside the balance; of a
+            source-filter decoder alone.
         commitment: weight of the quantizer's commitment loss, outside the balance.
         ctc: weight of a character CTC loss on the quantized latents, which makes the codes tell words apart;
             0: no such head. Needs data that gives whole clips with their text.
@@ -43,16 +49,21 @@ class CodecLossConfig:
 
     l1: float = 0.1
     mel: float = 2.0
+    log_spectrum: float = 0.0
+    level: float = 0.0
+    pitch: float = 0.0
     commitment: float = 1.0
     ctc: float = 0.0
     ctc_width: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("l1", "mel", "commitment", "ctc"):
+        for name in ("l1", "mel", "log_spectrum", "level", "pitch", "commitment", "ctc"):
             if getattr(self, name) < 0:
                 raise ValueError(f"losses.{name} is {getattr(self, name)}; a weight is 0 or more")
-        if self.l1 == self.mel == 0:
-            raise ValueError("losses.l1 and losses.mel are both 0; the codec needs at least one of them")
+        if self.l1 == self.mel == self.log_spectrum == 0:
+            raise ValueError(
+                "losses.l1, losses.mel and losses.log_spectrum are all 0; the codec needs at least one of them"
+            )
 
 
 class CodecModule(StagedModule):
@@ -80,8 +91,14 @@ class CodecModule(StagedModule):
         self.losses = losses or CodecLossConfig()
         self.out = out
         self.codec = Codec(codec)
+        if self.losses.pitch and codec.decoder != "source_filter":
+            raise ValueError(
+                f"losses.pitch is {self.losses.pitch}, but decoder {codec.decoder!r} has no pitch; set it to 0"
+            )
         self.mel_loss = MultiScaleMelLoss(codec.sample_rate)
-        self.balancer = Balancer({"l1": self.losses.l1, "mel": self.losses.mel})
+        self.log_spectrum_loss = LogSpectrumLoss(codec.sample_rate)
+        weights = {name: getattr(self.losses, name) for name in ("l1", "mel", "log_spectrum", "level")}
+        self.balancer = Balancer(weights)
         self.ctc_head = _ctc_head(codec.dimension, self.losses.ctc_width) if self.losses.ctc else None
         if self.ctc_head is not None:
             mark_all(self.ctc_head, "head")
@@ -92,7 +109,8 @@ class CodecModule(StagedModule):
         return self.out
 
     def export(self, directory: Path) -> None:
-        """Writes the codec as an audio tokenizer folder."""
+        """Writes the codec as an audio tokenizer folder; a training that ended in its warm-up has codebooks, too."""
+        self.codec.quantizer.end_warmup()
         SmallCodec(self.codec).save(directory)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -101,13 +119,14 @@ class CodecModule(StagedModule):
         is_empty = not len(wave_NT)
         if is_empty:  # all its clips failed; but ranks wait for each other's gradients and codes
             wave_NT, texts = wave_NT.new_zeros(1, wave_NT.shape[-1]), [""]
+        if self.codec.is_warming_up:
+            return self._warmup_step(wave_NT)
         output = self.codec(wave_NT)
-        losses = {
-            "l1": (output.wave - wave_NT).abs().mean(),
-            "mel": self.mel_loss(output.wave, wave_NT),
-            "commit": output.commit_loss,
-        }
+        losses = self._reconstruction_losses(output.wave, wave_NT) | {"commit": output.commit_loss}
         total = self.balancer(losses, output.wave) + self.losses.commitment * output.commit_loss
+        if self.losses.pitch:
+            losses["pitch"] = pitch_loss(output, self.codec_config.num_bands)
+            total = total + self.losses.pitch * losses["pitch"]
         if self.ctc_head is not None:
             losses["ctc"], left_out = character_ctc(self.ctc_head(output.quantized), texts)
             total = total + self.losses.ctc * losses["ctc"]
@@ -117,6 +136,41 @@ class CodecModule(StagedModule):
         self.window.add(losses | {"codes_used": _share_of_codes_used(output.codes, self.codec_config)})
         self.log("mel", losses["mel"], prog_bar=True, logger=False)
         return total
+
+    def _warmup_step(self, wave_NT: Tensor) -> Tensor:
+        """Keeps computed latents for the codebooks; what is decoded before there are any would teach little.
+
+        Returns:
+            0, with a gradient of 0 for every weight, as distributed training expects.
+        """
+        with torch.no_grad():
+            output = self.codec.quantizer(self.codec.latents(wave_NT))
+        self.window.add({"commit": output.commit_loss})
+        return torch.stack([weight.sum() for weight in self.parameters()]).sum() * 0.0
+
+    def _reconstruction_losses(self, wave_NT: Tensor, target_NT: Tensor) -> dict[str, Tensor]:
+        """Those that have a weight, `l1`, and `mel` in any case: without a weight, the bands of `log_spectrum`."""
+        losses = {"l1": (wave_NT - target_NT).abs().mean()}
+        if self.losses.level:
+            losses["level"] = level_loss(wave_NT, target_NT)
+        if self.losses.log_spectrum:
+            losses["mel"], bins = self.log_spectrum_loss(wave_NT, target_NT)
+            losses["log_spectrum"] = losses["mel"] + bins
+        if self.losses.mel or not self.losses.log_spectrum:
+            losses["mel"] = self.mel_loss(wave_NT, target_NT)
+        return losses
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also keeps the vectors that the first codebooks will be made of."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["mmllm_first_vectors"] = self.codec.quantizer.first_vectors
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes them back."""
+        super().on_load_checkpoint(checkpoint)
+        quantizer = self.codec.quantizer
+        kept_RD = checkpoint.get("mmllm_first_vectors", quantizer.first_vectors[:0])
+        quantizer.first_vectors = kept_RD.to(quantizer.first_vectors)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs the same losses, and the signal-to-distortion ratio in dB."""
@@ -129,9 +183,18 @@ class CodecModule(StagedModule):
             "val/l1": (output.wave - wave_NT).abs().mean(),
             "val/mel": self.mel_loss(output.wave, wave_NT),
             "val/si_sdr_db": si_sdr_db(output.wave, wave_NT).mean(),
+            "val/level_db": level_db(output.wave, wave_NT).mean(),
             "val/codes_used": _share_of_codes_used(output.codes, self.codec_config),
         }
         self.log_dict(values, batch_size=num_rows, sync_dist=True)
+
+
+def pitch_loss(output: CodecOutput, num_bands: int) -> Tensor:
+    """Distance in octaves of the decoder's pitch from the computed one, mean over frames weighted by their voicing."""
+    assert output.pitch is not None, "the decoder has no pitch"
+    product_NF, voicing_NF = output.latents[:, num_bands], output.latents[:, num_bands + 1]
+    ours_NF = voicing_NF * (output.pitch - FrameFeatures.PITCH_MEAN)
+    return (ours_NF - product_NF / FrameFeatures.PITCH_SCALE).abs().sum() / voicing_NF.sum().clamp(min=1.0)
 
 
 def si_sdr_db(wave_NT: Tensor, target_NT: Tensor) -> Tensor:

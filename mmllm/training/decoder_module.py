@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from mmllm.checkpoints.files import ADAPTERS, check_replaceable
 from mmllm.checkpoints.folder import save_model
 from mmllm.checkpoints.settings import GenerationConfig
 from mmllm.checkpoints.weights import Checkpoint
+from mmllm.data.loading.datamodules import PackedDataModule
 from mmllm.data.samples.decode import ImageTransform
 from mmllm.data.samples.stored import features_hash
 from mmllm.losses.batch import TASKS, BatchLosses, LossFunction
@@ -44,6 +46,7 @@ from mmllm.model.embedding import joined_rows
 from mmllm.model.flops import ModelFlops, Work, peak_flops
 from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
+from mmllm.model.pointer import PointerConfig
 from mmllm.model.routing_stats import RoutingWindow
 from mmllm.model.vision import VisionConfig
 from mmllm.parallel.deferred import DeferredInit
@@ -73,6 +76,7 @@ from mmllm.training.quantize import check_quantization, put_trained, quantize_ba
 from mmllm.training.staged import StagedModule
 from mmllm.training.strategy import MeshStrategy
 from mmllm.training.totals import GlobalTotals
+from mmllm.training.whitening import whiten_tower
 from mmllm_tokenizers.folder import TokenizerFolder
 from mmllm_tokenizers.vocab import AUDIO_END, PAD, Vocabulary
 
@@ -330,6 +334,9 @@ class DecoderModule(StagedModule):
                 f"{self.folder.hash[:12]}; name one tokenizer folder in both"
             )
         self._check_pictures()
+        vision = self._built().vision
+        if vision is not None:
+            whiten_tower(vision, self._data if isinstance(self._data, PackedDataModule) else None)
 
     def on_validation_start(self) -> None:
         """Checks the data where nothing was fitted before."""
@@ -344,7 +351,9 @@ class DecoderModule(StagedModule):
 
     def _name_sources(self) -> None:
         self._source_names = list(getattr(self._data, "source_names", None) or [])
-        self._loss_function = LossFunction(self._built().config, self._source_names, MAX_UNNAMED_SOURCES)
+        config = self._built().config
+        weights = word_ids(config.loss.word_weights, self.folder)
+        self._loss_function = LossFunction(config, self._source_names, MAX_UNNAMED_SOURCES, weights)
 
     def _check_pictures(self) -> None:
         """Pictures are made as the tower of `init_from` saw them; stored features must be what the tower would give."""
@@ -452,7 +461,8 @@ class DecoderModule(StagedModule):
         sums, self._val_sums = self._val_sums, {}
         if not sums:
             return
-        keys = {"loss": "task", **{key: key for key in (*TASKS, "depth_right", "depth_passed") if f"{key}_sum" in sums}}
+        named = (*TASKS, "advance", "depth_right", "depth_passed")
+        keys = {"loss": "task", **{key: key for key in named if f"{key}_sum" in sums}}
         present = {
             name: sums[f"{key}_sum"] / sums[f"{key}_count"] for name, key in keys.items() if sums[f"{key}_count"] > 0
         }
@@ -631,7 +641,8 @@ def with_vocabulary(
             _check_size(f"audio.{key}", getattr(audio, key), value)
         codebook_dim = audio.codebook_dim or folder.codebooks_KVD.shape[-1]
         ids = {"audio_end_id": folder.id(AUDIO_END), "pad_id": folder.id(PAD)}
-        audio = dataclasses.replace(audio, codebook_dim=codebook_dim, **wanted, **ids)
+        pointer = _with_rule(audio.pointer, folder)
+        audio = dataclasses.replace(audio, codebook_dim=codebook_dim, pointer=pointer, **wanted, **ids)
         if audio.projector.pool != folder.audio_pool:
             raise ValueError(
                 f"audio.projector.pool is {audio.projector.pool} but the tokenizer folder's audio_pool is "
@@ -639,6 +650,47 @@ def with_vocabulary(
             )
     _check_size("decoder.vocab_size", decoder.vocab_size, vocabulary.size)
     return dataclasses.replace(decoder, vocab_size=vocabulary.size), audio
+
+
+def word_ids(weights: Mapping[str, float] | None, folder: TokenizerFolder | None) -> dict[int, float]:
+    """`loss.word_weights` by id: of each word with and without a space before it.
+
+    Words that are several tokens weigh as all do, and are named in a warning: their pieces are other words' too.
+
+    Raises:
+        ValueError: there is no tokenizer.
+    """
+    if not weights:
+        return {}
+    if folder is None:
+        raise ValueError("loss.word_weights is set but tokenizer is not; words need a tokenizer")
+    found = {}
+    for word, weight in weights.items():
+        whole = [ids for ids in (folder.text.encode(word), folder.text.encode(f" {word}")) if len(ids) == 1]
+        if not whole:
+            num_pieces = len(folder.text.encode(f" {word}"))
+            log.warning("loss.word_weights: %r weighs as all do: it is %d tokens of the tokenizer", word, num_pieces)
+        found |= {token_id: weight for (token_id,) in whole}
+    return found
+
+
+def _with_rule(pointer: PointerConfig | None, folder: TokenizerFolder) -> PointerConfig | None:
+    """The pointer's config with the folder's `pointer.max_advance`.
+
+    Raises:
+        ValueError: one of them has a pointer and the other none, or another.
+    """
+    rule = folder.config.pointer
+    if (rule is None) != (pointer is None):
+        said, other = ("the tokenizer folder", "audio.pointer") if pointer is None else ("audio.pointer", "the folder")
+        raise ValueError(
+            f"{said} has a pointer for speech, but {other} has none; set audio.pointer to {{}} and assemble the "
+            f"tokenizer folder with --pointer, or leave both out"
+        )
+    if rule is None or pointer is None:
+        return None
+    _check_size("audio.pointer.max_advance", pointer.max_advance, rule.max_advance)
+    return dataclasses.replace(pointer, max_advance=rule.max_advance)
 
 
 def _check_size(key: str, got: int, wanted: int) -> None:

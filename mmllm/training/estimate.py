@@ -176,7 +176,7 @@ def _by_part(model: MultimodalModel) -> dict[str, int]:
         "experts": experts,
         "image_tower": [model.vision],
         "image_projector": [model.image_projector],
-        "sound": [model.code_embedding, model.clip_projector, model.unit_projector, model.ctc_head],
+        "sound": [model.code_embedding, model.clip_projector, model.unit_projector, model.ctc_head, model.pointer],
     }
     counts = {
         name: sum(p.numel() for module in modules if module is not None for p in module.parameters())

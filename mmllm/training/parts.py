@@ -22,8 +22,9 @@ PARTS = (
     "routers", "adapter",
 )  # fmt: skip
 """`audio_front_end`: embeddings of codes, the projectors behind them, and the CTC head. `unit_embedding`: of the
-embedding and the head the rows behind `decoder.num_base_ids`, special tokens and units. `text_embedding`: their other
-rows, and the norm before the head. `experts`: dense feed-forward layers too. `adapter`: what `adapter` adds."""
+embedding and the head the rows behind `decoder.num_base_ids`, special tokens and units, and speech's pointer.
+`text_embedding`: their other rows, and the norm before the head. `experts`: dense feed-forward layers too. `adapter`:
+what `adapter` adds."""
 
 _BY_MODULE = {
     "vision": "image_tower",
@@ -32,6 +33,7 @@ _BY_MODULE = {
     "clip_projector": "audio_front_end",
     "unit_projector": "audio_front_end",
     "ctc_head": "audio_front_end",
+    "pointer": "unit_embedding",
     "mask_embedding": "unit_embedding",
 }
 _LAYER = re.compile(r"decoder\.layers\.\d+\.")

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mmllm.batch import Batch, CaptionBatch, PackedBatch, SoundBatch
+from mmllm_tokenizers.tensor_file import save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -276,7 +277,7 @@ def save_batch(path: Path, batch: Any, report: Mapping[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(batch).items()}
-    save_file(tensors, path)
+    save_tensors(tensors, path)
     plain: dict[str, Any] = {}
     if isinstance(batch, Batch):
         names = [each.name for each in dataclasses.fields(batch)]  # pyright: ignore[reportArgumentType]

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmllm_tokenizers import earlier_names
 from mmllm_tokenizers.sound import resample, resampled_length, to_channels
+from mmllm_tokenizers.tensor_file import save_tensors
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -194,7 +195,8 @@ class AudioTokenizer(ABC):
         folder.mkdir(parents=True, exist_ok=True)
         config = {"format_version": FORMAT_VERSION, **self._config()}
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_file({name: tensor.contiguous().cpu() for name, tensor in self._weights().items()}, folder / WEIGHTS_FILE)
+        weights = {name: tensor.contiguous().cpu() for name, tensor in self._weights().items()}
+        save_tensors(weights, folder / WEIGHTS_FILE)
 
 
 def content_hash(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:

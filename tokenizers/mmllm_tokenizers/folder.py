@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mmllm_tokenizers.audio import AudioTokenizer, load_audio_tokenizer
 from mmllm_tokenizers.patterns import PATTERNS, apply_pattern, invert_pattern, num_positions
+from mmllm_tokenizers.pointer import PointerRule
 from mmllm_tokenizers.text import ForeignText, TextTokenizer
 from mmllm_tokenizers.tiling import TileGrid, Tiling, choose_grid
 from mmllm_tokenizers.vocab import TEMPLATES, Vocabulary
@@ -33,7 +34,7 @@ TEMPLATES_FILE = "templates.json"
 CONFIG_FILE = "tokenizer_config.json"
 CODEC_FOLDER = "codec"
 CHAT_FILE = "chat_template.jinja"
-_OPTIONAL = ("tiling", "text")
+_OPTIONAL = ("tiling", "text", "pointer")
 """Keys that are written only where they say something: older folders and their hashes have none."""
 
 
@@ -60,6 +61,8 @@ class TokenizerConfig:
     """How pictures are cut into tiles; None: they aren't, and neither file nor hash speaks of it."""
     text: ForeignText | None = None
     """Of a checkpoint's own text tokenizer; None: one that was trained here."""
+    pointer: PointerRule | None = None
+    """Speech that is predicted has a pointer into its text; None: it hasn't, and neither file nor hash speaks of it."""
 
     def __post_init__(self) -> None:
         for name in ("image_tokens", "image_size", "audio_pool"):
@@ -72,6 +75,11 @@ class TokenizerConfig:
             raise ValueError(f"pattern is {self.pattern!r}; it must be one of {', '.join(PATTERNS)}")
         if self.tiling is not None:
             self.tiling.limit(self.image_tokens)
+        if self.pointer is not None and self.pattern == "flatten":
+            raise ValueError(
+                "pattern is flatten, which spreads a frame over several positions, and pointer is set, which says one "
+                "letter a position; choose delay or parallel, or leave the pointer out"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-serializable values."""
@@ -85,26 +93,28 @@ class TokenizerConfig:
         """The inverse of `to_dict`.
 
         Args:
-            values: all of its keys; `tiling` and `text` may be left out.
+            values: all of its keys; `tiling`, `text` and `pointer` may be left out.
             where: what errors call them.
 
         Raises:
             ValueError: a key is missing or unknown, or has no possible value.
         """
         wrong = (set(values) ^ {field.name for field in dataclasses.fields(TokenizerConfig)}) - set(_OPTIONAL)
-        tiling = values.get("tiling")
-        if isinstance(tiling, Mapping):
-            wrong |= {f"tiling.{key}" for key in set(tiling) ^ {field.name for field in dataclasses.fields(Tiling)}}
-        elif tiling is not None:
-            wrong.add("tiling")
+        for name, kind in (("tiling", Tiling), ("pointer", PointerRule)):
+            given = values.get(name)
+            if isinstance(given, Mapping):
+                wrong |= {f"{name}.{key}" for key in set(given) ^ {field.name for field in dataclasses.fields(kind)}}
+            elif given is not None:
+                wrong.add(name)
         if wrong:
             raise ValueError(f"{where} has unknown or missing keys: {', '.join(sorted(wrong))}; build the folder again")
-        text = values.get("text")
+        tiling, text, pointer = (values.get(name) for name in _OPTIONAL)
         return TokenizerConfig(
             **{
                 **values,
                 "tiling": None if tiling is None else Tiling(**tiling),
                 "text": None if text is None else ForeignText.from_dict(text, where),
+                "pointer": None if pointer is None else PointerRule(**pointer),
             }
         )
 
@@ -134,7 +144,7 @@ class TokenizerFolder:
         config = dataclasses.replace(config or TokenizerConfig(), text=text.foreign)
         if audio is None:
             config = dataclasses.replace(
-                config, num_codebooks=0, codebook_size=0, frame_rate=0.0, sample_rate=0, codec=None
+                config, num_codebooks=0, codebook_size=0, frame_rate=0.0, sample_rate=0, codec=None, pointer=None
             )
         else:
             num_codebooks = config.num_codebooks or audio.num_codebooks

@@ -13,6 +13,11 @@ from torch import Tensor
 from mmllm_tokenizers.audio_tokenizer import AudioTokenizer, check_codes, load_weights, read_tokenizer_folder
 from mmllm_tokenizers.codec import Codec, CodecConfig, fused
 
+_FIRST_SETTINGS = {
+    "num_bands": 0, "decoder": "seanet", "decoder_hidden_size": 96, "decoder_num_layers": 2, "search_width": 1,
+}  # fmt: skip
+"""Settings that codecs once had no name for, and what they did."""
+
 
 class SmallCodec(AudioTokenizer):
     """A codec of `mmllm fit` (configs/*/codec.yaml) that encodes and decodes.
@@ -55,8 +60,9 @@ class SmallCodec(AudioTokenizer):
 
     def _config(self) -> dict[str, Any]:
         config = dataclasses.asdict(self.codec.config)
-        if not config["num_bands"]:  # as codecs were saved before there were any: their hash stays what it was
-            del config["num_bands"]
+        for name, first in _FIRST_SETTINGS.items():  # as codecs were saved before: their hash stays what it was
+            if config[name] == first:
+                del config[name]
         return {"kind": "codec", "codec": config}
 
     def _weights(self) -> Mapping[str, Tensor]:

@@ -6,14 +6,14 @@ Shapes: B sequences, T positions, K codebooks, N images, S slots, C clips, F fra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from mmllm.batch import IGNORE, PackedBatch
-from mmllm.data.samples.documents import Clip, Document, Picture, tile_places
+from mmllm.data.samples.documents import Clip, Document, Picture, Pointer, tile_places
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class _Arrays:
         self._image_slots: list[np.ndarray] = []
         self._clips: list[Clip] = []
         self._clip_starts: list[int] = []
+        self._pointers: list[tuple[int, int, Pointer]] = []
 
     def add(self, row: int, start: int, number: int, document: Document, source: int) -> None:
         num_tokens = document.num_tokens
@@ -101,6 +102,8 @@ class _Arrays:
             self._codes_BTK[here] = codes_TK
             is_label_TK = document.targets_T[1:, None] & (codes_TK[1:] >= 0) & (codes_TK[1:] < document.filler)
             self._audio_labels_BTK[before] = np.where(is_label_TK, codes_TK[1:], IGNORE)
+        if document.pointer is not None:
+            self._pointers.append((row, start, document.pointer))
         flat = row * self._length + start
         self._pictures += document.images
         for picture in document.images:
@@ -119,7 +122,7 @@ class _Arrays:
             raise ValueError(
                 f"{len(self._images)} pictures are pixels and {len(self._features)} stored features; read all alike"
             )
-        return PackedBatch(
+        batch = PackedBatch(
             token_ids_BT=torch.from_numpy(self._ids_BT),
             labels_BT=torch.from_numpy(self._labels_BT),
             positions_BT=torch.from_numpy(self._positions_BT),
@@ -137,6 +140,7 @@ class _Arrays:
             image_tiles_N3=torch.from_numpy(tile_places(self._pictures)),
             state=state,
         )
+        return with_pointers(batch, self._pointers)
 
     def _padded_clips(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         clips = self._clips
@@ -152,6 +156,32 @@ class _Arrays:
             slots_CS[number, : clip.num_slots] = start + np.arange(clip.num_slots)
             targets_CL[number, : len(clip.target_ids)] = clip.target_ids
         return codes_CFK, slots_CS, targets_CL
+
+
+def with_pointers(batch: PackedBatch, pointers: Sequence[tuple[int, int, Pointer]]) -> PackedBatch:
+    """The batch, saying where in their texts its documents are.
+
+    Args:
+        batch: without.
+        pointers: of documents: in which row, from which position on, and what.
+    """
+    if not pointers:
+        return batch
+    joined = Pointer.join([pointer for _, _, pointer in pointers])
+    shape = tuple(batch.token_ids_BT.shape)
+    columns = {
+        "pointer_BT": (np.full(shape, -1, dtype=np.int64), joined.places_T),
+        "pointer_age_BT": (np.zeros(shape, dtype=np.int64), joined.ages_T),
+        "advance_labels_BT": (np.full(shape, IGNORE, dtype=np.int64), joined.advances_T),
+    }
+    for array_BT, values_T in columns.values():
+        used = 0
+        for row, start, pointer in pointers:
+            num_tokens = len(pointer.places_T)
+            array_BT[row, start : start + num_tokens] = values_T[used : used + num_tokens]
+            used += num_tokens
+    fields = {name: torch.from_numpy(array_BT) for name, (array_BT, _) in columns.items()}
+    return replace(batch, letters_L=torch.from_numpy(joined.letters_L), **fields)
 
 
 def _stacked(items: list[np.ndarray], empty: tuple[int, ...], dtype: type, what: str) -> np.ndarray:

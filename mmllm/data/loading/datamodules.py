@@ -200,8 +200,7 @@ class PackedDataModule(L.LightningDataModule):
         names: set[str] = set()
         for source in self.plan.sources:
             if "speak" in source.config.task_names:
-                for index in source.indices:
-                    names.update(str(name) for name in index.columns.get("speaker", ()) if name not in (None, ""))
+                names |= source.values("speaker")
         return tuple(sorted(names))
 
     @property

@@ -121,6 +121,19 @@ class Source:
         """int64 [N] of a shard's documents as a task; those of 0 are left out."""
         return index.tokens_of(task)
 
+    def values(self, name: str) -> set[str]:
+        """What a column says of the documents that are drawn, as strings; what is empty left out."""
+        found: set[str] = set()
+        for index in self.indices:
+            column = index.columns.get(name)
+            if column is None:
+                continue
+            for task in self.config.task_names:
+                tokens_N = self._lengths(index, task)
+                is_drawn_N = self._keep(index, task, tokens_N) & (tokens_N > 0)
+                found.update(str(column[row]) for row in is_drawn_N.nonzero()[0] if column[row] not in (None, ""))
+        return found
+
     def __getstate__(self) -> dict[str, Any]:
         """What a worker needs: it is told which items to read, and plans none."""
         nothing = np.zeros(0, dtype=np.int32)

@@ -2,8 +2,8 @@
 
 Training and inference both come through here, so a prompt is written the same way in both.
 
-Shapes: T tokens, K codebooks, F frames, P frames after the codebook pattern, S features a picture, C channels, H and W
-pixels.
+Shapes: T tokens, K codebooks, F frames, P frames after the codebook pattern, L letters, S features a picture, C
+channels, H and W pixels.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmllm.batch import Modality
+from mmllm.batch import IGNORE, LETTER_GAP, Modality
 from mmllm.data.samples.decode import ImageInput, ImageTransform, picture_size
 from mmllm.data.samples.templates import chat_pieces, literal_ids, parse_template, template_of
+from mmllm_tokenizers.alignment import read_words
 from mmllm_tokenizers.audio import load_audio
 from mmllm_tokenizers.folder import TokenizerFolder
+from mmllm_tokenizers.pointer import Spelling, ages, follow, letter_starts
 from mmllm_tokenizers.vocab import AUDIO, IMAGE
 
 AudioInput = Any
@@ -38,11 +40,17 @@ PieceSize = str | int | tuple[int, int] | None
 """What of an interleaved document's segment counts: the text, a sound's frames, a picture's width and height. `None`: a
 picture, where pictures aren't cut into tiles."""
 
+NO_LETTERS = np.zeros(0, dtype=np.int64)
 NO_PIXELS = np.zeros((3, 0, 0), dtype=np.uint8)
 """Of a picture that has features, or isn't decoded yet."""
 
 VOICE_DROP = 5
 """The voice is left out of one `speak` document in this many, so that speaking works without one."""
+
+WORDS = "words"
+"""Key of a row's metadata: when each of its words is said."""
+ALIGNED = "aligned"
+"""Of a stored row that has `WORDS`: True, for filters."""
 
 KIND_TASKS = {
     "caption": ("caption",),
@@ -123,6 +131,43 @@ def tile_places(pictures: Iterable[Picture]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Pointer:
+    """Which letter of a text each of T positions speaks of; L letters, of one text or of several."""
+
+    letters_L: np.ndarray
+    """int64 bytes."""
+    places_T: np.ndarray
+    """int64: an index into the letters, of the frame that is predicted here; -1: none."""
+    ages_T: np.ndarray
+    """int64: frames before that one which said the same letter."""
+    advances_T: np.ndarray
+    """int64: how many letters further the frame behind that one is, at the speech's last frame its end; `IGNORE`."""
+
+    @staticmethod
+    def none(num_tokens: int) -> Pointer:
+        """Of tokens that speak of nothing."""
+        nothing_T = np.full(num_tokens, -1, dtype=np.int64)
+        return Pointer(NO_LETTERS, nothing_T, np.zeros_like(nothing_T), np.full_like(nothing_T, IGNORE))
+
+    @staticmethod
+    def join(pointers: Sequence[Pointer]) -> Pointer:
+        """One after the other: their texts are kept apart, so that no letter has another text's for a neighbour."""
+        gap = np.full(LETTER_GAP, -1, dtype=np.int64)
+        letters, places, used = [], [], 0
+        for pointer in pointers:
+            places.append(np.where(pointer.places_T >= 0, pointer.places_T + used, -1))
+            if len(pointer.letters_L):
+                letters += [pointer.letters_L, gap]
+                used += len(pointer.letters_L) + LETTER_GAP
+        return Pointer(
+            np.concatenate(letters) if letters else NO_LETTERS,
+            np.concatenate(places),
+            np.concatenate([pointer.ages_T for pointer in pointers]),
+            np.concatenate([pointer.advances_T for pointer in pointers]),
+        )
+
+
+@dataclass(frozen=True)
 class Document:
     """One document or prompt: T tokens and what hangs on them. Labels are shifted when packed."""
 
@@ -139,6 +184,8 @@ class Document:
     filler: int = 0
     """The filler's code, which is never an audio label."""
     has_units: bool = False
+    pointer: Pointer | None = None
+    """None: nothing in it says where in its text it is."""
 
     @property
     def num_tokens(self) -> int:
@@ -178,6 +225,7 @@ class DocumentWriter:
         self._ids: list[int] = []
         self._runs: list[tuple[int, bool, int]] = []  # tokens, whether they are targets, their modality
         self._units: list[tuple[int, np.ndarray]] = []
+        self._pointers: list[tuple[int, Pointer]] = []
         self._images: list[Picture] = []
         self._clips: list[Clip] = []
 
@@ -208,12 +256,34 @@ class DocumentWriter:
         self._clips.append(Clip(len(self._ids), codes_KF.T.astype(np.int64), num_slots, tuple(target_ids)))
         self.ids([self._folder.id(AUDIO)] * num_slots, False, Modality.AUDIO)
 
-    def units(self, codes_KF: np.ndarray, is_target: bool) -> None:
-        """Append frames of units under the folder's pattern."""
+    def units(self, codes_KF: np.ndarray, is_target: bool, pointer: Pointer | None = None) -> None:
+        """Append frames of units under the folder's pattern.
+
+        Args:
+            codes_KF: of a sound.
+            is_target: whether they are to be predicted.
+            pointer: of the positions that predict them, from the one before them on.
+        """
         vocabulary = self._folder.vocabulary
         codes_KP = pattern_codes(codes_KF, self._folder)
+        if pointer is not None:
+            self.point(pointer)
         self._units.append((len(self._ids), codes_KP.T))
         self.ids((codes_KP[0] + vocabulary.codebook_start(0)).tolist(), is_target, Modality.UNITS)
+
+    def point(self, pointer: Pointer) -> None:
+        """Give a pointer to the last position so far and those that will follow it."""
+        assert self._ids, "speech follows a token, where its first frame is predicted"
+        self._pointers.append((len(self._ids) - 1, pointer))
+
+    def _pointer(self, num_tokens: int) -> Pointer | None:
+        if not self._pointers:
+            return None
+        pieces, used = [], 0
+        for start, pointer in self._pointers:
+            pieces += [Pointer.none(start - used), pointer]
+            used = start + len(pointer.places_T)
+        return Pointer.join([*pieces, Pointer.none(num_tokens - used)])
 
     def finish(self) -> Document:
         """The document so far."""
@@ -231,7 +301,24 @@ class DocumentWriter:
             tuple(self._clips),
             self._folder.vocabulary.filler,
             bool(self._units),
+            self._pointer(num_tokens),
         )
+
+
+def spoken_pointer(letters_L: np.ndarray, pointer_F: np.ndarray, num_positions: int) -> Pointer:
+    """The pointer of the positions that predict a sound's frames.
+
+    Args:
+        letters_L: of its text.
+        pointer_F: the letter that each frame says.
+        num_positions: that its frames take under the pattern. Behind the last frame its letter goes on: there the
+            later codebooks' codes of earlier frames are predicted.
+    """
+    num_frames = len(pointer_F)
+    places_P = np.pad(pointer_F, (0, num_positions - num_frames), mode="edge")
+    advances_P = np.full(num_positions, IGNORE, dtype=np.int64)
+    advances_P[:num_frames] = np.diff(pointer_F, append=len(letters_L))
+    return Pointer(letters_L, places_P, ages(places_P), advances_P)
 
 
 def pattern_codes(codes_KF: np.ndarray, folder: TokenizerFolder) -> np.ndarray:
@@ -333,6 +420,10 @@ def build_prompt(
     fields = _Fields(sample, task, folder, transform or default_transform(folder), drops_voice=False)
     writer = DocumentWriter(folder)
     fields.render(writer, template_of(task, folder)["prompt"], False)
+    if task == "speak" and folder.config.pointer is not None:
+        letters_L = Spelling.of(fields._need(text, "text")).letters_L
+        first = np.zeros(1, dtype=np.int64)
+        writer.point(Pointer(letters_L, first, first, np.full_like(first, IGNORE)))
     if task == "interleaved":
         fields.render(writer, "{segments}", False)
     elif task == "text" and text:
@@ -490,7 +581,8 @@ class _Fields:
                 spoken = folder.text.encode(sample.text) if sample.text else ()
                 writer.clip(self._codes(), spoken)
             case "units":
-                writer.units(self._codes(), is_target)
+                codes_KF = self._codes()
+                writer.units(codes_KF, is_target, self._pointer(codes_KF.shape[1]))
             case "voice":
                 metadata = sample.metadata
                 key = sample.key if self.drops_voice else None
@@ -548,6 +640,25 @@ class _Fields:
     def _codes(self) -> np.ndarray:
         source = self.sample.codes_KF if self.sample.codes_KF is not None else self.sample.audio
         return encode_audio(self._need(source, "audio"), self.folder, self.sample.key)
+
+    def _pointer(self, num_frames: int) -> Pointer | None:
+        """Where the frames of the sample's sound are in its text; None where the folder has no pointer."""
+        rule, key, folder = self.folder.config.pointer, self.sample.key, self.folder
+        if rule is None:
+            return None
+        text = self._need(self.sample.text, "text")
+        if WORDS not in self.sample.metadata:
+            raise ValueError(
+                f"{key}: the tokenizer folder has a pointer, but the row doesn't say when its words are said; "
+                f"`mmllm data align` adds `{WORDS}` to a manifest, from which its shards are built then"
+            )
+        times = read_words(self.sample.metadata[WORDS], text, key)
+        try:
+            starts_L = letter_starts(text, times, num_frames / folder.frame_rate)
+            pointer_F = follow(starts_L, num_frames, folder.frame_rate, rule)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+        return spoken_pointer(Spelling.of(text).letters_L, pointer_F, folder.num_unit_positions(num_frames))
 
     def _need(self, value: Any, name: str) -> Any:
         if value is None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -23,8 +23,10 @@ from mmllm.data.rows.media import Media, media_source
 from mmllm.data.rows.rows import Row
 from mmllm.data.rows.table import RowTable
 from mmllm.data.samples.decode import decode_file
+from mmllm.data.samples.documents import ALIGNED, WORDS
 from mmllm.data.samples.stored import COLUMN, ImageEncoder, features_ending, pack_codes, pack_features
 from mmllm.data.shards.perturb import perturb
+from mmllm_tokenizers.alignment import read_words
 from mmllm_tokenizers.audio import Sound, read_sound, to_mono
 from mmllm_tokenizers.folder import TokenizerFolder
 
@@ -249,10 +251,27 @@ def _audio_samples(row: Row, metadata: dict[str, Any], config: ShardsConfig) -> 
         facts = {"sample_rate": rate, "duration": round(changed_CT.shape[-1] / rate, 6)}
         if copy:
             facts["perturbed"] = True
+        if isinstance(metadata.get(WORDS), list):
+            facts |= _words(row, metadata, changed_CT.shape[-1] / wave_CT.shape[-1])
         files = {"flac": _flac(changed_CT, rate, str(row.audio)), "txt": row.text.encode()}
         notes = _noted(row, row.audio, sound) if not copy else []
         samples.append(_Sample(row, name, files, {**metadata, **facts}, [_Sound(changed_CT, rate, "codec.npz")], notes))
     return samples
+
+
+def _words(row: Row, metadata: Mapping[str, Any], slower: float) -> dict[str, Any]:
+    """When the words are said in a sound that lasts so many times as long: checked, and marked for filters."""
+    times = read_words(metadata[WORDS], row.text, f"row {row.id!r}")
+    moved = [
+        replace(
+            time,
+            start=time.start * slower,
+            end=time.end * slower,
+            letters=None if time.letters is None else tuple(letter * slower for letter in time.letters),
+        )
+        for time in times
+    ]
+    return {WORDS: [time.to_json() for time in moved], ALIGNED: True}
 
 
 def _interleaved_sample(row: Row, metadata: dict[str, Any], config: ShardsConfig) -> _Sample:

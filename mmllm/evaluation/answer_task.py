@@ -1,0 +1,98 @@
+"""Answers to questions about interleaved pictures and sounds."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from mmllm.data.rows.media import media_source
+from mmllm.data.rows.rows import Row
+from mmllm.data.samples.documents import Segment
+from mmllm.evaluation.metrics import exact_match
+from mmllm.evaluation.results import Prediction, TaskResult
+from mmllm.evaluation.scoring import causes, greedy_settings, mean_scores
+from mmllm.inference.api import Model
+
+_ORDINAL = re.compile(r"\b(?:first|second|third|fourth|fifth)\b", re.IGNORECASE)
+
+
+def evaluate_answers(model: Model, rows: Sequence[Row], batch_size: int, seed: int) -> TaskResult:
+    """Answers right, beside those given when pictures and sounds change places between rows, and blind.
+
+    `ordinal_accuracy` is that of the `ordinal_n` questions that ask for one of several by its place ("the first
+    picture", "which word is said second?"): they need what was seen or heard, and which came when.
+    """
+    questions = [str(row.metadata["question"]) for row in rows]
+    references = [str(row.metadata["answer"]) for row in rows]
+    settings = greedy_settings(model, references, batch_size)
+    parts = [prompt_segments(row) for row in rows]
+    answers = cast("list[str]", model.answer(parts, questions, **settings))
+    blind = cast("list[str]", model.answer(parts, questions, blind=True, **settings))
+    shuffled = cast("list[str]", model.answer(shuffled_segments(rows, seed), questions, **settings))
+    right = _matches(answers, references)
+    media = causes(rows)
+    ordinal = [place for place, question in enumerate(questions) if _ORDINAL.search(question)]
+    scores: dict[str, Any] = {}
+    for prefix, texts in (("", answers), ("shuffled_", shuffled), ("blind_", blind)):
+        matched = _matches(texts, references)
+        scores |= mean_scores(f"{prefix}accuracy" if prefix else "answer_accuracy", matched, seed, media)
+        if ordinal:
+            clusters = [media[i] for i in ordinal]
+            scores |= mean_scores(f"{prefix}ordinal_accuracy", [matched[i] for i in ordinal], seed, clusters)
+    scores["n"] = len(rows)
+    if ordinal:
+        scores["ordinal_n"] = len(ordinal)
+    predictions = [
+        Prediction(
+            row.id, reference, answer, float(correct), correct, "test", without, question=question,
+            segments=[
+                {kind: str(segment[kind]) for kind in ("text", "image", "audio") if kind in segment}
+                for segment in row.segments
+            ],
+        )
+        for row, reference, answer, correct, without, question in zip(
+            rows, references, answers, right, blind, questions, strict=True
+        )
+    ]  # fmt: skip
+    return TaskResult("interleaved", scores, predictions)
+
+
+def _matches(texts: Sequence[str], references: Sequence[str]) -> list[bool]:
+    return [exact_match(text, reference) for text, reference in zip(texts, references, strict=True)]
+
+
+def prompt_segments(row: Row) -> list[Segment]:
+    """A row's prompt as the model takes it."""
+    return [
+        Segment(
+            segment.get("text"),
+            media_source(segment["image"]) if "image" in segment else None,
+            media_source(segment["audio"]) if "audio" in segment else None,
+        )
+        for segment in row.segments
+    ]
+
+
+def shuffled_segments(rows: Sequence[Row], seed: int) -> list[list[Segment]]:
+    """Each row's prompt with pictures and sounds of other rows in the places of its own, kind for kind.
+
+    A picture comes back to its own row only where one row holds more than half of all pictures.
+    """
+    shuffled = [prompt_segments(row) for row in rows]
+    order = list(range(len(rows)))
+    random.Random(f"shuffle {seed}").shuffle(order)
+    for kind in ("image", "audio"):
+        places = [
+            (row, number) for row in order for number, segment in enumerate(rows[row].segments) if kind in segment
+        ]
+        if not places:
+            continue
+        most_of_one_row = max(np.bincount([row for row, _ in places]))
+        given = [shuffled[row][number] for row, number in places]
+        for place, (row, number) in enumerate(places):
+            shuffled[row][number] = given[(place + int(most_of_one_row)) % len(places)]
+    return shuffled

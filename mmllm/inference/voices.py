@@ -1,0 +1,161 @@
+"""A voice from a short recording: its units are gone on from, as if the same speaker said the text next.
+
+Source: VALL-E (https://arxiv.org/abs/2301.02111) prompts a codec language model in this way; here the recording's words
+are aligned first, by the CTC head of the model itself.
+
+Shapes: K codebooks, F frames, L letters, T tokens, S slots, V ids, P positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torchaudio
+from torch import Tensor
+
+from mmllm.batch import IGNORE, Modality
+from mmllm.data.samples.documents import Document, Pointer, pattern_codes
+from mmllm.inference.generate import evaluating
+from mmllm.losses.ctc import ctc_losses
+from mmllm.model.multimodal import MultimodalModel
+from mmllm_tokenizers.alignment import WordTime, text_words
+from mmllm_tokenizers.folder import TokenizerFolder
+from mmllm_tokenizers.pointer import PointerRule, Spelling, ages, follow, letter_starts
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A short recording of a voice.
+
+    Attributes:
+        codes_KF: int64, its units.
+        text: what is said in it.
+        words: when.
+    """
+
+    codes_KF: Tensor
+    text: str
+    words: tuple[WordTime, ...]
+
+
+def align_recording(model: MultimodalModel, tokenizer: TokenizerFolder, codes_KF: Tensor, text: str) -> Recording:
+    """When the words of a recording are said, by the model's CTC head.
+
+    Args:
+        model: that hears.
+        tokenizer: of the model.
+        codes_KF: the recording's units.
+        text: what is said in it.
+
+    Raises:
+        ValueError: the model has no CTC head, the text says nothing, or it is too long for the recording.
+    """
+    if model.ctc_head is None:
+        raise ValueError("this model has no CTC head to align a recording with; train it with loss.ctc above 0")
+    words = text_words(text)
+    if not words:
+        raise ValueError(f"the recording's text {text!r} has no word; give what is said in it")
+    ids = [tokenizer.text.encode(word if number == 0 else f" {word}") for number, word in enumerate(words)]
+    flat = [token for word in ids for token in word]
+    with evaluating(model):
+        codes_CFK = codes_KF.T[None].to(model.decoder.head_weight_VD.device)
+        log_probs_1SV = model.ctc_head(model.clip_embedding(codes_CFK)).float().log_softmax(dim=-1).cpu()
+    num_slots = log_probs_1SV.shape[1]
+    if len(flat) + sum(a == b for a, b in pairwise(flat)) > num_slots:
+        raise ValueError(
+            f"the recording has {num_slots} slots of sound for {len(flat)} tokens of text; give what is said in it"
+        )
+    assert model.config.audio is not None
+    path_1S, _ = torchaudio.functional.forced_align(
+        log_probs_1SV, torch.tensor([flat], dtype=torch.int32), blank=model.config.audio.pad_id
+    )
+    peaks = _peaks(path_1S[0].tolist(), model.config.audio.pad_id)
+    seconds = codes_KF.shape[1] / tokenizer.frame_rate / num_slots
+    starts = [0.0, *(seconds * (before + after + 1) / 2 for before, after in pairwise(peaks))]
+    first_tokens = np.cumsum([0, *(len(word) for word in ids)])[:-1].tolist()
+    begins = [*(starts[token] for token in first_tokens), codes_KF.shape[1] / tokenizer.frame_rate]
+    times = (WordTime(word, start, end) for word, (start, end) in zip(words, pairwise(begins), strict=True))
+    return Recording(codes_KF, text, tuple(times))
+
+
+def _peaks(path: list[int], blank: int) -> list[int]:
+    """The slot where each token of an alignment begins."""
+    return [
+        slot
+        for slot, token in enumerate(path)
+        if token != blank and (slot == 0 or path[slot - 1] != token)
+    ]  # fmt: skip
+
+
+def begin(prompt: Document, text: str, recording: Recording, tokenizer: TokenizerFolder) -> Document:
+    """A prompt to speak the recording's text and then another, of which the recording is already said.
+
+    Args:
+        prompt: `build_prompt("speak", text=f"{recording.text} {text}")`.
+        text: what is to be said.
+        recording: of a voice.
+        tokenizer: of the model.
+
+    Raises:
+        ValueError: the recording's text is too long for it.
+    """
+    assert prompt.pointer is not None, "a recording is gone on from by a pointer"
+    codes_KF, rate = recording.codes_KF.numpy(), tokenizer.frame_rate
+    num_frames = codes_KF.shape[1]
+    rule = tokenizer.config.pointer or PointerRule()
+    starts_L = letter_starts(recording.text, recording.words, num_frames / rate)
+    pointer_F = follow(starts_L, num_frames, rate, rule)
+    # Behind the recording's last word there is one space, with which the new text begins.
+    places_F = np.append(pointer_F, len(starts_L) - 1)
+    is_same_text = len(Spelling.of(text).letters_L) + len(starts_L) - 1 == (prompt.pointer.letters_L >= 0).sum()
+    assert is_same_text, "the prompt says the recording's text and then the other"
+    codes_PK = pattern_codes(codes_KF, tokenizer).T[:num_frames]
+    pointer = Pointer(
+        prompt.pointer.letters_L,
+        np.concatenate([prompt.pointer.places_T[:-1], places_F]),
+        np.concatenate([prompt.pointer.ages_T[:-1], ages(places_F)]),
+        np.full(prompt.num_tokens + num_frames, IGNORE, dtype=np.int64),
+    )
+    first_id = tokenizer.vocabulary.codebook_start(0)
+    return replace(
+        prompt,
+        token_ids_T=np.concatenate([prompt.token_ids_T, codes_PK[:, 0] + first_id]),
+        targets_T=np.concatenate([prompt.targets_T, np.zeros(num_frames, dtype=bool)]),
+        modality_T=np.concatenate([prompt.modality_T, np.full(num_frames, int(Modality.UNITS), dtype=np.int64)]),
+        codes_TK=np.concatenate([prompt.codes_TK, codes_PK]),
+        has_units=True,
+        pointer=pointer,
+    )
+
+
+def ctc_scores(
+    model: MultimodalModel, tokenizer: TokenizerFolder, sounds: list[Tensor], texts: list[str]
+) -> list[float]:
+    """How well the model hears each text in its sound: nats of CTC loss a token; infinite where there is no room.
+
+    Args:
+        model: that hears.
+        tokenizer: of the model.
+        sounds: codes [K, F] of each.
+        texts: what each should say.
+
+    Raises:
+        ValueError: the model has no CTC head.
+    """
+    if model.ctc_head is None:
+        raise ValueError("best_of needs the CTC head of the model, which has none; train it with loss.ctc above 0")
+    assert model.config.audio is not None
+    blank, scores = model.config.audio.pad_id, []
+    device = model.decoder.head_weight_VD.device
+    with evaluating(model):
+        for codes_KF, text in zip(sounds, texts, strict=True):
+            ids_1L = torch.tensor([tokenizer.text.encode(text)])
+            slots_1SD = model.clip_embedding(codes_KF.T[None].to(device))
+            log_probs_1SV = model.ctc_head(slots_1SD).float().log_softmax(dim=-1).cpu()
+            lengths = [log_probs_1SV.shape[1]], [ids_1L.shape[1]]
+            (loss,) = ctc_losses(log_probs_1SV, ids_1L, *lengths, blank=blank).tolist()
+            scores.append(loss / ids_1L.shape[1])
+    return scores
