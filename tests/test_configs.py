@@ -146,7 +146,7 @@ def test_the_quickstart_configs_step(tmp_path: Path, monkeypatch: pytest.MonkeyP
     _run("fit", "-c", "codec.yaml", *short, *given["codec"])
     _run(
         "tokenizer", "assemble", "--text", f"{demo}/text_tokenizer", "--codec", f"{demo}/codec",
-        "--out", f"{demo}/tokenizer", *image,
+        "--out", f"{demo}/tokenizer", "--pointer", *image,
     )  # fmt: skip
     _run("data", "index", f"{demo}/shards", "--tokenizer", f"{demo}/tokenizer")
     _run("fit", "-c", "clip.yaml", *short, *given["clip"])
@@ -288,7 +288,8 @@ def _write_data(folder: Path) -> None:
         rows.append({"id": f"picture-{number}", "image": f"{number}.png", "text": f"a {colour} square"})
         wave = 0.3 * np.sin(np.arange(9000) * 0.05 * (number + 1)) + 0.01 * np.cos(np.arange(9000) * 1.7)
         soundfile.write(folder / f"{number}.wav", wave, 8000)
-        rows.append({"id": f"sound-{number}", "audio": f"{number}.wav", "text": f"tone {number}"})
+        words = [{"word": "tone", "start": 0.1, "end": 0.5}, {"word": str(number), "start": 0.6, "end": 1.0}]
+        rows.append({"id": f"sound-{number}", "audio": f"{number}.wav", "text": f"tone {number}", "words": words})
     (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     looked_at = folder.parent / "manifests" / "val.jsonl"
     looked_at.parent.mkdir()

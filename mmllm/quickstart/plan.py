@@ -151,8 +151,8 @@ DEMO_WEIGHTS = {"caption": 0.44, "interleaved": 0.14, "text": 0.04, "heard": 0.2
 GPU_SEQUENCE, GPU_IMAGES = 4096, 32
 PLAIN_STEPS, PLAIN_SHARE = 0.7, 0.2
 """Captions in plain wording make way for all wordings along a line that would end at this share of the steps, and that
-stops at this share of the captions. Which object is left of which is one word among forty of wording: it is learnt where
-there is one wording."""
+stops at this share of the captions. Which object is left of which is one word among forty of wording, and is learnt
+where there is one wording."""
 RELATION_WEIGHT = 6.0
 RELATION_WORDS = ("left", "right", "above", "below", "over", "under", "top", "bottom")
 """What they weigh in the loss of captions: one word in ten, on which it hangs whether a caption is right."""

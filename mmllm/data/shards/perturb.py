@@ -1,6 +1,6 @@
-"""Altered copies of a recording: other speeds, pitches, colours and noise, so that few speakers become many.
+"""Altered copies of a recording: other speakers and other recorders, so that few of each become many.
 
-Shapes: T samples of one channel.
+Shapes: T samples of one channel, W bins of its spectrum.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ import torchaudio
 _STEPS = 20
 """Speeds are multiples of 1/20: the resampler's filter stays short."""
 
+_STOP_DB, _SLOPE = 40.0, 0.1
+"""How far a low-pass goes down, and over which share of the band."""
+
 
 @dataclass(frozen=True)
 class PerturbConfig:
@@ -28,16 +31,33 @@ class PerturbConfig:
     gain_db: tuple[float, float] = (-9.0, 6.0)
     tilt_db: float = 6.0
     """Up to this much up or down from the lowest to the highest frequency (another microphone)."""
-    bump_db: float = 4.0
-    """Up to this much in each of a few broad bands."""
-    noise_db: tuple[float, float] = (25.0, 50.0)
-    """White noise, this far below the signal."""
+    band_db: float = 8.0
+    """Up to this much up or down at each of 3 to 6 random frequencies, straight lines between them."""
+    lowpass: tuple[float, float] = (0.625, 1.0)
+    """Where a recorder's band ends, as a share of the recording's own: 2.5 to 4 kHz at 8 kHz sampling."""
+    lowpass_chance: float = 0.5
+    """Share of the copies whose band ends early."""
+    noise_db: tuple[float, float] = (18.0, 45.0)
+    """Noise of a random colour, this far below the signal: real recordings differ by as much."""
+    color_db: float = 10.0
+    """`band_db` of the noise; 0: it is white."""
 
     def __post_init__(self) -> None:
         for name in ("speed", "tempo"):
             low, high = getattr(self, name)
             if not 0.5 <= low <= high <= 2.0:
                 raise ValueError(f"{name} is {low}–{high}; give a range within 0.5–2.0, the lower first")
+        low, high = self.lowpass
+        if not 0 < low <= high <= 1 or not 0 <= self.lowpass_chance <= 1:
+            raise ValueError(
+                f"lowpass is {low}–{high} and lowpass_chance {self.lowpass_chance}; give shares of the band above 0 and "
+                f"up to 1, the lower first, and a chance in [0, 1]"
+            )
+        if self.noise_db[0] > self.noise_db[1] or min(self.tilt_db, self.band_db, self.color_db) < 0:
+            raise ValueError(
+                f"noise_db is {self.noise_db[0]}–{self.noise_db[1]}, tilt_db {self.tilt_db}, band_db {self.band_db} and "
+                f"color_db {self.color_db}; give the lower noise first, and the others as 0 or more decibels"
+            )
 
 
 def perturb(wave_T: np.ndarray, seed: int, name: str, config: PerturbConfig | None = None) -> np.ndarray:
@@ -59,10 +79,7 @@ def perturb(wave_T: np.ndarray, seed: int, name: str, config: PerturbConfig | No
     tempo = rng.uniform(*config.tempo)
     wave_T = _speed(np.asarray(wave_T, dtype=np.float32), speed)
     wave_T = _tempo(wave_T, tempo)
-    wave_T = _equalize(wave_T, rng, config)
-    power = float(np.sqrt(np.mean(wave_T**2))) if len(wave_T) else 0.0
-    noise = power * 10 ** (-rng.uniform(*config.noise_db) / 20)
-    wave_T = wave_T + noise * rng.standard_normal(len(wave_T), dtype=np.float32)
+    wave_T = _recorded(wave_T, rng, config)
     wave_T = wave_T * 10 ** (rng.uniform(*config.gain_db) / 20)
     peak = float(np.abs(wave_T).max(initial=0.0))
     return (wave_T / max(1.0, peak)).astype(np.float32)
@@ -103,12 +120,30 @@ def _tempo(wave_T: np.ndarray, tempo: float, window: int = 400, search: int = 80
     return out
 
 
-def _equalize(wave_T: np.ndarray, rng: np.random.Generator, config: PerturbConfig, num_bands: int = 6) -> np.ndarray:
-    tilt = rng.uniform(-config.tilt_db, config.tilt_db)
-    bumps = rng.uniform(-config.bump_db, config.bump_db, num_bands)
+def _recorded(wave_T: np.ndarray, rng: np.random.Generator, config: PerturbConfig) -> np.ndarray:
+    """By another recorder: its response to each frequency, the end of its band, and its noise."""
     if len(wave_T) < 16:
         return wave_T
-    spectrum = np.fft.rfft(wave_T)
-    position = np.linspace(0, 1, len(spectrum))
-    gain_db = tilt * (position - 0.5) + np.interp(position, np.linspace(0, 1, num_bands), bumps)
-    return np.fft.irfft(spectrum * 10 ** (gain_db / 20), n=len(wave_T)).astype(np.float32)
+    position_W = np.linspace(0, 1, len(wave_T) // 2 + 1)
+    tilt = rng.uniform(-config.tilt_db, config.tilt_db)
+    gain_db_W = tilt * (position_W - 0.5) + _random_response(position_W, rng, config.band_db)
+    if rng.random() < config.lowpass_chance:
+        gain_db_W -= _STOP_DB * np.clip((position_W - rng.uniform(*config.lowpass)) / _SLOPE, 0, 1)
+    wave_T = _filtered(wave_T, gain_db_W)
+    noise_T = _filtered(rng.standard_normal(len(wave_T)), _random_response(position_W, rng, config.color_db))
+    noise_T *= _root_mean_square(wave_T) / max(_root_mean_square(noise_T), 1e-9)
+    return (wave_T + noise_T * 10 ** (-rng.uniform(*config.noise_db) / 20)).astype(np.float32)
+
+
+def _random_response(position_W: np.ndarray, rng: np.random.Generator, most_db: float) -> np.ndarray:
+    """Decibels at positions in [0, 1] of the band: random at 3 to 6 random places, straight lines between."""
+    places = np.sort(rng.uniform(0, 1, int(rng.integers(3, 7))))
+    return np.interp(position_W, places, rng.uniform(-most_db, most_db, len(places)))
+
+
+def _filtered(wave_T: np.ndarray, gain_db_W: np.ndarray) -> np.ndarray:
+    return np.fft.irfft(np.fft.rfft(wave_T) * 10 ** (gain_db_W / 20), n=len(wave_T))
+
+
+def _root_mean_square(wave_T: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(wave_T))))
