@@ -156,7 +156,7 @@ def test_the_quickstart_configs_step(tmp_path: Path, monkeypatch: pytest.MonkeyP
     models = ("codec/model.safetensors", "clip/model.safetensors", "model/config.json")
     for written in (*models, *(f"logs/decoder/{name}" for name in logs)):
         assert Path(demo, written).is_file(), written
-    for stage, column in (("codec", "train/mel"), ("clip", "train/loss"), ("decoder", "train/loss/text")):
+    for stage, column in (("codec", "val/mel"), ("clip", "train/loss"), ("decoder", "train/loss/text")):
         assert column in Path(f"{demo}/logs/{stage}/metrics.csv").read_text().splitlines()[0], stage
     for stage in ("codec", "clip", "decoder"):  # and each goes on from what it saved
         first = torch.load(f"{demo}/checkpoints/{stage}/last.ckpt", weights_only=True)

@@ -156,6 +156,7 @@ def test_what_goes_out_comes_back(name: str, tmp_path: Path) -> None:
         ({"moe": dataclasses.replace(MOE, modality_experts={"text": (0, 1)})}, "modality_experts is {'text'"),
         ({"moe": dataclasses.replace(MOE, num_experts=4, n_group=2)}, "topk_group is 1"),
         ({"mod_layers": (1,)}, r"mod_layers is \[1\]"),
+        ({"conv_size": 4}, r"conv_size is 4"),
         ({"qk_norm": "width"}, "qk_norm is 'width'"),
         ({"attention_bias": "qkv", "qk_norm": True}, "decoder.qk_norm is 'head'.*nearest is qwen2, with"),
         ({"moe": MOE, "attention_bias": True}, "decoder.attention_bias is 'all'"),

@@ -105,3 +105,14 @@ def test_a_flat_table_embeds_a_frame_as_separate_ones_do() -> None:
     assert torch.allclose(ratio[told], ratio[told][0, 0].expand_as(ratio[told]), rtol=1e-3)
     position = torch.tensor([[2 * 5 + 4]])  # in the stream: unit 4 of codebook 2
     assert torch.allclose(flat(position)[0], flat(torch.tensor([[-1, -1, 4]]))[0])
+
+
+def test_the_first_codebooks_alone_are_embedded_as_if_the_others_were_missing() -> None:
+    """Units may have fewer codebooks than what is heard; one table serves both."""
+    torch.manual_seed(0)
+    embedding = CodeEmbedding(8, 5, 12)
+    codes = torch.randint(0, 5, (2, 7, 8))
+    missing = codes.clone()
+    missing[..., 4:] = -1
+    assert torch.equal(embedding(codes[..., :4]), embedding(missing))
+    assert not torch.allclose(embedding(codes[..., :4]), embedding(codes))

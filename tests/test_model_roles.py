@@ -69,7 +69,7 @@ def _groups(module: Any) -> dict[str, str]:
 
 def _group_by_name(module: Any, name: str, parameter: torch.Tensor, embeddings: set[int]) -> str:
     """The rule that looked for parts of names, as it was."""
-    looked_up = ("embedding", "embed_tokens", "position", "queries")
+    looked_up = ("embedding", "embed_tokens", "position", "queries", "attention_conv", "mlp_conv")
     heads = ("head", "mlp.gate.weight", "attnpool", "text_projection")
     is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings and not any(word in name for word in looked_up)
     is_depthwise = parameter.ndim == 3 and parameter.shape[1] == 1

@@ -256,7 +256,8 @@ class _Run:
             bound = []
             if step.share is not None and not self.state.is_done(step.name):
                 bound = self.budget.command_length(self.tasks, self.state.seconds_left, step.share)
-            self.stage(step.name, *step.command, *bound)
+            is_tryout = self.settings["max_steps"] is not None
+            self.stage(step.name, *step.command, *bound, num_threads=0 if is_tryout else step.num_threads)
             return
         if step.training == "decoder" and not self.state.is_done(step.name):
             self._write_recipe(contents, choices)

@@ -10,7 +10,7 @@ and the decoder what is left then: a stage that a run does without leaves its ti
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Step:
         overrides: of that config; see `plan.stage_config`.
         share: of the time that is left when it begins, with `--minutes`; None: a training takes all of it, and any
             other command as long as it takes.
+        num_threads: it runs in a process of its own with so many; 0: with all, in the one that short commands share.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Step:
     training: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     share: float | None = None
+    num_threads: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class StageList:
     def _align(self) -> Step:
         """Word times of speech, and the aligner that tells them, which judges what is spoken too."""
         command = ("data", "align", self._manifests()["audio"], "--out", self.out / ALIGNED, "--seed", self.seed)
-        return _step("align", *command, share=ALIGN_SHARE)
+        return replace(_step("align", *command, share=ALIGN_SHARE), num_threads=1)  # so small a network is not shared
 
     def _codec(self) -> list[Step]:
         if self.preset.codec is not None:

@@ -50,13 +50,14 @@ class PerturbConfig:
         low, high = self.lowpass
         if not 0 < low <= high <= 1 or not 0 <= self.lowpass_chance <= 1:
             raise ValueError(
-                f"lowpass is {low}–{high} and lowpass_chance {self.lowpass_chance}; give shares of the band above 0 and "
-                f"up to 1, the lower first, and a chance in [0, 1]"
+                f"lowpass is {low}–{high} and lowpass_chance {self.lowpass_chance}; give shares of the band above 0 "
+                f"and up to 1, the lower first, and a chance in [0, 1]"
             )
-        if self.noise_db[0] > self.noise_db[1] or min(self.tilt_db, self.band_db, self.color_db) < 0:
+        low, high = self.noise_db
+        if low > high or min(self.tilt_db, self.band_db, self.color_db) < 0:
             raise ValueError(
-                f"noise_db is {self.noise_db[0]}–{self.noise_db[1]}, tilt_db {self.tilt_db}, band_db {self.band_db} and "
-                f"color_db {self.color_db}; give the lower noise first, and the others as 0 or more decibels"
+                f"noise_db is {low}–{high}, tilt_db {self.tilt_db}, band_db {self.band_db} and color_db "
+                f"{self.color_db}; give the lower noise_db first, and 0 or more decibels of the others"
             )
 
 
@@ -91,7 +92,7 @@ def _resampler(speed: int) -> torchaudio.transforms.Resample:
 
 
 def _speed(wave_T: np.ndarray, speed: int) -> np.ndarray:
-    if speed == _STEPS:
+    if speed == _STEPS or not len(wave_T):
         return wave_T
     return _resampler(speed)(torch.from_numpy(wave_T)).numpy()
 
