@@ -118,6 +118,8 @@ class Choices:
     """Speech gets word times before it is built."""
     pointer: int = 0
     """Letters a frame that speech's pointer into its text passes at most; 0: it has none."""
+    voices: tuple[str, ...] = ()
+    """That it learns to speak with; empty: of those that are heard longest."""
 
 
 FRAME_RATE = 50
@@ -159,6 +161,8 @@ RELATION_WORDS = ("left", "right", "above", "below", "over", "under", "top", "bo
 NUM_VOICES = 4
 """Voices that a model learns to speak with, however many it hears: of 36, each with 2 minutes of speech, four were
 understood twice as well after as many steps."""
+DEMO_VOICES = ("en-us+john", "en-gb-x-rp+m4", "en-us+f2", "en-gb-scotland+Henrique")
+"""Of three accents, without echo."""
 MAX_ADVANCE = 2
 """Letters that speech passes between two frames, at most."""
 
@@ -173,8 +177,9 @@ def choose(contents: Contents, is_demo: bool, preset: Preset = DEMO) -> Choices:
     speech: dict[str, Any] = {"align": True, "pointer": MAX_ADVANCE} if contents.has_sounds else {}
     if is_demo:
         return Choices(
-            vocab_size, perturb=0, sequence_length=512, batch_size=8, decoder={}, weights=DEMO_WEIGHTS, **speech
-        )
+            vocab_size, perturb=0, sequence_length=512, batch_size=8, decoder={}, weights=DEMO_WEIGHTS,
+            voices=DEMO_VOICES, **speech,
+        )  # fmt: skip
     perturb = int(min(10, max(1, 4000 // max(contents.audio_seconds, 1.0)))) if contents.has_sounds else 0
     if preset.on_gpu:
         return Choices(
@@ -214,9 +219,9 @@ def recipe_dict(out: Path, contents: Contents, choices: Choices, seed: int, num_
         sources.append({"name": "heard", **speech, "weight": weights["heard"], "tasks": ["transcribe"]})
         spoken = {"name": "spoken", **speech, "weight": weights["spoken"], "tasks": ["speak"]}
         conditions = ["not perturbed", *(["aligned"] if choices.pointer else [])]
-        if len(contents.speakers) > NUM_VOICES:
-            named = ", ".join(repr(speaker) for speaker in contents.speakers[:NUM_VOICES])
-            conditions.append(f"speaker in [{named}]")
+        voices = choices.voices or contents.speakers[:NUM_VOICES]
+        if len(contents.speakers) > len(voices):
+            conditions.append(f"speaker in [{', '.join(map(repr, voices))}]")
         sources.append({**spoken, "filter": " and ".join(conditions)})
     recipe: dict[str, Any] = {
         "seed": seed,

@@ -61,7 +61,7 @@ class SourceFilterDecoder(nn.Module):
         self.num_fft, filters_MW = spectrum.num_fft, spectrum.get_buffer("filters_MW")
         self.loudness = FrameLoudness(config.hop_samples)
         area_M = filters_MW.sum(dim=1)
-        window_energy = float(spectrum.get_buffer("hann").square().sum())
+        window_energy = 0.375 * len(spectrum.get_buffer("hann"))  # of a periodic Hann window
         buffers = {
             "log_area_M1": area_M.log()[:, None],
             "bins_WM": _interpolation(filters_MW),
