@@ -140,9 +140,9 @@ _TRAITS: dict[str, _Trait] = {
     ),
 }
 _PLAIN: dict[str, tuple[Any, ...]] = {
-    "experts": ("none",), "prefix": ("none",), "conv_size": (False,), "mod_layers": (False,), "modality_experts": (None,),
-    "dense_layers": ("none",), "norm_topk_prob": (True,), "shared": (False,), "scaling": (False,),
-    "expert_bias": (False,), "groups": (False,), "qk_norm": ("none",), "attention_bias": ("none",),
+    "experts": ("none",), "prefix": ("none",), "conv_size": (False,), "mod_layers": (False,),
+    "modality_experts": (None,), "dense_layers": ("none",), "norm_topk_prob": (True,), "shared": (False,),
+    "scaling": (False,), "expert_bias": (False,), "groups": (False,), "qk_norm": ("none",), "attention_bias": ("none",),
     "mlp_bias": (False,), "windows": ("none",), "sliding_rope": (None,), "partial": (False,), "no_rope": (False,),
     "rope": _SCALED, "own_head_dim": (False, True), "odd_width": (False, True),
 }  # fmt: skip
