@@ -16,7 +16,7 @@ from mmllm.data.samples.documents import Document, DocumentWriter, build_documen
 from mmllm.data.samples.schema import Sample
 from mmllm.evaluation.perplexity import bits_of_documents
 from mmllm.inference.api import Model
-from mmllm.inference.generate import _Decoding
+from mmllm.inference.generate import Decoding
 from mmllm.inference.prompts import join, pad_left
 from mmllm.model.audio_projectors import AudioProjectorConfig
 from mmllm.model.decoder_config import DecoderConfig
@@ -105,7 +105,7 @@ def _said(tokenizer, ids: list[int]) -> Document:
 @torch.no_grad()
 def _generated(model: MultimodalModel, prompts: list[Document]) -> torch.Tensor:
     """Hidden states from which each of `WORDS` is predicted, [prompts, words, D]."""
-    decoding = _Decoding(model, prompts, len(WORDS))
+    decoding = Decoding(model, prompts, len(WORDS))
     hidden = [decoding.hidden_BD]
     for word in WORDS[:-1]:
         none_BK = torch.full((len(prompts), decoding.num_codebooks), -1)

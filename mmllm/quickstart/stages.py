@@ -168,7 +168,7 @@ class StageList:
             overrides = {key: value for key, value in overrides.items() if ".vision" not in key}
             overrides["model.init_args.vision"] = overrides["model.init_args.image_projector"] = None
         if not contents.has_sounds:
-            overrides["model.init_args.audio"] = None
+            overrides["model.init_args.audio"] = overrides["model.init_args.loss.codebook_weights"] = None
         return _fit("decoder", overrides, None)
 
     # ----------------------------------------------------------------------------------------------------- evaluation
