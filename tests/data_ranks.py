@@ -32,7 +32,7 @@ def rows(batch: PackedBatch) -> list[str]:
     digests = []
     length = batch.token_ids_BT.shape[1]
     for row in range(batch.token_ids_BT.shape[0]):
-        parts = [tensor[row] for name, tensor in vars(batch).items() if "_BT" in name]
+        parts = [tensor[row] for name, tensor in vars(batch).items() if "_BT" in name and len(tensor)]
         for slots, values in (
             (batch.image_slots_NS, batch.images_NCHW),
             (batch.clip_slots_CS, batch.clip_codes_CFK),
