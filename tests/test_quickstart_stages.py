@@ -73,7 +73,7 @@ def test_a_run_has_the_stages_that_its_rows_need(monkeypatch: pytest.MonkeyPatch
 def test_what_a_run_lacks_is_taken_out_of_the_decoder(monkeypatch: pytest.MonkeyPatch):
     with_clip(monkeypatch, has_clip=True)
     overrides = steps_of(TEXTS)["fit decoder"].overrides
-    gone = {"vision", "image_projector", "audio", "clip"}
+    gone = {"vision", "image_projector", "audio", "clip", "codebook_weights"}
     assert {key.rpartition(".")[2] for key, value in overrides.items() if value is None} == gone
     documents = dataclasses.replace(TEXTS, kinds=("interleaved",), has_images=True)
     overrides = steps_of(documents)["fit decoder"].overrides
