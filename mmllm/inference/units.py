@@ -84,7 +84,7 @@ def generate_units(
     max_frames: int | None,
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
-    pace: Pace | Sequence[Pace] | None = None,
+    pace: Pace | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> list[SpokenUnits]:
     """Codes of the speech that follows each prompt.
@@ -102,28 +102,25 @@ def generate_units(
         max_frames: at most; None, with a pointer alone: as many as the letters may last.
         batch_size: rows at once; prompts of like length go together.
         progress: called with the number of prompts of each batch that is done.
-        pace: how pointers move: of all prompts, or of each.
+        pace: how pointers move; None: at the model's own pace.
         stop: asked before each frame; True ends all that is still spoken.
 
     Returns:
         For each prompt, in order.
 
     Raises:
-        ValueError: the tokenizer has no audio, or a bound or a number of samplings or paces is wrong.
+        ValueError: the tokenizer has no audio, or a bound or the number of samplings is wrong.
     """
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"max_frames is {max_frames}; it must be at least 1")
     if tokenizer.vocabulary.num_codebooks == 0:
         raise ValueError("the model has no audio units, so it cannot speak; train it with a tokenizer that has a codec")
     samplings = _samplings(sampling, tokenizer.vocabulary.num_codebooks)
-    paces = list(pace) if isinstance(pace, Sequence) else [pace or Pace()] * len(prompts)
-    if len(paces) != len(prompts):
-        raise ValueError(f"there are {len(prompts)} prompts but {len(paces)} paces; give one for each")
     sounds: list[SpokenUnits] = [SpokenUnits(torch.empty(0))] * len(prompts)
     with evaluating(model):
         for rows in batches(prompts, batch_size):
             chosen = [prompts[row] for row in rows]
-            letters = _letters(model, chosen, [paces[row] for row in rows], tokenizer)
+            letters = _letters(model, chosen, pace or Pace(), tokenizer)
             bound = _bound(letters, max_frames)
             rules = _UnitRules(tokenizer, bound + _num_begun(chosen), model.pointer is not None)
             draws_BPR = _draws(rows, rules, samplings)
@@ -182,14 +179,13 @@ class _Letters:
     """Frames that each letter lasts at least: pauses."""
     short_words_BL: Tensor
     """How many words of one letter there are up to each letter."""
-    rates_B: Tensor
+    pace: Pace
     places_B: Tensor
     ages_B: Tensor
     """Frames before the one that is drawn now that said the same letter."""
     num_bounded_B: Tensor
     said_B: Tensor
     """The letter that the frame which was drawn last says."""
-    variations_B: Tensor
     quantiles_B: Tensor
     log_stay_B: Tensor
     """Log-probability of having stayed since the letter began."""
@@ -212,9 +208,9 @@ class _Letters:
         """
         log_BJ = logits_BJ.double().log_softmax(dim=-1)
         is_new_B = self.ages_B == 0
-        self.quantiles_B = torch.where(is_new_B, 0.5 + self.variations_B * (uniforms_B - 0.5), self.quantiles_B)
+        self.quantiles_B = torch.where(is_new_B, 0.5 + self.pace.variation * (uniforms_B - 0.5), self.quantiles_B)
         # At rate r a frame is as long as r frames were: staying has its probability to the power of r.
-        stay_B = torch.where(is_new_B, 0.0, self.log_stay_B) + log_BJ[:, 0] * self.rates_B
+        stay_B = torch.where(is_new_B, 0.0, self.log_stay_B) + log_BJ[:, 0] * self.pace.rate
         lasted_B, places_B1 = self.ages_B + 1, self.places_B.clamp(max=self.max_frames_BL.shape[1] - 1)[:, None]
         is_held_B = lasted_B < self.min_frames_BL.gather(1, places_B1)[:, 0]
         is_bounded_B = lasted_B >= self.max_frames_BL.gather(1, places_B1)[:, 0]
@@ -236,23 +232,24 @@ class _Letters:
     def keep(self, rows: list[int]) -> None:
         """Drops all other rows."""
         for name, value in vars(self).items():
-            setattr(self, name, value[rows])
+            if isinstance(value, Tensor):
+                setattr(self, name, value[rows])
 
 
 def _letters(
-    model: MultimodalModel, prompts: Sequence[Document], paces: Sequence[Pace], tokenizer: TokenizerFolder
+    model: MultimodalModel, prompts: Sequence[Document], pace: Pace, tokenizer: TokenizerFolder
 ) -> _Letters | None:
     """The rows at the beginning of their texts; None: the model has no pointer."""
     if model.pointer is None:
         return None
     device = model.decoder.head_weight_VD.device
     lengths, most, least, places, short = [], [], [], [], []
-    for prompt, pace in zip(prompts, paces, strict=True):
+    num_most = max(1, math.ceil(pace.max_letter_seconds * tokenizer.frame_rate))
+    for prompt in prompts:
         assert prompt.pointer is not None, "the tokenizer folder of a model with a pointer has one"
         text = prompt.pointer.letters_L[prompt.pointer.letters_L >= 0]
         places.append(int(prompt.pointer.places_T[-1]))
         lengths.append(len(text))
-        num_most = max(1, math.ceil(pace.max_letter_seconds * tokenizer.frame_rate))
         minimum_L, maximum_L = torch.zeros(len(text), dtype=torch.int64), torch.full((len(text),), num_most)
         spaces = (text == ord(" ")).nonzero()[0].tolist()
         for word, seconds in pace.pauses.items():
@@ -272,12 +269,11 @@ def _letters(
         max_frames_BL=torch.nn.utils.rnn.pad_sequence(most, batch_first=True).to(device),
         min_frames_BL=torch.nn.utils.rnn.pad_sequence(least, batch_first=True).to(device),
         short_words_BL=torch.nn.utils.rnn.pad_sequence(short, batch_first=True).to(device),
-        rates_B=torch.tensor([pace.rate for pace in paces], dtype=torch.float64, device=device),
+        pace=pace,
         places_B=torch.tensor(places, device=device),
         ages_B=zeros_B,
         num_bounded_B=zeros_B,
         said_B=zeros_B,
-        variations_B=torch.tensor([pace.variation for pace in paces], dtype=torch.float64, device=device),
         quantiles_B=zeros_B.double(),
         log_stay_B=zeros_B.double(),
     )
@@ -452,5 +448,7 @@ class _Speech:
         if self.letters is None or self.first_letters_B is None:
             return None
         places_B = torch.where(self.letters.has_ended_B, self.letters.said_B, self.letters.places_B)
-        ages_B = (self.letters.ages_B * self.letters.rates_B).round().long()  # as the model's own pace would have them
+        ages_B = (
+            (self.letters.ages_B * self.letters.pace.rate).round().long()
+        )  # as the model's own pace would have them
         return SpokenLetters(self.decoding.letters_L, self.first_letters_B + places_B, ages_B)

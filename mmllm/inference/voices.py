@@ -13,7 +13,6 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-import torchaudio
 from torch import Tensor
 
 from mmllm.batch import IGNORE, Modality
@@ -23,6 +22,7 @@ from mmllm.losses.ctc import ctc_losses
 from mmllm.model.multimodal import MultimodalModel
 from mmllm_tokenizers.alignment import WordTime, text_words
 from mmllm_tokenizers.folder import TokenizerFolder
+from mmllm_tokenizers.letter_paths import path_peaks
 from mmllm_tokenizers.pointer import PointerRule, Spelling, ages, follow, letter_starts
 
 
@@ -63,31 +63,19 @@ def align_recording(model: MultimodalModel, tokenizer: TokenizerFolder, codes_KF
     with evaluating(model):
         codes_CFK = codes_KF.T[None].to(model.decoder.head_weight_VD.device)
         log_probs_1SV = model.ctc_head(model.clip_embedding(codes_CFK)).float().log_softmax(dim=-1).cpu()
-    num_slots = log_probs_1SV.shape[1]
-    if len(flat) + sum(a == b for a, b in pairwise(flat)) > num_slots:
-        raise ValueError(
-            f"the recording has {num_slots} slots of sound for {len(flat)} tokens of text; give what is said in it"
-        )
     assert model.config.audio is not None
-    path_1S, _ = torchaudio.functional.forced_align(
-        log_probs_1SV, torch.tensor([flat], dtype=torch.int32), blank=model.config.audio.pad_id
-    )
-    peaks = _peaks(path_1S[0].tolist(), model.config.audio.pad_id)
-    seconds = codes_KF.shape[1] / tokenizer.frame_rate / num_slots
-    starts = [0.0, *(seconds * (before + after + 1) / 2 for before, after in pairwise(peaks))]
+    log_probs_SV, duration = log_probs_1SV[0], codes_KF.shape[1] / tokenizer.frame_rate
+    slot_seconds = duration / len(log_probs_SV)
+    try:
+        peaks = path_peaks(log_probs_SV, flat, model.config.audio.pad_id, slot_seconds)
+    except ValueError as error:
+        raise ValueError(f"the recording doesn't fit its text {text!r}: {error}; give what is said in it") from error
+    middles = [(peak.first + peak.last + 1) / 2 * slot_seconds for peak in peaks]
+    starts = [0.0, *((before + after) / 2 for before, after in pairwise(middles))]
     first_tokens = np.cumsum([0, *(len(word) for word in ids)])[:-1].tolist()
-    begins = [*(starts[token] for token in first_tokens), codes_KF.shape[1] / tokenizer.frame_rate]
+    begins = [*(starts[token] for token in first_tokens), duration]
     times = (WordTime(word, start, end) for word, (start, end) in zip(words, pairwise(begins), strict=True))
     return Recording(codes_KF, text, tuple(times))
-
-
-def _peaks(path: list[int], blank: int) -> list[int]:
-    """The slot where each token of an alignment begins."""
-    return [
-        slot
-        for slot, token in enumerate(path)
-        if token != blank and (slot == 0 or path[slot - 1] != token)
-    ]  # fmt: skip
 
 
 def begin(prompt: Document, text: str, recording: Recording, tokenizer: TokenizerFolder) -> Document:

@@ -159,8 +159,8 @@ RELATION_WEIGHT = 6.0
 RELATION_WORDS = ("left", "right", "above", "below", "over", "under", "top", "bottom")
 """What they weigh in the loss of captions: one word in ten, on which it hangs whether a caption is right."""
 NUM_VOICES = 4
-"""Voices that a model learns to speak with, however many it hears: of 36, each with 2 minutes of speech, four were
-understood twice as well after as many steps."""
+"""Voices that a model learns to speak with, however many it hears: of the demo's 36, four were understood twice as
+well after as many steps."""
 DEMO_VOICES = ("en-us+john", "en-gb-x-rp+m4", "en-us+f2", "en-gb-scotland+Henrique")
 """Of three accents, without echo."""
 MAX_ADVANCE = 2

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,19 +49,17 @@ def text_words(text: str) -> list[str]:
 
 def moved(words: Sequence[WordTime], seconds: float, duration: float) -> list[WordTime]:
     """Words so much later, kept within a sound that lasts `duration` seconds."""
+    return [_timed(word, lambda time: min(max(time + seconds, 0.0), duration)) for word in words]
 
-    def move(time: float) -> float:
-        return min(max(time + seconds, 0.0), duration)
 
-    return [
-        replace(
-            word,
-            start=move(word.start),
-            end=move(word.end),
-            letters=None if word.letters is None else tuple(map(move, word.letters)),
-        )
-        for word in words
-    ]
+def stretched(words: Sequence[WordTime], factor: float) -> list[WordTime]:
+    """Words of a sound that lasts so many times as long."""
+    return [_timed(word, lambda time: time * factor) for word in words]
+
+
+def _timed(word: WordTime, change: Callable[[float], float]) -> WordTime:
+    letters = None if word.letters is None else tuple(map(change, word.letters))
+    return replace(word, start=change(word.start), end=change(word.end), letters=letters)
 
 
 def read_words(value: Any, text: str, name: str) -> list[WordTime]:

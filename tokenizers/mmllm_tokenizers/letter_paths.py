@@ -79,22 +79,30 @@ class Peak:
         return (self.first + self.last + 1) / 2 * FRAME_SECONDS
 
 
-def path_peaks(log_probs_FL: Tensor, labels: Sequence[int]) -> list[Peak]:
+def path_peaks(
+    log_probs_FL: Tensor, labels: Sequence[int], blank: int = BLANK, frame_seconds: float = FRAME_SECONDS
+) -> list[Peak]:
     """Where each label lies on the likeliest path through all of them.
+
+    Args:
+        log_probs_FL: of labels at each frame.
+        labels: of the text.
+        blank: the label of nothing.
+        frame_seconds: that a frame lasts.
 
     Raises:
         ValueError: the sound is too short for them.
     """
     wanted, num_frames = frames_needed(labels), len(log_probs_FL)
     if num_frames < wanted:
-        raise ValueError(f"it lasts {num_frames * FRAME_SECONDS:.2f} s; its text needs {wanted * FRAME_SECONDS:.2f} s")
+        raise ValueError(f"it lasts {num_frames * frame_seconds:.2f} s; its text needs {wanted * frame_seconds:.2f} s")
     path_1F, scores_1F = torchaudio.functional.forced_align(
-        log_probs_FL[None].contiguous(), torch.tensor([list(labels)], dtype=torch.int32), blank=BLANK
+        log_probs_FL[None].contiguous(), torch.tensor([list(labels)], dtype=torch.int32), blank=blank
     )
     path, probabilities = path_1F[0].tolist(), scores_1F[0].exp().tolist()
     peaks: list[Peak] = []
     for frame, (label, probability) in enumerate(zip(path, probabilities, strict=True)):
-        if label == BLANK:
+        if label == blank:
             continue
         if frame and path[frame - 1] == label:
             peaks[-1] = Peak(peaks[-1].first, frame, max(peaks[-1].probability, probability))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
@@ -26,7 +26,7 @@ from mmllm.data.samples.decode import decode_file
 from mmllm.data.samples.documents import ALIGNED, WORDS
 from mmllm.data.samples.stored import COLUMN, ImageEncoder, features_ending, pack_codes, pack_features
 from mmllm.data.shards.perturb import perturb
-from mmllm_tokenizers.alignment import read_words
+from mmllm_tokenizers.alignment import read_words, stretched
 from mmllm_tokenizers.audio import Sound, read_sound, to_mono
 from mmllm_tokenizers.folder import TokenizerFolder
 
@@ -261,17 +261,8 @@ def _audio_samples(row: Row, metadata: dict[str, Any], config: ShardsConfig) -> 
 
 def _words(row: Row, metadata: Mapping[str, Any], slower: float) -> dict[str, Any]:
     """When the words are said in a sound that lasts so many times as long: checked, and marked for filters."""
-    times = read_words(metadata[WORDS], row.text, f"row {row.id!r}")
-    moved = [
-        replace(
-            time,
-            start=time.start * slower,
-            end=time.end * slower,
-            letters=None if time.letters is None else tuple(letter * slower for letter in time.letters),
-        )
-        for time in times
-    ]
-    return {WORDS: [time.to_json() for time in moved], ALIGNED: True}
+    times = stretched(read_words(metadata[WORDS], row.text, f"row {row.id!r}"), slower)
+    return {WORDS: [time.to_json() for time in times], ALIGNED: True}
 
 
 def _interleaved_sample(row: Row, metadata: dict[str, Any], config: ShardsConfig) -> _Sample:
