@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from mmllm.model.pointer import PointerConfig
-from mmllm.training.decoder_module import with_vocabulary, word_ids
+from mmllm.training.vocabulary import with_vocabulary, word_ids
 from mmllm_tokenizers.pointer import PointerRule
 from tests.inference_fixtures import make_model, make_tokenizer
 

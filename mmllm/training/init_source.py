@@ -200,7 +200,7 @@ def _is_same(first: Any, second: Any) -> bool:
 
 
 def _without_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What `mmllm.training.decoder_module.with_vocabulary` fills in is left to it."""
+    """What `mmllm.training.vocabulary.with_vocabulary` fills in is left to it."""
     values = {name: dict(section) if isinstance(section, dict) else section for name, section in values.items()}
     values["decoder"]["vocab_size"] = 0
     if values["audio"] is not None:
