@@ -11,7 +11,8 @@ import torch
 
 from mmllm.batch import IGNORE
 from mmllm.data.loading.collate import pack_documents
-from mmllm.data.samples.documents import Document, DocumentWriter, build_prompt, spoken_pointer
+from mmllm.data.samples.documents import Document, DocumentWriter, build_prompt
+from mmllm.data.samples.pointers import spoken_pointer
 from mmllm.inference import generate
 from mmllm.inference.api import Model
 from mmllm.inference.speaking import Speaker, SpeechOptions

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
 from mmllm.data.loading.collate import with_pointers
-from mmllm.data.samples.documents import Document, Pointer, tile_places
+from mmllm.data.samples.documents import Document, tile_places
+from mmllm.data.samples.pointers import Pointer
 
 
 class SpokenLetters(NamedTuple):

@@ -448,7 +448,6 @@ class _Speech:
         if self.letters is None or self.first_letters_B is None:
             return None
         places_B = torch.where(self.letters.has_ended_B, self.letters.said_B, self.letters.places_B)
-        ages_B = (
-            (self.letters.ages_B * self.letters.pace.rate).round().long()
-        )  # as the model's own pace would have them
+        # As they would be at the model's own pace.
+        ages_B = (self.letters.ages_B * self.letters.pace.rate).round().long()
         return SpokenLetters(self.decoding.letters_L, self.first_letters_B + places_B, ages_B)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from mmllm.batch import IGNORE, PackedBatch
-from mmllm.data.samples.documents import Clip, Document, Picture, Pointer, tile_places
+from mmllm.data.samples.documents import Clip, Document, Picture, tile_places
+from mmllm.data.samples.pointers import Pointer
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmllm.batch import IGNORE, LETTER_GAP, Modality
+from mmllm.batch import IGNORE, Modality
 from mmllm.data.samples.decode import ImageInput, ImageTransform, picture_size
+from mmllm.data.samples.pointers import Pointer, spoken_pointer
 from mmllm.data.samples.templates import chat_pieces, literal_ids, parse_template, template_of
 from mmllm_tokenizers.alignment import read_words
 from mmllm_tokenizers.audio import load_audio
 from mmllm_tokenizers.folder import TokenizerFolder
-from mmllm_tokenizers.pointer import Spelling, ages, follow, letter_starts
+from mmllm_tokenizers.pointer import Spelling, follow, letter_starts
 from mmllm_tokenizers.vocab import AUDIO, IMAGE
 
 AudioInput = Any
@@ -40,7 +41,6 @@ PieceSize = str | int | tuple[int, int] | None
 """What of an interleaved document's segment counts: the text, a sound's frames, a picture's width and height. `None`: a
 picture, where pictures aren't cut into tiles."""
 
-NO_LETTERS = np.zeros(0, dtype=np.int64)
 NO_PIXELS = np.zeros((3, 0, 0), dtype=np.uint8)
 """Of a picture that has features, or isn't decoded yet."""
 
@@ -128,43 +128,6 @@ def tile_places(pictures: Iterable[Picture]) -> np.ndarray:
         rows.append((numbers, *picture.tile))
     is_cut = any(row or column for _, row, column in rows)
     return np.array(rows if is_cut else [], dtype=np.int64).reshape(-1, 3)
-
-
-@dataclass(frozen=True)
-class Pointer:
-    """Which letter of a text each of T positions speaks of; L letters, of one text or of several."""
-
-    letters_L: np.ndarray
-    """int64 bytes."""
-    places_T: np.ndarray
-    """int64: an index into the letters, of the frame that is predicted here; -1: none."""
-    ages_T: np.ndarray
-    """int64: frames before that one which said the same letter."""
-    advances_T: np.ndarray
-    """int64: how many letters further the frame behind that one is, at the speech's last frame its end; `IGNORE`."""
-
-    @staticmethod
-    def none(num_tokens: int) -> Pointer:
-        """Of tokens that speak of nothing."""
-        nothing_T = np.full(num_tokens, -1, dtype=np.int64)
-        return Pointer(NO_LETTERS, nothing_T, np.zeros_like(nothing_T), np.full_like(nothing_T, IGNORE))
-
-    @staticmethod
-    def join(pointers: Sequence[Pointer]) -> Pointer:
-        """One after the other: their texts are kept apart, so that no letter has another text's for a neighbour."""
-        gap = np.full(LETTER_GAP, -1, dtype=np.int64)
-        letters, places, used = [], [], 0
-        for pointer in pointers:
-            places.append(np.where(pointer.places_T >= 0, pointer.places_T + used, -1))
-            if len(pointer.letters_L):
-                letters += [pointer.letters_L, gap]
-                used += len(pointer.letters_L) + LETTER_GAP
-        return Pointer(
-            np.concatenate(letters) if letters else NO_LETTERS,
-            np.concatenate(places),
-            np.concatenate([pointer.ages_T for pointer in pointers]),
-            np.concatenate([pointer.advances_T for pointer in pointers]),
-        )
 
 
 @dataclass(frozen=True)
@@ -303,22 +266,6 @@ class DocumentWriter:
             bool(self._units),
             self._pointer(num_tokens),
         )
-
-
-def spoken_pointer(letters_L: np.ndarray, pointer_F: np.ndarray, num_positions: int) -> Pointer:
-    """The pointer of the positions that predict a sound's frames.
-
-    Args:
-        letters_L: of its text.
-        pointer_F: the letter that each frame says.
-        num_positions: that its frames take under the pattern. Behind the last frame its letter goes on: there the
-            later codebooks' codes of earlier frames are predicted.
-    """
-    num_frames = len(pointer_F)
-    places_P = np.pad(pointer_F, (0, num_positions - num_frames), mode="edge")
-    advances_P = np.full(num_positions, IGNORE, dtype=np.int64)
-    advances_P[:num_frames] = np.diff(pointer_F, append=len(letters_L))
-    return Pointer(letters_L, places_P, ages(places_P), advances_P)
 
 
 def pattern_codes(codes_KF: np.ndarray, folder: TokenizerFolder) -> np.ndarray:
