@@ -36,6 +36,7 @@ def make_tokenizer(
     sound: bool = True,
     tiling: Tiling | None = None,
     pointer: PointerRule | None = None,
+    spoken_codebooks: int = 0,
 ) -> TokenizerFolder:
     torch.manual_seed(0)
     text = TextTokenizer.train(["a red circle above two blue squares, he said: one, two, three"] * 3, vocab_size=320)
@@ -46,7 +47,13 @@ def make_tokenizer(
         return TokenizerFolder(text, None, config)
     codec = Codec(
         CodecConfig(
-            sample_rate=RATE, num_filters=4, ratios=(8, 8), dimension=8, num_codebooks=num_codebooks, codebook_size=12
+            sample_rate=RATE,
+            num_filters=4,
+            ratios=(8, 8),
+            dimension=8,
+            num_codebooks=num_codebooks,
+            codebook_size=12,
+            spoken_codebooks=spoken_codebooks,
         )
     )
     codec.eval()
@@ -63,6 +70,7 @@ def make_model(tokenizer: TokenizerFolder, sight: bool = True, tie_word_embeddin
         8,
         AudioProjectorConfig(pool=2, num_hidden_layers=1, kernel_size=3),
         None if rule is None else PointerConfig(before=1, after=2, max_age=5, max_advance=rule.max_advance),
+        heard_codebooks=tokenizer.config.heard_codebooks,
     )
     config = ModelConfig(
         decoder=DecoderConfig(

@@ -54,11 +54,13 @@ def slow_draw(plan: Plan, cursors: list, step: int) -> tuple[list[tuple[int, int
 
 def slowly_drawn(plan: Plan, cursors: list, step: int, shares: list[float]) -> tuple[list[tuple[int, int]], bool]:
     mixture, curriculum = plan.recipe.mixture, plan.recipe.curriculum
+    all_names = [source.name for source in plan.recipe.sources]
     clocks = [clock for _, clock in cursors]
     costs = [0] * len(cursors)
     left: list[list[int]] = []
     for number, item in enumerate(plan.sources):
-        share = curriculum.share(step) if curriculum else 1.0
+        is_ordered = curriculum is not None and plan.recipe.sources[number].name in (curriculum.sources or all_names)
+        share = curriculum.share(step) if curriculum and is_ordered else 1.0
         most = int(np.ceil(share * item.num_items)) if share < 1 else None
         limit = None if mixture.on_exhausted == "repeat" else item.limit
         if not shares[number]:
@@ -91,6 +93,7 @@ def slowly_drawn(plan: Plan, cursors: list, step: int, shares: list[float]) -> t
         {"mixture": {"on_exhausted": "stop"}, "caps": [2, None, None, None]},
         {"mixture": {"on_exhausted": "repeat"}, "caps": [1, 1, 1, 1]},
         {"curriculum": {"start": 0.2, "steps": 30}},
+        {"curriculum": {"start": 0.1, "steps": 300, "sources": ["text", "audio"]}},
         {"weights": [[[0, 1.0], [10, 0.0]], [[0, 0.0], [5, 0.0], [6, 2.0]], None, None]},
         {
             "mixture": {"on_exhausted": "renormalize"},
@@ -221,6 +224,38 @@ def test_keys_and_metrics_that_no_document_has_are_refused(made):
     for metric in ("lenght", "speaker"):  # a speaker is no number
         with pytest.raises(ValueError, match=f"curriculum.metric is '{metric}'.*known are.*duration.*rarity"):
             plan_of(made, sources=[one(made, "audio")], curriculum={"metric": metric})
+
+
+def test_a_curriculum_of_some_sources_leaves_the_others_whole(made):
+    sources = [one(made, "text"), one(made, "audio")]
+    config = {"start": 0.1, "steps": 1000, "pacing": "step", "sources": ["audio"]}
+    plan = plan_of(made, sources=sources, curriculum=config)
+    text, audio = plan.sources
+    assert text.rank_M is None and audio.rank_M is not None
+    seen: dict[int, set[int]] = {0: set(), 1: set()}
+    for step in islice(plan.steps(), 100):
+        for sequence in step.sequences:
+            for item in sequence:
+                seen[item.source].add(item.num_tokens)
+    assert max(seen[0]) == text.tokens_M.max()
+    assert max(seen[1]) == np.sort(audio.tokens_M)[int(np.ceil(0.1 * len(audio.tokens_M))) - 1] < audio.tokens_M.max()
+
+
+def test_a_cap_on_a_source_that_the_curriculum_leaves_alone(made):
+    sources = [one(made, "caption", max_epochs=1), one(made, "text")]
+    plan_of(made, sources=sources, curriculum={"start": 0.3, "sources": ["text"]})
+    with pytest.raises(ValueError, match="source 'caption' has max_epochs and the recipe a curriculum"):
+        plan_of(made, sources=sources, curriculum={"start": 0.3, "sources": ["caption"]})
+
+
+def test_the_hash_knows_which_sources_a_curriculum_orders_by_their_places(made):
+    def hashed(names: list[str], ordered: list[str] | None) -> str:
+        sources = [one(made, kind, name=name) for kind, name in zip(("text", "audio"), names, strict=True)]
+        curriculum = {"start": 0.3} if ordered is None else {"start": 0.3, "sources": ordered}
+        return plan_of(made, sources=sources, curriculum=curriculum).hash
+
+    assert hashed(["a", "b"], ["a"]) == hashed(["c", "d"], ["c"]) != hashed(["a", "b"], ["b"])
+    assert len({hashed(["a", "b"], None), hashed(["a", "b"], ["a"]), hashed(["a", "b"], ["b"])}) == 3
 
 
 def test_a_curriculum_and_a_cap_are_refused_together(made):

@@ -208,6 +208,8 @@ def text_source(**changes) -> dict:
         ({"packing": {"windows": 3}}, "packing has the unknown key 'windows'"),
         ({"mixture": {"unit": "words"}}, "mixture.unit is 'words'"),
         ({"curriculum": {"start": 0}}, "curriculum"),
+        ({"curriculum": {"sources": ["words"]}}, "curriculum.sources names 'words', which is no source of the recipe"),
+        ({"curriculum": {"sources": []}}, "curriculum.sources is empty; name a source"),
         ({"on_error": {"max_fraction": 2}}, "max_fraction"),
         ({"seed": True}, "seed is True"),
         ({"sources": [{"name": "a", "kind": "video", "shards": "x"}]}, r"sources\[0\].kind is 'video'"),

@@ -15,7 +15,7 @@ from mmllm.cli.main import main
 from mmllm.quickstart.interleaved import make_interleaved
 from mmllm.quickstart.prose import make_prose
 from mmllm.quickstart.scenes import heldout_pairs
-from mmllm.quickstart.speech import WORDS, make_speech, sample_sentence, say_utterances
+from mmllm.quickstart.speech import WORDS, Joined, Utterance, make_speech, sample_sentence, say_utterances
 from mmllm.quickstart.speech import sample_utterance as plan
 from mmllm.quickstart.spoken_words import Phoneme, word_times
 from mmllm.quickstart.synthesis import Espeak, clean_speech, resample, synthesize, trim_silence, voices
@@ -167,6 +167,56 @@ def test_speech_rows(espeak, tmp_path):
             assert 0.03 < words[0].start < 0.06 and row["duration"] - 0.1 < words[-1].end <= row["duration"]
             assert all(len(word.letters or ()) == len(word.word) for word in words)
             assert 0.03 < np.sqrt(np.mean(samples**2)) < 0.2
+
+
+def test_joined_texts_are_said_one_after_the_other(espeak, tmp_path):
+    texts, pauses, voice, rate = ("red star", "blue cross now", "we see"), (0.3, 0.15), "en-us+f2", 8000
+    joined = tuple(Joined(text, pause, -60, seed=3) for text, pause in zip(texts[1:], pauses, strict=True))
+    (said,) = say_utterances([Utterance(tmp_path / "a.wav", texts[0], voice, 170, 50, -20, joined)], rate)
+    with wave.open(str(tmp_path / "a.wav")) as file:
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+    place, words = 0, []
+    with Espeak() as talker:
+        for text, pause in zip(texts, (*pauses, 0.0), strict=True):
+            spoken = talker.say(text, voice, 170, 50)
+            alone, seconds_later = clean_speech(spoken, rate, -20)
+            assert np.array_equal(samples[place : place + len(alone)], alone)
+            words += moved(word_times(text, talker.phonemes), place / rate + seconds_later, 100)
+            place += len(alone)
+            hush = samples[place : place + round(pause * rate)] / 32768
+            assert not len(hush) or 20 * np.log10(np.sqrt(np.mean(hush**2))) == pytest.approx(-60, abs=0.5)
+            place += len(hush)
+    assert place == len(samples) and said.duration == pytest.approx(place / rate, abs=1e-4)
+    assert [word.word for word in said.words] == " ".join(texts).split()
+    for found, wanted in zip(said.words, words, strict=True):
+        assert found.start == pytest.approx(wanted.start) and found.letters == pytest.approx(wanted.letters)
+
+
+def test_joined_and_further_spoken_rows_leave_the_others_as_they_are(espeak, tmp_path):
+    spoken = ("en-us+f2", "en-us+john")
+    manifests = make_speech(tmp_path / "a", 2, 3, 4, 5, 5, seed=1, num_joined=12, num_spoken=6, spoken_voices=spoken)
+    without = make_speech(tmp_path / "b", 2, 3, 4, 5, 5, seed=1)
+    for split in ("test", "heldout"):
+        assert manifests[split].read_bytes() == without[split].read_bytes()
+        assert files_of(tmp_path / "a" / "audio" / split) == files_of(tmp_path / "b" / "audio" / split)
+    rows = rows_of(manifests["train"])
+    assert rows[:9] == rows_of(without["train"]) and len(rows) == 27
+    joined, further = rows[9:21], rows[21:]
+    assert not any("joined" in row for row in rows[:9] + further)
+    assert not any("spoken_only" in row for row in rows[:21])
+    num_pauses = []
+    for row in joined:
+        assert row["joined"] is True and row["level"] == "joined" and 1.5 < row["duration"] < 13
+        words = read_words(row["words"], row["text"], row["id"])
+        gaps = [after.start - before.end for before, after in itertools.pairwise(words)]
+        num_pauses.append(sum(gap > 0.15 for gap in gaps))
+    assert set(num_pauses) == {1, 2}
+    assert all(row["spoken_only"] is True for row in further)
+    assert [row["speaker"] for row in further] == [*spoken] * 3
+    assert [row["level"] for row in further] == ["phrase", "sentence", "sentence"] * 2
+    for voices_to_speak in ((), ("nobody",), voices(heldout=True)):
+        with pytest.raises(ValueError, match="1 rows are to be said by"):
+            make_speech(tmp_path / "c", 0, 0, 0, 0, 0, seed=1, num_spoken=1, spoken_voices=voices_to_speak)
 
 
 def test_test_sentences_are_never_trained_on():

@@ -256,6 +256,7 @@ def test_speech_and_its_controls(tmp_path: Path):
     assert scores["level_db"] == pytest.approx(-6.02, abs=0.01)
     assert 0 < scores["mel_error"] < 6.03  # bands at the floor are as loud
     assert scores["at_bound"] == 0.0 and scores["length_correlation"] == pytest.approx(1.0)
+    assert not any(key.startswith("own_voice") for key in scores)
     assert not any(key.startswith("judge") for key in scores)
 
 
@@ -287,6 +288,23 @@ def test_speech_before_a_judge_and_at_its_bounds(tmp_path: Path):
     assert asked == [([11, 12, 13], ("one", "two")), *[([800, 801, 802], ("one", "two"))] * 2]
     assert scores["at_bound"] == 2 / 3
     assert model.voices == ["ann", "bob", "ann"], "strangers' rows are said by the voices that there are, in turn"
+
+
+def test_lengths_are_compared_within_voices_too(tmp_path: Path):
+    lengths = {"one": 20, "one two": 40, "three four five": 70, "six": 90, "seven": 10}
+    rows = [
+        {"id": str(i), "audio": f"{i}.wav", "text": text, "speaker": "ann" if i < 3 else "stranger"}
+        for i, text in enumerate(lengths)
+    ]
+    model = StubModel({**{str(n): "so" for n in lengths.values()}, **{str(800 + i): "so" for i in range(5)}},
+                      {text: str(length) for text, length in lengths.items()})  # fmt: skip
+    model.generation = dataclasses.replace(model.generation, voices=("ann",))
+    scores = evaluate(model, "speak", write_rows(tmp_path, rows)).scores  # type: ignore[arg-type]
+    real = np.arange(5) + 800
+    spoken = np.array([*lengths.values()])
+    assert scores["length_correlation"] == pytest.approx(np.corrcoef(spoken, real)[0, 1])
+    assert scores["own_voice_length_correlation"] == pytest.approx(np.corrcoef(spoken[:3], real[:3])[0, 1])
+    assert scores["own_voice_n"] == 3
 
 
 def test_answers_beside_shuffled_and_blind(tmp_path: Path):

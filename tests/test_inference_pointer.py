@@ -16,7 +16,7 @@ from mmllm.data.samples.pointers import spoken_pointer
 from mmllm.inference import generate
 from mmllm.inference.api import Model
 from mmllm.inference.speaking import Speaker, SpeechOptions
-from mmllm.inference.units import Pace, SpokenUnits, generate_units
+from mmllm.inference.units import Pace, SpokenUnits, _letters, generate_units
 from mmllm.inference.voices import align_recording, begin, ctc_scores
 from mmllm_tokenizers.pointer import PointerRule, Spelling
 from mmllm_tokenizers.vocab import AUDIO_END
@@ -106,11 +106,12 @@ def test_cached_speech_equals_uncached(model):
         assert torch.equal(logits_TKV.argmax(dim=-1)[is_label_TK], batch.audio_labels_BTK[0][is_label_TK])
         assert start > 0
         moves = model.model.pointer.advance_head(hidden_TD)
-        # A letter lasts until having moved on is more probable than not, or for 6 frames.
-        stayed, lasted = 1.0, 0
+        # A letter lasts until having moved on is more probable than not, or for 6 frames; the longer, the likelier.
+        stayed, least, lasted = 1.0, 1.0, 0
         for position in (batch.advance_labels_BT[0] != IGNORE).nonzero().flatten().tolist():
             chances = moves[position].double().softmax(dim=-1)
-            stayed, lasted = stayed * float(chances[0]), lasted + 1
+            least, lasted = min(least, float(chances[0])), lasted + 1
+            stayed *= least
             step = 1 + int(chances[1:].argmax()) if stayed < 0.5 or lasted == 6 else 0
             here = int(batch.pointer_BT[0, position])
             if bytes(batch.letters_L[here : here + 3].clamp(min=0).tolist()) == b" a ":
@@ -118,7 +119,23 @@ def test_cached_speech_equals_uncached(model):
             left = int((document.pointer.letters_L >= 0).sum()) - int(batch.pointer_BT[0, position])
             assert int(batch.advance_labels_BT[0, position]) == step or (step == 2 and left <= 2)
             if step:
-                stayed, lasted = 1.0, 0
+                stayed, least, lasted = 1.0, 1.0, 0
+
+
+def test_a_letter_whose_end_was_missed_ends_soon(model):
+    """What a model says of ages that no letter of its training had doesn't hold a letter up."""
+    letters = _letters(model.model, prompts(model)[:1], Pace(max_letter_seconds=30 / FRAME_RATE), model.tokenizer)
+    assert letters is not None
+    lasted = []
+    for chances_to_move in ([0.1, 0.3, *[1e-6] * 20], [0.01] * 30, [0.1] * 22, [0.2, 0.6]):
+        before = int(letters.places_B)
+        for lasting, chance in enumerate(chances_to_move, start=1):
+            letters.move(torch.tensor([[1 - chance, chance, 0.0]]).log(), torch.zeros(1))
+            if int(letters.places_B) > before:
+                lasted.append((lasting, int(letters.num_bounded_B)))
+                break
+    # 0.9 · 0.7 · 0.7 < 0.5; 0.99 ** 30 > 0.5: the bound, which is counted; 0.9 ** 7 < 0.5; 0.8 · 0.4 < 0.5
+    assert lasted == [(3, 0), (30, 1), (7, 1), (2, 1)]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, generate.Sampling(temperature=0.8, top_k=5, seed=3)])

@@ -334,6 +334,7 @@ def test_siglip_without_its_first_patch_is_refused(tmp_path):
     [
         ({"image_projector": ImageProjectorConfig("mlp")}, "kind is 'mlp', which LLaVA doesn't compute"),
         ({"image_projector": ImageProjectorConfig("llava", max_tiles=4)}, "image_projector.max_tiles is 4"),
+        ({"image_projector": ImageProjectorConfig("llava", max_number=4)}, "image_projector.max_number is 4"),
         ({"image_projector": ImageProjectorConfig("llava", hidden_size=7)}, "image_projector.hidden_size is 7"),
         ({"layer": -1, "post_layernorm": True}, r"vision.post_layernorm is true and vision.layer \[-1\] has the last"),
         ({"layer": 2, "post_layernorm": True}, r"vision.post_layernorm is true and vision.layer \[2\] has the last"),

@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 
 from mmllm.cli.main import main
+from mmllm.data.expressions import compile_filter
 from mmllm.data.rows.forms import read_rows
 from mmllm.quickstart import machine, run
 from mmllm.quickstart import state as run_state
@@ -208,6 +209,28 @@ def test_choices_follow_the_rows(manifest, tmp_path):
     recipe = recipe_dict(tmp_path, contents, choose(contents, is_demo=False), seed=3, num_steps=20)
     assert [source["name"] for source in recipe["sources"]] == ["caption", "interleaved", "text", "heard", "spoken"]
     assert "curriculum" not in recipe
+    assert not any("filter" in source for source in recipe["sources"] if source["name"] == "heard")
+
+
+def test_joined_sounds_are_heard_alone_and_others_only_learnt_to_speak_from(manifest, tmp_path):
+    rows = read_rows(manifest)
+    sound = next(row for row in rows if row.kind == "audio")
+    marked = [dataclasses.replace(sound, metadata={mark: True}) for mark in ("joined", "spoken_only")]
+    kept = {}
+    for name, some in {"none": rows, "joined": [*rows, marked[0]], "spoken_only": [*rows, marked[1]]}.items():
+        contents = Contents.of(some)
+        assert (contents.has_joined, contents.has_spoken_only) == (name == "joined", name == "spoken_only")
+        recipe = recipe_dict(tmp_path, contents, choose(contents, is_demo=True), seed=3, num_steps=20)
+        filters = {source["name"]: source.get("filter") for source in recipe["sources"]}
+        for source in ("heard", "spoken"):
+            keeps = compile_filter(filters[source]) if filters[source] else bool
+            speaker = choose(contents, is_demo=True).voices[0]
+            row = {"kind": "audio", "aligned": True, "speaker": speaker}
+            kept[name, source] = [keeps(row), keeps({**row, "joined": True}), keeps({**row, "spoken_only": True})]
+    assert kept["none", "heard"] == kept["joined", "heard"] == [True, True, True]
+    assert kept["spoken_only", "heard"] == [True, True, False]
+    assert kept["joined", "spoken"] == [True, False, True]
+    assert kept["none", "spoken"] == kept["spoken_only", "spoken"] == [True, True, True]
 
 
 def test_pictures_are_not_mirrored_where_an_answer_says_left(manifest):

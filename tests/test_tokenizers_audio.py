@@ -128,6 +128,20 @@ def test_the_hash_sees_weights_and_configuration(codec):
     assert SmallCodec(other).hash != tokenizer.hash
 
 
+def test_settings_that_came_later_are_written_only_where_they_say_something(codec, tmp_path):
+    """So that hashes of codecs made before stay what they were."""
+    SmallCodec(codec).save(tmp_path / "before")
+    later = ("spoken_codebooks", "num_bands", "decoder", "search_width")
+    assert not set(later) & set(json.loads((tmp_path / "before" / "config.json").read_text())["codec"])
+    spoken = Codec(dataclasses.replace(codec.config, spoken_codebooks=1))
+    spoken.load_state_dict(codec.state_dict())
+    SmallCodec(spoken).save(tmp_path / "now")
+    loaded = load_audio_tokenizer(tmp_path / "now")
+    assert (loaded.spoken_codebooks, loaded.num_codebooks) == (1, codec.config.num_codebooks)
+    assert load_audio_tokenizer(tmp_path / "before").spoken_codebooks == codec.config.num_codebooks
+    assert loaded.hash == SmallCodec(spoken).hash != SmallCodec(codec).hash
+
+
 @pytest.mark.parametrize("kind", ["codec", "kmeans of latents"])
 def test_folders_with_the_first_names_keep_their_hash(tmp_path, codec, kind):
     """The hash is in every shard and model; it is computed here as it was first, by hand."""

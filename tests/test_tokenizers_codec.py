@@ -238,6 +238,42 @@ def test_a_wide_search_finds_the_nearest_sum_of_all() -> None:
     assert errors[-1] == pytest.approx(float(nearest_R.mean()), rel=1e-5)  # 16 sums kept of 16: all
 
 
+@pytest.mark.parametrize("width", [1, 4])
+def test_what_is_spoken_is_what_a_codec_of_these_codebooks_alone_would_give(width: int) -> None:
+    """Those that are only heard make the sum better, and what is spoken no worse."""
+    torch.manual_seed(0)
+    latents_NDF, codebooks_KVD = torch.randn(3, 5, 60), torch.randn(4, 4, 5)
+    config = dataclasses.replace(
+        TINY, codebook_size=4, dimension=5, search_width=width, quantizer_dropout=0.0, decay=0.999999
+    )
+
+    def quantizer(num_codebooks: int, spoken: int) -> ResidualQuantizer:
+        made = ResidualQuantizer(dataclasses.replace(config, num_codebooks=num_codebooks, spoken_codebooks=spoken))
+        made.codebooks.copy_(codebooks_KVD[:num_codebooks])
+        return made.eval()
+
+    alone, both, free = quantizer(2, 0), quantizer(4, 2), quantizer(4, 0)
+    codes_NKF = both.encode(latents_NDF)
+    assert torch.equal(codes_NKF[:, :2], alone.encode(latents_NDF)) and codes_NKF.shape == (3, 4, 60)
+    is_same = torch.equal(free.encode(latents_NDF)[:, :2], alone.encode(latents_NDF))
+    assert is_same == (width == 1), "a free search gives up the nearest two for a nearer four"
+    errors = [float((both.decode(codes_NKF[:, :k]) - latents_NDF).square().sum(dim=1).mean()) for k in (2, 4)]
+    assert errors[1] < errors[0]
+    both.num_batches += 1 + both.config.warmup_batches
+    for training in (False, True):  # the decoder learns from what is spoken
+        output = both.train(training)(latents_NDF)
+        torch.testing.assert_close(output.quantized_NDF, alone(latents_NDF).quantized_NDF, rtol=0, atol=1e-3)
+        torch.testing.assert_close(output.commit_loss, alone(latents_NDF).commit_loss, rtol=1e-3, atol=0)
+        assert torch.equal(output.codes_NKF, codes_NKF)
+
+
+def test_quantizer_dropout_drops_no_more_than_what_is_spoken() -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, quantizer_dropout=1.0, spoken_codebooks=2)
+    active_NK = ResidualQuantizer(config).train()._active_codebooks(64, torch.device("cpu"))
+    assert {tuple(row) for row in active_NK.tolist()} == {(1.0, 0.0, 0.0, 0.0), (1.0, 1.0, 0.0, 0.0)}
+
+
 def test_quantizer_dropout_keeps_a_prefix_of_codebooks():
     torch.manual_seed(0)
     config = dataclasses.replace(TINY, quantizer_dropout=1.0, warmup_batches=0, decay=0.999999)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -45,6 +46,53 @@ def test_save_load_and_hash(text, codec, tmp_path):
     for path in sorted((tmp_path / "first").rglob("*")):
         if path.is_file():
             assert (tmp_path / "again" / path.relative_to(tmp_path / "first")).read_bytes() == path.read_bytes()
+
+
+def test_a_sound_may_be_heard_with_more_codebooks_than_are_spoken(text, codec, tmp_path):
+    config = TokenizerConfig(num_codebooks=2, heard_codebooks=3)
+    folder = TokenizerFolder(text, codec, config)
+    folder.save(tmp_path)
+    loaded = TokenizerFolder.load(tmp_path)
+    assert loaded.hash == folder.hash and loaded.config == folder.config
+    assert (loaded.num_codebooks, loaded.heard_codebooks) == (2, 3)
+    assert loaded.vocabulary == Vocabulary(text.vocab_size, 2, 16)
+    wave_T = 0.1 * torch.randn(1000)
+    codes_KF = loaded.require_audio().encode(wave_T, 8000)
+    assert torch.equal(codes_KF, SmallCodec(codec.codec).encode(wave_T, 8000)) and codes_KF.shape == (3, 32)
+    assert torch.equal(loaded.codebooks_KVD, codec.codec.codebooks_KVD[:2])
+    assert torch.equal(loaded.heard_codebooks_KVD, codec.codec.codebooks_KVD)
+    assert loaded.num_unit_positions(32) == 33  # the delay is of what is spoken
+    assert loaded.hash != TokenizerFolder(text, codec, TokenizerConfig(num_codebooks=2)).hash
+
+
+def test_both_numbers_come_from_the_codec_where_neither_is_given(text, codec):
+    tiny = dataclasses.replace(TINY, spoken_codebooks=2)
+
+    def numbers(**settings):
+        folder = TokenizerFolder(text, SmallCodec(Codec(tiny)), TokenizerConfig(**settings))
+        return folder.num_codebooks, folder.heard_codebooks, folder.require_audio().num_codebooks
+
+    assert numbers() == (2, 3, 3)
+    assert numbers(num_codebooks=1) == (1, 1, 1)
+    assert numbers(num_codebooks=3) == (3, 3, 3)
+    assert numbers(heard_codebooks=2) == (2, 2, 2)
+    assert numbers(num_codebooks=1, heard_codebooks=2) == (1, 2, 2)
+    plain = TokenizerFolder(text, codec)  # all that there are, as ever, and nothing is said of it
+    assert (plain.num_codebooks, plain.heard_codebooks) == (3, 3)
+    assert "heard_codebooks" not in plain.config.to_dict()
+    assert TokenizerFolder(text, codec, TokenizerConfig(num_codebooks=3, heard_codebooks=3)).hash == plain.hash
+    for settings, said in (
+        ({"num_codebooks": 3, "heard_codebooks": 2}, "heard_codebooks is 2 and num_codebooks 3"),
+        ({"num_codebooks": 2, "heard_codebooks": 4}, "num_codebooks is 4; this audio tokenizer has 3"),
+        (
+            {"pattern": "flatten", "num_codebooks": 2, "heard_codebooks": 3},
+            "pattern is flatten.* 3 codebooks are heard",
+        ),
+        ({"pattern": "flatten"}, "pattern is flatten.* 3 codebooks are heard and 2 spoken"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            numbers(**settings)
+    assert numbers(pattern="flatten", num_codebooks=2) == (2, 2, 2)
 
 
 def test_the_codec_is_read_when_first_used(text, codec, tmp_path):

@@ -233,6 +233,7 @@ def test_everything_in_the_decoder_learns() -> None:
         ({"ratios": (2, 5)}, "a hop of 10 samples"),
         ({"search_width": 0}, "search_width is 0"),
         ({"decoder_hidden_size": 0}, "decoder_hidden_size is 0"),
+        ({"spoken_codebooks": 5}, "spoken_codebooks is 5; it must be 0 .all. to num_codebooks, 4"),
     ],
 )
 def test_impossible_settings_are_named(options: dict, message: str) -> None:

@@ -33,6 +33,10 @@ def add_evaluation(commands: Any) -> None:
     parser.add_argument(
         "--judge", metavar="DIR", help="of speak: an aligner of `mmllm data align`, which transcribes too"
     )
+    parser.add_argument(
+        "--votes", type=int, metavar="N", help="of caption, interleaved: draw N answers a row too; score their majority"
+    )
+    parser.add_argument("--temperature", type=float, metavar="T", help="of the votes; 0.5 unless told")
     parser.add_argument("--max_bad_fraction", type=float, default=0.05, help="more unusable rows are an error")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
@@ -42,12 +46,27 @@ def _eval(args: argparse.Namespace) -> Iterable[str]:
     check_model(args.model)
     check_there("manifest", args.manifest)
     check_there("judge", args.judge)
+    voting = _voting(args)
     from mmllm.evaluation import commands
 
     result = commands.run_eval(
         args.model, args.task, args.manifest, args.json, args.limit, args.batch_size, args.seed, args.media,
         args.sequence_length, args.device, args.max_bad_fraction, ticker(f"prompts of {args.task}"),
-        args.format, column_names(args), args.adapter, args.judge,
+        args.format, column_names(args), args.adapter, args.judge, voting,
     )  # fmt: skip
     end_line()
     return commands.score_lines(result)
+
+
+def _voting(args: argparse.Namespace) -> Any:
+    """What `--votes` and `--temperature` say; None: nobody votes."""
+    if args.votes is None:
+        if args.temperature is not None:
+            raise ValueError("--temperature is that of votes, but there are none; give --votes N too, or leave it out")
+        return None
+    from mmllm.checkpoints.settings import Sampling
+    from mmllm.inference.voting import VotingConfig
+
+    default = VotingConfig().sampling
+    temperature = default.temperature if args.temperature is None else args.temperature
+    return VotingConfig(args.votes, Sampling(temperature=temperature, seed=args.seed))

@@ -126,7 +126,11 @@ def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_image_tokens", type=int, help="slots that one picture's tiles may fill together")
     parser.add_argument("--audio_pool", type=int, default=2, help="frames an <|audio|> slot")
     parser.add_argument("--pattern", choices=("parallel", "delay", "flatten"), default="delay")
-    parser.add_argument("--num_codebooks", type=int, default=0, help="codebooks in use; 0: as in the codec folder")
+    parser.add_argument("--num_codebooks", type=int, default=0, help="that are spoken; 0: as the codec folder says")
+    parser.add_argument(
+        "--heard_codebooks", type=int, help="of a sound that is heard, from --num_codebooks on; without it: as many as "
+        "are spoken, and without either as the codec folder says",
+    )  # fmt: skip
     parser.add_argument(
         "--pointer", type=int, nargs="?", const=2, default=0, metavar="LETTERS",
         help="speech has a pointer into its text, which passes so many letters a frame at most (2); rows need `words`",
@@ -145,7 +149,7 @@ def _tokenizer_config(args: argparse.Namespace) -> Any:
         raise ValueError(f"--max_tiles is {args.max_tiles}; give 1 (pictures are not cut) or more")
     elif args.no_thumbnail or args.max_image_tokens is not None:
         raise ValueError("--no_thumbnail and --max_image_tokens are of pictures that are cut; give --max_tiles as well")
-    names = ("image_tokens", "image_size", "audio_pool", "pattern", "num_codebooks")
+    names = ("image_tokens", "image_size", "audio_pool", "pattern", "num_codebooks", "heard_codebooks")
     if args.pointer and args.codec is None:
         raise ValueError("--pointer is of speech, but there is no --codec; give one, or leave --pointer out")
     pointer = PointerRule(args.pointer) if args.pointer else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -12,19 +13,23 @@ import numpy as np
 from mmllm.data.rows.media import media_source
 from mmllm.data.rows.rows import Row
 from mmllm.data.samples.documents import Segment
-from mmllm.evaluation.metrics import exact_match
+from mmllm.evaluation.metrics import exact_match, text_meaning
 from mmllm.evaluation.results import Prediction, TaskResult
-from mmllm.evaluation.scoring import causes, greedy_settings, mean_scores
+from mmllm.evaluation.scoring import causes, greedy_settings, mean_scores, vote_scores
 from mmllm.inference.api import Model
+from mmllm.inference.voting import VotingConfig, vote
 
 _ORDINAL = re.compile(r"\b(?:first|second|third|fourth|fifth)\b", re.IGNORECASE)
 
 
-def evaluate_answers(model: Model, rows: Sequence[Row], batch_size: int, seed: int) -> TaskResult:
+def evaluate_answers(
+    model: Model, rows: Sequence[Row], batch_size: int, seed: int, voting: VotingConfig | None = None
+) -> TaskResult:
     """Answers right, beside those given when pictures and sounds change places between rows, and blind.
 
     `ordinal_accuracy` is that of the `ordinal_n` questions that ask for one of several by its place ("the first
-    picture", "which word is said second?"): they need what was seen or heard, and which came when.
+    picture", "which word is said second?"): they need what was seen or heard, and which came when. With `voting`,
+    `voted_` scores are of what most of several sampled answers say, beside the greedy ones, which they don't change.
     """
     questions = [str(row.metadata["question"]) for row in rows]
     references = [str(row.metadata["answer"]) for row in rows]
@@ -58,6 +63,19 @@ def evaluate_answers(model: Model, rows: Sequence[Row], batch_size: int, seed: i
             rows, references, answers, right, blind, questions, strict=True
         )
     ]  # fmt: skip
+    if voting is not None:
+        prompts = [model.question_prompt(one, question) for one, question in zip(parts, questions, strict=True)]
+        votes = vote(model, prompts, voting, text_meaning, settings["max_new_tokens"], batch_size)
+        matched = _matches([one.text for one in votes], references)
+        scores |= mean_scores("voted_answer_accuracy", matched, seed, media)
+        if ordinal:
+            clusters = [media[i] for i in ordinal]
+            scores |= mean_scores("voted_ordinal_accuracy", [matched[i] for i in ordinal], seed, clusters)
+        scores |= vote_scores(votes, voting, seed, media)
+        predictions = [
+            replace(prediction, voted=one.text, agreement=one.agreement)
+            for prediction, one in zip(predictions, votes, strict=True)
+        ]
     return TaskResult("interleaved", scores, predictions)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -11,6 +12,7 @@ from mmllm.data.rows.media import Media, media_source
 from mmllm.data.rows.rows import Row
 from mmllm.evaluation.captions import (
     caption_matches,
+    caption_meaning,
     count_attributes,
     names_heldout_pairs,
     order_is_right,
@@ -19,11 +21,14 @@ from mmllm.evaluation.captions import (
 from mmllm.evaluation.metrics import bootstrap_interval, cider_d
 from mmllm.evaluation.results import Prediction, TaskResult
 from mmllm.evaluation.scenes import ParsedScene
-from mmllm.evaluation.scoring import causes, derangement, greedy_settings, mean_scores, scored_set
+from mmllm.evaluation.scoring import causes, derangement, greedy_settings, mean_scores, scored_set, vote_scores
 from mmllm.inference.api import Model
+from mmllm.inference.voting import Vote, VotingConfig, vote
 
 
-def evaluate_captions(model: Model, rows: Sequence[Row], batch_size: int, seed: int) -> TaskResult:
+def evaluate_captions(
+    model: Model, rows: Sequence[Row], batch_size: int, seed: int, voting: VotingConfig | None = None
+) -> TaskResult:
     """Exact match, attributes, order and CIDEr-D; rows with `heldout_pairs` are a set of their own.
 
     A row with `objects` is matched when the caption says the same scene; another row when the normalized texts are
@@ -31,7 +36,8 @@ def evaluate_captions(model: Model, rows: Sequence[Row], batch_size: int, seed: 
     `mmllm.evaluation.captions.count_attributes`), `heldout_pairs_accuracy` the share of the held-out rows that
     name the held-out object's shape and colour both right. `order_accuracy_2` and `order_accuracy_3` are, of the
     scenes with two and three objects that are all named right (`order_n_2`, `order_n_3`), the share whose relations
-    are right too: by chance 1 in 2 and 1 in 6. `shuffled_` scores are other pictures' captions.
+    are right too: by chance 1 in 2 and 1 in 6. `shuffled_` scores are other pictures' captions. With `voting`, `voted_`
+    scores are of what most of several sampled captions say, beside those of the greedy ones, which they don't change.
     """
     images = cast("list[Any]", [media_source(cast("Media", row.image)) for row in rows])
     settings = greedy_settings(model, [row.text for row in rows], batch_size)
@@ -58,6 +64,14 @@ def evaluate_captions(model: Model, rows: Sequence[Row], batch_size: int, seed: 
         scores["num_heldout_pairs"] = len(set(pairs))
         matched = [predictions[i].correct for i in heldout]
         scores |= mean_scores("heldout_pairs_exact_match", matched, seed, pairs)
+    if voting is not None:
+        prompts = [model.caption_prompt(image) for image in images]
+        votes = vote(model, prompts, voting, caption_meaning, settings["max_new_tokens"], batch_size)
+        scores |= _voted_scores(rows, votes, seed) | vote_scores(votes, voting, seed, causes(rows))
+        predictions = [
+            replace(prediction, voted=one.text, agreement=one.agreement)
+            for prediction, one in zip(predictions, votes, strict=True)
+        ]
     return TaskResult("caption", scores, predictions)
 
 
@@ -74,6 +88,25 @@ def _caption_scores(rows: Sequence[Row], texts: Sequence[str], seed: int, prefix
         scores[f"{prefix}attribute_accuracy"] = float(right.sum() / total.sum())
         scores[f"{prefix}attribute_accuracy_ci"] = bootstrap_interval(right, total, seed=seed, clusters_N=clusters)
     scores |= mean_scores(f"{prefix}cider", cider_d(texts, [[row.text] for row in rows]), seed, pictures)
+    return scores
+
+
+def _voted_scores(rows: Sequence[Row], votes: Sequence[Vote], seed: int) -> dict[str, Any]:
+    """Exact match, and of rows with held-out pairs theirs, as of greedy captions."""
+    right = [
+        caption_matches(one.text, row.text, reference_scene(row.metadata))
+        for row, one in zip(rows, votes, strict=True)
+    ]  # fmt: skip
+    heldout = [place for place, row in enumerate(rows) if scored_set(row) == "heldout_pairs"]
+    test = sorted(set(range(len(rows))) - set(heldout))
+    scores: dict[str, Any] = {}
+    if test:
+        scores |= mean_scores("voted_exact_match", [right[i] for i in test], seed, causes([rows[i] for i in test]))
+    if heldout:
+        pairs = causes([rows[i] for i in heldout])
+        named = [names_heldout_pairs(votes[i].text, rows[i].metadata["heldout_pairs"]) for i in heldout]
+        scores |= mean_scores("voted_heldout_pairs_accuracy", named, seed, pairs)
+        scores |= mean_scores("voted_heldout_pairs_exact_match", [right[i] for i in heldout], seed, pairs)
     return scores
 
 

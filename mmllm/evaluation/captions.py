@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
-from mmllm.evaluation.metrics import exact_match
+from mmllm.evaluation.metrics import exact_match, text_meaning
 from mmllm.evaluation.scenes import COLORS, SHAPES, SIZES, ParsedScene, SceneObject, names_pair, parse_caption
 
 
@@ -25,6 +25,12 @@ def reference_scene(metadata: Mapping[str, Any]) -> ParsedScene | None:
 def caption_matches(prediction: str, reference: str, scene: ParsedScene | None) -> bool:
     """Exact match: the caption says the same scene, whatever its wording; without a scene, the same text."""
     return exact_match(prediction, reference) if scene is None else parse_caption(prediction) == scene
+
+
+def caption_meaning(text: str) -> Hashable:
+    """What a caption says, whatever its wording; of one that the grammar does not parse, its words."""
+    scene = parse_caption(text)
+    return text_meaning(text) if scene is None else scene
 
 
 def count_attributes(prediction: str, scene: ParsedScene) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from mmllm.evaluation.results import TaskResult, save_result
 from mmllm.evaluation.speech_task import Judge
 from mmllm.evaluation.tasks import evaluate
 from mmllm.inference.api import load
+from mmllm.inference.voting import VotingConfig
 
 
 def run_eval(
@@ -30,6 +31,7 @@ def run_eval(
     columns: ColumnNames | None = None,
     adapter: str | None = None,
     judge: str | None = None,
+    voting: VotingConfig | None = None,
 ) -> TaskResult:
     """Scores a model on held-out rows, with intervals and the blind baseline.
 
@@ -50,6 +52,7 @@ def run_eval(
         columns: What its columns are called here, and their types.
         adapter: Of the model's, by name; None: the model alone.
         judge: For `speak`, an aligner's folder (`mmllm data align` writes one): it writes down what is spoken as well.
+        voting: See `evaluate`.
 
     Returns:
         What `json_out` holds.
@@ -77,6 +80,7 @@ def run_eval(
         form,
         columns,
         None if judge is None else Judge.load(judge),
+        voting,
     )
     if json_out is not None:
         save_result(result, json_out)

@@ -43,6 +43,11 @@ def exact_match(prediction: str, reference: str) -> bool:
     return normalize_text(prediction) == normalized
 
 
+def text_meaning(text: str) -> str:
+    """What `exact_match` compares: two texts match exactly when it is equal."""
+    return normalize_text(text) or text.strip()
+
+
 @dataclass(frozen=True)
 class Edits:
     """Edit counts of one row: the smallest number of substitutions, deletions and insertions, and the tokens."""

@@ -104,6 +104,8 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
                 "percent", False, (
             ("judge_shuffled_wer", "other words"), ("judge_resynthesis_wer", "codec alone"))),
         Measure("length_correlation", "Length, correlation", "of what is spoken with the recordings", "number"),
+        Measure("own_voice_length_correlation", "Length, correlation, own voice", "with recordings of the same voice",
+                "number", rows="own_voice_n"),
         Measure("at_bound", "Stopped at the bound", "did not end by itself", "percent", False),
         Measure("level_db", "Level, dB", "of the codec's sound against the recording's", "number", None),
         Measure("mel_error", "Log-mel error", "of the codec's sound, voiced frames", "number", False),

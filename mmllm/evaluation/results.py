@@ -38,6 +38,18 @@ class Prediction:
     """Path of the WAV that the model spoke."""
     segments: list[dict[str, str]] = field(default_factory=list)
     """An interleaved prompt: `{"text": …}`, `{"image": path}`, `{"audio": path}` in order."""
+    voted: str | None = None
+    """What most of several sampled answers say; `prediction` stays the greedy one. None: nobody voted."""
+    agreement: float | None = None
+    """Share of the votes that say so."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON keeps it; `voted` and `agreement` are there only where somebody voted."""
+        values = asdict(self)
+        return values if self.voted is not None else {k: v for k, v in values.items() if k not in _OF_VOTES}
+
+
+_OF_VOTES = ("voted", "agreement")
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,7 @@ class TaskResult:
 
     def to_dict(self) -> dict[str, Any]:
         """`{"task", TASK: scores, "predictions"}`: the scores lie where report.json has them."""
-        return {"task": self.task, self.task: self.scores, "predictions": [asdict(p) for p in self.predictions]}
+        return {"task": self.task, self.task: self.scores, "predictions": [p.to_dict() for p in self.predictions]}
 
 
 def save_result(result: TaskResult, path: str | Path) -> Path:

@@ -11,6 +11,7 @@ import numpy as np
 from mmllm.data.rows.rows import Row, row_media
 from mmllm.evaluation.metrics import Edits, bootstrap_interval, error_rate, word_edits
 from mmllm.inference.api import Model
+from mmllm.inference.voting import Vote, VotingConfig
 
 
 def scored_set(row: Row) -> str:
@@ -50,6 +51,16 @@ def mean_scores(
 ) -> dict[str, Any]:
     """A mean over rows under `key`, and its interval; see `bootstrap_interval`."""
     return {key: float(np.mean(values)), f"{key}_ci": bootstrap_interval(values, seed=seed, clusters_N=clusters)}
+
+
+def vote_scores(votes: Sequence[Vote], voting: VotingConfig, seed: int, clusters: Sequence[Hashable]) -> dict[str, Any]:
+    """What every voted score is to be read beside: how votes were drawn, how far they agree and what they cost."""
+    return {
+        "num_votes": voting.num_votes,
+        "vote_temperature": voting.sampling.temperature,
+        **mean_scores("mean_agreement", [one.agreement for one in votes], seed, clusters),
+        "tokens_per_answer": float(np.mean([one.num_tokens for one in votes])),
+    }
 
 
 def rate_scores(

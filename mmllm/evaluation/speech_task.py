@@ -62,9 +62,11 @@ def evaluate_speech(
     Controls: `shuffled_wer` scores the same transcripts against other rows' texts; `resynthesis_wer` transcribes the
     real speech after it went through the codec and back. `judge_wer` and `judge_resynthesis_wer` are a judge's, who
     shares nothing with the model; its WER on the recordings themselves is `judge_recording_wer`. `length_correlation`
-    is of the spoken and the real lengths, `at_bound` the share of rows that ran into a bound of time, of a letter or
-    of all. `level_db` and `mel_error` (dB) compare the codec's resynthesis with the recordings. Rows of held-out
-    voices are left out where there are others, since their voices can't be asked for.
+    is of the spoken and the real lengths; where some rows are said by another voice than their own,
+    `own_voice_length_correlation` is of the `own_voice_n` others, as voices differ in their speed. `at_bound` is the
+    share of rows that ran into a bound of time, of a letter or of all. `level_db` and `mel_error` (dB) compare the
+    codec's resynthesis with the recordings. Rows of held-out voices are left out where there are others, since their
+    voices can't be asked for.
     """
     rows = [row for row in rows if scored_set(row) != "heldout_voices"] or list(rows)
     texts = [row.text for row in rows]
@@ -72,7 +74,8 @@ def evaluate_speech(
     settings: SpeechSettings = {"seed": seed, "batch_size": batch_size}
     if model.model.pointer is None:
         settings["max_seconds"] = _longest(model, sounds)
-    spoken = model.speak(texts, voice=_voices(model, rows), **settings)
+    voices = _voices(model, rows)
+    spoken = model.speak(texts, voice=voices, **settings)
     written: list[str | None] = [None] * len(rows)
     if media_dir is not None:
         for number, waveform in enumerate(spoken):
@@ -95,7 +98,8 @@ def evaluate_speech(
     scores |= rate_scores("resynthesis_wer", edits_of_words(resynthesized, texts), seed, clusters)
     if judge is not None:
         scores |= _judged(judge, texts, spoken, again, sounds, seed, clusters)
-    scores |= _lengths(spoken, sounds) | _quality(audio, again, sounds)
+    is_own = np.array([voice == _speaker(row) for voice, row in zip(voices, rows, strict=True)])
+    scores |= _lengths(spoken, sounds, is_own) | _quality(audio, again, sounds)
     scores["n"] = len(rows)
     predictions = [
         Prediction(
@@ -117,12 +121,15 @@ def _voices(model: Model, rows: Sequence[Row]) -> list[str | None]:
     known = model.generation.voices
     voices: list[str | None] = []
     for number, row in enumerate(rows):
-        speaker = row.metadata.get("speaker")
-        if known and str(speaker) not in known:
-            voices.append(known[number % len(known)])
-        else:
-            voices.append(None if speaker is None else str(speaker))
+        speaker = _speaker(row)
+        is_known = not known or speaker in known
+        voices.append(speaker if is_known else known[number % len(known)])
     return voices
+
+
+def _speaker(row: Row) -> str | None:
+    speaker = row.metadata.get("speaker")
+    return None if speaker is None else str(speaker)
 
 
 def _judged(
@@ -142,11 +149,16 @@ def _judged(
     return scores
 
 
-def _lengths(spoken: Sequence[Waveform], sounds: Sequence[AudioPart]) -> dict[str, Any]:
+def _lengths(spoken: Sequence[Waveform], sounds: Sequence[AudioPart], is_own: np.ndarray) -> dict[str, Any]:
+    """Bounds, and how lengths go together: of all rows, and of those said by the voice of their recording."""
     lengths = np.array([[waveform.seconds, sound.seconds] for waveform, sound in zip(spoken, sounds, strict=True)])
     scores: dict[str, Any] = {"at_bound": float(np.mean([bool(w.num_bounded) or not w.is_whole for w in spoken]))}
-    if len(lengths) > 2 and (lengths.std(axis=0) > 0).all():
-        scores["length_correlation"] = float(np.corrcoef(lengths.T)[0, 1])
+    sets = {"": np.ones_like(is_own)} if is_own.all() else {"": np.ones_like(is_own), "own_voice_": is_own}
+    for name, is_in in sets.items():
+        if is_in.sum() > 2 and (lengths[is_in].std(axis=0) > 0).all():
+            scores[f"{name}length_correlation"] = float(np.corrcoef(lengths[is_in].T)[0, 1])
+    if not is_own.all():
+        scores["own_voice_n"] = int(is_own.sum())
     return scores
 
 

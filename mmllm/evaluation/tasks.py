@@ -25,9 +25,12 @@ from mmllm.evaluation.speech_task import Judge, evaluate_speech
 from mmllm.evaluation.text_task import evaluate_text
 from mmllm.evaluation.transcript_task import evaluate_transcripts
 from mmllm.inference.api import Model
+from mmllm.inference.voting import VotingConfig
 
 PROMPTS_A_ROW = {"caption": 1, "transcribe": 1, "speak": 3, "interleaved": 3, "text": 1}
 """Of a row and its controls; no blind captions and transcripts: their prompts are nearly all alike, so asked once."""
+VOTED_TASKS = ("caption", "interleaved")
+"""Whose answers several samples can agree on."""
 
 
 def evaluate(
@@ -44,6 +47,7 @@ def evaluate(
     form: str = "auto",
     columns: ColumnNames | None = None,
     judge: Judge | None = None,
+    voting: VotingConfig | None = None,
 ) -> TaskResult:
     """Scores a model on one task.
 
@@ -61,16 +65,23 @@ def evaluate(
         form: of the input; "auto": told from it.
         columns: what its columns are called here, and their types.
         judge: of `speak`; None: nobody but the model writes down what is spoken.
+        voting: of `caption` and `interleaved`: how several answers a row are drawn, whose majority is scored beside
+            the greedy answer; None: none are.
 
     Returns:
         Scores under the keys of report.json, and one record a row.
 
     Raises:
-        ValueError: an unknown task, no rows for it, too many that can't be read, or a model that lacks the sense.
+        ValueError: an unknown task, votes of one that has none, no rows, too many that can't be read, or a model that
+            lacks the sense.
         FileNotFoundError: no such manifest.
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; choose one of {', '.join(TASKS)}")
+    if voting is not None and task not in VOTED_TASKS:
+        raise ValueError(
+            f"task is {task!r}, which has no votes; those of {' and '.join(VOTED_TASKS)} have: leave votes out"
+        )
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1, or None for all rows")
     bad = BadRows(max_bad_fraction)
@@ -90,17 +101,18 @@ def evaluate(
     unreadable = BadRows(max_bad_fraction)
     rows = readable_rows(_limited(rows, limit, seed), unreadable, name)
     rows = _short_enough(rows, model.generation.max_heard_seconds, unreadable, name)
+    num_votes = 0 if voting is None else voting.num_votes
     if progress is not None:
-        model.progress = _summed(progress, PROMPTS_A_ROW[task] * len(rows))
+        model.progress = _summed(progress, (PROMPTS_A_ROW[task] + num_votes) * len(rows))
     match task:
         case "caption":
-            result = evaluate_captions(model, rows, batch_size, seed)
+            result = evaluate_captions(model, rows, batch_size, seed, voting)
         case "transcribe":
             result = evaluate_transcripts(model, rows, batch_size, seed)
         case "speak":
             result = evaluate_speech(model, rows, batch_size, seed, Path(media_dir) if media_dir else None, judge)
         case "interleaved":
-            result = evaluate_answers(model, rows, batch_size, seed)
+            result = evaluate_answers(model, rows, batch_size, seed, voting)
         case _:
             result = evaluate_text(model, rows, batch_size, seed, sequence_length)
     if bad.reasons or unreadable.reasons:

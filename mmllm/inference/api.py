@@ -164,9 +164,7 @@ class Model:
         Raises:
             ValueError: the model does not see, or an image cannot be read.
         """
-        self._need(self.model.config.vision, "see", "images")
-        many = _as_list(images)
-        prompts = [self._prompt("caption", image=as_image(image)) for image in many]
+        prompts = [self.caption_prompt(image) for image in _as_list(images)]
         return _like(images, self._write(prompts, settings))
 
     @overload
@@ -267,7 +265,7 @@ class Model:
         if recording is None or text is None:
             raise ValueError("a voice from a recording needs both: recording, and recording_text, what is said in it")
         (codes_KF,) = self._encode([as_audio(recording)])
-        return align_recording(self.model, self.tokenizer, codes_KF[: self.tokenizer.num_codebooks], text)
+        return align_recording(self.model, self.tokenizer, codes_KF, text)
 
     def generate(
         self,
@@ -318,7 +316,7 @@ class Model:
         if len(many) != len(_as_list(questions)):
             raise ValueError(f"there are {len(questions)} questions but parts for {len(many)}; give parts for each")
         prompts = [
-            self._prompt("question", segments=self._segments(parse_parts(one)), question=question)  # type: ignore[arg-type]
+            self.question_prompt(one, question)  # type: ignore[arg-type]
             for one, question in zip(many, _as_list(questions), strict=True)
         ]
         return _like(questions, self._write(prompts, settings))
@@ -365,6 +363,15 @@ class Model:
             ValueError: a role is unknown, the last message is not the user's, or the template refuses the messages.
         """
         return self._write([self.chat_prompt(messages)], settings)[0]
+
+    def caption_prompt(self, image: ImageInput) -> Document:
+        """An image as a prompt for its caption."""
+        self._need(self.model.config.vision, "see", "images")
+        return self._prompt("caption", image=as_image(image))
+
+    def question_prompt(self, parts: Part | Sequence[Part], question: str) -> Document:
+        """Text, images and sounds with a question about them, as a prompt for the answer."""
+        return self._prompt("question", segments=self._segments(parse_parts(parts)), question=question)
 
     def continuation_prompt(self, parts: Sequence[str | ImagePart | AudioPart]) -> Document:
         """A prompt that is to be continued: of the `text` task if it is text alone, else `interleaved`."""

@@ -65,6 +65,7 @@ def generate_text(
     batch_size: int = 64,
     blind: bool = False,
     progress: Callable[[int], None] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Text ids that continue each prompt, up to its end (which is left out).
 
@@ -79,12 +80,15 @@ def generate_text(
         batch_size: rows at once; prompts of like length go together.
         blind: a grey picture stands for each image and silence for each sound: what the words alone give away.
         progress: called with the number of prompts of each batch that is done.
+        numbers: one a prompt, which with the seed decides what it draws; None: its place among the prompts.
 
     Returns:
         A list of ids for each prompt, in order.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if numbers is not None and len(numbers) != len(prompts):
+        raise ValueError(f"there are {len(prompts)} prompts but {len(numbers)} numbers to draw by; give one for each")
     places = list(range(len(prompts)))
     if blind:
         prompts = _hidden(prompts, tokenizer)
@@ -96,7 +100,7 @@ def generate_text(
     allowed_V[list(tokenizer.text.hidden_ids)] = False
     allowed_V[list(ends)] = True
     seed = sampling.seed if sampling.temperature else None
-    uniforms_NP = uniforms(range(len(prompts)), max_new_tokens, seed)
+    uniforms_NP = uniforms(range(len(prompts)) if numbers is None else numbers, max_new_tokens, seed)
     answers: list[list[int]] = [[] for _ in prompts]
     with evaluating(model):
         for rows in batches(prompts, batch_size):
@@ -116,7 +120,7 @@ def _hidden(prompts: Sequence[Document], tokenizer: TokenizerFolder) -> list[Doc
     if any(prompt.clips for prompt in prompts):
         audio = tokenizer.require_audio()
         silence = torch.zeros(SILENT_FRAMES * audio.hop_samples)
-        codes_KF = audio.encode(silence, audio.sample_rate)[: tokenizer.num_codebooks]
+        codes_KF = audio.encode(silence, audio.sample_rate)
         silence_K = codes_KF[:, codes_KF.shape[1] // 2].numpy()  # away from the ends
     hidden = []
     for prompt in prompts:

@@ -189,6 +189,8 @@ class _Letters:
     quantiles_B: Tensor
     log_stay_B: Tensor
     """Log-probability of having stayed since the letter began."""
+    log_step_B: Tensor
+    """The least log-probability of staying one frame longer since the letter began."""
 
     @property
     def max_frames(self) -> int:
@@ -204,20 +206,24 @@ class _Letters:
     def move(self, logits_BJ: Tensor, uniforms_B: Tensor) -> None:
         """Moves each pointer on if its letter has lasted long enough, and holds it or pushes it where it must be.
 
-        A letter lasts until the probability of having moved on has passed its `quantiles_B`.
+        A letter lasts until the probability of having moved on has passed its `quantiles_B`. The longer it has lasted,
+        the likelier it ends, as the lengths of speech's sounds have it: a sound that the model missed the end of is
+        longer than any that it has learnt from, and what it predicts then is no reason to go on.
         """
         log_BJ = logits_BJ.double().log_softmax(dim=-1)
         is_new_B = self.ages_B == 0
         self.quantiles_B = torch.where(is_new_B, 0.5 + self.pace.variation * (uniforms_B - 0.5), self.quantiles_B)
         # At rate r a frame is as long as r frames were: staying has its probability to the power of r.
-        stay_B = torch.where(is_new_B, 0.0, self.log_stay_B) + log_BJ[:, 0] * self.pace.rate
+        step_B = torch.minimum(log_BJ[:, 0], torch.where(is_new_B, 0.0, self.log_step_B))
+        stay_B = torch.where(is_new_B, 0.0, self.log_stay_B) + step_B * self.pace.rate
         lasted_B, places_B1 = self.ages_B + 1, self.places_B.clamp(max=self.max_frames_BL.shape[1] - 1)[:, None]
         is_held_B = lasted_B < self.min_frames_BL.gather(1, places_B1)[:, 0]
         is_bounded_B = lasted_B >= self.max_frames_BL.gather(1, places_B1)[:, 0]
         had_ended_B = self.has_ended_B
         wants_B = (-torch.expm1(stay_B) > self.quantiles_B) & ~is_held_B
         moves_B = (wants_B | is_bounded_B) & ~had_ended_B  # behind the end are the later codebooks' last codes
-        self.log_stay_B, self.said_B = stay_B, torch.where(had_ended_B, self.said_B, self.places_B)
+        self.log_stay_B, self.log_step_B = stay_B, step_B
+        self.said_B = torch.where(had_ended_B, self.said_B, self.places_B)
         self.num_bounded_B = self.num_bounded_B + (is_bounded_B & ~wants_B & ~had_ended_B)
         self.places_B = self.places_B + torch.where(moves_B, self._steps(log_BJ, places_B1), 0)
         self.ages_B = torch.where(moves_B & ~self.has_ended_B, 0, lasted_B)
@@ -276,6 +282,7 @@ def _letters(
         said_B=zeros_B,
         quantiles_B=zeros_B.double(),
         log_stay_B=zeros_B.double(),
+        log_step_B=zeros_B.double(),
     )
 
 

@@ -142,9 +142,17 @@ def ctc_scores(
     with evaluating(model):
         for codes_KF, text in zip(sounds, texts, strict=True):
             ids_1L = torch.tensor([tokenizer.text.encode(text)])
-            slots_1SD = model.clip_embedding(codes_KF.T[None].to(device))
+            slots_1SD = model.clip_embedding(_as_heard(codes_KF, tokenizer).T[None].to(device))
             log_probs_1SV = model.ctc_head(slots_1SD).float().log_softmax(dim=-1).cpu()
             lengths = [log_probs_1SV.shape[1]], [ids_1L.shape[1]]
             (loss,) = ctc_losses(log_probs_1SV, ids_1L, *lengths, blank=blank).tolist()
             scores.append(loss / ids_1L.shape[1])
     return scores
+
+
+def _as_heard(codes_KF: Tensor, tokenizer: TokenizerFolder) -> Tensor:
+    """Units as codes of a sound that is heard: where these are more, those of the sound that the units make."""
+    audio, num_frames = tokenizer.require_audio(), codes_KF.shape[1]
+    if tokenizer.heard_codebooks == len(codes_KF) or not num_frames:
+        return codes_KF
+    return audio.encode(audio.decode(codes_KF), audio.sample_rate)

@@ -65,7 +65,7 @@ class ImportOptions:
         loss: weights of losses that need a part of their own (`ctc`, `word_dropout`).
         audio_pool: frames an `<|audio|>` slot.
         pattern: codebook pattern of predicted units.
-        num_codebooks: in use; 0: all of the codec.
+        num_codebooks: in use; 0: as the codec's folder says.
     """
 
     vision_layer: int | tuple[int, ...] | str = -2
@@ -265,6 +265,7 @@ def _configs(sources: _Sources, options: ImportOptions) -> tuple[TokenizerFolder
         vocabulary = folder.vocabulary
         audio = AudioConfig(
             num_codebooks=vocabulary.num_codebooks,
+            heard_codebooks=folder.config.heard_codebooks,
             codebook_size=vocabulary.codebook_size,
             codebook_dim=folder.codebooks_KVD.shape[-1],
             projector=config_from_dict(
@@ -294,7 +295,8 @@ def _weights(
     if sources.eyes is not None:
         specs |= sources.eyes.specs
     dtype = decoder.specs["embed_tokens.weight"].dtype
-    fresh = _new_parts(config, codebooks, dtype, set(specs))
+    heard = folder.heard_codebooks_KVD if config.audio is not None else None
+    fresh = _new_parts(config, heard, dtype, set(specs))
     specs |= {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in fresh.items()}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:

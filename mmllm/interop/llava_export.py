@@ -183,6 +183,11 @@ def check_llava(config: ModelConfig) -> VisionConfig:
             f"image_projector.max_tiles is {projector.max_tiles}; LLaVA doesn't cut pictures into tiles: train with a "
             f"tokenizer folder without tiling to export pictures, or export as decoder"
         )
+    if projector.max_number:
+        raise ValueError(
+            f"image_projector.max_number is {projector.max_number}; LLaVA doesn't number pictures: train with 0 to "
+            f"export pictures, or export as decoder"
+        )
     if projector.hidden_size not in (None, config.decoder.hidden_size):
         raise ValueError(
             f"image_projector.hidden_size is {projector.hidden_size}; LLaVA's is the decoder's, "

@@ -19,6 +19,7 @@ from mmllm.losses.tokens import HeadLayout, TokenLosses, TokenTargets, TokenWeig
 from mmllm.model.embedding import Rows
 from mmllm.model.multimodal import ModelConfig, ModelOutput, MultimodalModel
 from mmllm.model.routing_stats import RoutingStats
+from mmllm_tokenizers.vocab import ANSWER, SPECIAL_TOKENS
 
 TASKS = ("text", "units")
 """The losses whose targets are counted together."""
@@ -58,6 +59,7 @@ class LossFunction:
         source_names: of the recipe's sources, in its order.
         num_sources: how many to tell apart where they have no names.
         text_weights: factors of the losses of text ids, see `word_weights`.
+        answer_id: of `<|answer|>`, behind which answers stand.
 
     Raises:
         ValueError: a weight names a source or a codebook that there is not.
@@ -69,8 +71,10 @@ class LossFunction:
         source_names: Sequence[str] = (),
         num_sources: int = 1,
         text_weights: Mapping[int, float] | None = None,
+        answer_id: int = SPECIAL_TOKENS.index(ANSWER),
     ):
         self.num_sources = len(source_names) or num_sources
+        self._answers, self._answer_id = config.loss.answers, answer_id
         audio, loss = config.audio, config.loss
         self._layout = HeadLayout(config.num_text)
         if audio is not None:
@@ -130,6 +134,9 @@ class LossFunction:
         targets = TokenTargets.of(
             batch.labels_BT, code_labels_BTK, batch.source_BT, positions_M, metadata.unit_targets_U
         )
+        if self._answers != 1:
+            is_answer_M = answer_targets(batch, self._answer_id).flatten()[positions_M]
+            targets = targets._replace(factor_M=torch.where(is_answer_M, self._answers, 1.0))
         hidden_MD = output.hidden_QD.index_select(0, metadata.targets_M)
         if self._weights.sources_S.device != hidden_MD.device:
             self._weights = self._weights.to(hidden_MD.device)
@@ -153,6 +160,15 @@ class LossFunction:
         weights_A = self._weights.sources_S[batch.source_BT.flatten()[positions_A].clamp(min=0)].to(zero.dtype)
         weighted = model.config.loss.advance * (losses_A * weights_A).sum()
         return weighted, losses_A.detach().sum(), zero + len(advances_A)
+
+
+def answer_targets(batch: PackedBatch, answer_id: int) -> Tensor:
+    """Which positions have a target of an answer: those from `<|answer|>` to their document's end, bool [B, T]."""
+    is_answer_BT = (batch.token_ids_BT == answer_id) & (batch.document_ids_BT >= 0)
+    count_BT = is_answer_BT.long().cumsum(dim=1)
+    earlier_BT = count_BT - is_answer_BT.long()
+    at_begin_BT = torch.where(batch.positions_BT == 0, earlier_BT, 0).cummax(dim=1).values
+    return (count_BT > at_begin_BT) & (batch.document_ids_BT >= 0)
 
 
 def _ctc(model: MultimodalModel, output: ModelOutput, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:

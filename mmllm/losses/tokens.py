@@ -129,6 +129,8 @@ class TokenTargets(NamedTuple):
     """int64: which of the M have targets of codebooks beyond the first."""
     codes_UJ: Tensor
     """int64 of codebooks 1 … K − 1; `IGNORE` where none."""
+    factor_M: Tensor | None = None
+    """Of the losses of text, beside the config's weights of ids and sources; None: 1."""
 
     @staticmethod
     def of(
@@ -200,7 +202,7 @@ def token_losses(
         backend: of the cross-entropy.
         chunk_bytes: bound of a chunk's logits.
     """
-    labels_M, source_M, frames_U, codes_UJ = targets
+    labels_M, source_M, frames_U, codes_UJ, text_factor_M = targets
     has_label_M, has_code_UJ = labels_M != IGNORE, codes_UJ != IGNORE
     is_code_M = labels_M >= layout.num_text
     is_units_M = is_code_M | (labels_M == layout.audio_end_id) | ~has_label_M
@@ -215,8 +217,10 @@ def token_losses(
         share_M = torch.where(is_code_M, codebooks_K[0], 1.0) * share_M
         share_UJ = share_UJ * codebooks_K[1:]
     factor_M = torch.where(is_units_M, weights.units, weights.text) * sources_S[source_M]
+    is_text_M = has_label_M & ~is_units_M
+    if text_factor_M is not None:
+        factor_M = factor_M * torch.where(is_text_M, text_factor_M.to(wide), 1.0)
     if weights.text_V is not None:
-        is_text_M = has_label_M & ~is_units_M & (labels_M < layout.num_text)
         factor_M = factor_M * torch.where(is_text_M, weights.text_V.to(wide)[labels_M * is_text_M], 1.0)
     if layout.num_codebooks > 1:
         factor_U1 = factor_M[frames_U][:, None]

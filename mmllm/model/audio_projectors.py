@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmllm.model.media_numbers import MediaNumbers
 from mmllm.sequences import clip_frames
 from mmllm_tokenizers.spectrum import FrameSpectrum
 
@@ -44,6 +45,8 @@ class AudioProjectorConfig:
             `spectrum`.
         clip_norm: normalize each channel over the frames of a clip, as cepstral mean and variance normalization
             does: what stays the same throughout a clip (voice, microphone) is taken out. False: LayerNorm a frame.
+        max_number: a document's clips are told which of them they are, first, second …, as far as this one; those
+            behind share the last number. 0: they aren't told, and the decoder has to count.
     """
 
     kind: Literal["linear", "mlp", "conv"] = "conv"
@@ -60,6 +63,7 @@ class AudioProjectorConfig:
     warp: float = 0.0
     band_mask: int = 0
     clip_norm: bool = False
+    max_number: int = 0
 
     def __post_init__(self) -> None:
         if self.pool < 1:
@@ -80,6 +84,8 @@ class AudioProjectorConfig:
             raise ValueError(f"audio projector.range_db is {self.range_db}; it must be 0 (all) or more decibels")
         if (self.warp or self.band_mask or self.range_db) and not self.spectrum:
             raise ValueError("audio projector.warp, band_mask and range_db need spectrum: bands are what they change")
+        if self.max_number < 0:
+            raise ValueError(f"audio projector.max_number is {self.max_number}; give 0 (off) or a number of clips")
         if self.mask_span < 1:
             raise ValueError(f"audio projector.mask_span is {self.mask_span}; it must be at least 1 frame")
         if not 0 <= self.frame_mask < 1:
@@ -89,8 +95,11 @@ class AudioProjectorConfig:
 class CodeEmbedding(nn.Module):
     """Sum of the embeddings of a frame's codes; code -1 adds nothing.
 
+    Frames of units have fewer codes than those that are heard, where a sound is heard with more than are spoken: theirs
+    are the first ones.
+
     Args:
-        num_codebooks: K.
+        num_codebooks: K, of a sound that is heard.
         codebook_size: codes a codebook, the filler left out.
         latent_width: of an embedding.
         keeps_scale: remember by what the codec's codebooks are divided, for a projector that counts in decibels.
@@ -133,9 +142,17 @@ class CodeEmbedding(nn.Module):
 
         A single table takes one code a position, or (a flat stream's clips, which are heard whole) one of each of K
         codebooks, whose units it holds one after another.
+
+        Raises:
+            ValueError: a frame has more codes than there are codebooks.
         """
         num_codes = codes.shape[-1]
         is_flat = self.num_codebooks == 1 and num_codes > 1
+        if num_codes > self.num_codebooks and not is_flat:
+            raise ValueError(
+                f"a frame has {num_codes} codes, but the model hears {self.num_codebooks} codebooks; encode sound by "
+                f"the model's own tokenizer folder"
+            )
         size = self.codebook_size // num_codes if is_flat else self.codebook_size + 1
         ids = codes.clamp(min=0) + torch.arange(num_codes, device=codes.device) * size
         weights = (codes >= 0).to(self.table.weight.dtype)
@@ -227,15 +244,27 @@ class AudioProjector(nn.Module):
             )
         else:
             self.project = nn.Linear(inner if config.kind == "conv" else latent_width * config.pool, width)
+        self.numbers = MediaNumbers(config.max_number, width) if config.max_number else None
 
-    def forward(self, codes_CFK: Tensor, embedding: CodeEmbedding, num_frames: tuple[int, ...] | None = None) -> Tensor:
+    def forward(
+        self,
+        codes_CFK: Tensor,
+        embedding: CodeEmbedding,
+        num_frames: tuple[int, ...] | None = None,
+        numbers_C: Tensor | None = None,
+    ) -> Tensor:
         """[C, ceil(F / pool), D]; -1 codes pad a clip's end.
 
         Args:
             codes_CFK: the codes.
             embedding: of the codes.
             num_frames: of each clip; None: the device is asked.
+            numbers_C: int64, which clip of its document each is, from 0; None: the only one.
         """
+        slots_CSD = self._heard(codes_CFK, embedding, num_frames)
+        return slots_CSD if self.numbers is None else self.numbers(slots_CSD, numbers_C)
+
+    def _heard(self, codes_CFK: Tensor, embedding: CodeEmbedding, num_frames: tuple[int, ...] | None) -> Tensor:
         mask_CF1 = (codes_CFK[..., :1] >= 0).to(embedding.table.weight.dtype)
         if self.training:
             codes_CFK = self._drop_codebooks(codes_CFK)

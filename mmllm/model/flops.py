@@ -227,7 +227,7 @@ def _of_heard_frame(model: MultimodalModel) -> int:
         return 0
     audio = model.config.audio
     num_frames = NUM_PROBED_SLOTS * audio.projector.pool
-    codes_CFK = torch.zeros(1, num_frames, audio.num_codebooks, dtype=torch.int64, device="meta")
+    codes_CFK = torch.zeros(1, num_frames, audio.num_heard, dtype=torch.int64, device="meta")
     with torch.no_grad():
         count, _ = _counted(lambda codes: model.eval().clip_embedding(codes, (num_frames,)), codes_CFK)
     return count // num_frames

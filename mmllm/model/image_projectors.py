@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmllm.model.media_numbers import MediaNumbers
 from mmllm.model.roles import mark
 
 QUERY_STD = 0.02
@@ -44,6 +45,8 @@ class ImageProjectorConfig:
         dropout: on the features, in training.
         max_tiles: rows and columns of tiles at most, as `tiling.max_tiles` of the tokenizer folder; slots are told
             where their tile is in the picture. 1: pictures are not cut.
+        max_number: a document's pictures are told which of them they are, first, second …, as far as this one; those
+            behind share the last number. 0: they aren't told, and the decoder has to count.
         bias: of "llava": whether its layers add one.
         position_std: of the row and column embeddings at the start, beside normalized features. The stronger they are,
             the longer does a picture's place outweigh what is in it.
@@ -59,6 +62,7 @@ class ImageProjectorConfig:
     scale_factor: int = 2
     dropout: float = 0.0
     max_tiles: int = 1
+    max_number: int = 0
     bias: bool = True
     position_std: float = 0.2
 
@@ -72,6 +76,8 @@ class ImageProjectorConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"image_projector.{name} is {value}; it must be at least 1, or left out")
+        if self.max_number < 0:
+            raise ValueError(f"image_projector.max_number is {self.max_number}; give 0 (off) or a number of pictures")
         if not self.bias and self.kind != "llava":
             raise ValueError(f"image_projector.bias is false with kind {self.kind!r}; only 'llava' can be without")
         if not (math.isfinite(self.position_std) and self.position_std >= 0):
@@ -137,13 +143,15 @@ class ImageProjector(nn.Module):
             self.tile_row_embedding = nn.Parameter(torch.zeros(config.max_tiles + 1, width))
             self.tile_column_embedding = nn.Parameter(torch.zeros(config.max_tiles + 1, width))
             mark(self, tile_row_embedding="embedding", tile_column_embedding="embedding")
+        self.numbers = MediaNumbers(config.max_number, width) if config.max_number else None
 
-    def forward(self, features_NSC: Tensor, tiles_N2: Tensor | None = None) -> Tensor:
+    def forward(self, features_NSC: Tensor, tiles_N2: Tensor | None = None, numbers_N: Tensor | None = None) -> Tensor:
         """[N, O, D].
 
         Args:
             features_NSC: of whole pictures or of tiles.
             tiles_N2: int64, row and column of each tile in its picture, from 1; 0, 0: a whole picture. None: all are.
+            numbers_N: int64, which picture of its document each is, from 0; None: the only one.
         """
         x_NSC = F.dropout(self._placed(features_NSC), self.config.dropout, self.training)
         if self.pool is not None and self.queries is not None:
@@ -154,7 +162,8 @@ class ImageProjector(nn.Module):
                 x_NSC = self.pool(queries_NOC, x_NSC)
         elif self.pool is not None:
             x_NSC = self.pool(x_NSC)
-        return self._with_tiles(self.project(x_NSC), tiles_N2)
+        slots_NOD = self._with_tiles(self.project(x_NSC), tiles_N2)
+        return slots_NOD if self.numbers is None else self.numbers(slots_NOD, numbers_N)
 
     def _placed(self, features_NSC: Tensor) -> Tensor:
         """Normalized, and told where they are."""

@@ -25,6 +25,7 @@ from mmllm.model.config import config_from_dict, config_to_dict
 from mmllm.model.decoder import INIT_STD, Decoder
 from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.image_projectors import ImageProjector, ImageProjectorConfig
+from mmllm.model.media_numbers import numbers_in_documents
 from mmllm.model.pointer import PointerConfig, SpeechPointer
 from mmllm.model.roles import mark_all
 from mmllm.model.routing_stats import RoutingStats
@@ -38,13 +39,15 @@ class AudioConfig:
     """Sound, in and out, as codes of K codebooks.
 
     Attributes:
-        num_codebooks: K, as the tokenizer folder's.
+        num_codebooks: K that are spoken, as the tokenizer folder's.
         codebook_size: units a codebook, without the filler.
         codebook_dim: of the codes' embeddings; the codec's dimension where `initialize_audio` is used.
         projector: of clips that are heard.
         pointer: speech that is predicted knows what is being said; None: it has to find out.
         audio_end_id: of `<|audio_end|>`; the tokenizer folder's is taken where there is one.
         pad_id: of `<|pad|>`, which stands for the blank of CTC; likewise.
+        heard_codebooks: of clips that are heard, the spoken ones first; None: as many as are spoken. The tokenizer
+            folder's is taken.
     """
 
     num_codebooks: int
@@ -54,6 +57,19 @@ class AudioConfig:
     pointer: PointerConfig | None = None
     audio_end_id: int = SPECIAL_TOKENS.index(AUDIO_END)
     pad_id: int = SPECIAL_TOKENS.index(PAD)
+    heard_codebooks: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.heard_codebooks is not None and self.heard_codebooks < max(self.num_codebooks, 1):
+            raise ValueError(
+                f"audio.heard_codebooks is {self.heard_codebooks} and audio.num_codebooks {self.num_codebooks}; what "
+                f"is spoken is heard as well: give at least as many, or leave heard_codebooks out"
+            )
+
+    @property
+    def num_heard(self) -> int:
+        """Codebooks of clips that are heard."""
+        return self.heard_codebooks or self.num_codebooks
 
 
 @dataclass(frozen=True)
@@ -67,6 +83,7 @@ class LossConfig:
         source_weights: factors of the losses of sources, by their names in the recipe; 1 for those not named.
         word_weights: factors of the losses of words where they are targets, with and without a space before them, as
             far as they are one token. For the few words on which the meaning of a text hangs.
+        answers: factor of the losses of answers, which are a few tokens at the end of a document with a question.
         ctc: weight of the auxiliary CTC loss on clips that are heard; 0: no CTC head.
         advance: weight of predicting how far a speech's pointer advances, where there is one.
         head_z_loss_coef: weight of the z-loss on the head's softmax, logsumexp² (PaLM, arXiv 2204.02311: 1e-4).
@@ -80,6 +97,7 @@ class LossConfig:
     codebook_weights: tuple[float, ...] | None = None
     source_weights: dict[str, float] | None = None
     word_weights: dict[str, float] | None = None
+    answers: float = 1.0
     ctc: float = 0.0
     advance: float = 0.3
     head_z_loss_coef: float = 0.0
@@ -89,7 +107,8 @@ class LossConfig:
     def __post_init__(self) -> None:
         if isinstance(self.codebook_weights, list):  # as YAML and JSON give it
             object.__setattr__(self, "codebook_weights", tuple(self.codebook_weights))
-        weights = {key: getattr(self, key) for key in ("text", "units", "ctc", "advance", "head_z_loss_coef")}
+        plain = ("text", "units", "answers", "ctc", "advance", "head_z_loss_coef")
+        weights = {key: getattr(self, key) for key in plain}
         weights |= {f"codebook_weights[{k}]": weight for k, weight in enumerate(self.codebook_weights or ())}
         for key in ("source_weights", "word_weights"):
             weights |= {f"{key}[{name!r}]": weight for name, weight in (getattr(self, key) or {}).items()}
@@ -186,9 +205,7 @@ class MultimodalModel(nn.Module):
         if config.audio is not None:
             audio = config.audio
             keeps_scale = audio.projector.range_db > 0
-            self.code_embedding = CodeEmbedding(
-                audio.num_codebooks, audio.codebook_size, audio.codebook_dim, keeps_scale
-            )
+            self.code_embedding = CodeEmbedding(audio.num_heard, audio.codebook_size, audio.codebook_dim, keeps_scale)
             self.clip_projector = AudioProjector(audio.projector, audio.codebook_dim, width)
             self.unit_projector = nn.Sequential(
                 nn.Linear(audio.codebook_dim, width), nn.GELU(), nn.Linear(width, width)
@@ -233,12 +250,15 @@ class MultimodalModel(nn.Module):
             inactive += experts * (config.num_experts - config.num_experts_per_tok) // config.num_experts
         return self.num_parameters() - inactive
 
-    def image_embedding(self, images_NCHW: Tensor, tiles_N3: Tensor | None = None) -> Tensor:
+    def image_embedding(
+        self, images_NCHW: Tensor, tiles_N3: Tensor | None = None, numbers_N: Tensor | None = None
+    ) -> Tensor:
         """uint8 images to slots [N, S, D].
 
         Args:
             images_NCHW: pictures, or tiles.
             tiles_N3: as `PackedBatch.image_tiles_N3`; None, as [0, 3]: all are whole pictures.
+            numbers_N: which picture of its document each is, from 0; None: the only one.
 
         Raises:
             ValueError: the model has no tower, or its projector is made for whole pictures and these are cut.
@@ -246,21 +266,21 @@ class MultimodalModel(nn.Module):
         if self.vision is None or self.image_projector is None:
             raise ValueError("this model has no vision tower; give it no images, or set model.vision")
         if tiles_N3 is None or not len(tiles_N3):
-            return self.image_projector(self._features(images_NCHW))
+            return self.image_projector(self._features(images_NCHW), None, numbers_N)
         if self.config.image_projector.max_tiles == 1:
             raise ValueError(
                 "the batch has pictures that are cut into tiles, but image_projector.max_tiles is 1; set it to "
                 "tiling.max_tiles of the tokenizer folder"
             )
-        return self.image_projector(self._features(images_NCHW), tiles_N3[:, 1:])
+        return self.image_projector(self._features(images_NCHW), tiles_N3[:, 1:], numbers_N)
 
     def _features(self, images_NCHW: Tensor) -> Tensor:
         """What the tower gives, in the projector's dtype: one that was imported may have another."""
         assert self.vision is not None and self.image_projector is not None
         return self.vision(images_NCHW).to(self.image_projector.dtype)
 
-    def feature_embedding(self, features_NPC: Tensor) -> Tensor:
-        """What the frozen tower gave for images, as it was stored, to slots [N, S, D]."""
+    def feature_embedding(self, features_NPC: Tensor, numbers_N: Tensor | None = None) -> Tensor:
+        """What the frozen tower gave for images, as it was stored, to slots [N, S, D]; see `image_embedding`."""
         if self.vision is None or self.image_projector is None:
             raise ValueError("this model has no vision tower; give it no images, or set model.vision")
         if self.vision.config.trainable:
@@ -271,18 +291,21 @@ class MultimodalModel(nn.Module):
                 f"the batch has {list(features_NPC.shape[1:])} features an image, but the tower gives {list(wanted)}; "
                 f"build the shards with --image_features of this tower"
             )
-        return self.image_projector(features_NPC.to(self.image_projector.dtype))
+        return self.image_projector(features_NPC.to(self.image_projector.dtype), None, numbers_N)
 
-    def clip_embedding(self, codes_CFK: Tensor, num_frames: tuple[int, ...] | None = None) -> Tensor:
+    def clip_embedding(
+        self, codes_CFK: Tensor, num_frames: tuple[int, ...] | None = None, numbers_C: Tensor | None = None
+    ) -> Tensor:
         """Codes of clips that are heard, -1 behind each end, to slots [C, ceil(F / pool), D].
 
         Args:
             codes_CFK: the codes.
             num_frames: of each clip; None: the device is asked.
+            numbers_C: which clip of its document each is, from 0; None: the only one.
         """
         if self.clip_projector is None or self.code_embedding is None:
             raise ValueError("this model has no audio; give it no sound, or set model.audio")
-        return self.clip_projector(codes_CFK, self.code_embedding, num_frames)
+        return self.clip_projector(codes_CFK, self.code_embedding, num_frames, numbers_C)
 
     def unit_embedding(self, codes: Tensor) -> Tensor:
         """What a frame of units is as an input: [..., K] patterned codes (-1: none) to [..., D]."""
@@ -304,9 +327,9 @@ class MultimodalModel(nn.Module):
         if batch.num_images:
             images_NCHW, features_NPC = batch.images_NCHW, batch.image_features_NPC
             if len(features_NPC):
-                slots_NSD = self.feature_embedding(features_NPC)
+                slots_NSD = self.feature_embedding(features_NPC, self._picture_numbers(batch))
             else:
-                slots_NSD = self.image_embedding(images_NCHW, batch.image_tiles_N3)
+                slots_NSD = self.image_embedding(images_NCHW, batch.image_tiles_N3, self._picture_numbers(batch))
             if slots_NSD.shape[:2] != batch.image_slots_NS.shape:
                 raise ValueError(
                     f"the batch has {list(batch.image_slots_NS.shape)} image slots, but the model fills "
@@ -318,7 +341,7 @@ class MultimodalModel(nn.Module):
             x_PD = x_PD + self.image_embedding(blank_1CHW).sum().to(x_PD.dtype) * 0.0
         clips_CSD = None
         if batch.clip_codes_CFK.shape[0]:
-            clips_CSD = self.clip_embedding(batch.clip_codes_CFK, media.clip_frames)
+            clips_CSD = self.clip_embedding(batch.clip_codes_CFK, media.clip_frames, self._clip_numbers(batch))
             if clips_CSD.shape[:2] != batch.clip_slots_CS.shape:
                 raise ValueError(
                     f"the batch has {list(batch.clip_slots_CS.shape)} clip slots, but the model fills "
@@ -332,6 +355,22 @@ class MultimodalModel(nn.Module):
         if len(media.pointers_W):
             x_PD = x_PD.index_add(0, media.pointers_W, self._spoken(batch, media.pointers_W).to(x_PD.dtype))
         return x_PD.view(num_sequences, num_positions, -1), clips_CSD
+
+    def _picture_numbers(self, batch: PackedBatch) -> Tensor | None:
+        """Which picture of its document each image (or the picture of each tile) is; None: they aren't told."""
+        if not self.config.image_projector.max_number or not batch.image_slots_NS.shape[1]:
+            return None
+        tiles_N3 = batch.image_tiles_N3
+        return numbers_in_documents(
+            batch.image_slots_NS[:, 0], batch.document_ids_BT, tiles_N3[:, 0] if len(tiles_N3) else None
+        )
+
+    def _clip_numbers(self, batch: PackedBatch) -> Tensor | None:
+        """Which clip of its document each is; None: they aren't told."""
+        assert self.config.audio is not None
+        if not self.config.audio.projector.max_number or not batch.clip_slots_CS.shape[1]:
+            return None
+        return numbers_in_documents(batch.clip_slots_CS[:, 0].clamp(min=0), batch.document_ids_BT)
 
     def _spoken(self, batch: PackedBatch, pointers_W: Tensor) -> Tensor:
         """What is being said where there is a pointer, [W, D]."""

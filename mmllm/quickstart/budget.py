@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-DEMO_STEPS = {"codec": 300, "clip": 60, "decoder": 1000}
+DEMO_STEPS = {"codec": 300, "clip": 60, "decoder": 1150}
 """Training steps of the demo on its own data. Fixed, so that everybody's demo is the same run."""
 
 ALIGN_SHARE, CODEC_SHARE, CLIP_SHARE = 0.1, 0.08, 0.15

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmllm.quickstart.interleaved import make_interleaved
+from mmllm.quickstart.plan import DEMO_VOICES
 from mmllm.quickstart.prose import make_prose
 from mmllm.quickstart.scenes import make_scenes
 from mmllm.quickstart.speech import make_speech
@@ -20,7 +21,12 @@ class DemoSizes:
     scenes: int = 16_000
     words: int = 1_500
     phrases: int = 1_500
-    sentences: int = 3_000
+    sentences: int = 2_400
+    joined: int = 600
+    """Recordings of two sentences, or three."""
+    spoken: int = 3_000
+    """Further sentences and phrases in the voices that the demo speaks with: of all others together they say a ninth,
+    which a decoder of this size learns by heart."""
     interleaved: int = 3_000
     test: int = 504
     """Of each task, and of each set that is scored apart."""
@@ -29,7 +35,7 @@ class DemoSizes:
     def scaled(self, share: float) -> DemoSizes:
         """Fewer rows (not below a handful), for trying things out."""
         values = {name: max(12, int(getattr(self, name) * share)) for name in
-                  ("scenes", "words", "phrases", "sentences", "interleaved", "test")}  # fmt: skip
+                  ("scenes", "words", "phrases", "sentences", "joined", "spoken", "interleaved", "test")}  # fmt: skip
         return DemoSizes(**values, sample_rate=self.sample_rate)
 
 
@@ -54,7 +60,7 @@ def make_demo_data(
         made.append(
             make_speech(
                 out / "speech", sizes.words, sizes.phrases, sizes.sentences, sizes.test, sizes.test, seed,
-                sizes.sample_rate, num_processes,
+                sizes.sample_rate, num_processes, sizes.joined, sizes.spoken, DEMO_VOICES,
             )
         )  # fmt: skip
     made.append(

@@ -26,6 +26,11 @@ LEADS = {
 """Text before a picture or a sound."""
 QUESTION_SHARE = 0.75
 """Of the training documents; test documents all end in a question."""
+LATE_SHARE = 0.6
+"""Of the training documents, in which what is said of pictures and sounds stands behind all of them, in any order. Said
+right behind a picture, "the second" is just the last one; said later, it has to be found."""
+LATE_REMARKS = 0.7
+"""Of the pictures and sounds of such a document with a question, share of which something is said."""
 
 
 @dataclass
@@ -97,8 +102,19 @@ def _remark(document: Document, i: int, rng: random.Random) -> str:
     return rng.choice((f"{name} shows {told}.", f"{name} shows {told} {place}.", f"what {name} shows is {place}."))
 
 
-def _segments(document: Document, rng: random.Random) -> list[dict[str, str]]:
-    """The document's items in order, with text before each and remarks after some."""
+def _late_remarks(document: Document, rng: random.Random) -> list[str]:
+    """Text that refers to pictures and sounds when all are past; it never tells the question's answer."""
+    share = LATE_REMARKS if document.kind else 1.0
+    remarks = [_remark(document, i, rng) for i in range(len(document.pictures)) if rng.random() < share]
+    for i, sound in enumerate(document.sounds):
+        if document.kind != "sound" and rng.random() < share:
+            remarks.append(f"the {ORDINALS[i]} sound says {sound['text']}.")
+    rng.shuffle(remarks)
+    return remarks
+
+
+def _segments(document: Document, rng: random.Random, is_late: bool) -> list[dict[str, str]]:
+    """The document's items in order, with text before each and remarks after some, or after all."""
     segments: list[dict[str, str]] = []
     remarks: list[str] = []
     picture = sound = 0
@@ -109,15 +125,17 @@ def _segments(document: Document, rng: random.Random) -> list[dict[str, str]]:
         segments.append({"text": " ".join(words)})
         if letter == "p":
             segments.append({"image": document.pictures[picture]["image"]})
-            if not document.kind or rng.random() < 0.4:
+            if not is_late and (not document.kind or rng.random() < 0.4):
                 remarks.append(_remark(document, picture, rng))
             picture += 1
         else:
             item = document.sounds[sound]
             segments.append({"audio": item["audio"]})
-            if not document.kind:
+            if not is_late and not document.kind:
                 remarks.append(f"the {ORDINALS[sound]} sound says {item['text']}.")
             sound += 1
+    if is_late:
+        remarks = _late_remarks(document, rng)
     if remarks:
         segments.append({"text": " ".join(remarks)})
     return segments
@@ -147,7 +165,8 @@ def _make_document(
             utterances.append(sample_utterance(out_dir / f"{path}.wav", text, speaker, rng))
     if split == "test" or rng.random() < QUESTION_SHARE:
         _question(document, rng)
-    row = {"id": f"interleaved_{split}_{i:06d}", "segments": _segments(document, rng)}
+    is_late = split != "test" and rng.random() < LATE_SHARE
+    row = {"id": f"interleaved_{split}_{i:06d}", "segments": _segments(document, rng, is_late)}
     if document.kind:
         row |= {"question": document.question, "answer": document.answer, "asks": document.kind}
     return row, utterances

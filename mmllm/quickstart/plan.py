@@ -48,6 +48,10 @@ class Contents:
     """Pictures have a second caption in plain wording, in a row marked `plain`."""
     speakers: tuple[str, ...] = ()
     """Of the sounds, those that are heard longest first."""
+    has_joined: bool = False
+    """Some sounds are several sentences, in rows marked `joined`: too long to learn to speak from."""
+    has_spoken_only: bool = False
+    """Some sounds are there to learn to speak from alone, in rows marked `spoken_only`."""
 
     @classmethod
     def of(cls, rows: list[Row]) -> Contents:
@@ -80,6 +84,8 @@ class Contents:
             long_seconds=lengths[int(0.95 * len(lengths))] if lengths else 0.0,
             has_plain=any(row.metadata.get("plain") is True for row in rows if row.kind == "caption"),
             speakers=_speakers(spoken),
+            has_joined=any(row.metadata.get("joined") is True for row in spoken),
+            has_spoken_only=any(row.metadata.get("spoken_only") is True for row in spoken),
         )
 
 
@@ -118,6 +124,8 @@ class Choices:
     """Speech gets word times before it is built."""
     pointer: int = 0
     """Letters a frame that speech's pointer into its text passes at most; 0: it has none."""
+    heard_codebooks: int = 0
+    """Of the codec, of which the config's are spoken; 0: all are spoken."""
     voices: tuple[str, ...] = ()
     """That it learns to speak with; empty: of those that are heard longest."""
 
@@ -146,7 +154,7 @@ TEXT_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size":
 
 
 WEIGHTS = {"caption": 0.42, "interleaved": 0.14, "text": 0.04, "heard": 0.28, "spoken": 0.12}
-DEMO_WEIGHTS = {"caption": 0.44, "interleaved": 0.14, "text": 0.04, "heard": 0.2, "spoken": 0.18}
+DEMO_WEIGHTS = {"caption": 0.42, "interleaved": 0.19, "text": 0.04, "heard": 0.18, "spoken": 0.17}
 """Synthetic speech is easily heard, and what is said of scenes is long: it takes more of the tokens to speak."""
 
 
@@ -163,6 +171,8 @@ NUM_VOICES = 4
 well after as many steps."""
 DEMO_VOICES = ("en-us+john", "en-gb-x-rp+m4", "en-us+f2", "en-gb-scotland+Henrique")
 """Of three accents, without echo."""
+HEARD_CODEBOOKS = 12
+"""Of few speakers' sounds: what four codebooks blur tells voices that were never heard from those that were."""
 MAX_ADVANCE = 2
 """Letters that speech passes between two frames, at most."""
 
@@ -195,7 +205,8 @@ def choose(contents: Contents, is_demo: bool, preset: Preset = DEMO) -> Choices:
     while sequence_length < min(MAX_SEQUENCE, FRAME_RATE * contents.long_seconds + ROOM_FOR_TEXT):
         sequence_length *= 2
     batch_size = 8 if contents.kinds == ("text",) else max(2, 4 * 512 // sequence_length)
-    return Choices(vocab_size, perturb, sequence_length, batch_size, decoder, **speech)
+    heard = HEARD_CODEBOOKS if contents.has_sounds else 0
+    return Choices(vocab_size, perturb, sequence_length, batch_size, decoder, heard_codebooks=heard, **speech)
 
 
 def recipe_dict(out: Path, contents: Contents, choices: Choices, seed: int, num_steps: int | None) -> dict[str, Any]:
@@ -216,9 +227,11 @@ def recipe_dict(out: Path, contents: Contents, choices: Choices, seed: int, num_
             sources += _plain_first(source, num_steps) if kind == "caption" and contents.has_plain else [source]
     if contents.has_sounds:
         speech = {"kind": "audio", "shards": f"{shards}/train/audio-*.tar"}
-        sources.append({"name": "heard", **speech, "weight": weights["heard"], "tasks": ["transcribe"]})
+        heard = {"name": "heard", **speech, "weight": weights["heard"], "tasks": ["transcribe"]}
+        sources.append({**heard, "filter": "not spoken_only"} if contents.has_spoken_only else heard)
         spoken = {"name": "spoken", **speech, "weight": weights["spoken"], "tasks": ["speak"]}
         conditions = ["not perturbed", *(["aligned"] if choices.pointer else [])]
+        conditions += ["not joined"] if contents.has_joined else []
         voices = choices.voices or contents.speakers[:NUM_VOICES]
         if len(contents.speakers) > len(voices):
             conditions.append(f"speaker in [{', '.join(map(repr, voices))}]")
@@ -235,7 +248,9 @@ def recipe_dict(out: Path, contents: Contents, choices: Choices, seed: int, num_
         recipe["packing"]["max_images"] = choices.max_images
     if contents.has_sounds and not contents.is_single_words and num_steps is not None:
         steps = max(1, num_steps // 2)
-        recipe["curriculum"] = {"metric": "num_tokens", "pacing": "root", "start": 0.3, "steps": steps}
+        recipe["curriculum"] = {
+            "metric": "num_tokens", "pacing": "root", "start": 0.3, "steps": steps, "sources": ["heard"],
+        }  # fmt: skip
     return recipe
 
 

@@ -6,12 +6,15 @@ import hashlib
 import json
 import multiprocessing
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mmllm.evaluation.scenes import COLORS, SHAPES, SIZES
 from mmllm.quickstart.scenes import split_pairs
@@ -36,6 +39,12 @@ ROWS_A_PROCESS = 250
 """Rows that one loaded espeak-ng says; a constant, so that the number of processes cannot change a sample."""
 TEST_SHARE = 4
 """Every fourth sentence that the grammar can make is a test sentence."""
+PAUSE_SECONDS = (0.15, 0.5)
+"""Between sentences that are joined."""
+HUSH_DB = (-75.0, -55.0)
+"""Level of the noise in such a pause, in decibels of full scale."""
+THREE_JOINED = 0.25
+"""Share of joined rows of three sentences; the others have two."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +57,28 @@ class Utterance:
     words_per_minute: int
     pitch: int
     level_db: float
+    joined: tuple[Joined, ...] = ()
+    """What is said behind `text`, as one recording."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A further text of an utterance, and the near-silence before it."""
+
+    text: str
+    pause_seconds: float
+    hush_db: float
+    seed: int
+    """Of the noise."""
 
 
 def sample_utterance(path: Path, text: str, voice: str, rng: random.Random) -> Utterance:
     """An utterance with a speed, pitch and level by chance."""
     return Utterance(path, text, voice, rng.randint(145, 205), rng.randint(35, 65), rng.uniform(-25, -17))
+
+
+def _sample_joined(text: str, rng: random.Random) -> Joined:
+    return Joined(text, rng.uniform(*PAUSE_SECONDS), rng.uniform(*HUSH_DB), rng.getrandbits(32))
 
 
 # ---------------------------------------------------------------------------------------------------------- grammar
@@ -139,13 +165,28 @@ def _say_all(utterances: list[Utterance], sample_rate: int) -> list[Said]:
     said = []
     with Espeak() as espeak:
         for item in utterances:
-            samples_T = espeak.say(item.text, item.voice, item.words_per_minute, item.pitch)
-            words = word_times(item.text, espeak.phonemes)
-            samples_T, seconds_later = clean_speech(samples_T, sample_rate, item.level_db)
+            samples_T, words = _say(espeak, item, item.text, sample_rate)
+            for more in item.joined:
+                before_T = np.concatenate([samples_T, _hush(more, sample_rate)])
+                more_T, more_words = _say(espeak, item, more.text, sample_rate)
+                samples_T = np.concatenate([before_T, more_T])
+                words += moved(more_words, len(before_T) / sample_rate, len(samples_T) / sample_rate)
             write_wav(item.path, samples_T, sample_rate)
-            duration = len(samples_T) / sample_rate
-            said.append(Said(round(duration, 4), moved(words, seconds_later, duration)))
+            said.append(Said(round(len(samples_T) / sample_rate, 4), words))
     return said
+
+
+def _say(espeak: Espeak, item: Utterance, text: str, sample_rate: int) -> tuple[NDArray[np.int16], list[WordTime]]:
+    """A text as an utterance's voice says it, and when its words are said."""
+    samples_T = espeak.say(text, item.voice, item.words_per_minute, item.pitch)
+    words = word_times(text, espeak.phonemes)
+    samples_T, seconds_later = clean_speech(samples_T, sample_rate, item.level_db)
+    return samples_T, moved(words, seconds_later, len(samples_T) / sample_rate)
+
+
+def _hush(joined: Joined, sample_rate: int) -> NDArray[np.int16]:
+    noise_T = np.random.default_rng(joined.seed).standard_normal(round(joined.pause_seconds * sample_rate))
+    return np.round(noise_T * 10 ** (joined.hush_db / 20) * 32767).astype(np.int16)
 
 
 def say_utterances(utterances: list[Utterance], sample_rate: int, num_processes: int = 1) -> list[Said]:
@@ -158,14 +199,17 @@ def say_utterances(utterances: list[Utterance], sample_rate: int, num_processes:
         return [one for said in pool.map(say, chunks) for one in said]
 
 
-def _training_text(level: str, i: int, rng: random.Random, seed: int) -> str:
+def _training_texts(level: str, i: int, rng: random.Random, seed: int) -> list[str]:
     match level:
         case "word":
-            return WORDS[i % len(WORDS)]
+            return [WORDS[i % len(WORDS)]]
         case "phrase":
-            return sample_phrase(rng)
+            return [sample_phrase(rng)]
+        case "joined":
+            num_joined = 3 if rng.random() < THREE_JOINED else 2
+            return [sample_sentence(rng, seed, is_test=False) for _ in range(num_joined)]
         case _:
-            return sample_sentence(rng, seed, is_test=False)
+            return [sample_sentence(rng, seed, is_test=False)]
 
 
 def _write_split(
@@ -183,19 +227,23 @@ def _write_split(
 
 
 def _plan_row(
-    out_dir: Path, split: str, i: int, text: str, level: str, voice: str, rng: random.Random
+    out_dir: Path, split: str, i: int, texts: list[str], level: str, voice: str, rng: random.Random
 ) -> tuple[dict[str, Any], Utterance]:
     audio = f"audio/{split}/{split}_{i:06d}.wav"
+    first, *others = texts
     row: dict[str, Any] = {
         "id": f"speech_{split}_{i:06d}",
         "audio": audio,
-        "text": text,
+        "text": " ".join(texts),
         "speaker": voice,
         "level": level,
     }
+    if others:
+        row["joined"] = True
     if split != "train":
         row["heldout_voice"] = split == "heldout"
-    return row, sample_utterance(out_dir / audio, text, voice, rng)
+    utterance = sample_utterance(out_dir / audio, first, voice, rng)
+    return row, replace(utterance, joined=tuple(_sample_joined(text, rng) for text in others))
 
 
 def make_speech(
@@ -208,12 +256,15 @@ def make_speech(
     seed: int,
     sample_rate: int = 8000,
     num_processes: int = 1,
+    num_joined: int = 0,
+    num_spoken: int = 0,
+    spoken_voices: Sequence[str] = (),
 ) -> dict[str, Path]:
     """Synthesizes speech and writes `train.jsonl`, `test.jsonl` and `heldout.jsonl` with mono 16-bit WAV files.
 
-    Rows carry `speaker` (the voice), `level` ("word", "phrase" or "sentence"), `duration` in seconds and `words`: when
-    each is said, with its letters (`mmllm_tokenizers.alignment`). Equal arguments, but for `num_processes`, give equal
-    bytes on one version of espeak-ng.
+    Rows carry `speaker` (the voice), `level` ("word", "phrase", "sentence" or "joined"), `duration` in seconds and
+    `words`: when each is said, with its letters (`mmllm_tokenizers.alignment`). Equal arguments, but for
+    `num_processes`, give equal bytes on one version of espeak-ng; which training rows there are changes no test row.
 
     Args:
         out_dir: Folder to write to; made where it is missing.
@@ -225,23 +276,36 @@ def make_speech(
         seed: Chooses everything.
         sample_rate: Samples a second.
         num_processes: Processes that synthesize; above one they are spawned.
+        num_joined: Training rows of two sentences, or three, that a voice says with a pause between (`joined`).
+        num_spoken: Training rows from which to learn to speak alone (`spoken_only`), a third of them phrases and the
+            others sentences.
+        spoken_voices: Who says those.
 
     Returns:
         The manifests' paths under "train", "test" and "heldout".
 
     Raises:
         ModuleNotFoundError: The `espeakng-loader` wheel is not installed.
+        ValueError: There are rows to say, but no voice to say them, or one that training may not hear.
     """
     out_dir = Path(out_dir)
     Espeak().close()
     plans: dict[str, list[tuple[dict[str, Any], Utterance]]] = {"train": [], "test": [], "heldout": []}
     known, unknown = voices(heldout=False), voices(heldout=True)
-    for level, num_rows in (("word", num_words), ("phrase", num_phrases), ("sentence", num_sentences)):
+    if not set(spoken_voices) <= set(known) or (num_spoken and not spoken_voices):
+        raise ValueError(f"{num_spoken} rows are to be said by {list(spoken_voices)}; give voices out of {known}")
+    plan = plans["train"]
+    levels = {"word": num_words, "phrase": num_phrases, "sentence": num_sentences, "joined": num_joined}
+    for level, num_rows in levels.items():
         for i in range(num_rows):
             rng = random.Random(f"speech {seed} {level} {i}")
-            text = _training_text(level, i, rng, seed)
-            plan = plans["train"]
-            plan.append(_plan_row(out_dir, "train", len(plan), text, level, rng.choice(known), rng))
+            texts = _training_texts(level, i, rng, seed)
+            plan.append(_plan_row(out_dir, "train", len(plan), texts, level, rng.choice(known), rng))
+    for i in range(num_spoken):
+        rng, level = random.Random(f"speech {seed} spoken {i}"), "phrase" if i % 3 == 0 else "sentence"
+        texts, voice = _training_texts(level, i, rng, seed), spoken_voices[i % len(spoken_voices)]
+        row, utterance = _plan_row(out_dir, "train", len(plan), texts, level, voice, rng)
+        plan.append(({**row, "spoken_only": True}, utterance))
     said: set[str] = set()
     for split, num_rows in (("test", num_test), ("heldout", num_test_voices)):
         for i in range(num_rows):
@@ -250,5 +314,5 @@ def make_speech(
                 pass
             said.add(text)
             voice = (known, unknown)[split == "heldout"]
-            plans[split].append(_plan_row(out_dir, split, i, text, "sentence", voice[i % len(voice)], rng))
+            plans[split].append(_plan_row(out_dir, split, i, [text], "sentence", voice[i % len(voice)], rng))
     return {split: _write_split(out_dir, split, plan, sample_rate, num_processes) for split, plan in plans.items()}

@@ -117,7 +117,12 @@ class StageList:
         perturb = ["--perturb", copies, "--seed", self.seed] if copies else []
         shards = _step("sound shards", "data", "build", manifest, "--out", self.out / "shards" / "sound", *perturb,
                        "--workers", self.num_workers, *self.bad_rows)  # fmt: skip
-        return [shards, _fit("codec", {"data.init_args.seed": self.seed}, CODEC_SHARE)]
+        overrides: dict[str, Any] = {"data.init_args.seed": self.seed}
+        if self.choices.heard_codebooks:
+            codec = stage_config("codec", self.out, {})["model"]["init_args"]["codec"]
+            overrides["model.init_args.codec.spoken_codebooks"] = codec["num_codebooks"]
+            overrides["model.init_args.codec.num_codebooks"] = self.choices.heard_codebooks
+        return [shards, _fit("codec", overrides, CODEC_SHARE)]
 
     def _tokenizer(self) -> Step:
         codec = ["--codec", self.out / "codec"] if self.contents.has_sounds else []

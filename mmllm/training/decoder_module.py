@@ -77,6 +77,7 @@ from mmllm.training.totals import GlobalTotals
 from mmllm.training.vocabulary import check_image_slots, with_tiles, with_vocabulary, word_ids
 from mmllm.training.whitening import whiten_tower
 from mmllm_tokenizers.folder import TokenizerFolder
+from mmllm_tokenizers.vocab import ANSWER, SPECIAL_TOKENS
 
 log = logging.getLogger(__name__)
 
@@ -260,7 +261,7 @@ class DecoderModule(StagedModule):
             check_image_slots(self.model, self.folder)
         self.model.load_pretrained()
         if self.folder is not None and config.audio is not None and self.folder.audio is not None:
-            self.model.initialize_audio(self.folder.codebooks_KVD)
+            self.model.initialize_audio(self.folder.heard_codebooks_KVD)
         if self.compile_layers:
             is_whole = self.mesh is None or compiles_in_one_graph(config, self.mesh.config, sharding)
             is_whole = not keep_stacks_uncompiled(self.model.decoder) and is_whole
@@ -351,7 +352,8 @@ class DecoderModule(StagedModule):
         self._source_names = list(getattr(self._data, "source_names", None) or [])
         config = self._built().config
         weights = word_ids(config.loss.word_weights, self.folder)
-        self._loss_function = LossFunction(config, self._source_names, MAX_UNNAMED_SOURCES, weights)
+        answer_id = SPECIAL_TOKENS.index(ANSWER) if self.folder is None else self.folder.id(ANSWER)
+        self._loss_function = LossFunction(config, self._source_names, MAX_UNNAMED_SOURCES, weights, answer_id)
 
     def _check_pictures(self) -> None:
         """Pictures are made as the tower of `init_from` saw them; stored features must be what the tower would give."""

@@ -132,10 +132,10 @@ class SameRows:
         if ours is None:
             return SameRows([], [], [])
         vocabulary, theirs = ours.vocabulary, source.tokenizer
-        num_codes = vocabulary.size - vocabulary.num_text
+        block, num_units = vocabulary.codebook_size + 1, vocabulary.size - vocabulary.num_text
         if ours.hash == source.tokenizer_hash:
-            first = vocabulary.num_text
-            return SameRows([Span(0, 0, first)], [Span(first, first, num_codes)], [Span(0, 0, num_codes)])
+            first, num_codes = vocabulary.num_text, block * _heard(ours)
+            return SameRows([Span(0, 0, first)], [Span(first, first, num_units)], [Span(0, 0, num_codes)])
         if theirs is None:
             return SameRows([], [], [])
         if ours.text.hash == theirs.text.hash:
@@ -144,10 +144,14 @@ class SameRows:
             text = [Span(row, theirs.text.special_ids[token], 1) for token, row in ours.text.special_ids.items()]
         if not _same_codes(ours, theirs):
             return SameRows(text, [], [])
-        block = vocabulary.codebook_size + 1
         count = block * min(vocabulary.num_codebooks, theirs.vocabulary.num_codebooks)
         units = [Span(vocabulary.num_text, theirs.vocabulary.num_text, count)]
-        return SameRows(text, units, [Span(0, 0, count)])
+        return SameRows(text, units, [Span(0, 0, block * min(_heard(ours), _heard(theirs)))])
+
+
+def _heard(folder: TokenizerFolder) -> int:
+    """Codebooks of the codes' embedding."""
+    return folder.config.heard_codebooks or folder.vocabulary.num_codebooks
 
 
 def _same_codes(ours: TokenizerFolder, theirs: TokenizerFolder) -> bool:

@@ -205,6 +205,7 @@ def _without_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
     values["decoder"]["vocab_size"] = 0
     if values["audio"] is not None:
         values["audio"] |= dict.fromkeys(("num_codebooks", "codebook_size", "codebook_dim"), 0)
+        values["audio"]["heard_codebooks"] = None
     values["image_projector"]["max_tiles"] = 1
     return values
 

@@ -30,12 +30,15 @@ def with_vocabulary(
         audio = None
     if audio is not None:
         wanted = {"num_codebooks": vocabulary.num_codebooks, "codebook_size": vocabulary.codebook_size}
-        for key, value in wanted.items():
-            _check_size(f"audio.{key}", getattr(audio, key), value)
+        for key, value in {**wanted, "heard_codebooks": folder.heard_codebooks}.items():
+            _check_size(f"audio.{key}", getattr(audio, key) or 0, value)
         codebook_dim = audio.codebook_dim or folder.codebooks_KVD.shape[-1]
         ids = {"audio_end_id": folder.id(AUDIO_END), "pad_id": folder.id(PAD)}
         pointer = _with_rule(audio.pointer, folder)
-        audio = dataclasses.replace(audio, codebook_dim=codebook_dim, pointer=pointer, **wanted, **ids)
+        heard = folder.config.heard_codebooks
+        audio = dataclasses.replace(
+            audio, codebook_dim=codebook_dim, heard_codebooks=heard, pointer=pointer, **wanted, **ids
+        )
         if audio.projector.pool != folder.audio_pool:
             raise ValueError(
                 f"audio.projector.pool is {audio.projector.pool} but the tokenizer folder's audio_pool is "

@@ -67,6 +67,11 @@ class AudioTokenizer(ABC):
         return self._all_codebooks_KVD()[: self.num_codebooks]
 
     @property
+    def spoken_codebooks(self) -> int:
+        """Of the K codebooks that are heard, how many are meant to be spoken: the first so many."""
+        return self.num_codebooks
+
+    @property
     def hash(self) -> str:
         """SHA-256 of weights and configuration; the same wherever the folder lies."""
         if self._hash is None:

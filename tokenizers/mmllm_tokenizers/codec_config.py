@@ -42,6 +42,10 @@ class CodecConfig:
     so far, as EnCodec does; 4 leaves an eighth less error, at four times the cost of a small step."""
     num_codebooks: int = 4
     """K."""
+    spoken_codebooks: int = 0
+    """The first so many are meant to be spoken, all K to be heard: the search takes the nearest sum of these before it
+    goes on to the others, so that they are what a codec of these alone would give, and the decoder learns from them.
+    A tokenizer folder takes both numbers from here. 0: all K are spoken."""
     codebook_size: int = 512
     """V."""
     num_residual_layers: int = 1
@@ -70,6 +74,11 @@ class CodecConfig:
         for name in ("num_residual_layers", "lstm_layers", "warmup_batches"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if not 0 <= self.spoken_codebooks <= self.num_codebooks:
+            raise ValueError(
+                f"spoken_codebooks is {self.spoken_codebooks}; it must be 0 (all) to num_codebooks, "
+                f"{self.num_codebooks}"
+            )
         if not self.ratios or min(self.ratios) < 2:
             raise ValueError(f"ratios are {self.ratios}; give at least one, each 2 or more")
         if self.decoder not in ("seanet", "source_filter"):
@@ -88,6 +97,11 @@ class CodecConfig:
             raise ValueError(f"decay is {self.decay}; it must lie in [0, 1)")
         if not 0.0 <= self.quantizer_dropout <= 1.0:
             raise ValueError(f"quantizer_dropout is {self.quantizer_dropout}; it must lie in [0, 1]")
+
+    @property
+    def decoded_codebooks(self) -> int:
+        """How many codebooks the decoder learns from."""
+        return self.spoken_codebooks or self.num_codebooks
 
     @property
     def has_computed_latents(self) -> bool:

@@ -34,7 +34,7 @@ TEMPLATES_FILE = "templates.json"
 CONFIG_FILE = "tokenizer_config.json"
 CODEC_FOLDER = "codec"
 CHAT_FILE = "chat_template.jinja"
-_OPTIONAL = ("tiling", "text", "pointer")
+_OPTIONAL = ("tiling", "text", "pointer", "heard_codebooks")
 """Keys that are written only where they say something: older folders and their hashes have none."""
 
 
@@ -51,7 +51,7 @@ class TokenizerConfig:
     pattern: str = "delay"
     """Codebook pattern of predicted units: parallel, delay or flatten."""
     num_codebooks: int = 0
-    """K in use; 0 takes all that the codec has."""
+    """K that are spoken; 0: as the codec's folder says."""
     codebook_size: int = 0
     frame_rate: float = 0.0
     sample_rate: int = 0
@@ -63,6 +63,9 @@ class TokenizerConfig:
     """Of a checkpoint's own text tokenizer; None: one that was trained here."""
     pointer: PointerRule | None = None
     """Speech that is predicted has a pointer into its text; None: it hasn't, and neither file nor hash speaks of it."""
+    heard_codebooks: int | None = None
+    """Of a sound that is heard, where these are more than are spoken: hearing is as easy with more, speaking isn't.
+    None: as many as are spoken, and neither file nor hash speaks of it."""
 
     def __post_init__(self) -> None:
         for name in ("image_tokens", "image_size", "audio_pool"):
@@ -75,10 +78,24 @@ class TokenizerConfig:
             raise ValueError(f"pattern is {self.pattern!r}; it must be one of {', '.join(PATTERNS)}")
         if self.tiling is not None:
             self.tiling.limit(self.image_tokens)
+        if self.heard_codebooks is not None:
+            self._check_heard(self.heard_codebooks)
         if self.pointer is not None and self.pattern == "flatten":
             raise ValueError(
                 "pattern is flatten, which spreads a frame over several positions, and pointer is set, which says one "
                 "letter a position; choose delay or parallel, or leave the pointer out"
+            )
+
+    def _check_heard(self, heard_codebooks: int) -> None:
+        if heard_codebooks < max(self.num_codebooks, 1):
+            raise ValueError(
+                f"heard_codebooks is {heard_codebooks} and num_codebooks {self.num_codebooks}; what is spoken is heard "
+                f"as well: give at least as many, or leave heard_codebooks out"
+            )
+        if self.pattern == "flatten" and heard_codebooks != self.num_codebooks:
+            raise ValueError(
+                f"pattern is flatten, whose units are one long codebook, but {heard_codebooks} codebooks are heard and "
+                f"{self.num_codebooks or 'other'} spoken; choose delay or parallel, or give both the same number"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,7 +110,7 @@ class TokenizerConfig:
         """The inverse of `to_dict`.
 
         Args:
-            values: all of its keys; `tiling`, `text` and `pointer` may be left out.
+            values: all of its keys; `tiling`, `text`, `pointer` and `heard_codebooks` may be left out.
             where: what errors call them.
 
         Raises:
@@ -108,7 +125,7 @@ class TokenizerConfig:
                 wrong.add(name)
         if wrong:
             raise ValueError(f"{where} has unknown or missing keys: {', '.join(sorted(wrong))}; build the folder again")
-        tiling, text, pointer = (values.get(name) for name in _OPTIONAL)
+        tiling, text, pointer = (values.get(name) for name in ("tiling", "text", "pointer"))
         return TokenizerConfig(
             **{
                 **values,
@@ -144,14 +161,16 @@ class TokenizerFolder:
         config = dataclasses.replace(config or TokenizerConfig(), text=text.foreign)
         if audio is None:
             config = dataclasses.replace(
-                config, num_codebooks=0, codebook_size=0, frame_rate=0.0, sample_rate=0, codec=None, pointer=None
-            )
+                config, num_codebooks=0, codebook_size=0, frame_rate=0.0, sample_rate=0, codec=None, pointer=None,
+                heard_codebooks=None,
+            )  # fmt: skip
         else:
-            num_codebooks = config.num_codebooks or audio.num_codebooks
-            audio.use_codebooks(num_codebooks)
+            num_codebooks, heard_codebooks = _codebooks_in_use(config, audio)
+            audio.use_codebooks(heard_codebooks)
             config = dataclasses.replace(
                 config,
                 num_codebooks=num_codebooks,
+                heard_codebooks=heard_codebooks if heard_codebooks != num_codebooks else None,
                 codebook_size=audio.codebook_size,
                 frame_rate=audio.frame_rate,
                 sample_rate=audio.sample_rate,
@@ -221,7 +240,7 @@ class TokenizerFolder:
 
     @property
     def audio(self) -> AudioTokenizer | None:
-        """The audio tokenizer, limited to `config.num_codebooks`; None without sound."""
+        """The audio tokenizer, limited to the codebooks that are heard; None without sound."""
         if self._audio is None and self.config.codec is not None and self._folder is not None:
             audio = load_audio_tokenizer(self._folder / self.config.codec)
             found, expected = (audio.sample_rate, audio.codebook_size), (self.sample_rate, self.config.codebook_size)
@@ -230,7 +249,7 @@ class TokenizerFolder:
                     f"{self._folder / self.config.codec} has sample rate and codebook size {found}, the folder's "
                     f"configuration says {expected}; the codec belongs to another tokenizer"
                 )
-            audio.use_codebooks(self.config.num_codebooks)
+            audio.use_codebooks(self.heard_codebooks)
             self._audio = audio
         return self._audio
 
@@ -259,6 +278,11 @@ class TokenizerFolder:
         """The codec's codebooks as the vocabulary numbers them: one long codebook where the stream is flat."""
         codebooks_KVD = self.require_audio().codebooks_KVD[: self.num_codebooks]
         return codebooks_KVD.reshape(self.vocabulary.num_codebooks, self.vocabulary.codebook_size, -1)
+
+    @property
+    def heard_codebooks_KVD(self) -> Tensor:
+        """The codebooks of a sound that is heard; first those that are spoken."""
+        return self.codebooks_KVD if self.config.heard_codebooks is None else self.require_audio().codebooks_KVD
 
     @property
     def hash(self) -> str:
@@ -314,8 +338,13 @@ class TokenizerFolder:
 
     @property
     def num_codebooks(self) -> int:
-        """K in use; 0 without sound."""
+        """K that are spoken; 0 without sound."""
         return self.config.num_codebooks
+
+    @property
+    def heard_codebooks(self) -> int:
+        """K of a sound that is heard; 0 without sound."""
+        return self.config.heard_codebooks or self.config.num_codebooks
 
     @property
     def frame_rate(self) -> float:
@@ -346,6 +375,14 @@ class TokenizerFolder:
     def invert_pattern(self, patterned_KP: Tensor) -> Tensor:
         """Codes [K, F] of predicted positions."""
         return invert_pattern(patterned_KP, self.pattern, self.vocabulary.filler, self.num_codebooks)
+
+
+def _codebooks_in_use(config: TokenizerConfig, audio: AudioTokenizer) -> tuple[int, int]:
+    """How many codebooks are spoken, and how many heard: as the codec's folder says where the config says neither."""
+    if config.num_codebooks == 0 and config.heard_codebooks is None:
+        return audio.spoken_codebooks, audio.num_codebooks
+    num_codebooks = config.num_codebooks or audio.spoken_codebooks
+    return num_codebooks, config.heard_codebooks or num_codebooks
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class QuantizerOutput:
     """What `ResidualQuantizer.forward` gives."""
 
     quantized_NDF: Tensor
-    """The sum of the chosen codes; its gradient with respect to the latents is the identity."""
+    """The sum of the chosen codes of what is spoken; its gradient with respect to the latents is the identity."""
     codes_NKF: Tensor
     commit_loss: Tensor
     """Scalar: mean squared distance of each residual from its code, averaged over the codebooks in use."""
@@ -140,7 +140,9 @@ class ResidualQuantizer(nn.Module):
         """
         residual_RSD = vectors_RD[:, None]
         codes_RSK = torch.zeros(len(vectors_RD), 1, 0, dtype=torch.int64, device=vectors_RD.device)
-        for codebook_VD in self.codebooks:
+        for codebook, codebook_VD in enumerate(self.codebooks):
+            if codebook == self.config.spoken_codebooks:  # what is spoken is not to be worse for what is only heard
+                residual_RSD, codes_RSK = _nearest_sum(residual_RSD, codes_RSK)
             distances_RSV = residual_RSD.square().sum(dim=2, keepdim=True) - 2 * residual_RSD @ codebook_VD.T
             distances_RV = (distances_RSV + codebook_VD.square().sum(dim=1)).flatten(1)
             width = min(self.config.search_width, distances_RV.shape[1])
@@ -148,8 +150,7 @@ class ResidualQuantizer(nn.Module):
             sums_RS, chosen_RS = best_RS // len(codebook_VD), best_RS % len(codebook_VD)
             residual_RSD = residual_RSD.take_along_dim(sums_RS[..., None], dim=1) - codebook_VD[chosen_RS]
             codes_RSK = torch.cat([codes_RSK.take_along_dim(sums_RS[..., None], dim=1), chosen_RS[..., None]], dim=2)
-        nearest_R11 = residual_RSD.square().sum(dim=2).argmin(dim=1)[:, None, None]
-        return codes_RSK.take_along_dim(nearest_R11, dim=1)[:, 0]
+        return _nearest_sum(residual_RSD, codes_RSK)[1][:, 0]
 
     @torch.no_grad()
     def _keep(self, vectors_RD: Tensor) -> None:
@@ -158,15 +159,15 @@ class ResidualQuantizer(nn.Module):
         self.first_vectors = torch.cat([kept_RD, vectors_RD.float()])
 
     def _active_codebooks(self, num_clips: int, device: torch.device) -> Tensor:
-        """Float [N, K]: 1 where a clip uses a codebook; in training some clips use the first few alone."""
-        num_codebooks = self.config.num_codebooks
-        active_NK = torch.ones(num_clips, num_codebooks, device=device)
-        if not self.training or num_codebooks == 1 or self.config.quantizer_dropout == 0.0:
+        """Float [N, K]: 1 where a clip is decoded from a codebook: one that is spoken; in training some use fewer."""
+        num_spoken = self.config.decoded_codebooks
+        numbers_1K = torch.arange(self.config.num_codebooks, device=device)[None]
+        active_NK = (numbers_1K < num_spoken).float().expand(num_clips, -1)
+        if not self.training or num_spoken == 1 or self.config.quantizer_dropout == 0.0:
             return active_NK
         dropped_N = torch.rand(num_clips, device=device) < self.config.quantizer_dropout
-        num_kept_N = torch.randint(1, num_codebooks + 1, (num_clips,), device=device)
-        kept_NK = torch.arange(num_codebooks, device=device)[None] < num_kept_N[:, None]
-        return torch.where(dropped_N[:, None], kept_NK.float(), active_NK)
+        num_kept_N = torch.randint(1, num_spoken + 1, (num_clips,), device=device)
+        return torch.where(dropped_N[:, None], (numbers_1K < num_kept_N[:, None]).float(), active_NK)
 
     @torch.no_grad()
     def _initialize(self, vectors_RD: Tensor) -> None:
@@ -203,6 +204,12 @@ class ResidualQuantizer(nn.Module):
             self.sums[codebook] = torch.where(dead_V[:, None], fresh_VD * mean_count, self.sums[codebook])
             self.idle[codebook].masked_fill_(dead_V, 0)
         self.codebooks[codebook] = self.sums[codebook] / self.counts[codebook][:, None].clamp(min=1e-5)
+
+
+def _nearest_sum(residual_RSD: Tensor, codes_RSK: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the sums that a search keeps the one that leaves least, [R, 1, D] and [R, 1, K]."""
+    nearest_R11 = residual_RSD.square().sum(dim=2).argmin(dim=1)[:, None, None]
+    return residual_RSD.take_along_dim(nearest_R11, dim=1), codes_RSK.take_along_dim(nearest_R11, dim=1)
 
 
 def _vectors(latents_NDF: Tensor) -> Tensor:

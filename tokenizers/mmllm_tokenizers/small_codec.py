@@ -15,6 +15,7 @@ from mmllm_tokenizers.codec import Codec, CodecConfig, fused
 
 _FIRST_SETTINGS = {
     "num_bands": 0, "decoder": "seanet", "decoder_hidden_size": 96, "decoder_num_layers": 2, "search_width": 1,
+    "spoken_codebooks": 0,
 }  # fmt: skip
 """Settings that codecs once had no name for, and what they did."""
 
@@ -42,6 +43,11 @@ class SmallCodec(AudioTokenizer):
             raise ValueError(f"{folder} has a codec configuration that this release does not know: {error}") from error
         load_weights(codec, weights, str(folder))
         return cls(codec)
+
+    @property
+    def spoken_codebooks(self) -> int:
+        """As the codec's config says."""
+        return min(self.codec.config.decoded_codebooks, self.num_codebooks)
 
     def _encode_equal(self, waves_NCT: Tensor) -> Tensor:
         return self.codec.encode(waves_NCT[:, 0])[:, : self.num_codebooks]

@@ -319,10 +319,12 @@ class Plan:
 
     def _easiest(self, step: int) -> list[int | None]:
         curriculum = self.recipe.curriculum
-        share = 1.0 if curriculum is None else curriculum.share(step)
-        if share >= 1:
+        if curriculum is None or (share := curriculum.share(step)) >= 1:
             return [None] * len(self.sources)
-        return [max(1, math.ceil(share * source.num_items)) for source in self.sources]
+        return [
+            max(1, math.ceil(share * source.num_items)) if curriculum.orders(source.config.name) else None
+            for source in self.sources
+        ]
 
     def _guess(self, shares: list[float], size: int) -> list[int]:
         """How many documents of each source a window will hold, or somewhat more."""
@@ -491,14 +493,17 @@ def _more_tokens(
 
 def _check_metric(recipe: Recipe, sources: list[Source]) -> None:
     """Some source may lack the curriculum's metric, and keeps its order; that none has it is a mistake."""
-    metric = recipe.curriculum.metric if recipe.curriculum is not None else None
-    if metric is None or any(source.has(metric) for source in sources):
+    if recipe.curriculum is None:
+        return
+    metric = recipe.curriculum.metric
+    sources = [source for source in sources if recipe.curriculum.orders(source.config.name)]
+    if any(source.has(metric) for source in sources):
         return
     columns = {
         name for source in sources for index in source.indices for name in index.column_names if source.has(name)
     }
     raise ValueError(
-        f"curriculum.metric is {metric!r}, which no document of any source has as a number; known are "
+        f"curriculum.metric is {metric!r}, which no document of any source that it orders has as a number; known are "
         f"{', '.join(sorted({*METRICS, *columns}))}"
     )
 

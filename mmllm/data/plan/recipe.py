@@ -203,10 +203,16 @@ class CurriculumConfig:
     """c₀."""
     steps: int = 1000
     """T."""
+    sources: list[str] | None = None
+    """Names of those that it orders; the others are drawn from whole from the start. `None`: all are ordered."""
 
     def __post_init__(self) -> None:
         if not 0 < self.start <= 1 or self.steps < 1:
             raise ValueError(f"curriculum: start is {self.start}, steps {self.steps}; they must be in (0, 1] and >= 1")
+
+    def orders(self, source: str) -> bool:
+        """Whether it holds for the source of that name."""
+        return self.sources is None or source in self.sources
 
     def share(self, step: int) -> float:
         """c(step), in (0, 1]."""
@@ -260,7 +266,8 @@ class Recipe:
         names = [source.name for source in self.sources]
         if len(set(names)) != len(names):
             raise ValueError(f"sources have the names {names}; give each its own")
-        capped = [source.name for source in self.sources if source.max_epochs is not None]
+        ordered = self._ordered(names)
+        capped = [source.name for source in self.sources if source.max_epochs is not None and source.name in ordered]
         if (
             capped
             and self.curriculum is not None
@@ -274,6 +281,20 @@ class Recipe:
             )
         for step in sorted(self._turns()):
             self.shares(step)
+
+    def _ordered(self, names: list[str]) -> list[str]:
+        """Sources that a curriculum orders."""
+        if self.curriculum is None:
+            return []
+        unknown = set(self.curriculum.sources or ()) - set(names)
+        if unknown:
+            raise ValueError(
+                f"curriculum.sources names {min(unknown)!r}, which is no source of the recipe; it has "
+                f"{', '.join(names)}"
+            )
+        if self.curriculum.sources == []:
+            raise ValueError("curriculum.sources is empty; name a source, or leave the curriculum out")
+        return [name for name in names if self.curriculum.orders(name)]
 
     def shares(self, step: int = 0) -> list[float]:
         """Each source's share at a step, summing to one.
@@ -362,8 +383,10 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     value.pop("folder")
     value["sources"] = [{k: v for k, v in source.items() if v is not None} for source in value["sources"]]
     value["packing"] = {key: item for key, item in value["packing"].items() if item is not None}
-    if value["curriculum"] is not None and value["curriculum"]["order"] == "easy_first":
-        del value["curriculum"]["order"]  # so that recipes older than this key keep their hash
+    if value["curriculum"] is not None:  # recipes older than these keys keep their hash
+        for key, default in (("order", "easy_first"), ("sources", None)):
+            if value["curriculum"][key] == default:
+                del value["curriculum"][key]
     return {key: item for key, item in value.items() if item is not None}
 
 
@@ -381,6 +404,8 @@ def recipe_hash(recipe: Recipe, shard_digests: list[list[str]], tokenizer_hash: 
     value = recipe_to_dict(recipe)
     del value["on_error"]
     value["tokenizer"] = tokenizer_hash
+    if recipe.curriculum is not None and recipe.curriculum.sources is not None:
+        value["curriculum"]["sources"] = [recipe.curriculum.orders(source.name) for source in recipe.sources]
     for source, config, digests in zip(value["sources"], recipe.sources, shard_digests, strict=True):
         del source["name"], source["remote"]
         if config.weight_schedule is not None:

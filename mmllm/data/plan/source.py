@@ -210,7 +210,7 @@ class Source:
 
     def _ranks(self, curriculum: CurriculumConfig | None) -> np.ndarray | None:
         """Each item's place in the order in which the curriculum adds them, 0 the first."""
-        if curriculum is None:
+        if curriculum is None or not curriculum.orders(self.config.name):
             return None
         if curriculum.order == "random":
             rng = self._random(_RANKS)

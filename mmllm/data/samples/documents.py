@@ -269,8 +269,8 @@ class DocumentWriter:
 
 
 def pattern_codes(codes_KF: np.ndarray, folder: TokenizerFolder) -> np.ndarray:
-    """Codes `[K, F]` as the frames `[K, P]` that are predicted, under the folder's pattern."""
-    codes = torch.as_tensor(np.ascontiguousarray(codes_KF), dtype=torch.int64)
+    """Codes `[K, F]` as the frames `[K, P]` that are predicted, under the folder's pattern: those spoken."""
+    codes = torch.as_tensor(np.ascontiguousarray(codes_KF[: folder.num_codebooks]), dtype=torch.int64)
     return folder.apply_pattern(codes).numpy()
 
 
@@ -477,7 +477,7 @@ def spoken_voice(key: str | None, metadata: dict[str, Any]) -> str:
 
 
 def encode_audio(audio: AudioInput, folder: TokenizerFolder, name: str = "audio") -> np.ndarray:
-    """Codes int64 `[K, F]` of a sound, with the folder's K codebooks; codes pass through.
+    """Codes int64 `[K, F]` of a sound, with the K codebooks that the folder hears; codes pass through.
 
     Raises:
         ValueError: The sound can't be read, or the folder has no audio tokenizer.
@@ -489,11 +489,12 @@ def encode_audio(audio: AudioInput, folder: TokenizerFolder, name: str = "audio"
         source: Any = str(audio) if isinstance(audio, PathLike) else audio
         wave_CT, rate = load_audio(source, tokenizer.sample_rate, name=None if isinstance(source, str) else name)
         codes_KF = tokenizer.encode(wave_CT, rate).numpy()
-    if codes_KF.ndim != 2 or codes_KF.shape[0] < folder.num_codebooks:
+    if codes_KF.ndim != 2 or codes_KF.shape[0] < folder.heard_codebooks:
         raise ValueError(
-            f"{name}: codes have shape {codes_KF.shape}; the tokenizer needs {folder.num_codebooks} codebooks x frames"
+            f"{name}: codes have shape {codes_KF.shape}; the tokenizer needs {folder.heard_codebooks} codebooks x "
+            f"frames; stored codes of fewer are made anew by building the shards with it"
         )
-    return codes_KF[: folder.num_codebooks].astype(np.int64)
+    return codes_KF[: folder.heard_codebooks].astype(np.int64)
 
 
 def _is_float(array: torch.Tensor | np.ndarray) -> bool:
