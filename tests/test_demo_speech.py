@@ -212,7 +212,7 @@ def test_joined_and_further_spoken_rows_leave_the_others_as_they_are(espeak, tmp
         num_pauses.append(sum(gap > 0.15 for gap in gaps))
     assert set(num_pauses) == {1, 2}
     assert all(row["spoken_only"] is True for row in further)
-    assert [row["speaker"] for row in further] == [*spoken] * 3
+    assert [row["speaker"] for row in further] == [spoken[0]] * 3 + [spoken[1]] * 3
     assert [row["level"] for row in further] == ["phrase", "sentence", "sentence"] * 2
     for voices_to_speak in ((), ("nobody",), voices(heldout=True)):
         with pytest.raises(ValueError, match="1 rows are to be said by"):

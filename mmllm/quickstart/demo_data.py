@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmllm.quickstart.interleaved import make_interleaved
-from mmllm.quickstart.plan import DEMO_VOICES
 from mmllm.quickstart.prose import make_prose
 from mmllm.quickstart.scenes import make_scenes
 from mmllm.quickstart.speech import make_speech
-from mmllm.quickstart.synthesis import Espeak
+from mmllm.quickstart.synthesis import Espeak, voices
 
 
 @dataclass(frozen=True)
@@ -24,9 +23,9 @@ class DemoSizes:
     sentences: int = 2_400
     joined: int = 600
     """Recordings of two sentences, or three."""
-    spoken: int = 3_000
-    """Further sentences and phrases in the voices that the demo speaks with: of all others together they say a ninth,
-    which a decoder of this size learns by heart."""
+    spoken: int = 6_000
+    """Further sentences and phrases to learn to speak from: what is heard is learnt from fewer, and a decoder of this
+    size would learn those by heart."""
     interleaved: int = 3_000
     test: int = 504
     """Of each task, and of each set that is scored apart."""
@@ -60,7 +59,7 @@ def make_demo_data(
         made.append(
             make_speech(
                 out / "speech", sizes.words, sizes.phrases, sizes.sentences, sizes.test, sizes.test, seed,
-                sizes.sample_rate, num_processes, sizes.joined, sizes.spoken, DEMO_VOICES,
+                sizes.sample_rate, num_processes, sizes.joined, sizes.spoken, voices(heldout=False),
             )
         )  # fmt: skip
     made.append(

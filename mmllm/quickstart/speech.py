@@ -303,7 +303,8 @@ def make_speech(
             plan.append(_plan_row(out_dir, "train", len(plan), texts, level, rng.choice(known), rng))
     for i in range(num_spoken):
         rng, level = random.Random(f"speech {seed} spoken {i}"), "phrase" if i % 3 == 0 else "sentence"
-        texts, voice = _training_texts(level, i, rng, seed), spoken_voices[i % len(spoken_voices)]
+        # each voice says a phrase and two sentences in turn
+        texts, voice = _training_texts(level, i, rng, seed), spoken_voices[i // 3 % len(spoken_voices)]
         row, utterance = _plan_row(out_dir, "train", len(plan), texts, level, voice, rng)
         plan.append(({**row, "spoken_only": True}, utterance))
     said: set[str] = set()
