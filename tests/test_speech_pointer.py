@@ -13,6 +13,7 @@ from mmllm.batch import IGNORE, LETTER_GAP, Modality
 from mmllm.data.loading.collate import pack_documents
 from mmllm.data.samples.documents import Sample, build_document, build_prompt
 from mmllm.losses.batch import LossFunction
+from mmllm.model.pointer import PointerConfig, SpeechPointer
 from mmllm_tokenizers.alignment import WordTime
 from mmllm_tokenizers.folder import TokenizerConfig, TokenizerFolder
 from mmllm_tokenizers.pointer import PointerRule, Spelling, ages, follow, letter_starts
@@ -170,6 +171,7 @@ def window(letters: bytes, place: int, before: int, after: int) -> list[int]:
 def test_the_input_holds_the_letters_around_the_pointer(tokenizer):
     pointer = make_model(tokenizer).pointer
     assert pointer is not None
+    torch.nn.init.normal_(pointer.age_embedding)
     documents = [
         build_document(sample(key="a"), "speak", tokenizer),
         build_document(sample(key="bb"), "speak", tokenizer),
@@ -186,10 +188,27 @@ def test_the_input_holds_the_letters_around_the_pointer(tokenizer):
         for place, age in zip(document.pointer.places_T.tolist(), document.pointer.ages_T.tolist(), strict=True):
             if place >= 0:
                 letters = window(b" red circle ", place, 1, 2)
-                want = sum(tables[i, letter] for i, letter in enumerate(letters)) + pointer.age.weight[min(age, 4)]
+                want = sum(tables[i, letter] for i, letter in enumerate(letters))
+                for step in range(min(age, 4) + 1):
+                    want = want + pointer.age_embedding[step]
                 torch.testing.assert_close(got_WD[row], want)
                 row += 1
     assert row == len(got_WD)
+
+
+def test_an_age_that_training_never_held_is_as_the_oldest_it_did():
+    pointer = SpeechPointer(PointerConfig(before=1, after=2, max_age=5, max_advance=2), 16)
+    optimizer = torch.optim.AdamW(pointer.parameters(), lr=0.1, weight_decay=0.1)
+    letters_L, at_W = torch.full((9,), ord("a")), torch.full((3,), 4)
+    for _ in range(3):
+        optimizer.zero_grad()
+        pointer(letters_L, at_W, torch.tensor([0, 1, 2])).square().sum().backward()
+        optimizer.step()
+    spoken_WD = pointer(letters_L, at_W.new_full((4,), 4), torch.tensor([1, 2, 3, 4]))
+    assert not pointer.age_embedding[3:].any(), "Adam moves what has the smallest gradient"
+    for older in (2, 3):
+        torch.testing.assert_close(spoken_WD[older], spoken_WD[1])
+    assert not torch.allclose(spoken_WD[0], spoken_WD[1])
 
 
 def test_packed_speech_is_as_it_is_alone(tokenizer):

@@ -4,7 +4,7 @@ Alignment is what costs a codec language model its samples (VALL-E and its kin n
 it is given in training and predicted frame by frame in generation, as by the state machine of delayed streams modeling
 (https://arxiv.org/abs/2509.08753), but over letters and with the letters' neighbours in sight.
 
-Shapes: W positions with a pointer, N letters of a window, L letters, D width, A advances.
+Shapes: W positions with a pointer, N letters of a window, L letters, D width, A advances, M ages.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmllm.batch import LETTER_GAP
@@ -52,6 +53,7 @@ class SpeechPointer(nn.Module):
     """Embeds the letters around a pointer, and predicts how far it moves."""
 
     offsets_N: Tensor
+    up_to_MM: Tensor
 
     def __init__(self, config: PointerConfig, width: int):
         super().__init__()
@@ -60,13 +62,15 @@ class SpeechPointer(nn.Module):
         self.register_buffer("offsets_N", offsets_N, persistent=False)
         # A table an offset, one behind the other; a row more in each, for no letter.
         self.letters = nn.Embedding(len(offsets_N) * (NUM_LETTERS + 1), width)
-        self.age = nn.Embedding(config.max_age, width)
+        self.age_embedding = nn.Parameter(torch.zeros(config.max_age, width))
+        # Not `cumsum`: its gradient rounds, and Adam makes steps of what should be zero.
+        self.register_buffer("up_to_MM", torch.ones(config.max_age, config.max_age).tril(), persistent=False)
         self.advance_head = nn.Linear(width, config.max_advance + 1)
         std = len(offsets_N) ** -0.5
         nn.init.normal_(self.letters.weight, std=EMBEDDING_STD * std)
-        nn.init.normal_(self.age.weight, std=EMBEDDING_STD * std)
+        nn.init.normal_(self.age_embedding[0], std=EMBEDDING_STD * std)
         mark(self.letters, weight="embedding")
-        mark(self.age, weight="embedding")
+        mark(self, age_embedding="embedding")
         mark_all(self.advance_head, "head")
 
     def forward(self, letters_L: Tensor, pointer_W: Tensor, age_W: Tensor) -> Tensor:
@@ -82,4 +86,7 @@ class SpeechPointer(nn.Module):
         letters_WN = letters_L[places_WN.clamp(0, len(letters_L) - 1)]
         letters_WN = torch.where(is_inside_WN & (letters_WN >= 0), letters_WN, NUM_LETTERS)
         rows_WN = letters_WN + torch.arange(letters_WN.shape[1], device=letters_WN.device) * (NUM_LETTERS + 1)
-        return self.letters(rows_WN).sum(dim=1) + self.age(age_W.clamp(max=self.config.max_age - 1))
+        # An age is a sum of steps from 0: one that training never held is as the oldest that it did, so that a letter
+        # which lasts too long is not said on and on.
+        ages_MD = self.up_to_MM @ self.age_embedding
+        return self.letters(rows_WN).sum(dim=1) + F.embedding(age_W.clamp(max=self.config.max_age - 1), ages_MD)

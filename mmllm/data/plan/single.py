@@ -302,11 +302,13 @@ def open_indices(shards: str | list[str], folder: TokenizerFolder | None) -> lis
     try:
         return list(load_indices(found, None))
     except (FileNotFoundError, ValueError):
+        # Whoever has no tokenizer takes no documents: sound to learn a codec from is none as long as there is no codec.
+        level = logging.INFO if folder is None else logging.WARNING
         folder = folder or TokenizerFolder(TextTokenizer.train((), MIN_VOCAB_SIZE))
-        return [_index(shard, folder) for shard in found]
+        return [_index(shard, folder, level) for shard in found]
 
 
-def _index(shard: Shard, folder: TokenizerFolder) -> ShardIndex:
+def _index(shard: Shard, folder: TokenizerFolder, level: int) -> ShardIndex:
     try:
         return load_index(shard, None)
     except (FileNotFoundError, ValueError) as reason:
@@ -316,7 +318,7 @@ def _index(shard: Shard, folder: TokenizerFolder) -> ShardIndex:
         num_bad, named = index.bad
         if num_bad:
             first = "; ".join(f"{name}: {why}" for name, why in named[:_NAMED])
-            _logger.warning("%s: %d of its rows become no document: %s", shard, num_bad, first)
+            _logger.log(level, "%s: %d of its rows become no document: %s", shard, num_bad, first)
         return index
     except PermissionError as error:
         raise PermissionError(
