@@ -8,7 +8,8 @@
 
 Every run is `mmllm quickstart` as a process of its own; measures are read from its report.json. F holds a row a
 measure, `{"name", "measure", "seed", "score", "interval", "minutes"}`, and the folder F.rows what each held-out row
-scored. What F holds is not run again, and a run that was stopped goes on in its folder under --work.
+scored, and the commit that scored it. What F holds is not run again, and a run that was stopped goes on in its folder
+under --work, if the code is the one that began it.
 
 `python benchmarks/small.py --compare F1 F2` pairs two files by seed and by row; see small_compare.py.
 
@@ -34,6 +35,8 @@ import numpy as np
 import small_compare
 from small_cases import GIVEN_SPEAKERS, MEAN, MEASURES, NAMES, Case, Measure, cases
 
+from mmllm.checkout import commit
+
 Row = dict[str, Any]
 _ROW_VALUES = {
     "exact_match": ("test", "correct"), "answer_accuracy": ("test", "correct"), "wer": ("test", "score"),
@@ -50,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", action="append", choices=NAMES, help="may be repeated; without it, all")
     parser.add_argument("--seeds", type=seeds_of, default=(0, 1, 2), metavar="0,1,2")
     parser.add_argument("--json", type=Path, metavar="F", help="rows are added to it")
-    parser.add_argument("--work", type=Path, default=Path("runs/small"), metavar="DIR", help="where the runs lie")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="where the runs lie; without it, F.runs")
     parser.add_argument("--max_steps", type=int, metavar="N", help="a try-out: N steps of each training")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("F1", "F2"))
     args = parser.parse_args(argv)
@@ -59,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if args.json is None:
         parser.error("give --json F, where the rows go, or --compare F1 F2")
-    failed = Bench(args.json, args.work, args.max_steps).run(args.only or NAMES, args.seeds)
+    work = args.work or args.json.with_name(f"{args.json.name}.runs")
+    failed = Bench(args.json, work, args.max_steps).run(args.only or NAMES, args.seeds)
     print("\n".join(["", *summary(read(args.json))]))
     if failed:
         raise SystemExit(f"{len(failed)} runs failed: {', '.join(failed)}; mend what they say and run this again")
@@ -114,6 +118,7 @@ class Bench:
         """Runs one case and adds its rows; whether it went well."""
         kind = "" if self.max_steps is None else f"-{self.max_steps}_steps"
         home = self.work / f"{case.slug}-seed{seed}{kind}"
+        check_commit(home)
         command = ["quickstart", *case.rows(home), "--seed", str(seed), "--out", str(home / "run")]
         if self.max_steps is not None:
             command += ["--max_steps", str(self.max_steps)]
@@ -170,12 +175,27 @@ class Bench:
         if slug is not None:
             folder = rows_folder(self.file)
             folder.mkdir(exist_ok=True)
-            values = {"name": name, "seed": seed, "measures": outcomes}
+            values = {"name": name, "seed": seed, "commit": commit(), "measures": outcomes}
             (folder / f"{slug}.json").write_text(json.dumps(values) + "\n", encoding="utf-8")
         new = self.file.with_name(f"{self.file.name}.new")
         lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in self.rows)
         new.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
         os.replace(new, self.file)
+
+
+def check_commit(home: Path) -> None:
+    """Notes which code began a run, or refuses to go on with what other code began: its score would be neither's.
+
+    Raises:
+        SystemExit: another commit began it.
+    """
+    note, now = home / "commit", commit() or "unknown"
+    if note.is_file() and (began := note.read_text(encoding="utf-8").strip()) != now:
+        raise SystemExit(
+            f"{home} was begun by commit {began}, and this is {now}; give another --json or --work, or remove it"
+        )
+    home.mkdir(parents=True, exist_ok=True)
+    note.write_text(now + "\n", encoding="utf-8")
 
 
 def mean_interval(rows: Sequence[Row], score: float) -> list[float] | None:

@@ -130,6 +130,7 @@ class FakeQuickstart:
 def quickstart(monkeypatch: pytest.MonkeyPatch) -> FakeQuickstart:
     fake = FakeQuickstart()
     monkeypatch.setattr(small.subprocess, "run", fake)
+    monkeypatch.setattr(small, "commit", lambda: "c0ffee")
     return fake
 
 
@@ -171,6 +172,25 @@ def test_what_is_done_is_not_run_again_and_what_failed_is(sets: Path, tmp_path: 
     assert go(tmp_path, "--only", "fsdd", "--seeds", "0") == rows and not quickstart.commands
     go(tmp_path, "--only", "fsdd", "--seeds", "0,1")
     assert len(quickstart.commands) == 6, "the other seed alone"
+
+
+def test_a_run_that_other_code_began_is_refused(sets: Path, tmp_path: Path, quickstart: FakeQuickstart, monkeypatch):
+    monkeypatch.setattr(small, "commit", lambda: "abc")
+    quickstart.fails = {"jackson"}
+    with pytest.raises(SystemExit, match="runs failed"):
+        go(tmp_path, "--only", "fsdd", "--seeds", "0")
+    held = json.loads((tmp_path / "f.json.rows" / "fsdd-george-seed0.json").read_text())
+    assert held["commit"] == "abc"
+    monkeypatch.setattr(small, "commit", lambda: "def")
+    quickstart.fails = set()
+    with pytest.raises(SystemExit, match=r"fsdd-jackson-seed0 was begun by commit abc, and this is def; give another"):
+        go(tmp_path, "--only", "fsdd", "--seeds", "0")
+
+
+def test_each_file_has_its_own_runs(sets: Path, tmp_path: Path, quickstart: FakeQuickstart):
+    small.main(["--json", str(tmp_path / "g.json"), "--only", "fsdd", "--seeds", "0"])
+    out = quickstart.commands[0][quickstart.commands[0].index("--out") + 1]
+    assert Path(out) == tmp_path / "g.json.runs" / "fsdd-george-seed0" / "run"
 
 
 def test_a_try_out_is_never_mixed_with_runs(sets: Path, tmp_path: Path, quickstart: FakeQuickstart):

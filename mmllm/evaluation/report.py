@@ -96,6 +96,8 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
         Measure("heldout_voices_wer", "Word error rate, new voices", "voices never trained on", "percent", False, (
             ("blind_heldout_voices_wer", _SILENCE),), rows="heldout_voices_n",
             clusters=("num_heldout_voices", "voices")),
+        Measure("joined_wer", "Word error rate, two joined", "two recordings of a voice as one", "percent", False,
+            rows="joined_n"),
     ),
     "speak": (
         Measure("round_trip_wer", "Round-trip word error rate", "spoken, then transcribed back", "percent", False, (

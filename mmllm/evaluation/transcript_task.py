@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
+import torch
 
 from mmllm.data.rows.media import Media, media_source
 from mmllm.data.rows.rows import Row
@@ -21,12 +22,19 @@ from mmllm.evaluation.scoring import (
     scored_set,
 )
 from mmllm.inference.api import Model
+from mmllm.inference.inputs import Audio, AudioPart, as_audio
+
+MAX_JOINED = 100
+"""Pairs of recordings that are transcribed as one."""
+JOINED_PAUSE_SECONDS = 0.3
+"""Of silence between the two."""
 
 
 def evaluate_transcripts(model: Model, rows: Sequence[Row], batch_size: int, seed: int) -> TaskResult:
     """WER and CER over all words and characters, and rows without an error; `heldout_voice` rows apart.
 
     `shuffled_wer` is that of other sounds' transcripts. Voices never heard are drawn whole for their interval.
+    `joined_wer` is of two recordings of one speaker as one sound, of test rows: longer than any of them alone.
     """
     sounds = cast("list[Any]", [media_source(cast("Media", row.audio)) for row in rows])
     settings = greedy_settings(model, [row.text for row in rows], batch_size)
@@ -68,4 +76,37 @@ def evaluate_transcripts(model: Model, rows: Sequence[Row], batch_size: int, see
             )
             for i, edit in zip(places, edits, strict=True)
         ]  # fmt: skip
+    scores |= _joined_scores(model, [row for row in rows if scored_set(row) != "heldout_voices"], batch_size, seed)
     return TaskResult("transcribe", scores, predictions)
+
+
+def _joined_scores(model: Model, rows: Sequence[Row], batch_size: int, seed: int) -> dict[str, Any]:
+    """Of neighbouring rows of each speaker, two by two; nothing where no two fit into what the model hears."""
+    waiting: dict[Any, Row] = {}
+    joined: list[Audio] = []
+    texts = []
+    longest = model.generation.max_heard_seconds
+    for row in rows:
+        if len(joined) == MAX_JOINED or row.metadata.get("speaker") is None:
+            continue
+        first = waiting.pop(row.metadata["speaker"], None)
+        if first is None:
+            waiting[row.metadata["speaker"]] = row
+            continue
+        sound = _in_one(*(as_audio(cast("Any", media_source(cast("Media", each.audio)))) for each in (first, row)))
+        if sound is not None and (longest is None or sound.seconds <= longest):
+            joined.append(Audio(sound.wave_CT, sound.sample_rate))
+            texts.append(f"{first.text} {row.text}")
+    if not joined:
+        return {}
+    said = model.transcribe(cast("list[Any]", joined), **greedy_settings(model, texts, batch_size))
+    return {**rate_scores("joined_wer", edits_of_words(said, texts), seed, None), "joined_n": len(joined)}
+
+
+def _in_one(first: AudioPart, second: AudioPart) -> AudioPart | None:
+    """Two sounds and silence between them; None: their rates or channels differ."""
+    rate, (num_channels, _) = first.sample_rate, first.wave_CT.shape
+    if (second.sample_rate, len(second.wave_CT)) != (rate, num_channels):
+        return None
+    silence_CT = first.wave_CT.new_zeros(num_channels, round(JOINED_PAUSE_SECONDS * rate))
+    return AudioPart(torch.cat([first.wave_CT, silence_CT, second.wave_CT], dim=1), rate)

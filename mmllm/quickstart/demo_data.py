@@ -20,8 +20,8 @@ class DemoSizes:
     scenes: int = 16_000
     words: int = 1_500
     phrases: int = 1_500
-    sentences: int = 2_400
-    joined: int = 600
+    sentences: int = 1_800
+    joined: int = 1_200
     """Recordings of two sentences, or three."""
     spoken: int = 6_000
     """Further sentences and phrases to learn to speak from: what is heard is learnt from fewer, and a decoder of this
