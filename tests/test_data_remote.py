@@ -287,7 +287,7 @@ def test_copies_that_killed_processes_left_are_removed(made, cache, server):
 
 
 def test_the_cache_is_bounded(made, cache, monkeypatch):
-    monkeypatch.setenv("MMLLM_CACHE_GB", str(30_000 / 2**30))
+    monkeypatch.setenv("MMLLM_CACHE_GB", str(30_000 / 1e9))
     put_in_memory(made)
     reader, shards = ShardReader(), [RemoteShard(f"memory://shards/caption-00000{n}.tar") for n in (0, 1)]
     for shard in shards:

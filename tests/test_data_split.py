@@ -21,7 +21,9 @@ def write(path: Path, rows: list[dict]) -> Path:
 @pytest.fixture
 def manifest(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    rows = [{"id": f"t{i}", "text": f"text {i}", "speaker": "bob" if i % 4 == 0 else "ann"} for i in range(100)]
+    rows: list[dict] = [
+        {"id": f"t{i}", "text": f"text {i}", "speaker": "bob" if i % 4 == 0 else "ann"} for i in range(100)
+    ]
     segments = [{"text": "a picture"}, {"image": "a.png"}]
     rows.append({"id": "s", "segments": segments, "question": "what?", "answer": "red", "speaker": "ann"})
     return write(tmp_path / "own" / ".." / "m.jsonl", rows)
@@ -116,6 +118,59 @@ def test_a_picture_is_never_on_both_sides(tmp_path):
     test = write(tmp_path / "t.jsonl", captions[:3])
     counts = split([write(tmp_path / "d.jsonl", documents)], tmp_path / "out2", test=[test], num_val=0)
     assert counts["repeated"] == 15 and counts["train"] == {"interleaved": 85}
+
+
+def captions(tmp_path: Path, num_pictures: int, num_captions: int) -> list[dict]:
+    for i in range(num_pictures):
+        Image.new("RGB", (4 + i, 4)).save(tmp_path / f"{i}.png")
+    return [{"id": f"c{i}-{k}", "image": f"{i}.png", "text": f"picture {i}, {k}"}
+            for i in range(num_pictures) for k in range(num_captions)]  # fmt: skip
+
+
+def val_and_train(out: Path) -> tuple[list[dict], list[dict]]:
+    read = [[json.loads(line) for file in sorted(out.glob(name)) for line in file.read_text().splitlines()]
+            for name in ("val.jsonl", "train-*.jsonl")]  # fmt: skip
+    return read[0], read[1]
+
+
+@pytest.mark.parametrize(("num_captions", "lost"), [(1, 0), (2, 0), (5, 4)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_picture_to_look_at_is_not_trained_on_under_another_caption(tmp_path, num_captions, lost, seed):
+    """As many rows are looked at as are asked for; of a picture's captions that are too many, none are trained on."""
+    train = write(tmp_path / "m.jsonl", captions(tmp_path, 160, num_captions))
+    test = write(tmp_path / "t.jsonl", [{"id": "t", "text": "apart"}])
+    num_val = min(16, 160 * num_captions // 50) // 2 * 2
+    counts = split([train], tmp_path / "out", test=[test], num_val=num_val, seed=seed)
+    assert counts["val"] == {"caption": num_val} and counts["repeated"] == lost
+    assert counts["train"] == {"caption": 160 * num_captions - num_val - lost}
+    val, trained = val_and_train(tmp_path / "out")
+    assert not {row["image"] for row in val} & {row["image"] for row in trained}
+    assert (tmp_path / "out" / "test.jsonl").read_text() == '{"id": "t", "text": "apart"}\n'
+
+
+def test_documents_of_a_picture_to_look_at_are_not_trained_on(tmp_path):
+    rows = captions(tmp_path, 60, 1)
+    rows += [
+        {"id": f"d{i}", "segments": [{"text": f"see {i}"}, {"image": f"{i}.png"}, {"text": "it"}]} for i in range(60)
+    ]
+    test = write(tmp_path / "t.jsonl", [{"id": "t", "text": "apart"}])
+    counts = split([write(tmp_path / "m.jsonl", rows)], tmp_path / "out", test=[test], num_val=1)
+    assert counts["val"] == {"caption": 1, "interleaved": 1} and counts["train"] == {"caption": 59, "interleaved": 59}
+    val, _ = val_and_train(tmp_path / "out")
+    assert val[0]["image"] == val[1]["segments"][1]["image"]
+
+
+def test_a_picture_that_nearly_all_rows_show_is_trained_on(tmp_path):
+    """A logo at the top of each document; only what has none is looked at, and nothing is lost."""
+    rows = captions(tmp_path, 1, 0) + [
+        {"id": f"d{i}", "segments": [{"image": "0.png"}, {"text": f"page {i}"}]} for i in range(97)
+    ]
+    rows += [{"id": f"p{i}", "segments": [{"text": f"plain {i}"}, {"text": "page"}]} for i in range(3)]
+    test = write(tmp_path / "t.jsonl", [{"id": "t", "text": "apart"}])
+    counts = split([write(tmp_path / "m.jsonl", rows)], tmp_path / "out", test=[test], num_val=16)
+    assert counts["val"] == {"interleaved": 2} and counts["train"] == {"interleaved": 98} and not counts["repeated"]
+    counts = split([write(tmp_path / "m.jsonl", rows[:97])], tmp_path / "out", test=[test], num_val=16)
+    assert not counts["val"] and counts["train"] == {"interleaved": 97}
 
 
 def test_broken_test_files_are_found_before_training(tmp_path):

@@ -25,6 +25,7 @@ from mmllm.evaluation.metrics import (
     error_rate,
     exact_match,
     normalize_text,
+    wilson_interval,
     word_edits,
 )
 from mmllm.evaluation.routing import (
@@ -35,6 +36,7 @@ from mmllm.evaluation.routing import (
     mutual_information_bits,
     routing_summary,
 )
+from mmllm.evaluation.scoring import mean_scores, rate_scores
 
 
 def test_text_is_compared_without_case_punctuation_and_spacing():
@@ -151,6 +153,40 @@ def test_rows_that_stand_alone_are_clusters_of_one():
     assert bootstrap_interval(values_N, clusters_N=[7] * 5) == bootstrap_interval(values_N), "nothing else to draw"
     with pytest.raises(ValueError, match="4 clusters for 5 rows"):
         bootstrap_interval(values_N, clusters_N="abcd")
+
+
+def wilson_by_search(share: float, num_rows: int) -> list[float]:
+    """The shares p whose normal test does not reject what was seen: the definition, found by looking at many p."""
+    p = np.linspace(0, 1, 200_001)
+    fits = np.abs(share - p) <= 1.959964 * np.sqrt(p * (1 - p) / num_rows)
+    return [float(p[fits].min()), float(p[fits].max())]
+
+
+@pytest.mark.parametrize(("share", "num_rows"), [(0.0, 20), (1.0, 145), (0.3, 7), (1.0, 1)])
+def test_wilson_interval(share: float, num_rows: int):
+    assert wilson_interval(share, num_rows) == pytest.approx(wilson_by_search(share, num_rows), abs=1e-5)
+
+
+def test_a_share_that_is_the_same_in_all_rows_has_an_interval_all_the_same():
+    for value in (0.0, 1.0):
+        found = bootstrap_interval([value] * 145, is_share=True)
+        assert found == wilson_interval(value, 145) and found[1] - found[0] == pytest.approx(0.0258, abs=1e-3)
+    clusters = [number % 12 for number in range(504)]
+    assert bootstrap_interval([1.0] * 504, clusters_N=clusters, is_share=True) == wilson_interval(1.0, 12)
+    assert bootstrap_interval([1.0] * 504, clusters_N=[0] * 504, is_share=True) == wilson_interval(1.0, 504)
+    counts_N = np.arange(1, 51)
+    assert bootstrap_interval(counts_N, 2 * counts_N, is_share=True) == wilson_interval(0.5, 50)
+    assert bootstrap_interval(0 * counts_N, counts_N, is_share=True) == wilson_interval(0.0, 50)
+    differs = [1.0] * 144 + [0.0]
+    assert bootstrap_interval(differs, is_share=True) == bootstrap_interval(differs)
+    assert bootstrap_interval([2.5, 2.5]) == [2.5, 2.5], "no share"
+
+
+def test_which_scores_are_shares():
+    assert mean_scores("right", [True] * 10, 0)["right_ci"] == wilson_interval(1.0, 10)
+    assert mean_scores("cider", [0.0] * 10, 0, is_share=False)["cider_ci"] == [0.0, 0.0]
+    assert rate_scores("wer", [Edits(0, 4)] * 10, 0)["wer_ci"] == wilson_interval(0.0, 10)
+    assert rate_scores("wer", [Edits(4, 4)] * 10, 0)["wer_ci"] == [1.0, 1.0], "a rate may be above 1"
 
 
 SCENE = {

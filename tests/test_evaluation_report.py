@@ -11,15 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
+import yaml
 from PIL import Image
 
 from mmllm.evaluation.charts import line_chart, routing_maps, waveform
-from mmllm.evaluation.curves import group_curves, read_curves
+from mmllm.evaluation.curves import group_curves, read_curves, trained_curves
 from mmllm.evaluation.galleries import marked_words
 from mmllm.evaluation.media import MediaBudget
 from mmllm.evaluation.report import ReportInfo, Stage, write_report
 from mmllm.evaluation.results import Prediction, TaskResult, load_result, save_result
 from mmllm.evaluation.routing import load_routing, routing_summary
+from mmllm.paths import config_path
+from mmllm.training.codec_module import CodecLossConfig, CodecModule
+from mmllm_tokenizers.codec_config import CodecConfig
 
 HOSTILE = '<script>alert("x")</script> & "quotes"'
 
@@ -131,7 +136,8 @@ def test_order_and_ordinals_have_their_rows(tmp_path: Path):
               "judge_wer": 0.3, "judge_resynthesis_wer": 0.2}  # fmt: skip
     html = page(write_report(tmp_path, [TaskResult("caption", scores, []), TaskResult("interleaved", answers, []),
                                         TaskResult("speak", speech, [])]))  # fmt: skip
-    for wanted in ("Order of two objects ↑", "55.0%", "by chance 50%", ">305<", "504 in 12 pairs", "353",
+    for wanted in ("Order of two objects ↑", "55.0%", "by chance 50%", ">305<",
+                   '504<span class="told"> rows</span> in 12 pairs', "353", "→ 0 the nearer to 0 the better",
                    "First, second, third ↑", "grey and silent <b>5.0%</b>", "Level, dB → 0", "-0.40", "Log-mel error ↓",
                    "another judge ↓", "codec alone <b>20.0%</b>", "Length, correlation ↑"):  # fmt: skip
         assert wanted in html, wanted
@@ -243,6 +249,47 @@ def test_curves_are_read_and_grouped(tmp_path: Path):
     assert list(groups) == ["Loss by modality", "Loss by source", "Routing losses", "Learning rate"]
     assert list(groups["Loss by modality"]) == ["text", "val text"]
     assert list(groups["Loss by source"]) == ["web"]
+
+
+def test_losses_that_train_have_charts_and_others_have_none():
+    """Of each shipped training of quickstart what its module logs; by decoder.yaml's see tests/test_quickstart.py."""
+    points = [(0.0, 1.0), (1.0, 0.5)]
+    config = yaml.safe_load(config_path("quickstart/codec.yaml").read_text())["model"]["init_args"]
+    codec = {**config["codec"], "warmup_batches": 0, "decoder": "source_filter"}
+    module = CodecModule(CodecConfig(**codec), CodecLossConfig(**config["losses"]))
+    module.log = lambda *args, **options: None  # type: ignore[method-assign]
+    module.training_step(0.1 * torch.randn(2, 1, 8000, generator=torch.Generator().manual_seed(0)), 0)
+    logged = {f"train/{name}" for name in module.window.sums}
+    trained = trained_curves(dict.fromkeys(logged, points), config["losses"])
+    assert logged - set(trained) == {"train/l1", "train/mel", "train/commit"}
+    for name in set(trained) - {"train/codes_used"}:
+        assert list(group_curves({name: points})) == ["Losses"], name
+    assert {"train/log_spectrum", "train/level", "train/pitch"} <= set(trained)
+    decoder = {
+        "train/loss": points,
+        "train/loss/text": points,
+        "train/loss/ctc": points,
+        "val/ctc": points,
+        "train/lr": points,
+    }
+    assert list(trained_curves(decoder, {"text": 1.0, "ctc": 0})) == ["train/loss", "train/loss/text", "train/lr"]
+    assert trained_curves(decoder, {}) == decoder
+    idle = {"train/loss/z": [(0.0, 0.0), (1.0, 0.0)], "samples/caption_exact_match": [(0.0, 0.0), (1.0, 0.0)]}
+    assert list(group_curves(idle)) == ["Scores while training"], "a score of 0 says something"
+
+
+def test_rows_that_there_was_no_time_for_are_told(results, tmp_path: Path):
+    info = ReportInfo(evaluation_limits={"caption": {"scored": 1040, "of": 1508}, "speak": {"scored": 20, "of": 504}})
+    html = page(write_report(tmp_path, results, info=info))
+    assert "Captions, 1,040 of 1,508 rows; Speech, 20 of 504 rows." in " ".join(html.split())
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert told["evaluation_limits"] == {"caption": {"scored": 1040, "of": 1508}, "speak": {"scored": 20, "of": 504}}
+    assert "Time was short" not in page(write_report(tmp_path, results))
+
+
+def test_memory_is_told_in_units_of_its_name(results, tmp_path: Path):
+    html = page(write_report(tmp_path, results, info=ReportInfo(peak_rss_bytes=5_960_000_000)))
+    assert "6.0 GB" in html and "GiB" not in html
 
 
 def test_chart_places_points_in_its_box():

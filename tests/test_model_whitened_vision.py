@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmllm.interop.clip_names import ClipTower
+from mmllm.model import whitened_vision
 from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.flops import ModelFlops
 from mmllm.model.image_projectors import ImageProjector, ImageProjectorConfig
@@ -157,6 +159,46 @@ def test_filters_whiten_the_pictures_that_they_were_computed_from():
     again.whiten([images])
     torch.testing.assert_close(again.visual.filters, tower.visual.filters, rtol=1e-4, atol=1e-5)
     assert tower.whiten([]) == 0 and int(tower.visual.num_pictures) == 40
+
+
+@pytest.mark.parametrize(("num", "height", "width"), [(7, 6, 9), (1, 40, 3), (5, 2, 2)])
+@pytest.mark.parametrize("chunk_pixels", [1, 110, whitened_vision.CHUNK_PIXELS])
+def test_covariance_is_of_all_patches_however_they_are_split(monkeypatch, num, height, width, chunk_pixels):
+    monkeypatch.setattr(whitened_vision, "CHUNK_PIXELS", chunk_pixels)
+    pixels_N3HW = torch.randn(num, 3, height, width)
+    patches_MP = torch.stack(
+        [
+            image[:, y : y + 2, x : x + 2].flatten()
+            for image in pixels_N3HW.double()
+            for y in range(height - 1)
+            for x in range(width - 1)
+        ]
+    )
+    expected_PP = patches_MP.T @ patches_MP / len(patches_MP)
+    torch.testing.assert_close(patch_covariance(pixels_N3HW), expected_PP, rtol=1e-12, atol=1e-12)
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Bytes of the largest tensor that is made."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, list | tuple) else [made]:
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.float64:
+                self.num_bytes = max(self.num_bytes, tensor.numel() * 8)
+        return made
+
+
+def test_memory_for_the_covariance_does_not_grow_with_the_pictures():
+    largest = []
+    for num in (32, 128):
+        pixels_N3HW = torch.zeros(num, 3, 64, 64)
+        with _LargestTensor() as mode:
+            patch_covariance(pixels_N3HW)
+        largest.append(mode.num_bytes)
+    assert largest[0] == largest[1] == 8 * 32 * 63 * 63 * 12
 
 
 def test_signs_of_filters_are_not_left_to_rounding():

@@ -19,8 +19,12 @@ from PIL import Image
 
 from mmllm.cli.main import main
 from mmllm.data.expressions import compile_filter
+from mmllm.data.index.columns import Column
+from mmllm.data.plan.filter import kept_documents
+from mmllm.data.plan.recipe import load_recipe
 from mmllm.data.rows.forms import read_rows
-from mmllm.quickstart import machine, run
+from mmllm.evaluation.curves import group_curves, read_curves
+from mmllm.quickstart import machine, plan, run, summary
 from mmllm.quickstart import state as run_state
 from mmllm.quickstart.budget import (
     DEMO_STEPS,
@@ -32,7 +36,9 @@ from mmllm.quickstart.budget import (
     Budget,
 )
 from mmllm.quickstart.plan import Contents, choose, evaluation_tasks, recipe_dict
+from mmllm.quickstart.presets import DEMO
 from mmllm.quickstart.processes import Processes
+from mmllm.quickstart.stages import StageList
 from mmllm.training.decoder_module import DecoderModule
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230)}
@@ -95,6 +101,10 @@ def test_quickstart_goes_the_whole_way_and_continues(manifest, tmp_path, capsys)
     assert "- heard (audio): " in card and "Not measured" not in card
     assert report["train"]["peak_rss_bytes"] > 1e8
     assert report["train"]["tokens_per_second"] > 0
+    losses = [name for name in read_curves(out / "logs" / "decoder" / "metrics.csv") if name.startswith("train/loss")]
+    assert {"train/loss/text", "train/loss/units", "train/loss/ctc", "train/loss/advance"} <= set(losses)
+    for name in losses:
+        assert group_curves({name: [(0.0, 1.0), (1.0, 0.5)]}), f"{name} is in no chart"
     page = (out / "report.html").read_text()
     assert "data:image/" in page
     assert "data:audio/" in page
@@ -218,7 +228,7 @@ def test_joined_sounds_are_heard_alone_and_others_only_learnt_to_speak_from(mani
     marked = [dataclasses.replace(sound, metadata={mark: True}) for mark in ("joined", "spoken_only")]
     kept = {}
     for name, some in {"none": rows, "joined": [*rows, marked[0]], "spoken_only": [*rows, marked[1]]}.items():
-        contents = Contents.of(some)
+        contents = Contents.of(some, is_demo=True)
         assert (contents.has_joined, contents.has_spoken_only) == (name == "joined", name == "spoken_only")
         recipe = recipe_dict(tmp_path, contents, choose(contents, is_demo=True), seed=3, num_steps=20)
         filters = {source["name"]: source.get("filter") for source in recipe["sources"]}
@@ -231,6 +241,55 @@ def test_joined_sounds_are_heard_alone_and_others_only_learnt_to_speak_from(mani
     assert kept["spoken_only", "heard"] == [True, True, False]
     assert kept["joined", "spoken"] == [True, False, True]
     assert kept["none", "spoken"] == kept["spoken_only", "spoken"] == [True, True, True]
+
+
+def test_columns_of_others_that_are_called_like_the_demos_marks_are_no_marks(manifest, tmp_path):
+    rows = read_rows(manifest)
+    named = {"plain": True, "joined": True, "spoken_only": True}
+    marked = [dataclasses.replace(row, metadata={**row.metadata, **named}) for row in rows]
+    own, demo = (Contents.of(marked, is_demo) for is_demo in (False, True))
+    assert own == Contents.of(rows) and (demo.has_plain, demo.has_joined, demo.has_spoken_only) == (True, True, True)
+    recipe = recipe_dict(tmp_path, own, choose(own, is_demo=False), seed=3, num_steps=20)
+    filters = " ".join(source.get("filter", "") for source in recipe["sources"])
+    assert "plain" not in filters and "joined" not in filters and "spoken_only" not in filters
+
+
+@pytest.mark.parametrize("names", [(7, 3, 11, 5, 2, 9), ("7", "3", "11", "5", "2", "9")])
+def test_speakers_may_be_numbers(manifest, tmp_path, names):
+    """Four of six are learnt, those that are heard longest; sounds are a bit longer from row to row."""
+    sounds = [row for row in read_rows(manifest) if row.kind == "audio"]
+    rows = [dataclasses.replace(row, metadata={"speaker": names[i // 4]}) for i, row in enumerate(sounds)]
+    rows[0] = dataclasses.replace(rows[0], metadata={"speaker": True})  # whatever that means: it is no speaker
+    contents = Contents.of(rows)
+    assert contents.speakers == names[::-1]
+    recipe = recipe_dict(tmp_path, contents, choose(contents, is_demo=False), seed=3, num_steps=20)
+    (spoken,) = (source["filter"] for source in recipe["sources"] if source["name"] == "spoken")
+    keeps = compile_filter(spoken)
+    assert [keeps({"aligned": True, "speaker": name}) for name in names] == [False, False, True, True, True, True]
+    arrays, told = Column.arrays(names, "speaker")
+    column = Column(arrays.__getitem__, "speaker", 6, **told)
+    kept = kept_documents(spoken, {"aligned": np.ones(6, dtype=np.int64), "speaker": column}, 6)
+    assert kept.tolist() == [False, False, True, True, True, True]
+
+
+def test_speakers_of_two_sorts_are_refused_where_some_are_chosen(manifest):
+    sounds = [row for row in read_rows(manifest) if row.kind == "audio"]
+    few, many = (
+        [
+            dataclasses.replace(row, metadata={"speaker": i if i % 2 else f"s{i}"})
+            for i, row in enumerate(sounds[:count])
+        ]
+        for count in (4, 5)
+    )
+    assert len(Contents.of(few).speakers) == 4
+    with pytest.raises(ValueError, match=r"a text in some rows .* and a number in others"):
+        Contents.of(many)
+
+
+def test_each_sound_is_measured_once(manifest, monkeypatch):
+    measured = []
+    monkeypatch.setattr(plan, "sound_seconds", lambda media: measured.append(media) or 1.0)
+    assert Contents.of(read_rows(manifest)).audio_seconds == len(measured) == len(set(measured)) == 24
 
 
 def test_pictures_are_not_mirrored_where_an_answer_says_left(manifest):
@@ -285,8 +344,86 @@ def test_trainings_and_evaluations_share_the_minutes():
 
 def test_the_demo_trains_for_fixed_steps():
     demo = Budget(minutes=None, max_steps=None, is_demo=True, num_processes=2)
-    assert demo.training_length("clip", TASKS, None, 0.15)["trainer.max_steps"] == DEMO_STEPS["clip"]
+    assert demo.training_length("codec", TASKS, None, 0.15)["trainer.max_steps"] == DEMO_STEPS["codec"]
     assert demo.limits(TASKS, None) == {}
+
+
+def played(out, monkeypatch, model=None, **saved):
+    """A run of which only the evaluations are left, and which rows each of them is given."""
+    out.mkdir(exist_ok=True)
+    (out / "model").mkdir(exist_ok=True)
+    (out / "model" / "model.safetensors").write_bytes(b"weights" if model is None else model)
+    saved_run(out, saved.pop("stages", ["fit decoder"]), **saved)
+    going_on = run._Run(out, SETTINGS, lambda command: 0)
+    going_on.tasks = {"caption": [100, 50]}
+    commands = []
+
+    def stage(name, *command, **options):
+        commands.append(" ".join(command))
+        going_on.state.add({"name": name, "seconds": 1.0, "command": " ".join(["mmllm", *command])})
+
+    monkeypatch.setattr(going_on, "stage", stage)
+    return going_on, commands
+
+
+def test_rows_that_there_is_no_time_for_are_told_and_reported(manifest, tmp_path, monkeypatch, capsys):
+    going_on, commands = played(tmp_path, monkeypatch, seconds=601.0)
+    contents = Contents.of(read_rows(manifest))
+    evaluations = StageList(tmp_path, contents, choose(contents, is_demo=False), DEMO, seed=0, num_workers=1)
+    going_on._forget_scores_of_another_model()
+    going_on._evaluate(evaluations)
+    assert len(commands) == 1 and commands[0].endswith(f"--limit {MIN_EVALUATED}")
+    assert "time is short: caption is scored on 40 of 150 rows" in capsys.readouterr().out
+    assert summary.evaluation_limits(going_on.tasks, going_on.state.stages) == {"caption": {"scored": 40, "of": 150}}
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"trained again, by hand")
+    going_on._forget_scores_of_another_model()
+    going_on._evaluate(evaluations)
+    assert len(commands) == 2 and "--limit" not in commands[1], "the run's time has nothing to do with it"
+    printed = capsys.readouterr().out
+    assert "it is evaluated again" in printed and "time is short" not in printed
+    assert summary.evaluation_limits(going_on.tasks, going_on.state.stages) == {}
+    again = run._Run(tmp_path, SETTINGS, lambda command: 0)  # it was stopped before it was evaluated
+    assert again.state.is_rescored
+
+
+def test_a_limit_above_a_set_cuts_the_others():
+    evaluated = [{"name": "eval caption", "command": "mmllm eval --task caption --limit 60"}]
+    assert summary.evaluation_limits({"caption": [100, 50]}, evaluated) == {"caption": {"scored": 110, "of": 150}}
+    assert summary.evaluation_limits({"caption": [60, 50], "text": [9]}, evaluated) == {}
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(725.0, "the run took 2:05 longer than the 10 minutes"), (590.0, "")])
+def test_a_run_that_took_longer_than_it_aimed_at_says_by_how_much(tmp_path, monkeypatch, capsys, seconds, told):
+    going_on, _ = played(tmp_path, monkeypatch, seconds=seconds)
+    monkeypatch.setattr(going_on, "_run", lambda command: 0)
+    going_on.tasks, going_on.state.is_finished = {}, True
+    going_on._report()
+    printed = capsys.readouterr().out
+    assert told in printed and ("longer than" in printed) is bool(told)
+
+
+def test_the_cards_shares_are_those_of_all_steps(tmp_path):
+    scenes = {"kind": "caption", "shards": "a.tar"}
+    sources = [
+        {"name": "plain", **scenes, "weight_schedule": [[0, 0.8], [50, 0.2], [100, 0.2]]},
+        {"name": "caption", **scenes, "weight_schedule": [[0, 0.0], [50, 0.6], [100, 0.6]]},
+        {"name": "text", "kind": "text", "shards": "b.tar", "weight": 0.2},
+    ]
+    written = {"seed": 0, "tokenizer": "t", "sequence_length": 64, "sources": sources}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(written))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    lines = summary.source_lines(recipe, 100)
+    # By hand: over the first half 0.5 on average, over the second 0.2; the rest of 0.8 is the other's.
+    assert lines == (
+        "plain (caption): 35% of the tokens, on average over 100 steps",
+        "caption (caption): 45% of the tokens, on average over 100 steps",
+        "text (text): 20% of the tokens, on average over 100 steps",
+    )
+    assert summary.source_lines(recipe, 1)[1].startswith("caption (caption): 0%")
+    constant = dataclasses.replace(recipe, sources=recipe.sources[2:])
+    assert summary.source_lines(constant, 100) == ("text (text): 100% of the tokens",)
+    assert summary._num_steps({"trainer": {"max_steps": 1150}}, {}) == 1150
+    assert summary._num_steps({"trainer": {"max_steps": -1}}, {"train/loss": [(19.0, 1.0), (39.0, 1.0)]}) == 40
 
 
 KILLED = """
@@ -385,13 +522,13 @@ def test_a_training_that_was_stopped_goes_on_or_over_what_it_left(tmp_path, left
     """`fit` refuses to write over a run; a stage that isn't done is this run's own."""
     saved_run(tmp_path, ["split"])
     going_on = run._Run(tmp_path, SETTINGS, lambda command: 0)
-    checkpoint = tmp_path / "checkpoints" / "clip" / "last.ckpt"
-    places = {"logs": tmp_path / "logs" / "clip", "model": tmp_path / "clip", "nothing": tmp_path / "logs" / "codec"}
+    checkpoint = tmp_path / "checkpoints" / "codec" / "last.ckpt"
+    places = {"logs": tmp_path / "logs" / "codec", "model": tmp_path / "codec", "nothing": tmp_path / "logs" / "other"}
     places.get(left, checkpoint.parent).mkdir(parents=True)
     if "checkpoint" in left:
         torch.save({"global_step": 30 if left == "last checkpoint" else 29}, checkpoint)
     wanted = {"nothing": [], "checkpoint": ["--ckpt_path", str(checkpoint)]}.get(left, ["--overwrite"])
-    assert going_on._begun("clip", {"trainer.max_steps": 30, "model.init_args.max_seconds": None}) == wanted
+    assert going_on._begun("codec", {"trainer.max_steps": 30, "model.init_args.max_seconds": None}) == wanted
 
 
 def test_minutes_may_grow_until_the_decoder_is_trained(tmp_path):

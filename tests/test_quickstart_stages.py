@@ -17,8 +17,8 @@ import yaml
 from PIL import Image
 
 from mmllm.cli.main import main
-from mmllm.quickstart import machine, plan, run, stages
-from mmllm.quickstart.budget import ALIGN_SHARE, ALIGN_STEPS, CLIP_SHARE, CODEC_SHARE, MIN_TRAINING_SECONDS, Budget
+from mmllm.quickstart import machine, plan, run
+from mmllm.quickstart.budget import ALIGN_SHARE, ALIGN_STEPS, CODEC_SHARE, MIN_TRAINING_SECONDS, Budget
 from mmllm.quickstart.plan import Choices, Contents, choose, recipe_dict
 from mmllm.quickstart.presets import DEMO, ONE_GPU, PRESETS, TINY, Preset
 from mmllm.quickstart.processes import Processes
@@ -39,48 +39,28 @@ def steps_of(contents: Contents, choices: Choices = CHOICES, preset: Preset = DE
     return {step.name: step for step in steps}
 
 
-def with_clip(monkeypatch: pytest.MonkeyPatch, has_clip: bool) -> None:
-    """The shipped decoder's config, with a CLIP tower trained before it or without."""
-    shipped = plan.stage_config
-
-    def stage_config(stage: str, out: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-        config = shipped(stage, out, overrides)
-        if stage == "decoder":
-            config["model"]["init_args"]["clip"] = f"{out}/clip" if has_clip else None
-        return config
-
-    monkeypatch.setattr(stages, "stage_config", stage_config)
-
-
-@pytest.mark.parametrize("has_clip", [True, False])
-def test_a_run_has_the_stages_that_its_rows_need(monkeypatch: pytest.MonkeyPatch, has_clip: bool):
-    with_clip(monkeypatch, has_clip)
-    clip = ["fit clip"] if has_clip else []
+def test_a_run_has_the_stages_that_its_rows_need():
     codec = ["sound shards", "fit codec"]
     built = ["tokenizer", "shards", "index"]
-    assert list(steps_of(CONTENTS)) == ["text tokenizer", *codec, *built, *clip, "fit decoder"]
+    assert list(steps_of(CONTENTS)) == ["text tokenizer", *codec, *built, "fit decoder"]
     assert list(steps_of(TEXTS)) == ["text tokenizer", *built, "fit decoder"]
     pictures = dataclasses.replace(TEXTS, kinds=("caption",), has_images=True)
-    assert list(steps_of(pictures)) == ["text tokenizer", *built, *clip, "fit decoder"]
+    assert list(steps_of(pictures)) == ["text tokenizer", *built, "fit decoder"]
     documents = dataclasses.replace(TEXTS, kinds=("interleaved",), has_images=True)
-    assert list(steps_of(documents)) == ["text tokenizer", *built, "fit decoder"], "no captions to learn from"
+    assert list(steps_of(documents)) == ["text tokenizer", *built, "fit decoder"]
     assert list(steps_of(CONTENTS, preset=ONE_GPU)) == ["text tokenizer", "codec", *built, "fit decoder"]
     aligned = dataclasses.replace(CHOICES, align=True, pointer=2)
-    assert list(steps_of(CONTENTS, aligned)) == ["text tokenizer", "align", *codec, *built, *clip, "fit decoder"]
+    assert list(steps_of(CONTENTS, aligned)) == ["text tokenizer", "align", *codec, *built, "fit decoder"]
     assert list(steps_of(TEXTS, aligned)) == ["text tokenizer", *built, "fit decoder"]
 
 
-def test_what_a_run_lacks_is_taken_out_of_the_decoder(monkeypatch: pytest.MonkeyPatch):
-    with_clip(monkeypatch, has_clip=True)
+def test_what_a_run_lacks_is_taken_out_of_the_decoder():
     overrides = steps_of(TEXTS)["fit decoder"].overrides
-    gone = {"vision", "image_projector", "audio", "clip", "codebook_weights"}
+    gone = {"vision", "image_projector", "audio", "codebook_weights"}
     assert {key.rpartition(".")[2] for key, value in overrides.items() if value is None} == gone
     documents = dataclasses.replace(TEXTS, kinds=("interleaved",), has_images=True)
     overrides = steps_of(documents)["fit decoder"].overrides
-    assert overrides["model.init_args.clip"] is None and overrides["model.init_args.vision.open_clip"]["embed_dim"]
-    with_clip(monkeypatch, has_clip=False)
-    overrides = steps_of(documents)["fit decoder"].overrides
-    assert not [key for key in overrides if "clip" in key or "vision" in key], "it has a tower of its own"
+    assert not [key for key in overrides if "clip" in key or "vision" in key], "its tower is learnt with it"
 
 
 def test_speech_that_is_aligned_is_built_with_its_words():
@@ -95,12 +75,11 @@ def test_speech_that_is_aligned_is_built_with_its_words():
     assert "--pointer" not in plain["tokenizer"].command
 
 
-def test_a_stage_that_is_left_out_leaves_its_time_to_those_behind_it(monkeypatch: pytest.MonkeyPatch):
+def test_a_stage_that_is_left_out_leaves_its_time_to_those_behind_it():
     """Played with a clock that goes on by what each training is given."""
     budget = Budget(minutes=10.0, max_steps=None, is_demo=False, num_processes=2)
-    given: dict[tuple[bool, bool], dict[str, float]] = {}
-    for has_clip, align in ((True, True), (False, True), (False, False)):
-        with_clip(monkeypatch, has_clip)
+    given: dict[bool, dict[str, float]] = {}
+    for align in (True, False):
         left, lengths = 600.0, {}
         for step in steps_of(CONTENTS, dataclasses.replace(CHOICES, align=align)).values():
             if step.training is not None:
@@ -112,13 +91,12 @@ def test_a_stage_that_is_left_out_leaves_its_time_to_those_behind_it(monkeypatch
                 lengths[step.name] = float(seconds)
             left -= lengths.get(step.name, 0.0)
         assert left > 0
-        given[has_clip, align] = lengths
-    full, no_clip, plain = given.values()
+        given[align] = lengths
+    full, plain = given.values()
     assert full["align"] / ALIGN_SHARE == pytest.approx(plain["fit codec"] / CODEC_SHARE, rel=0.01)
     assert full["fit codec"] == pytest.approx(plain["fit codec"] * (1 - ALIGN_SHARE), rel=0.01)
-    assert no_clip["fit decoder"] - full["fit decoder"] == pytest.approx(full["fit clip"], abs=1)
-    assert full["fit clip"] < no_clip["fit decoder"] * CLIP_SHARE * 1.2
-    assert plain["fit decoder"] > no_clip["fit decoder"]
+    spared = full["align"] + full["fit codec"] - plain["fit codec"]
+    assert plain["fit decoder"] - full["fit decoder"] == pytest.approx(spared, abs=1)
 
 
 def test_the_length_of_a_command_that_learns():
@@ -144,6 +122,26 @@ def test_presets_say_what_they_need(arguments: list[str], message: str, tmp_path
     assert main(["quickstart", "--out", "run", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("has", "message"), [(48e9, "the GPU here has 48 GB"), (0, "torch can't use the GPU"), (80e9, "")]
+)
+def test_a_gpu_that_is_too_small_is_refused_before_anything_is_built(has, message, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "NVIDIA_GPU", tmp_path)
+    monkeypatch.setattr(machine, "gpu_bytes", lambda: int(has))
+    monkeypatch.setattr(run._Run, "all_stages", lambda self: {})
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows.write_text('{"id": "a", "text": "words"}\n')
+    assert main(["quickstart", "--preset", "one_gpu", "--train", str(rows), "--out", str(out)]) == (2 if message else 0)
+    told = capsys.readouterr().err
+    assert message in told and ("takes about 58 GB" in told) is bool(message)
+    assert out.exists() != bool(message)
+
+
+def test_the_gpu_is_asked_for_its_memory():
+    has_gpu = torch.cuda.is_available()
+    assert machine.gpu_bytes() == (torch.cuda.get_device_properties(0).total_memory if has_gpu else 0)
 
 
 def test_presets_choose_minutes_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -198,6 +196,7 @@ def test_one_gpu_has_the_sizes_of_real_photos_and_speech(tmp_path: Path, capsys:
     assert 0.29e9 < told["parameters"]["active"] < 0.35e9
     gigabytes = round(told["memory_bytes"]["total"] / 1e9)
     assert f"{gigabytes} GB with 32 pictures" in " ".join(config.read_text().split()) and gigabytes < 80
+    assert ONE_GPU.gpu_gigabytes == gigabytes and f"of which it takes about {gigabytes}" in ONE_GPU.about
 
 
 NARROW = {

@@ -124,6 +124,7 @@ def _add_align(actions: Any) -> None:
     length.add_argument("--seconds", type=float, default=90.0, help="of training, by the clock")
     length.add_argument("--steps", type=int, help="of training, in place of seconds: the same aligner each time")
     parser.add_argument("--min_confidence", type=float, default=0.0, help="rows below it stay without words, named")
+    parser.add_argument("--max_seconds", type=float, default=60.0, help="longer sounds are left out, named")
     parser.add_argument("--max_bad_fraction", type=float, default=0.05, help="more unreadable rows are an error")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -138,7 +139,7 @@ def _align(args: argparse.Namespace) -> Iterable[str]:
     training = AlignerTraining(seconds=args.seconds, steps=args.steps, seed=args.seed)
     told = align_commands.align(
         args.manifest, args.out, args.aligner, training, args.min_confidence, args.max_bad_fraction, args.format,
-        args.media, column_names(args), ticker,
+        args.media, column_names(args), ticker, args.max_seconds,
     )  # fmt: skip
     end_line()
     return as_json(told) if args.json else align_commands.align_lines(told)

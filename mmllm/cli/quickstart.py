@@ -78,8 +78,8 @@ def _add_run(commands: Any, run_command: RunCommand) -> None:
     parser.add_argument("--media", metavar="DIR", help="what paths are relative to; by default each input's folder")
     parser.add_argument(
         "--minutes", type=float, metavar="N",
-        help="wall time at most, of everything: making and building data, training, evaluation, report; a run that "
-        "goes on may get more until its decoder is trained",
+        help="wall time that the run aims at, for everything: making and building data, training, evaluation, report; "
+        "by how much it took longer is said at the end; a run that goes on may get more until its decoder is trained",
     )  # fmt: skip
     parser.add_argument("--max_steps", type=int, metavar="N", help="steps of each training at most")
     parser.add_argument("--max_bad_fraction", type=float, help="more unusable rows are an error")

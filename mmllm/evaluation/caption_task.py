@@ -86,8 +86,11 @@ def _caption_scores(rows: Sequence[Row], texts: Sequence[str], seed: int, prefix
         right, total = (np.array(column, dtype=float) for column in zip(*counts, strict=True))
         clusters = [pictures[i] for i in of_scenes]
         scores[f"{prefix}attribute_accuracy"] = float(right.sum() / total.sum())
-        scores[f"{prefix}attribute_accuracy_ci"] = bootstrap_interval(right, total, seed=seed, clusters_N=clusters)
-    scores |= mean_scores(f"{prefix}cider", cider_d(texts, [[row.text] for row in rows]), seed, pictures)
+        scores[f"{prefix}attribute_accuracy_ci"] = bootstrap_interval(
+            right, total, seed=seed, clusters_N=clusters, is_share=True
+        )
+    cider = cider_d(texts, [[row.text] for row in rows])
+    scores |= mean_scores(f"{prefix}cider", cider, seed, pictures, is_share=False)
     return scores
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterator, Mapping
-from typing import Any
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from mmllm.evaluation.metrics import exact_match, text_meaning
-from mmllm.evaluation.scenes import COLORS, SHAPES, SIZES, ParsedScene, SceneObject, names_pair, parse_caption
+from mmllm.evaluation.scenes import COLORS, SHAPES, SIZES, ParsedScene, names_pair, parse_caption
+
+Ours = TypeVar("Ours", bound=Hashable)
+Theirs = TypeVar("Theirs", bound=Hashable)
 
 
 def reference_scene(metadata: Mapping[str, Any]) -> ParsedScene | None:
@@ -50,7 +53,7 @@ def count_attributes(prediction: str, scene: ParsedScene) -> tuple[int, int]:
     if predicted is None:
         return 0, total
     best = 0
-    for matched in _matchings(scene.objects, said):
+    for matched in matchings(scene.objects, said):
         right = sum((a.size == b.size) + (a.colour == b.colour) + (a.shape == b.shape) for a, b in matched.items())
         for first, relation, second in scene.relations:
             said_second = second if isinstance(second, str) else matched.get(second)
@@ -59,16 +62,14 @@ def count_attributes(prediction: str, scene: ParsedScene) -> tuple[int, int]:
     return best, total
 
 
-def _matchings(
-    objects: tuple[SceneObject, ...], said: tuple[SceneObject, ...]
-) -> Iterator[dict[SceneObject, SceneObject]]:
-    """Every way to match a scene's objects with as many as possible of those that are said (the grammar says three)."""
-    if len(said) <= len(objects):
-        for order in itertools.permutations(objects, len(said)):
-            yield dict(zip(order, said, strict=True))
+def matchings(ours: Sequence[Ours], theirs: Sequence[Theirs]) -> Iterator[dict[Ours, Theirs]]:
+    """Every way to match things, each of them different, with as many as possible of others (a scene has three)."""
+    if len(ours) <= len(theirs):
+        for order in itertools.permutations(theirs, len(ours)):
+            yield dict(zip(ours, order, strict=True))
     else:
-        for order in itertools.permutations(said, len(objects)):
-            yield dict(zip(objects, order, strict=True))
+        for order in itertools.permutations(ours, len(theirs)):
+            yield dict(zip(order, theirs, strict=True))
 
 
 def order_is_right(prediction: str, scene: ParsedScene) -> bool | None:

@@ -9,19 +9,21 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mmllm.evaluation.charts import Chart, Points, line_chart
 
 _logger = logging.getLogger(__name__)
 
 _CHARTS: tuple[tuple[str, str], ...] = (
-    (r"(?:train|val)/loss/(?P<line>text|units|ctc)", "Loss by modality"),
-    (r"val/(?P<line>text|units)", "Loss by modality"),
+    (r"(?:train|val)/loss/(?P<line>text|units|ctc|advance)", "Loss by modality"),
+    (r"val/(?P<line>text|units|advance)", "Loss by modality"),
     (r"train/loss/source/(?P<line>.+)", "Loss by source"),
     (r"(?:train|val)/(?P<line>loss)", "Loss"),
-    (r"(?:train|val)/(?P<line>mel|l1|commit|ctc)", "Losses"),
+    (r"(?:train|val)/(?P<line>mel|log_spectrum|l1|level|pitch|commit|ctc)", "Losses"),
     (r"(?:samples|val|train)/(?P<line>\w*(?:exact_match|accuracy|wer|cer|word_errors))", "Scores while training"),
     (r"train/loss/(?P<line>balance|z)", "Routing losses"),
+    (r"train/loss/(?P<line>.+)", "Other losses"),
     (r"train/(?P<line>tokens_per_second)", "Tokens a second"),
     (r"(?:train/)?(?P<line>lr)(?:-\w+)?", "Learning rate"),
     (r"routing/(?P<line>mutual_information_bits)", "Expert and modality: mutual information, bits"),
@@ -32,6 +34,26 @@ _CHARTS: tuple[tuple[str, str], ...] = (
 
 Charts are shown in this order.
 """
+
+_WEIGHT_OF = {"commit": "commitment"}
+"""The weight of a loss, where it is called otherwise in the log."""
+
+
+def trained_curves(columns: Mapping[str, Points], weights: Mapping[str, Any]) -> dict[str, Points]:
+    """The columns of a metrics.csv without those of losses that have no weight: nothing learns from them.
+
+    Args:
+        columns: by name.
+        weights: of the losses, as the stage's config has them (`losses` of a codec, `loss` of a decoder); one that is
+            not there has a weight.
+    """
+    kept = {}
+    for name, points in columns.items():
+        match = re.fullmatch(r"(?:train|val)/(?:loss/)?(?P<loss>\w+)", name)
+        weight = weights.get(_WEIGHT_OF.get(match["loss"], match["loss"])) if match else None
+        if weight != 0:
+            kept[name] = points
+    return kept
 
 
 def read_curves(path: str | Path) -> dict[str, Points]:
@@ -52,7 +74,8 @@ def read_curves(path: str | Path) -> dict[str, Points]:
 def group_curves(columns: Mapping[str, Points]) -> dict[str, dict[str, Points]]:
     """Columns of a metrics.csv as charts of named lines, in the order in which they are shown.
 
-    What was measured on validation data is named "val …"; columns with a single point are left out.
+    What was measured on validation data is named "val …"; columns with a single point are left out, and losses that are
+    0 throughout.
     """
     charts: dict[str, dict[str, Points]] = {}
     for name, points in sorted(columns.items()):
@@ -61,7 +84,8 @@ def group_curves(columns: Mapping[str, Points]) -> dict[str, dict[str, Points]]:
             if match is None:
                 continue
             split = "val " if name.startswith("val/") else ""
-            if len(points) > 1:
+            is_idle = "oss" in chart and not any(value for _, value in points)
+            if len(points) > 1 and not is_idle:
                 charts.setdefault(chart, {})[split + match["line"].replace("_", " ")] = points
             break
     return {chart: charts[chart] for chart in dict.fromkeys(chart for _, chart in _CHARTS) if chart in charts}

@@ -13,6 +13,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import jiwer
 import numpy as np
@@ -94,12 +95,15 @@ def bootstrap_interval(
     seed: int = 0,
     confidence: float = 0.95,
     clusters_N: Sequence[Hashable] | None = None,
+    is_share: bool = False,
 ) -> list[float]:
     """The percentile bootstrap interval of a ratio of sums over rows (Efron 1979).
 
     A mean is the case of denominators 1; a corpus WER has rows' errors and rows' words. Rows are drawn with
     replacement; rows that belong together (one speaker's, say) would make that interval too narrow, so with
-    `clusters_N` whole clusters are drawn (Davison and Hinkley 1997, section 3.8).
+    `clusters_N` whole clusters are drawn (Davison and Hinkley 1997, section 3.8). Where all rows (or clusters) have the
+    same value, all that is drawn has it too, and the interval would have no width, as if 20 rows without a mistake were
+    proof of none ever: of a share it is then Wilson's, of as many rows, or clusters, as there are.
 
     Args:
         numerators_N: one number a row.
@@ -109,6 +113,7 @@ def bootstrap_interval(
         confidence: the interval's coverage.
         clusters_N: what each row belongs to; None: every row stands for itself. Of a single cluster there is nothing
             to draw: its rows are drawn then, and the interval says nothing of other clusters.
+        is_share: the ratio is a share, between 0 and 1.
 
     Returns:
         [lower, upper].
@@ -125,14 +130,35 @@ def bootstrap_interval(
         )
     if clusters_N is not None:
         values_N, weights_N = _summed_by_cluster(values_N, weights_N, clusters_N)
-    generator = np.random.default_rng(seed)
     num_rows = len(values_N)
+    value, weight = values_N.sum(), weights_N.sum()
+    if is_share and weight > 0 and np.allclose(values_N * weight, weights_N * value, rtol=1e-9, atol=0.0):
+        return wilson_interval(float(value / weight), num_rows, confidence)
+    generator = np.random.default_rng(seed)
     # How often each row is drawn is multinomial: this needs no [S, N] table of indices.
     draws_SN = generator.multinomial(num_rows, np.full(num_rows, 1.0 / num_rows), size=num_resamples)
     ratios_S = (draws_SN @ values_N) / np.maximum(draws_SN @ weights_N, 1e-12)
     tail = (1.0 - confidence) / 2.0
     lower, upper = np.quantile(ratios_S, [tail, 1.0 - tail])
     return [float(lower), float(upper)]
+
+
+def wilson_interval(share: float, num_rows: int, confidence: float = 0.95) -> list[float]:
+    """The score interval of a share of independent rows (Wilson 1927): never without a width, and within 0 to 1.
+
+    Args:
+        share: of the rows.
+        num_rows: of which it is the share, at least one.
+        confidence: the interval's coverage.
+
+    Returns:
+        [lower, upper].
+    """
+    z = NormalDist().inv_cdf((1.0 + confidence) / 2.0)
+    centre = share + z * z / (2 * num_rows)
+    half = z * math.sqrt(share * (1.0 - share) / num_rows + z * z / (4 * num_rows**2))
+    scale = 1.0 + z * z / num_rows
+    return [max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)]
 
 
 def _summed_by_cluster(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ class ReportInfo:
     machine: str = ""
     made_at: str = ""
     stages: tuple[Stage, ...] = ()
+    evaluation_limits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Of tasks for whose rows the time did not suffice: how many were `scored`, `of` how many."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
     "speak": (
         Measure("round_trip_wer", "Round-trip word error rate", "spoken, then transcribed back", "percent", False, (
             ("shuffled_wer", "other words"), ("resynthesis_wer", "codec alone"))),
-        Measure("judge_wer", "Word error rate by another judge", "a recogniser that shares nothing with the model",
+        Measure("judge_wer", "Word error rate by another judge", "a recognizer that shares nothing with the model",
                 "percent", False, (
             ("judge_shuffled_wer", "other words"), ("judge_resynthesis_wer", "codec alone"))),
         Measure("length_correlation", "Length, correlation", "of what is spoken with the recordings", "number"),
@@ -162,7 +164,10 @@ def write_report(
 def report_dict(
     results: Mapping[str, TaskResult], routing: Mapping[str, Any] | None, info: ReportInfo
 ) -> dict[str, Any]:
-    """What report.json holds: scores by task, `train`, `routing`, `recipe_hash`, `commit`; absent parts left out."""
+    """What report.json holds: scores by task, `train`, `routing`, `recipe_hash`, `commit`, `evaluation_limits`.
+
+    Absent parts are left out.
+    """
     train = {
         "seconds": info.seconds,
         "tokens_per_second": info.tokens_per_second,
@@ -173,6 +178,7 @@ def report_dict(
     parts["routing"] = dict(routing) if routing else None
     parts["recipe_hash"] = info.recipe_hash
     parts["commit"] = info.commit
+    parts["evaluation_limits"] = {task: dict(limits) for task, limits in info.evaluation_limits.items()}
     return {key: value for key, value in parts.items() if value}
 
 
@@ -206,6 +212,7 @@ def _render(
         facts=_facts(info),
         contents=contents,
         measures=measures,
+        cuts=[(TASK_NAMES[task], cut["scored"], cut["of"]) for task, cut in info.evaluation_limits.items()],
         has_bars=any(row["bar"] is not None for row in measures),
         galleries=galleries,
         charts=charts,
@@ -220,7 +227,7 @@ def _facts(info: ReportInfo) -> list[tuple[str, str, bool]]:
     if info.seconds is not None:
         facts.append(("wall time", _duration(info.seconds), False))
     if info.peak_rss_bytes is not None:
-        facts.append(("peak memory", f"{info.peak_rss_bytes / 2**30:.1f} GiB", False))
+        facts.append(("peak memory", f"{info.peak_rss_bytes / 1e9:.1f} GB", False))
     if info.tokens_per_second is not None:
         facts.append(("training speed", f"{info.tokens_per_second:,.0f} tokens/s", False))
     if info.recipe_hash:
@@ -259,17 +266,15 @@ def _measure_row(measure: Measure, scores: Mapping[str, Any]) -> dict[str, Any]:
         "interval": f"{_score(interval[0], percent)} – {_score(interval[1], percent)}" if interval else "",
         "controls": [(name, _score(value, percent)) for name, value in controls],
         "control_marks": [_place(value) for _, value in controls] if percent else [],
-        "rows": _num_rows(measure, scores),
+        "rows": f"{scores[measure.rows]:,}" if measure.rows in scores else "",
+        "inside": _inside(measure, scores),
     }
 
 
-def _num_rows(measure: Measure, scores: Mapping[str, Any]) -> str:
-    """The number of rows, and of what they fall into: "504 in 12 pairs"."""
-    if measure.rows not in scores:
-        return ""
+def _inside(measure: Measure, scores: Mapping[str, Any]) -> str:
+    """What the rows fall into, behind their number: "in 12 pairs"."""
     key, name = measure.clusters or ("", "")
-    inside = f" in {scores[key]:,} {name}" if key in scores else ""
-    return f"{scores[measure.rows]:,}{inside}"
+    return f"in {scores[key]:,} {name}" if key in scores and measure.rows in scores else ""
 
 
 def _place(value: float) -> float:

@@ -6,10 +6,9 @@ the other object named first, is no mistake.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mmllm.evaluation.captions import matchings
 from mmllm.evaluation.scenes import CANONICAL, SceneObject, Symbol, caption_relations, read_symbols
 
 Marked = list[tuple[str, str]]
@@ -71,19 +70,11 @@ def _best_matching(said: _Caption, wanted: _Caption) -> dict[int, int]:
     """Which object that is wanted each that is said stands for: as `captions.count_attributes` matches them."""
     ours, theirs = _things(said), _things(wanted)
     best: tuple[int, dict[int, int]] = (-1, {})
-    for matched in _matchings(len(ours), len(theirs)):
+    for matched in matchings(range(len(ours)), range(len(theirs))):
         right = sum(_num_right(ours[here], theirs[there]) for here, there in matched.items())
         right += sum(_moved(relation[:3], matched) in wanted.relation_set() for relation in said.relations)
         best = max(best, (right, matched), key=lambda found: found[0])
     return best[1]
-
-
-def _matchings(num_ours: int, num_theirs: int) -> Sequence[dict[int, int]]:
-    if num_ours <= num_theirs:
-        orders = itertools.permutations(range(num_theirs), num_ours)
-        return [dict(enumerate(order)) for order in orders]
-    orders = itertools.permutations(range(num_ours), num_theirs)
-    return [{here: there for there, here in enumerate(order)} for order in orders]
 
 
 def _num_right(a: SceneObject, b: SceneObject) -> int:

@@ -47,10 +47,15 @@ def greedy_settings(model: Model, references: Sequence[str], batch_size: int) ->
 
 
 def mean_scores(
-    key: str, values: Sequence[float] | np.ndarray, seed: int, clusters: Sequence[Hashable] | None = None
+    key: str,
+    values: Sequence[float] | np.ndarray,
+    seed: int,
+    clusters: Sequence[Hashable] | None = None,
+    is_share: bool = True,
 ) -> dict[str, Any]:
-    """A mean over rows under `key`, and its interval; see `bootstrap_interval`."""
-    return {key: float(np.mean(values)), f"{key}_ci": bootstrap_interval(values, seed=seed, clusters_N=clusters)}
+    """A mean over rows under `key`, by default of shares, and its interval; see `bootstrap_interval`."""
+    interval = bootstrap_interval(values, seed=seed, clusters_N=clusters, is_share=is_share)
+    return {key: float(np.mean(values)), f"{key}_ci": interval}
 
 
 def vote_scores(votes: Sequence[Vote], voting: VotingConfig, seed: int, clusters: Sequence[Hashable]) -> dict[str, Any]:
@@ -66,9 +71,14 @@ def vote_scores(votes: Sequence[Vote], voting: VotingConfig, seed: int, clusters
 def rate_scores(
     key: str, edits: Sequence[Edits], seed: int, clusters: Sequence[Hashable] | None = None
 ) -> dict[str, Any]:
-    """A word or character error rate under `key`, and its interval; see `bootstrap_interval`."""
+    """A word or character error rate under `key`, and its interval; see `bootstrap_interval`.
+
+    A rate may be above 1, and is no share; without a single error its interval is that of the share of rows with one.
+    """
     errors, lengths = [e.errors for e in edits], [e.length for e in edits]
-    return {key: error_rate(edits), f"{key}_ci": bootstrap_interval(errors, lengths, seed=seed, clusters_N=clusters)}
+    is_share = not any(errors)
+    interval = bootstrap_interval(errors, lengths, seed=seed, clusters_N=clusters, is_share=is_share)
+    return {key: error_rate(edits), f"{key}_ci": interval}
 
 
 def edits_of_words(texts: Sequence[str], references: Sequence[str]) -> list[Edits]:

@@ -1,10 +1,12 @@
 """Keys and values of sequences that are being generated.
 
 Shapes: L layers, B sequences, G key-value heads, H query heads, S cached positions, T new ones, C channels a
-head, D width.
+head, D width, J tokens kept for convolutions.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -179,58 +181,75 @@ class RecentTokens:
         self.document_ids_BJ = torch.full((batch_size, self.num_kept), -1, dtype=torch.int64, device=device)
         """Oldest first; -1: there were not so many."""
         self._inputs: dict[tuple[int, str], Tensor] = {}
-        """[B, J, D] by layer and place."""
-        self._ids_BE = self.document_ids_BJ
-        """E = J + T: of the tokens kept and, behind them, of the new ones."""
-        self._at_BE = self._rank_BE = torch.zeros_like(self.document_ids_BJ)
-        """Where the n-th real token is; how many real ones stand before each."""
+        """[1 + B·J, D] by layer and place; zeros first."""
+        self._reads: _Reads | None = None
 
     def begin(self, document_ids_BT: Tensor) -> None:
-        """Finds the real tokens among those kept and the new ones."""
-        ids_BE = torch.cat([self.document_ids_BJ, document_ids_BT.long()], dim=1)
-        is_real_BE, size = ids_BE >= 0, ids_BE.shape[1]
-        self._ids_BE, self._rank_BE = ids_BE, is_real_BE.cumsum(dim=1) - is_real_BE.long()
-        at_BE = torch.arange(size, device=ids_BE.device).expand_as(ids_BE)
-        ranked = ids_BE.new_zeros(len(ids_BE), size + 1)  # the last column takes the padding
-        ranked.scatter_(1, torch.where(is_real_BE, self._rank_BE, size), at_BE)
-        self._at_BE = ranked[:, :size]
+        """Finds where every convolution reads, once for all layers."""
+        self._reads = _Reads.of(self.document_ids_BJ, document_ids_BT)
 
     def before(self, x_ND: Tensor, count: int, key: tuple[int, str]) -> list[Tensor]:
         """For 1 … `count` tokens back, [B·T, D]; zeros where the document had not begun."""
-        num_rows, num_new = len(self._ids_BE), self._ids_BE.shape[1] - self.num_kept
-        new_BTD = x_ND.view(num_rows, num_new, -1)
-        kept_BJD = self._inputs.get(key)
-        if kept_BJD is None:
-            kept_BJD = new_BTD.new_zeros(num_rows, self.num_kept, new_BTD.shape[2])
-        x_BED = torch.cat([kept_BJD, new_BTD], dim=1)
-        self._inputs[key] = _rows(x_BED, self._last_BJ()[0])
-        own_BT, rank_BT = self._ids_BE[:, self.num_kept :], self._rank_BE[:, self.num_kept :]
-        earlier = []
-        for back in range(1, count + 1):
-            at_BT = self._at_BE.gather(1, (rank_BT - back).clamp(min=0))
-            is_there_BT = (rank_BT >= back) & (self._ids_BE.gather(1, at_BT) == own_BT)
-            earlier.append((_rows(x_BED, at_BT) * is_there_BT[..., None]).flatten(0, 1))
-        return earlier
+        assert self._reads is not None, "call begin first"
+        kept_MD = self._inputs.get(key)
+        if kept_MD is None:
+            kept_MD = x_ND.new_zeros(1 + self.document_ids_BJ.numel(), x_ND.shape[1])
+        pool_PD = torch.cat([kept_MD, x_ND])
+        self._inputs[key] = pool_PD.index_select(0, self._reads.kept_M)
+        earlier = pool_PD.index_select(0, self._reads.earlier_JN[:count].flatten())
+        return list(earlier.view(count, *x_ND.shape).unbind())
 
     def end(self) -> None:
         """Keeps the last tokens' documents."""
-        at_BJ, is_there_BJ = self._last_BJ()
-        self.document_ids_BJ = self._ids_BE.gather(1, at_BJ).masked_fill(~is_there_BJ, -1)
+        assert self._reads is not None, "call begin first"
+        self.document_ids_BJ, self._reads = self._reads.document_ids_BJ, None
 
     def keep(self, rows: list[int]) -> None:
         """Drops all other rows."""
-        self.document_ids_BJ = self.document_ids_BJ[rows]
-        self._inputs = {key: inputs_BJD[rows] for key, inputs_BJD in self._inputs.items()}
-
-    def _last_BJ(self) -> tuple[Tensor, Tensor]:
-        """Where the last J real tokens are, and whether there are so many."""
-        num_real_B1 = (self._ids_BE >= 0).sum(dim=1, keepdim=True)
-        rank_BJ = num_real_B1 + torch.arange(-self.num_kept, 0, device=num_real_B1.device)
-        return self._at_BE.gather(1, rank_BJ.clamp(min=0)), rank_BJ >= 0
+        ids_BJ = self.document_ids_BJ
+        at_BJ = torch.arange(1, 1 + ids_BJ.numel(), device=ids_BJ.device).view_as(ids_BJ)
+        at_M = F.pad(at_BJ[rows].flatten(), (1, 0))
+        self.document_ids_BJ = ids_BJ[rows]
+        self._inputs = {key: kept_MD.index_select(0, at_M) for key, kept_MD in self._inputs.items()}
 
 
-def _rows(x_BED: Tensor, at_BT: Tensor) -> Tensor:
-    return x_BED.gather(1, at_BT[..., None].expand(-1, -1, x_BED.shape[2]))
+@dataclass(frozen=True)
+class _Reads:
+    """Where convolutions read, while new tokens are computed.
+
+    They read from a pool of P rows: one of zeros, for what is not there, those kept of each sequence (B·J), and the new
+    ones (B·T).
+    """
+
+    earlier_JN: Tensor
+    """1 … J tokens back, in the pool; the zeros where the document had not begun."""
+    kept_M: Tensor
+    """[1 + B·J]: the zeros, and the last real tokens of each sequence, oldest first, in the pool."""
+    document_ids_BJ: Tensor
+    """Their documents; -1: there are not so many."""
+
+    @staticmethod
+    def of(kept_ids_BJ: Tensor, new_ids_BT: Tensor) -> _Reads:
+        """Of the documents of the tokens kept, and of the new ones; -1: none, padding."""
+        (num_rows, num_kept), device = kept_ids_BJ.shape, new_ids_BT.device
+        ids_BE = torch.cat([kept_ids_BJ, new_ids_BT.long()], dim=1)
+        pool_P = torch.arange(1, 1 + ids_BE.numel(), device=device)
+        kept_at, new_at = pool_P.split([kept_ids_BJ.numel(), new_ids_BT.numel()])
+        at_BE = torch.cat([kept_at.view_as(kept_ids_BJ), new_at.view(new_ids_BT.shape)], dim=1)
+        # a sequence's n-th real token goes to column J + n, nothing to those before; the last column takes the padding
+        is_real_BE = ids_BE >= 0
+        rank_BE = is_real_BE.cumsum(dim=1) - is_real_BE.long()
+        num_columns = num_kept + ids_BE.shape[1] + 1
+        column_BE = torch.where(is_real_BE, num_kept + rank_BE, num_columns - 1)
+        ids_BC = ids_BE.new_full((num_rows, num_columns), -1).scatter_(1, column_BE, ids_BE)
+        at_BC = ids_BE.new_zeros(num_rows, num_columns).scatter_(1, column_BE, at_BE)
+        back_J11 = torch.arange(1, num_kept + 1, device=device)[:, None, None]
+        column_JBT = rank_BE[:, num_kept:] + num_kept - back_J11
+        ids_JBT, at_JBT = (each.expand(num_kept, -1, -1).gather(2, column_JBT) for each in (ids_BC, at_BC))
+        earlier_JBT = at_JBT * (ids_JBT == new_ids_BT)
+        last_BJ = is_real_BE.sum(dim=1, keepdim=True) + torch.arange(num_kept, device=device)
+        kept_M = F.pad(at_BC.gather(1, last_BJ).flatten(), (1, 0))
+        return _Reads(earlier_JBT.flatten(1), kept_M, ids_BC.gather(1, last_BJ))
 
 
 class _Begun:

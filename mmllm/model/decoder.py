@@ -108,13 +108,14 @@ class Block(nn.Module):
         tokens: TokenInfo,
         neighbors: Neighbors | None = None,
     ) -> tuple[Tensor, LayerSums | None]:
+        assert self.attention_conv is None or neighbors is not None, "a block with short convolutions needs neighbors"
         normed_ND = self.input_layernorm(x_ND)
-        if self.attention_conv is not None and neighbors is not None:
+        if self.attention_conv is not None:
             normed_ND = self.attention_conv(normed_ND, neighbors)
         attended = self.self_attn(normed_ND, cos, sin, context)
         x_ND = x_ND + F.dropout(attended, self.dropout, self.training)
         normed_ND = self.post_attention_layernorm(x_ND)
-        if self.mlp_conv is not None and neighbors is not None:
+        if self.mlp_conv is not None:
             normed_ND = self.mlp_conv(normed_ND, neighbors)
         sums = None
         if self.has_experts:

@@ -1,7 +1,6 @@
 """Which picture or sound of its document something is: the first, the second, … .
 
-Without it a decoder has to count what came before, which it learns late: of three pictures "the second" was found about
-as often as by chance when their colours were named rightly for long.
+Without it a decoder has to count what came before. Kept in the demo unproved: see docs/RESULTS.md.
 
 Shapes: N pictures (or tiles of them) or clips, O slots of each, D decoder width, B sequences, T positions.
 """

@@ -72,8 +72,8 @@ class ShortConv(nn.Module):
 
     def forward(self, x_ND: Tensor, neighbors: Neighbors) -> Tensor:
         """Same shape and dtype as the input."""
-        weight_KD = self.weight.to(x_ND.dtype)
-        out_ND = x_ND * (1 + weight_KD[0])
-        for j, earlier_ND in enumerate(neighbors.before(x_ND, len(weight_KD) - 1, self.place), start=1):
-            out_ND = torch.addcmul(out_ND, earlier_ND, weight_KD[j])
+        own_D, *earlier = self.weight.to(x_ND.dtype).unbind()
+        out_ND = x_ND * (1 + own_D)
+        for earlier_ND, weight_D in zip(neighbors.before(x_ND, len(earlier), self.place), earlier, strict=True):
+            out_ND = torch.addcmul(out_ND, earlier_ND, weight_D)
         return out_ND

@@ -23,6 +23,8 @@ PATCH = 2
 PATCH_VALUES = 3 * PATCH**2
 WHITENING_EPS = 5e-4
 """Added to variances: what pictures hardly hold is not blown up without bound."""
+CHUNK_PIXELS = 32 * 64 * 64
+"""Of pictures whose patches are in memory at once, as float64 (13 MB, and as much again to multiply them)."""
 PIXEL_CORRELATION = 0.95
 COLOR_CORRELATION = 0.8
 """Of neighbouring pixels, and of two colours of one pixel, where no picture has been looked at."""
@@ -144,8 +146,12 @@ class _ResidualBlock(nn.Module):
 
 def patch_covariance(pixels_N3HW: Tensor) -> Tensor:
     """Mean products of the values of overlapping patches, no mean taken off: [P, P] in float64, on the CPU."""
-    patches_NPL = F.unfold(pixels_N3HW.cpu().double(), PATCH)
-    return torch.einsum("npl,nql->pq", patches_NPL, patches_NPL) / (patches_NPL.shape[0] * patches_NPL.shape[2])
+    num_images, _, height, width = pixels_N3HW.shape
+    total_PP = torch.zeros(PATCH_VALUES, PATCH_VALUES, dtype=torch.float64)
+    for part_N3HW in pixels_N3HW.split(max(1, CHUNK_PIXELS // (height * width))):
+        patches_NPL = F.unfold(part_N3HW.cpu().double(), PATCH)
+        total_PP += torch.einsum("npl,nql->pq", patches_NPL, patches_NPL)
+    return total_PP / (num_images * (height - PATCH + 1) * (width - PATCH + 1))
 
 
 def assumed_covariance() -> Tensor:

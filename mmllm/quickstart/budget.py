@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-DEMO_STEPS = {"codec": 300, "clip": 60, "decoder": 1150}
+DEMO_STEPS = {"codec": 300, "decoder": 1250}
 """Training steps of the demo on its own data. Fixed, so that everybody's demo is the same run."""
 
-ALIGN_SHARE, CODEC_SHARE, CLIP_SHARE = 0.1, 0.08, 0.15
+ALIGN_SHARE, CODEC_SHARE = 0.1, 0.08
 """With `--minutes`: share of what is left that a stage before the decoder may take."""
 ALIGN_STEPS = 1000
 """Of the aligner, without `--minutes`."""
@@ -39,7 +39,7 @@ class Budget:
     """What bounds a run."""
 
     minutes: float | None
-    """Wall time, evaluation included; None: fixed steps."""
+    """Wall time to aim at, evaluation included; None: fixed steps."""
     max_steps: int | None
     """Of each training, whatever the time."""
     is_demo: bool
@@ -52,7 +52,7 @@ class Budget:
         """How long a stage trains: fixed steps in the demo, seconds where `--minutes` bounds the run.
 
         Args:
-            stage: `codec`, `clip` or `decoder`.
+            stage: `codec` or `decoder`.
             tasks: that are evaluated afterwards.
             seconds_left: of the minutes; None without them.
             share: of what evaluation leaves; None: all.
@@ -109,6 +109,11 @@ class Budget:
         if share >= 1:
             return {}
         return {task: max(MIN_EVALUATED, int(share * max(sets))) for task, sets in tasks.items()}
+
+
+def scored_rows(limit: int | None, sets: Sequence[int]) -> int:
+    """How many rows of a task are scored where it is bounded to so many of each set; None: all."""
+    return sum(sets) if limit is None else sum(min(limit, count) for count in sets)
 
 
 def task_seconds(task: str, sets: Sequence[int]) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -14,6 +16,20 @@ RANK_BYTES = 2 * 2**30
 """Free memory that a training of more than two ranks needs for each."""
 NVIDIA_GPU = Path("/dev/nvidia0")
 """Asked for in place of torch, which quickstart's process does not import: it would take memory beside trainings."""
+
+_ASK_GPU = "import torch; print(torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0)"
+
+
+def gpu_bytes() -> int:
+    """Memory of the GPU that a training would take, by torch in a process of its own; 0: torch can't use one.
+
+    Raises:
+        ValueError: torch can't be asked.
+    """
+    asked = subprocess.run([sys.executable, "-c", _ASK_GPU], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise ValueError(f"torch can't be asked for the GPU's memory; it says: {asked.stderr.strip()[-500:]}")
+    return int(asked.stdout.split()[-1])
 
 
 def num_cores() -> int:

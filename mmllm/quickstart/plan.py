@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from mmllm.quickstart.presets import DEMO, Preset
 from mmllm.quickstart.synthesis import voices
 
 STATE_FILE = "quickstart.json"
-OUTPUT_OF_STAGE = {"codec": "codec", "clip": "clip", "decoder": "model"}
+OUTPUT_OF_STAGE = {"codec": "codec", "decoder": "model"}
 """The trainings, and what each writes into the run's folder."""
 TEMPLATE_DIR = "runs/demo"
 """The folder that the shipped quickstart configs name; it is replaced by the run's."""
+
+Speaker = str | int | float
 
 
 @dataclass(frozen=True)
@@ -46,24 +48,31 @@ class Contents:
     long_seconds: float
     """Nineteen sounds in twenty are no longer than this."""
     has_plain: bool = False
-    """Pictures have a second caption in plain wording, in a row marked `plain`."""
-    speakers: tuple[str, ...] = ()
+    """Of the demo's rows: pictures have a second caption in plain wording, in a row marked `plain`."""
+    speakers: tuple[Speaker, ...] = ()
     """Of the sounds, those that are heard longest first."""
     has_joined: bool = False
-    """Some sounds are several sentences, in rows marked `joined`: too long to learn to speak from."""
+    """Of the demo's rows: sounds are several sentences, in rows marked `joined`, too long to learn to speak from."""
     has_spoken_only: bool = False
-    """Some sounds are there to learn to speak from alone, in rows marked `spoken_only`."""
+    """Of the demo's rows: sounds are there to learn to speak from alone, in rows marked `spoken_only`."""
 
     @classmethod
-    def of(cls, rows: list[Row]) -> Contents:
+    def of(cls, rows: list[Row], is_demo: bool = False) -> Contents:
         """Looks through the rows, and at the sounds' headers.
 
+        Args:
+            rows: those that are trained on.
+            is_demo: they are quickstart's own, whose marks say what they are for; in other people's rows a column of
+                the same name means what they mean by it.
+
         Raises:
-            ValueError: documents hold sounds, but no row is a sound with its text.
+            ValueError: documents hold sounds, but no row is a sound with its text; or there are more speakers than a
+                model learns to speak like, and some of them are texts, some numbers.
         """
         kinds = tuple(sorted({row.kind for row in rows}))
         spoken = [row for row in rows if row.kind == "audio"]
-        lengths = sorted(sound_seconds(row.audio) for row in spoken if row.audio is not None)
+        seconds = [0.0 if row.audio is None else sound_seconds(row.audio) for row in spoken]
+        lengths = sorted(length for row, length in zip(spoken, seconds, strict=True) if row.audio is not None)
         segments = [segment for row in rows for segment in row.segments]
         texts = [row.text for row in rows] + [segment["text"] for segment in segments if "text" in segment]
         texts += [str(row.metadata[key]) for row in rows for key in ("question", "answer") if key in row.metadata]
@@ -83,25 +92,33 @@ class Contents:
             is_single_words=bool(spoken) and all(len(row.text.split()) == 1 for row in spoken),
             num_captions=sum(row.kind == "caption" for row in rows),
             long_seconds=lengths[int(0.95 * len(lengths))] if lengths else 0.0,
-            has_plain=any(row.metadata.get("plain") is True for row in rows if row.kind == "caption"),
-            speakers=_speakers(spoken),
-            has_joined=any(row.metadata.get("joined") is True for row in spoken),
-            has_spoken_only=any(row.metadata.get("spoken_only") is True for row in spoken),
+            has_plain=is_demo and any(row.metadata.get("plain") is True for row in rows if row.kind == "caption"),
+            speakers=_speakers(spoken, seconds),
+            has_joined=is_demo and any(row.metadata.get("joined") is True for row in spoken),
+            has_spoken_only=is_demo and any(row.metadata.get("spoken_only") is True for row in spoken),
         )
 
 
-def _speakers(spoken: list[Row]) -> tuple[str, ...]:
-    seconds: dict[str, float] = {}
-    for row in spoken:
+def _speakers(spoken: Sequence[Row], seconds: Sequence[float]) -> tuple[Speaker, ...]:
+    """Who speaks, by name or by number: those first that are heard longest."""
+    totals: dict[Speaker, float] = {}
+    for row, length in zip(spoken, seconds, strict=True):
         speaker = row.metadata.get("speaker")
-        if isinstance(speaker, str) and speaker and row.audio is not None:
-            seconds[speaker] = seconds.get(speaker, 0.0) + sound_seconds(row.audio)
-    return tuple(sorted(seconds, key=lambda speaker: (-seconds[speaker], speaker)))
+        if isinstance(speaker, str | int | float) and not isinstance(speaker, bool) and speaker != "":
+            totals[speaker] = totals.get(speaker, 0.0) + length
+    names = [speaker for speaker in totals if isinstance(speaker, str)]
+    numbers = [speaker for speaker in totals if not isinstance(speaker, str)]
+    if names and numbers and len(totals) > NUM_VOICES:  # one filter can't ask for both
+        raise ValueError(
+            f"`speaker` is a text in some rows ({names[0]!r}) and a number in others ({numbers[0]!r}); write all of "
+            f"them as texts, or all as numbers"
+        )
+    return tuple(sorted(totals, key=lambda speaker: (-totals[speaker], isinstance(speaker, str), str(speaker))))
 
 
-def read_contents(folder: Path) -> Contents:
-    """Of the `train-*.jsonl` manifests in a folder."""
-    return Contents.of([row for path in sorted(folder.glob("train-*.jsonl")) for row in read_rows(path)])
+def read_contents(folder: Path, is_demo: bool = False) -> Contents:
+    """Of the `train-*.jsonl` manifests in a folder; see `Contents.of`."""
+    return Contents.of([row for path in sorted(folder.glob("train-*.jsonl")) for row in read_rows(path)], is_demo)
 
 
 @dataclass(frozen=True)
@@ -127,7 +144,7 @@ class Choices:
     """Letters a frame that speech's pointer into its text passes at most; 0: it has none."""
     heard_codebooks: int = 0
     """Of the codec, of which the config's are spoken; 0: all are spoken."""
-    voices: tuple[str, ...] = ()
+    voices: tuple[Speaker, ...] = ()
     """That it learns to speak with; empty: of those that are heard longest."""
 
 
@@ -155,7 +172,7 @@ TEXT_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size":
 
 
 WEIGHTS = {"caption": 0.42, "interleaved": 0.14, "text": 0.04, "heard": 0.28, "spoken": 0.12}
-DEMO_WEIGHTS = {"caption": 0.38, "interleaved": 0.18, "text": 0.05, "heard": 0.17, "spoken": 0.22}
+DEMO_WEIGHTS = {"caption": 0.41, "interleaved": 0.17, "text": 0.05, "heard": 0.16, "spoken": 0.21}
 """Synthetic speech is easily heard, and what is said of scenes is long: it takes more of the tokens to speak."""
 
 
@@ -280,7 +297,7 @@ def stage_config(stage: str, out: Path, overrides: Mapping[str, Any]) -> dict[st
     """A shipped quickstart config with the run's folder and some keys changed.
 
     Args:
-        stage: a config of `configs/quickstart/`: `codec`, `clip`, `decoder`, `one_gpu`.
+        stage: a config of `configs/quickstart/`: `codec`, `decoder`, `one_gpu`.
         out: the run's folder.
         overrides: dotted keys to values; None removes the key.
     """

@@ -19,7 +19,7 @@ from rich.markup import escape
 from mmllm.checkout import commit
 from mmllm.evaluation.results import load_result
 from mmllm.quickstart import machine, stages
-from mmllm.quickstart.budget import Budget, task_seconds
+from mmllm.quickstart.budget import Budget, scored_rows, task_seconds
 from mmllm.quickstart.monitor import MemoryMonitor
 from mmllm.quickstart.plan import (
     OUTPUT_OF_STAGE,
@@ -33,7 +33,7 @@ from mmllm.quickstart.plan import (
     stage_config,
     write_yaml,
 )
-from mmllm.quickstart.presets import DEMO, preset_of
+from mmllm.quickstart.presets import DEMO, check_gpu, preset_of
 from mmllm.quickstart.processes import Processes, terminated_as_interrupt
 from mmllm.quickstart.stages import StageList, Step
 from mmllm.quickstart.state import RunState
@@ -72,7 +72,7 @@ def quickstart(
         train: manifests, or data of other forms; none: the demo's own data.
         test: manifests of held-out rows.
         holdout: `KEY=VALUE` or a fraction, where there are no test manifests.
-        minutes: wall time at most, of everything from making data to the report; None: the preset's. A run that is
+        minutes: wall time to aim at, for everything from making data to the report; None: the preset's. A run that is
             continued may be given more, until its decoder is trained.
         seed: of data, order and weights.
         max_steps: of each training at most (with a small demo data set): for trying the whole way out.
@@ -103,6 +103,8 @@ def quickstart(
             f"--preset {preset} trains on a GPU, and {machine.NVIDIA_GPU} is not there; give --preset demo, or "
             f"--max_steps to try the way out on the CPU"
         )
+    if chosen.on_gpu and max_steps is None:
+        check_gpu(chosen)
     minutes = chosen.minutes if minutes is None and max_steps is None else minutes
     settings = {"train": list(train), "test": list(test), "holdout": holdout, "minutes": minutes, "seed": seed,
                 "max_steps": max_steps, "max_bad_fraction": max_bad_fraction}  # fmt: skip
@@ -214,7 +216,7 @@ class _Run:
                        "on your rows with the GPU, and `mmllm configs ls` lists more")  # fmt: skip
         try:
             self._data()
-            contents = read_contents(self.out / "manifests")
+            contents = read_contents(self.out / "manifests", self.is_demo)
             choices = choose(contents, self.is_demo, self.preset)
             self.tasks, left_out = evaluation_tasks(self.out / "manifests" / "test.jsonl", contents)
             for message in left_out:
@@ -336,15 +338,24 @@ class _Run:
         if scored and self.state.model not in (None, model):
             self._warn(f"{self.out / 'model'} has changed since it was evaluated: it is evaluated again")
             self.state.stages = [stage for stage in self.state.stages if stage not in scored]
+            self.state.is_rescored = True
         self.state.model = model
 
     def _evaluate(self, stage_list: StageList) -> None:
-        """Evaluates the tasks, the longest first, as many at once as there are ranks in training."""
+        """Evaluates the tasks, the longest first, as many at once as there are ranks in training.
+
+        Where the run's minutes don't suffice for all rows, fewer are scored, and that is told.
+        """
         tasks = self.tasks
         if not tasks:
             self._warn("no test row can be scored")
             return
-        num_lanes, limits = self.budget.num_lanes(tasks), self.budget.limits(tasks, self.state.seconds_left)
+        num_lanes = self.budget.num_lanes(tasks)
+        limits = {} if self.state.is_rescored else self.budget.limits(tasks, self.state.seconds_left)
+        for task, limit in limits.items():
+            num_scored, num_rows = scored_rows(limit, tasks[task]), sum(tasks[task])
+            if num_scored < num_rows and not self.state.is_done(f"eval {task}"):
+                self._warn(f"time is short: {task} is scored on {num_scored:,} of {num_rows:,} rows")
 
         def evaluate(task: str) -> None:
             step = stage_list.evaluation(task, limits.get(task))
@@ -367,12 +378,16 @@ class _Run:
         self.console.print(f"\n[bold]report[/bold]\n[green]$ {escape(shlex.join(['mmllm', *command]))}[/green]")
         self._check("report", command, self._run(command))
         self.console.print(f"\n[bold]Scores[/bold] on held-out rows ({clock(self.state.seconds)}, "
-                           f"{self.state.peak_rss_bytes / 2**30:.1f} GiB at the most)")  # fmt: skip
+                           f"{self.state.peak_rss_bytes / 1e9:.1f} GB at the most)")  # fmt: skip
         for result in (load_result(self.out / "eval" / f"{task}.json") for task in self.tasks):
             for key, value in result.scores.items():
                 if isinstance(value, (int, float)):
                     shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
                     self.console.print(f"  {result.task + '.' + key:<44}{shown:>10}")
+        minutes = self.settings["minutes"]
+        over = 0.0 if minutes is None else self.state.seconds - 60 * minutes
+        if over >= 1:
+            self._warn(f"the run took {clock(over)} longer than the {minutes:g} minutes that it aimed at")
         self.console.print(f"\nReport: [bold]{escape(str(self.out / 'report.html'))}[/bold]")
         self.console.print(f"Model:  [bold]{escape(str(self.out / 'model'))}[/bold]")
         return read_json(self.out / "report.json")

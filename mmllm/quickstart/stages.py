@@ -1,6 +1,6 @@
 """The stages of a run, in order and in one place; a run has those that its rows and preset need.
 
-    demo data*  split  text tokenizer  align*  sound shards*  codec*  tokenizer  shards  index  clip*  decoder
+    demo data*  split  text tokenizer  align*  sound shards*  codec*  tokenizer  shards  index  decoder
     evaluations  report
 
 * where they are needed. With `--minutes`, a training before the decoder gets its share of what is left when it begins,
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mmllm.quickstart.budget import ALIGN_SHARE, CLIP_SHARE, CODEC_SHARE
+from mmllm.quickstart.budget import ALIGN_SHARE, CODEC_SHARE
 from mmllm.quickstart.plan import RELATION_WEIGHT, RELATION_WORDS, Choices, Contents, stage_config
 from mmllm.quickstart.presets import Preset
 
@@ -33,7 +33,7 @@ class Step:
     Attributes:
         name: of the stage.
         command: of `mmllm`, without its name.
-        training: `codec`, `clip` or `decoder`: the stage is a `fit`, whose config is written when it begins.
+        training: `codec` or `decoder`: the stage is a `fit`, whose config is written when it begins.
         overrides: of that config; see `plan.stage_config`.
         share: of the time that is left when it begins, with `--minutes`; None: a training takes all of it, and any
             other command as long as it takes.
@@ -80,15 +80,8 @@ class StageList:
             self._tokenizer(),
             self._shards(),
             self._index(),
-            *([self._clip()] if self.has_clip_stage else []),
             self._decoder(),
         ]
-
-    @property
-    def has_clip_stage(self) -> bool:
-        """Whether the decoder starts from a CLIP tower that is trained here."""
-        model = stage_config(self.preset.decoder, self.out, {})["model"]["init_args"]
-        return bool(model.get("clip")) and "caption" in self.contents.kinds
 
     # ------------------------------------------------------------------------------------------------ data and tokens
     def _manifests(self) -> dict[str, Path]:
@@ -151,10 +144,6 @@ class StageList:
             "data.init_args.flip": not self.contents.names_sides,
         }
 
-    def _clip(self) -> Step:
-        sizes = {"data.init_args.image_size": self.choices.image_size, "data.init_args.seed": self.seed}
-        return _fit("clip", {**sizes, **self._pictures()}, CLIP_SHARE)
-
     def _decoder(self) -> Step:
         contents = self.contents
         overrides: dict[str, Any] = {
@@ -164,13 +153,7 @@ class StageList:
         }
         if contents.has_plain and "caption" in contents.kinds:
             overrides["model.init_args.loss.word_weights"] = dict.fromkeys(RELATION_WORDS, RELATION_WEIGHT)
-        config = stage_config(self.preset.decoder, self.out, {})["model"]["init_args"]
-        if config.get("clip") and not self.has_clip_stage:  # a tower of the same shape that starts from nothing
-            overrides["model.init_args.clip"] = None
-            clip = stage_config("clip", self.out, {})["model"]["init_args"]["clip"]["open_clip"]
-            overrides["model.init_args.vision.open_clip"] = clip
         if not contents.has_images:
-            overrides = {key: value for key, value in overrides.items() if ".vision" not in key}
             overrides["model.init_args.vision"] = overrides["model.init_args.image_projector"] = None
         if not contents.has_sounds:
             overrides["model.init_args.audio"] = overrides["model.init_args.loss.codebook_weights"] = None

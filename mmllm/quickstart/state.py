@@ -26,6 +26,7 @@ class RunState:
         settings: the run's arguments.
         stages: those that are done: `name`, `seconds`, `command`, `commit`.
         model: time and size of the weights that were evaluated.
+        is_rescored: the model that is there is another than the run made; its scores don't belong to the run's time.
         is_finished: all is done but the report, which may be written again; time and memory are no longer counted.
         memory: samples this process's memory, while it runs.
     """
@@ -44,6 +45,7 @@ class RunState:
         if self.stages:
             self._check_settings(saved["settings"])
         self.model: list[int] | None = saved.get("model")
+        self.is_rescored = bool(saved.get("rescored", False))
         self.is_finished = bool(saved.get("finished", False))
         self._seconds_before = float(saved.get("seconds", 0.0))
         self._peak_before = int(saved.get("peak_rss_bytes", 0))
@@ -99,6 +101,7 @@ class RunState:
                 "peak_rss_bytes": self.peak_rss_bytes,
                 "finished": self.is_finished,
                 "model": self.model,
+                "rescored": self.is_rescored,
                 "stages": self.stages,
             }
             new.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")

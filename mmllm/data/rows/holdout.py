@@ -29,6 +29,13 @@ def _shown(row: Row, digests: Digests) -> str:
     return row.id if row.segments else row.text
 
 
+def shown_contents(row: Row, digests: Digests) -> set[str]:
+    """All that a row shows: what is in its files, or where it has none, its text."""
+    files = {digests(media) for _, media in row_media(row)}
+    texts = [segment["text"] for segment in row.segments] if not files else []
+    return files or {"\0".join(["text", row.text, *texts])}
+
+
 def without_shown(rows: Sequence[Row], heldout: Sequence[Row], digests: Digests) -> list[Row]:
     """The rows that show nothing of what held-out rows show: scores of what was trained on are no results.
 
@@ -38,14 +45,8 @@ def without_shown(rows: Sequence[Row], heldout: Sequence[Row], digests: Digests)
     Raises:
         ManifestError: None would be left.
     """
-
-    def contents(row: Row) -> set[str]:
-        files = {digests(media) for _, media in row_media(row)}
-        texts = [segment["text"] for segment in row.segments] if not files else []
-        return files or {"\0".join(["text", row.text, *texts])}
-
-    tested = set[str]().union(*map(contents, heldout))
-    kept = [row for row in rows if tested.isdisjoint(contents(row))]
+    tested = set[str]().union(*(shown_contents(row, digests) for row in heldout))
+    kept = [row for row in rows if tested.isdisjoint(shown_contents(row, digests))]
     if rows and not kept:
         raise ManifestError(
             f"each of the {len(rows)} training rows shows a picture, a sound or a text of the held-out rows; hold "

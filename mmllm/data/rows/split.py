@@ -12,10 +12,11 @@ from typing import Any
 from mmllm.data.rows.bad_rows import BadRows, ManifestError
 from mmllm.data.rows.column_names import ColumnNames
 from mmllm.data.rows.forms import read_rows
-from mmllm.data.rows.holdout import even_hash, split_rows, without_shown
+from mmllm.data.rows.holdout import split_rows, without_shown
 from mmllm.data.rows.media import Digests, Media
 from mmllm.data.rows.readable import readable_rows
 from mmllm.data.rows.rows import KINDS, Row
+from mmllm.data.rows.validation import draw_validation
 
 DEFAULT_HOLDOUT = "0.1"
 """Share of the rows that is held out where neither test manifests nor `holdout` are given."""
@@ -45,7 +46,8 @@ def split(
         test: Inputs of held-out rows; without them, `holdout` decides.
         holdout: `KEY=VALUE` or a fraction of the training rows to hold out; with `test`, `KEY=VALUE` rows are
             left out of training as well.
-        num_val: Rows of each kind for `val.jsonl`; at most a fiftieth of the kind, or one.
+        num_val: Rows of each kind for `val.jsonl`; at most a fiftieth of the kind, or one. Nothing that they show is
+            trained on; see `draw_validation`.
         max_bad_fraction: More unusable rows than this are an error.
         seed: Of the draws by fraction.
         form: Of the inputs; `auto`: told from each.
@@ -53,8 +55,8 @@ def split(
         columns: What their columns are called here, and their types.
 
     Returns:
-        `train`, `val`, `test`: rows by kind; `repeated`: training rows left out since test rows show some of the same;
-        `skipped`: unusable rows; `left_out`: what else isn't used, counted.
+        `train`, `val`, `test`: rows by kind; `repeated`: training rows left out since rows of `test` or `val` show some
+        of the same; `skipped`: unusable rows; `left_out`: what else isn't used, counted.
 
     Raises:
         FileNotFoundError, ManifestError: A manifest can't be used, or a part would be empty.
@@ -70,14 +72,13 @@ def split(
     test_rows = readable_rows(test_rows, bad, "the test rows")  # now, not when all is trained
     num_before = len(train_rows)
     train_rows = without_shown(train_rows, test_rows, digests)
-    num_repeated = num_before - len(train_rows)
+    counts = {
+        kind: min(num_val, max(count // 50, int(count >= MIN_ROWS_FOR_VAL)))
+        for kind, count in _count(train_rows).items()
+    }
+    train_rows, val_rows = draw_validation(train_rows, counts, seed, digests)
+    num_repeated = num_before - len(train_rows) - len(val_rows)
     by_kind = {kind: [row for row in train_rows if row.kind == kind] for kind in KINDS}
-    val_rows: list[Row] = []
-    for kind, rows in by_kind.items():
-        count = max(len(rows) // 50, int(len(rows) >= MIN_ROWS_FOR_VAL))
-        chosen = {id(row) for row in _draw(rows, min(num_val, count), seed)}
-        val_rows += [row for row in rows if id(row) in chosen]
-        by_kind[kind] = [row for row in rows if id(row) not in chosen]
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     for kind, rows in by_kind.items():
@@ -120,10 +121,6 @@ def write_manifest(rows: Sequence[Row], path: Path) -> None:
             values["audio"] = relative(row.audio)
         lines.append(json.dumps({**values, **row.metadata}, ensure_ascii=False) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
-
-
-def _draw(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
-    return sorted(rows, key=lambda row: even_hash(f"val {seed}:{row.id}"))[:count]
 
 
 def _count(rows: Sequence[Row]) -> dict[str, int]:

@@ -86,7 +86,7 @@ def cache_bytes() -> int:
     """How large the folder of remote blocks may grow."""
     given = os.environ.get("MMLLM_CACHE_GB") or "8"
     try:
-        return int(float(given) * 2**30)
+        return int(float(given) * 1e9)
     except ValueError as error:
         raise ValueError(f"MMLLM_CACHE_GB is {given!r}; it must be a number of gigabytes") from error
 
