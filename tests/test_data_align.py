@@ -201,15 +201,16 @@ def test_align_writes_words_and_names_what_has_none(folder, capsys):
     told = json.loads(
         told_by(capsys, *inputs, "--out", folder / "out", "--steps", 3, "--max_bad_fraction", 0.2, "--json")
     )
-    counts = {name: told[name] for name in ("rows", "aligned", "had_words", "without_words", "other_rows")}
-    assert counts == {"rows": 13, "aligned": 7, "had_words": 1, "without_words": 3, "other_rows": 1}
+    counts = {name: told[name] for name in ("rows", "aligned", "had_words", "replaced_words", "without_words")}
+    assert counts == {"rows": 13, "aligned": 8, "had_words": 1, "replaced_words": 1, "without_words": 2}
+    assert told["other_rows"] == 1
     assert len(told["skipped"]) == 1 and sum(told["confidence"]["words"].values()) == told["words"] > 7
     assert 5 < told["letters_per_second"] < 20
     rows = {row.id: row for row in read_rows(folder / "out" / "some.jsonl")}
     before = {row.id: row for row in read_rows(inputs[0])}
     assert list(rows) == [name for name in before if name != "r5"]
     for name, row in rows.items():
-        if name in ("r2", "r3", "r4", "plain"):
+        if name in ("r3", "r4", "plain"):
             assert "words" not in row.metadata
         else:
             words = read_words(row.metadata["words"], row.text, name)
@@ -220,9 +221,9 @@ def test_align_writes_words_and_names_what_has_none(folder, capsys):
     assert rows["r1"].metadata["words"] == before["r1"].metadata["words"]
     assert [row.id for row in read_rows(folder / "out" / "more.jsonl")] == ["r6", "r7"]
     bad = [json.loads(line) for line in (folder / "out" / "bad_rows.jsonl").read_text().splitlines()]
-    assert [line.get("id") for line in bad] == ["r2", "r3", "r4", None]
+    assert [line.get("id") for line in bad] == ["r3", "r4", "r2", None]
     assert all(re.search(r"some\.jsonl:\d+$", line["where"]) for line in bad)
-    for line, reason in zip(bad, ("'words' has", "its text needs", "no word", "5.wav"), strict=True):
+    for line, reason in zip(bad, ("its text needs", "no word", "replaced by times: 'words' has", "5.wav"), strict=True):
         assert reason in line["reason"]
     assert Aligner.load(told["aligner"]).config.words[:2] == ("ab", "abcdef")
     again = align([str(inputs[1])], str(folder / "again"), aligner=told["aligner"])
@@ -244,10 +245,49 @@ def test_align_prints_a_table(folder, capsys):
     assert re.search(r"^aligned +2$", out, re.MULTILINE) and re.search(r"^  words of 0-0.2 +\d+", out, re.MULTILINE)
 
 
+def test_a_column_that_happens_to_be_called_words_is_replaced_and_named(folder):
+    """Or kept, where no times take its place; a list would be taken for times, and goes."""
+    lines = [json.loads(line) for line in (folder / "in" / "more.jsonl").read_text().splitlines()]
+    lines = [{**lines[0], "words": 3}, {**lines[1], "words": "two words"}, {**lines[1], "id": "long", "words": 280},
+             {**lines[1], "id": "list", "words": []}]  # fmt: skip
+    for line in lines[2:]:
+        line["text"] = "abcdef " * 40
+    write(folder / "in" / "more.jsonl", lines)
+    told = align([str(folder / "in" / "more.jsonl")], str(folder / "out"), training=AlignerTraining(steps=1))
+    counts = {name: told[name] for name in ("aligned", "had_words", "replaced_words", "without_words")}
+    assert counts == {"aligned": 2, "had_words": 0, "replaced_words": 2, "without_words": 2}
+    rows = {row.id: row for row in read_rows(folder / "out" / "more.jsonl")}
+    assert all(read_words(rows[name].metadata["words"], rows[name].text, name) for name in ("r6", "r7"))
+    assert rows["long"].metadata["words"] == 280 and "words" not in rows["list"].metadata
+    bad = [json.loads(line) for line in (folder / "out" / "bad_rows.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in bad] == ["long", "list", "r6", "r7"]
+    assert "its own words are no times: 'words' is 280" in bad[0]["reason"]
+    assert "its words were replaced by times: 'words' is 3" in bad[2]["reason"]
+
+
+def test_what_was_learnt_and_what_is_bad_are_written_before_too_many_rows_are(folder):
+    """An hour of training is not lost to a few files."""
+    out = folder / "out"
+    with pytest.raises(ValueError, match="1 of 11 rows can't be used"):
+        align([str(folder / "in" / "some.jsonl")], str(out), training=AlignerTraining(steps=1), max_bad_fraction=0.0)
+    assert Aligner.load(out / "aligner").config.words
+    assert "5.wav" in (out / "bad_rows.jsonl").read_text()
+
+
+def test_sounds_too_long_to_align_are_left_out_by_name(folder, capsys):
+    soundfile.write(folder / "in" / "wav" / "6.wav", np.zeros(int(2.5 * RATE)), RATE)
+    arguments = [folder / "in" / "more.jsonl", "--out", folder / "out", "--steps", 1, "--max_seconds", 2.4, "--json"]
+    told = json.loads(told_by(capsys, *arguments))
+    assert told["aligned"] == 1 and len(told["skipped"]) == 1
+    assert re.search(r"more.jsonl:1: .*6\.wav.* 2\.5.* s", told["skipped"][0]), told["skipped"]
+    with pytest.raises(ValueError, match="max_seconds is 0"):
+        align([str(folder / "in" / "more.jsonl")], str(folder / "out"), max_seconds=0)
+
+
 def test_align_refuses_what_it_cannot_use(folder):
     some, out = str(folder / "in" / "some.jsonl"), str(folder / "out")
     steps = AlignerTraining(steps=1)
-    with pytest.raises(ValueError, match="1 of 12 rows can't be used"):
+    with pytest.raises(ValueError, match="1 of 11 rows can't be used"):
         align([some], out, training=steps, max_bad_fraction=0.0)
     with pytest.raises(ValueError, match="min_confidence is 2"):
         align([some], out, training=steps, min_confidence=2)

@@ -70,6 +70,18 @@ def test_times_that_contradict_the_text_are_named(made: Path):
         commands.build(write_manifest(made, rows, "wrong.jsonl"), made / "s", made / "tok", max_bad_fraction=0.0)
 
 
+def test_times_behind_the_sound_are_named(made: Path):
+    """Milliseconds, or another file's."""
+    rows = [json.loads(line) for line in (made / "manifest.jsonl").read_text().splitlines()]
+    rows[2]["words"] = [
+        {"word": time["word"], "start": 1000 * time["start"], "end": 1000 * time["end"]} for time in TIMES
+    ]
+    with pytest.raises(ManifestError, match=r"s2.*words\[0\] \('red'\) ends at 200 s, but the sound lasts 0.6 s"):
+        commands.build(write_manifest(made, rows, "wrong.jsonl"), made / "s", made / "tok", max_bad_fraction=0.0)
+    rows[2]["words"] = [TIMES[0], {**TIMES[1], "end": 0.69}]
+    commands.build(write_manifest(made, rows, "late.jsonl"), made / "s", made / "tok", max_bad_fraction=0.0)
+
+
 def test_what_is_spoken_is_filtered_and_its_voices_are_known(made: Path):
     commands.build(made / "manifest.jsonl", made / "s", made / "tok", perturb=1)
     commands.index(str(made / "s"), made / "tok")

@@ -284,7 +284,7 @@ def test_speech_before_a_judge_and_at_its_bounds(tmp_path: Path):
     judge = Judge(SimpleNamespace(transcribe=transcribe), ("one", "two"))  # type: ignore[arg-type]
     scores = evaluate(model, "speak", manifest, judge=judge).scores  # type: ignore[arg-type]
     assert scores["judge_wer"] == 2 / 6 and scores["judge_resynthesis_wer"] == 1 / 6
-    assert scores["judge_recording_wer"] == 1 / 6
+    assert scores["judge_recording_wer"] == 1 / 6 and scores["judge_shuffled_wer"] == 1.0
     assert asked == [([11, 12, 13], ("one", "two")), *[([800, 801, 802], ("one", "two"))] * 2]
     assert scores["at_bound"] == 2 / 3
     assert model.voices == ["ann", "bob", "ann"], "strangers' rows are said by the voices that there are, in turn"

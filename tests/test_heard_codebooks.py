@@ -15,9 +15,9 @@ from mmllm.data.loading.collate import pack_documents
 from mmllm.data.samples.documents import Sample, Segment, build_document, build_prompt, encode_audio, media_slots
 from mmllm.inference.api import Model
 from mmllm.inference.generate import _hidden
+from mmllm.inference.pacing import Pace
 from mmllm.inference.prompts import pad_left
 from mmllm.inference.speaking import Speaker, SpeechOptions
-from mmllm.inference.units import Pace
 from mmllm.inference.voices import align_recording, begin, ctc_scores
 from mmllm.model.config import config_to_dict
 from mmllm.model.flops import ModelFlops

@@ -133,7 +133,7 @@ def test_a_voice_that_training_never_heard_is_refused(tmp_path):
     assert len(speaking.speak(["one", "two"], voice=["bob", None])) == 2
     with pytest.raises(ValueError, match="is empty; give words"):
         speaking.speak(["one", " "])
-    with pytest.raises(ValueError, match="no voice 'carl'; training heard ann, bob"):
+    with pytest.raises(ValueError, match="no voice 'carl'; this model speaks as ann, bob; or leave voice out"):
         speaking.speak("one", voice="carl")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import numpy as np
 import pytest
@@ -15,9 +14,11 @@ from mmllm.data.samples.documents import Document, DocumentWriter, build_prompt
 from mmllm.data.samples.pointers import spoken_pointer
 from mmllm.inference import generate
 from mmllm.inference.api import Model
+from mmllm.inference.pacing import Pace
 from mmllm.inference.speaking import Speaker, SpeechOptions
-from mmllm.inference.units import Pace, SpokenUnits, _letters, generate_units
+from mmllm.inference.units import SpokenUnits, _letters, _word_counts, generate_units
 from mmllm.inference.voices import align_recording, begin, ctc_scores
+from mmllm_tokenizers.alignment import text_words
 from mmllm_tokenizers.pointer import PointerRule, Spelling
 from mmllm_tokenizers.vocab import AUDIO_END
 from tests.inference_fixtures import RATE, make
@@ -51,32 +52,57 @@ def say(model: Model, sampling=DRAWN, **settings) -> list[SpokenUnits]:
     return generate_units(model.model, model.tokenizer, prompts(model), sampling, None, **{"pace": SHORT} | settings)
 
 
-def check_walk(model: Model, text: str, sound: SpokenUnits, most: int) -> None:
-    """From the first letter to the last, in order, none for too long."""
+def check_walk(text: str, sound: SpokenUnits, most: int, max_advance: int = 2) -> None:
+    """From the first letter to the last, in order, none for too long, and every word."""
     assert sound.pointer_F is not None and sound.is_whole
-    places, last = sound.pointer_F.tolist(), len(Spelling.of(text).letters_L) - 1
+    spelling = Spelling.of(text)
+    places, last = sound.pointer_F.tolist(), len(spelling.letters_L) - 1
     assert sound.codes_KF.shape == (3, len(places)) and int(sound.codes_KF.max()) < 12
-    assert places[0] == 0 and places[-1] >= last - 1
-    assert set(np.diff(places)) <= {0, 1, 2}
+    assert places[0] == 0 and places[-1] > last - max_advance
+    assert set(np.diff(places)) <= set(range(max_advance + 1))
     assert max(places.count(place) for place in set(places)) <= most
+    said = {spelling.words_L[place] for place in places if spelling.letters_L[place] != ord(" ")}
+    words = dict(enumerate(text.split()))
+    assert [word for number, word in words.items() if number not in said and text_words(word)] == []
 
 
 def test_random_weights_lose_repeat_and_prolong_nothing(model):
     for sampling in (DRAWN, GREEDY):
         for text, sound in zip(TEXTS, say(model, sampling), strict=True):
-            check_walk(model, text, sound, 6)
+            check_walk(text, sound, 6)
+
+
+@pytest.mark.parametrize("max_advance", range(1, 7))
+def test_no_word_is_passed_however_far_a_pointer_may_move(max_advance):
+    model = make("delay", pointer=PointerRule(max_advance))
+    texts = ["he is on a red box in it or up", "a", "it is I", "as - is", "ox on a box"]
+    asked = [build_prompt("speak", model.tokenizer, text=text) for text in texts * 8]
+    farthest = biased(model, *[0.0] * max_advance, 1e4)
+    for one, most in ((model, 6), (farthest, 1)):
+        pace = Pace(max_letter_seconds=most / FRAME_RATE, variation=1.0)
+        sounds = generate_units(one.model, one.tokenizer, asked, DRAWN, None, pace=pace)
+        for text, sound in zip(texts * 8, sounds, strict=True):
+            check_walk(text, sound, most, max_advance)
+
+
+def test_what_is_not_said_may_be_passed():
+    letters_L = Spelling.of("as - is").letters_L
+    assert bytes(letters_L.tolist()) == b" as - is "
+    begun_L, ended_L = _word_counts(letters_L)
+    assert begun_L.tolist() == [0, 1, 1, 1, 1, 1, 2, 2, 2]
+    assert ended_L.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 2, 2]
 
 
 def test_a_model_that_would_never_move_is_pushed_on(model):
     stuck = biased(model, 1e4, 0.0, 0.0)
     for text, sound in zip(TEXTS, say(stuck), strict=True):
         num_letters = len(Spelling.of(text).letters_L)
-        check_walk(stuck, text, sound, 6)
+        check_walk(text, sound, 6)
         assert sound.num_bounded >= num_letters / 2
         assert sound.codes_KF.shape[1] == 6 * sound.num_bounded
     hasty = biased(model, 0.0, 0.0, 1e4)
     for text, sound in zip(TEXTS, say(hasty), strict=True):
-        check_walk(hasty, text, sound, 1)
+        check_walk(text, sound, 1)
         assert not sound.num_bounded
 
 
@@ -147,34 +173,6 @@ def test_batch_size_changes_nothing(model, sampling, monkeypatch):
             assert torch.equal(got.codes_KF, want.codes_KF) and torch.equal(got.pointer_F, want.pointer_F)
 
 
-def test_the_rate_is_the_users(model):
-    steady = biased(model, 1.2, 0.0, -50.0)
-    with torch.no_grad():
-        steady.model.pointer.advance_head.weight.zero_()  # each frame moves on with probability 0.23
-    lengths = {}
-    for rate in (0.5, 1.0, 2.0):
-        pace = Pace(rate=rate, max_letter_seconds=10.0, variation=1.0)
-        sounds = generate_units(steady.model, steady.tokenizer, prompts(model)[1:3] * 8, DRAWN, None, pace=pace)
-        lengths[rate] = sum(sound.codes_KF.shape[1] for sound in sounds)
-    wanted = {rate: 1 / (1 - (math.exp(1.2) / (1 + math.exp(1.2))) ** rate) for rate in lengths}  # frames a letter
-    for rate in (0.5, 2.0):
-        assert lengths[rate] / lengths[1.0] == pytest.approx(wanted[rate] / wanted[1.0], rel=0.12)
-
-
-def test_pauses_are_the_users(model):
-    plain = say(model)[1]
-    pace = Pace(pauses={-1: 0.2, 2: 0.4}, max_letter_seconds=SHORT.max_letter_seconds)
-    (paused,) = generate_units(model.model, model.tokenizer, [prompts(model)[1]], DRAWN, None, pace=pace)
-    places = paused.pointer_F.tolist()
-    spaces = [place for place, letter in enumerate(Spelling.of(TEXTS[1]).letters_L) if letter == ord(" ")]
-    assert places.count(0) >= 25 and (places.count(spaces[3]) >= 50 or spaces[3] not in places)
-    assert places.count(0) > plain.pointer_F.tolist().count(0)
-    with pytest.raises(ValueError, match=r"pauses\[7\] stands behind no word; the text has words 0 to 6"):
-        generate_units(model.model, model.tokenizer, [prompts(model)[1]], DRAWN, None, pace=Pace(pauses={7: 0.1}))
-    with pytest.raises(ValueError, match="rate is 0"):
-        Pace(rate=0)
-
-
 def test_speech_stops_when_it_is_told_to(model):
     asked = []
 
@@ -187,6 +185,17 @@ def test_speech_stops_when_it_is_told_to(model):
     assert max(sound.codes_KF.shape[1] for sound in sounds) <= 9
     bounded = generate_units(model.model, model.tokenizer, prompts(model), DRAWN, 5, pace=SHORT)
     assert all(sound.codes_KF.shape[1] <= 5 for sound in bounded) and not bounded[1].is_whole
+
+
+def test_tries_of_one_prompt_are_those_of_as_many_prompts(model):
+    asked = prompts(model)
+    pace = Pace(max_letter_seconds=SHORT.max_letter_seconds, variation=1.0)
+    tries, others = (
+        generate_units(model.model, model.tokenizer, rows, DRAWN, None, pace=pace)
+        for rows in (asked * 4, [copy.copy(prompt) for prompt in asked * 4])
+    )
+    for one, other in zip(tries, others, strict=True):
+        assert torch.equal(one.codes_KF, other.codes_KF) and torch.equal(one.pointer_F, other.pointer_F)
 
 
 def test_codebooks_have_temperatures_of_their_own(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -109,6 +110,26 @@ def test_neither_batch_nor_neighbours_nor_more_votes_change_a_draw(model, monkey
     alone = generate_text(model.model, model.tokenizer, prompts, WARM, 8)
     assert [texts[0] for texts in expected] == [model.tokenizer.text.decode(ids) for ids in alone]
     assert draws(len(prompts), 6, seed=4) != expected
+
+
+def test_a_prompt_is_computed_once_for_all_its_votes(model, monkeypatch: pytest.MonkeyPatch):
+    """And its votes are those of as many prompts like it."""
+    prompts = prompts_of(model)
+    places = [place for place in range(len(prompts)) for _ in range(6)]
+    numbers = [draw_number(place, draw) for place in range(len(prompts)) for draw in range(6)]
+    seen, embed = [], model.model.image_embedding
+
+    def count(pixels: torch.Tensor, *others: object) -> torch.Tensor:
+        seen.append(len(pixels))
+        return embed(pixels, *others)
+
+    monkeypatch.setattr(model.model, "image_embedding", count)
+    once, each = (
+        generate_text(model.model, model.tokenizer, asked, WARM, 8, numbers=numbers)
+        for asked in ([prompts[place] for place in places], [copy.copy(prompts[place]) for place in places])
+    )
+    assert once == each and len(set(map(tuple, once))) > len(prompts)
+    assert seen == [len(prompts), 6 * len(prompts)]
 
 
 def test_draws_differ_in_what_a_generator_keeps_of_a_seed():

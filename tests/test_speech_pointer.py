@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from mmllm.batch import IGNORE, LETTER_GAP, Modality
+from mmllm.checkpoints.folder import save_model
 from mmllm.data.loading.collate import pack_documents
 from mmllm.data.samples.documents import Sample, build_document, build_prompt
+from mmllm.inference.api import load
 from mmllm.losses.batch import LossFunction
 from mmllm.model.pointer import PointerConfig, SpeechPointer
 from mmllm_tokenizers.alignment import WordTime
@@ -54,9 +56,19 @@ def test_letters_begin_when_their_words_say_so():
     # ö has two bytes, which share its half of the word; the dash takes no time.
     wanted = [0.0, 0.2, 0.3, 0.4, 0.6, 0.6, 0.6, 1.0, 1.1, 1.3, 1.3]
     np.testing.assert_allclose(starts_L, wanted)
-    assert letter_starts("Öl - ja!", times, 0.5).max() == 0.5, "a sound that was cut ends all letters"
+    assert letter_starts("Öl - ja!", times, 1.25).max() == 1.25, "the sound's end ends all letters"
+    with pytest.raises(ValueError, match=r"words\[0\] \('öl'\) ends at 0.6 s, but the sound lasts 0.49 s; .* seconds"):
+        letter_starts("Öl - ja!", times, 0.49)
     with pytest.raises(ValueError, match="2 words, but 1 have times"):
         letter_starts("Öl - ja!", times[:1], 2.0)
+
+
+def test_letters_that_are_folded_to_more_keep_their_times():
+    times = [WordTime("Straße", 0.0, 1.0, (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)), WordTime("İß", 1.0, 2.0, (1.2, 1.6))]
+    text = "Straße İß"
+    assert bytes(Spelling.of(text).letters_L.tolist()).decode() == f" {text.casefold()} "
+    wanted = [0.0, 0.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 1.0, 1.2, 1.2 + 0.4 / 3, 1.2 + 0.8 / 3, 1.6, 1.8, 2.0]
+    np.testing.assert_allclose(letter_starts(text, times, 2.0), wanted)
 
 
 def slow_follow(starts_L: np.ndarray, num_frames: int, frame_rate: float, max_advance: int) -> list[int]:
@@ -144,13 +156,26 @@ def test_a_document_says_at_each_frame_what_is_said_and_what_follows(pattern):
 def test_rows_without_times_are_refused_by_name(tokenizer):
     with pytest.raises(ValueError, match=r"row: the tokenizer folder has a pointer, .* `mmllm data align`"):
         build_document(dataclasses.replace(sample(), metadata={}), "speak", tokenizer)
+    early = [{"word": word["word"], "start": 0.0, "end": 0.03} for word in WORDS]
     with pytest.raises(ValueError, match=r"row: 12 letters are said in 4 frames"):
-        build_document(sample(num_frames=4), "speak", tokenizer)
+        build_document(sample(num_frames=4, words=early), "speak", tokenizer)
     with pytest.raises(ValueError, match="row"):
         build_document(sample("Red"), "speak", tokenizer)
+    late = [{**word, "start": 1000 * word["start"], "end": 1000 * word["end"], "letters": None} for word in WORDS]
+    with pytest.raises(ValueError, match=r"row: words\[0\] \('Red'\) ends at 400 s, but the sound lasts 0.96 s"):
+        build_document(sample(words=late), "speak", tokenizer)
     heard = build_document(sample(), "transcribe", tokenizer)
     assert heard.pointer is None, "what is heard has no pointer"
     assert build_document(sample(), "speak", make_tokenizer()).pointer is None
+
+
+def test_memory_counts_the_pointer(tokenizer):
+    """Loaders bound what they hold by it."""
+    document = build_document(sample(), "speak", tokenizer)
+    assert document.pointer is not None
+    without = dataclasses.replace(document, pointer=None)
+    arrays = [getattr(document.pointer, name) for name in ("letters_L", "places_T", "ages_T", "advances_T")]
+    assert document.num_bytes - without.num_bytes == sum(array.nbytes for array in arrays) > 24 * NUM_FRAMES
 
 
 def test_a_prompt_points_to_its_first_letter(tokenizer):
@@ -209,6 +234,17 @@ def test_an_age_that_training_never_held_is_as_the_oldest_it_did():
     for older in (2, 3):
         torch.testing.assert_close(spoken_WD[older], spoken_WD[1])
     assert not torch.allclose(spoken_WD[0], spoken_WD[1])
+
+
+def test_a_model_speaks_in_bfloat16(tmp_path):
+    """Weights are loaded in another dtype, buffers that no file holds are not."""
+    model = make("delay", pointer=PointerRule())
+    assert model.model.pointer is not None
+    torch.nn.init.normal_(model.model.pointer.age_embedding)
+    save_model(tmp_path / "model", model.model, model.tokenizer)
+    whole = load(tmp_path / "model", "cpu").speak("one", max_letter_seconds=0.05, temperature=0)
+    spoken = load(tmp_path / "model", "cpu", dtype="bfloat16").speak("one", max_letter_seconds=0.05, temperature=0)
+    assert [word.word for word in spoken.words] == ["one"] and spoken.is_whole and whole.is_whole
 
 
 def test_packed_speech_is_as_it_is_alone(tokenizer):

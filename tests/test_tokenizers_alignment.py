@@ -80,3 +80,10 @@ def test_wrong_words_are_refused_and_the_row_is_named(value, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         read_words(value, TEXT, "row 3")
     assert str(error.value).startswith("row 3")
+
+
+def test_no_word_ends_behind_its_sound():
+    assert read_words(WORDS, TEXT, "row 3", seconds=1.4) == read_words(WORDS, TEXT, "row 3")
+    message = "row 3: words[3] ('stars') ends at 1.5 s, but the sound lasts 1.39 s; give times in seconds"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_words(WORDS, TEXT, "row 3", seconds=1.39)

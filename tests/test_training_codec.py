@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +130,23 @@ def test_a_warmup_step_teaches_the_decoder_nothing_and_a_short_training_has_code
     module = _voice_module(out=str(tmp_path / "codec"))
     before = {name: value.clone() for name, value in module.codec.state_dict().items()}
     _fit(module, 2)
-    module.export(tmp_path / "codec")
     after = load_audio_tokenizer(tmp_path / "codec")
     changed = {name for name, value in module.codec.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {f"quantizer.{name}" for name in ("codebooks", "counts", "sums", "num_batches")}
     assert torch.equal(after.codebooks_KVD, module.codec.codebooks_KVD)
+
+
+def test_ranks_that_end_in_the_warm_up_make_the_codebooks_together(tmp_path: Path) -> None:
+    """Rank 0 alone would wait for the others for ever."""
+    root = Path(__file__).parent.parent
+    paths = [str(root), str(root / "tokenizers"), str(root / "kernels")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).parent / "codec_ranks.py"), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, other = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    assert torch.equal(one, other)
+    assert torch.equal(load_audio_tokenizer(tmp_path / "codec").codebooks_KVD, one)
 
 
 @pytest.mark.parametrize(("make", "stop"), [(_module, 3), (_voice_module, 2), (_voice_module, 4)])

@@ -46,7 +46,7 @@ class GenerationConfig:
     max_heard_seconds: float | None = None
     """Longer sounds are refused: training's sequences held no such; None: not known."""
     voices: tuple[str, ...] = ()
-    """Speakers that training heard by name and that can be asked for; empty: not known."""
+    """Speakers that the model speaks as and that can be asked for by name; empty: not known."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "max_seconds", "batch_size"):

@@ -51,15 +51,19 @@ def _add_speak(commands: Any) -> None:
     parser = add_command(commands, "speak", "say a text", _speak)
     parser.add_argument("text")
     parser.add_argument("--out", required=True, metavar="WAV", help="the file to write, .wav or .flac")
-    parser.add_argument("--voice", help="a speaker of the training data")
-    parser.add_argument("--max_seconds", type=float, help="at most so long")
-    parser.add_argument("--recording", metavar="FILE", help="a few seconds of a voice, in which the text is said")
+    parser.add_argument("--voice", help="a speaker that the model speaks as")
+    parser.add_argument("--max_seconds", type=float, help="at most so long, pauses apart")
+    parser.add_argument(
+        "--recording", metavar="FILE", help="a few seconds of a voice, in which the text is said; no --voice"
+    )
     parser.add_argument("--recording_text", metavar="TEXT", help="what is said in the recording")
     parser.add_argument("--best_of", type=int, help="tries, of which the one is kept that the model hears best")
-    parser.add_argument("--rate", type=float, help="2 speaks twice as fast; this and what follows need a pointer")
+    parser.add_argument(
+        "--rate", type=float, help="2: twice as fast, at the same pitch; this and what follows need a pointer"
+    )
     parser.add_argument(
         "--pause", action="append", default=[], metavar="WORD=SECONDS",
-        help="a rest behind a word, by its number from 0; -1: before the first; may be repeated",
+        help="silence behind a word, by its number from 0; before the first: --pause=-1=SECONDS; may be repeated",
     )  # fmt: skip
     parser.add_argument("--max_letter_seconds", type=float, help="a letter lasts so long at most")
     parser.add_argument("--variation", type=float, help="how much the time of each letter is left to chance, 0 to 1")

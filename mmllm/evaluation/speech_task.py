@@ -61,7 +61,8 @@ def evaluate_speech(
 
     Controls: `shuffled_wer` scores the same transcripts against other rows' texts; `resynthesis_wer` transcribes the
     real speech after it went through the codec and back. `judge_wer` and `judge_resynthesis_wer` are a judge's, who
-    shares nothing with the model; its WER on the recordings themselves is `judge_recording_wer`. `length_correlation`
+    shares nothing with the model; its WER on the recordings themselves is `judge_recording_wer`, and that of what is
+    spoken against other rows' texts `judge_shuffled_wer`. `length_correlation`
     is of the spoken and the real lengths; where some rows are said by another voice than their own,
     `own_voice_length_correlation` is of the `own_voice_n` others, as voices differ in their speed. `at_bound` is the
     share of rows that ran into a bound of time, of a letter or of all. `level_db` and `mel_error` (dB) compare the
@@ -92,12 +93,12 @@ def evaluate_speech(
     resynthesized = model.transcribe(cast("list[Any]", again), **greedy)
     edits, clusters = edits_of_words(heard, texts), causes(rows)
     scores = rate_scores("round_trip_wer", edits, seed, clusters)
-    if len(rows) > 1:
-        others = [texts[i] for i in derangement(len(rows), seed)]
+    others = [texts[i] for i in derangement(len(rows), seed)] if len(rows) > 1 else None
+    if others is not None:
         scores |= rate_scores("shuffled_wer", edits_of_words(heard, others), seed, clusters)
     scores |= rate_scores("resynthesis_wer", edits_of_words(resynthesized, texts), seed, clusters)
     if judge is not None:
-        scores |= _judged(judge, texts, spoken, again, sounds, seed, clusters)
+        scores |= _judged(judge, texts, others, spoken, again, sounds, seed, clusters)
     is_own = np.array([voice == _speaker(row) for voice, row in zip(voices, rows, strict=True)])
     scores |= _lengths(spoken, sounds, is_own) | _quality(audio, again, sounds)
     scores["n"] = len(rows)
@@ -135,6 +136,7 @@ def _speaker(row: Row) -> str | None:
 def _judged(
     judge: Judge,
     texts: Sequence[str],
+    others: Sequence[str] | None,
     spoken: Sequence[Waveform],
     again: Sequence[tuple[Tensor, int]],
     sounds: Sequence[AudioPart],
@@ -143,9 +145,12 @@ def _judged(
 ) -> dict[str, Any]:
     said = [(torch.from_numpy(waveform.samples), waveform.sample_rate) for waveform in spoken]
     recorded = [(sound.wave_CT, sound.sample_rate) for sound in sounds]
-    scores: dict[str, Any] = {}
-    for name, heard in (("judge_wer", said), ("judge_resynthesis_wer", again), ("judge_recording_wer", recorded)):
-        scores |= rate_scores(name, edits_of_words(judge.transcribe(heard), texts), seed, clusters)
+    heard = judge.transcribe(said)
+    scores = rate_scores("judge_wer", edits_of_words(heard, texts), seed, clusters)
+    if others is not None:
+        scores |= rate_scores("judge_shuffled_wer", edits_of_words(heard, others), seed, clusters)
+    for name, sounds_of in (("judge_resynthesis_wer", again), ("judge_recording_wer", recorded)):
+        scores |= rate_scores(name, edits_of_words(judge.transcribe(sounds_of), texts), seed, clusters)
     return scores
 
 

@@ -89,10 +89,10 @@ class SpeechSettings(_Settings, total=False):
     `temperature` may be one of each codebook. `best_of` tries are spoken of each text, of which the one is kept that
     the model's CTC head hears best. `stop()` is asked before each frame; True ends what is still spoken.
 
-    Where the model has a pointer into what it says: `rate` 2 speaks about twice as fast, `pauses` are seconds of rest
-    behind words by their numbers (`{2: 0.5}`: behind the third word; -1: before the first), a letter lasts
-    `max_letter_seconds` at most, and `variation` (0 to 1) leaves the time that each takes to chance. Without
-    `max_seconds`, speech takes as long as its text does.
+    Where the model has a pointer into what it says: `rate` 2 speaks twice as fast, at the same pitch; `pauses` are
+    seconds of silence behind words by their numbers (`{2: 0.5}`: behind the third word; -1: before the first); a letter
+    lasts `max_letter_seconds` at most (at rate 1), and `variation` (0 to 1) leaves the time that each takes to chance.
+    Without `max_seconds`, speech takes as long as its text does.
     """
 
     temperature: float | Sequence[float]
@@ -227,13 +227,13 @@ class Model:
         Args:
             texts: what to say.
             out: a sound file to write, or one for each text.
-            voice: a speaker of the training data, or one for each text; None leaves it to the model.
-            recording: a few seconds of a voice, in which the texts are said as if it went on.
+            voice: a speaker that the model speaks as, or one for each text; None leaves it to the model.
+            recording: a few seconds of a voice, in which the texts are said as if it went on; in place of `voice`.
             recording_text: what is said in it.
             **settings: see `SpeechSettings`.
 
         Raises:
-            ValueError: the model does not speak, training heard no such voice, or texts, voices and files differ in
+            ValueError: the model does not speak, or not as such a voice, or texts, voices and files differ in
                 number.
         """
         _check_settings(settings, SpeechSettings)
@@ -246,7 +246,9 @@ class Model:
         unknown = {one for one in voices if one is not None and defaults.voices and one not in defaults.voices}
         if unknown:
             known = ", ".join(defaults.voices[:8]) + (", …" if len(defaults.voices) > 8 else "")
-            raise ValueError(f"there is no voice {sorted(unknown)[0]!r}; training heard {known}, or leave voice out")
+            raise ValueError(
+                f"there is no voice {sorted(unknown)[0]!r}; this model speaks as {known}; or leave voice out"
+            )
         paths = [None] * len(many) if out is None else _as_list(out)
         for noun, given in (("voices", voices), ("files", paths)):
             if len(given) != len(many):

@@ -170,12 +170,16 @@ def _continue_text(
 
 
 class Decoding:
-    """Rows that are being continued: their cache, and the hidden state from which the next id is drawn."""
+    """Rows that are being continued: their cache, and the hidden state from which the next id is drawn.
+
+    A prompt that is given several times (votes, tries) is computed once.
+    """
 
     def __init__(self, model: MultimodalModel, prompts: list[Document], num_new: int) -> None:
         self.model = model
         self.device = model.decoder.head_weight_VD.device
-        batch = pad_left(prompts).to(self.device)
+        distinct = list({id(prompt): prompt for prompt in prompts}.values())
+        batch = pad_left(distinct).to(self.device)
         self.num_codebooks = batch.audio_codes_BTK.shape[-1]
         num_rows, num_positions = batch.token_ids_BT.shape
         self.cache = model.decoder.make_cache(num_rows, num_positions + num_new)
@@ -184,6 +188,11 @@ class Decoding:
         self.letters_L = batch.letters_L
         self.pointer_B = batch.pointer_BT[:, -1] if batch.pointer_BT.numel() else None
         """Which of the letters each row says next; None: no row has a pointer."""
+        if len(distinct) < len(prompts):
+            number_of = {id(prompt): number for number, prompt in enumerate(distinct)}
+            rows = [number_of[id(prompt)] for prompt in prompts]
+            self.keep(rows)
+            self.pointer_B = None if self.pointer_B is None else self.pointer_B[rows]
 
     def advance(
         self, token_ids_B: Tensor, codes_BK: Tensor, modality: Modality, spoken: SpokenLetters | None = None
@@ -197,7 +206,7 @@ class Decoding:
         self.hidden_BD = self.model.hidden(batch, self.cache)[:, -1]
 
     def keep(self, places: list[int]) -> None:
-        """Drops all other rows."""
+        """Drops all other rows; one that is named twice is there twice."""
         self.cache.keep(places)
         self.hidden_BD, self.positions_B = self.hidden_BD[places], self.positions_B[places]
 

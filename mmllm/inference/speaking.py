@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ import torch
 
 from mmllm.checkpoints.settings import GenerationConfig, Sampling
 from mmllm.data.samples.documents import Document, build_prompt
-from mmllm.inference.units import Pace, SpokenUnits, generate_units
+from mmllm.inference.pacing import Pace, Said, paced
+from mmllm.inference.units import SpokenUnits, generate_units
 from mmllm.inference.voices import Recording, begin, ctc_scores
 from mmllm.model.multimodal import MultimodalModel
 from mmllm_tokenizers.alignment import WordTime, text_words
 from mmllm_tokenizers.folder import TokenizerFolder
-from mmllm_tokenizers.pointer import Spelling
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Waveform:
     """float32 [T] in about [-1, 1]."""
     sample_rate: int
     codes_KF: np.ndarray
-    """int64, the units of which it was made."""
+    """int64, the units that the model spoke: what the samples are before the rate stretched them, without pauses."""
     words: tuple[WordTime, ...] = ()
     """When each word is said, as far as it came; empty: the model has no pointer."""
     num_bounded: int = 0
@@ -65,9 +65,9 @@ class SpeechOptions:
 
     Attributes:
         samplings: of each codebook, or one of all.
-        max_seconds: speech at most; None, with a pointer alone: as long as the text takes.
+        max_seconds: speech at most, pauses apart; None, with a pointer alone: as long as the text takes.
         batch_size: texts at once.
-        pace: how pointers move; None: the model's own pace.
+        pace: how pointers move, how fast the speech is and where it rests; None: the model's own pace.
         best_of: tries of each text, of which the one is kept that the model's CTC head hears best.
         stop: asked before each frame; True ends what is still spoken.
     """
@@ -80,10 +80,18 @@ class SpeechOptions:
     stop: Callable[[], bool] | None = None
 
     def __post_init__(self) -> None:
+        if not self.samplings:
+            raise ValueError("there is no temperature; give one, or one for each codebook")
         if self.max_seconds is not None and not self.max_seconds > 0:
             raise ValueError(f"max_seconds is {self.max_seconds}; it must be positive")
         if self.best_of < 1:
             raise ValueError(f"best_of is {self.best_of}; give at least 1 try")
+        is_drawn = any(sampling.temperature > 0 and sampling.top_k != 1 for sampling in self.samplings)
+        if self.best_of > 1 and not is_drawn and not (self.pace and self.pace.variation):
+            raise ValueError(
+                f"best_of is {self.best_of}, but nothing is left to chance, so that all tries are the same; give a "
+                f"temperature or a variation above 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -110,16 +118,14 @@ class Speaker:
             recording: whose voice it is to be said in.
 
         Raises:
-            ValueError: the options are of a pointer, or of a CTC head, that the model hasn't.
+            ValueError: the options are of a pointer, or of a CTC head, that the model hasn't, a pause stands behind no
+                word, or there are a recording and a voice's name.
         """
-        self._check(options, recording)
+        self._check(texts, voices, options, recording)
         prompts = [self._prompt(text, voice, recording) for text, voice in zip(texts, voices, strict=True)]
-        max_frames = None
+        pace, max_frames = options.pace or Pace(), None
         if options.max_seconds is not None:
-            max_frames = max(1, round(options.max_seconds * self.tokenizer.frame_rate))
-        pace, num_before = options.pace, 0 if recording is None else len(recording.text.split())
-        if pace is not None and num_before:  # words are counted from the text's first
-            pace = replace(pace, pauses={word + num_before: seconds for word, seconds in pace.pauses.items()})
+            max_frames = max(1, round(options.max_seconds * pace.rate * self.tokenizer.frame_rate))
         first, *others = options.samplings
         samplings = options.samplings if others else first
         tries = generate_units(
@@ -127,12 +133,31 @@ class Speaker:
             self.progress, pace, options.stop,
         )  # fmt: skip
         return [
-            self._waveform(sound, text, num_before, recording)
+            self._waveform(sound, text, pace, recording)
             for sound, text in zip(self._best(tries, texts), texts, strict=True)
         ]
 
-    def _check(self, options: SpeechOptions, recording: Recording | None) -> None:
+    def _check(
+        self,
+        texts: Sequence[str],
+        voices: Sequence[str | None],
+        options: SpeechOptions,
+        recording: Recording | None,
+    ) -> None:
+        if options.best_of > 1 and self.model.ctc_head is None:
+            raise ValueError(
+                f"best_of is {options.best_of}, but the model has no CTC head to hear its tries; give 1, or train it "
+                f"with loss.ctc above 0"
+            )
+        named = next((voice for voice in voices if voice is not None), None)
+        if recording is not None and named is not None:
+            raise ValueError(
+                f"the voice {named!r} and a recording are both given; leave one out: a recording is gone on from in "
+                f"its own voice"
+            )
         if self.model.pointer is not None:
+            for text in texts:
+                (options.pace or Pace()).check(text)
             return
         needing = {"rate, pauses, max_letter_seconds or variation": options.pace, "a voice from a recording": recording}
         for what, given in needing.items():
@@ -160,41 +185,29 @@ class Speaker:
             best.append(tries[min(places, key=lambda place: scores[place])])
         return best
 
-    def _waveform(self, sound: SpokenUnits, text: str, num_before: int, recording: Recording | None) -> Waveform:
+    def _waveform(self, sound: SpokenUnits, text: str, pace: Pace, recording: Recording | None) -> Waveform:
         audio = self.tokenizer.require_audio()
-        codes_KF, hop = sound.codes_KF, 0
+        codes_KF, hop, whole = sound.codes_KF, 0, text
         if recording is not None:  # decoded behind the recording, so that it begins as it goes on
             hop = round(recording.codes_KF.shape[1] / self.tokenizer.frame_rate * audio.sample_rate)
             codes_KF = torch.cat([recording.codes_KF[: len(codes_KF)], codes_KF], dim=1)
+            whole = f"{recording.text} {text}"
         wave = audio.decode(codes_KF)[..., hop:]
-        mono = wave.mean(dim=0) if wave.dim() == 2 else wave
+        mono_T = (wave.mean(dim=0) if wave.dim() == 2 else wave).numpy().astype(np.float32)
+        words: list[WordTime] = []
+        if sound.pointer_F is not None:
+            num_before = len(whole.split()) - len(text.split())
+            said = Said.of(sound.pointer_F.numpy(), whole, num_before, self.tokenizer.frame_rate, sound.is_whole)
+            mono_T, words = paced(mono_T, audio.sample_rate, _words(said, text), said, pace)
         return Waveform(
-            mono.numpy().astype(np.float32),
-            audio.sample_rate,
-            sound.codes_KF.numpy(),
-            self._words(sound, text, num_before, recording),
-            sound.num_bounded,
-            sound.is_whole,
+            mono_T, audio.sample_rate, sound.codes_KF.numpy(), tuple(words), sound.num_bounded, sound.is_whole
         )
 
-    def _words(
-        self, sound: SpokenUnits, text: str, num_before: int, recording: Recording | None
-    ) -> tuple[WordTime, ...]:
-        """When each word was said, by the pointer."""
-        if sound.pointer_F is None:
-            return ()
-        whole = text if recording is None else f"{recording.text} {text}"
-        spelling = Spelling.of(whole)
-        is_letter_L = spelling.letters_L != ord(" ")
-        pointer_F = sound.pointer_F.numpy()
-        owners_F, is_letter_F = spelling.words_L[pointer_F], is_letter_L[pointer_F]
-        words = []
-        for number, word in enumerate(whole.split()):
-            frames = np.flatnonzero((owners_F == number) & is_letter_F)
-            if number >= num_before and len(frames) and text_words(word):
-                rate = self.tokenizer.frame_rate
-                words.append(WordTime(word, frames[0].item() / rate, (frames[-1].item() + 1) / rate))
-        return tuple(words)
+
+def _words(said: Said, text: str) -> dict[int, WordTime]:
+    """When each word was said, by its number, as far as it came."""
+    times = {number: said.word(number) for number, word in enumerate(text.split()) if text_words(word)}
+    return {number: WordTime(text.split()[number], *time) for number, time in times.items() if time is not None}
 
 
 def speech_options(settings: Mapping[str, Any], defaults: GenerationConfig, has_pointer: bool) -> SpeechOptions:

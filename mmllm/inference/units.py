@@ -11,8 +11,9 @@ advances, N prompts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -23,43 +24,16 @@ from mmllm.batch import Modality
 from mmllm.checkpoints.settings import Sampling
 from mmllm.data.samples.documents import Document
 from mmllm.inference.generate import Decoding, batches, draw, evaluating, kept_rows, uniforms
+from mmllm.inference.pacing import Pace
 from mmllm.inference.prompts import SpokenLetters
 from mmllm.model.multimodal import MultimodalModel
+from mmllm_tokenizers.alignment import text_words
 from mmllm_tokenizers.folder import TokenizerFolder
 from mmllm_tokenizers.patterns import invert_pattern, num_positions
 from mmllm_tokenizers.vocab import AUDIO_END
 
 _FIRST_ROOM = 8
 """Frames a letter for which memory is reserved at first."""
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How a pointer moves through a text.
-
-    Attributes:
-        rate: 2 speaks about twice as fast as the model would.
-        pauses: seconds of rest behind words, by their number from 0 (of `text.split()`), -1: before the first.
-        max_letter_seconds: a letter lasts so long at most (a pause apart); how often it would have lasted longer is
-            counted.
-        variation: how much the time that a letter takes is left to chance: 0, the median of what the model expects; 1,
-            drawn from it.
-    """
-
-    rate: float = 1.0
-    pauses: Mapping[int, float] = field(default_factory=dict)
-    max_letter_seconds: float = 0.6
-    variation: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("rate", "max_letter_seconds"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        if not 0 <= self.variation <= 1:
-            raise ValueError(f"variation is {self.variation}; give 0 to 1")
-        for word, seconds in self.pauses.items():
-            if not (math.isfinite(seconds) and seconds >= 0):
-                raise ValueError(f"pauses[{word}] is {seconds}; give seconds, 0 or more")
 
 
 @dataclass(frozen=True)
@@ -102,7 +76,8 @@ def generate_units(
         max_frames: at most; None, with a pointer alone: as many as the letters may last.
         batch_size: rows at once; prompts of like length go together.
         progress: called with the number of prompts of each batch that is done.
-        pace: how pointers move; None: at the model's own pace.
+        pace: how pointers move; its rate and pauses are of the sound (`mmllm.inference.pacing.paced`), not of units.
+            None: as the model expects.
         stop: asked before each frame; True ends all that is still spoken.
 
     Returns:
@@ -173,13 +148,14 @@ class _Letters:
     """Where rows are in their texts; all tensors on the device."""
 
     num_letters_B: Tensor
-    max_frames_BL: Tensor
-    """Frames that each letter lasts at most."""
-    min_frames_BL: Tensor
-    """Frames that each letter lasts at least: pauses."""
-    short_words_BL: Tensor
-    """How many words of one letter there are up to each letter."""
-    pace: Pace
+    max_letter_frames: int
+    """Frames that a letter lasts at most."""
+    begun_words_BL: Tensor
+    """How many words begin up to each letter."""
+    ended_words_BL: Tensor
+    """How many words end before each letter, and before the place behind the last one."""
+    variation: float
+    """Of the pace."""
     places_B: Tensor
     ages_B: Tensor
     """Frames before the one that is drawn now that said the same letter."""
@@ -195,8 +171,7 @@ class _Letters:
     @property
     def max_frames(self) -> int:
         """Of the row that may last longest from here on."""
-        at_L = torch.arange(self.max_frames_BL.shape[1], device=self.places_B.device)
-        return int((self.max_frames_BL * (at_L >= self.places_B[:, None])).sum(dim=1).max())
+        return self.max_letter_frames * int((self.num_letters_B - self.places_B).max())
 
     @property
     def has_ended_B(self) -> Tensor:
@@ -204,7 +179,7 @@ class _Letters:
         return self.places_B >= self.num_letters_B
 
     def move(self, logits_BJ: Tensor, uniforms_B: Tensor) -> None:
-        """Moves each pointer on if its letter has lasted long enough, and holds it or pushes it where it must be.
+        """Moves each pointer on if its letter has lasted long enough, and pushes it where it must move.
 
         A letter lasts until the probability of having moved on has passed its `quantiles_B`. The longer it has lasted,
         the likelier it ends, as the lengths of speech's sounds have it: a sound that the model missed the end of is
@@ -212,15 +187,13 @@ class _Letters:
         """
         log_BJ = logits_BJ.double().log_softmax(dim=-1)
         is_new_B = self.ages_B == 0
-        self.quantiles_B = torch.where(is_new_B, 0.5 + self.pace.variation * (uniforms_B - 0.5), self.quantiles_B)
-        # At rate r a frame is as long as r frames were: staying has its probability to the power of r.
+        self.quantiles_B = torch.where(is_new_B, 0.5 + self.variation * (uniforms_B - 0.5), self.quantiles_B)
         step_B = torch.minimum(log_BJ[:, 0], torch.where(is_new_B, 0.0, self.log_step_B))
-        stay_B = torch.where(is_new_B, 0.0, self.log_stay_B) + step_B * self.pace.rate
-        lasted_B, places_B1 = self.ages_B + 1, self.places_B.clamp(max=self.max_frames_BL.shape[1] - 1)[:, None]
-        is_held_B = lasted_B < self.min_frames_BL.gather(1, places_B1)[:, 0]
-        is_bounded_B = lasted_B >= self.max_frames_BL.gather(1, places_B1)[:, 0]
+        stay_B = torch.where(is_new_B, 0.0, self.log_stay_B) + step_B
+        lasted_B, places_B1 = self.ages_B + 1, self.places_B.clamp(max=self.begun_words_BL.shape[1] - 1)[:, None]
+        is_bounded_B = lasted_B >= self.max_letter_frames
         had_ended_B = self.has_ended_B
-        wants_B = (-torch.expm1(stay_B) > self.quantiles_B) & ~is_held_B
+        wants_B = -torch.expm1(stay_B) > self.quantiles_B
         moves_B = (wants_B | is_bounded_B) & ~had_ended_B  # behind the end are the later codebooks' last codes
         self.log_stay_B, self.log_step_B = stay_B, step_B
         self.said_B = torch.where(had_ended_B, self.said_B, self.places_B)
@@ -229,10 +202,10 @@ class _Letters:
         self.ages_B = torch.where(moves_B & ~self.has_ended_B, 0, lasted_B)
 
     def _steps(self, log_BJ: Tensor, places_B1: Tensor) -> Tensor:
-        """How many letters each moves by, if it moves: the most probable number, but past no word of one letter."""
-        reach_1J = torch.arange(log_BJ.shape[1] - 1, device=log_BJ.device)[None]
-        passed_BJ = (places_B1 + reach_1J).clamp(max=self.short_words_BL.shape[1] - 1)
-        num_lost_BJ = self.short_words_BL.gather(1, passed_BJ) - self.short_words_BL.gather(1, places_B1)
+        """How many letters each moves by, if it moves: the most probable number that passes no whole word."""
+        steps_1J = torch.arange(1, log_BJ.shape[1], device=log_BJ.device)[None]
+        reached_BJ = torch.minimum(places_B1 + steps_1J, self.num_letters_B[:, None])
+        num_lost_BJ = self.ended_words_BL.gather(1, reached_BJ) - self.begun_words_BL.gather(1, places_B1)
         return 1 + log_BJ[:, 1:].masked_fill(num_lost_BJ > 0, -torch.inf).argmax(dim=-1)
 
     def keep(self, rows: list[int]) -> None:
@@ -249,33 +222,22 @@ def _letters(
     if model.pointer is None:
         return None
     device = model.decoder.head_weight_VD.device
-    lengths, most, least, places, short = [], [], [], [], []
-    num_most = max(1, math.ceil(pace.max_letter_seconds * tokenizer.frame_rate))
+    num_letters, places, begun, ended = [], [], [], []
     for prompt in prompts:
         assert prompt.pointer is not None, "the tokenizer folder of a model with a pointer has one"
-        text = prompt.pointer.letters_L[prompt.pointer.letters_L >= 0]
+        letters_L = prompt.pointer.letters_L[prompt.pointer.letters_L >= 0]
         places.append(int(prompt.pointer.places_T[-1]))
-        lengths.append(len(text))
-        minimum_L, maximum_L = torch.zeros(len(text), dtype=torch.int64), torch.full((len(text),), num_most)
-        spaces = (text == ord(" ")).nonzero()[0].tolist()
-        for word, seconds in pace.pauses.items():
-            if not -1 <= word < len(spaces) - 1:
-                raise ValueError(f"pauses[{word}] stands behind no word; the text has words 0 to {len(spaces) - 2}")
-            frames = round(seconds * tokenizer.frame_rate)
-            minimum_L[spaces[word + 1]] = frames
-            maximum_L[spaces[word + 1]] = max(num_most, frames)
-        is_space = text == ord(" ")
-        is_short = np.r_[False, is_space[:-2] & ~is_space[1:-1] & is_space[2:], False]
-        short.append(torch.from_numpy(is_short.cumsum()))
-        most.append(maximum_L)
-        least.append(minimum_L)
+        num_letters.append(len(letters_L))
+        begun_L, ended_L = _word_counts(letters_L)
+        begun.append(torch.from_numpy(begun_L))
+        ended.append(torch.from_numpy(ended_L))
     zeros_B = torch.zeros(len(prompts), dtype=torch.int64, device=device)
     return _Letters(
-        num_letters_B=torch.tensor(lengths, device=device),
-        max_frames_BL=torch.nn.utils.rnn.pad_sequence(most, batch_first=True).to(device),
-        min_frames_BL=torch.nn.utils.rnn.pad_sequence(least, batch_first=True).to(device),
-        short_words_BL=torch.nn.utils.rnn.pad_sequence(short, batch_first=True).to(device),
-        pace=pace,
+        num_letters_B=torch.tensor(num_letters, device=device),
+        max_letter_frames=max(1, math.ceil(pace.max_letter_seconds * tokenizer.frame_rate)),
+        begun_words_BL=torch.nn.utils.rnn.pad_sequence(begun, batch_first=True).to(device),
+        ended_words_BL=torch.nn.utils.rnn.pad_sequence(ended, batch_first=True).to(device),
+        variation=pace.variation,
         places_B=torch.tensor(places, device=device),
         ages_B=zeros_B,
         num_bounded_B=zeros_B,
@@ -284,6 +246,18 @@ def _letters(
         log_stay_B=zeros_B.double(),
         log_step_B=zeros_B.double(),
     )
+
+
+def _word_counts(letters_L: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many words have begun at each letter [L], and have ended before it, [L + 1]; of those that can be said."""
+    begun_L = np.zeros(len(letters_L), dtype=np.int64)
+    ended_L = np.zeros(len(letters_L) + 1, dtype=np.int64)
+    for before, after in pairwise(np.flatnonzero(letters_L == ord(" ")).tolist()):
+        word = bytes(letters_L[before + 1 : after].tolist()).decode()
+        if text_words(word):  # a dash between two words may be passed: nothing is said there
+            begun_L[before + 1 :] += 1
+            ended_L[after:] += 1
+    return begun_L, ended_L
 
 
 class _UnitRules:
@@ -455,6 +429,4 @@ class _Speech:
         if self.letters is None or self.first_letters_B is None:
             return None
         places_B = torch.where(self.letters.has_ended_B, self.letters.said_B, self.letters.places_B)
-        # As they would be at the model's own pace.
-        ages_B = (self.letters.ages_B * self.letters.pace.rate).round().long()
-        return SpokenLetters(self.decoding.letters_L, self.first_letters_B + places_B, ages_B)
+        return SpokenLetters(self.decoding.letters_L, self.first_letters_B + places_B, self.letters.ages_B)

@@ -8,6 +8,7 @@ Shapes: K codebooks, F frames, L letters, T tokens, S slots, V ids, P positions.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -26,15 +27,22 @@ from mmllm_tokenizers.folder import TokenizerFolder
 from mmllm_tokenizers.letter_paths import path_peaks
 from mmllm_tokenizers.pointer import PointerRule, Spelling, ages, follow, letter_starts
 
+KEPT_SECONDS = 0.04
+"""Of the silence before and behind what is said in a recording; the rest is cut off."""
+_HOP_SECONDS = 0.01
+_SILENT_DB, _ABOVE_FLOOR_DB, _SPOKEN_DB = -40.0, 6.0, -20.0
+"""Against the loudest 10 ms. Silence lies below the first, or, where a recording hisses, less than the second above its
+quietest; what lies above the third is never silence."""
+
 
 @dataclass(frozen=True)
 class Recording:
     """A short recording of a voice.
 
     Attributes:
-        codes_KF: int64, its units.
+        codes_KF: int64, its units, silence at its ends cut off.
         text: what is said in it.
-        words: when.
+        words: when, from the first of these units.
     """
 
     codes_KF: Tensor
@@ -43,7 +51,10 @@ class Recording:
 
 
 def align_recording(model: MultimodalModel, tokenizer: TokenizerFolder, codes_KF: Tensor, text: str) -> Recording:
-    """When the words of a recording are said, by the model's CTC head.
+    """When the words of a recording are said, by the model's CTC head; silence at its ends is cut off first.
+
+    The head tells words apart, but not a word from silence before or behind it: where speech begins and ends is told by
+    the level of the sound that the units make.
 
     Args:
         model: that hears.
@@ -59,24 +70,51 @@ def align_recording(model: MultimodalModel, tokenizer: TokenizerFolder, codes_KF
     words = text_words(text)
     if not words:
         raise ValueError(f"the recording's text {text!r} has no word; give what is said in it")
+    codes_KF, begin_seconds, end_seconds = _trimmed(codes_KF, tokenizer)
     ids = [tokenizer.text.encode(word if number == 0 else f" {word}") for number, word in enumerate(words)]
     flat = [token for word in ids for token in word]
     with evaluating(model):
         codes_CFK = codes_KF.T[None].to(model.decoder.head_weight_VD.device)
         log_probs_1SV = model.ctc_head(model.clip_embedding(codes_CFK)).float().log_softmax(dim=-1).cpu()
     assert model.config.audio is not None
-    log_probs_SV, duration = log_probs_1SV[0], codes_KF.shape[1] / tokenizer.frame_rate
-    slot_seconds = duration / len(log_probs_SV)
+    log_probs_SV = log_probs_1SV[0]
+    slot_seconds = codes_KF.shape[1] / tokenizer.frame_rate / len(log_probs_SV)
     try:
         peaks = path_peaks(log_probs_SV, flat, model.config.audio.pad_id, slot_seconds)
     except ValueError as error:
         raise ValueError(f"the recording doesn't fit its text {text!r}: {error}; give what is said in it") from error
     middles = [(peak.first + peak.last + 1) / 2 * slot_seconds for peak in peaks]
-    starts = [0.0, *((before + after) / 2 for before, after in pairwise(middles))]
+    starts = [begin_seconds, *((before + after) / 2 for before, after in pairwise(middles))]
     first_tokens = np.cumsum([0, *(len(word) for word in ids)])[:-1].tolist()
-    begins = [*(starts[token] for token in first_tokens), duration]
+    begins = np.clip([*(starts[token] for token in first_tokens), end_seconds], begin_seconds, end_seconds).tolist()
     times = (WordTime(word, start, end) for word, (start, end) in zip(words, pairwise(begins), strict=True))
     return Recording(codes_KF, text, tuple(times))
+
+
+def _trimmed(codes_KF: Tensor, tokenizer: TokenizerFolder) -> tuple[Tensor, float, float]:
+    """Units with little silence at both ends, and from when to when something is said in them."""
+    audio = tokenizer.require_audio()
+    wave = audio.decode(codes_KF)
+    begin_seconds, end_seconds = _speech_span(torch.atleast_2d(wave).mean(dim=0).numpy(), audio.sample_rate)
+    num_frames = codes_KF.shape[1]
+    first = max(0, math.floor((begin_seconds - KEPT_SECONDS) * tokenizer.frame_rate))
+    last = min(num_frames, math.ceil((end_seconds + KEPT_SECONDS) * tokenizer.frame_rate))
+    cut_seconds, duration = first / tokenizer.frame_rate, (last - first) / tokenizer.frame_rate
+    return codes_KF[:, first:last], begin_seconds - cut_seconds, min(end_seconds - cut_seconds, duration)
+
+
+def _speech_span(wave_T: np.ndarray, sample_rate: int) -> tuple[float, float]:
+    """From when to when a sound isn't silent, in seconds; all of it where nothing tells."""
+    hop = max(1, round(_HOP_SECONDS * sample_rate))
+    num_hops = len(wave_T) // hop
+    powers = np.square(wave_T[: num_hops * hop], dtype=np.float64).reshape(num_hops, hop).mean(axis=1)
+    if not powers.any():
+        return 0.0, len(wave_T) / sample_rate
+    level_db = 10 * np.log10(np.maximum(powers / powers.max(), 1e-12))
+    floor_db = min(np.quantile(level_db, 0.05) + _ABOVE_FLOOR_DB, _SPOKEN_DB)
+    loud = np.flatnonzero(level_db > max(_SILENT_DB, floor_db))
+    last = len(wave_T) if loud[-1] == num_hops - 1 else (loud[-1].item() + 1) * hop
+    return loud[0].item() * hop / sample_rate, last / sample_rate
 
 
 def begin(prompt: Document, text: str, recording: Recording, tokenizer: TokenizerFolder) -> Document:

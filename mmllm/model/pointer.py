@@ -88,5 +88,6 @@ class SpeechPointer(nn.Module):
         rows_WN = letters_WN + torch.arange(letters_WN.shape[1], device=letters_WN.device) * (NUM_LETTERS + 1)
         # An age is a sum of steps from 0: one that training never held is as the oldest that it did, so that a letter
         # which lasts too long is not said on and on.
-        ages_MD = self.up_to_MM @ self.age_embedding
+        # Buffers keep their dtype where weights are loaded, or gathered by FSDP2, in another.
+        ages_MD = self.up_to_MM.to(self.age_embedding.dtype) @ self.age_embedding
         return self.letters(rows_WN).sum(dim=1) + F.embedding(age_W.clamp(max=self.config.max_age - 1), ages_MD)

@@ -183,12 +183,13 @@ stops at this share of the captions. Which object is left of which is one word a
 where there is one wording."""
 RELATION_WEIGHT = 6.0
 RELATION_WORDS = ("left", "right", "above", "below", "over", "under", "top", "bottom")
-"""What they weigh in the loss of captions: one word in ten, on which it hangs whether a caption is right."""
+"""What they weigh wherever text is predicted: one word in ten of a caption, on which it hangs whether it is right."""
 NUM_VOICES = 4
 """Voices that a model learns to speak with, however many it hears, of somebody's own rows: four were understood better
 than 36 after as many steps. The demo has rows enough for all."""
 HEARD_CODEBOOKS = 12
-"""Of few speakers' sounds: what four codebooks blur tells voices that were never heard from those that were."""
+"""Of somebody's own sounds, mostly of few speakers: what four codebooks blur is missed where a voice was never heard.
+The demo, with its many voices, hears what it speaks."""
 MAX_ADVANCE = 2
 """Letters that speech passes between two frames, at most."""
 

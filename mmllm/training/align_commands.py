@@ -30,6 +30,9 @@ from mmllm_tokenizers.audio import load_audio
 ALIGNER_FOLDER, BAD_ROWS_FILE = "aligner", "bad_rows.jsonl"
 MAX_TRAINING_MINUTES = 120.0
 """Of sound that an aligner is trained on, drawn at random; it needs no more, and its spectra are held in memory."""
+MAX_SECONDS = 60.0
+"""Longer sounds are left out and named, as `mmllm data build` does: a path through twice as long a sound and text takes
+four times the memory."""
 MAX_TRAINING_SECONDS = 30.0
 """Longer sounds are aligned but not trained on: a batch holds about twenty seconds."""
 _CHUNK = 256
@@ -48,6 +51,8 @@ class _Told:
 
     bad: list[dict[str, str]] = field(default_factory=list)
     had_words: int = 0
+    replaced: list[dict[str, str]] = field(default_factory=list)
+    """Rows whose `words` were no times of their text's words."""
     others: int = 0
     """Rows that are no sound with a text."""
     aligned: list[list[WordTime]] = field(default_factory=list)
@@ -58,7 +63,11 @@ class _Told:
     def leave_out(self, row: Row, reason: object) -> None:
         """Notes a row without word times."""
         _logger.info("no word times for %s: %s", row.where, reason)
-        self.bad.append({"id": row.id, "where": row.where, "reason": str(reason)})
+        self.bad.append(_named(row, reason))
+
+
+def _named(row: Row, reason: object) -> dict[str, str]:
+    return {"id": row.id, "where": row.where, "reason": str(reason)}
 
 
 def align(
@@ -72,12 +81,14 @@ def align(
     media: str | None = None,
     columns: ColumnNames | None = None,
     tick_of: Callable[[str], Tick] = lambda what: lambda done, total: None,
+    max_seconds: float = MAX_SECONDS,
 ) -> dict[str, Any]:
     """Writes each input as `OUT/NAME.jsonl`, its rows of sound with `words`, and the aligner that found them.
 
-    Rows that have `words` keep them. Rows whose words can't be told stay without, and are named in
-    `OUT/bad_rows.jsonl`; rows whose sound can't be read are left out, and named there too. Rows of other kinds stay as
-    they are.
+    Rows that have `words` keep them, where these are times of their text's words; others are aligned, and named in
+    `OUT/bad_rows.jsonl` since their `words` are replaced. Rows whose words can't be told stay without, and are named
+    there; rows whose sound can't be read or is too long are left out, and named there too. Rows of other kinds stay as
+    they are. The aligner and the names are written before too many bad rows are an error.
 
     Args:
         inputs: manifests and inputs of other forms, with sounds and what is said in them.
@@ -90,25 +101,34 @@ def align(
         media: what their paths are relative to; by default each input's folder.
         columns: what their columns are called here, and their types.
         tick_of: makes what is told how many of something are done.
+        max_seconds: longer sounds can't be used.
 
     Returns:
-        `rows`, `aligned`, `had_words`, `without_words` (named), `skipped` (can't be read), `other_rows`, `words`,
-        `letters_per_second`, `confidence` (`mean`, and `words` by fifths), `manifests`, `aligner`, `lag_seconds`.
+        `rows`, `aligned`, `had_words`, `replaced_words` (named), `without_words` (named), `skipped` (can't be read),
+        `other_rows`, `words`, `letters_per_second`, `confidence` (`mean`, and `words` by fifths), `manifests`,
+        `aligner`, `lag_seconds`.
 
     Raises:
         FileNotFoundError, ValueError: an input or the aligner can't be used, two inputs have one name, or no row is a
             sound with a text.
     """
+    if not max_seconds > 0:
+        raise ValueError(f"max_seconds is {max_seconds}; it must be positive")
     if not 0 <= min_confidence <= 1:
         raise ValueError(f"min_confidence is {min_confidence}; it must lie in [0, 1]")
     bad = BadRows(max_bad_fraction)
     outputs = _outputs(inputs, Path(out))
     rows_of = {name: read_rows(name, bad, form, media, columns) for name in inputs}
-    rows = [row for rows in rows_of.values() for row in rows]
+    rows, num_unread = [row for rows in rows_of.values() for row in rows], len(bad.reasons)
     spoken = [row for row in rows if row.kind == "audio"]
     if not spoken:
         raise ValueError(f"there is no sound with a text in {', '.join(inputs)}; give manifests of speech")
-    used = Aligner.load(aligner) if aligner is not None else _trained(spoken, training or AlignerTraining(), tick_of)
+    folder = aligner or str(Path(out) / ALIGNER_FOLDER)
+    if aligner is not None:
+        used = Aligner.load(aligner)
+    else:
+        used = _trained(spoken, training or AlignerTraining(), tick_of, max_seconds)
+        used.save(folder)
     told, tick = _Told(), tick_of("rows")
     Path(out).mkdir(parents=True, exist_ok=True)
     num_done = 0
@@ -116,22 +136,21 @@ def align(
         written: list[Row] = []
         for start in range(0, len(rows_of[name]), _CHUNK):
             chunk = rows_of[name][start : start + _CHUNK]
-            written += _aligned(chunk, used, bad, min_confidence, told)
+            written += _aligned(chunk, used, bad, min_confidence, max_seconds, told)
             num_done += len(chunk)
             tick(num_done, len(rows))
         write_manifest(written, path)
-    bad.check(len(rows) + len(bad.reasons), ", ".join(inputs))
-    folder = aligner or str(Path(out) / ALIGNER_FOLDER)
-    if aligner is None:
-        used.save(folder)
     lines = [
         *told.bad,
+        *told.replaced,
         *({"where": reason.partition(": ")[0], "reason": reason.partition(": ")[2]} for reason in bad.reasons),
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (Path(out) / BAD_ROWS_FILE).write_text(text, encoding="utf-8")
+    bad.check(len(rows) + num_unread, ", ".join(inputs))
     return {
         "rows": len(rows), "aligned": len(told.aligned), "had_words": told.had_words,
+        "replaced_words": len(told.replaced),
         "without_words": len(told.bad), "skipped": bad.reasons, "other_rows": told.others, **_counts(told),
         "manifests": [str(path) for path in outputs.values()], "aligner": folder,
         "lag_seconds": used.config.lag_seconds,
@@ -152,13 +171,17 @@ def _outputs(inputs: Sequence[str], out: Path) -> dict[str, Path]:
 
 
 # ------------------------------------------------------------------------------------------------------------ training
-def _trained(rows: Sequence[Row], training: AlignerTraining, tick_of: Callable[[str], Tick]) -> Aligner:
+def _trained(
+    rows: Sequence[Row], training: AlignerTraining, tick_of: Callable[[str], Tick], max_seconds: float
+) -> Aligner:
     all_texts = [row.text for row in rows]
     characters = known_characters(all_texts)
     if not characters:
         raise ValueError("the texts of the sounds have no letter or digit; there is nothing to align")
     order = random.Random(training.seed).sample(list(rows), len(rows))
-    ears = Aligner(AlignerNetwork(AlignerConfig(characters, _sample_rate(order), words=known_words(all_texts))))
+    ears = Aligner(
+        AlignerNetwork(AlignerConfig(characters, _sample_rate(order, max_seconds), words=known_words(all_texts)))
+    )
     mels: list[Tensor] = []
     texts: list[str] = []
     seconds_left = 60 * MAX_TRAINING_MINUTES
@@ -166,7 +189,7 @@ def _trained(rows: Sequence[Row], training: AlignerTraining, tick_of: Callable[[
         if not text_words(row.text) or seconds_left <= 0:
             continue
         try:
-            wave_CT, rate = _load(row.audio)
+            wave_CT, rate = _load(row.audio, max_seconds)
         except (ValueError, OSError) as error:
             if is_of_machine(error):
                 raise
@@ -184,12 +207,12 @@ def _trained(rows: Sequence[Row], training: AlignerTraining, tick_of: Callable[[
     return train_aligner(ears.config, mels, texts, training, tick_of(what))
 
 
-def _sample_rate(rows: Sequence[Row]) -> int:
+def _sample_rate(rows: Sequence[Row], max_seconds: float) -> int:
     """The higher rate where most of the sounds have it, the lower one of telephone speech and the demo's."""
     rates = []
     for row in rows[:_LOOKED_AT]:
         try:
-            rates.append(_load(row.audio)[1])
+            rates.append(_load(row.audio, max_seconds)[1])
         except (ValueError, OSError) as error:
             if is_of_machine(error):
                 raise
@@ -197,13 +220,15 @@ def _sample_rate(rows: Sequence[Row]) -> int:
     return high if 2 * sum(rate >= high for rate in rates) > len(rates) else low
 
 
-def _load(media: Media | None) -> tuple[Tensor, int]:
+def _load(media: Media | None, max_seconds: float) -> tuple[Tensor, int]:
     assert media is not None
-    return load_audio(media_source(media), name=str(media))
+    return load_audio(media_source(media), name=str(media), max_seconds=max_seconds)
 
 
 # ------------------------------------------------------------------------------------------------------------ aligning
-def _aligned(rows: Sequence[Row], aligner: Aligner, bad: BadRows, min_confidence: float, told: _Told) -> list[Row]:
+def _aligned(
+    rows: Sequence[Row], aligner: Aligner, bad: BadRows, min_confidence: float, max_seconds: float, told: _Told
+) -> list[Row]:
     """The rows that can be read, those of sound with their words where these can be told."""
     kept: dict[int, Row] = {}
     mels: dict[int, Tensor] = {}
@@ -212,11 +237,12 @@ def _aligned(rows: Sequence[Row], aligner: Aligner, bad: BadRows, min_confidence
         if row.kind != "audio":
             told.others += 1
             kept[place] = row
-        elif row.metadata.get("words") is not None:
-            kept[place] = _with_own_words(row, told)
+        elif row.metadata.get("words") is not None and _own_error(row) is None:
+            told.had_words += 1
+            kept[place] = row
         else:
             try:
-                wave_CT, rate = _load(row.audio)
+                wave_CT, rate = _load(row.audio, max_seconds)
             except (ValueError, OSError) as error:
                 if is_of_machine(error):
                     raise
@@ -230,32 +256,40 @@ def _aligned(rows: Sequence[Row], aligner: Aligner, bad: BadRows, min_confidence
     return [kept[place] for place in sorted(kept)]
 
 
-def _with_own_words(row: Row, told: _Told) -> Row:
+def _own_error(row: Row) -> str | None:
+    """What keeps a row's `words` from being times of its text's words; None: nothing, or it has none."""
+    if row.metadata.get("words") is None:
+        return None
     try:
         read_words(row.metadata["words"], row.text, row.where)
     except ValueError as error:
-        told.leave_out(row, error)
-        return _without_words(row)
-    told.had_words += 1
-    return row
+        return str(error).removeprefix(f"{row.where}: ")
+    return None
 
 
 def _with_words(row: Row, words: list[WordTime] | ValueError, min_confidence: float, told: _Told) -> Row:
     if isinstance(words, ValueError):
-        told.leave_out(row, words)
-        return _without_words(row)
+        return _without_words(row, str(words), told)
     confidence = sum(word.confidence or 0.0 for word in words) / len(words)
     if confidence < min_confidence:
-        told.leave_out(row, f"its words have a mean confidence of {confidence:.2f}, below {min_confidence:g}")
-        return _without_words(row)
+        reason = f"its words have a mean confidence of {confidence:.2f}, below {min_confidence:g}"
+        return _without_words(row, reason, told)
+    own_error = _own_error(row)
+    if own_error is not None:
+        _logger.info("words of %s are replaced: %s", row.where, own_error)
+        told.replaced.append(_named(row, f"its words were replaced by times: {own_error}"))
     told.aligned.append(words)
     told.spoken_seconds += words[-1].end - words[0].start
     told.num_letters += sum(len(word.word) for word in words)
     return replace(row, metadata={**row.metadata, "words": [word.to_json() for word in words]})
 
 
-def _without_words(row: Row) -> Row:
-    return replace(row, metadata={key: value for key, value in row.metadata.items() if key != "words"})
+def _without_words(row: Row, reason: str, told: _Told) -> Row:
+    """The row, named; a list in its column would be taken for times, and goes; anything else stays."""
+    own_error = _own_error(row)
+    told.leave_out(row, reason if own_error is None else f"{reason}; its own words are no times: {own_error}")
+    is_kept = row.metadata.get("words") is not None and not isinstance(row.metadata["words"], list)
+    return replace(row, metadata={key: value for key, value in row.metadata.items() if key != "words" or is_kept})
 
 
 # ------------------------------------------------------------------------------------------------------------- telling
@@ -286,22 +320,24 @@ def align_lines(told: Mapping[str, Any]) -> Iterator[str]:
     """What `align` returned, as lines to read."""
     counts = [
         ("rows", told["rows"]), ("aligned", told["aligned"]), ("had words", told["had_words"]),
+        ("had other words, replaced", told["replaced_words"]),
         ("without words", told["without_words"]), ("of other kinds", told["other_rows"]),
         ("can't be read, left out", len(told["skipped"])),
     ]  # fmt: skip
     for name, count in counts:
-        yield f"{name:<24}{count:>10,}"
+        yield f"{name:<28}{count:>10,}"
     for kind, count in told["reasons"].items():
-        yield f"  {kind:<22}{count:>10,}"
-    yield f"{'words':<24}{told['words']:>10,}"
+        yield f"  {kind:<26}{count:>10,}"
+    yield f"{'words':<28}{told['words']:>10,}"
     if told["words"]:
-        yield f"{'letters a second':<24}{told['letters_per_second']:>10}"
-        yield f"{'mean confidence':<24}{told['confidence']['mean']:>10}"
+        yield f"{'letters a second':<28}{told['letters_per_second']:>10}"
+        yield f"{'mean confidence':<28}{told['confidence']['mean']:>10}"
         for name, count in told["confidence"]["words"].items():
             bar = "#" * round(40 * count / told["words"])
-            yield f"  words of {name:<13}{count:>10,}  {bar}".rstrip()
+            yield f"  words of {name:<17}{count:>10,}  {bar}".rstrip()
     for path in told["manifests"]:
         yield f"wrote {path}"
     yield f"aligner {told['aligner']}"
-    if told["without_words"] or told["skipped"]:
-        yield f"rows without words are named in {Path(told['manifests'][0]).parent / BAD_ROWS_FILE}"
+    if told["without_words"] or told["replaced_words"] or told["skipped"]:
+        names = Path(told["manifests"][0]).parent / BAD_ROWS_FILE
+        yield f"rows without words, and those whose words were replaced, are named in {names}"

@@ -109,9 +109,17 @@ class CodecModule(StagedModule):
         return self.out
 
     def export(self, directory: Path) -> None:
-        """Writes the codec as an audio tokenizer folder; a training that ended in its warm-up has codebooks, too."""
-        self.codec.quantizer.end_warmup()
+        """Writes the codec as an audio tokenizer folder."""
         SmallCodec(self.codec).save(directory)
+
+    def on_train_end(self) -> None:
+        """Exports a codec that has codebooks even if training ended in its warm-up.
+
+        All ranks make them, as all are told what rank 0 finds; the first alone exports.
+        """
+        if self.export_dir:
+            self.codec.quantizer.end_warmup()
+        super().on_train_end()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One batch: a `SoundBatch`, waves [N, 1, T] or [N, T], or a pair of waves and their N texts."""

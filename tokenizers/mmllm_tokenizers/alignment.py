@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 _KEYS = ("word", "start", "end", "letters", "confidence")
+LATE_SECONDS = 0.1
+"""By so much words may end behind their sound: codecs drop part of a frame, and aligners round."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,17 @@ def _timed(word: WordTime, change: Callable[[float], float]) -> WordTime:
     return replace(word, start=change(word.start), end=change(word.end), letters=letters)
 
 
-def read_words(value: Any, text: str, name: str) -> list[WordTime]:
+def check_end(words: Sequence[WordTime], seconds: float) -> None:
+    """Raises ValueError if a word ends more than `LATE_SECONDS` behind a sound that lasts so long."""
+    for place, word in enumerate(words):
+        if word.end > seconds + LATE_SECONDS:
+            raise ValueError(
+                f"words[{place}] ({word.word!r}) ends at {word.end:g} s, but the sound lasts {seconds:g} s; give times "
+                f"in seconds from the beginning of this sound"
+            )
+
+
+def read_words(value: Any, text: str, name: str, seconds: float | None = None) -> list[WordTime]:
     """The word times of a row, checked against its text.
 
     There must be as many entries as the text has words (`text_words`), in order. Starts never fall and lie at 0 or
@@ -73,6 +85,7 @@ def read_words(value: Any, text: str, name: str) -> list[WordTime]:
         value: a row's `words`: `[{"word": "red", "start": 0.12, "end": 0.4}, …]`.
         text: the row's text.
         name: how errors call the row.
+        seconds: how long the sound lasts, behind which no word may end; None: that isn't looked at.
 
     Raises:
         ValueError: says what is wrong, and in which row.
@@ -95,6 +108,11 @@ def read_words(value: Any, text: str, name: str) -> list[WordTime]:
                 f"{name}: words[{place}] starts at {words[place].start} s, before the word in front of it "
                 f"({words[place - 1].start} s); give them in the order in which they are said"
             )
+    if seconds is not None:
+        try:
+            check_end(words, seconds)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     return words
 
 

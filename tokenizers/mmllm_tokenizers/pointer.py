@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmllm_tokenizers.alignment import WordTime, text_words
+from mmllm_tokenizers.alignment import WordTime, check_end, text_words
 
 NUM_LETTERS = 256
 """Values of a byte."""
@@ -61,7 +61,7 @@ class Spelling:
         words = _words(text)
         letters, owners = list(b" "), [-1]
         for number, word in enumerate(words):
-            spelt = word.encode() + b" "
+            spelt = word.casefold().encode() + b" "
             letters += spelt
             owners += [number] * len(spelt)
         return Spelling(np.array(letters, dtype=np.int64), np.array(owners, dtype=np.int64))
@@ -78,30 +78,31 @@ def letter_starts(text: str, times: Sequence[WordTime], num_seconds: float) -> n
         num_seconds: of the whole sound.
 
     Raises:
-        ValueError: there are more or fewer times than words.
+        ValueError: there are more or fewer times than words, or a word ends behind the sound.
     """
+    check_end(times, num_seconds)
     words = _words(text)
-    num_spoken = sum(_is_spoken(word) for word in words)
+    num_spoken = sum(map(_is_spoken, words))
     if num_spoken != len(times):
         raise ValueError(f"the text has {num_spoken} words, but {len(times)} have times; align it again")
     starts, end, rest = [0.0], 0.0, iter(times)
     for word in words:
-        letters = (end,) * len(word)
+        characters = (end,) * len(word)
         if _is_spoken(word):
             time = next(rest)
-            letters, end = time.letter_starts(len(word)), time.end
-        for start, stop, letter in zip(letters, [*letters[1:], end], word, strict=True):
-            num_bytes = len(letter.encode())
+            characters, end = time.letter_starts(len(word)), time.end
+        for start, stop, character in zip(characters, [*characters[1:], end], word, strict=True):
+            num_bytes = len(character.casefold().encode())  # ß is said as ss
             starts += [start + (stop - start) * i / num_bytes for i in range(num_bytes)]
         starts.append(end)
     return np.maximum.accumulate(np.clip(starts, 0.0, num_seconds))
 
 
 def _words(text: str) -> list[str]:
-    words = text.casefold().split()
+    """A text's words, as it has them."""
     if not text_words(text):
         raise ValueError(f"the text {text!r} has no word that can be said; give one with letters or digits")
-    return words
+    return text.split()
 
 
 def _is_spoken(word: str) -> bool:

@@ -46,7 +46,8 @@ class SourceFilterDecoder(nn.Module):
     DDSP (https://arxiv.org/abs/2001.04643), which differ in that there networks learn the whole filter; ConvNeXt
     blocks as in Vocos (https://arxiv.org/abs/2306.00814).
 
-    The wave up to a frame depends on that frame and `lookahead_frames` after it.
+    The wave up to a frame depends on that frame and a few after it: those of the convolutions, the interpolations and
+    the last gain.
 
     Args:
         config: of the codec; `decoder` is "source_filter".
@@ -78,12 +79,6 @@ class SourceFilterDecoder(nn.Module):
         self.head = nn.Linear(width, 2 * self.num_mels * BLOCKS_A_FRAME + 2)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-
-    @property
-    def lookahead_frames(self) -> int:
-        """Frames after a frame that change its samples: of the convolutions, the interpolations and the last gain."""
-        convolutions = 2 + len(self.layers) * (FrameBlock.KERNEL // 2)
-        return max(convolutions, len(_SMOOTHING) // 2) + 3
 
     def forward(self, latents_NCF: Tensor) -> tuple[Tensor, Tensor]:
         """The wave [N, F * hop], and the pitch that it has, log2 Hz [N, F]."""

@@ -161,6 +161,8 @@ class Document:
         arrays = [self.token_ids_T, self.targets_T, self.modality_T, self.codes_TK]
         arrays += [picture.pixels_3HW for picture in self.images] + [clip.codes_FK for clip in self.clips]
         arrays += [picture.features_SC for picture in self.images if picture.features_SC is not None]
+        if self.pointer is not None:
+            arrays += vars(self.pointer).values()
         return 500 + sum(array.nbytes for array in arrays)
 
     def with_pixels(self, pixels: Iterable[np.ndarray]) -> Document:

@@ -252,16 +252,19 @@ def _audio_samples(row: Row, metadata: dict[str, Any], config: ShardsConfig) -> 
         if copy:
             facts["perturbed"] = True
         if isinstance(metadata.get(WORDS), list):
-            facts |= _words(row, metadata, changed_CT.shape[-1] / wave_CT.shape[-1])
+            facts |= _words(row, metadata, wave_CT.shape[-1] / rate, changed_CT.shape[-1] / wave_CT.shape[-1])
         files = {"flac": _flac(changed_CT, rate, str(row.audio)), "txt": row.text.encode()}
         notes = _noted(row, row.audio, sound) if not copy else []
         samples.append(_Sample(row, name, files, {**metadata, **facts}, [_Sound(changed_CT, rate, "codec.npz")], notes))
     return samples
 
 
-def _words(row: Row, metadata: Mapping[str, Any], slower: float) -> dict[str, Any]:
-    """When the words are said in a sound that lasts so many times as long: checked, and marked for filters."""
-    times = stretched(read_words(metadata[WORDS], row.text, f"row {row.id!r}"), slower)
+def _words(row: Row, metadata: Mapping[str, Any], seconds: float, slower: float) -> dict[str, Any]:
+    """When words of a sound of so many seconds are said in one that lasts `slower` times as long.
+
+    They are checked, and marked for filters.
+    """
+    times = stretched(read_words(metadata[WORDS], row.text, f"row {row.id!r}", seconds), slower)
     return {WORDS: [time.to_json() for time in times], ALIGNED: True}
 
 
