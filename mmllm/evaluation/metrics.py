@@ -158,7 +158,7 @@ def wilson_interval(share: float, num_rows: int, confidence: float = 0.95) -> li
     centre = share + z * z / (2 * num_rows)
     half = z * math.sqrt(share * (1.0 - share) / num_rows + z * z / (4 * num_rows**2))
     scale = 1.0 + z * z / num_rows
-    return [max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)]
+    return [max(0.0, round((centre - half) / scale, 12)), min(1.0, round((centre + half) / scale, 12))]
 
 
 def _summed_by_cluster(
