@@ -107,10 +107,14 @@ def test_the_demo(tmp_path, record_property):
     report = json.loads((tmp_path / "report.json").read_text())
     note(record_property, report)
     assert seconds - 30 < report["train"]["seconds"] <= seconds < 40 * 60
-    assert report["train"]["peak_rss_bytes"] <= 8e9  # the goal is 6 GB; more, and it ran on no machine of 8
-    assert report["caption"]["exact_match"] >= 0.40
-    assert report["caption"]["attribute_accuracy"] >= 0.88
-    assert report["caption"]["heldout_pairs_accuracy"] >= 0.25
-    assert report["transcribe"]["wer"] <= 0.35
-    assert report["transcribe"]["heldout_voices_wer"] <= 0.55
-    assert report["interleaved"]["answer_accuracy"] > report["interleaved"]["shuffled_accuracy"] + 0.1
+    assert report["train"]["peak_rss_bytes"] <= 6e9
+    # Below what runs reached (docs/RESULTS.md) by a seed's worth and another processor's.
+    caption, transcribe, speak = report["caption"], report["transcribe"], report["speak"]
+    assert caption["exact_match"] >= 0.78 and caption["attribute_accuracy"] >= 0.95
+    assert caption["order_accuracy_2"] >= 0.9 and caption["order_accuracy_3"] >= 0.8
+    assert caption["heldout_pairs_accuracy"] >= 0.7
+    assert transcribe["wer"] <= 0.03 and transcribe["heldout_voices_wer"] <= 0.04 and transcribe["joined_wer"] <= 0.2
+    assert speak["round_trip_wer"] <= 0.25 and speak["length_correlation"] >= 0.8 and speak["at_bound"] <= 0.02
+    assert abs(speak["level_db"]) <= 1 and speak["mel_error"] <= 0.8 * 6.855  # of the codec until 2026-11-29
+    assert report["interleaved"]["answer_accuracy"] >= 0.7
+    assert report["text"]["bits_per_byte"] <= 2.25
