@@ -158,6 +158,18 @@ class PackedBatch(Batch):
         return len(self.images_NCHW) + len(self.image_features_NPC)
 
 
+def count_in_document(is_marked_BT: Tensor, positions_BT: Tensor) -> Tensor:
+    """How many positions are marked from a document's beginning up to each of its positions, itself included, [B, T].
+
+    Args:
+        is_marked_BT: bool.
+        positions_BT: as in `PackedBatch`: 0 where a document begins.
+    """
+    count_BT = is_marked_BT.long().cumsum(dim=1)
+    before_BT = torch.where(positions_BT == 0, count_BT - is_marked_BT.long(), 0).cummax(dim=1).values
+    return count_BT - before_BT
+
+
 @dataclass
 class CaptionBatch(Batch):
     """N pictures with their captions, for CLIP."""

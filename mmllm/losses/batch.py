@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmllm.batch import IGNORE, PackedBatch
+from mmllm.batch import IGNORE, PackedBatch, count_in_document
 from mmllm.losses.cross_entropy import CrossEntropyBackend
 from mmllm.losses.ctc import alignable, ctc_losses
 from mmllm.losses.tokens import HeadLayout, TokenLosses, TokenTargets, TokenWeights, token_losses
@@ -165,10 +165,7 @@ class LossFunction:
 def answer_targets(batch: PackedBatch, answer_id: int) -> Tensor:
     """Which positions have a target of an answer: those from `<|answer|>` to their document's end, bool [B, T]."""
     is_answer_BT = (batch.token_ids_BT == answer_id) & (batch.document_ids_BT >= 0)
-    count_BT = is_answer_BT.long().cumsum(dim=1)
-    earlier_BT = count_BT - is_answer_BT.long()
-    at_begin_BT = torch.where(batch.positions_BT == 0, earlier_BT, 0).cummax(dim=1).values
-    return (count_BT > at_begin_BT) & (batch.document_ids_BT >= 0)
+    return (count_in_document(is_answer_BT, batch.positions_BT) > 0) & (batch.document_ids_BT >= 0)
 
 
 def _ctc(model: MultimodalModel, output: ModelOutput, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:

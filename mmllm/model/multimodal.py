@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmllm.batch import IGNORE, Modality, PackedBatch
+from mmllm.batch import IGNORE, Modality, PackedBatch, count_in_document
 from mmllm.model.audio_projectors import AudioProjector, AudioProjectorConfig, CodeEmbedding
 from mmllm.model.cache import KVCache
 from mmllm.model.config import config_from_dict, config_to_dict
@@ -484,8 +484,6 @@ def _prompt_spans(batch: PackedBatch) -> Tensor:
     has_target_BT = batch.labels_BT != IGNORE
     if batch.audio_labels_BTK.shape[-1]:
         has_target_BT = has_target_BT | (batch.audio_labels_BTK != IGNORE).any(dim=-1)
-    earlier_BT = has_target_BT.long().cumsum(dim=1) - has_target_BT.long()
-    begins_BT = batch.positions_BT == 0
-    at_begin_BT = torch.where(begins_BT, earlier_BT, 0).cummax(dim=1).values
-    is_prompt_BT = (earlier_BT == at_begin_BT) & (batch.document_ids_BT >= 0)
+    earlier_BT = count_in_document(has_target_BT, batch.positions_BT) - has_target_BT.long()
+    is_prompt_BT = (earlier_BT == 0) & (batch.document_ids_BT >= 0)
     return torch.where(is_prompt_BT, batch.document_ids_BT, -1)
