@@ -172,7 +172,7 @@ TEXT_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size":
 
 
 WEIGHTS = {"caption": 0.42, "interleaved": 0.14, "text": 0.04, "heard": 0.28, "spoken": 0.12}
-DEMO_WEIGHTS = {"caption": 0.41, "interleaved": 0.17, "text": 0.05, "heard": 0.16, "spoken": 0.21}
+DEMO_WEIGHTS = {"caption": 0.41, "interleaved": 0.20, "text": 0.04, "heard": 0.15, "spoken": 0.20}
 """Synthetic speech is easily heard, and what is said of scenes is long: it takes more of the tokens to speak."""
 
 
