@@ -32,7 +32,6 @@ from mmllm.training.lightning_cli import build_cli, quiet_lightning
 from mmllm_tokenizers.vocab import IMAGE
 
 NUM_COMPARED = 8
-BATCH = 16
 TEXT_TOKENS = 256
 
 
@@ -40,7 +39,7 @@ def bits(args: argparse.Namespace) -> dict[str, Any]:
     """Nats of each text, and bits a byte of all."""
     texts = read_texts(args.inputs[0])
     model = mmllm.load(args.model, adapter=args.adapter)
-    nats = model.score([SCORED_BEHIND] * len(texts), texts, batch_size=BATCH)
+    nats = model.score([SCORED_BEHIND] * len(texts), texts)
     num_bytes = sum(len(text.encode()) for text in texts)
     return {"bits_per_byte": -sum(nats) / math.log(2) / num_bytes, "nats": nats, "bytes": num_bytes}
 

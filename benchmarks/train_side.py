@@ -209,23 +209,29 @@ def decoding_ids(shape: Shape, device: str) -> torch.Tensor:
 
 
 def _decoding(decoder: Any, shape: Shape, device: str) -> Callable[[], torch.Tensor]:
-    ids_BT, embed, head = decoding_ids(shape, device), embedding_of(decoder), head_of(decoder)
-    positions_BT = torch.arange(ids_BT.shape[1], device=device)[None]
-    documents_BT = torch.zeros_like(positions_BT)
+    from mmllm.model.row_cache import Chunk, PromptStep, RunningStep
 
-    def step(part: slice, cache: Any) -> torch.Tensor:
-        x_BTD = embed(ids_BT[:, part])
-        hidden_BTD = decoder(x_BTD, positions_BT[:, part], documents_BT[:, part], cache)[0]
-        return head(hidden_BTD[:, -1:])
+    ids_BT, embed, head = decoding_ids(shape, device), embedding_of(decoder), head_of(decoder)
+    text_T = torch.zeros_like(ids_BT[0])
+
+    def begin() -> Any:
+        cache = decoder.make_row_cache()
+        row = cache.allocate(ids_BT.shape[1])
+        positions_T = torch.arange(PROMPT, device=device)
+        step = PromptStep([Chunk(row, PROMPT)])
+        decoder.continue_rows(embed(ids_BT[0, :PROMPT]), positions_T, text_T[:PROMPT], step)
+        cache.start(row)
+        return cache
 
     with torch.no_grad():
-        prompt = decoder.make_cache(1, ids_BT.shape[1])
-        step(slice(0, PROMPT), prompt)
+        prompt = begin()
 
     def run() -> torch.Tensor:
-        cache, logits = copy.deepcopy(prompt), None
+        (slab,), logits = copy.deepcopy(prompt).slabs, None
         for place in range(PROMPT, ids_BT.shape[1]):
-            logits = step(slice(place, place + 1), cache)
+            step = RunningStep(slab)
+            hidden_1D = decoder.continue_rows(embed(ids_BT[0, place : place + 1]), step.lengths_N, text_T[:1], step)
+            logits = head(hidden_1D[None])
         assert logits is not None
         return logits
 

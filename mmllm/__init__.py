@@ -5,21 +5,42 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmllm.inference.api import Model as Model
-    from mmllm.inference.api import Waveform as Waveform
     from mmllm.inference.api import load as load
+    from mmllm.inference.completion import Completion as Completion
+    from mmllm.inference.engine.requests import EngineConfig as EngineConfig
     from mmllm.inference.inputs import Audio as Audio
+    from mmllm.inference.speaking import Waveform as Waveform
+    from mmllm.inference.transcripts import Transcript as Transcript
 
-__all__ = ["Audio", "Model", "Waveform", "load"]
+__all__ = ["Audio", "Completion", "EngineConfig", "Model", "Transcript", "Waveform", "load"]
 _HOMES = {
     "Audio": "mmllm.inference.inputs",
+    "Completion": "mmllm.inference.completion",
+    "EngineConfig": "mmllm.inference.engine.requests",
     "Model": "mmllm.inference.api",
-    "Waveform": "mmllm.inference.api",
+    "Transcript": "mmllm.inference.transcripts",
+    "Waveform": "mmllm.inference.speaking",
     "load": "mmllm.inference.api",
 }
+# Idle OpenMP threads spin briefly, then sleep. Unbounded, beside other busy processes, a small model that writes on two
+# threads made 5 tokens a second in place of 320, and a training step took four times as long as without spinning
+# (docs/RESULTS.md). OpenMP reads this when torch is first imported, and never again.
+SPINS = "30000"
+if "torch" not in sys.modules:
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+elif "GOMP_SPINCOUNT" not in os.environ:
+    logging.getLogger(__name__).debug(
+        "torch was imported before mmllm, so that GOMP_SPINCOUNT=%s came too late: beside other busy processes it may "
+        "be slow; import mmllm first, or set it yourself",
+        SPINS,
+    )
 
 
 def __getattr__(name: str) -> Any:

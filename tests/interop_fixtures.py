@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmllm.interop.decoders import read_decoder
 from mmllm.model.decoder import Decoder
+from tests.cached_decoding import CachedRows
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 50.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -223,13 +224,12 @@ def positions_in(documents_BT: Tensor) -> Tensor:
 def our_generation(decoder: Decoder, ids_BT: Tensor, documents_BT: Tensor, num_tokens: int) -> Tensor:
     """Greedy tokens [B, N] behind prompts that are padded on the left, by the cache."""
     given = ids_BT.shape[1]
-    cache = decoder.make_cache(len(ids_BT), given + num_tokens)
+    cached = CachedRows(decoder, len(ids_BT), given + num_tokens)
     documents_BS = continued(documents_BT, num_tokens)
-    positions_BS = positions_in(documents_BS)
     start = 0
     for _ in range(num_tokens):
         now = slice(start, ids_BT.shape[1])
-        hidden_BTD, _ = decoder(decoder.embed(ids_BT[:, now]), positions_BS[:, now], documents_BS[:, now], cache)
+        hidden_BTD = cached(decoder.embed(ids_BT[:, now]), documents_BS[:, now])
         start = ids_BT.shape[1]
         ids_BT = torch.cat([ids_BT, decoder.head(hidden_BTD[:, -1]).argmax(dim=-1, keepdim=True)], dim=1)
     return ids_BT[:, given:]

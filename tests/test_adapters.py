@@ -278,13 +278,13 @@ def test_adapters_lie_side_by_side_and_are_chosen_among(made: Path) -> None:
 
 
 def test_generation_runs_with_an_adapter(made: Path) -> None:
-    prompts = ["one two", "a red circle above"]
-    plain, adapted = (load(made, adapter=name).generate_batch(prompts, max_new_tokens=8) for name in (None, "first"))
+    prompts = [["one two"], ["a red circle above"]]
+    plain, adapted = (load(made, adapter=name).generate(prompts, max_new_tokens=8) for name in (None, "first"))
     assert plain != adapted
     shutil.rmtree(made / "adapters" / "second")
     model = load(made, adapter="first")
     merge_adapter(model.model.decoder, "first")
-    assert model.generate_batch(prompts, max_new_tokens=8) == adapted
+    assert model.generate(prompts, max_new_tokens=8) == adapted
 
 
 def edit(path: Path, **values: Any) -> None:

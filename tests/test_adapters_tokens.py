@@ -17,6 +17,7 @@ from mmllm.model.decoder import Decoder
 from mmllm.model.decoder_config import DecoderConfig
 from mmllm.training.lightning_cli import quiet_lightning
 from mmllm.training.optimizers import OptimizerConfig
+from tests.cached_decoding import CachedRows
 from tests.test_adapters import ids, logits_of, made, make_decoder, text_logits, their_model  # noqa: F401
 from tests.test_training_adapters import base, batches, fit, make_module, weights_of  # noqa: F401
 from tests.training_fixtures import ListData, LossRecorder, quiet_trainer
@@ -94,20 +95,19 @@ def test_a_cache_gives_the_same(kind: str) -> None:
     decoder = adapted(kind, True)
     ids_BT = ids()
     wanted = logits_of(decoder, ids_BT)
-    cache = decoder.make_cache(2, 12)
+    cached = CachedRows(decoder, 2, 12)
     lengths, got = (9, 6), []
     padded = torch.zeros(2, 6, dtype=torch.int64)
     padded[0], padded[1, 3:] = ids_BT[0, :6], ids_BT[1, :3]  # left-padded, as prompts are
     documents = torch.zeros(2, 6, dtype=torch.int64)
     documents[1, :3] = -1
-    positions = torch.stack([torch.arange(6), (torch.arange(6) - 3).clamp(min=0)])
-    steps: list[tuple[Tensor, Tensor, Tensor]] = [(padded, positions, documents)]
+    steps: list[tuple[Tensor, Tensor]] = [(padded, documents)]
     for step in range(3):
         column = torch.stack([ids_BT[0, 6 + step], ids_BT[1, 3 + step]])[:, None]
-        steps.append((column, torch.tensor([[6 + step], [3 + step]]), torch.zeros(2, 1, dtype=torch.int64)))
+        steps.append((column, torch.zeros(2, 1, dtype=torch.int64)))
     with torch.no_grad():
-        for step_ids, at, document in steps:
-            got.append(decoder.head(decoder(decoder.embed(step_ids), at, document, cache)[0]))
+        for step_ids, document in steps:
+            got.append(decoder.head(cached(decoder.embed(step_ids), document)))
     whole = torch.cat(got, dim=1)
     torch.testing.assert_close(whole[0], wanted[0, : lengths[0]], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(whole[1, 3:], wanted[1, : lengths[1]], rtol=1e-4, atol=1e-4)
@@ -127,7 +127,7 @@ def test_it_trains_is_exported_and_generates(base: Path, tmp_path: Path, kind: A
     assert model.adapters == ["tokens"]
     with torch.no_grad():
         torch.testing.assert_close(text_logits(model.model), text_logits(module.model))
-    said = model.generate_batch(["one two", "a red circle above"], max_new_tokens=6)
+    said = model.generate([["one two"], ["a red circle above"]], max_new_tokens=6)
     assert said == [model.generate(prompt, max_new_tokens=6) for prompt in ("one two", "a red circle above")]
     model.set_adapter(None)
     torch.testing.assert_close(text_logits(model.model), text_logits(load_model(tmp_path / "out").model))

@@ -337,3 +337,14 @@ def test_what_comes_after_a_pngs_pixels_may_be_anything():
     note = struct.pack(">I", 4) + b"tEXtword" + b"abcd"  # a wrong checksum, of what isn't shown
     for more in (data[:end] + note + data[end:], data + b"more"):
         assert (pixels(more) == pixels(data)).all()
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (100, 333), (641, 479), (97, 31)])
+def test_squashing_is_torchvisions_to_the_bit(shape):
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2.functional import resize_image
+
+    array = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    chw = torch.from_numpy(array).permute(2, 0, 1)
+    theirs = resize_image(chw, [16, 16], InterpolationMode.BICUBIC, antialias=True)
+    np.testing.assert_array_equal(ImageTransform(16)(array), theirs.numpy())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ class Listener:
     """Says what the levels of a sound's halves stand for; of two it mistakes the second word for "x"."""
 
     def __init__(self, longest: float | None) -> None:
-        self.generation = SimpleNamespace(max_heard_seconds=longest)
+        self.longest_seconds = longest
         self.tokenizer: Any = None
         self.heard: list[np.ndarray] = []
 

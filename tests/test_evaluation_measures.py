@@ -13,7 +13,7 @@ from mmllm.evaluation.report import MEASURES, Measure
 from mmllm.evaluation.speech_task import Judge
 from mmllm.evaluation.tasks import evaluate
 from tests.inference_fixtures import make
-from tests.test_evaluation_tasks import StubModel, scene, scene_of, write_rows
+from tests.test_evaluation_tasks import StubModel, scene, scene_of, stubs_are_asked, write_rows  # noqa: F401
 
 
 class Listener(StubModel):

@@ -65,12 +65,19 @@ class StubModel:
 
     tokenizer = StubTokenizer()
     generation = GenerationConfig()
+    longest_seconds = None
     model = SimpleNamespace(pointer=None)
 
     def __init__(self, said: dict[str, str], spoken: dict[str, str] | None = None) -> None:
         self.said = said
         self.spoken = spoken or {}
         self.voices: list[str | None] = []
+
+    progress = None
+
+    @property
+    def served(self) -> StubModel:
+        return self
 
     def caption(self, images: list[Path], *, blind: bool = False, **settings) -> list[str]:
         return ["a small red circle in the centre" if blind else self.said[Path(i).name] for i in images]
@@ -79,13 +86,21 @@ class StubModel:
         names = [f"{s[0].shape[-1]}" if isinstance(s, tuple) else Path(s).name for s in sounds]
         return ["blind words" if blind else self.said[name] for name in names]
 
-    def speak(self, texts: list[str], *, voice: list[str | None], **settings) -> list[Waveform]:
-        self.voices = voice
+    def speak(self, texts: list[str], voices: list[str | None], *settings) -> list[Waveform]:
+        self.voices = voices
         return [Waveform(np.zeros(int(self.spoken[t]), np.float32), RATE, np.zeros((1, 1))) for t in texts]
 
     def answer(self, parts: list[list], questions: list[str], *, blind: bool = False, **settings) -> list[str]:
         return ["unseen" if blind else self.said[next(Path(p.image) for p in one if p.image).name]
                 for one in parts]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def stubs_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stub is an `AskedModel`, not asked by one."""
+    asked = tasks.AskedModel
+    choose = lambda model, progress=None: model if isinstance(model, StubModel) else asked(model, progress)  # noqa: E731
+    monkeypatch.setattr(tasks, "AskedModel", choose)
 
 
 def write_rows(folder: Path, rows: list[dict], name: str = "rows.jsonl") -> Path:
@@ -269,8 +284,8 @@ def test_speech_before_a_judge_and_at_its_bounds(tmp_path: Path):
     model.generation = dataclasses.replace(model.generation, voices=("ann", "bob"))
     made = model.speak
 
-    def speak(texts: list[str], *, voice: list[str | None], **settings) -> list[Waveform]:
-        one, two, three = made(texts, voice=voice)
+    def speak(texts: list[str], voices: list[str | None], *settings) -> list[Waveform]:
+        one, two, three = made(texts, voices)
         return [dataclasses.replace(one, num_bounded=2), two, dataclasses.replace(three, is_whole=False)]
 
     model.speak = speak  # type: ignore[method-assign]

@@ -108,7 +108,6 @@ def test_votes_are_kept_in_a_file_and_leave_no_trace_without(tiny: Model, tmp_pa
     manifest = write_rows(tmp_path, [{"id": "a", "image": "a.png", **scene("red")}])
     told: list[tuple[int, int]] = []
     result = evaluate(tiny, "caption", manifest, voting=THREE, progress=lambda *counts: told.append(counts))
-    tiny.progress = None
     assert told[-1] == (4, 4), "a caption (its blind one is not counted) and three votes"
     assert load_result(save_result(result, tmp_path / "voted.json")) == result
     kept = save_result(evaluate(tiny, "caption", manifest), tmp_path / "plain.json").read_text()

@@ -17,7 +17,7 @@ from mmllm.inference.api import Model
 from mmllm.inference.generate import _hidden
 from mmllm.inference.pacing import Pace
 from mmllm.inference.prompts import pad_left
-from mmllm.inference.speaking import Speaker, SpeechOptions
+from mmllm.inference.speaking import SpeechOptions
 from mmllm.inference.voices import align_recording, begin, ctc_scores
 from mmllm.model.config import config_to_dict
 from mmllm.model.flops import ModelFlops
@@ -161,8 +161,8 @@ def test_tries_are_scored_by_the_sound_that_they_make(tokenizer, model):
 
 def test_it_speaks_hears_itself_and_goes_on_with_a_voice(tokenizer, model):
     pace = Pace(max_letter_seconds=0.05)
-    options = SpeechOptions((Sampling(1.0, seed=1),), None, 8, pace, best_of=2)
-    (spoken,) = Speaker(model.model, tokenizer).speak(["one two"], [None], options)
+    options = SpeechOptions((Sampling(1.0, seed=1),), None, pace, best_of=2)
+    (spoken,) = model.speaker.speak(["one two"], [None], options)
     assert spoken.codes_KF.shape[0] == SPOKEN and np.isfinite(spoken.samples).all()
     assert isinstance(model.transcribe((spoken.samples, RATE), max_new_tokens=4), str)
     codes_KF = tokenizer.require_audio().encode(0.1 * torch.randn(80 * RATE // 125), RATE)

@@ -28,8 +28,9 @@ from mmllm.model.audio_projectors import AudioProjectorConfig
 from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig
+from mmllm.model.open_clip_vision import build_clip
 from mmllm.model.router import MoEConfig
-from mmllm.model.vision import VisionConfig, VisionTower, build_clip
+from mmllm.model.vision import VisionConfig, VisionTower
 from mmllm.training.clip_module import load_clip_config, save_clip
 from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.image_encoder import load_image_encoder

@@ -20,6 +20,7 @@ from mmllm.cli.main import main
 from mmllm.data.samples.documents import Segment
 from mmllm.inference.api import Model
 from mmllm.inference.inputs import parse_parts
+from mmllm_tokenizers.decoder_streams import WholeDecoderStream
 from tests.inference_fixtures import RATE, images, make, make_model, make_tokenizer, sounds
 
 
@@ -79,16 +80,19 @@ def test_all_kinds_of_sounds_agree(model, files):
 
 
 def test_lists_equal_one_by_one(model):
-    assert model.caption(images(4), batch_size=3) == [model.caption(image) for image in images(4)]
+    assert model.caption(images(4)) == [model.caption(image) for image in images(4)]
     assert model.transcribe(sounds(4)) == [model.transcribe(sound) for sound in sounds(4)]
     together = model.speak(["one", "a red circle"], voice=["he", None], temperature=0)
     alone = [model.speak("one", voice="he", temperature=0), model.speak("a red circle", temperature=0)]
     assert all((a.samples == b.samples).all() for a, b in zip(together, alone, strict=True))
     parts = [["see ", image, "?"] for image in images(2)]
-    assert model.generate_batch(parts) == [model.generate(one) for one in parts]
+    assert model.generate(parts) == [model.generate(one) for one in parts]
     questions = ["how many?", "red?"]
     assert model.answer(parts, questions) == [model.answer(*pair) for pair in zip(parts, questions, strict=True)]
-    assert model.caption([]) == model.transcribe([]) == model.speak([]) == []
+    talks = [[{"role": "user", "content": one}] for one in parts]
+    assert model.chat(talks) == [model.chat(one) for one in talks]
+    nothing = [model.caption([]), model.transcribe([]), model.speak([]), model.answer([], []), model.generate([])]
+    assert [*nothing, model.chat([]), model.embed([]), model.score([], [])] == [[]] * 8
 
 
 @pytest.mark.parametrize("pattern", ["delay", "parallel", "flatten"])
@@ -102,7 +106,11 @@ def test_sounds_are_heard_and_spoken_under_every_pattern(pattern):
 def test_speech_of_a_stereo_codec_is_mixed_down(model, monkeypatch):
     audio = model.tokenizer.require_audio()
     decode = audio.decode
-    monkeypatch.setattr(audio, "decode", lambda codes_KF: torch.stack([decode(codes_KF), 3 * decode(codes_KF)]))
+
+    def stereo(codes_KF: torch.Tensor) -> torch.Tensor:
+        return torch.stack([decode(codes_KF), 3 * decode(codes_KF)])
+
+    monkeypatch.setattr(audio, "decoder_stream", lambda: WholeDecoderStream(stereo))
     spoken = model.speak("one", temperature=0)
     np.testing.assert_allclose(spoken.samples, 2 * decode(torch.from_numpy(spoken.codes_KF)).numpy(), rtol=1e-6)
 
@@ -253,12 +261,16 @@ def test_missing_senses_are_said(files):
 
 
 def test_unknown_setting_is_named(model):
-    with pytest.raises(ValueError, match=r"unknown setting 'temprature'; wanted one of .*temperature"):
+    with pytest.raises(
+        ValueError, match=r"unknown setting 'temprature' \(did you mean temperature\?\); wanted one of .*temperature"
+    ):
         model.caption(images(1)[0], temprature=1.0)
     with pytest.raises(ValueError, match="max_new_tokens is 0"):
         model.caption(images(1)[0], max_new_tokens=0)
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        model.caption(images(1)[0], batch_size=0)
+    with pytest.raises(ValueError, match="unknown setting 'batch_size'; how many are answered at once is the engine's"):
+        model.caption(images(1)[0], batch_size=8)
+    with pytest.raises(ValueError, match="unknown setting 'blind'; it is evaluation's"):
+        model.caption(images(1)[0], blind=True)
 
 
 def test_commands(model, files, tmp_path, capsys):
@@ -291,24 +303,17 @@ def test_a_sound_that_no_sequence_could_hold_is_refused(model, files):
     generation = dataclasses.replace(model.generation, max_heard_seconds=len(wave) / rate)
     short = Model(model.model, model.tokenizer, model.image_transform, generation)
     assert short.transcribe((wave, rate)) == model.transcribe((wave, rate))
+    joined = (np.concatenate([wave, wave]), rate)
     with pytest.raises(ValueError, match=r"sound 2 of 2 lasts .* hears .* at once"):
-        short.transcribe([(wave, rate), (np.concatenate([wave, wave]), rate)])
+        short.generate([(wave, rate), joined])
+    with pytest.raises(ValueError, match=r"the sound lasts .* hears .* at once"):
+        short.stream("transcribe", joined)
+    with pytest.raises(ValueError, match="several completions are asked for of a sound that is transcribed in windows"):
+        short.transcribe(joined, n=2, temperature=1.0)
+    first, second = short.transcribe([joined, (wave, rate)])
+    assert isinstance(first, mmllm.Transcript) and isinstance(second, mmllm.Completion)
     with pytest.raises(ValueError, match="max_heard_seconds is 0"):
         GenerationConfig(max_heard_seconds=0)
-
-
-def test_blind_prompts_that_are_alike_are_answered_once(model, files):
-    counts = []
-    model = Model(model.model, model.tokenizer, model.image_transform, model.generation)
-    model.progress = counts.append
-    picture = files / "a picture.png"
-    assert (
-        model.caption([picture] * 3, blind=True, temperature=0.0)
-        == [model.caption(picture, blind=True, temperature=0.0)] * 3
-    )
-    assert counts == [1, 1]
-    model.caption([picture] * 3, blind=True, temperature=1.0)
-    assert counts == [1, 1, 3]  # each row draws for itself
 
 
 def test_import_stays_light():

@@ -15,7 +15,8 @@ from mmllm.checkpoints.folder import _self_contained, load_model, save_model
 from mmllm.checkpoints.settings import GenerationConfig, Sampling
 from mmllm.data.samples.decode import ImageTransform
 from mmllm.model.multimodal import MultimodalModel
-from mmllm.model.vision import VisionConfig, open_clip_config
+from mmllm.model.open_clip_vision import open_clip_config
+from mmllm.model.vision import VisionConfig
 from tests.inference_fixtures import images, make, make_model, make_tokenizer, sounds
 
 

@@ -10,8 +10,8 @@ from mmllm.batch import IGNORE
 from mmllm.checkpoints.settings import GenerationConfig, Sampling
 from mmllm.data.loading.collate import pack_documents
 from mmllm.data.samples.documents import Document, DocumentWriter, build_prompt
-from mmllm.inference import generate
-from mmllm.inference.generate import draw, generate_text
+from mmllm.inference.engine.filters import draw
+from mmllm.inference.generate import generate_text
 from mmllm.inference.prompts import join, pad_left
 from mmllm.inference.units import generate_units
 from mmllm_tokenizers.vocab import AUDIO_END, END, SPECIAL_TOKENS
@@ -137,18 +137,15 @@ def test_speech_ends_by_itself(model):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.8, top_k=20, top_p=0.9, seed=3)])
-def test_batch_size_changes_nothing(model, sampling, monkeypatch):
-    monkeypatch.setattr(generate, "_COMPACT_SHARE", 1.0)
+def test_batch_size_changes_nothing(model, sampling):
     documents = [*caption_prompts(model), *transcribe_prompts(model)]
     expected = generate_text(model.model, model.tokenizer, documents, sampling, MAX_NEW_TOKENS, batch_size=1)
-    for batch_size, share in ((3, 1.0), (64, 1.0), (64, 0.0)):
-        monkeypatch.setattr(generate, "_COMPACT_SHARE", share)
+    for batch_size in (3, 64):
         got = generate_text(model.model, model.tokenizer, documents, sampling, MAX_NEW_TOKENS, batch_size)
         assert got == expected
     documents = speak_prompts(model)
     expected = generate_units(model.model, model.tokenizer, documents, sampling, MAX_FRAMES, batch_size=1)
-    for batch_size, share in ((2, 1.0), (64, 1.0), (64, 0.0)):
-        monkeypatch.setattr(generate, "_COMPACT_SHARE", share)
+    for batch_size in (2, 64):
         got = generate_units(model.model, model.tokenizer, documents, sampling, MAX_FRAMES, batch_size)
         assert all(torch.equal(a.codes_KF, b.codes_KF) for a, b in zip(got, expected, strict=True))
 

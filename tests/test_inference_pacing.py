@@ -185,7 +185,7 @@ def test_tries_that_cannot_differ_or_be_heard_are_refused_before_anything_is_spo
     def speaks(*args, **settings):
         raise AssertionError("it has spoken")
 
-    monkeypatch.setattr("mmllm.inference.speaking.generate_units", speaks)
+    monkeypatch.setattr("mmllm.inference.running.Runner.complete", speaks)
     with pytest.raises(ValueError, match="best_of is 2, but the model has no CTC head"):
         make("delay").speak("one", best_of=2, temperature=1.0)
     with pytest.raises(ValueError, match="best_of is 3, but nothing is left to chance"):

@@ -9,21 +9,24 @@ import pytest
 import torch
 
 from mmllm.batch import IGNORE
+from mmllm.checkpoints.settings import Sampling
 from mmllm.data.loading.collate import pack_documents
 from mmllm.data.samples.documents import Document, DocumentWriter, build_prompt
 from mmllm.data.samples.pointers import spoken_pointer
-from mmllm.inference import generate
 from mmllm.inference.api import Model
+from mmllm.inference.engine.letters import Letters, _word_counts
+from mmllm.inference.engine.requests import SpeechRequest, SpokenUnits
 from mmllm.inference.pacing import Pace
-from mmllm.inference.speaking import Speaker, SpeechOptions
-from mmllm.inference.units import SpokenUnits, _letters, _word_counts, generate_units
+from mmllm.inference.speaking import SpeechOptions
+from mmllm.inference.text_settings import try_number
+from mmllm.inference.units import generate_units
 from mmllm.inference.voices import align_recording, begin, ctc_scores
 from mmllm_tokenizers.alignment import text_words
 from mmllm_tokenizers.pointer import PointerRule, Spelling
 from mmllm_tokenizers.vocab import AUDIO_END
 from tests.inference_fixtures import RATE, make
 
-GREEDY, DRAWN = generate.Sampling(), generate.Sampling(temperature=1.0, seed=5)
+GREEDY, DRAWN = Sampling(), Sampling(temperature=1.0, seed=5)
 TEXTS = ["one", "a red circle above two blue squares", "two, three", "said he", "circle"]
 FRAME_RATE = 125.0
 SHORT = Pace(max_letter_seconds=6 / FRAME_RATE)
@@ -150,13 +153,14 @@ def test_cached_speech_equals_uncached(model):
 
 def test_a_letter_whose_end_was_missed_ends_soon(model):
     """What a model says of ages that no letter of its training had doesn't hold a letter up."""
-    letters = _letters(model.model, prompts(model)[:1], Pace(max_letter_seconds=30 / FRAME_RATE), model.tokenizer)
-    assert letters is not None
+    pointer = prompts(model)[0].pointer
+    assert pointer is not None
+    letters = Letters.of(pointer, Pace(max_letter_seconds=30 / FRAME_RATE), FRAME_RATE, torch.device("cpu"))
     lasted = []
     for chances_to_move in ([0.1, 0.3, *[1e-6] * 20], [0.01] * 30, [0.1] * 22, [0.2, 0.6]):
         before = int(letters.places_B)
         for lasting, chance in enumerate(chances_to_move, start=1):
-            letters.move(torch.tensor([[1 - chance, chance, 0.0]]).log(), torch.zeros(1))
+            letters = letters.moved(torch.tensor([[1 - chance, chance, 0.0]]).log(), torch.zeros(1))
             if int(letters.places_B) > before:
                 lasted.append((lasting, int(letters.num_bounded_B)))
                 break
@@ -164,11 +168,10 @@ def test_a_letter_whose_end_was_missed_ends_soon(model):
     assert lasted == [(3, 0), (30, 1), (7, 1), (2, 1)]
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, generate.Sampling(temperature=0.8, top_k=5, seed=3)])
-def test_batch_size_changes_nothing(model, sampling, monkeypatch):
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.8, top_k=5, seed=3)])
+def test_batch_size_changes_nothing(model, sampling):
     expected = say(model, sampling, batch_size=1)
-    for batch_size, share in ((2, 1.0), (64, 1.0), (64, 0.0)):
-        monkeypatch.setattr(generate, "_COMPACT_SHARE", share)
+    for batch_size in (2, 64):
         for got, want in zip(say(model, sampling, batch_size=batch_size), expected, strict=True):
             assert torch.equal(got.codes_KF, want.codes_KF) and torch.equal(got.pointer_F, want.pointer_F)
 
@@ -235,14 +238,14 @@ def test_a_recording_is_gone_on_from(model):
 
 
 def test_the_best_of_several_tries_is_the_one_that_is_heard_best(model):
-    options = SpeechOptions((DRAWN,), None, 64, SHORT, best_of=4)
-    best = Speaker(model.model, model.tokenizer).speak(TEXTS, [None] * len(TEXTS), options)
-    tries = generate_units(model.model, model.tokenizer, prompts(model) * 4, DRAWN, None, pace=SHORT)
-    scores = ctc_scores(model.model, model.tokenizer, [each.codes_KF for each in tries], TEXTS * 4)
-    for number, waveform in enumerate(best):
-        of_text = scores[number :: len(TEXTS)]
-        chosen = tries[number + len(TEXTS) * of_text.index(min(of_text))]
-        np.testing.assert_array_equal(waveform.codes_KF, chosen.codes_KF.numpy())
+    options = SpeechOptions((DRAWN,), None, SHORT, best_of=4)
+    best = model.speaker.speak(TEXTS, [None] * len(TEXTS), options)
+    for text, prompt, waveform in zip(TEXTS, prompts(model), best, strict=True):
+        numbers = [try_number(place) for place in range(4)]
+        tries = model.engine.run([SpeechRequest(prompt, (DRAWN,), None, SHORT, number) for number in numbers])
+        scores = ctc_scores(model.model, model.tokenizer, [each.codes_KF for each in tries], [text] * 4)
+        assert len(set(scores)) > 1
+        np.testing.assert_array_equal(waveform.codes_KF, tries[scores.index(min(scores))].codes_KF.numpy())
 
 
 def test_speak_says_when_its_words_are_said(model):

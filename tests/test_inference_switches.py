@@ -16,13 +16,14 @@ from mmllm.data.samples.documents import Document, DocumentWriter, build_documen
 from mmllm.data.samples.schema import Sample
 from mmllm.evaluation.perplexity import bits_of_documents
 from mmllm.inference.api import Model
-from mmllm.inference.generate import Decoding
+from mmllm.inference.engine.prompts import embed_prompts
 from mmllm.inference.prompts import join, pad_left
 from mmllm.model.audio_projectors import AudioProjectorConfig
 from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
 from mmllm.model.rope import RopeScaling
 from mmllm.model.router import MoEConfig
+from mmllm.model.row_cache import Chunk, PromptStep, RunningStep
 from mmllm.model.vision import VisionConfig
 from tests.inference_fixtures import CLIP, images, make_tokenizer, sounds
 
@@ -105,12 +106,30 @@ def _said(tokenizer, ids: list[int]) -> Document:
 @torch.no_grad()
 def _generated(model: MultimodalModel, prompts: list[Document]) -> torch.Tensor:
     """Hidden states from which each of `WORDS` is predicted, [prompts, words, D]."""
-    decoding = Decoding(model, prompts, len(WORDS))
-    hidden = [decoding.hidden_BD]
+    decoder = model.decoder
+    cache = decoder.make_row_cache()
+    rows = [cache.allocate(prompt.num_tokens + len(WORDS)) for prompt in prompts]
+    inputs = embed_prompts(model, prompts, [0] * len(prompts))
+    step = PromptStep(
+        [Chunk(row, prompt.num_tokens) for row, prompt in zip(rows, prompts, strict=True)],
+        None if inputs[0].spans_T is None else torch.cat([each.spans_T for each in inputs]),
+    )
+    hidden_ND = decoder.continue_rows(
+        torch.cat([each.x_TD for each in inputs]),
+        torch.cat([torch.arange(prompt.num_tokens) for prompt in prompts]),
+        torch.cat([each.modality_T for each in inputs]),
+        step,
+    )
+    hidden = [hidden_ND[torch.tensor([prompt.num_tokens for prompt in prompts]).cumsum(0) - 1]]
+    for row in rows:
+        cache.start(row)
+    (slab,) = cache.slabs
+    assert slab.rows == rows
+    text_N = torch.full((len(rows),), int(Modality.TEXT))
     for word in WORDS[:-1]:
-        none_BK = torch.full((len(prompts), decoding.num_codebooks), -1)
-        decoding.advance(torch.full((len(prompts),), word), none_BK, Modality.TEXT)
-        hidden.append(decoding.hidden_BD)
+        running = RunningStep(slab)
+        x_ND = decoder.embed(torch.full((len(rows),), word))
+        hidden.append(decoder.continue_rows(x_ND, running.lengths_N, text_N, running))
     return torch.stack(hidden, dim=1)
 
 

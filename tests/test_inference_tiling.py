@@ -11,6 +11,7 @@ import torch
 from mmllm.checkpoints.folder import load_model, save_model
 from mmllm.checkpoints.settings import GenerationConfig
 from mmllm.data.samples.documents import Segment
+from mmllm.evaluation.asking import AskedModel
 from mmllm.inference.api import Model
 from mmllm.inference.inputs import parse_parts
 from mmllm.inference.prompts import join, pad_left
@@ -72,7 +73,7 @@ def test_answers_of_a_batch_are_those_of_each_picture(model):
     pictures = [picture(size, seed) for seed, size in enumerate(SIZES)]
     together = model.caption(pictures, temperature=0)
     assert together == [model.caption(each, temperature=0) for each in pictures]
-    assert model.caption(pictures, blind=True, temperature=0) != []
+    assert AskedModel(model).caption(pictures, 6, 64, blind=True) != []
     segments = [Segment(image=pictures[1]), Segment(text="?"), Segment(image=pictures[2])]
     assert isinstance(model.chat([{"role": "user", "content": segments}], temperature=0), str)
 

@@ -24,8 +24,9 @@ from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.flops import ModelFlops
 from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import ModelConfig, MultimodalModel
+from mmllm.model.open_clip_vision import build_clip
 from mmllm.model.roles import parameter_roles
-from mmllm.model.vision import VisionTower, build_clip
+from mmllm.model.vision import VisionTower
 
 SIDE, PATCH, NUM_LAYERS, WIDTH = 28, 7, 3, 32
 SHAPE = {

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from mmllm.model import attend as attend_module
 from mmllm.model.attend import PackedContext, attend, check_backend
 from mmllm.model.attention import Attention, AttentionSettings
-from mmllm.model.cache import KVCache
 from mmllm.model.decoder import Decoder
 from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.masks import MaskRule
 from mmllm.model.rope import RopeScaling, rotary
+from mmllm.model.row_cache import Chunk, PromptStep, RowCache, RunningStep
 from mmllm.sequences import SequenceMetadata
+from tests.cached_decoding import CachedRows
 
 LENGTHS = [[40, 3, 1, 20], [7, 33, 5], [64], [64]]
 RULES = [MaskRule(), MaskRule(window=1), MaskRule(window=5), MaskRule(spans=True), MaskRule(window=4, spans=True)]
@@ -185,18 +186,31 @@ def test_the_cache_sees_what_packed_documents_see() -> None:
     spans_BT[0, 1:4] = 0
     spans_BT[1, 4:6] = 1
     sequences = SequenceMetadata.of(documents_BT)
+    config = DecoderConfig(
+        vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8
+    )
+    is_real_BT = documents_BT >= 0
     for rule in RULES:
         qkv = _qkv(num_rows * total)
         wanted = _slow(*(x[sequences.tokens_Q] for x in qkv), documents_BT, spans_BT, rule)
-        cache = KVCache(1, 2, 8, num_rows, total, dtype=torch.float64)
-        outputs = []
-        for piece in [slice(0, 8), *(slice(t, t + 1) for t in range(8, total))]:
-            parts = [x.view(num_rows, total, *x.shape[1:])[:, piece].flatten(0, 1) for x in qkv]
-            cache.begin(documents_BT[:, piece], spans_BT[:, piece])
-            outputs.append(attend(*parts, cache.layer(0), rule).view(num_rows, -1, 32))
-            cache.end()
-        got = torch.cat(outputs, dim=1).flatten(0, 1)[sequences.tokens_Q]
-        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+        cache = RowCache(config, dtype=torch.float64)
+        rows = [cache.allocate(total) for _ in range(num_rows)]
+        outputs = torch.zeros(num_rows, total, 32, dtype=torch.float64)
+        begin_BT = is_real_BT & (torch.arange(total) < 8)
+        step = PromptStep(
+            [Chunk(row, int(own_T.sum())) for row, own_T in zip(rows, begin_BT, strict=True)], spans_BT[begin_BT]
+        )
+        parts = [x.view(num_rows, total, *x.shape[1:])[begin_BT] for x in qkv]
+        outputs[begin_BT] = attend(*parts, step.layer(0), rule)
+        step.end()
+        for row in rows:
+            cache.start(row)
+        for place in range(8, total):
+            running = RunningStep(cache.slabs[0])
+            parts = [x.view(num_rows, total, *x.shape[1:])[:, place] for x in qkv]
+            outputs[:, place] = attend(*parts, running.layer(0), rule)
+            running.end()
+        torch.testing.assert_close(outputs.flatten(0, 1)[sequences.tokens_Q], wanted, rtol=1e-10, atol=1e-12)
 
 
 # --- layers -------------------------------------------------------------------------------------------------------
@@ -344,9 +358,9 @@ def test_prefix_decoders_cache_and_pack_alike() -> None:
     spans_BT = torch.tensor([[0] * 5 + [-1] * 4 + [1] * 3 + [-1] * 5])
     x_BTD = torch.randn(1, 17, 16, dtype=torch.float64)
     whole = decoder(x_BTD, positions_BT, documents_BT, spans_BT=spans_BT)[0]
-    cache = decoder.make_cache(1, 9)
+    cached = CachedRows(decoder, 1, 9)
     parts = [
-        decoder(x_BTD[:, s], positions_BT[:, s], documents_BT[:, s], cache, spans_BT=spans_BT[:, s])[0]
+        cached(x_BTD[:, s], documents_BT[:, s], spans_BT=spans_BT[:, s])
         for s in (slice(0, 6), slice(6, 7), slice(7, 9))
     ]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole[:, :9], rtol=1e-9, atol=1e-10)

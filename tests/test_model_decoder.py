@@ -11,6 +11,7 @@ from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.router import MoEConfig, TokenInfo
 from mmllm.model.routing_stats import RoutingStats
 from mmllm.sequences import SequenceMetadata
+from tests.cached_decoding import CachedRows
 
 LENGTHS = [[40, 3, 1, 20], [7, 33, 5], [64], [64]]
 """Documents of four packed sequences of 64 positions; the second ends in padding."""
@@ -153,16 +154,12 @@ def test_cached_equals_uncached_with_left_padding(config):
     documents_BT[1, : total - lengths[1]] = -1
     positions_BT = (torch.arange(total) - torch.tensor(lengths)[:, None].neg() - total).clamp(min=0)
     whole, _ = decoder(x_BTD, positions_BT, documents_BT)
-    cache = decoder.make_cache(batch_size=3, max_length=total)
+    rows = CachedRows(decoder, 3, total)
     pieces = [slice(0, prompt), slice(prompt, prompt + 3)] + [slice(t, t + 1) for t in range(prompt + 3, total)]
-    cached = torch.cat([decoder(x_BTD[:, s], positions_BT[:, s], documents_BT[:, s], cache)[0] for s in pieces], dim=1)
+    cached = torch.cat([rows(x_BTD[:, s], documents_BT[:, s]) for s in pieces], dim=1)
     real = documents_BT >= 0
     torch.testing.assert_close(cached[real], whole[real], rtol=1e-10, atol=1e-10)
-    assert cache.length == total
-    with pytest.raises(ValueError, match="room for 20 positions, 20 are used and 1 more"):
-        decoder(x_BTD[:, :1], positions_BT[:, :1], documents_BT[:, :1], cache)
-    with pytest.raises(ValueError, match="holds 3 rows but the batch has 1"):
-        decoder(x_BTD[:1, :1], positions_BT[:1, :1], documents_BT[:1, :1], cache)
+    assert [row.length for row in rows.rows] == lengths
 
 
 def test_layout_finds_every_token_once():

@@ -18,6 +18,7 @@ from mmllm.model.depth import DepthLayout, num_passing
 from mmllm.model.rope import rotary
 from mmllm.model.router import MoEConfig, TokenInfo
 from mmllm.sequences import SequenceMetadata
+from tests.cached_decoding import CachedRows
 
 CONFIG = DecoderConfig(
     50, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24,
@@ -144,21 +145,19 @@ def test_a_cache_hides_what_skipped_a_block(prefix: Any) -> None:
     spans_BT[:, 4:7] = 0  # in the first piece
     spans = None if prefix == "none" else spans_BT
     whole_BTD, _ = decoder(x_BTD, positions_BT, documents_BT, spans_BT=spans)
-    cache = decoder.make_cache(2, 12)
+    cached = CachedRows(decoder, 2, 12)
     pieces = []
     for piece in (slice(0, 7), slice(7, 8), slice(8, 11), slice(11, 12)):
         some = None if spans is None else spans[:, piece]
-        pieces.append(decoder(x_BTD[:, piece], positions_BT[:, piece], documents_BT[:, piece], cache, spans_BT=some)[0])
+        pieces.append(cached(x_BTD[:, piece], documents_BT[:, piece], spans_BT=some))
     cached_BTD = torch.cat(pieces, dim=1)
     is_real = documents_BT >= 0
     torch.testing.assert_close(cached_BTD[is_real], whole_BTD[is_real], rtol=1e-10, atol=1e-10)
-    assert cache.keys_by_layer.keys() == {0, 2}
-    shares = [keys_BS[is_real].double().mean() for keys_BS in cache.keys_by_layer.values()]
+    (slab,) = cached.cache.slabs
+    assert slab.keys_by_layer.keys() == {0, 2}
+    places = torch.cat([torch.arange(row.start, row.start + row.length) for row in cached.rows])
+    shares = [keys_S[places].double().mean() for keys_S in slab.keys_by_layer.values()]
     assert all(0.1 < share < 0.9 for share in shares), "some pass and some don't, or nothing was tested"
-    before = dict(cache.keys_by_layer)
-    cache.keep([1])
-    assert torch.equal(cache.document_ids_BS, documents_BT[1:])
-    assert all(torch.equal(cache.keys_by_layer[layer], keys_BS[1:]) for layer, keys_BS in before.items())
 
 
 def test_spans_and_filler_in_training() -> None:

@@ -401,11 +401,7 @@ def test_bf16_autocast_is_close_to_fp32():
     exact = _loss(model, batch)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = _loss(model, batch)
-        cache = model.decoder.make_cache(batch_size=2, max_length=48)
-        cached = model.hidden(batch, cache)
     assert rounded.dtype == torch.float32
     assert abs(rounded.item() - exact.item()) < 0.03 * exact.item()
-    real = batch.document_ids_BT >= 0
-    torch.testing.assert_close(cached[real].float(), model.hidden(batch)[real], rtol=0.1, atol=0.2)
     rounded.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -19,8 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from mmllm import paths
+from mmllm.model.open_clip_vision import build_clip
 from mmllm.model.roles import mark, mark_all, parameter_roles
-from mmllm.model.vision import VisionConfig, build_clip
+from mmllm.model.vision import VisionConfig
 from mmllm.training.clip_module import with_text_tokens
 from mmllm.training.lightning_cli import build_cli, quiet_lightning
 from mmllm.training.optimizers import OptimizerConfig, parameter_groups

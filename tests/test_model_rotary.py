@@ -15,6 +15,7 @@ from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.flops import ModelFlops
 from mmllm.model.multimodal import ModelConfig
 from mmllm.model.rope import RopeScaling, inverse_frequencies, rotary
+from tests.cached_decoding import CachedRows
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning")
 
@@ -81,10 +82,9 @@ def test_cache_and_packing_compute_the_same(name: str) -> None:
     start = 0
     for length in lengths:
         place = slice(start, start + length)
-        cache, parts = decoder.make_cache(1, length), []
+        cached, parts = CachedRows(decoder, 1, length), []
         for piece in (slice(0, 3), *(slice(at, at + 1) for at in range(3, length))):
-            now = x_BTD[:, place][:, piece], positions_BT[:, place][:, piece], documents_BT[:, place][:, piece]
-            parts.append(decoder(*now, cache)[0])
+            parts.append(cached(x_BTD[:, place][:, piece], documents_BT[:, place][:, piece]))
         torch.testing.assert_close(torch.cat(parts, dim=1), whole[:, place], rtol=1e-9, atol=1e-9)
         start += length
 

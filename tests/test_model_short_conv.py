@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmllm.model.attend import PackedContext
-from mmllm.model.cache import RecentTokens
 from mmllm.model.decoder import Block, Decoder
 from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.roles import parameter_roles
@@ -21,6 +17,7 @@ from mmllm.model.router import MoEConfig, TokenInfo
 from mmllm.model.short_conv import PackedNeighbors, ShortConv
 from mmllm.model.virtual_tokens import VirtualTokens
 from mmllm.sequences import SequenceMetadata
+from tests.cached_decoding import CachedRows
 
 LENGTHS = [[9, 1, 2, 4], [3, 7]]
 """Documents of two packed sequences of 20 positions; both end in padding."""
@@ -127,101 +124,17 @@ def test_cached_in_pieces_equals_packed(config: DecoderConfig, padding: str) -> 
     positions_BT = (is_real_BT.cumsum(dim=1) - 1).clamp(min=0)
     x_BTD = torch.randn(3, total, 32, dtype=torch.float64)
     whole_BTD, _ = decoder(x_BTD, positions_BT, ids_BT)
-    cache = decoder.make_cache(batch_size=3, max_length=total)
+    cached = CachedRows(decoder, 3, total)
     pieces = [slice(0, 9), slice(9, 11), *(slice(t, t + 1) for t in range(11, 14))]
-    got = [decoder(x_BTD[:, s], positions_BT[:, s], ids_BT[:, s], cache)[0] for s in pieces]
+    got = [cached(x_BTD[:, s], ids_BT[:, s]) for s in pieces]
     torch.testing.assert_close(
         torch.cat(got, dim=1)[is_real_BT[:, :14]], whole_BTD[:, :14][is_real_BT[:, :14]], rtol=1e-10, atol=1e-10
     )
-    cache.keep([2, 0])
+    cached.keep([2, 0])
     for t in range(14, total):
         at = [[2, 0], slice(t, t + 1)]
-        got_BTD, _ = decoder(x_BTD[at[0], at[1]], positions_BT[at[0], at[1]], ids_BT[at[0], at[1]], cache)
+        got_BTD = cached(x_BTD[at[0], at[1]], ids_BT[at[0], at[1]])
         torch.testing.assert_close(got_BTD, whole_BTD[at[0], at[1]], rtol=1e-10, atol=1e-10)
-
-
-def test_the_cache_keeps_documents_of_a_row_apart() -> None:
-    ids_BT = torch.tensor([[-1, 0, 0, 1, -1, 1, 1, 2, 2, 2, 2]])
-    conv = ShortConv(5, 4, "attention").double()
-    x_BTD = torch.randn(1, 11, 5, dtype=torch.float64)
-    real_T = ids_BT[0] >= 0
-    want_ND = _slow(x_BTD[0, real_T], [2, 3, 4], conv.weight)
-    recent, got = RecentTokens(1, 4), []
-
-    class Layer:
-        def before(self, x_ND: Tensor, count: int, place: str) -> list[Tensor]:
-            return recent.before(x_ND, count, (0, place))
-
-    for piece in (slice(0, 4), slice(4, 5), slice(5, 6), slice(6, 11)):
-        recent.begin(ids_BT[:, piece])
-        got.append(conv(x_BTD[0, piece], Layer()))
-        recent.end()
-    torch.testing.assert_close(torch.cat(got)[real_T], want_ND, rtol=1e-12, atol=1e-12)
-
-
-class _Operations(TorchDispatchMode):
-    """Counts those of torch by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Counts, and goes on."""
-        self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_any_documents_and_padding_in_any_pieces(seed: int) -> None:
-    """Several rows, whose documents and padding are drawn, in pieces whose sizes are drawn; rows are dropped."""
-    generator = torch.Generator().manual_seed(seed)
-    num_rows, total, size = 4, 24, 2 + seed % 4
-    documents_BT = (torch.rand(num_rows, total, generator=generator) < 0.2).long().cumsum(dim=1)
-    is_padding_BT = torch.rand(num_rows, total, generator=generator) < torch.linspace(0, 0.6, num_rows)[:, None]
-    ids_BT = documents_BT.masked_fill(is_padding_BT, -1)
-    x_BTD = torch.randn(num_rows, total, 5, dtype=torch.float64, generator=generator)
-    conv, rows, start, pieces = ShortConv(5, size, "mlp").double(), list(range(num_rows)), 0, []
-    recent = RecentTokens(num_rows, size)
-
-    class Layer:
-        def before(self, x_ND: Tensor, count: int, place: str) -> list[Tensor]:
-            return recent.before(x_ND, count, (0, place))
-
-    want_BTD = torch.zeros_like(x_BTD)
-    for row in range(num_rows):
-        real_ND = x_BTD[row, ids_BT[row] >= 0]
-        lengths = ids_BT[row, ids_BT[row] >= 0].unique_consecutive(return_counts=True)[1].tolist()
-        want_BTD[row, ids_BT[row] >= 0] = _slow(real_ND, lengths, conv.weight)
-    while start < total:
-        stop = min(total, start + int(torch.randint(1, 7, (), generator=generator)))
-        recent.begin(ids_BT[rows, start:stop])
-        pieces.append((rows, start, stop, conv(x_BTD[rows, start:stop].flatten(0, 1), Layer())))
-        recent.end()
-        if len(rows) > 1 and stop > 8 * (num_rows - len(rows) + 1):
-            rows = [rows[place] for place in torch.randperm(len(rows), generator=generator)[:-1].tolist()]
-            recent.keep([pieces[-1][0].index(row) for row in rows])
-        start = stop
-    for rows, start, stop, got_ND in pieces:
-        is_real_BT = ids_BT[rows, start:stop] >= 0
-        got_BTD = got_ND.view(len(rows), stop - start, 5)
-        torch.testing.assert_close(got_BTD[is_real_BT], want_BTD[rows, start:stop][is_real_BT], rtol=1e-12, atol=1e-12)
-
-
-def test_a_step_looks_for_neighbors_once_for_all_layers() -> None:
-    counts = []
-    for num_layers in (1, 3):
-        decoder = _decoder(dataclasses.replace(CONFIG, num_hidden_layers=num_layers))
-        cache = decoder.make_cache(batch_size=2, max_length=8)
-        x_BTD, ids_BT = torch.randn(2, 4, 32, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.int64)
-        decoder(x_BTD, torch.arange(4).expand(2, 4), ids_BT, cache)
-        with torch.no_grad(), _Operations() as operations:
-            decoder(x_BTD[:, :1], torch.full((2, 1), 4), ids_BT[:, :1], cache)
-        counts.append(operations.counts)
-    one, three = counts
-    assert one["gather"] and one["scatter_"] and one["cumsum"]
-    for name in ("gather", "scatter_", "cumsum", "eq", "arange", "sum"):
-        assert one[name] == three[name], name
 
 
 def test_a_block_does_not_leave_its_convolutions_out() -> None:
@@ -246,8 +159,8 @@ def test_learned_tokens_before_a_document_cache_and_pack_alike(kind) -> None:
     ids_BT, positions_BT = torch.zeros(2, 8, dtype=torch.int64), torch.arange(8).expand(2, 8)
     x_BTD = torch.randn(2, 8, 32, dtype=torch.float64)
     whole_BTD, _ = decoder(x_BTD, positions_BT, ids_BT)
-    cache = decoder.make_cache(batch_size=2, max_length=8)
-    got = [decoder(x_BTD[:, s], positions_BT[:, s], ids_BT[:, s], cache)[0] for s in (slice(0, 5), slice(5, 8))]
+    cached = CachedRows(decoder, 2, 8)
+    got = [cached(x_BTD[:, s], ids_BT[:, s]) for s in (slice(0, 5), slice(5, 8))]
     torch.testing.assert_close(torch.cat(got, dim=1), whole_BTD, rtol=1e-10, atol=1e-10)
 
 

@@ -6,7 +6,9 @@ import torch
 from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
 
-from mmllm.model.vision import StandardizedConv2d, VisionConfig, VisionTower, build_clip, pixel_statistics
+from mmllm.model.open_clip_vision import build_clip
+from mmllm.model.standardized import StandardizedConv2d
+from mmllm.model.vision import OPENAI_MEAN, OPENAI_STD, VisionConfig, VisionTower, pixel_statistics
 
 TEXT_CFG = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
 VIT = {
@@ -213,3 +215,9 @@ def test_group_norm_comes_with_standardized_filters() -> None:
     assert torch.allclose(stem(images), expected, rtol=1e-3, atol=1e-4)
     vit = VisionTower(VisionConfig(VIT, norm="group"))
     assert not [module for module in vit.modules() if isinstance(module, StandardizedConv2d)], "it has no BatchNorm"
+
+
+def test_pixels_of_nothing_else_are_openais():
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+    assert (OPENAI_MEAN, OPENAI_STD) == (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)

@@ -18,9 +18,10 @@ from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.flops import ModelFlops
 from mmllm.model.image_projectors import ImageProjector, ImageProjectorConfig
 from mmllm.model.multimodal import ModelConfig, MultimodalModel
+from mmllm.model.open_clip_vision import build_clip
 from mmllm.model.roles import parameter_roles
 from mmllm.model.standardized import NORM_GROUPS, STANDARDIZED_EPS
-from mmllm.model.vision import VisionConfig, VisionTower, build_clip
+from mmllm.model.vision import VisionConfig, VisionTower
 from mmllm.model.whitened_vision import (
     COLOR_CORRELATION,
     PIXEL_CORRELATION,

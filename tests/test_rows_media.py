@@ -327,7 +327,7 @@ def test_evaluation_reads_them(tmp_path):
     """Questions about an embedded picture, a caption and a sound; the report shows them."""
     from mmllm.evaluation.answer_task import prompt_segments
     from mmllm.evaluation.media import MediaBudget
-    from mmllm.evaluation.tasks import _short_enough
+    from mmllm.evaluation.tasks import short_enough
 
     url = "data:image/png;base64," + b64(picture_bytes(1))
     sound = "data:audio/flac;base64," + b64(sound_bytes())
@@ -339,7 +339,7 @@ def test_evaluation_reads_them(tmp_path):
     assert len(readable_rows(rows, BadRows(0.0), "rows")) == 3
     assert [segment.image for segment in prompt_segments(rows[2])] == [None, picture_bytes(1)]
     with pytest.raises(ManifestError, match=r"lasts 0\.2 s"):
-        _short_enough([rows[1]], 0.1, BadRows(0.0), "rows")
+        short_enough([rows[1]], 0.1, BadRows(0.0), "rows")
     budget = MediaBudget()
     assert budget.image(str(rows[0].image)).uri.startswith("data:image/")
     assert budget.sound(str(rows[1].audio), "red").seconds == pytest.approx(0.2)

@@ -17,13 +17,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mmllm.checkpoints.adapters import adapter_folder, base_facts, base_state, load_adapter, set_adapter
 from mmllm.checkpoints.card import ModelInfo, model_card
@@ -45,7 +47,7 @@ from mmllm.data.samples.decode import ImageTransform
 from mmllm.model.earlier_names import current_keys, current_weights, is_earlier
 from mmllm.model.embedding import joined_rows
 from mmllm.model.multimodal import ModelConfig, MultimodalModel
-from mmllm.model.vision import open_clip_config, pixel_statistics
+from mmllm.model.vision import pixel_statistics
 from mmllm_tokenizers.folder import TokenizerFolder
 
 FORMAT_VERSION = 2
@@ -294,6 +296,8 @@ def _self_contained(config: ModelConfig) -> ModelConfig:
         return config
     vision = config.vision
     if vision.pretrained is not None:  # what the tag said of pixels and activation stays with the weights
+        from mmllm.model.open_clip_vision import open_clip_config
+
         mean, std = pixel_statistics(vision)
         vision = dataclasses.replace(vision, open_clip=open_clip_config(vision), mean=_three(mean), std=_three(std))
     return dataclasses.replace(config, vision=dataclasses.replace(vision, pretrained=None, checkpoint=None))
@@ -353,9 +357,26 @@ def _build(directory: Path, config: dict[str, Any]) -> MultimodalModel:
     """The model, its decoder without memory: the weights that are read are all that it ever has."""
     return parsed(
         directory / CONFIG,
-        lambda values: MultimodalModel(ModelConfig.from_dict(values), torch.device("meta")),
+        lambda values: MultimodalModel(ModelConfig.from_dict(values), _without_weights()),
         config,
     )
+
+
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """What is built has no memory, and nothing is drawn into it: on the meta device that imports PyTorch's compiler."""
+    with torch.device("meta"), _Undrawn():
+        yield
+
+
+class _Undrawn(TorchFunctionMode):
+    """Functions of `torch.nn.init` leave their tensors as they are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def load_weights(directory: Path, model: MultimodalModel, dtype: torch.dtype | None = None) -> None:

@@ -7,6 +7,7 @@ imports anything, so that a misspelt one is named at once.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,7 +29,7 @@ def add_group(commands: Any, name: str, help_text: str) -> Any:
 def add_command(commands: Any, name: str, help_text: str, run: Run) -> argparse.ArgumentParser:
     """Adds a command to subparsers and gives its parser, for its options."""
     parser = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
-    parser.set_defaults(run=run, prog=parser.prog)
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
 
@@ -45,7 +46,23 @@ def check_there(what: str, *paths: str | None, hint: str = "check the path") -> 
     """
     for path in paths:
         if path and "://" not in path and not set(path) & set("*?[{") and not Path(path).exists():
-            raise FileNotFoundError(f"{path}: no such {what}; {hint}")
+            raise FileNotFoundError(f"{path}: no such {what}{_near_path(Path(path))}; {hint}")
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """What may have been meant by a word: " (did you mean …?)", or nothing."""
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def _near_path(path: Path) -> str:
+    """As `near`, of a file or folder that isn't there but whose folder is."""
+    try:
+        names = [each.name for each in path.parent.iterdir()]
+    except OSError:
+        return ""
+    found = difflib.get_close_matches(path.name, names, n=1)
+    return f" (did you mean {path.parent / found[0]}?)" if found else ""
 
 
 def check_model(folder: str) -> None:

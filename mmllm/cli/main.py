@@ -17,26 +17,57 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from mmllm.cli.adapters import add_adapters, add_upcycle
+from mmllm.cli.chat import add_chat
+from mmllm.cli.command import near
+from mmllm.cli.completion import add_completion
 from mmllm.cli.configs import add_configs
 from mmllm.cli.data import add_data
+from mmllm.cli.drafting import add_drafting
 from mmllm.cli.evaluation import add_evaluation
 from mmllm.cli.inference import add_inference
 from mmllm.cli.interop import add_interop
 from mmllm.cli.quickstart import add_quickstart
+from mmllm.cli.reasoning import add_reasoning
+from mmllm.cli.serving import add_serving
 from mmllm.cli.tokenizer import add_tokenizer
 from mmllm.cli.training import TRAINING, add_training, run_training
+from mmllm.cli.ui import add_ui
 
 _NO_PREDICT = (
-    "mmllm has no predict: caption, transcribe, speak, generate and chat run a model folder, "
+    "mmllm has no predict: caption, transcribe, speak, answer, generate and chat run a model folder, "
     "eval writes predictions for a manifest"
 )
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises ValueError on bad usage instead of leaving the process."""
+    """Raises ValueError on bad usage instead of leaving the process, and says what may have been meant."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see `{self.prog} --help`")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but a misspelt option is named rather than that it is missing."""
+        try:
+            return super().parse_known_args(args, namespace)
+        except ValueError:
+            unknown = [each for each in args or () if self._is_unknown(each)]
+            if unknown and self._subparsers is None:
+                self.error(f"unrecognized arguments: {self.with_hints(unknown)}")
+            raise
+
+    def with_hints(self, unknown: Sequence[str]) -> str:
+        """Unknown arguments, with the options that they may be meant for."""
+        return " ".join(f"{each}{near(each.partition('=')[0], self._option_string_actions)}" for each in unknown)
+
+    def _is_unknown(self, argument: str) -> bool:
+        return argument.startswith("--") and argument.partition("=")[0] not in self._option_string_actions
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(each) for each in action.choices]
+            raise argparse.ArgumentError(
+                action, f"invalid choice: {value!r}{near(str(value), known)} (choose from {', '.join(known)})"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,9 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code. Nothing is raised and the process is not left, so that a program can call this many times.
     """
-    # Idle OpenMP threads spin briefly, then sleep. Unbounded, beside another busy process, a training step with two
-    # threads took four times as long as without spinning (docs/RESULTS.md). Read when torch is first imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -61,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain("interrupted", 130)
     except SystemExit as leaving:
         return _exit_code(leaving)
+    except BrokenPipeError:
+        return _nobody_reads()
     except Exception as error:
         if is_debug:
             raise
@@ -79,8 +109,8 @@ def _run(arguments: list[str]) -> int:
     parser = _parser()
     parsed, unknown = parser.parse_known_args([_underscored(argument) for argument in arguments])
     if unknown:
-        prog = getattr(parsed, "prog", parser.prog)
-        raise ValueError(f"unrecognized arguments: {' '.join(unknown)}; see `{prog} --help`")
+        of_command = getattr(parsed, "parser", parser)
+        raise ValueError(f"unrecognized arguments: {of_command.with_hints(unknown)}; see `{of_command.prog} --help`")
     if not hasattr(parsed, "run"):
         parser.print_help()
         return 0
@@ -93,12 +123,16 @@ def _print(lines: Iterable[str]) -> int:
         try:
             print(line, flush=True)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the exit goes nowhere
-            return 141
+            return _nobody_reads()
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _nobody_reads() -> int:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the exit goes nowhere
+    return 141
+
+
+def _parser() -> _Parser:
     parser = _Parser(
         prog="mmllm",
         description="Train, measure and run one model that sees, hears, reads and speaks.",
@@ -111,12 +145,18 @@ def _parser() -> argparse.ArgumentParser:
     add_data(commands)
     add_tokenizer(commands)
     add_inference(commands)
+    add_chat(commands)
+    add_serving(commands)
+    add_ui(commands)
+    add_drafting(commands)
     add_evaluation(commands)
+    add_reasoning(commands)
     add_interop(commands)
     add_adapters(commands)
     add_upcycle(commands)
     add_configs(commands)
     add_quickstart(commands, run_command=main)
+    add_completion(commands, make_parser=_parser)
     return parser
 
 

@@ -6,24 +6,24 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from mmllm.data.rows.media import media_source
 from mmllm.data.rows.rows import Row
 from mmllm.data.samples.documents import Segment
+from mmllm.evaluation.asking import AskedModel
 from mmllm.evaluation.metrics import exact_match, text_meaning
 from mmllm.evaluation.results import Prediction, TaskResult
 from mmllm.evaluation.scoring import causes, greedy_settings, mean_scores, vote_scores
-from mmllm.inference.api import Model
 from mmllm.inference.voting import VotingConfig, vote
 
 _ORDINAL = re.compile(r"\b(?:first|second|third|fourth|fifth)\b", re.IGNORECASE)
 
 
 def evaluate_answers(
-    model: Model, rows: Sequence[Row], batch_size: int, seed: int, voting: VotingConfig | None = None
+    model: AskedModel, rows: Sequence[Row], batch_size: int, seed: int, voting: VotingConfig | None = None
 ) -> TaskResult:
     """Answers right, beside those given when pictures and sounds change places between rows, and blind.
 
@@ -35,9 +35,9 @@ def evaluate_answers(
     references = [str(row.metadata["answer"]) for row in rows]
     settings = greedy_settings(model, references, batch_size)
     parts = [prompt_segments(row) for row in rows]
-    answers = cast("list[str]", model.answer(parts, questions, **settings))
-    blind = cast("list[str]", model.answer(parts, questions, blind=True, **settings))
-    shuffled = cast("list[str]", model.answer(shuffled_segments(rows, seed), questions, **settings))
+    answers = model.answer(parts, questions, **settings)
+    blind = model.answer(parts, questions, blind=True, **settings)
+    shuffled = model.answer(shuffled_segments(rows, seed), questions, **settings)
     right = _matches(answers, references)
     media = causes(rows)
     ordinal = [place for place, question in enumerate(questions) if _ORDINAL.search(question)]
@@ -64,8 +64,10 @@ def evaluate_answers(
         )
     ]  # fmt: skip
     if voting is not None:
-        prompts = [model.question_prompt(one, question) for one, question in zip(parts, questions, strict=True)]
-        votes = vote(model, prompts, voting, text_meaning, settings["max_new_tokens"], batch_size)
+        prompts = [model.served.question_prompt(one, question) for one, question in zip(parts, questions, strict=True)]
+        votes = vote(
+            model.served, prompts, voting, text_meaning, settings["max_new_tokens"], batch_size, model.progress
+        )
         matched = _matches([one.text for one in votes], references)
         scores |= mean_scores("voted_answer_accuracy", matched, seed, media)
         if ordinal:

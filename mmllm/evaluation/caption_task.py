@@ -10,6 +10,7 @@ import numpy as np
 
 from mmllm.data.rows.media import Media, media_source
 from mmllm.data.rows.rows import Row
+from mmllm.evaluation.asking import AskedModel
 from mmllm.evaluation.captions import (
     caption_matches,
     caption_meaning,
@@ -22,12 +23,11 @@ from mmllm.evaluation.metrics import bootstrap_interval, cider_d
 from mmllm.evaluation.results import Prediction, TaskResult
 from mmllm.evaluation.scenes import ParsedScene
 from mmllm.evaluation.scoring import causes, derangement, greedy_settings, mean_scores, scored_set, vote_scores
-from mmllm.inference.api import Model
 from mmllm.inference.voting import Vote, VotingConfig, vote
 
 
 def evaluate_captions(
-    model: Model, rows: Sequence[Row], batch_size: int, seed: int, voting: VotingConfig | None = None
+    model: AskedModel, rows: Sequence[Row], batch_size: int, seed: int, voting: VotingConfig | None = None
 ) -> TaskResult:
     """Exact match, attributes, order and CIDEr-D; rows with `heldout_pairs` are a set of their own.
 
@@ -65,8 +65,10 @@ def evaluate_captions(
         matched = [predictions[i].correct for i in heldout]
         scores |= mean_scores("heldout_pairs_exact_match", matched, seed, pairs)
     if voting is not None:
-        prompts = [model.caption_prompt(image) for image in images]
-        votes = vote(model, prompts, voting, caption_meaning, settings["max_new_tokens"], batch_size)
+        prompts = [model.served.caption_prompt(image) for image in images]
+        votes = vote(
+            model.served, prompts, voting, caption_meaning, settings["max_new_tokens"], batch_size, model.progress
+        )
         scores |= _voted_scores(rows, votes, seed) | vote_scores(votes, voting, seed, causes(rows))
         predictions = [
             replace(prediction, voted=one.text, agreement=one.agreement)

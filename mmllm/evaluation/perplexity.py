@@ -6,7 +6,7 @@ Shapes: B windows, T positions, V vocabulary, N documents.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +47,13 @@ def plan_windows(num_tokens: int, window: int) -> Iterator[Window]:
         start = max(min(start + stride, num_tokens - window), start + 1)
 
 
-def bits_of_documents(model: Model, texts: Sequence[str], window: int = 512, batch_size: int = 64) -> np.ndarray:
+def bits_of_documents(
+    model: Model,
+    texts: Sequence[str],
+    window: int = 512,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
     """Bits of each text under the model's full softmax, teacher-forced.
 
     A document is written by the `text` template, as in training; its text and its end are scored, the prompt isn't.
@@ -58,6 +64,7 @@ def bits_of_documents(model: Model, texts: Sequence[str], window: int = 512, bat
         texts: N documents.
         window: positions at once; the length of training's sequences, beyond which positions were never seen.
         batch_size: windows of like length at once.
+        progress: called with the number of texts that have become done.
 
     Returns:
         float64 [N].
@@ -73,8 +80,8 @@ def bits_of_documents(model: Model, texts: Sequence[str], window: int = 512, bat
             batch = pieces[first : first + batch_size]
             nats_B = _nats_of_windows(model, [documents[i] for i, _ in batch], [w for _, w in batch])
             np.add.at(bits_N, [i for i, _ in batch], nats_B / math.log(2))
-            if model.progress:
-                model.progress(sum(w.stop == documents[i].num_tokens for i, w in batch))
+            if progress is not None:
+                progress(sum(w.stop == documents[i].num_tokens for i, w in batch))
     finally:
         model.model.train(was_training)
     return bits_N

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from mmllm.data.rows.rows import Row, row_media
+from mmllm.evaluation.asking import AskedModel
 from mmllm.evaluation.metrics import Edits, bootstrap_interval, error_rate, word_edits
-from mmllm.inference.api import Model
 from mmllm.inference.voting import Vote, VotingConfig
 
 
@@ -40,10 +40,10 @@ def _cause(row: Row) -> tuple[str, ...]:
             return tuple(str(media) for _, media in row_media(row))
 
 
-def greedy_settings(model: Model, references: Sequence[str], batch_size: int) -> dict[str, Any]:
-    """Of generation: greedy, with room for twice the longest reference, so that a model that rambles is stopped."""
+def greedy_settings(model: AskedModel, references: Sequence[str], batch_size: int) -> dict[str, Any]:
+    """Of `AskedModel`: with room for twice the longest reference, so that a model that rambles is stopped."""
     longest = max(len(model.tokenizer.text.encode(reference)) for reference in references)
-    return {"max_new_tokens": max(16, 2 * longest + 2), "batch_size": batch_size, "temperature": 0.0}
+    return {"max_new_tokens": max(16, 2 * longest + 2), "batch_size": batch_size}
 
 
 def mean_scores(

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from mmllm.data.rows.media import Media, media_source
 from mmllm.data.rows.rows import Row
+from mmllm.evaluation.asking import AskedModel
 from mmllm.evaluation.results import Prediction, TaskResult
 from mmllm.evaluation.scoring import causes, derangement, edits_of_words, greedy_settings, rate_scores, scored_set
-from mmllm.inference.api import Model, SpeechSettings
 from mmllm.inference.inputs import AudioPart, as_audio
 from mmllm.inference.speaking import Waveform
 from mmllm_tokenizers.aligner import Aligner
@@ -55,7 +55,12 @@ class Judge:
 
 
 def evaluate_speech(
-    model: Model, rows: Sequence[Row], batch_size: int, seed: int, media_dir: Path | None, judge: Judge | None = None
+    model: AskedModel,
+    rows: Sequence[Row],
+    batch_size: int,
+    seed: int,
+    media_dir: Path | None,
+    judge: Judge | None = None,
 ) -> TaskResult:
     """Speaks each row's text in its speaker's voice, or another that the model speaks, and transcribes that back.
 
@@ -72,11 +77,9 @@ def evaluate_speech(
     rows = [row for row in rows if scored_set(row) != "heldout_voices"] or list(rows)
     texts = [row.text for row in rows]
     sounds = [as_audio(cast("Any", media_source(cast("Media", row.audio)))) for row in rows]
-    settings: SpeechSettings = {"seed": seed, "batch_size": batch_size}
-    if model.model.pointer is None:
-        settings["max_seconds"] = _longest(model, sounds)
+    longest = _longest(model, sounds) if model.model.pointer is None else None
     voices = _voices(model, rows)
-    spoken = model.speak(texts, voice=voices, **settings)
+    spoken = model.speak(texts, voices, seed, longest)
     written: list[str | None] = [None] * len(rows)
     if media_dir is not None:
         for number, waveform in enumerate(spoken):
@@ -111,13 +114,13 @@ def evaluate_speech(
     return TaskResult("speak", scores, predictions)
 
 
-def _longest(model: Model, sounds: Sequence[AudioPart]) -> float:
+def _longest(model: AskedModel, sounds: Sequence[AudioPart]) -> float:
     generation = model.generation
-    bound = min(generation.max_seconds, generation.max_heard_seconds or generation.max_seconds)
+    bound = min(generation.max_seconds, model.longest_seconds or generation.max_seconds)
     return min(bound, max(SPEECH_MARGIN * max(sound.seconds for sound in sounds), MIN_SPEECH_SECONDS))
 
 
-def _voices(model: Model, rows: Sequence[Row]) -> list[str | None]:
+def _voices(model: AskedModel, rows: Sequence[Row]) -> list[str | None]:
     """Each row's speaker, or in turn one of those that the model speaks; where these aren't known, none for others."""
     known = model.generation.voices
     voices: list[str | None] = []

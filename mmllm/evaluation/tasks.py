@@ -18,6 +18,7 @@ from mmllm.data.rows.media import sound_seconds
 from mmllm.data.rows.readable import readable_rows
 from mmllm.data.rows.rows import Row, row_media
 from mmllm.evaluation.answer_task import evaluate_answers
+from mmllm.evaluation.asking import AskedModel
 from mmllm.evaluation.caption_task import evaluate_captions
 from mmllm.evaluation.results import KIND_OF_TASK, TASKS, TaskResult
 from mmllm.evaluation.scoring import scored_set
@@ -100,21 +101,22 @@ def evaluate(
         raise ManifestError(f"{name} has no {wanted}, which the task {task!r} needs; give another manifest or task")
     unreadable = BadRows(max_bad_fraction)
     rows = readable_rows(_limited(rows, limit, seed), unreadable, name)
-    rows = _short_enough(rows, model.generation.max_heard_seconds, unreadable, name)
+    longest = model.generation.max_heard_seconds if task == "interleaved" else AskedModel(model).longest_seconds
+    rows = short_enough(rows, longest, unreadable, name)
     num_votes = 0 if voting is None else voting.num_votes
-    if progress is not None:
-        model.progress = _summed(progress, (PROMPTS_A_ROW[task] + num_votes) * len(rows))
+    num_prompts = (PROMPTS_A_ROW[task] + num_votes) * len(rows)
+    asked = AskedModel(model, None if progress is None else _summed(progress, num_prompts))
     match task:
         case "caption":
-            result = evaluate_captions(model, rows, batch_size, seed, voting)
+            result = evaluate_captions(asked, rows, batch_size, seed, voting)
         case "transcribe":
-            result = evaluate_transcripts(model, rows, batch_size, seed)
+            result = evaluate_transcripts(asked, rows, batch_size, seed)
         case "speak":
-            result = evaluate_speech(model, rows, batch_size, seed, Path(media_dir) if media_dir else None, judge)
+            result = evaluate_speech(asked, rows, batch_size, seed, Path(media_dir) if media_dir else None, judge)
         case "interleaved":
-            result = evaluate_answers(model, rows, batch_size, seed, voting)
+            result = evaluate_answers(asked, rows, batch_size, seed, voting)
         case _:
-            result = evaluate_text(model, rows, batch_size, seed, sequence_length)
+            result = evaluate_text(asked, rows, batch_size, seed, sequence_length)
     if bad.reasons or unreadable.reasons:
         result.scores["num_skipped_rows"] = len(bad.reasons) + len(unreadable.reasons)
     return result
@@ -143,7 +145,7 @@ def _limited(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
     return [rows[place] for place in sorted(kept)]
 
 
-def _short_enough(rows: list[Row], max_seconds: float | None, bad: BadRows, name: str) -> list[Row]:
+def short_enough(rows: list[Row], max_seconds: float | None, bad: BadRows, name: str) -> list[Row]:
     """The rows whose sounds the model can hear; the others are named in `bad`."""
     if max_seconds is None:
         return rows

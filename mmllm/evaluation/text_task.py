@@ -8,24 +8,27 @@ from typing import Any
 
 import numpy as np
 
+from mmllm.checkpoints.settings import Sampling
 from mmllm.data.rows.rows import Row
 from mmllm.data.samples.documents import Segment
+from mmllm.evaluation.asking import AskedModel
 from mmllm.evaluation.metrics import bootstrap_interval
 from mmllm.evaluation.perplexity import bits_of_documents
 from mmllm.evaluation.results import Prediction, TaskResult
-from mmllm.inference.api import Model
 
 NUM_CONTINUATIONS = 6
 CONTINUATION_TOKENS = 80
 
 
-def evaluate_text(model: Model, rows: Sequence[Row], batch_size: int, seed: int, sequence_length: int) -> TaskResult:
+def evaluate_text(
+    model: AskedModel, rows: Sequence[Row], batch_size: int, seed: int, sequence_length: int
+) -> TaskResult:
     """Bits a byte: the tokens' negative log2 likelihood, the document's end included, over the text's UTF-8 bytes.
 
     There is no blind baseline: nothing but text is given.
     """
     texts = [row.text for row in rows]
-    bits_N = bits_of_documents(model, texts, sequence_length, batch_size)
+    bits_N = bits_of_documents(model.served, texts, sequence_length, batch_size, model.progress)
     bytes_N = np.array([len(text.encode("utf-8")) for text in texts], dtype=float)
     scores: dict[str, Any] = {
         "bits_per_byte": float(bits_N.sum() / bytes_N.sum()),
@@ -46,12 +49,12 @@ def evaluate_text(model: Model, rows: Sequence[Row], batch_size: int, seed: int,
     return TaskResult("text", scores, predictions)
 
 
-def _continuations(model: Model, texts: Sequence[str], seed: int) -> list[tuple[int, tuple[str, str, str]]]:
+def _continuations(model: AskedModel, texts: Sequence[str], seed: int) -> list[tuple[int, tuple[str, str, str]]]:
     """(row, (beginning, how it goes on, how the model goes on)) of a few rows, drawn at random."""
     chosen = random.Random(f"text {seed}").sample(range(len(texts)), min(NUM_CONTINUATIONS, len(texts)))
     cut = [_cut(texts[i]) for i in chosen]
     prompts = [Segment(text=start) for start, _ in cut]
-    said = model.generate_batch(prompts, max_new_tokens=CONTINUATION_TOKENS, temperature=0.8, top_p=0.95, seed=seed)
+    said = model.continue_texts(prompts, CONTINUATION_TOKENS, Sampling(temperature=0.8, top_p=0.95, seed=seed))
     return [(i, (start, end, text)) for i, (start, end), text in zip(chosen, cut, said, strict=True)]
 
 

@@ -10,6 +10,7 @@ import torch
 
 from mmllm.data.rows.media import Media, media_source
 from mmllm.data.rows.rows import Row
+from mmllm.evaluation.asking import AskedModel
 from mmllm.evaluation.metrics import character_edits, error_rate
 from mmllm.evaluation.results import Prediction, TaskResult
 from mmllm.evaluation.scoring import (
@@ -21,7 +22,6 @@ from mmllm.evaluation.scoring import (
     rate_scores,
     scored_set,
 )
-from mmllm.inference.api import Model
 from mmllm.inference.inputs import Audio, AudioPart, as_audio
 
 MAX_JOINED = 100
@@ -30,7 +30,7 @@ JOINED_PAUSE_SECONDS = 0.3
 """Of silence between the two."""
 
 
-def evaluate_transcripts(model: Model, rows: Sequence[Row], batch_size: int, seed: int) -> TaskResult:
+def evaluate_transcripts(model: AskedModel, rows: Sequence[Row], batch_size: int, seed: int) -> TaskResult:
     """WER and CER over all words and characters, and rows without an error; `heldout_voice` rows apart.
 
     `shuffled_wer` is that of other sounds' transcripts. Voices never heard are drawn whole for their interval.
@@ -80,12 +80,12 @@ def evaluate_transcripts(model: Model, rows: Sequence[Row], batch_size: int, see
     return TaskResult("transcribe", scores, predictions)
 
 
-def _joined_scores(model: Model, rows: Sequence[Row], batch_size: int, seed: int) -> dict[str, Any]:
+def _joined_scores(model: AskedModel, rows: Sequence[Row], batch_size: int, seed: int) -> dict[str, Any]:
     """Of neighbouring rows of each speaker, two by two; nothing where no two fit into what the model hears."""
     waiting: dict[Any, Row] = {}
     joined: list[Audio] = []
     texts = []
-    longest = model.generation.max_heard_seconds
+    longest = model.longest_seconds
     for row in rows:
         if len(joined) == MAX_JOINED or row.metadata.get("speaker") is None:
             continue

@@ -1,42 +1,74 @@
-"""What a trained model does for Python code: caption, transcribe, speak, answer, generate, chat.
+"""What a trained model does for Python code: caption, transcribe, answer, speak, generate, chat, stream, embed, score.
 
-Shapes: K codebooks, F frames, T samples.
+Shapes: K codebooks, F frames, C channels of an embedding.
 """
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from mmllm.checkpoints.adapters import adapter_names, set_adapter
 from mmllm.checkpoints.folder import load_model
-from mmllm.checkpoints.settings import GenerationConfig, Sampling
-from mmllm.data.samples.decode import ImageInput, ImageTransform
-from mmllm.data.samples.documents import Document, DocumentWriter, Segment, build_prompt, default_transform, media_slots
-from mmllm.inference.generate import generate_text
-from mmllm.inference.inputs import AudioInput, AudioPart, ImagePart, Part, as_audio, as_image, parse_parts
-from mmllm.inference.prompts import join
-from mmllm.inference.scoring import score_continuations
-from mmllm.inference.speaking import Speaker, Waveform, speech_options
-from mmllm.inference.voices import Recording, align_recording
+from mmllm.checkpoints.settings import GenerationConfig
+from mmllm.data.samples.decode import ImageTransform
+from mmllm.data.samples.documents import Document, default_transform
+from mmllm.inference import arguments
+from mmllm.inference.answering import (
+    Answerer,
+    OnError,
+    as_given,
+    as_items,
+    check_on_error,
+    each,
+    is_many,
+)
+from mmllm.inference.completion import Completion, TextPiece
+from mmllm.inference.drafts import load_draft
+from mmllm.inference.embedding import Embedder, Pooling, Space
+from mmllm.inference.engine.engine import Engine
+from mmllm.inference.engine.ngrams import NGrams
+from mmllm.inference.engine.requests import EngineConfig
+from mmllm.inference.inputs import AudioInput, AudioPart, ImagePart, Part, PictureInput, as_audio, parse_parts
+from mmllm.inference.long_sound import LongSoundSettings
+from mmllm.inference.prompting import Prompter
+from mmllm.inference.quantized_layers import WeightKind
+from mmllm.inference.running import Runner, bounded
+from mmllm.inference.speaking import Speaker, SpeechSettings, Waveform
+from mmllm.inference.speech_answering import SpeechAnswerer
+from mmllm.inference.streams import SoundPiece, SpeechStream, TextStream
+from mmllm.inference.text_settings import TextSettings
+from mmllm.inference.transcripts import Transcript
 from mmllm.model.multimodal import MultimodalModel
-from mmllm_tokenizers.chat import chat_pieces
 from mmllm_tokenizers.folder import TokenizerFolder
-from mmllm_tokenizers.vocab import END
 
+Messages = Sequence[Mapping[str, Any]]
+TextTask = Literal["caption", "transcribe", "answer", "generate", "chat"]
+PathLike = str | os.PathLike[str]
+_Caller = TypeVar("_Caller")
 _Answer = TypeVar("_Answer")
+_Arguments = ParamSpec("_Arguments")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TASKS = ("caption", "transcribe", "answer", "generate", "chat", "speak")
 
 
 def load(
-    directory: str | os.PathLike[str],
+    directory: PathLike,
     device: torch.device | str = "auto",
     dtype: torch.dtype | str | None = None,
     adapter: str | Sequence[str] | None = None,
+    *,
+    quantize: WeightKind | None = None,
+    draft: PathLike | None = None,
+    engine: EngineConfig | None = None,
+    clip: PathLike | None = None,
 ) -> Model:
     """A model from its folder, ready to run.
 
@@ -46,10 +78,19 @@ def load(
         dtype: of the weights, "bfloat16" for example; None keeps the saved one.
         adapter: of the folder's `adapters/NAME`; of several, the first is used until `Model.set_adapter` chooses
             another. None: the model alone.
+        quantize: "int8" or "int4" rounds the weights of the decoder, on the CPU: less memory, and faster where reading
+            them is what takes time. None: as they are.
+        draft: folder of a smaller model that `mmllm draft` made of this one: it drafts what this one verifies.
+        engine: how many requests are answered at once, and other bounds; None: the folder's `batch_size`.
+        clip: folder of the CLIP that the model's tower comes from, for `Model.embed(..., space="clip")`.
 
     Raises:
         FileNotFoundError: no such folder.
         ValueError: the folder is damaged, foreign or of another version; the message says what is wrong.
+
+    >>> import mmllm
+    >>> model = mmllm.load(folder)
+    >>> caption = model.caption("cat.jpg")
     """
     if isinstance(dtype, str):
         if dtype not in _DTYPES:
@@ -60,62 +101,43 @@ def load(
     elif torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {device}, but PyTorch finds no GPU here; choose cpu, or auto")
     loaded = load_model(directory, device, dtype, adapter)
-    return Model(loaded.model, loaded.tokenizer, loaded.image_transform, loaded.generation)
+    if quantize is not None:
+        from mmllm.inference.quantize import quantize as quantize_weights
+
+        quantize_weights(loaded.model, quantize)
+    drafting = None if draft is None else load_draft(draft, loaded.tokenizer, device, dtype)
+    return Model(loaded.model, loaded.tokenizer, loaded.image_transform, loaded.generation, engine, clip, drafting)
 
 
-class _Settings(TypedDict, total=False):
-    top_k: int | None
-    top_p: float | None
-    seed: int
-    batch_size: int
+def _in_thread(
+    method: Callable[Concatenate[_Caller, _Arguments], _Answer],
+) -> Callable[Concatenate[_Caller, _Arguments], Coroutine[Any, Any, _Answer]]:
+    """A method's async twin: it runs in a thread, so that the event loop goes on; many share the engine's steps."""
 
+    @functools.wraps(method)
+    async def twin(self: _Caller, *args: _Arguments.args, **settings: _Arguments.kwargs) -> _Answer:
+        return await asyncio.to_thread(method, self, *args, **settings)
 
-class TextSettings(_Settings, total=False):
-    """Keyword arguments wherever text is written; what is left out comes from the model's `generation`.
-
-    `temperature` 0 takes the most probable token, `top_k` and `top_p` draw among fewer, the same `seed`
-    gives the same text; `batch_size` prompts are answered at once. `max_new_tokens` bounds the answer. `blind`
-    shows a grey picture for each image and silence for each sound: the baseline of what words alone give.
-    """
-
-    temperature: float
-    max_new_tokens: int
-    blind: bool
-
-
-class SpeechSettings(_Settings, total=False):
-    """Keyword arguments of `Model.speak`: as `TextSettings`, for units; `max_seconds` bounds the speech.
-
-    `temperature` may be one of each codebook. `best_of` tries are spoken of each text, of which the one is kept that
-    the model's CTC head hears best. `stop()` is asked before each frame; True ends what is still spoken.
-
-    Where the model has a pointer into what it says: `rate` 2 speaks twice as fast, at the same pitch; `pauses` are
-    seconds of silence behind words by their numbers (`{2: 0.5}`: behind the third word; -1: before the first); a letter
-    lasts `max_letter_seconds` at most (at rate 1), and `variation` (0 to 1) leaves the time that each takes to chance.
-    Without `max_seconds`, speech takes as long as its text does.
-    """
-
-    temperature: float | Sequence[float]
-    max_seconds: float
-    rate: float
-    pauses: Mapping[int, float]
-    max_letter_seconds: float
-    variation: float
-    best_of: int
-    stop: Callable[[], bool]
+    return twin
 
 
 class Model:
-    """A model with its tokenizer. Training can wrap one that it still trains: nothing here changes it.
+    """A model with its tokenizer, for any number of threads. Training can wrap one: nothing here changes it.
 
-    Wherever one input is taken, a list of inputs is too, and gives a list: lists run in batches of like
-    length, much faster than one call each. Settings that are left out come from `generation`.
+    Wherever one input is taken, a list of inputs is too, and gives a list: lists are answered together, much faster
+    than one call each, and with the same answers. Settings that are left out come from `generation`. Of a list,
+    `on_error="return"` gives the exception in the place of an item that can't be read or answered, in place of raising
+    it. `n` gives a list of so many completions in the place of one. Each method has an async twin: `acaption` and so
+    on, and `astream`.
 
     Args:
         model: the weights.
         tokenizer: what it was trained with.
         image_transform: how images reach the tower; by default what the tokenizer folder implies.
         generation: default settings.
+        engine: bounds of the engine; None: it answers `generation.batch_size` requests at once.
+        clip: see `load`.
+        draft: a smaller model with the same ids, which drafts what this one verifies.
     """
 
     def __init__(
@@ -124,13 +146,32 @@ class Model:
         tokenizer: TokenizerFolder,
         image_transform: ImageTransform | None = None,
         generation: GenerationConfig | None = None,
+        engine: EngineConfig | None = None,
+        clip: PathLike | None = None,
+        draft: MultimodalModel | NGrams | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.image_transform = image_transform or default_transform(tokenizer)
         self.generation = generation or GenerationConfig()
-        self.progress: Callable[[int], None] | None = None
-        """Called with the number of prompts of each batch that is answered."""
+        self.prompter = Prompter(model.config, tokenizer, self.image_transform, self.generation)
+        engine = engine or EngineConfig(max_rows=self.generation.batch_size)
+        if draft is not None and engine.speculation == "none":
+            engine = dataclasses.replace(engine, speculation="ngram" if isinstance(draft, NGrams) else "draft")
+        self._runner = Runner(model, tokenizer, bounded(engine, self.generation, model.config.decoder), draft)
+        self._answerer = Answerer(model, self.prompter, self._runner)
+        self._speech = SpeechAnswerer(self.prompter, self._runner, self.speaker)
+        self._embedder = Embedder(model, self.prompter, self.image_transform, clip)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that answers all calls of all threads."""
+        return self._runner.engine
+
+    @property
+    def speaker(self) -> Speaker:
+        """What turns texts into requests to speak, and units into sound."""
+        return Speaker(self.model, self.tokenizer, self._runner)
 
     @property
     def adapters(self) -> list[str]:
@@ -141,87 +182,320 @@ class Model:
         """Chooses which adapter the model runs with from now on; None: the model alone.
 
         Raises:
-            ValueError: none of this name is loaded.
+            ValueError: none of this name is loaded, or something is being answered.
         """
-        set_adapter(self.model.decoder, name)
+        self._runner.change(lambda: set_adapter(self.model.decoder, name))
+
+    # ---- what is seen and heard, in words
 
     @overload
-    def caption(self, images: list[ImageInput], **settings: Unpack[TextSettings]) -> list[str]: ...
+    def caption(self, images: list[Any], *, n: int, **settings: Unpack[TextSettings]) -> list[list[Completion]]: ...
     @overload
-    def caption(self, images: ImageInput, **settings: Unpack[TextSettings]) -> str: ...
     def caption(
-        self,
-        images: ImageInput | list[ImageInput],
-        **settings: Unpack[TextSettings],
-    ) -> str | list[str]:
+        self, images: list[Any], *, on_error: Literal["return"], **settings: Unpack[TextSettings]
+    ) -> list[Completion | Exception]: ...
+    @overload
+    def caption(self, images: list[Any], **settings: Unpack[TextSettings]) -> list[Completion]: ...
+    @overload
+    def caption(self, images: PictureInput, *, n: int, **settings: Unpack[TextSettings]) -> list[Completion]: ...
+    @overload
+    def caption(self, images: PictureInput, **settings: Unpack[TextSettings]) -> Completion: ...
+    def caption(
+        self, images: Any, *, n: int | None = None, on_error: OnError = "raise", **settings: Unpack[TextSettings]
+    ) -> Any:
         """Says what is in an image, or in each of a list.
 
         Args:
-            images: a path, bytes, PIL image, or array or tensor [H, W], [H, W, C] or [C, H, W] (uint8, or
-                float in [0, 1]).
+            images: a path, bytes, an opened file, PIL image, or array or tensor [H, W], [H, W, C] or [C, H, W]
+                (uint8, or float in [0, 1]).
+            n: a list of so many completions, drawn by their chance.
+            on_error: see `Model`.
             **settings: see `TextSettings`.
 
         Raises:
             ValueError: the model does not see, or an image cannot be read.
+
+        >>> model = mmllm.load(folder)
+        >>> caption = model.caption("cat.jpg", max_new_tokens=8)
+        >>> len(caption.ids) <= 8 and 0 < caption.confidence <= 1
+        True
+        >>> [cat, missing] = model.caption(["cat.jpg", "dog.jpg"], on_error="return")
+        >>> missing
+        FileNotFoundError('no image file at dog.jpg; check the path')
         """
-        prompts = [self.caption_prompt(image) for image in _as_list(images)]
-        return _like(images, self._write(prompts, settings))
+        options, on_error = self._answerer.options(settings, n), check_on_error(on_error)
+        self.prompter.need_sight()
+        prompts = each(as_items(images), lambda n, one: self.prompter.caption(one, f"images[{n}]"), on_error)
+        return as_given(images, self._answerer.write(prompts, options, on_error, n is not None))
 
     @overload
-    def transcribe(self, sounds: list[AudioInput], **settings: Unpack[TextSettings]) -> list[str]: ...
+    def transcribe(
+        self, sounds: list[Any], *, timestamps: Literal[True], long_sound: LongSoundSettings | None = None,
+        **settings: Unpack[TextSettings],
+    ) -> list[Transcript]: ...  # fmt: skip
     @overload
-    def transcribe(self, sounds: AudioInput, **settings: Unpack[TextSettings]) -> str: ...
+    def transcribe(
+        self, sounds: AudioInput, *, timestamps: Literal[True], long_sound: LongSoundSettings | None = None,
+        **settings: Unpack[TextSettings],
+    ) -> Transcript: ...  # fmt: skip
+    @overload
+    def transcribe(self, sounds: list[Any], *, n: int, **settings: Unpack[TextSettings]) -> list[list[Completion]]: ...
+    @overload
+    def transcribe(
+        self, sounds: list[Any], *, on_error: Literal["return"], timestamps: bool = False,
+        long_sound: LongSoundSettings | None = None, **settings: Unpack[TextSettings],
+    ) -> list[Completion | Transcript | Exception]: ...  # fmt: skip
+    @overload
+    def transcribe(
+        self, sounds: list[Any], *, long_sound: LongSoundSettings | None = None, **settings: Unpack[TextSettings]
+    ) -> list[Completion | Transcript]: ...
+    @overload
+    def transcribe(self, sounds: AudioInput, *, n: int, **settings: Unpack[TextSettings]) -> list[Completion]: ...
+    @overload
+    def transcribe(
+        self, sounds: AudioInput, *, long_sound: LongSoundSettings | None = None, **settings: Unpack[TextSettings]
+    ) -> Completion | Transcript: ...
     def transcribe(
         self,
-        sounds: AudioInput | list[AudioInput],
+        sounds: Any,
+        *,
+        timestamps: bool = False,
+        long_sound: LongSoundSettings | None = None,
+        n: int | None = None,
+        on_error: OnError = "raise",
         **settings: Unpack[TextSettings],
-    ) -> str | list[str]:
+    ) -> Any:
         """Writes down what is said in a sound, or in each of a list.
 
+        A sound that is longer than any that training heard (`generation.max_heard_seconds`) is cut at its pauses, and
+        gives a `Transcript`.
+
         Args:
-            sounds: a path, bytes, `mmllm.Audio`, or (samples, sample rate): any rate, mono or stereo.
+            sounds: a path, bytes, an opened file, `mmllm.Audio`, or (samples, sample rate): any rate, mono or stereo.
+            timestamps: all sounds give a `Transcript`: a string too, with segments and words that know when they are
+                said.
+            long_sound: how transcripts are made.
+            n: a list of so many completions, drawn by their chance.
+            on_error: see `Model`.
             **settings: see `TextSettings`.
 
         Raises:
             ValueError: the model does not hear, or a sound cannot be read.
+
+        >>> model = mmllm.load(folder)
+        >>> said = model.transcribe("talk.wav", max_new_tokens=8)
+        >>> said.finish_reason in ("stop", "length")
+        True
+        >>> timed = model.transcribe(["talk.wav"], timestamps=True)[0]
+        >>> timed.seconds
+        0.5
         """
-        self._need(self.model.config.audio, "hear", "sounds")
-        codes = self._encode([as_audio(sound) for sound in _as_list(sounds)])
-        prompts = [self._prompt("transcribe", audio=codes_KF) for codes_KF in codes]
-        return _like(sounds, self._write(prompts, settings))
+        options, on_error = self._answerer.options(settings, n), check_on_error(on_error)
+        if long_sound is not None and not isinstance(long_sound, LongSoundSettings):
+            raise arguments.wrong("long_sound", long_sound, "LongSoundSettings")
+        timestamps = arguments.flag("timestamps", timestamps)
+        long_sound = long_sound or LongSoundSettings()
+        outcomes = self._answerer.transcribe(as_items(sounds), options, on_error, n is not None, timestamps, long_sound)
+        return as_given(sounds, outcomes)
+
+    @overload
+    def answer(
+        self, parts: list[Any], questions: list[str], *, n: int, **settings: Unpack[TextSettings]
+    ) -> list[list[Completion]]: ...
+    @overload
+    def answer(
+        self, parts: list[Any], questions: list[str], *, on_error: Literal["return"],
+        **settings: Unpack[TextSettings],
+    ) -> list[Completion | Exception]: ...  # fmt: skip
+    @overload
+    def answer(self, parts: list[Any], questions: list[str], **settings: Unpack[TextSettings]) -> list[Completion]: ...
+    @overload
+    def answer(
+        self, parts: Part | list[Any], questions: str, *, n: int, **settings: Unpack[TextSettings]
+    ) -> list[Completion]: ...
+    @overload
+    def answer(self, parts: Part | list[Any], questions: str, **settings: Unpack[TextSettings]) -> Completion: ...
+    def answer(
+        self,
+        parts: Any,
+        questions: Any,
+        *,
+        n: int | None = None,
+        on_error: OnError = "raise",
+        **settings: Unpack[TextSettings],
+    ) -> Any:
+        """Answers a question about text, images and sounds; with a list of questions, each about its own parts.
+
+        Args:
+            parts: one part or a list of parts, as `generate` takes them; with a list of questions a list of these.
+            questions: what is asked.
+            n: a list of so many completions, drawn by their chance.
+            on_error: see `Model`.
+            **settings: see `TextSettings`.
+
+        Raises:
+            ValueError: there are not as many questions as parts to ask about, or a part cannot be read.
+
+        >>> model = mmllm.load(folder)
+        >>> answer = model.answer(["see ", "cat.jpg"], "how many cats?", choices=["one", "two"])
+        >>> answer in ("one", "two")
+        True
+        >>> answers = model.answer(["cat.jpg", ["talk.wav", " said he"]], ["how many cats?", "who?"])
+        """
+        options, on_error = self._answerer.options(settings, n), check_on_error(on_error)
+        many = parts if isinstance(questions, list) else [parts]
+        asked = as_items(questions)
+        if not isinstance(many, Sequence) or isinstance(many, (str, bytes)) or len(many) != len(asked):
+            num_parts = len(many) if isinstance(many, list) else 1
+            raise ValueError(f"there are {len(asked)} questions but parts for {num_parts}; give parts for each")
+
+        def prompt(place: int, question: Any) -> Document:
+            return self.prompter.question(many[place], arguments.text(f"questions[{place}]", question))
+
+        return as_given(
+            questions, self._answerer.write(each(asked, prompt, on_error), options, on_error, n is not None)
+        )
+
+    # ---- what is to be continued
+
+    @overload
+    def generate(
+        self, parts: list[list[Any]], *, n: int, **settings: Unpack[TextSettings]
+    ) -> list[list[Completion]]: ...
+    @overload
+    def generate(
+        self, parts: list[list[Any]], *, on_error: Literal["return"], **settings: Unpack[TextSettings]
+    ) -> list[Completion | Exception]: ...
+    @overload
+    def generate(self, parts: list[list[Any]], **settings: Unpack[TextSettings]) -> list[Completion]: ...
+    @overload
+    def generate(
+        self, parts: Part | list[Any], *, images: Sequence[PictureInput] = (), sounds: Sequence[AudioInput] = (),
+        n: int, **settings: Unpack[TextSettings],
+    ) -> list[Completion]: ...  # fmt: skip
+    @overload
+    def generate(
+        self, parts: Part | list[Any], *, images: Sequence[PictureInput] = (), sounds: Sequence[AudioInput] = (),
+        **settings: Unpack[TextSettings],
+    ) -> Completion: ...  # fmt: skip
+    def generate(
+        self,
+        parts: Any,
+        *,
+        images: Sequence[PictureInput] = (),
+        sounds: Sequence[AudioInput] = (),
+        n: int | None = None,
+        on_error: OnError = "raise",
+        **settings: Unpack[TextSettings],
+    ) -> Any:
+        """Continues a prompt of text, images and sounds in any order, or each of a list of prompts.
+
+        Args:
+            parts: a prompt: text, an image, a sound, or a list of these. Text may hold `<|image|>` and `<|audio|>`
+                slots, which the prompt's images and sounds then fill in order. A list of lists is several prompts.
+            images: fill `<|image|>` slots of a single prompt, after the images among `parts`.
+            sounds: fill `<|audio|>` slots, likewise.
+            n: a list of so many completions, drawn by their chance.
+            on_error: see `Model`.
+            **settings: see `TextSettings`.
+
+        Raises:
+            ValueError: slots and images (or sounds) differ in number, or a part cannot be read.
+
+        >>> model = mmllm.load(folder)
+        >>> text = model.generate("Compare <|image|> with <|image|>.", images=["cat.jpg", "cat.jpg"])
+        >>> text == model.generate(["Compare ", "cat.jpg", " with ", "cat.jpg", "."])
+        True
+        >>> two = model.generate([["a red"], ["see ", "cat.jpg"]], stop=".")
+        >>> three = model.generate("a red", n=3, temperature=0.8, seed=1)
+        """
+        options, on_error = self._answerer.options(settings, n), check_on_error(on_error)
+        several = is_many(parts, "parts")
+        if several and (images or sounds):
+            raise ValueError("images and sounds fill the slots of one prompt; give each prompt its own among its parts")
+
+        def prompt(place: int, one: Any) -> Document:
+            return self.prompter.continuation(parse_parts(one, images, sounds))
+
+        prompts = each(parts if several else [parts], prompt, on_error)
+        outcomes = self._answerer.write(prompts, options, on_error, n is not None)
+        return outcomes if several else outcomes[0]
+
+    @overload
+    def chat(
+        self, messages: list[list[Mapping[str, Any]]], *, n: int, **settings: Unpack[TextSettings]
+    ) -> list[list[Completion]]: ...
+    @overload
+    def chat(
+        self, messages: list[list[Mapping[str, Any]]], *, on_error: Literal["return"], **settings: Unpack[TextSettings]
+    ) -> list[Completion | Exception]: ...
+    @overload
+    def chat(self, messages: list[list[Mapping[str, Any]]], **settings: Unpack[TextSettings]) -> list[Completion]: ...
+    @overload
+    def chat(self, messages: Messages, *, n: int, **settings: Unpack[TextSettings]) -> list[Completion]: ...
+    @overload
+    def chat(self, messages: Messages, **settings: Unpack[TextSettings]) -> Completion: ...
+    def chat(
+        self, messages: Any, *, n: int | None = None, on_error: OnError = "raise", **settings: Unpack[TextSettings]
+    ) -> Any:
+        """The assistant's next message of a conversation, or of each of a list of conversations.
+
+        A model that came with a chat template writes conversations by it, others as the task `chat`.
+
+        Args:
+            messages: `{"role": "system" | "user" | "assistant", "content": ...}`, the last one the user's. Content
+                is text or a list of parts, as `generate` takes them, and of OpenAI's types `text`, `image_url` (with a
+                data URL) and `input_audio`. With a chat template there may be the role `tool`, which may be the last,
+                and further keys that the template reads. A list of such lists is several conversations.
+            n: a list of so many completions, drawn by their chance.
+            on_error: see `Model`.
+            **settings: see `TextSettings`.
+
+        Raises:
+            ValueError: a role is unknown, the last message is not the user's, or the template refuses the messages.
+
+        >>> model = mmllm.load(folder)
+        >>> messages = [{"role": "user", "content": ["what is this?", "cat.jpg"]}]
+        >>> messages.append({"role": "assistant", "content": model.chat(messages)})
+        >>> messages.append({"role": "user", "content": [{"type": "text", "text": "what colour?"}]})
+        >>> reply = model.chat(messages, max_new_tokens=8)
+        """
+        options, on_error = self._answerer.options(settings, n), check_on_error(on_error)
+        several = is_many(messages, "messages")
+        conversations = messages if several else [messages]
+        prompts = each(conversations, lambda _, one: self.prompter.chat(one), on_error)
+        outcomes = self._answerer.write(prompts, options, on_error, n is not None)
+        return outcomes if several else outcomes[0]
+
+    # ---- speech
 
     @overload
     def speak(
-        self,
-        texts: list[str],
-        out: Sequence[str | os.PathLike[str]] | None = None,
-        *,
-        voice: str | list[str | None] | None = None,
-        recording: AudioInput | None = None,
-        recording_text: str | None = None,
+        self, texts: list[str], out: Sequence[PathLike] | None = None, *, voice: str | list[str | None] | None = None,
+        recording: AudioInput | None = None, recording_text: str | None = None, on_error: Literal["return"],
         **settings: Unpack[SpeechSettings],
-    ) -> list[Waveform]: ...
+    ) -> list[Waveform | Exception]: ...  # fmt: skip
     @overload
     def speak(
-        self,
-        texts: str,
-        out: str | os.PathLike[str] | None = None,
-        *,
-        voice: str | None = None,
-        recording: AudioInput | None = None,
-        recording_text: str | None = None,
-        **settings: Unpack[SpeechSettings],
-    ) -> Waveform: ...
+        self, texts: list[str], out: Sequence[PathLike] | None = None, *, voice: str | list[str | None] | None = None,
+        recording: AudioInput | None = None, recording_text: str | None = None, **settings: Unpack[SpeechSettings],
+    ) -> list[Waveform]: ...  # fmt: skip
+    @overload
+    def speak(
+        self, texts: str, out: PathLike | None = None, *, voice: str | None = None,
+        recording: AudioInput | None = None, recording_text: str | None = None, **settings: Unpack[SpeechSettings],
+    ) -> Waveform: ...  # fmt: skip
     def speak(
         self,
-        texts: str | list[str],
-        out: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+        texts: Any,
+        out: Any = None,
         *,
         voice: str | list[str | None] | None = None,
         recording: AudioInput | None = None,
         recording_text: str | None = None,
+        on_error: OnError = "raise",
         **settings: Unpack[SpeechSettings],
-    ) -> Waveform | list[Waveform]:
+    ) -> Any:
         """Says a text, or each of a list.
 
         Args:
@@ -230,327 +504,269 @@ class Model:
             voice: a speaker that the model speaks as, or one for each text; None leaves it to the model.
             recording: a few seconds of a voice, in which the texts are said as if it went on; in place of `voice`.
             recording_text: what is said in it.
+            on_error: see `Model`.
             **settings: see `SpeechSettings`.
 
         Raises:
             ValueError: the model does not speak, or not as such a voice, or texts, voices and files differ in
                 number.
+
+        >>> model = mmllm.load(folder)
+        >>> speech = model.speak("two red squares", "out.wav", max_seconds=0.2)
+        >>> speech.seconds <= 0.2 + 0.01
+        True
+        >>> one, two = model.speak(["one", "two"], seed=1)
         """
-        _check_settings(settings, SpeechSettings)
-        self._need(self.model.config.audio, "speak", "texts to be spoken")
-        defaults = self.generation
-        many = _as_list(texts)
-        if not all(text.strip() for text in many):
-            raise ValueError("a text to be spoken is empty; give words")
-        voices = voice if isinstance(voice, list) else [voice] * len(many)
-        unknown = {one for one in voices if one is not None and defaults.voices and one not in defaults.voices}
-        if unknown:
-            known = ", ".join(defaults.voices[:8]) + (", …" if len(defaults.voices) > 8 else "")
-            raise ValueError(
-                f"there is no voice {sorted(unknown)[0]!r}; this model speaks as {known}; or leave voice out"
-            )
-        paths = [None] * len(many) if out is None else _as_list(out)
-        for noun, given in (("voices", voices), ("files", paths)):
-            if len(given) != len(many):
-                raise ValueError(f"there are {len(many)} texts but {len(given)} {noun}; give one for each text")
-        options = speech_options(settings, defaults, self.model.pointer is not None)
-        speaker = Speaker(self.model, self.tokenizer, self.progress)
-        waveforms = speaker.speak(many, voices, options, self._recording(recording, recording_text))
-        for waveform, path in zip(waveforms, paths, strict=True):
-            if path is not None:
-                waveform.save(path)
-        return _like(texts, waveforms)
+        heard = (recording, recording_text)
+        return self._speech.speak(texts, out, voice, heard, check_on_error(on_error), settings)
 
-    def _recording(self, recording: AudioInput | None, text: str | None) -> Recording | None:
-        if recording is None and text is None:
-            return None
-        if recording is None or text is None:
-            raise ValueError("a voice from a recording needs both: recording, and recording_text, what is said in it")
-        (codes_KF,) = self._encode([as_audio(recording)])
-        return align_recording(self.model, self.tokenizer, codes_KF, text)
+    # ---- piece by piece
 
-    def generate(
+    @overload
+    def stream(self, task: Literal["caption"], given: PictureInput, **settings: Unpack[TextSettings]) -> TextStream: ...
+    @overload
+    def stream(
+        self, task: Literal["transcribe"], given: AudioInput, **settings: Unpack[TextSettings]
+    ) -> TextStream: ...
+    @overload
+    def stream(
+        self, task: Literal["answer"], given: Part | list[Any], question: str, **settings: Unpack[TextSettings]
+    ) -> TextStream: ...
+    @overload
+    def stream(
+        self, task: Literal["generate"], given: Part | list[Any], **settings: Unpack[TextSettings]
+    ) -> TextStream: ...
+    @overload
+    def stream(self, task: Literal["chat"], given: Messages, **settings: Unpack[TextSettings]) -> TextStream: ...
+    @overload
+    def stream(
+        self, task: Literal["speak"], given: str, *, voice: str | None = None, recording: AudioInput | None = None,
+        recording_text: str | None = None, **settings: Unpack[SpeechSettings],
+    ) -> SpeechStream: ...  # fmt: skip
+    def stream(
         self,
-        parts: Part | Sequence[Part],
+        task: TextTask | Literal["speak"],
+        given: Any,
+        question: str | None = None,
         *,
-        images: Sequence[ImageInput] = (),
-        sounds: Sequence[AudioInput] = (),
-        **settings: Unpack[TextSettings],
-    ) -> str:
-        """Continues a prompt of text, images and sounds in any order.
+        voice: str | None = None,
+        recording: AudioInput | None = None,
+        recording_text: str | None = None,
+        **settings: Any,
+    ) -> TextStream | SpeechStream:
+        """An answer piece by piece, while it is made; all pieces together are what the task's own method gives.
 
         Args:
-            parts: text, images and sounds. Text may hold `<|image|>` and `<|audio|>` slots, which the
-                prompt's images and sounds then fill in order.
-            images: fill `<|image|>` slots, after the images among `parts`.
-            sounds: fill `<|audio|>` slots.
-            **settings: see `TextSettings`.
+            task: the method: "caption", "transcribe", "answer", "generate", "chat" or "speak".
+            given: its first argument, one item.
+            question: of "answer".
+            voice: of "speak", as `recording` and `recording_text`.
+            recording: see `speak`.
+            recording_text: likewise.
+            **settings: of the method, but those that choose among several answers.
+
+        Returns:
+            An iterator of text in whole characters (strings with their token ids), or of sound; its `result` is all of
+            it. Nothing is computed but when a piece is asked for; `close`, or leaving its `with`, ends it early.
 
         Raises:
-            ValueError: slots and images (or sounds) differ in number, or a part cannot be read.
+            ValueError: as the method's; or a sound is longer than the model hears at once.
+
+        >>> model = mmllm.load(folder)
+        >>> pieces = model.stream("caption", "cat.jpg")
+        >>> "".join(pieces) == model.caption("cat.jpg") == pieces.result
+        True
+        >>> with model.stream("speak", "two red squares", seed=1) as sound:
+        ...     num_samples = sum(len(piece.samples) for piece in sound)
+        >>> num_samples == len(sound.result.samples)
+        True
         """
-        prompt = self.continuation_prompt(parse_parts(parts, images, sounds))
-        return self._write([prompt], settings)[0]
+        arguments.choice("task", task, _TASKS)
+        if (question is None) == (task == "answer"):
+            raise ValueError(f"question is {question!r} and task {task!r}; give one with 'answer', and with it alone")
+        if task == "speak":
+            return self._speech.stream(given, voice, (recording, recording_text), settings)
+        if (voice, recording, recording_text) != (None, None, None):
+            raise ValueError(f"voice and recording are of 'speak', and task is {task!r}; leave them out")
+        options = self._answerer.options(settings)
+        if options.num_tries > 1:
+            raise ValueError(f"best_of is {options.num_tries}; the best of several can't be streamed: leave it out")
+        prompt = self._prompt(task, given, question)
+        (request,) = options.requests(prompt, options.compiled(self.tokenizer))
+        return TextStream(self._runner.stream(request))
 
-    def generate_batch(
+    @overload
+    def astream(
+        self, task: TextTask, given: Any, question: str | None = None, **settings: Unpack[TextSettings]
+    ) -> AsyncIterator[TextPiece]: ...
+    @overload
+    def astream(
+        self, task: Literal["speak"], given: str, *, voice: str | None = None, recording: AudioInput | None = None,
+        recording_text: str | None = None, **settings: Unpack[SpeechSettings],
+    ) -> AsyncIterator[SoundPiece]: ...  # fmt: skip
+    async def astream(self, task: Any, given: Any, question: str | None = None, **settings: Any) -> AsyncIterator[Any]:
+        """As `stream`, for `async for`; the event loop goes on while a piece is made.
+
+        >>> async def first(text):
+        ...     async for piece in mmllm.load(folder).astream("generate", text):
+        ...         return piece
+        >>> piece = asyncio.run(first("a red"))
+        """
+        begin: Callable[..., Any] = self.stream
+        stream = await asyncio.to_thread(begin, task, given, question, **settings)
+        try:
+            while (piece := await asyncio.to_thread(next, stream, None)) is not None:
+                yield piece
+        finally:
+            stream.close()
+
+    # ---- numbers
+
+    @overload
+    def embed(
+        self, inputs: list[Any], *, space: Space = "decoder", pooling: Pooling = "mean", normalize: bool = True,
+        on_error: OnError = "raise",
+    ) -> list[Tensor]: ...  # fmt: skip
+    @overload
+    def embed(
+        self, inputs: Part, *, space: Space = "decoder", pooling: Pooling = "mean", normalize: bool = True
+    ) -> Tensor: ...
+    def embed(
         self,
-        prompts: Sequence[Part | Sequence[Part]],
-        **settings: Unpack[TextSettings],
-    ) -> list[str]:
-        """`generate` for many prompts at once."""
-        documents = [self.continuation_prompt(parse_parts(parts)) for parts in prompts]
-        return self._write(documents, settings)
+        inputs: Any,
+        *,
+        space: Space = "decoder",
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        on_error: OnError = "raise",
+    ) -> Any:
+        """A vector of an image, a sound or a text, or of each of a list.
 
-    @overload
-    def answer(
-        self, parts: Sequence[Sequence[Part]], questions: list[str], **settings: Unpack[TextSettings]
-    ) -> list[str]: ...
-    @overload
-    def answer(self, parts: Sequence[Part], questions: str, **settings: Unpack[TextSettings]) -> str: ...
-    def answer(
-        self,
-        parts: Sequence[Part] | Sequence[Sequence[Part]],
-        questions: str | list[str],
-        **settings: Unpack[TextSettings],
-    ) -> str | list[str]:
-        """Answers a question about text, images and sounds; with a list of questions, each about its own parts."""
-        many = [parts] if isinstance(questions, str) else list(parts)
-        if len(many) != len(_as_list(questions)):
-            raise ValueError(f"there are {len(questions)} questions but parts for {len(many)}; give parts for each")
-        prompts = [
-            self.question_prompt(one, question)  # type: ignore[arg-type]
-            for one, question in zip(many, _as_list(questions), strict=True)
-        ]
-        return _like(questions, self._write(prompts, settings))
-
-    @overload
-    def score(self, prompt: list[str], continuation: list[str], *, batch_size: int | None = None) -> list[float]: ...
-    @overload
-    def score(self, prompt: str, continuation: str, *, batch_size: int | None = None) -> float: ...
-    def score(
-        self, prompt: str | list[str], continuation: str | list[str], *, batch_size: int | None = None
-    ) -> float | list[float]:
-        """How probable a continuation is behind a prompt: the sum of its tokens' log-probabilities, in nats.
-
-        Each is encoded by itself, and no special or task token is added.
+        In the decoder's space it is the hidden state behind the last norm, of the prompt that `generate` continues.
+        CLIP's space is that of the CLIP whose image side the model's tower is (`load(..., clip=FOLDER)`): it holds
+        images and text.
 
         Args:
-            prompt: text, or several.
-            continuation: text, or as many.
-            batch_size: pairs at once.
+            inputs: an image, a sound or text. An item of a list may be a list of parts itself, which make one prompt.
+            space: "decoder" or "clip".
+            pooling: in the decoder's space the "mean" over all positions, or the "last" one's.
+            normalize: whether vectors have length 1, so that their products are cosines.
+            on_error: see `Model`.
+
+        Returns:
+            float32 [C] on the CPU, or a list of them; C is the decoder's width, or that of CLIP's space.
+
+        Raises:
+            ValueError: there is no CLIP, the space has no place for an input, or it cannot be read.
+
+        >>> model = mmllm.load(folder)
+        >>> cat, text = model.embed(["cat.jpg", "a red circle"])
+        >>> similarity = float(cat @ text)
+        >>> -1 <= similarity <= 1
+        True
+        """
+        arguments.choice("space", space, ("decoder", "clip"))
+        arguments.choice("pooling", pooling, ("mean", "last"))
+        arguments.flag("normalize", normalize)
+        on_error = check_on_error(on_error)
+        outcomes = self._embedder.embed(as_items(inputs), space, pooling, normalize, on_error)
+        return as_given(inputs, outcomes)
+
+    @overload
+    def score(self, prompts: Sequence[Any], continuations: list[str]) -> list[float]: ...
+    @overload
+    def score(self, prompts: Part | list[Any] | Document, continuations: str) -> float: ...
+    def score(self, prompts: Any, continuations: Any) -> Any:
+        """How probable a continuation is behind a prompt: the sum of its tokens' log-probabilities, in nats.
+
+        Each is encoded by itself, and no special or task token is added to text alone; a prompt with images or sounds
+        is what `generate` would continue.
+
+        Args:
+            prompts: text, or parts as `generate` takes them, or a prompt such as `caption_prompt` gives; with a list of
+                continuations a list of these.
+            continuations: text, or several.
 
         Raises:
             ValueError: a prompt has no token, or the numbers differ.
+
+        >>> model = mmllm.load(folder)
+        >>> red, blue = model.score(["a "] * 2, ["red circle", "blue circle"])
+        >>> best = max(("a cat", "a dog"), key=lambda text: model.score(model.caption_prompt("cat.jpg"), text))
         """
-        size = batch_size or self.generation.batch_size
-        scores = score_continuations(self.model, self.tokenizer, _as_list(prompt), _as_list(continuation), size)
-        return _like(prompt, scores)
+        many = as_items(continuations)
+        given = prompts if isinstance(continuations, list) else [prompts]
+        if not isinstance(given, Sequence) or isinstance(given, (str, bytes)) or len(given) != len(many):
+            num_given = len(given) if isinstance(given, list) else 1
+            raise ValueError(f"there are {num_given} prompts but {len(many)} continuations; give one for each")
+        from mmllm.inference.scoring import score_continuations  # with losses, which import torch's distributed tensors
 
-    def chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        **settings: Unpack[TextSettings],
-    ) -> str:
-        """The assistant's next message.
+        texts = [arguments.text(f"continuations[{n}]", text) for n, text in enumerate(many)]
+        size = self._runner.engine.config.max_rows
+        scores = score_continuations(self.model, self.tokenizer, [self._scored(one) for one in given], texts, size)
+        return as_given(continuations, scores)
 
-        A model that came with a chat template writes conversations by it, others as the task `chat`.
+    # ---- async twins
 
-        Args:
-            messages: `{"role": "system" | "user" | "assistant", "content": ...}`, the last one the user's. Content
-                is text or a list of parts, as `generate` takes them. With a chat template there may be the role
-                `tool`, which may be the last, and further keys that the template reads.
-            **settings: see `TextSettings`.
+    acaption = _in_thread(caption)
+    atranscribe = _in_thread(transcribe)
+    aanswer = _in_thread(answer)
+    agenerate = _in_thread(generate)
+    achat = _in_thread(chat)
+    aspeak = _in_thread(speak)
+    aembed = _in_thread(embed)
+    ascore = _in_thread(score)
+
+    # ---- prompts, for what works on them: votes, scores, the server
+
+    def caption_prompt(self, image: PictureInput) -> Document:
+        """An image as a prompt for its caption."""
+        return self.prompter.caption(image)
+
+    def transcript_prompt(self, sound: AudioInput) -> Document:
+        """A sound as a prompt for its transcript.
 
         Raises:
-            ValueError: a role is unknown, the last message is not the user's, or the template refuses the messages.
+            ValueError: it is longer than the model hears at once.
         """
-        return self._write([self.chat_prompt(messages)], settings)[0]
-
-    def caption_prompt(self, image: ImageInput) -> Document:
-        """An image as a prompt for its caption."""
-        self._need(self.model.config.vision, "see", "images")
-        return self._prompt("caption", image=as_image(image))
+        self.prompter.need_hearing()
+        part = as_audio(sound)
+        self.prompter.check_length(part, "the sound")
+        (codes_KF,) = self.prompter.codes([part])
+        return self.prompter.transcript(codes_KF)
 
     def question_prompt(self, parts: Part | Sequence[Part], question: str) -> Document:
         """Text, images and sounds with a question about them, as a prompt for the answer."""
-        return self._prompt("question", segments=self._segments(parse_parts(parts)), question=question)
+        return self.prompter.question(parts, question)
 
     def continuation_prompt(self, parts: Sequence[str | ImagePart | AudioPart]) -> Document:
         """A prompt that is to be continued: of the `text` task if it is text alone, else `interleaved`."""
-        if all(isinstance(part, str) for part in parts):
-            return self._prompt("text", text="".join(parts))  # type: ignore[arg-type]
-        return self._prompt("interleaved", segments=self._segments(parts))
+        return self.prompter.continuation(parts)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> Document:
+    def chat_prompt(self, messages: Messages) -> Document:
         """A conversation as a prompt for the assistant's next message."""
-        template = self.tokenizer.chat_template
-        if template is not None:
-            return self._templated(template, messages)
-        if not messages or messages[-1].get("role") != "user":
-            got = repr(messages[-1].get("role")) if messages else "no message"
-            raise ValueError(f"the last message is of {got}; it must be the user's")
-        documents: list[Document] = []
-        waiting: list[str | ImagePart | AudioPart] = []
-        for message in messages:
-            role, content = message.get("role"), message.get("content")
-            if content is None or role not in ("system", "user", "assistant"):
-                raise ValueError(
-                    f"a message has role {role!r} and {'no ' if content is None else ''}content; "
-                    f"wanted content, and the role system, user or assistant"
-                )
-            parts = [content] if isinstance(content, str) and role != "user" else parse_parts(content)
-            if role == "assistant":
-                documents.append(self._said(parts))
-                continue
-            waiting += parts
-            if role == "user":
-                documents.append(self._prompt("chat", segments=self._segments(waiting)))
-                waiting = []
-        return join(documents)
+        return self.prompter.chat(messages)
 
-    def _templated(self, template: str, messages: Sequence[Mapping[str, Any]]) -> Document:
-        """A conversation as the model's own chat template writes it."""
-        if not messages or messages[-1].get("role") not in ("user", "tool"):
-            got = repr(messages[-1].get("role")) if messages else "no message"
-            raise ValueError(f"the last message is of {got}; it must be the user's")
-        media: list[ImagePart | AudioPart] = []
-        written = []
-        for message in messages:
-            if message.get("content") is None:
-                written.append(dict(message))
-                continue
-            role, content = message.get("role"), message["content"]
-            parts = [content] if isinstance(content, str) and role != "user" else parse_parts(content)
-            media += [part for part in parts if not isinstance(part, str)]
-            written.append({**message, "content": _as_content(parts)})
-        segments = iter(self._segments(media))
-        documents = []
-        for piece in chat_pieces(self.tokenizer.text, template, written):
-            if piece.kind == "text":
-                writer = DocumentWriter(self.tokenizer)
-                writer.ids(piece.ids, is_target=False)
-                documents.append(writer.finish())
-            else:
-                documents.append(media_slots(next(segments), self.tokenizer, self.image_transform))
-        return join(documents)
+    def _prompt(self, task: str, given: Any, question: str | None) -> Document:
+        if task in ("caption", "transcribe") and type(given) is list:
+            raise ValueError(f"{task} is streamed of one item, and a list is given; stream each of them")
+        match task:
+            case "caption":
+                return self.caption_prompt(given)
+            case "transcribe":
+                return self.transcript_prompt(given)
+            case "answer":
+                return self.question_prompt(given, arguments.text("question", question))
+            case "chat":
+                return self.chat_prompt(given)
+        if is_many(given, "parts"):
+            raise ValueError("generate is streamed of one prompt, and several are given; stream each of them")
+        return self.continuation_prompt(parse_parts(given))
 
-    def _said(self, parts: Sequence[str | ImagePart | AudioPart]) -> Document:
-        if not all(isinstance(part, str) for part in parts):
-            raise ValueError("an assistant's message holds an image or a sound; it can hold text alone")
-        writer = DocumentWriter(self.tokenizer)
-        writer.ids(self.tokenizer.text.encode("".join(parts)), is_target=True)  # type: ignore[arg-type]
-        writer.ids([self.tokenizer.id(END)], is_target=True)
-        return writer.finish()
-
-    def _prompt(
-        self,
-        task: Literal["caption", "transcribe", "speak", "text", "interleaved", "question", "chat"],
-        text: str | None = None,
-        image: ImageInput | None = None,
-        audio: Tensor | None = None,
-        segments: Sequence[Segment] = (),
-        question: str | None = None,
-        voice: str | None = None,
-    ) -> Document:
-        return build_prompt(
-            task,
-            self.tokenizer,
-            text=text,
-            image=image,
-            audio=audio,
-            segments=segments,
-            question=question,
-            voice=voice,
-            transform=self.image_transform,
-        )
-
-    def _segments(self, parts: Sequence[str | ImagePart | AudioPart]) -> list[Segment]:
-        if any(isinstance(part, ImagePart) for part in parts):
-            self._need(self.model.config.vision, "see", "images")
-        sounds = [part for part in parts if isinstance(part, AudioPart)]
-        if sounds:
-            self._need(self.model.config.audio, "hear", "sounds")
-        codes = iter(self._encode(sounds))
-        segments = []
-        for part in parts:
-            match part:
-                case str():
-                    segments.append(Segment(text=part))
-                case ImagePart():
-                    segments.append(Segment(image=part.image))
-                case AudioPart():
-                    segments.append(Segment(audio=next(codes)))
-        return segments
-
-    def _encode(self, sounds: Sequence[AudioPart]) -> list[Tensor]:
-        """Codes [K, F] of each sound, encoded in batches."""
-        if not sounds:
-            return []
-        longest = self.generation.max_heard_seconds
-        for number, sound in enumerate(sounds, start=1):
-            if longest is not None and sound.seconds > longest + 1 / self.tokenizer.frame_rate:
-                raise ValueError(
-                    f"sound {number} of {len(sounds)} lasts {sound.seconds:.1f} s; this model hears {longest:g} s at "
-                    f"once, which is what training's sequences held; cut it into pieces"
-                )
-        audio = self.tokenizer.require_audio()
-        return audio.encode_batch([audio.prepare(sound.wave_CT, sound.sample_rate) for sound in sounds])
-
-    def _write(self, prompts: list[Document], settings: TextSettings) -> list[str]:
-        _check_settings(settings, TextSettings)
-        defaults = self.generation
-        answers = generate_text(
-            self.model,
-            self.tokenizer,
-            prompts,
-            _sampling(settings, defaults.text),
-            settings.get("max_new_tokens", defaults.max_new_tokens),
-            settings.get("batch_size", defaults.batch_size),
-            settings.get("blind", False),
-            self.progress,
-        )
-        return [self.tokenizer.text.decode(ids) for ids in answers]
-
-    def _need(self, part: object | None, verb: str, noun: str) -> None:
-        if part is None:
-            raise ValueError(f"this model does not {verb}, but {noun} were given; use a model that was trained to")
-
-
-def _as_content(parts: Sequence[str | ImagePart | AudioPart]) -> str | list[dict[str, str]]:
-    """A message's parts as a chat template reads them."""
-    if all(isinstance(part, str) for part in parts):
-        return "".join(parts)  # type: ignore[arg-type]
-    content = []
-    for part in parts:
-        match part:
-            case str():
-                content.append({"type": "text", "text": part})
-            case ImagePart():
-                content.append({"type": "image"})
-            case AudioPart():
-                content.append({"type": "audio"})
-    return content
-
-
-def _check_settings(settings: Mapping[str, Any], wanted: type) -> None:
-    known = list(wanted.__annotations__) + list(_Settings.__annotations__)
-    for name in settings:
-        if name not in known:
-            raise ValueError(f"unknown setting {name!r}; wanted one of {', '.join(known)}")
-
-
-def _sampling(settings: TextSettings, default: Sampling) -> Sampling:
-    return Sampling(
-        settings.get("temperature", default.temperature),
-        settings.get("top_k", default.top_k),
-        settings.get("top_p", default.top_p),
-        settings.get("seed", default.seed),
-    )
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _like(given: object, answers: list[_Answer]) -> Any:
-    return answers if isinstance(given, list) else answers[0]
+    def _scored(self, prompt: Any) -> str | Document:
+        if isinstance(prompt, (Document, str)):
+            return prompt
+        parts = parse_parts(prompt)
+        if all(isinstance(part, str) for part in parts):
+            return "".join(parts)  # type: ignore[arg-type]
+        return self.prompter.continuation(parts)

@@ -16,7 +16,7 @@ import numpy as np
 
 from mmllm_tokenizers.alignment import WordTime, stretched
 from mmllm_tokenizers.pointer import Spelling
-from mmllm_tokenizers.tempo import at_rate
+from mmllm_tokenizers.tempo import Stretch
 
 MIN_RATE, MAX_RATE = 0.25, 4.0
 _FADE_SECONDS = 0.005
@@ -109,6 +109,11 @@ class Said:
             return 0.0, 0.0
         return before[-1].item() / self.frame_rate, (after[0].item() + 1) / self.frame_rate
 
+    def earliest(self, number: int) -> float:
+        """The first second at which that border may begin, whatever is said next."""
+        before = np.flatnonzero((self.words_F <= number) & self.is_letter_F)
+        return before[-1].item() / self.frame_rate if len(before) and number >= 0 else 0.0
+
 
 @dataclass(frozen=True)
 class _Rest:
@@ -134,31 +139,129 @@ def paced(
         said: which word each of its frames says.
         pace: whose rate and pauses count.
     """
-    wave_T = at_rate(wave_T, sample_rate, pace.rate)
-    times = dict(zip(words, stretched(list(words.values()), 1 / pace.rate), strict=True))
-    rests = _rests(wave_T, sample_rate, said, pace)
-    if not rests:
-        return wave_T, list(times.values())
-    pieces: list[np.ndarray] = []
-    begins = [0, *(rest.place for rest in rests)]
-    for rest, begin in zip(rests, begins, strict=False):
-        pieces += [
-            _faded(wave_T[begin : rest.place], sample_rate, begin > 0, rest.place < len(wave_T)),
-            np.zeros(rest.num_silent, dtype=wave_T.dtype),
-        ]
-    pieces.append(_faded(wave_T[begins[-1] :], sample_rate, begins[-1] > 0, False))
-    return np.concatenate(pieces), _moved(times, rests, sample_rate)
+    stream = PacedStream(sample_rate, pace)
+    first_T = stream.push(wave_T, said)
+    return np.concatenate([first_T, stream.finish(said)]), stream.times(words)
 
 
-def _rests(wave_T: np.ndarray, sample_rate: int, said: Said, pace: Pace) -> list[_Rest]:
-    rests: list[_Rest] = []
-    for word in sorted(pace.pauses):
-        border, num_silent = said.border(word), round(pace.pauses[word] * sample_rate)
-        if border is not None and num_silent:
-            low, high = (min(round(second / pace.rate * sample_rate), len(wave_T)) for second in border)
-            low = max([low, *(rest.place for rest in rests)])
-            rests.append(_Rest(word, _quietest(wave_T, low, max(low, high), sample_rate), num_silent))
-    return rests
+class PacedStream:
+    """A sound at a rate, with its rests, as it comes: pieces of any size make the sound that the whole makes.
+
+    Args:
+        sample_rate: samples a second.
+        pace: whose rate and pauses count.
+    """
+
+    def __init__(self, sample_rate: int, pace: Pace):
+        self._sample_rate, self._pace = sample_rate, pace
+        self._stretch = Stretch(sample_rate, pace.rate)
+        self._num_fade = round(_FADE_SECONDS * sample_rate)
+        silences = {word: round(pace.pauses[word] * sample_rate) for word in sorted(pace.pauses)}
+        self._pending = [(word, num_silent) for word, num_silent in silences.items() if num_silent]
+        self._rests: list[_Rest] = []
+        self._held_T = np.zeros(0, dtype=np.float32)
+        """What is held back of the piece behind the last rest, since it may be faded, or a rest put into it."""
+        self._num_given = 0
+        """Samples of that piece that went before."""
+        self._num_samples = 0
+
+    def push(self, wave_T: np.ndarray, said: Said | None) -> np.ndarray:
+        """More of the sound; float32 samples that are final.
+
+        Args:
+            wave_T: float32 samples, as the model speaks.
+            said: which word each frame says, up to these samples or further; None: nobody knows, and no rest is made.
+        """
+        return self._with_rests(self._stretch.push(wave_T), said, is_end=False)
+
+    def finish(self, said: Said | None) -> np.ndarray:
+        """What remains.
+
+        Args:
+            said: which word each frame says, of all frames.
+        """
+        return self._with_rests(self._stretch.finish(), said, is_end=True)
+
+    def times(self, words: Mapping[int, WordTime]) -> list[WordTime]:
+        """When words are said that were at these times before, as far as rests are made.
+
+        Args:
+            words: by their number, in order.
+        """
+        times = dict(zip(words, stretched(list(words.values()), 1 / self._pace.rate), strict=True))
+        return _moved(times, self._rests, self._sample_rate) if self._rests else list(times.values())
+
+    def _with_rests(self, wave_T: np.ndarray, said: Said | None, is_end: bool) -> np.ndarray:
+        self._held_T = np.concatenate([self._held_T, wave_T])
+        self._num_samples += len(wave_T)
+        if said is None:
+            self._pending.clear()
+        elif not is_end:
+            said = replace(said, is_whole=False)
+        pieces: list[np.ndarray] = []
+        while self._pending and said is not None:
+            word, num_silent = self._pending[0]
+            place = self._place(said, word, is_end)
+            if place is None and not is_end:
+                break
+            del self._pending[0]
+            if place is not None:
+                pieces += [self._close(place), np.zeros(num_silent, dtype=np.float32)]
+                self._rests.append(_Rest(word, place, num_silent))
+        return np.concatenate([*pieces, self._open(said, is_end)])
+
+    @property
+    def _first_held(self) -> int:
+        return self._num_samples - len(self._held_T)
+
+    def _sample(self, second: float) -> int:
+        return round(second / self._pace.rate * self._sample_rate)
+
+    def _place(self, said: Said, word: int, is_end: bool) -> int | None:
+        """Where a rest is put behind a word; None: that isn't known yet, or the word isn't said."""
+        border = said.border(word)
+        if border is None or (self._sample(border[1]) >= self._num_samples and not is_end):
+            return None
+        low, high = (min(self._sample(second), self._num_samples) for second in border)
+        low = max(low, self._rests[-1].place if self._rests else 0)
+        first = self._first_held
+        return first + _quietest(self._held_T, low - first, max(low, high) - first, self._sample_rate)
+
+    def _close(self, place: int) -> np.ndarray:
+        """The piece up to a rest, faded out if sound follows."""
+        count = place - self._first_held
+        num_fade = min(self._num_fade, self._num_given + count)
+        piece_T = self._taken(count, num_fade)
+        if place < self._num_samples and num_fade:
+            assert num_fade <= count, "what is faded out is held back"
+            piece_T[-num_fade:] *= _ramp(num_fade)[::-1]
+        self._num_given = 0
+        return piece_T
+
+    def _open(self, said: Said | None, is_end: bool) -> np.ndarray:
+        """What no rest will change of the piece behind the last one."""
+        end = self._num_samples
+        if self._pending and said is not None:
+            word, _ = self._pending[0]
+            end = min(end, self._sample((said.border(word) or (said.earliest(word),))[0]) - self._num_fade)
+        count = max(0, end - self._first_held)
+        is_long = self._num_given + count >= self._num_fade  # so the fade behind a rest is as long as it may be
+        if not (is_long or is_end):
+            return self._held_T[:0]
+        return self._taken(count, min(self._num_fade, self._num_given + count))
+
+    def _taken(self, count: int, num_fade: int) -> np.ndarray:
+        """The next samples of the piece, faded in if sound and a rest go before it."""
+        piece_T, self._held_T = self._held_T[:count].copy(), self._held_T[count:]
+        num_faded = min(max(0, num_fade - self._num_given), count)
+        if num_faded and self._rests and self._rests[-1].place > 0:
+            piece_T[:num_faded] *= _ramp(num_fade)[self._num_given : self._num_given + num_faded]
+        self._num_given += count
+        return piece_T
+
+
+def _ramp(num_samples: int) -> np.ndarray:
+    return np.linspace(0.0, 1.0, num_samples, dtype=np.float32)
 
 
 def _quietest(wave_T: np.ndarray, low: int, high: int, sample_rate: int) -> int:
@@ -170,16 +273,6 @@ def _quietest(wave_T: np.ndarray, low: int, high: int, sample_rate: int) -> int:
     powers = powers[size:] - powers[:-size]
     quiet = np.flatnonzero(powers <= powers.min() + 1e-12)
     return low + int(quiet[len(quiet) // 2]) + size // 2
-
-
-def _faded(wave_T: np.ndarray, sample_rate: int, at_beginning: bool, at_end: bool) -> np.ndarray:
-    ramp = np.linspace(0.0, 1.0, min(round(_FADE_SECONDS * sample_rate), len(wave_T)), dtype=wave_T.dtype)
-    wave_T = wave_T.copy()
-    if at_beginning:
-        wave_T[: len(ramp)] *= ramp
-    if at_end and len(ramp):
-        wave_T[-len(ramp) :] *= ramp[::-1]
-    return wave_T
 
 
 def _moved(times: Mapping[int, WordTime], rests: Sequence[_Rest], sample_rate: int) -> list[WordTime]:

@@ -7,38 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmllm.batch import IGNORE, Modality, PackedBatch
+from mmllm.batch import IGNORE, PackedBatch
 from mmllm.data.loading.collate import with_pointers
 from mmllm.data.samples.documents import Document, tile_places
 from mmllm.data.samples.pointers import Pointer
-
-
-class SpokenLetters(NamedTuple):
-    """Where rows that speak are in their texts."""
-
-    letters_L: Tensor
-    """As `PackedBatch.letters_L`, of all rows."""
-    places_B: Tensor
-    """int64 index into them."""
-    ages_B: Tensor
-    """int64."""
-
-    def put_into(self, batch: PackedBatch) -> PackedBatch:
-        """A batch of one position a row, with its pointers."""
-        ages_B1 = self.ages_B[:, None]
-        return dataclasses.replace(
-            batch,
-            letters_L=self.letters_L,
-            pointer_BT=self.places_B[:, None],
-            pointer_age_BT=ages_B1,
-            advance_labels_BT=torch.full_like(ages_B1, IGNORE),
-        )
 
 
 def pad_left(documents: Sequence[Document]) -> PackedBatch:
@@ -92,36 +69,6 @@ def pad_left(documents: Sequence[Document]) -> PackedBatch:
         if document.pointer is not None
     ]
     return with_pointers(batch, pointers)
-
-
-def next_position(
-    token_ids_B: Tensor,
-    positions_B: Tensor,
-    document_ids_B: Tensor,
-    codes_BK: Tensor,
-    modality: Modality,
-    spoken: SpokenLetters | None = None,
-) -> PackedBatch:
-    """One new position a row, without images or clips; `spoken`: where in their texts those are that speak."""
-    num_rows, num_codebooks = codes_BK.shape
-    ignored_B1 = torch.full_like(token_ids_B[:, None], IGNORE)
-    no_slots = token_ids_B.new_zeros(0, 1)
-    batch = PackedBatch(
-        token_ids_BT=token_ids_B[:, None],
-        labels_BT=ignored_B1,
-        positions_BT=positions_B[:, None],
-        document_ids_BT=document_ids_B[:, None],
-        modality_BT=torch.full_like(token_ids_B[:, None], int(modality)),
-        source_BT=document_ids_B[:, None],
-        audio_codes_BTK=codes_BK[:, None],
-        audio_labels_BTK=ignored_B1[..., None].expand(num_rows, 1, num_codebooks),
-        images_NCHW=torch.zeros(0, 3, 1, 1, dtype=torch.uint8, device=token_ids_B.device),
-        image_slots_NS=no_slots,
-        clip_codes_CFK=token_ids_B.new_zeros(0, 1, num_codebooks),
-        clip_slots_CS=no_slots,
-        clip_targets_CL=no_slots,
-    )
-    return batch if spoken is None else spoken.put_into(batch)
 
 
 def join(documents: Sequence[Document]) -> Document:

@@ -11,7 +11,7 @@ import torch
 
 from mmllm.data.samples.documents import Document, DocumentWriter
 from mmllm.inference.generate import batches, evaluating
-from mmllm.inference.prompts import pad_left
+from mmllm.inference.prompts import join, pad_left
 from mmllm.losses.cross_entropy import log_probabilities
 from mmllm.model.multimodal import MultimodalModel
 from mmllm_tokenizers.folder import TokenizerFolder
@@ -20,7 +20,7 @@ from mmllm_tokenizers.folder import TokenizerFolder
 def score_continuations(
     model: MultimodalModel,
     tokenizer: TokenizerFolder,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Document],
     continuations: Sequence[str],
     batch_size: int = 64,
 ) -> list[float]:
@@ -32,7 +32,7 @@ def score_continuations(
     Args:
         model: in any mode; it is run in eval mode and left as it was.
         tokenizer: of the model.
-        prompts: what goes before.
+        prompts: what goes before: text, or documents with pictures and sounds.
         continuations: one for each prompt.
         batch_size: rows at once; those of like length go together.
 
@@ -41,35 +41,43 @@ def score_continuations(
     """
     if len(prompts) != len(continuations):
         raise ValueError(f"there are {len(prompts)} prompts but {len(continuations)} continuations; give one for each")
-    documents = []
+    documents, lengths = [], []
     for number, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
-        writer = DocumentWriter(tokenizer)
-        writer.ids(tokenizer.text.encode(prompt), is_target=False)
-        writer.ids(tokenizer.text.encode(continuation), is_target=True)
-        documents.append(writer.finish())
-        if len(documents[-1].targets_T) and documents[-1].targets_T[0]:
+        given = _written(prompt, tokenizer, is_target=False) if isinstance(prompt, str) else prompt
+        scored = _written(continuation, tokenizer, is_target=True)
+        if scored.num_tokens and not given.num_tokens:
             raise ValueError(
                 f"prompt {number} is {prompt!r}, which has no token; what a text begins with is scored behind "
                 f"something, such as a line break"
             )
+        documents.append(join([given, scored]))
+        lengths.append(scored.num_tokens)
     scores = [0.0] * len(documents)
     with evaluating(model):
         for rows in batches(documents, batch_size):
-            rows = [row for row in rows if documents[row].targets_T.any()]
+            rows = [row for row in rows if lengths[row]]
             if rows:
-                for row, score in zip(rows, _scores(model, [documents[row] for row in rows]), strict=True):
+                found = _scores(model, [documents[row] for row in rows], [lengths[row] for row in rows])
+                for row, score in zip(rows, found, strict=True):
                     scores[row] = score
     return scores
 
 
-def _scores(model: MultimodalModel, documents: list[Document]) -> list[float]:
+def _written(text: str, tokenizer: TokenizerFolder, is_target: bool) -> Document:
+    writer = DocumentWriter(tokenizer)
+    writer.ids(tokenizer.text.encode(text), is_target=is_target)
+    return writer.finish()
+
+
+def _scores(model: MultimodalModel, documents: list[Document], lengths: list[int]) -> list[float]:
+    """Of the last tokens of each document, so many."""
     decoder, config = model.decoder, model.config
     head_VD = decoder.head_weight_VD[: config.decoder.num_base_ids or config.num_text]
     batch = pad_left(documents).to(head_VD.device)
     num_positions = batch.token_ids_BT.shape[1]
     is_scored_BT = torch.zeros(batch.token_ids_BT.shape, dtype=torch.bool)
-    for row, document in enumerate(documents):
-        is_scored_BT[row, num_positions - document.num_tokens :] = torch.from_numpy(document.targets_T)
+    for row, length in enumerate(lengths):
+        is_scored_BT[row, num_positions - length :] = True
     rows_M, places_M = (each.to(head_VD.device) for each in is_scored_BT.nonzero(as_tuple=True))
     hidden_MD = model.hidden(batch)[rows_M, places_M - 1]
     nats_M = log_probabilities(hidden_MD, head_VD, batch.token_ids_BT[rows_M, places_M]).double()

@@ -14,11 +14,10 @@ from mmllm.checkpoints.settings import Sampling
 from mmllm.data.samples.documents import Document
 from mmllm.inference.api import Model
 from mmllm.inference.generate import generate_text
+from mmllm.inference.text_settings import try_number
 
 Meaning = Callable[[str], Hashable]
 """What is compared: texts of equal meaning vote together."""
-_STRIDE = 2_654_435_761
-"""2**32 over the golden ratio: multiples of it fall far apart among 2**32 numbers (Knuth, volume 3, section 6.4)."""
 _SAMPLING = Sampling(temperature=0.5)
 
 
@@ -49,6 +48,19 @@ class Vote:
     """Their share of all."""
     num_tokens: int
     """Tokens that were drawn for all answers together, their ends included, the prompt not."""
+    num_prompt_tokens: int = 0
+    """Positions of the answers' prompts; 0: not told."""
+    num_cached_tokens: int = 0
+    """Of these, those that the engine found in its cache."""
+
+    def __str__(self) -> str:
+        """The text."""
+        return self.text
+
+    @property
+    def num_votes(self) -> int:
+        """Answers that were drawn."""
+        return round(self.votes / self.agreement)
 
 
 def vote(
@@ -58,19 +70,21 @@ def vote(
     meaning: Meaning = str.strip,
     max_new_tokens: int | None = None,
     batch_size: int | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[Vote]:
     """Answers each prompt several times and gives what most answers agree on.
 
     An answer depends on the prompt's place, its own number and the seed alone: neither `batch_size` nor how many
-    votes there are changes it, and the first of a prompt's is what `Model` itself draws with this sampling.
+    votes there are changes it, and those of the first prompt are what `Model` itself draws with this sampling and `n`.
 
     Args:
-        model: whose `progress` hears of each answer.
+        model: that answers.
         prompts: as `Model.caption_prompt`, `question_prompt`, `continuation_prompt` and `chat_prompt` give them.
         voting: how many answers, and how they are drawn.
         meaning: what is compared; by default the text without space around it.
         max_new_tokens: of one answer; None: the model's default.
         batch_size: answers drawn at once; None: the model's default.
+        progress: called with the number of answers that have become done.
     """
     if max_new_tokens is None:
         max_new_tokens = model.generation.max_new_tokens
@@ -83,7 +97,7 @@ def vote(
         voting.sampling,
         max_new_tokens,
         model.generation.batch_size if batch_size is None else batch_size,
-        progress=model.progress,
+        progress=progress,
         numbers=numbers,
     )
     texts = [model.tokenizer.text.decode(ids) for ids in answers]
@@ -101,7 +115,7 @@ def draw_number(place: int, draw: int) -> int:
 
     Below 2**32, since of a seed PyTorch's generator keeps no more: numbers that differ above would draw the same.
     """
-    return (place + draw * _STRIDE) % 2**32
+    return (place + try_number(draw)) % 2**32
 
 
 def majority(texts: Sequence[str], meaning: Meaning = str.strip) -> Vote:

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from mmllm.checkpoints.weights import TensorSpec
+from mmllm.model.open_clip_vision import open_clip_config
 from mmllm.model.transformers_vision import family_of
-from mmllm.model.vision import VisionConfig, open_clip_config
+from mmllm.model.vision import VisionConfig
 
 _PLAIN_VIT: dict[str, tuple[Any, ...]] = {
     "ls_init_value": (None,),

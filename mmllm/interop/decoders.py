@@ -52,6 +52,7 @@ class DecoderReader:
 
     Attributes:
         family: its `model_type`.
+        max_positions: the longest sequence that it was made for; None: config.json doesn't say.
         config: of our decoder.
         specs: of our tensors, by the names of `Decoder.state_dict()`.
         ignored: tensors that say nothing more: buffers of positions, a tied head's second copy.
@@ -64,6 +65,7 @@ class DecoderReader:
 
     def __init__(self, checkpoint: Tensors, config: Mapping[str, Any], elsewhere: tuple[str, ...] = ()):
         self.family = family_of(config)
+        self.max_positions: int | None = config.get("max_position_embeddings")
         self._checkpoint = checkpoint
         found = {name: spec for name, spec in checkpoint.specs.items() if not name.startswith(elsewhere)}
         self.names = Names.of(found)

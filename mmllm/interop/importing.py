@@ -190,7 +190,7 @@ def import_model(
     with replaced_folder(directory, sources=_folders(source, vision, codec)) as partial:
         tokenizer.save(partial)
         write_json(partial / CONFIG, folder_config(config, tokenizer, transform))
-        write_json(partial / GENERATION, GenerationConfig().to_dict())
+        write_json(partial / GENERATION, GenerationConfig(max_length=sources.decoder.max_positions).to_dict())
         _keep(folder, partial / SOURCE, sources.eyes)
         specs, tensors, report = _weights(sources, tokenizer, config, str(directory))
         if was_there:

@@ -25,8 +25,9 @@ from mmllm.interop.foreign_config import read_json, refuse_custom_code
 from mmllm.interop.image_processors import transform_of_folder, transform_of_open_clip
 from mmllm.interop.library import transformers_library
 from mmllm.model.config import config_from_dict
+from mmllm.model.open_clip_vision import open_clip_config
 from mmllm.model.transformers_vision import FAMILIES, check_config, image_side
-from mmllm.model.vision import VisionConfig, VisionTower, open_clip_config, pixel_statistics
+from mmllm.model.vision import VisionConfig, VisionTower, pixel_statistics
 
 CONFIG = "config.json"
 OPEN_CLIP_CONFIG = "open_clip_config.json"

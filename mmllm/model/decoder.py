@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from mmllm.model.attend import PackedContext
 from mmllm.model.attention import Attention
-from mmllm.model.cache import CacheLayer, KVCache
 from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.depth import DepthLayout, DepthRouter, DepthStats, DepthSums
 from mmllm.model.embedding import Embedding, Head
@@ -27,12 +26,13 @@ from mmllm.model.recompute import Recompute, checkpointed, recompute_mode
 from mmllm.model.rope import rotary
 from mmllm.model.router import TokenInfo
 from mmllm.model.routing_stats import LayerSums, RoutingStats
+from mmllm.model.row_cache import LayerOfStep, PromptStep, RowCache, RunningStep
 from mmllm.model.short_conv import Neighbors, PackedNeighbors, ShortConv
 from mmllm.model.virtual_tokens import PrefixLayer, VirtualLayout, VirtualTokens
 from mmllm.sequences import SequenceMetadata
 
 INIT_STD = 0.02
-Context = PackedContext | CacheLayer | PrefixLayer
+Context = PackedContext | LayerOfStep | PrefixLayer
 
 
 class Block(nn.Module):
@@ -94,7 +94,7 @@ class Block(nn.Module):
             return self._forward(x_ND, cos, sin, context, tokens, neighbors)
         assert not self.has_experts and not isinstance(context, PrefixLayer)
 
-        def run(x_PD: Tensor, angles: tuple[Tensor, Tensor], context: PackedContext | CacheLayer) -> Tensor:
+        def run(x_PD: Tensor, angles: tuple[Tensor, Tensor], context: PackedContext | LayerOfStep) -> Tensor:
             return self._forward(x_PD, *angles, context, TokenInfo(is_counted=False))[0]
 
         return self.depth(x_ND, (cos, sin), context, layout, tokens.is_real_N, self.self_attn.settings.rule, run)
@@ -209,30 +209,11 @@ class Decoder(nn.Module):
         """The learned tokens that it runs with."""
         return None if self.active_virtual is None else self.virtual_tokens[self.active_virtual]  # pyright: ignore
 
-    def make_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache on this decoder's device and in its dtype; learned tokens have room of their own in it."""
-        weight, config, virtual = self.embed_tokens.weight, self.config, self._virtual
-        cache = KVCache(
-            config.num_hidden_layers,
-            config.kv_heads,
-            config.head_channels,
-            batch_size,
-            max_length + (0 if virtual is None else virtual.num_tokens),
-            weight.device,
-            weight.dtype,
-            conv_size=config.conv_size,
-        )
-        if virtual is not None and virtual.kind == "prefix_tuning":
-            virtual.fill(cache)
-            cache.reserve(virtual.num_tokens)
-        return cache
-
     def forward(
         self,
         x_BTD: Tensor,
         positions_BT: Tensor,
         document_ids_BT: Tensor,
-        cache: KVCache | None = None,
         modality_BT: Tensor | None = None,
         spans_BT: Tensor | None = None,
     ) -> tuple[Tensor, RoutingStats]:
@@ -242,37 +223,35 @@ class Decoder(nn.Module):
             x_BTD: embeddings with images and sounds spliced in.
             positions_BT: restart at zero with each document.
             document_ids_BT: -1 for padding; a position sees earlier ones of its own document.
-            cache: the keys and values so far; the new ones are appended. Nothing is counted then.
             modality_BT: given, routing is counted by modality too; needed where `moe.modality_experts` is set.
             spans_BT: the bidirectional span of each position, -1 none; needed where `config.prefix` is set.
         """
-        if cache is None:
-            sequences = SequenceMetadata.of(document_ids_BT)
-            hidden_QD, stats = self.packed(x_BTD, positions_BT, sequences, modality_BT, spans_BT)
-            return unpacked(hidden_QD, sequences, x_BTD.shape[:2]), stats
-        virtual = self._virtual
-        if virtual is not None:
-            if virtual.kind == "prompt_tuning" and not cache.length:
-                self._begin_prompt(virtual, document_ids_BT, cache, modality_BT is not None)
-            positions_BT = positions_BT + virtual.num_tokens
-        cache.begin(document_ids_BT, spans_BT)
-        tokens = TokenInfo(None if modality_BT is None else modality_BT.flatten(), is_counted=False)
-        x_ND, positions_N = x_BTD.flatten(0, 1), positions_BT.flatten()
-        hidden_ND, stats = self._run(x_ND, positions_N, cache, tokens, x_ND.shape[0])
-        cache.end()
-        return hidden_ND.view(x_BTD.shape), stats
+        sequences = SequenceMetadata.of(document_ids_BT)
+        hidden_QD, stats = self.packed(x_BTD, positions_BT, sequences, modality_BT, spans_BT)
+        return unpacked(hidden_QD, sequences, x_BTD.shape[:2]), stats
 
-    def _begin_prompt(
-        self, virtual: VirtualTokens, document_ids_BT: Tensor, cache: KVCache, has_modality: bool
-    ) -> None:
-        """Puts the learned embeddings into the cache, before each row's document."""
-        shape_BV = (len(document_ids_BT), virtual.num_tokens)
-        cache.begin(document_ids_BT.amax(dim=1, keepdim=True).expand(shape_BV))
-        positions_N = torch.arange(virtual.num_tokens, device=document_ids_BT.device).repeat(shape_BV[0])
-        x_ND = virtual.prompt_embeddings.to(self.embed_tokens.weight.dtype).repeat(shape_BV[0], 1)
-        tokens = TokenInfo(torch.zeros_like(positions_N) if has_modality else None, is_counted=False)
-        self._run(x_ND, positions_N, cache, tokens, len(x_ND))
-        cache.end()
+    def make_row_cache(self, kv_dtype: torch.dtype | None = None) -> RowCache:
+        """An empty cache of rows on this decoder's device and in its dtype, or one of fewer bits."""
+        weight = self.embed_tokens.weight
+        return RowCache(self.config, weight.device, weight.dtype, kv_dtype)
+
+    def continue_rows(
+        self, x_ND: Tensor, positions_N: Tensor, modality_N: Tensor, step: RunningStep | PromptStep
+    ) -> Tensor:
+        """Hidden states after the final norm, [N, D], of new positions of rows; nothing is counted.
+
+        Learned tokens before a document are the caller's: they are positions like others here.
+
+        Args:
+            x_ND: embeddings, in the order of the step's rows.
+            positions_N: of each in its row.
+            modality_N: of each.
+            step: whose rows they are; their keys and values are kept.
+        """
+        tokens = TokenInfo(modality_N, is_counted=False)
+        hidden_ND, _ = self._run(x_ND, positions_N, step, tokens, x_ND.shape[0])
+        step.end()
+        return hidden_ND
 
     def packed(
         self,
@@ -347,7 +326,7 @@ class Decoder(nn.Module):
         self,
         x_QD: Tensor,
         positions_Q: Tensor,
-        context: PackedContext | KVCache | list[PrefixLayer],
+        context: PackedContext | RunningStep | PromptStep | list[PrefixLayer],
         tokens: TokenInfo,
         num_tokens: int,
         layout: DepthLayout | None = None,
@@ -361,13 +340,13 @@ class Decoder(nn.Module):
         depth_by_layer: dict[int, DepthSums] = {}
         for layer, block in enumerate(self.layers):
             match context:
-                case KVCache():
+                case RunningStep() | PromptStep():
                     here = context.layer(layer)
                 case list():
                     here = context[layer]
                 case _:
                     here = context
-            nearby = here if isinstance(here, CacheLayer) and config.conv_size else neighbors
+            nearby = here if isinstance(here, LayerOfStep) and config.conv_size else neighbors
             x_QD, sums = block(x_QD, *angles[ropes[layer]], here, tokens, layout, nearby)
             if sums is not None:
                 (depth_by_layer if config.skips_tokens(layer) else by_layer)[layer] = sums

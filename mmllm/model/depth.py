@@ -21,16 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmllm.model.attend import PackedContext
-from mmllm.model.cache import CacheLayer
 from mmllm.model.masks import MaskRule
 from mmllm.model.roles import mark, mark_all
+from mmllm.model.row_cache import LayerOfStep
 from mmllm.sequences import SequenceMetadata
 
 PREDICTOR_SHARE = 4
 """The predictor's inner width is the model's divided by it."""
 
 Angles = tuple[Tensor, Tensor]
-Run = Callable[[Tensor, Angles, PackedContext | CacheLayer], Tensor]
+Run = Callable[[Tensor, Angles, PackedContext | LayerOfStep], Tensor]
 """A block's own computation: tokens, their cosines and sines, and what they attend to, to the new residual stream."""
 
 
@@ -146,7 +146,7 @@ class DepthRouter(nn.Module):
         self,
         x_QD: Tensor,
         angles: Angles,
-        context: PackedContext | CacheLayer,
+        context: PackedContext | LayerOfStep,
         layout: DepthLayout | None,
         is_real_Q: Tensor | None,
         rule: MaskRule,
@@ -165,7 +165,7 @@ class DepthRouter(nn.Module):
         """
         weights_Q, logits_Q = self.weights(x_QD), self.predictions(x_QD)
         passes_Q = logits_Q > 0
-        if isinstance(context, CacheLayer):
+        if isinstance(context, LayerOfStep):
             context.hide(passes_Q)
             return _moved(x_QD, run(x_QD, angles, context), weights_Q, passes_Q), None
         assert layout is not None, "packed documents have a layout"

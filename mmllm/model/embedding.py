@@ -86,6 +86,11 @@ class Head(nn.Module):
         """The rows in one matrix; a copy where they are in two."""
         return joined(self.rows)
 
+    def part(self, begin: int, end: int) -> Callable[[Tensor], Tensor]:
+        """What gives the logits of some ids alone; of the rows as they are now."""
+        rows_PD = self.weight_VD[begin:end].detach()
+        return lambda hidden: F.linear(hidden, rows_PD)
+
     def forward(self, hidden: Tensor, reduce: Callable[[Tensor, Rows], Result] | None = None) -> Tensor | Result:
         """Logits [..., V], or what `reduce` makes of the hidden states and the rows."""
         if reduce is not None:

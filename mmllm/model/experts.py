@@ -11,7 +11,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 import mmllm_kernels
 from mmllm.model.roles import mark
@@ -73,6 +72,10 @@ class Experts(nn.Module):
 
 def _here(weight: Tensor) -> Tensor:
     """This rank's experts, where they are spread over ranks."""
+    if type(weight) in (Tensor, nn.Parameter):
+        return weight
+    from torch.distributed.tensor import DTensor  # half a second that nobody else needs
+
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 

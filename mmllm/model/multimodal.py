@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from mmllm.batch import IGNORE, Modality, PackedBatch, count_in_document
 from mmllm.model.audio_projectors import AudioProjector, AudioProjectorConfig, CodeEmbedding
-from mmllm.model.cache import KVCache
 from mmllm.model.config import config_from_dict, config_to_dict
 from mmllm.model.decoder import INIT_STD, Decoder
 from mmllm.model.decoder_config import DecoderConfig
@@ -398,13 +397,12 @@ class MultimodalModel(nn.Module):
                 return _prompt_spans(batch)
         return None
 
-    def hidden(self, batch: PackedBatch, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, batch: PackedBatch) -> Tensor:
         """Hidden states after the final norm, [B, T, D]."""
         return self.decoder(
             self.splice(batch),
             batch.positions_BT,
             batch.document_ids_BT,
-            cache,
             batch.modality_BT,
             self.spans(batch),
         )[0]

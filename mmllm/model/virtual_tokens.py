@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.model.attend import PackedContext, attend
-from mmllm.model.cache import KVCache
 from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.masks import MaskRule
 from mmllm.model.roles import mark
@@ -57,12 +56,6 @@ class VirtualTokens(nn.Module):
     def keys_values_L2VGC(self) -> Tensor:
         """Of prefix tuning, by layer."""
         return self.prompt_embeddings.unflatten(1, self.heads).movedim(0, 2)
-
-    def fill(self, cache: KVCache) -> None:
-        """Puts the prefix, of prefix tuning, into an empty cache."""
-        keys, values = self.keys_values_L2VGC.to(cache.keys_LBGSC.dtype).unbind(1)
-        cache.keys_LBGSC[:, :, :, : self.num_tokens] = keys.transpose(1, 2)[:, None]
-        cache.values_LBGSC[:, :, :, : self.num_tokens] = values.transpose(1, 2)[:, None]
 
 
 def check_sees_all(config: DecoderConfig) -> None:

@@ -389,7 +389,10 @@ class _Run:
         if over >= 1:
             self._warn(f"the run took {clock(over)} longer than the {minutes:g} minutes that it aimed at")
         self.console.print(f"\nReport: [bold]{escape(str(self.out / 'report.html'))}[/bold]")
-        self.console.print(f"Model:  [bold]{escape(str(self.out / 'model'))}[/bold]")
+        model = escape(str(self.out / "model"))
+        self.console.print(f"Model:  [bold]{model}[/bold]")
+        self.console.print(f"Try it: mmllm ui --model {model}", soft_wrap=True)
+        self.console.print(f"        mmllm serve --model {model}", soft_wrap=True)
         return read_json(self.out / "report.json")
 
 

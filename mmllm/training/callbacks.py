@@ -23,6 +23,7 @@ from mmllm.data.rows.forms import read_rows
 from mmllm.data.rows.media import media_source
 from mmllm.data.rows.rows import Row
 from mmllm.data.samples.decode import decode_image
+from mmllm.evaluation.asking import AskedModel
 from mmllm.evaluation.captions import caption_matches, reference_scene
 from mmllm.evaluation.metrics import error_rate, word_edits
 from mmllm.evaluation.routing import (
@@ -312,7 +313,7 @@ class Samples(pl.Callback):
         pl_module.watch.settle()  # broken weights would fail here for another reason
         if not trainer.is_global_zero or pl_module.device_mesh is not None:
             return
-        model = Model(pl_module.model, pl_module.folder, pl_module.image_transform)
+        model = AskedModel(Model(pl_module.model, pl_module.folder, pl_module.image_transform))
         config = pl_module.model.config
         metrics: dict[str, float] = {}
         if config.vision is not None and self.rows["caption"]:
@@ -333,7 +334,7 @@ class Samples(pl.Callback):
         self, step: int, kind: str, write: Callable[..., list[str]], field: str, trainer: pl.Trainer
     ) -> list[str]:
         rows: list[Row] = self.rows[kind]
-        predictions = write([media_source(getattr(row, field)) for row in rows], max_new_tokens=64)
+        predictions = write([media_source(getattr(row, field)) for row in rows], 64, len(rows))
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / "samples.csv"
         is_new = not path.exists()

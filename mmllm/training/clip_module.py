@@ -19,7 +19,8 @@ from open_clip.loss import gather_features
 from torch import Tensor
 
 from mmllm.batch import CaptionBatch
-from mmllm.model.vision import VisionConfig, build_clip, pixel_statistics
+from mmllm.model.open_clip_vision import build_clip
+from mmllm.model.vision import VisionConfig, pixel_statistics
 from mmllm.training.optimizers import OptimizerConfig
 from mmllm.training.staged import StagedModule
 from mmllm_tokenizers.folder import TokenizerFolder

@@ -548,9 +548,14 @@ class DecoderModule(StagedModule):
         if self.folder is None:
             raise ValueError("`out` is set but `tokenizer` is not; a model folder needs its tokenizer")
         source = self._source
+        before = GenerationConfig() if source is None else source.generation
+        heard = getattr(self._data, "heard_seconds", None)  # a training without sounds leaves what its start heard
+        longest, usual = heard or (before.max_heard_seconds, before.usual_heard_seconds)
         generation = dataclasses.replace(
-            GenerationConfig() if source is None else source.generation,
-            max_heard_seconds=getattr(self._data, "max_heard_seconds", None),
+            before,
+            max_heard_seconds=longest,
+            usual_heard_seconds=usual,
+            max_length=_longest(before.max_length, getattr(self._data, "sequence_length", None)),
             voices=getattr(self._data, "voices", ()),
         )
         model = self._whole or (self._unquantized() if self._quantized else self._built())
@@ -638,3 +643,7 @@ def _gathered(model: MultimodalModel) -> tuple[MultimodalModel, dict[str, Tensor
     full = MultimodalModel(model.config)
     full.load_state_dict(base_state(joined_rows(state)))
     return full, state
+
+
+def _longest(*lengths: int | None) -> int | None:
+    return max((length for length in lengths if length is not None), default=None)

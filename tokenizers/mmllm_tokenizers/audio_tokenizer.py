@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmllm_tokenizers import earlier_names
+from mmllm_tokenizers.decoder_streams import DecoderStream, WholeDecoderStream
 from mmllm_tokenizers.sound import resample, resampled_length, to_channels
 from mmllm_tokenizers.tensor_file import save_tensors
 
@@ -183,6 +184,10 @@ class AudioTokenizer(ABC):
         Raises:
             ValueError: codes of a wrong shape or out of range, or a tokenizer that cannot speak.
         """
+
+    def decoder_stream(self) -> DecoderStream:
+        """Decodes a sound piece by piece: together the pieces are what `decode` gives, to the last bits of float32."""
+        return WholeDecoderStream(self.decode)
 
     @abstractmethod
     def _all_codebooks_KVD(self) -> Tensor: ...

@@ -15,6 +15,7 @@ from encodec.model import ROOT_URL, EncodecModel
 from torch import Tensor
 
 from mmllm_tokenizers.audio_tokenizer import AudioTokenizer, check_codes, load_weights, read_tokenizer_folder
+from mmllm_tokenizers.decoder_streams import DecoderStream, SEANetStream
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,15 @@ class EncodecTokenizer(AudioTokenizer):
         if codes_KF.shape[1]:
             sound_CT = self._decode(codes_KF.long()).clone()
         return sound_CT[0] if self.num_channels == 1 else sound_CT
+
+    def decoder_stream(self) -> DecoderStream:
+        """See `AudioTokenizer.decoder_stream`; encodec_48khz normalizes over a second of sound, and waits for all."""
+        if self.model.segment_length is not None:
+            return super().decoder_stream()
+        return SEANetStream(self.model.decoder, self._latents, has_lstm=True)
+
+    def _latents(self, codes_KF: Tensor) -> Tensor:
+        return self.model.quantizer.decode(codes_KF[:, None])
 
     def _all_codebooks_KVD(self) -> Tensor:
         state = self.model.quantizer.state_dict()

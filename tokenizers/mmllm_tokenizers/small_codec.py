@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmllm_tokenizers.audio_tokenizer import AudioTokenizer, check_codes, load_weights, read_tokenizer_folder
 from mmllm_tokenizers.codec import Codec, CodecConfig, fused
+from mmllm_tokenizers.decoder_streams import DecoderStream, SEANetStream, SourceFilterStream
 
 _FIRST_SETTINGS = {
     "num_bands": 0, "decoder": "seanet", "decoder_hidden_size": 96, "decoder_num_layers": 2, "search_width": 1,
@@ -60,6 +61,16 @@ class SmallCodec(AudioTokenizer):
         """Sound float32 [F * hop] of codes of all codebooks, or of the first few."""
         check_codes(codes_KF, self.codec.config.num_codebooks, self.codebook_size)
         return self._decode(codes_KF).clone()
+
+    def decoder_stream(self) -> DecoderStream:
+        """See `AudioTokenizer.decoder_stream`."""
+        decoder: Any = self.codec.decoder
+        if self.codec.config.decoder == "source_filter":
+            return SourceFilterStream(decoder, self._latents)
+        return SEANetStream(decoder, self._latents, has_lstm=self.codec.config.lstm_layers > 0)
+
+    def _latents(self, codes_KF: Tensor) -> Tensor:
+        return self.codec.quantizer.decode(codes_KF[None])
 
     def _all_codebooks_KVD(self) -> Tensor:
         return self.codec.codebooks_KVD

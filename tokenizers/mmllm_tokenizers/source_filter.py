@@ -7,6 +7,7 @@ T samples, H hidden width, S samples of a window.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,21 @@ _PIECE_BLOCKS = 4096
 """Blocks that are filtered at once: the memory of 20 seconds of frames of 20 ms."""
 
 
+@dataclass(frozen=True)
+class PieceStart:
+    """Where a piece of a longer sound begins: pulses and noise go on from there.
+
+    Attributes:
+        num_before: samples before the piece.
+        anchor: the sample of the piece that `cycles` is told of. What goes before it is context.
+        cycles: of the pulses, up to there.
+    """
+
+    num_before: int = 0
+    anchor: int = 0
+    cycles: float = 0.0
+
+
 class SourceFilterDecoder(nn.Module):
     """Latents of `FrameFeatures` (quantized) to a wave.
 
@@ -46,8 +62,8 @@ class SourceFilterDecoder(nn.Module):
     DDSP (https://arxiv.org/abs/2001.04643), which differ in that there networks learn the whole filter; ConvNeXt
     blocks as in Vocos (https://arxiv.org/abs/2306.00814).
 
-    The wave up to a frame depends on that frame and a few after it: those of the convolutions, the interpolations and
-    the last gain.
+    The wave of a frame depends on a few frames before and after it: those of the convolutions, the
+    interpolations, the filters and the last gain. Beyond that, only the pulses' phase does, and the noise's place.
 
     Args:
         config: of the codec; `decoder` is "source_filter".
@@ -80,10 +96,41 @@ class SourceFilterDecoder(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
+    @property
+    def network_reach(self) -> int:
+        """Frames before and after one that the network takes into account, and the smoothing of its pitch."""
+        convolutions = self.stem.kernel_size[0] // 2 + len(self.layers) * (FrameBlock.KERNEL // 2)
+        return max(convolutions, len(_SMOOTHING) // 2)
+
+    @property
+    def filter_reach(self) -> tuple[int, int]:
+        """Frames before and after one whose pulses, noise and filters its wave depends on.
+
+        The last gain takes the wave of a frame and a half more, either way; that takes blocks whose impulse responses
+        reach into it, and pitch and bands are interpolated between the frames around these.
+        """
+        return 2 + math.ceil(self.num_fft / self.hop_samples), 3
+
     def forward(self, latents_NCF: Tensor) -> tuple[Tensor, Tensor]:
         """The wave [N, F * hop], and the pitch that it has, log2 Hz [N, F]."""
+        wave_NT, pitch_NF, _ = self._spoken(latents_NCF, PieceStart(), slice(None))
+        return wave_NT, pitch_NF
+
+    def piece(self, latents_NCF: Tensor, start: PieceStart, inner: slice) -> tuple[Tensor, Tensor]:
+        """Of a longer sound the wave of some frames, [N, frames * hop], and its frequency in Hz at each sample.
+
+        Args:
+            latents_NCF: of these frames, and of others around them that the network takes into account.
+            start: of these frames' wave.
+            inner: which these frames are.
+        """
+        wave_NT, _, hz_NT = self._spoken(latents_NCF, start, inner)
+        return wave_NT, hz_NT
+
+    def _spoken(self, latents_NCF: Tensor, start: PieceStart, inner: slice) -> tuple[Tensor, Tensor, Tensor]:
         frames_NFC = self._network(latents_NCF)
-        pitch_NF = self._pitch(latents_NCF, frames_NFC[..., -2])
+        pitch_NF = self._pitch(latents_NCF, frames_NFC[..., -2])[:, inner]
+        latents_NCF, frames_NFC = latents_NCF[..., inner], frames_NFC[:, inner]
         voicing_NF = latents_NCF[:, self.num_mels + 1]
         odds_N1B = _finer((_VOICING_SLOPE * (voicing_NF - 0.5) + frames_NFC[..., -1])[:, None], BLOCKS_A_FRAME)
         changes = frames_NFC[..., :-2].unflatten(-1, (2, BLOCKS_A_FRAME, self.num_mels))
@@ -98,12 +145,13 @@ class SourceFilterDecoder(nn.Module):
         pulse_gain_N1B = (2 * hz_N1B / self.sample_rate).log() + 0.5 * F.logsigmoid(odds_N1B)
         noise_gain_N1B = self.noise_gain + 0.5 * F.logsigmoid(-odds_N1B)
         with torch.no_grad():
-            pulses_NT, noise_NT = pulse_train(hz_NT, self.sample_rate), self._noise(hz_NT)
+            pulses_NT = pulse_train(hz_NT, self.sample_rate, start.anchor, start.cycles)
+            noise_NT = self._noise(hz_NT, start.num_before)
         wave_NT = self._filtered(
             (pulses_NT, noise_NT),
             (magnitude_NMB + changes_2NMB[0] + pulse_gain_N1B, magnitude_NMB + changes_2NMB[1] + noise_gain_N1B),
         )
-        return self._with_loudness(wave_NT, latents_NCF[:, self.num_mels + 2]), pitch_NF
+        return self._with_loudness(wave_NT, latents_NCF[:, self.num_mels + 2]), pitch_NF, hz_NT
 
     def _network(self, latents_NCF: Tensor) -> Tensor:
         """[N, F, 2 * blocks * M + 2]: changes of the pulses' and the noise's bands, of pitch and of voicing."""
@@ -124,9 +172,11 @@ class SourceFilterDecoder(nn.Module):
         lowest, highest = math.log2(50.0), math.log2(min(600.0, self.sample_rate / 4))
         return pitch_NF.clamp(lowest, highest) + _MAX_PITCH_CHANGE * change_NF.tanh()
 
-    def _noise(self, like_NT: Tensor) -> Tensor:
+    def _noise(self, like_NT: Tensor, num_before: int) -> Tensor:
         noise_T = self.get_buffer("noise_T")
-        return noise_T.repeat(-(-like_NT.shape[1] // len(noise_T)))[: like_NT.shape[1]].expand_as(like_NT)
+        begin = num_before % len(noise_T)
+        end = begin + like_NT.shape[1]
+        return noise_T.repeat(-(-end // len(noise_T)))[begin:end].expand_as(like_NT)
 
     def _filtered(self, sources: tuple[Tensor, Tensor], log_bands: tuple[Tensor, Tensor]) -> Tensor:
         """The sum [N, T] of sources [N, T], each through filters that change from block to block.
@@ -179,12 +229,21 @@ class FrameBlock(nn.Module):
         return x_NHF + (self.scale * self.mlp(self.norm(self.conv(x_NHF).transpose(1, 2)))).transpose(1, 2)
 
 
-def pulse_train(hz_NT: Tensor, sample_rate: int) -> Tensor:
+def pulse_train(hz_NT: Tensor, sample_rate: int, anchor: int = 0, cycles: float = 0.0) -> Tensor:
     """The sum of cosines of all multiples of a frequency below half the sample rate, each of amplitude 1: [N, T].
 
     In closed form (Dirichlet's kernel), so that the number of harmonics costs nothing.
+
+    Args:
+        hz_NT: the frequency at each sample.
+        sample_rate: samples a second.
+        anchor: up to this sample there were so many cycles.
+        cycles: as `anchor` says.
     """
     cycles_NT = torch.cumsum(hz_NT.double() / sample_rate, dim=1)  # float32 would drift within a minute
+    if anchor:
+        cycles_NT = cycles_NT - cycles_NT[:, anchor - 1 : anchor]
+    cycles_NT = cycles_NT + cycles
     half_NT = (cycles_NT % 1.0).float() * math.pi
     num_NT = (sample_rate / 2 / hz_NT - 1e-3).floor().clamp(min=1)
     sine_NT = half_NT.sin()

@@ -17,6 +17,7 @@ from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.decoders import Decoder
 from tokenizers.models import BPE, Unigram
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
@@ -359,6 +360,16 @@ class TextTokenizer:
         numbers = (int(token_id) for token_id in ids)
         kept = [i for i in numbers if 0 <= i < self.num_tokens and i not in self.hidden_ids]
         return self._template.decode(kept, skip_special_tokens=False)
+
+    @property
+    def decoder(self) -> Decoder | None:
+        """How tokens become a text; None: they are joined by spaces."""
+        return self._template.decoder
+
+    @property
+    def decoder_settings(self) -> dict[str, Any] | None:
+        """The decoder as `tokenizer.json` has it."""
+        return None if self.decoder is None else json.loads(self.decoder.__getstate__())
 
     def token(self, token_id: int) -> str:
         """How an id of a special token is written; a token of our own that lies behind the tokenizer's by its name."""

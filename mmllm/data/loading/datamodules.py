@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Generic, Literal
 
 import lightning as L
+import numpy as np
 from torch.utils.data import Dataset
 
 from mmllm.batch import CaptionBatch, PackedBatch, SoundBatch
@@ -188,11 +189,30 @@ class PackedDataModule(L.LightningDataModule):
             )
 
     @property
-    def max_heard_seconds(self) -> float | None:
-        """The longest sound for which a sequence has slots; None without an audio tokenizer."""
-        if self.folder.audio is None:
+    def sequence_length(self) -> int:
+        """Positions of a sequence."""
+        return self.plan.recipe.sequence_length
+
+    @property
+    def heard_seconds(self) -> tuple[float, float] | None:
+        """The longest sound that training hears, and the usual one; None: it hears none.
+
+        The usual length is the median over time: half of the time is heard in sounds that are no longer. Sources count
+        by their weights.
+        """
+        frames, weights = [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
+        for source in self.plan.sources:
+            frames_Q = source.heard_frames()
+            if len(frames_Q) and source.config.largest_weight > 0:
+                frames.append(frames_Q)
+                weights.append(source.config.largest_weight * frames_Q / frames_Q.sum())
+        frames_Q, weights_Q = np.concatenate(frames), np.concatenate(weights)
+        if not len(frames_Q):
             return None
-        return round(self.plan.recipe.sequence_length * self.folder.audio_pool / self.folder.frame_rate, 3)
+        order_Q = np.argsort(frames_Q, kind="stable")
+        shares_Q = weights_Q[order_Q].cumsum() / weights_Q.sum()
+        usual = frames_Q[order_Q[int(np.searchsorted(shares_Q, 0.5 - 1e-9))]]
+        return round(float(frames_Q.max()) / self.folder.frame_rate, 3), round(float(usual) / self.folder.frame_rate, 3)
 
     @property
     def voices(self) -> tuple[str, ...]:

@@ -250,6 +250,25 @@ class Source:
         """int32 [M] of `num_tiles` or `num_frames`."""
         return self._gathered(lambda index: _measured(index, name), np.int32)
 
+    def heard_frames(self) -> np.ndarray:
+        """int64 frames of each sound that its items let a model hear."""
+        bounds, tasks = self._starts_G.tolist(), self.config.task_names
+        heard = [np.zeros(0, dtype=np.int64)]
+        for shard, index in enumerate(self.indices):
+            frames_Q, documents_Q = _sounds(index)
+            for place, task in enumerate(tasks):
+                group = shard * len(tasks) + place
+                here = slice(bounds[group], bounds[group + 1])
+                if task == "speak":
+                    continue
+                if self._row_M is not None:
+                    is_item_N = np.zeros(index.num_documents, dtype=bool)
+                    is_item_N[self._row_M[here]] = True
+                    heard.append(frames_Q[is_item_N[documents_Q]])
+                else:
+                    heard.append(frames_Q)
+        return np.concatenate(heard)
+
     def made_features(self) -> dict[str | None, Item]:
         """The hashes of what made the features stored with its pictures (`None`: none are), each with an item of it."""
         numbers: dict[str | None, int] = {}
@@ -438,6 +457,17 @@ class _Items:
         columns = self._rows, self._parts
         rows, parts = (column[: self._count] if column is not None else None for column in columns)
         return self._tokens[: self._count], rows, parts
+
+
+def _sounds(index: ShardIndex) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [Q] frames of each sound that has any, and which document's it is.
+
+    Which sounds are a document's isn't stored, but sounds lie in the order of documents, and so many frames are its.
+    """
+    frames_Q = index.sounds_Q3[:, 2].astype(np.int64)
+    frames_Q = frames_Q[frames_Q > 0]
+    ends_N = index.num_frames_N.astype(np.int64).cumsum()
+    return frames_Q, np.searchsorted(ends_N, frames_Q.cumsum() - frames_Q, side="right")
 
 
 def _measured(index: ShardIndex, metric: str) -> np.ndarray:
