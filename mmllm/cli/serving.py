@@ -52,6 +52,9 @@ def _add_bounds(parser: argparse.ArgumentParser) -> None:
         "the start",
     )  # fmt: skip
     parser.add_argument("--max_cached_tokens", type=int, metavar="N", help="of all requests that are answered")
+    parser.add_argument(
+        "--prefix_cache_mb", type=float, default=64, metavar="MB", help="kept of prompts, for those that begin alike"
+    )
     parser.add_argument("--max_context", type=int, default=16_384, metavar="N", help="tokens of prompt and answer")
     parser.add_argument("--max_new_tokens", type=int, default=4096, metavar="N", help="that a client may ask for")
     parser.add_argument("--max_body_mb", type=float, default=32, metavar="MB", help="of a request")
@@ -87,7 +90,10 @@ def _serve(args: argparse.Namespace) -> Iterable[str]:
     from mmllm.serving.served import ServedModel
 
     speculation = "draft" if args.draft is not None else args.speculation or "none"
-    engine = EngineConfig(args.max_rows, args.max_cached_tokens, speculation=speculation)
+    engine = EngineConfig(
+        args.max_rows, args.max_cached_tokens, prefix_cache_bytes=int(args.prefix_cache_mb * 2**20),
+        speculation=speculation,
+    )  # fmt: skip
     models = {}
     for name, folder in folders.items():
         called = name if args.adapter is None else f"{name}:{args.adapter}"

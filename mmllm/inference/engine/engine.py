@@ -105,7 +105,6 @@ class Engine:
             prepared, shares = self._prepared, self._prefixes.max_bytes > 0
         row = self._row(ticket, prepared, shares)  # not under the lock: digests, grammars and stop strings take time
         with self._lock:
-            self._look_at_weights()
             if self._prepared is not prepared:
                 row = self._row(ticket, self._prepared, self._prefixes.max_bytes > 0)
             self.counts.requests += 1
