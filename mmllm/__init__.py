@@ -33,6 +33,9 @@ _HOMES = {
 # threads made 5 tokens a second in place of 320, and a training step took four times as long as without spinning
 # (docs/RESULTS.md). OpenMP reads this when torch is first imported, and never again.
 SPINS = "30000"
+# oneDNN keeps what it compiled for 1,024 shapes, some 150 KB each, and prompts come in any number of tokens: a server
+# grew by 150 MB for it. It reads this when it compiles first.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 if "torch" not in sys.modules:
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 elif "GOMP_SPINCOUNT" not in os.environ:

@@ -6,8 +6,9 @@ import sys
 import psutil
 import pytest
 
+from mmllm.heap import trim_heap
 from mmllm.training import heap
-from mmllm.training.heap import TrimHeap, trim_heap
+from mmllm.training.heap import TrimHeap
 
 
 def resident_bytes() -> int:
@@ -49,7 +50,7 @@ def test_it_trims_every_few_steps(monkeypatch):
 
 
 def test_where_there_is_none_it_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(heap, "_malloc_trim", lambda: None)
+    monkeypatch.setattr("mmllm.heap._malloc_trim", lambda: None)
     assert not trim_heap()
     TrimHeap().on_fit_start(None, None)  # pyright: ignore[reportArgumentType]
     assert "TrimHeap does nothing: this system's C library has no malloc_trim" in caplog.text

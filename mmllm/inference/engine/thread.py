@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 
+from mmllm.heap import trim_heap
 from mmllm.inference.engine.engine import Engine
 from mmllm.inference.engine.requests import Request
 from mmllm.inference.engine.rows import OnUpdate, Ticket
 
 _logger = logging.getLogger(__name__)
+_TRIM_IDLE, _TRIM_BUSY = 2.0, 20.0
+"""Seconds from one trim of the heap to the next; it takes some 10 ms."""
 OnDone = Callable[[Ticket], None]
 
 
@@ -29,6 +33,7 @@ class EngineThread:
         self._tickets: dict[Ticket, OnDone | None] = {}
         """Those that are not told to be done."""
         self._thread: threading.Thread | None = None
+        self._trimmed = time.monotonic()
 
     def __enter__(self) -> EngineThread:
         self.start()
@@ -93,6 +98,7 @@ class EngineThread:
             while self._wait():
                 self.engine.step()
                 self._tell_done()
+                self._trim()
         except Exception:
             _logger.exception("the engine's thread has failed; it answers nothing any more")
         finally:
@@ -102,6 +108,13 @@ class EngineThread:
             for ticket in left:
                 self._cancel(ticket)
             self._tell_done()
+
+    def _trim(self) -> None:
+        """Gives freed memory back where nothing waits for it, and now and then where something does."""
+        seconds = time.monotonic() - self._trimmed
+        if seconds > _TRIM_BUSY or (seconds > _TRIM_IDLE and not self._tickets):
+            trim_heap()
+            self._trimmed = time.monotonic()
 
     def _wait(self) -> bool:
         """Waits until there is something to do; False: for the end."""
