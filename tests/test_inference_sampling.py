@@ -20,10 +20,10 @@ from transformers.generation.logits_process import (
 from mmllm.batch import Modality
 from mmllm.checkpoints.settings import GenerationConfig, Sampling
 from mmllm.data.samples.documents import Document
-from mmllm.inference.engine.filters import Filters, draw, pick, probabilities
+from mmllm.inference.engine.filters import Filters, draw, probabilities
 from mmllm.inference.engine.requests import TextRequest
 from mmllm.inference.engine.sampling import RowSampler, TextRules, Uniforms, apply_rules, choose, uniforms
-from mmllm.inference.engine.speculation import _verify, accept_drafts, propose
+from mmllm.inference.engine.speculation import accept_drafts
 from mmllm.interop.tokenizers import read_tokenizer
 from mmllm_tokenizers.folder import TokenizerFolder
 from mmllm_tokenizers.vocab import END
@@ -125,7 +125,10 @@ def test_filters_are_transformers(temperature, top_k, top_p, min_p, typical_p, p
     ours = row(sampling, prompt[0].tolist())
     found_1V = probabilities(apply_rules(masked_1V, [ours]), [Filters.of(sampling)])
     if torch.equal(found_1V > 0, wanted_1V > 0):
-        torch.testing.assert_close(found_1V, wanted_1V, rtol=2e-6 if penalty != 1 else 1e-9, atol=1e-12)
+        # ours are penalized in float32: a rounding of the largest logit, over the temperature
+        largest = float(masked_1V[masked_1V > -torch.inf].abs().max()) * max(penalty, 1 / penalty)
+        rtol = 4 * 2**-24 * largest / temperature if penalty != 1 else 1e-9
+        torch.testing.assert_close(found_1V, wanted_1V, rtol=rtol, atol=1e-12)
         return
     # an id whose probability is on a filter's edge to the last bits falls on one side here and the other there
     differ = ((found_1V > 0) != (wanted_1V > 0)).sum()
@@ -238,7 +241,6 @@ def test_numbers_are_those_of_one_long_draw():
         assert [drawn[place] for place in (130, *range(1000))] == [wanted[130], *wanted]
         assert uniforms([number], 1000, seed)[0].tolist() == wanted
     assert 0 <= Uniforms(2**63, 9)[0] < 1
-    assert len({Uniforms(1, 2, stream)[0] for stream in range(3)}) == 3
 
 
 def test_only_text_and_ends_are_drawn():
@@ -346,17 +348,17 @@ def test_greedy_drafts_are_kept_while_they_are_what_is_written_anyway():
     for wrong in range(5):
         drafts = [best[i] if i != wrong else (PLAIN[0] if best[i] != PLAIN[0] else PLAIN[1]) for i in range(4)]
         ours = row(num_logprobs=0)
-        accepted = accept_drafts(logits_TV, drafts, None, ours)
+        accepted = accept_drafts(logits_TV, drafts, ours)
         assert accepted.num_drafts == min(wrong, 4) and accepted.ids == best[: accepted.num_drafts + 1] == ours.ids
         assert len(accepted.logprobs) == len(accepted.ids)
-    assert accept_drafts(logits_TV[:1], [], None, row()).ids == best[:1]
+    assert accept_drafts(logits_TV[:1], [], row()).ids == best[:1]
 
 
 def test_nothing_follows_a_drafted_end():
     logits_TV = torch.zeros(3, V)
     logits_TV[0, END_ID] = 9.0
     ours = row()
-    accepted = accept_drafts(logits_TV, [END_ID, PLAIN[0]], None, ours)
+    accepted = accept_drafts(logits_TV, [END_ID, PLAIN[0]], ours)
     assert (accepted.num_drafts, accepted.ids, ours.ids) == (1, [END_ID], [END_ID])
 
 
@@ -383,7 +385,7 @@ def test_looked_up_drafts_change_nothing_of_what_is_drawn(sampling, more):
         right = plain.ids[len(ids) : len(ids) + 3]
         drafts = [i if random.random() < 0.7 else FEW[random.integers(8)] for i in right]
         logits_TV = torch.stack([model(ids + drafts[:n]) for n in range(len(drafts) + 1)])
-        num_kept += accept_drafts(logits_TV, drafts, None, drafted).num_drafts
+        num_kept += accept_drafts(logits_TV, drafts, drafted).num_drafts
     assert drafted.ids[:30] == plain.ids and num_kept > 8
 
 
@@ -399,12 +401,10 @@ TARGET = torch.tensor([
 def frequencies(sampling, num):
     """How often each pair of ids comes first in so many rows, when two are drafted."""
     counts = np.zeros((8, 8))
-    rows = [RowSampler(request(sampling, number=number), SMALL) for number in range(num)]
-    drafted = [propose(DRAFT[ahead].expand(num, 8), rows, ahead, SMALL) for ahead in range(2)]
-    probs_NTV = torch.stack([probs_NV for _, probs_NV in drafted], dim=1)
-    for place, ours in enumerate(rows):
-        drafts = [ids[place] for ids, _ in drafted]
-        ids = list(accept_drafts(TARGET, drafts, probs_NTV[place], ours).ids)
+    drafts = DRAFT.argmax(dim=-1).tolist()
+    for number in range(num):
+        ours = RowSampler(request(sampling, number=number), SMALL)
+        ids = list(accept_drafts(TARGET, drafts, ours).ids)
         if len(ids) < 2:
             ids += choose(TARGET[1:2], [ours], SMALL).ids
         counts[ids[0], ids[1]] += 1
@@ -443,39 +443,19 @@ def test_sampled_drafts_leave_the_distribution_as_it_is(name):
 
 def test_twenty_thousand_draws_with_drafts_and_a_shift_of_two_percent():
     num, sampling = 20_000, Sampling(0.8, top_p=0.95)
-    ours = RowSampler(request(sampling, number=1), SMALL)
-    draft_V, wanted_V = (probabilities(logits_TV[:1], [Filters.of(sampling)])[0] for logits_TV in (DRAFT, TARGET))
-    numbers_N = torch.tensor([ours.proposal(place) for place in range(num)])
-    drafts = pick(draft_V.expand(num, 8), numbers_N).tolist()
-
-    def counts(draft_V):
-        ids = _verify(TARGET[0].expand(num, 8), drafts, draft_V.expand(num, 8), ours)
-        return np.bincount(ids, minlength=8)
-
-    right = counts(draft_V)
-    assert right.sum() == num and chi_square(right, wanted_V.numpy()) < 4
+    wanted_V = probabilities(TARGET[:1], [Filters.of(sampling)])[0]
+    drafted = int(DRAFT[0].argmax())
+    num_kept, counts_V = 0, np.zeros(8)
+    for number in range(num):
+        accepted = accept_drafts(TARGET[:2], [drafted], RowSampler(request(sampling, number=number), SMALL))
+        num_kept += accepted.num_drafts
+        counts_V[accepted.ids[0]] += 1
+    assert counts_V.sum() == num and chi_square(counts_V, wanted_V.numpy()) < 4
+    assert num_kept == counts_V[drafted] > 0.05 * num
     shift_V = torch.zeros(8, dtype=torch.float64)
     shift_V[1], shift_V[4] = -0.02, 0.02
-    assert chi_square(right, (wanted_V + shift_V).numpy()) > 8
-    assert chi_square(counts(draft_V + 2 * shift_V), wanted_V.numpy()) > 8  # drafts that weren't drawn as is said
-
-
-@pytest.mark.parametrize("name", CHAINS)
-def test_drafts_of_the_same_model_are_all_kept(name):
-    if name == "penalties":
-        return
-    ours = RowSampler(request(CHAINS[name]), SMALL)
-    for _ in range(50):
-        ids, probs_1V = propose(TARGET[:1], [ours], 0, SMALL)
-        accepted = accept_drafts(TARGET[:2], ids, probs_1V, ours)
-        assert accepted.num_drafts == 1 and accepted.ids[0] == ids[0] and len(accepted.ids) == 2
-
-
-def test_proposals_of_mixed_rows_are_those_of_each_row():
-    rows = [RowSampler(request(each, number=3), SMALL) for each in (*CHAINS.values(), Sampling())]
-    logits_BV = torch.randn(len(rows), 8, generator=torch.Generator().manual_seed(0))
-    ids, probs_BV = propose(logits_BV, rows, 1, SMALL)
-    assert probs_BV is not None and propose(logits_BV[-1:], rows[-1:], 1, SMALL) == (ids[-1:], None)
-    for place, ours in enumerate(rows[:-1]):
-        one, probs_1V = propose(logits_BV[place : place + 1], [ours], 1, SMALL)
-        assert one == [ids[place]] and torch.equal(probs_1V[0], probs_BV[place])
+    assert chi_square(counts_V, (wanted_V + shift_V).numpy()) > 8
+    biased_V = counts_V.copy()  # drafts that are kept a little too often
+    biased_V[drafted] += 0.02 * num
+    biased_V[1] -= 0.02 * num
+    assert chi_square(biased_V, wanted_V.numpy()) > 8

@@ -16,6 +16,7 @@ import torch
 from mmllm.checkpoints.settings import Sampling
 from mmllm.data.samples.documents import Document
 from mmllm.inference.engine.engine import Engine
+from mmllm.inference.engine.prepared import eval_mode, trained_modules
 from mmllm.inference.engine.requests import EngineConfig, TextRequest, TextResult
 from mmllm.model.multimodal import MultimodalModel
 from mmllm_tokenizers.folder import TokenizerFolder
@@ -101,14 +102,9 @@ def _distinct(prompts: Sequence[Document]) -> tuple[list[Document], list[int]]:
 
 @contextmanager
 def evaluating(model: MultimodalModel) -> Iterator[None]:
-    """Eval mode without gradients; afterwards the model is as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+    """Eval mode without gradients; afterwards each of its modules is as it was."""
+    with eval_mode(trained_modules(model)), torch.no_grad():
+        yield
 
 
 def batches(prompts: Sequence[Document], batch_size: int) -> Iterator[list[int]]:

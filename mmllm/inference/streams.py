@@ -31,11 +31,30 @@ class SoundPiece:
     sample_rate: int
 
 
-class TextStream(Iterator[TextPiece]):
-    """Pieces of a text; together they are the text of `result`. Leaving its `with` ends what isn't done."""
+class _Stream:
+    """What texts and speech have in common. Leaving its `with` ends what isn't done."""
 
     def __init__(self, updates: Updates) -> None:
         self._updates = updates
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """As `close`."""
+        self.close()
+
+    def close(self) -> None:
+        """Ends it if it isn't done; from any thread."""
+        self._updates.close()
+
+
+class TextStream(_Stream, Iterator[TextPiece]):
+    """Pieces of a text; together they are the text of `result`."""
+
+    def __init__(self, updates: Updates) -> None:
+        super().__init__(updates)
         self._result: Completion | None = None
 
     def __next__(self) -> TextPiece:
@@ -47,18 +66,6 @@ class TextStream(Iterator[TextPiece]):
             raise
         assert isinstance(update, TextUpdate)
         return TextPiece.of(update)
-
-    def __enter__(self) -> Self:
-        """Itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """As `close`."""
-        self.close()
-
-    def close(self) -> None:
-        """Ends the text if it isn't done; from any thread."""
-        self._updates.close()
 
     @property
     def result(self) -> Completion:
@@ -77,8 +84,8 @@ class TextStream(Iterator[TextPiece]):
         self._result = Completion.of(result)
 
 
-class SpeechStream(Iterator[SoundPiece]):
-    """Pieces of a speech; together they are the samples of `result`. Leaving its `with` ends what isn't done.
+class SpeechStream(_Stream, Iterator[SoundPiece]):
+    """Pieces of a speech; together they are the samples of `result`.
 
     Args:
         updates: of the units.
@@ -86,7 +93,8 @@ class SpeechStream(Iterator[SoundPiece]):
     """
 
     def __init__(self, updates: Updates, sound: SoundStream) -> None:
-        self._updates, self._sound = updates, sound
+        super().__init__(updates)
+        self._sound = sound
         self._samples: list[np.ndarray] = []
         self._result: Waveform | None = None
 
@@ -108,18 +116,6 @@ class SpeechStream(Iterator[SoundPiece]):
             if len(samples_T):
                 return SoundPiece(samples_T, self.sample_rate)
         raise StopIteration
-
-    def __enter__(self) -> Self:
-        """Itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """As `close`."""
-        self.close()
-
-    def close(self) -> None:
-        """Ends the speech if it isn't done; from any thread."""
-        self._updates.close()
 
     @property
     def result(self) -> Waveform:

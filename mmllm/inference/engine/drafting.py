@@ -9,7 +9,6 @@ Shapes: N rows, T drafted ids, D width, V ids, M convolutions, J inputs that eac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -44,22 +43,13 @@ _LONGEST_PAUSE = 32
 _LEAST_SCALE = 0.5
 
 
-@dataclass(frozen=True)
-class Drafts:
-    """What was guessed for one row."""
-
-    ids: list[int]
-    probs_TV: Tensor | None = None
-    """With what probabilities each was drawn; None: it was not drawn."""
-
-
 class Drafter(Protocol):
     """Something that guesses."""
 
     times: StepTimes
     """Of steps, which it is told."""
 
-    def draft(self, rows: Sequence[Row], most: Sequence[int]) -> list[Drafts]:
+    def draft(self, rows: Sequence[Row], most: Sequence[int]) -> list[list[int]]:
         """Guesses for rows, of each so many ids at most."""
         ...
 
@@ -268,11 +258,11 @@ class DraftModel:
         """Steps in which nothing is guessed, since it was not worth it; the next one is longer."""
         self._next_pause = 1
 
-    def draft(self, rows: Sequence[Row], most: Sequence[int]) -> list[Drafts]:
+    def draft(self, rows: Sequence[Row], most: Sequence[int]) -> list[list[int]]:
         """See `Drafter`."""
         if self._pause:
             self._pause -= 1
-            return [Drafts([]) for _ in rows]
+            return [[] for _ in rows]
         new = [row for row in rows if row not in self._cached]
         if new:
             self._begin(new)
@@ -281,7 +271,7 @@ class DraftModel:
         for row in rows:
             self._cache.make_room(self._cached[row], num_missing + count)
         if len(self._cache.slabs) != 1 or self._cache.slabs[0].num_rows != len(rows):
-            return [Drafts([]) for _ in rows]
+            return [[] for _ in rows]
         (slab,) = self._cache.slabs
         self._order = [self._rows[cached] for cached in slab.rows]
         hidden_ND = self._catch_up(num_missing)
@@ -307,11 +297,8 @@ class DraftModel:
                 if slab.conv_state_MSJD is not None:
                     self._states.append(slab.conv_state_MSJD[:, : slab.num_rows].clone())
         place_of = {row: place for place, row in enumerate(self._order)}
-        drafts = []
-        for row in rows:
-            place = place_of[row]
-            drafts.append(Drafts(guesses[place].worth_verifying()))
-        if not any(each.ids for each in drafts):  # nobody verifies nothing
+        drafts = [guesses[place_of[row]].worth_verifying() for row in rows]
+        if not any(drafts):  # nobody verifies nothing
             self._guesses = []
             self.verified(rows, [0] * len(rows))
             self._pause = self._next_pause

@@ -19,7 +19,7 @@ from mmllm.inference.engine.drafting import Drafter, DraftModel, have_equal_inpu
 from mmllm.inference.engine.ngrams import LookUp, NGrams
 from mmllm.inference.engine.prefilling import Prefilling, shares_prefixes
 from mmllm.inference.engine.prefixes import PrefixCache, prefix_keys
-from mmllm.inference.engine.prepared import Prepared, evaluating, trained_modules, weights_of
+from mmllm.inference.engine.prepared import Prepared, eval_mode, trained_modules, weights_of
 from mmllm.inference.engine.requests import EngineConfig, Request, Result, TextRequest
 from mmllm.inference.engine.rows import EngineCounts, OnUpdate, Row, Ticket
 from mmllm.inference.engine.running import Running
@@ -200,7 +200,7 @@ class Engine:
                 return False
             self._is_stepping = True
             try:
-                with evaluating(self._trained), torch.inference_mode():
+                with eval_mode(self._trained), torch.inference_mode():
                     self._step()
             except Exception as error:  # the cache may be half written: no row of it can go on
                 self._fail(error)

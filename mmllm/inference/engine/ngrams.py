@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from mmllm.inference.engine.drafting import Agreement, Drafts, LookedUp, StepTimes, best_length
+from mmllm.inference.engine.drafting import Agreement, LookedUp, StepTimes, best_length
 from mmllm.inference.engine.rows import Row
 
 NGRAMS = "ngrams.safetensors"
@@ -134,7 +134,7 @@ class LookUp:
         self._agreement = Agreement([*((level + 0.5) / _LEVELS for level in range(_LEVELS)), *looked_up])
         self._levels: dict[Row, list[int]] = {}
 
-    def draft(self, rows: Sequence[Row], most: Sequence[int]) -> list[Drafts]:
+    def draft(self, rows: Sequence[Row], most: Sequence[int]) -> list[list[int]]:
         """See `Drafter`."""
         drafts = []
         for row, count in zip(rows, most, strict=True):
@@ -142,7 +142,7 @@ class LookUp:
                 self._texts[row] = LookedUp(row)
             text = self._texts[row]
             text.extend(row.written.sampler.ids)  # pyright: ignore[reportOptionalMemberAccess]
-            drafts.append(Drafts(self._guesses(row, text, count)))
+            drafts.append(self._guesses(row, text, count))
         return drafts
 
     def _guesses(self, row: Row, text: LookedUp, most: int) -> list[int]:

@@ -56,16 +56,15 @@ class Block:
         return sum(each.nbytes for each in vars(self).values() if each is not None)
 
 
-def prefix_keys(prompt: Document, block_size: int, salt: bytes = b"") -> PrefixKeys:
+def prefix_keys(prompt: Document, block_size: int) -> PrefixKeys:
     """What decides over keys and values of a prompt, as digests of its blocks.
 
     Args:
         prompt: as the engine is given it.
         block_size: P.
-        salt: what else decides over them: the adapter's name.
     """
     content_TN = _content(prompt)
-    digest = hashlib.blake2b(salt, digest_size=_DIGEST_BYTES).digest()
+    digest = b""
     blocks = []
     num_whole = len(content_TN) // block_size
     for number in range(num_whole):

@@ -59,7 +59,7 @@ class Prepared:
         rules = TextRules.of(tokenizer, head_VD.device)
         speaks = tokenizer.vocabulary.num_codebooks > 0 and model.config.audio is not None
         active = decoder.active_virtual
-        with evaluating(trained_modules(decoder)), torch.inference_mode():
+        with eval_mode(trained_modules(decoder)), torch.inference_mode():
             fast = FastStep(decoder) if has_plain_cache and FastStep.supports(decoder) is None else None
         return Prepared(
             model,
@@ -88,7 +88,7 @@ def trained_modules(module: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def evaluating(trained: Sequence[nn.Module]) -> Iterator[None]:
+def eval_mode(trained: Sequence[nn.Module]) -> Iterator[None]:
     """Eval mode of modules that are in training mode; afterwards they are again."""
     for each in trained:
         each.training = False

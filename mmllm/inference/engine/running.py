@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmllm.batch import Modality
 from mmllm.inference.engine.beams import Beams
-from mmllm.inference.engine.drafting import Drafter, Drafts
+from mmllm.inference.engine.drafting import Drafter
 from mmllm.inference.engine.pieces import Pieces
 from mmllm.inference.engine.prepared import Prepared
 from mmllm.inference.engine.requests import EngineConfig
@@ -123,7 +123,7 @@ class Running:
         if drafts is not None:
             ended, rows, places = self._verify(rows, drafts), [], []
             if self._drafter is not None:
-                most = max(len(each.ids) for each in drafts)
+                most = max(map(len, drafts))
                 self._drafter.times.note_verified(num_before, most, time.perf_counter() - begun)
         hidden = [self._forward(rows, places)] if rows else []
         resumed = []
@@ -171,7 +171,7 @@ class Running:
                 cached.length += 1
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
-    def _drafts(self, rows: Sequence[Row]) -> list[Drafts] | None:
+    def _drafts(self, rows: Sequence[Row]) -> list[list[int]] | None:
         """What is guessed for each row; None: nothing for any, or it would not be worth it."""
         if self._drafter is None or not 0 < len(rows) <= self.config.speculative_rows or len(self.cache.slabs) != 1:
             return None
@@ -186,15 +186,15 @@ class Running:
         if not any(most):
             return None
         drafts = self._drafter.draft(rows, most)
-        return drafts if any(each.ids for each in drafts) else None
+        return drafts if any(drafts) else None
 
-    def _verify(self, rows: Sequence[Row], drafts: Sequence[Drafts]) -> list[Ended]:
+    def _verify(self, rows: Sequence[Row], drafts: Sequence[list[int]]) -> list[Ended]:
         """The next position of each row and those of its guesses at once; those that the model agrees with stay."""
         prepared, (slab,) = self.prepared, self.cache.slabs
-        most = 1 + max(len(each.ids) for each in drafts)
+        most = 1 + max(map(len, drafts))
         padded = []
         for row, each in zip(rows, drafts, strict=True):
-            ids = [row.written.next_id, *each.ids]  # pyright: ignore[reportOptionalMemberAccess]
+            ids = [row.written.next_id, *each]  # pyright: ignore[reportOptionalMemberAccess]
             padded.append(ids + [ids[-1]] * (most - len(ids)))
         ids_N = torch.tensor(padded, device=prepared.device).flatten()
         x_ND = prepared.model.decoder.embed(ids_N)
@@ -205,7 +205,7 @@ class Running:
             assert row.written is not None
             accepted, error = None, None
             try:
-                accepted = accept_drafts(own_TV[: len(each.ids) + 1], each.ids, each.probs_TV, row.written.sampler)
+                accepted = accept_drafts(own_TV[: len(each) + 1], each, row.written.sampler)
             except Exception as raised:  # a constraint's
                 error = raised
             counts.append(1 if accepted is None else 1 + accepted.num_drafts)
@@ -218,7 +218,7 @@ class Running:
         for place, (row, accepted, error) in enumerate(zip(rows, all_accepted, errors, strict=True)):
             if self._keeps_inputs:
                 row.since_prompt += [x_D.clone() for x_D in x_ND[place * most : place * most + counts[place]]]
-            self._counts.drafted += len(drafts[place].ids)
+            self._counts.drafted += len(drafts[place])
             self._counts.accepted += counts[place] - 1
             goes_on = False
             try:

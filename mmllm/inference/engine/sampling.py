@@ -22,10 +22,6 @@ from mmllm_tokenizers.folder import TokenizerFolder
 
 _CHUNK = 64
 """Uniform numbers that a row asks its generator for at once."""
-_STREAM_STRIDE = 0xC2B2AE35
-"""Odd, and far from any multiple of what tells tries apart (`try_number`): seeds of a row's further generators fall far
-from its first, and from those of other rows and tries. (Of four such numbers tried, 0x85EBCA6B gave generators whose
-numbers go together: a chi-square 4.9 standard deviations off.)"""
 _MAX_BIAS = 1e6
 
 
@@ -58,11 +54,11 @@ class TextRules:
 class Uniforms:
     """Numbers in [0, 1) by their place, from a generator of their own; drawn when they are asked for.
 
-    Those of stream 0 are what `torch.rand` gives after `manual_seed(seed * 1_000_003 + number)`, whatever the chunks.
+    They are what `torch.rand` gives after `manual_seed(seed * 1_000_003 + number)`, whatever the chunks.
     """
 
-    def __init__(self, seed: int, number: int, stream: int = 0) -> None:
-        self._seed = seed * 1_000_003 + number + stream * _STREAM_STRIDE
+    def __init__(self, seed: int, number: int) -> None:
+        self._seed = seed * 1_000_003 + number
         self._generator: torch.Generator | None = None
         self._drawn: list[float] = []
 
@@ -128,9 +124,7 @@ class RowSampler:
         self.constraint = None if request.constraint is None else request.constraint.begin()
         self.history = _History(request) if sampling.has_penalties else None
         self._min_new_tokens = request.min_new_tokens
-        self._uniforms, self._acceptances, self._proposals = (
-            Uniforms(sampling.seed, request.number, stream) for stream in range(3)
-        )
+        self._uniforms = Uniforms(sampling.seed, request.number)
         self._has_lasting_rules = bool(self.more_ids or self.bias or self.constraint or self.history)
         self.has_rules = self._has_lasting_rules or self.forbids_end
         """Whether something beside `filters` makes its next id another than any row's."""
@@ -157,14 +151,6 @@ class RowSampler:
     def uniform(self, ahead: int = 0) -> float:
         """The number in [0, 1) that decides the next id, or one further ahead."""
         return self._uniforms[len(self.ids) + ahead]
-
-    def acceptance(self, ahead: int = 0) -> float:
-        """The number that decides whether the id which was drafted for this place is accepted."""
-        return self._acceptances[len(self.ids) + ahead]
-
-    def proposal(self, ahead: int = 0) -> float:
-        """The number that decides which id is drafted for this place."""
-        return self._proposals[len(self.ids) + ahead]
 
 
 class _History:
