@@ -2,7 +2,8 @@
 
 Shapes: B sequences, T positions, K codebooks, N images or tiles of them, S slots an image or a clip, P features an
 image, C clips (of features: channels), F frames a clip, L target tokens a clip, or letters of all texts that
-are spoken, H and W pixels. Of a `CaptionBatch` N pairs, L text tokens; of a `SoundBatch` N rows, T samples.
+are spoken, H and W pixels. Of a `CaptionBatch` N pairs, L text tokens; of a `SoundBatch` N rows, T samples; of an
+`AnswerBatch` A answers.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Batch:
         for name, value in values.items():
             if isinstance(value, Tensor):
                 values[name] = function(value)
-            elif isinstance(value, BatchMetadata):
+            elif isinstance(value, BatchMetadata | Batch):
                 values[name] = value.map(function)
         return type(self)(**values)
 
@@ -168,6 +169,39 @@ def count_in_document(is_marked_BT: Tensor, positions_BT: Tensor) -> Tensor:
     count_BT = is_marked_BT.long().cumsum(dim=1)
     before_BT = torch.where(positions_BT == 0, count_BT - is_marked_BT.long(), 0).cummax(dim=1).values
     return count_BT - before_BT
+
+
+@dataclass
+class AnswerBatch(Batch):
+    """Packed answers that are compared or rewarded."""
+
+    packed: PackedBatch
+    """Each answer with its prompt is a document; the answers' own tokens alone are targets."""
+    answer_BT: Tensor
+    """int64, shifted like `labels_BT`: which answer the target here belongs to; -1: none."""
+    last_A: Tensor
+    """int64 flat index into B·T of each answer's last own token (its end): where a reward head reads."""
+    group_A: Tensor
+    """int64: the pair or the prompt that the answer belongs to."""
+    is_chosen_A: Tensor
+    """bool: the side that is preferred, or liked."""
+    reference_A: Tensor
+    """float32: each answer's log-probability by the reference, in nats, where it was stored; else [0]."""
+    replay: PackedBatch | None = None
+    """Documents of the usual data, whose usual loss is added."""
+    mismatched: AnswerBatch | None = None
+    """Of KTO: answers behind prompts that aren't theirs."""
+    state: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_answers(self) -> int:
+        """A."""
+        return len(self.last_A)
+
+    @property
+    def num_documents(self) -> int:
+        """Answers, and documents of the replay."""
+        return self.packed.num_documents + (0 if self.replay is None else self.replay.num_documents)
 
 
 @dataclass

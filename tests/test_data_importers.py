@@ -132,7 +132,7 @@ def test_sharegpt_messages(tmp_path):
     (row,) = read_rows(path, bad)
     kinds = [(next(iter(segment)), segment["role"]) for segment in row.segments]
     assert kinds == [
-        ("text", "user"), ("text", "user"), ("image", "user"), ("text", "user"), ("image", "user"), ("text", "user"),
+        ("text", "system"), ("text", "user"), ("image", "user"), ("text", "user"), ("image", "user"), ("text", "user"),
         ("text", "assistant"),
     ]  # fmt: skip
     for reason, said in zip(

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +11,9 @@ import yaml
 from mmllm.data import commands
 from mmllm.data.expressions import compile_filter
 from mmllm.data.index.index import index_path, load_index
-from mmllm.data.plan.plan import Plan, _warn_of_chat, open_plan, open_sources
+from mmllm.data.plan.plan import Plan, open_plan, open_sources
 from mmllm.data.plan.recipe import (
     CurriculumConfig,
-    SourceConfig,
     load_recipe,
     recipe_from_dict,
     recipe_hash,
@@ -138,6 +136,26 @@ def test_filters_tasks_and_image_caps(made):
         plan_of(made, sources=[source(made, "interleaved", max_images=0)])
     asked = plan_of(made, sources=[source(made, "interleaved", tasks=["question"])])
     assert asked.sources[0].num_items == 8
+
+
+def test_shares_of_the_data_lie_in_each_other(made):
+    def rows(share: float, seed: int = 0) -> set[tuple[str, int, int]]:
+        plan = plan_of(made, seed=seed, sources=[source(made, "audio", share=share)])
+        (drawn,) = plan.sources
+        items = drawn.items(np.arange(drawn.num_items))
+        assert drawn.num_documents == len({(item.shard, item.row) for item in items})
+        assert len(items) == 2 * drawn.num_documents  # each sound as two tasks
+        return {(item.task, item.shard, item.row) for item in items}
+
+    half, whole = rows(0.5), rows(1.0)
+    assert rows(0.25) < half < whole and len(whole) == 48 * 2
+    assert half == rows(0.5) != rows(0.5, seed=1)
+    assert (
+        plan_of(made, sources=[source(made, "audio")]).hash
+        != plan_of(made, sources=[source(made, "audio", share=0.5)]).hash
+    )
+    with pytest.raises(ValueError, match="share is 0"):
+        plan_of(made, sources=[source(made, "audio", share=0)])
 
 
 def test_long_texts_are_split_and_others_left_out(made):
@@ -362,17 +380,3 @@ def test_real_data_goes_the_whole_way(made, tmp_path):
         sources.append({"name": name, "kind": kind, "shards": str(tmp_path / name / "*.tar")})
     plan = plan_of(made, sources=sources, sequence_length=512)
     assert all(len(step.sequences) == 4 for step in islice(plan.steps(), 20))
-
-
-def test_conversations_of_an_imported_model_are_said_to_be_written_otherwise(caplog):
-    chats = SimpleNamespace(lengths={"chat": np.array([0, 5])})
-    none = SimpleNamespace(lengths={"chat": np.array([0, 0])})
-    config = SourceConfig("talk", "interleaved", ["x.tar"])
-    for indices, template, warns in (
-        ([none, chats], "{{ x }}", True),
-        ([none], "{{ x }}", False),
-        ([chats], None, False),
-    ):
-        caplog.clear()
-        _warn_of_chat(config, indices, SimpleNamespace(chat_template=template))  # type: ignore[arg-type]
-        assert ("source talk: conversations are written by" in caplog.text) is warns

@@ -22,6 +22,7 @@ from mmllm.evaluation.scenes import (
     names_pair,
     parse_caption,
     render_caption,
+    short_caption,
 )
 from mmllm.quickstart.scenes import _place, heldout_pairs, make_scenes, shape_mask, split_pairs
 
@@ -68,6 +69,11 @@ def test_every_wording_of_a_scene_is_parsed_to_that_scene(things, seed, data):
         ("a small red ring, a small cyan star and a large red heart from top to bottom",
          "a small cyan star with a large red heart below it and a small ring in red above it"),
         ("an orange heart that is large in the middle", "in the centre there is a heart that is large and orange"),
+        ("a small red circle in the top left corner", "small red circle top left"),
+        ("a large blue star on the left", "large blue star, left"),
+        ("a small red circle left of a large blue square", "small red circle left of large blue square"),
+        ("a small red ring, a small cyan star and a large red heart from left to right",
+         "small red ring, small cyan star, large red heart left to right"),
     ],
 )  # fmt: skip
 def test_the_wording_does_not_matter(one, other):
@@ -97,6 +103,16 @@ def test_another_scene_is_not_equal(one, other):
 )  # fmt: skip
 def test_what_is_no_caption_is_none(text):
     assert parse_caption(text) is None
+
+
+def test_the_shortest_wording_says_the_same():
+    rng = random.Random(0)
+    for number in range(300):
+        things = [SceneObject(rng.choice(SIZES), rng.choice(COLORS), rng.choice(SHAPES)) for _ in range(1 + number % 3)]
+        relation = rng.choice(POSITIONS if len(things) == 1 else ("left of", "above"))
+        short, long = short_caption(things, relation), render_caption(things, relation, rng)
+        assert parse_caption(short) == parse_caption(long) is not None
+        assert len(short.split()) < len(long.split())
 
 
 def test_a_pair_is_named_when_one_object_has_both():

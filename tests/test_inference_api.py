@@ -232,7 +232,7 @@ def test_chat(model):
     prompt = model.chat_prompt(messages)
     text = model.tokenizer.text
     expected = [
-        *text.encode_template("<|user|>"), *text.encode("he is red. "), *text.encode("see "),
+        *text.encode_template("<|user|>"), *text.encode("he is red. "), *text.encode("\nsee "),
         *[model.tokenizer.id("<|image|>")] * 4, *text.encode_template("<|assistant|>"),
         *text.encode("one.png"), *text.encode_template("<|end|><|user|>"), *text.encode("two?"),
         *text.encode_template("<|assistant|>"),

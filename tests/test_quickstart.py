@@ -144,9 +144,11 @@ def test_documents_with_pictures_but_no_captions_and_no_questions(tmp_path, caps
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "run"
-    assert (
-        main(["quickstart", "--train", str(manifest), "--out", str(out), "--max_steps", "1", "--holdout", "0.3"]) == 0
-    )
+    command = ["quickstart", "--train", str(manifest), "--out", str(out), "--max_steps", "1", "--holdout", "0.3"]
+    assert main([*command, "--data_only"]) == 0
+    assert (out / "recipe.yaml").is_file() and (out / "configs" / "decoder.yaml").is_file()
+    assert not (out / "model").exists() and not (out / "report.json").exists()
+    assert main(command) == 0  # goes on there
     printed = capsys.readouterr().out
     assert "no test row can be scored" in printed
     assert re.search(r"\d+ interleaved rows are not scored: they have no question", printed)

@@ -122,10 +122,10 @@ def test_system_is_a_first_turn_and_other_columns_are_metadata(tmp_path):
         "question": "q", "image": "0.png", "conversations": TALK, "nothing": None,
     }  # fmt: skip
     row = only(as_lines(tmp_path / "m.jsonl", record))
-    assert (row.id, said(row)) == ("5", ["u:One word.", "u:0.png", "u:Which?", "a:Red"])
+    assert (row.id, said(row)) == ("5", ["s:One word.", "u:0.png", "u:Which?", "a:Red"])
     assert row.metadata == {"source": "vqa", "difficulty": 3, "source_text": "as rendered", "source_question": "q"}
     row = only(as_lines(tmp_path / "t.jsonl", {"system": "One word.", "conversations": UNMARKED}))
-    assert said(row) == ["u:One word.", "u:\nWhich?", "a:Red"], "a line break parts turns that become one"
+    assert said(row) == ["s:One word.", "u:Which?", "a:Red"] and "new_turn" not in row.segments[1]
     told = only(
         as_lines(tmp_path / "s.jsonl", {"conversations": [{"from": "system", "value": "One word."}, *UNMARKED]})
     )
@@ -137,12 +137,12 @@ def test_system_is_a_first_turn_and_other_columns_are_metadata(tmp_path):
 @pytest.mark.parametrize(
     ("record", "why"),
     [
-        ({"tools": '[{"name": "ocr"}]', "conversations": UNMARKED}, "has 'tools'"),
-        ({"tools": [{"name": "ocr"}], "conversations": UNMARKED}, "has 'tools'"),
-        ({"conversations": [*UNMARKED, {"from": "function_call", "value": "{}"}]}, "'function_call'"),
-        ({"conversations": [*UNMARKED, {"from": "observation", "value": "sunny"}]}, "'observation'"),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}, "'tool'"),
-        ({"messages": [OPENAI[0], {"role": "assistant", "content": None, "tool_calls": [1]}]}, "'tool_calls'"),
+        ({"tools": '[{"name": "ocr"', "conversations": UNMARKED}, "tools is "),
+        ({"tools": {"name": "ocr"}, "conversations": UNMARKED}, "a list of schemas is wanted"),
+        ({"conversations": [*UNMARKED, {"from": "function_call", "value": "{}"}]}, "turn 2 calls '{}'"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}, "nobody answers"),
+        ({"messages": [OPENAI[0], {"role": "assistant", "content": None, "tool_calls": [1]}]}, "turn 1 calls '1'"),
+        ({"messages": [{**OPENAI[0], "tool_calls": [{"name": "x"}]}, OPENAI[1]]}, "turn 0 (user) calls tools"),
         ({"chosen": ANSWER, "rejected": ANSWER, "conversations": UNMARKED}, "preference pair"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference pair"),
         ({"messages": OPENAI, "rejected_response": "c"}, "pair"),
@@ -289,8 +289,11 @@ def test_a_loss_that_has_no_place_is_named(tmp_path, turn, why):
 
 def test_segments_of_manifests_have_loss_too(tmp_path):
     segments = [{"text": "a", "role": "user"}, {"text": "b", "role": "assistant", "loss": False}]
-    row = only(as_lines(tmp_path / "m.jsonl", {"segments": segments}))
-    assert said(row) == ["u:a", "a:b (not trained)"]
+    more = [{"text": "c", "role": "user"}, {"text": "d", "role": "assistant"}]
+    row = only(as_lines(tmp_path / "m.jsonl", {"segments": [*segments, *more]}))
+    assert said(row) == ["u:a", "a:b (not trained)", "u:c", "a:d"]
+    with pytest.raises(ManifestError, match="no answer of this conversation is trained on"):
+        read_rows(as_lines(tmp_path / "n.jsonl", {"segments": segments}))
     for wrong in ({"text": "a", "loss": False}, {"text": "a", "role": "assistant", "loss": 0.5}, {"text": "a", "x": 1}):
         with pytest.raises(ManifestError, match=r"segment 0 has the (loss|key 'x')"):
             read_rows(as_lines(tmp_path / "w.jsonl", {"segments": [wrong]}))
@@ -310,7 +313,7 @@ def test_what_is_skipped_is_logged(tmp_path, caplog):
 def test_more_that_is_used_or_named(tmp_path):
     pictures(tmp_path)
     same = {"system": "One.", "messages": [{"role": "system", "content": "One."}, *OPENAI], "tools": "{}"}
-    assert said(only(as_lines(tmp_path / "s.jsonl", same))) == ["u:One.", "u:\na", "a:b"]
+    assert said(only(as_lines(tmp_path / "s.jsonl", same))) == ["s:One.", "u:a", "a:b"]
     nulls = {"image": "0.png", "images": [None], "conversations": TALK}
     assert said(only(as_lines(tmp_path / "n.jsonl", nulls))) == ["u:0.png", "u:Which?", "a:Red"]
     off = {"messages": [*OPENAI, OPENAI[0], {**OPENAI[1], "train": False}]}
@@ -375,7 +378,7 @@ def test_a_system_is_a_content_like_any_other(tmp_path, key):
     pictures(tmp_path)
     parts = [{"type": "text", "text": "Answer in rhyme."}, {"type": "image", "image": "0.png"}]
     row = only(as_lines(tmp_path / "m.jsonl", {key: parts, "messages": OPENAI}))
-    assert said(row) == ["u:Answer in rhyme.", "u:0.png", "u:a", "a:b"] and not row.metadata
+    assert said(row) == ["s:Answer in rhyme.", "s:0.png", "u:a", "a:b"] and not row.metadata
     for nothing in (None, [], " "):
         assert said(only(as_lines(tmp_path / "n.jsonl", {key: nothing, "messages": OPENAI}))) == ["u:a", "a:b"]
     for wrong in ({"text": "x"}, 5, True):

@@ -360,7 +360,7 @@ def test_frozen_rows_are_sharded_and_train_as_in_one_process(tmp_path: Path) -> 
 def test_rows_that_the_tensor_axis_splits_cant_have_two_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     module = module_with({"text_embedding": 0})
     mesh: Any = SimpleNamespace(config=SimpleNamespace(tensor=2, check_model=lambda config: None))
-    monkeypatch.setattr(module, "_mesh_and_sharding", lambda: (mesh, None))
+    monkeypatch.setattr("mmllm.training.decoder_module.mesh_and_sharding", lambda _: (mesh, None))
     with pytest.raises(ValueError, match=r"strategy\.tensor is 2.*one rate"):
         module.configure_model()
 

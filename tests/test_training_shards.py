@@ -26,7 +26,8 @@ from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import LossConfig
 from mmllm.model.router import MoEConfig
 from mmllm.model.vision import VisionConfig
-from mmllm.training.decoder_module import DecoderModule, _gathered
+from mmllm.training.decoder_module import DecoderModule
+from mmllm.training.exporting import gathered
 from mmllm.training.lightning_cli import quiet_lightning
 from mmllm.training.optimizers import OptimizerConfig
 from mmllm_tokenizers.folder import TokenizerConfig, TokenizerFolder
@@ -259,7 +260,7 @@ def fit_sharded_rank(rank: int, port: int, out: str, run: str) -> None:
     fit_rank(rank, port, out, module, make_data(Path(run)), SeedsTheBuild(), **settings)
     assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
     assert module.model is not None
-    assert (_gathered(module.model) is None) == (rank > 0), "only the rank that exports builds the whole model"
+    assert (gathered(module.model) is None) == (rank > 0), "only the rank that exports builds the whole model"
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

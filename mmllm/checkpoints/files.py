@@ -22,9 +22,11 @@ CODEC = "codec"
 SOURCE = "source"
 """What a checkpoint that was imported had beside its weights: it goes out with it."""
 ADAPTERS = "adapters"
+REWARD_HEAD, REWARD_CONFIG = "reward_head.safetensors", "reward_config.json"
+"""Of a reward model: what its decoder's last hidden state is scored by."""
 
 _REQUIRED = (CONFIG, GENERATION, *TOKENIZER_FILES)
-_OPTIONAL = (WEIGHTS, INDEX, CARD, CODEC, SOURCE, ADAPTERS, CHAT_FILE)
+_OPTIONAL = (WEIGHTS, INDEX, CARD, CODEC, SOURCE, ADAPTERS, CHAT_FILE, REWARD_HEAD, REWARD_CONFIG)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _WELCOME_SUFFIXES = (".md", ".txt")
 _NUM_SHOWN = 5

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 DATA_FORMS = (
-    "manifest", "csv", "folder", "llava", "coco", "librispeech", "commonvoice", "obelics", "mmc4", "text",
+    "manifest", "csv", "folder", "llava", "coco", "librispeech", "commonvoice", "obelics", "mmc4", "text", "flan",
 )  # fmt: skip
 Run = Callable[[argparse.Namespace], Iterable[str]]
 """Runs a command and gives the lines to print."""

@@ -97,6 +97,8 @@ def _add_split(actions: Any) -> None:
     parser.add_argument("--media", metavar="DIR", help="what paths are relative to; by default each input's folder")
     parser.add_argument("--test", action="append", default=[], help="manifest of held-out rows; may be repeated")
     parser.add_argument("--holdout", metavar="KEY=VALUE", help="rows to hold out: KEY=VALUE or a fraction")
+    parser.add_argument("--hold_tasks", nargs="+", default=[], metavar="TYPE", help="task types that are only tested")
+    parser.add_argument("--task_column", default="task", metavar="KEY", help="what says a row's task type")
     parser.add_argument("--num_val", type=int, default=16, help="rows of each kind to look at during training")
     parser.add_argument("--max_bad_fraction", type=float, default=0.05, help="more unusable rows are an error")
     parser.add_argument("--seed", type=int, default=0)
@@ -108,7 +110,7 @@ def _split(args: argparse.Namespace) -> Iterable[str]:
 
     told = split(
         args.manifest, args.out, args.test, args.holdout, args.num_val, args.max_bad_fraction, args.seed, args.format,
-        args.media, column_names(args),
+        args.media, column_names(args), args.hold_tasks, args.task_column,
     )  # fmt: skip
     return as_json(told)
 

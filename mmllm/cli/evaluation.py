@@ -9,7 +9,7 @@ from typing import Any
 from mmllm.cli.command import add_command, add_input_options, check_model, check_there, column_names
 from mmllm.ticker import end_line, ticker
 
-TASKS = ("caption", "transcribe", "speak", "text", "interleaved")
+TASKS = ("caption", "transcribe", "speak", "text", "interleaved", "chat")
 
 
 def add_evaluation(commands: Any) -> None:

@@ -24,12 +24,18 @@ from mmllm.cli.configs import add_configs
 from mmllm.cli.data import add_data
 from mmllm.cli.drafting import add_drafting
 from mmllm.cli.evaluation import add_evaluation
+from mmllm.cli.incremental import add_incremental
 from mmllm.cli.inference import add_inference
 from mmllm.cli.interop import add_interop
+from mmllm.cli.merging import add_merging
+from mmllm.cli.prefer import add_prefer
 from mmllm.cli.quickstart import add_quickstart
 from mmllm.cli.reasoning import add_reasoning
+from mmllm.cli.scaling import add_scaling
 from mmllm.cli.serving import add_serving
+from mmllm.cli.study import add_study
 from mmllm.cli.tokenizer import add_tokenizer
+from mmllm.cli.tour import add_tour
 from mmllm.cli.training import TRAINING, add_training, run_training
 from mmllm.cli.ui import add_ui
 
@@ -148,14 +154,20 @@ def _parser() -> _Parser:
     add_chat(commands)
     add_serving(commands)
     add_ui(commands)
+    add_study(commands)
     add_drafting(commands)
     add_evaluation(commands)
     add_reasoning(commands)
+    add_incremental(commands)
+    add_prefer(commands)
+    add_scaling(commands)
     add_interop(commands)
     add_adapters(commands)
     add_upcycle(commands)
+    add_merging(commands)
     add_configs(commands)
     add_quickstart(commands, run_command=main)
+    add_tour(commands)
     add_completion(commands, make_parser=_parser)
     return parser
 

@@ -60,7 +60,7 @@ def _add_run(commands: Any, run_command: RunCommand) -> None:
         column_names(args)  # a misspelt one is said now
         quickstart(
             run_command, args.out, args.train, args.test, args.holdout, args.minutes, args.seed, args.max_steps,
-            args.max_bad_fraction, args.format, args.media, args.columns, args.preset,
+            args.max_bad_fraction, args.format, args.media, args.columns, args.preset, args.data_only,
         )  # fmt: skip
         return []
 
@@ -82,6 +82,7 @@ def _add_run(commands: Any, run_command: RunCommand) -> None:
         "by how much it took longer is said at the end; a run that goes on may get more until its decoder is trained",
     )  # fmt: skip
     parser.add_argument("--max_steps", type=int, metavar="N", help="steps of each training at most")
+    parser.add_argument("--data_only", action="store_true", help="end before the decoder is trained")
     parser.add_argument("--max_bad_fraction", type=float, help="more unusable rows are an error")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--out", required=True, metavar="DIR", help="where everything goes")

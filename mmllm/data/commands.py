@@ -304,15 +304,34 @@ def stats(recipe: str | Path, steps: int = 100, batch_size: int = 8, html: str |
         "left_out": {
             source.config.name: {
                 "filtered": source.num_filtered, "too_long": source.num_too_long, "over_budget": source.num_over_budget,
+                "over_max_documents": source.num_over_cap, "held_out": source.num_held_out.total(),
             }
             for source in plan.sources
         },
+        "task_types": {
+            source.config.name: {"drawn_from": dict(source.num_by_type), "held_out": dict(source.num_held_out)}
+            for source in plan.sources
+            if source.num_by_type or source.num_held_out
+        },
+        "tell": _tell(plan, documents),
         "lengths": {name: _histogram(values) for name, values in lengths.items()},
         "fill_by_step": fill_by_step,
     }  # fmt: skip
     if html is not None:
         Path(html).write_text(stats_page(told), encoding="utf-8")
     return told
+
+
+def _tell(plan: Plan, documents: Counter[str]) -> dict[str, Any] | None:
+    """Documents of a task, general ones for each of them, and how many the recipe wants; None: it has no `tell`."""
+    tell = plan.recipe.tell
+    if tell is None:
+        return None
+    count = documents[tell.task]
+    return {
+        "task": tell.task, "documents": count, "wanted_ratio": tell.ratio,
+        "ratio": (documents.total() - count) / count if count else None,
+    }  # fmt: skip
 
 
 def _histogram(values: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -37,7 +37,7 @@ def run_eval(
 
     Args:
         model_dir: The model folder.
-        task: caption, transcribe, speak, interleaved or text.
+        task: caption, transcribe, speak, interleaved, chat or text.
         manifest: Input of held-out rows, of any form; those of other kinds are left out.
         json_out: Where scores and predictions go: `{"task", TASK: scores, "predictions"}`.
         limit: At most so many rows of each set, drawn at random.

@@ -24,6 +24,7 @@ TASK_NAMES = {
     "transcribe": "Transcripts",
     "speak": "Speech",
     "interleaved": "Interleaved",
+    "chat": "Conversations",
     "text": "Text",
 }
 
@@ -93,7 +94,9 @@ def _has_sound(prediction: Prediction) -> bool:
 
 def _chosen(task: str, predictions: Sequence[Prediction]) -> list[tuple[str, list[Prediction]]]:
     """(title, rows) of a task's galleries: the worst ones first, then rows drawn at random, then the sets apart."""
-    limit = {"caption": NUM_PICTURES, "interleaved": NUM_STORIES, "text": NUM_TEXTS}.get(task, NUM_SOUNDS)
+    limit = {"caption": NUM_PICTURES, "interleaved": NUM_STORIES, "chat": NUM_STORIES, "text": NUM_TEXTS}.get(
+        task, NUM_SOUNDS
+    )
     rng = random.Random(0)
     if task == "text":
         return [("Continuations", [p for p in predictions if p.question][:limit])] if predictions else []
@@ -123,6 +126,8 @@ def _lead(task: str) -> str:
             return "Sentences never spoken in training, said by the model and transcribed back by the same model."
         case "interleaved":
             return "Documents of pictures, sounds and text, each with a question about them."
+        case "chat":
+            return "Conversations never trained on, whose last answer the model gives."
     return "Held-out documents; the model goes on from the beginning it is given."
 
 

@@ -121,6 +121,10 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
                 controls=(("shuffled_ordinal_accuracy", "other rows' media"),
                           ("blind_ordinal_accuracy", "grey and silent")), rows="ordinal_n"),
     ),
+    "chat": (
+        Measure("answer_accuracy", "Last answers right", "from the turns before", controls=(
+            ("shuffled_accuracy", "other rows' media"), ("blind_accuracy", "grey and silent"))),
+    ),
     "text": (
         Measure("bits_per_byte", "Bits a byte", "of held-out text", "number", False),
     ),

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-TASKS = ("caption", "transcribe", "speak", "interleaved", "text")
+TASKS = ("caption", "transcribe", "speak", "interleaved", "chat", "text")
 """In the order in which reports show them."""
 KIND_OF_TASK = {
-    "caption": "caption", "transcribe": "audio", "speak": "audio", "interleaved": "interleaved", "text": "text",
+    "caption": "caption", "transcribe": "audio", "speak": "audio", "interleaved": "interleaved", "chat": "interleaved",
+    "text": "text",
 }  # fmt: skip
 """Which rows of a manifest a task is scored on."""
 
@@ -37,7 +38,7 @@ class Prediction:
     written: str | None = None
     """Path of the WAV that the model spoke."""
     segments: list[dict[str, str]] = field(default_factory=list)
-    """An interleaved prompt: `{"text": …}`, `{"image": path}`, `{"audio": path}` in order."""
+    """A prompt in pieces: `{"text": …}`, `{"image": path}`, `{"audio": path}` in order."""
     voted: str | None = None
     """What most of several sampled answers say; `prediction` stays the greedy one. None: nobody voted."""
     agreement: float | None = None

@@ -178,6 +178,25 @@ def plain_caption(objects: list[SceneObject], relation: str, rng: random.Random)
     return f" {relation} ".join(names)
 
 
+def short_caption(objects: list[SceneObject], relation: str) -> str:
+    """The wording of a scene that has the fewest words: "small red circle over large blue star".
+
+    Args:
+        objects: as `render_caption`'s.
+        relation: likewise.
+    """
+    names = [f"{thing.size} {thing.colour} {thing.shape}" for thing in objects]
+    if len(objects) == 1:
+        return f"{names[0]} {relation}"
+    if relation == "left of" and len(objects) == 3:
+        return f"{', '.join(names)} {_bare(SEQUENCE_FORMS[relation])}"
+    return f" {min(RELATION_FORMS[relation], key=lambda form: len(form.split()))} ".join(names)
+
+
+def _bare(direction: str) -> str:
+    return direction.removeprefix("from ")
+
+
 # ---------------------------------------------------------------------------------------------------------- parsing
 def _any(*words: str) -> str:
     return "(?:" + "|".join(sorted(words, key=len, reverse=True)) + ")"
@@ -185,13 +204,15 @@ def _any(*words: str) -> str:
 
 _SIZE, _COLOR, _SHAPE = _any(*SIZES), _any(*COLORS), _any(*SHAPES)
 _OBJECT = (
-    rf"(?:an?|the) (?:{_SIZE} {_COLOR} {_SHAPE}|{_COLOR} {_SHAPE} that is {_SIZE}|{_SIZE} {_SHAPE} in {_COLOR}"
+    rf"(?:(?:an?|the) )?(?:{_SIZE} {_COLOR} {_SHAPE}|{_COLOR} {_SHAPE} that is {_SIZE}|{_SIZE} {_SHAPE} in {_COLOR}"
     rf"|{_SHAPE} that is (?:{_SIZE} and {_COLOR}|{_COLOR} and {_SIZE}))"
 )
 _WORDINGS = {
     kind: {form: name for name, forms in table.items() for form in ((forms,) if isinstance(forms, str) else forms)}
     for kind, table in (("S", SEQUENCE_FORMS), ("I", ITS_FORMS), ("R", RELATION_FORMS), ("P", POSITION_FORMS))
 }
+_WORDINGS["S"] |= {_bare(form): name for form, name in list(_WORDINGS["S"].items())}
+_WORDINGS["P"] |= {form: position for position in POSITIONS for form in (position, f"at {position}")}
 _FILLER = _any("there is", "which is", "it is", "and", "then")
 _LEXER = re.compile(
     "|".join([f"(?P<O>{_OBJECT})", *(f"(?P<{kind}>{_any(*forms)})" for kind, forms in _WORDINGS.items()),

@@ -1,4 +1,4 @@
-"""Runs a model over held-out rows and scores what it says: captions, transcripts, speech, answers, text.
+"""Runs a model over held-out rows and scores what it says: captions, transcripts, speech, answers, conversations, text.
 
 Every score comes with its number of rows `n`, a 95% bootstrap interval `…_ci`, and the control beside which it is to
 be read: the same model blind (its image or sound hidden), or shuffled inputs.
@@ -20,6 +20,7 @@ from mmllm.data.rows.rows import Row, row_media
 from mmllm.evaluation.answer_task import evaluate_answers
 from mmllm.evaluation.asking import AskedModel
 from mmllm.evaluation.caption_task import evaluate_captions
+from mmllm.evaluation.chat_task import chat_rows, evaluate_chat, is_conversation
 from mmllm.evaluation.results import KIND_OF_TASK, TASKS, TaskResult
 from mmllm.evaluation.scoring import scored_set
 from mmllm.evaluation.speech_task import Judge, evaluate_speech
@@ -28,10 +29,15 @@ from mmllm.evaluation.transcript_task import evaluate_transcripts
 from mmllm.inference.api import Model
 from mmllm.inference.voting import VotingConfig
 
-PROMPTS_A_ROW = {"caption": 1, "transcribe": 1, "speak": 3, "interleaved": 3, "text": 1}
+PROMPTS_A_ROW = {"caption": 1, "transcribe": 1, "speak": 3, "interleaved": 3, "chat": 3, "text": 1}
 """Of a row and its controls; no blind captions and transcripts: their prompts are nearly all alike, so asked once."""
 VOTED_TASKS = ("caption", "interleaved")
 """Whose answers several samples can agree on."""
+_WANTED = {
+    "interleaved": "rows with segments, a question and an answer",
+    "chat": "conversations (segments with roles, or messages)",
+}
+"""What a manifest lacks, where the kind of its rows doesn't say it."""
 
 
 def evaluate(
@@ -54,7 +60,7 @@ def evaluate(
 
     Args:
         model: as `mmllm.load` gives it.
-        task: "caption", "transcribe", "speak", "interleaved" or "text".
+        task: "caption", "transcribe", "speak", "interleaved", "chat" or "text".
         rows_or_manifest: rows, or the input to read them from, of any form; those of other kinds are left out.
         batch_size: prompts at once.
         limit: at most so many rows of each set (test, held-out pairs, held-out voices), drawn at random by `seed`.
@@ -95,13 +101,15 @@ def evaluate(
     rows = [row for row in cast("list[Row]", rows) if row.kind == KIND_OF_TASK[task]]
     if task == "interleaved":
         rows = [row for row in rows if "question" in row.metadata]
+    if task == "chat":
+        rows = [row for row in rows if is_conversation(row)]
     if not rows:
-        wanted = "rows with segments, a question and an answer" if task == "interleaved" else (
-            f"{KIND_OF_TASK[task]} rows")  # fmt: skip
+        wanted = _WANTED.get(task, f"{KIND_OF_TASK[task]} rows")
         raise ManifestError(f"{name} has no {wanted}, which the task {task!r} needs; give another manifest or task")
     unreadable = BadRows(max_bad_fraction)
     rows = readable_rows(_limited(rows, limit, seed), unreadable, name)
-    longest = model.generation.max_heard_seconds if task == "interleaved" else AskedModel(model).longest_seconds
+    is_joined = KIND_OF_TASK[task] == "interleaved"
+    longest = model.generation.max_heard_seconds if is_joined else AskedModel(model).longest_seconds
     rows = short_enough(rows, longest, unreadable, name)
     num_votes = 0 if voting is None else voting.num_votes
     num_prompts = (PROMPTS_A_ROW[task] + num_votes) * len(rows)
@@ -115,6 +123,8 @@ def evaluate(
             result = evaluate_speech(asked, rows, batch_size, seed, Path(media_dir) if media_dir else None, judge)
         case "interleaved":
             result = evaluate_answers(asked, rows, batch_size, seed, voting)
+        case "chat":
+            result = evaluate_chat(asked, chat_rows(rows, unreadable, name), batch_size, seed)
         case _:
             result = evaluate_text(asked, rows, batch_size, seed, sequence_length)
     if bad.reasons or unreadable.reasons:

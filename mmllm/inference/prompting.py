@@ -93,6 +93,8 @@ class Prompter:
             if message["role"] == "assistant":
                 documents.append(self._said(parts))
                 continue
+            if waiting and isinstance(waiting[-1], str) and isinstance(parts[0], str):
+                parts = [f"\n{parts[0]}", *parts[1:]]  # as training parts the texts of turns that become one
             waiting += parts
             if message["role"] == "user":
                 documents.append(self._prompt("chat", segments=self._segments(waiting)))

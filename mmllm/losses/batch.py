@@ -125,7 +125,8 @@ class LossFunction:
             routing=output.routing,
         )
 
-    def _of_tokens(self, model: MultimodalModel, output: ModelOutput, batch: PackedBatch) -> TokenLosses:
+    def targets(self, output: ModelOutput, batch: PackedBatch) -> tuple[TokenTargets, HeadLayout, Tensor]:
+        """What a batch's text and units are predicted to be, how the head's ids lie, and the codebooks' weights [K]."""
         metadata = output.metadata
         positions_M = metadata.sequences.tokens_Q[metadata.targets_M]
         code_labels_BTK = batch.audio_labels_BTK
@@ -134,12 +135,18 @@ class LossFunction:
         targets = TokenTargets.of(
             batch.labels_BT, code_labels_BTK, batch.source_BT, positions_M, metadata.unit_targets_U
         )
+        if self._weights.sources_S.device != output.hidden_QD.device:
+            self._weights = self._weights.to(output.hidden_QD.device)
+        return targets, self._layout, self._weights.codebooks_K
+
+    def _of_tokens(self, model: MultimodalModel, output: ModelOutput, batch: PackedBatch) -> TokenLosses:
+        metadata = output.metadata
+        targets, _, _ = self.targets(output, batch)
         if self._answers != 1:
+            positions_M = metadata.sequences.tokens_Q[metadata.targets_M]
             is_answer_M = answer_targets(batch, self._answer_id).flatten()[positions_M]
             targets = targets._replace(factor_M=torch.where(is_answer_M, self._answers, 1.0))
         hidden_MD = output.hidden_QD.index_select(0, metadata.targets_M)
-        if self._weights.sources_S.device != hidden_MD.device:
-            self._weights = self._weights.to(hidden_MD.device)
 
         def reduce(hidden_MD: Tensor, weight_VD: Rows) -> TokenLosses:
             return token_losses(hidden_MD, weight_VD, targets, self._layout, self._weights, backend=self._backend)

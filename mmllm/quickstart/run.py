@@ -62,6 +62,7 @@ def quickstart(
     media: str | None = None,
     columns: Sequence[str] = (),
     preset: str = DEMO.name,
+    data_only: bool = False,
 ) -> dict[str, Any]:
     """The whole way on one machine.
 
@@ -81,9 +82,11 @@ def quickstart(
         media: what their paths are relative to; by default each input's folder.
         columns: what their columns are called here, as `--columns` says it.
         preset: sizes and minutes, by name; see `mmllm.quickstart.presets`.
+        data_only: ends before the decoder is trained; its recipe and config are written. The same run without it goes
+            on there.
 
     Returns:
-        What report.json holds.
+        What report.json holds; nothing with `data_only`.
 
     Raises:
         ValueError: the arguments contradict each other, what `out` already holds, or what the machine has.
@@ -115,7 +118,7 @@ def quickstart(
     with MemoryMonitor(run.state.save_now_and_then) as memory, terminated_as_interrupt():
         run.state.memory = memory
         try:
-            return run.all_stages()
+            return run.all_stages(data_only)
         finally:
             run.processes.end_all()
 
@@ -209,8 +212,8 @@ class _Run:
             raise StageFailed(f"the stage {name!r} failed; mend what it says above and run quickstart again, or run "
                               f"`{shlex.join(['mmllm', *command])}` alone")  # fmt: skip
 
-    def all_stages(self) -> dict[str, Any]:
-        """Everything, in order."""
+    def all_stages(self, data_only: bool = False) -> dict[str, Any]:
+        """Everything, in order, or all before the decoder."""
         if machine.NVIDIA_GPU.exists() and not self.preset.on_gpu:
             self._warn("trainings run on the CPU, which this preset's configs are made for; --preset one_gpu trains "
                        "on your rows with the GPU, and `mmllm configs ls` lists more")  # fmt: skip
@@ -226,6 +229,10 @@ class _Run:
                 stages.bad_rows(self.settings),
             )  # fmt: skip
             for step in stage_list.steps():
+                if data_only and step.training == "decoder":
+                    self._write_recipe(contents, choices)
+                    self._write_config("decoder", {**self._length("decoder"), **step.overrides})
+                    return {}
                 self._step(step, contents, choices)
             self._forget_scores_of_another_model()
             self._evaluate(stage_list)
@@ -279,15 +286,19 @@ class _Run:
         if not self.state.is_done(f"fit {stage}"):
             length = self._length(stage, share)
             begun = self._begun(stage, length)
-            config = stage_config(self.preset.decoder if stage == "decoder" else stage, self.out,
-                                  {**length, **overrides})  # fmt: skip
-            self._for_this_machine(config)
-            write_yaml(path, config, f"Written by `mmllm quickstart`. Run again: mmllm fit -c {path} --overwrite")
+            self._write_config(stage, {**length, **overrides})
         if self.preset.on_gpu:
             self.stage(f"estimate {stage}", "fit", "--print_estimate", "-c", str(path))
         num_threads = 1 if self.num_processes > 1 else 0
         self.stage(f"fit {stage}", "fit", "-c", str(path), *begun, makes=self.out / OUTPUT_OF_STAGE[stage],
                    num_threads=num_threads)  # fmt: skip
+
+    def _write_config(self, stage: str, overrides: Mapping[str, Any]) -> None:
+        """Writes a stage's config; see `stage_config`."""
+        path = self.out / "configs" / f"{stage}.yaml"
+        config = stage_config(self.preset.decoder if stage == "decoder" else stage, self.out, overrides)
+        self._for_this_machine(config)
+        write_yaml(path, config, f"Written by `mmllm quickstart`. Run again: mmllm fit -c {path} --overwrite")
 
     def _for_this_machine(self, config: dict[str, Any]) -> None:
         """Sets a config's seed and ranks, and leaves out samples where there are no rows for them."""

@@ -51,7 +51,7 @@ def running_page(
     Raises:
         OSError: the address can't be listened at.
     """
-    listening = _listen(host, port)
+    listening = listen(host, port)
     with listening, page_folder() as folder:
         app = page_app(askers, folder, host, config)
         server = uvicorn.Server(
@@ -60,7 +60,7 @@ def running_page(
         thread = threading.Thread(target=server.run, args=([listening],), name="mmllm-page", daemon=True)
         thread.start()
         try:
-            _wait_for(server, thread)
+            wait_for(server, thread)
             name = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, f"[{host}]" if ":" in host else host)
             yield f"http://{name}:{listening.getsockname()[1]}"
         finally:
@@ -68,7 +68,12 @@ def running_page(
             thread.join()
 
 
-def _wait_for(server: Any, thread: threading.Thread) -> None:
+def wait_for(server: Any, thread: threading.Thread) -> None:
+    """Waits until a server that runs in a thread has started.
+
+    Raises:
+        RuntimeError: it hasn't.
+    """
     deadline = time.monotonic() + _START_SECONDS
     while not server.started:
         if not thread.is_alive() or time.monotonic() > deadline:
@@ -76,7 +81,12 @@ def _wait_for(server: Any, thread: threading.Thread) -> None:
         time.sleep(_TICK)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        OSError: the address can't be listened at.
+    """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)

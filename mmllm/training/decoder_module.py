@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -37,20 +36,17 @@ from mmllm.checkpoints.settings import GenerationConfig
 from mmllm.checkpoints.weights import Checkpoint
 from mmllm.data.loading.datamodules import PackedDataModule
 from mmllm.data.samples.decode import ImageTransform
-from mmllm.data.samples.stored import features_hash
 from mmllm.losses.batch import TASKS, BatchLosses, LossFunction
-from mmllm.losses.routing import router_loss_weights
 from mmllm.model.decoder_config import DecoderConfig
-from mmllm.model.embedding import joined_rows
 from mmllm.model.flops import ModelFlops, Work, peak_flops
 from mmllm.model.image_projectors import ImageProjectorConfig
-from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, MultimodalModel
+from mmllm.model.multimodal import AudioConfig, LossConfig, ModelConfig, ModelOutput, MultimodalModel
 from mmllm.model.routing_stats import RoutingWindow
 from mmllm.model.vision import VisionConfig
 from mmllm.parallel.deferred import DeferredInit
-from mmllm.parallel.distribute import distribute, whole_state
-from mmllm.parallel.mesh import ParallelConfig, ParallelMesh
-from mmllm.parallel.shard import ShardConfig, compiles_in_one_graph, free_gathered
+from mmllm.parallel.distribute import distribute
+from mmllm.parallel.mesh import ParallelMesh
+from mmllm.parallel.shard import compiles_in_one_graph, free_gathered
 from mmllm.parallel.tensor import sum_partial_gradients
 from mmllm.training.adapters import (
     KEY,
@@ -66,14 +62,19 @@ from mmllm.training.adapters import (
 )
 from mmllm.training.clip_module import load_clip_config
 from mmllm.training.expert_bias import ExpertBias
+from mmllm.training.exporting import gathered, generation_after
 from mmllm.training.init_from import InitSummary, initialize
 from mmllm.training.init_source import InitSource
 from mmllm.training.optimizers import OptimizerConfig
 from mmllm.training.parts import PARTS, build_model, freeze, group_of, part_of, splits_vocabulary
+from mmllm.training.posttraining.fisher import start_fisher
+from mmllm.training.posttraining.keeping import START, KeepConfig, Keeper, check_kept, check_start, keep_notes
+from mmllm.training.posttraining.start_weights import StartWeights
 from mmllm.training.quantize import check_quantization, put_trained, quantize_base
 from mmllm.training.staged import StagedModule
-from mmllm.training.strategy import MeshStrategy
-from mmllm.training.totals import GlobalTotals
+from mmllm.training.stored_features import check_features
+from mmllm.training.strategy import mesh_and_sharding
+from mmllm.training.totals import GlobalTotals, router_means
 from mmllm.training.vocabulary import check_image_slots, with_tiles, with_vocabulary, word_ids
 from mmllm.training.whitening import whiten_tower
 from mmllm_tokenizers.folder import TokenizerFolder
@@ -111,6 +112,8 @@ class DecoderModule(StagedModule):
         init_parts: tuple[str, ...] | None = None,
         adapter: AdapterConfig | None = None,
         adapter_name: str = "default",
+        keep: KeepConfig | None = None,
+        wise_ft: float | None = None,
         optimizer: OptimizerConfig | None = None,
         max_seconds: float | None = None,
         compile: bool = False,
@@ -138,6 +141,9 @@ class DecoderModule(StagedModule):
             adapter: what is trained in the place of the weights of `init_from`, of which those alone are trained beside
                 it whose parts `optimizer.parts` gives a rate (or `tower_lr`, `projector_lr`).
             adapter_name: what it is called in `out`, a model folder with `adapters/NAME`.
+            keep: penalties that keep the training near the model in `init_from`; None: none.
+            wise_ft: what is exported is start + wise_ft · (trained - start) (WiSE-FT, arXiv 2109.01903), the start
+                being the model in `init_from`; None: what was trained.
             optimizer: rates and decay; parts of the model whose rate is 0 are frozen.
             max_seconds: training ends after this long; None: `trainer.max_steps` alone ends it.
             compile: compile each decoder layer; give the data module a `token_multiple` then, so that shapes are few.
@@ -147,8 +153,8 @@ class DecoderModule(StagedModule):
                 else not logged.
 
         Raises:
-            ValueError: `peak_flops` is not positive, `init_parts` names no part, or there is neither `decoder` nor
-                `init_from`.
+            ValueError: `peak_flops` is not positive, `init_parts` names no part, there is neither `decoder` nor
+                `init_from`, or nothing to `keep` to.
             FileNotFoundError: `decoder` is left to a folder that isn't there.
         """
         super().__init__(optimizer if adapter is None else adapter_rates(optimizer), max_seconds)
@@ -180,6 +186,11 @@ class DecoderModule(StagedModule):
         self.adapter = adapter
         self.adapter_name = adapter_name
         check_name(adapter_name)
+        check_kept(keep, wise_ft, init_from, adapter)
+        self.keep, self.wise_ft = keep or KeepConfig(), wise_ft
+        self.start: StartWeights | None = None
+        self.keeps_start = self.keep.is_on or wise_ft is not None
+        self._keeper: Keeper | None = None
         self.compile_layers = compile
         self.out = out
         self.name = name
@@ -237,7 +248,7 @@ class DecoderModule(StagedModule):
             return
         config = self.resolved_config()
         check_adapter(self.adapter, self.optimizer, self.init_from)
-        self.mesh, sharding = self._mesh_and_sharding()
+        self.mesh, sharding = mesh_and_sharding(None if self._trainer is None else self.trainer.strategy)
         if self.mesh is not None:
             self.mesh.config.check_model(config)
             if self.mesh.config.tensor > 1 and splits_vocabulary(config, self.optimizer):
@@ -275,6 +286,9 @@ class DecoderModule(StagedModule):
             self._quantized = quantize_base(self.model.decoder, quantization)
             add_adapter(self.model.decoder, self.adapter, self.adapter_name)
             freeze(self.model, self.optimizer)
+        if self.keeps_start:  # before a checkpoint takes their place
+            self.start = StartWeights(self.model)
+            self._keeper = Keeper(self.keep, self.start, is_sharded=self.mesh is not None)
 
     def _initialize(self, model: MultimodalModel, source: InitSource) -> None:
         """Takes the weights of `init_from`, and says which."""
@@ -286,17 +300,6 @@ class DecoderModule(StagedModule):
         for part in sorted({part_of(name) for name in frozen.intersection(summary.new)}):
             log.warning("%s of the model isn't in %s, and its rate is 0: it stays random", part, source.path)
         self.init_summary = summary
-
-    def _mesh_and_sharding(self) -> tuple[ParallelMesh | None, ShardConfig]:
-        """The strategy's; None where each process holds the whole model."""
-        strategy = None if self._trainer is None else self.trainer.strategy
-        if isinstance(strategy, MeshStrategy):
-            return strategy.mesh, strategy.shard_config
-        if isinstance(strategy, ModelParallelStrategy):  # Lightning's own has two axes
-            mesh = strategy.device_mesh
-            config = ParallelConfig(fsdp=mesh["data_parallel"].size(), tensor=mesh["tensor_parallel"].size())
-            return ParallelMesh.build(config, mesh.device_type), ShardConfig()
-        return None, ShardConfig()
 
     @property
     def num_batch_ranks(self) -> int:
@@ -336,6 +339,9 @@ class DecoderModule(StagedModule):
         vision = self._built().vision
         if vision is not None:
             whiten_tower(vision, self._data if isinstance(self._data, PackedDataModule) else None)
+        if self._keeper is not None and self.start is not None and self.keep.ewc:
+            ranks = self.trainer.global_rank, self.trainer.world_size
+            self._keeper.fisher = start_fisher(self.keep, self.start, self.folder, self.image_transform, ranks)
 
     def on_validation_start(self) -> None:
         """Checks the data where nothing was fitted before."""
@@ -366,25 +372,10 @@ class DecoderModule(StagedModule):
 
     def _check_features(self) -> None:
         """Refuses stored image features that this tower would not give."""
-        made_by, vision = getattr(self._data, "features", None), self._built().vision
-        if made_by is None or vision is None:
-            return
-        if vision.config.trainable:
-            raise ValueError(
-                "data.init_args.image_features is on, but the image tower is trained, and stored features would stay "
-                "as they are; set model.init_args.optimizer.parts.image_tower (or tower_lr) to 0, or image_features to "
-                "false"
-            )
-        transform = self.image_transform
-        assert transform is not None
-        wanted = features_hash(vision.hash, transform)
-        if made_by != wanted:
-            raise ValueError(
-                f"the shards' image features were made by {made_by[:12]}, but the model's tower (layer "
-                f"{vision.config.layer}, image_mode {transform.mode}) is {wanted[:12]}; build the shards again with "
-                f"--image_features, --image_layer and --image_mode of this model, or set data.init_args.image_features "
-                f"to false"
-            )
+        made_by, vision, transform = getattr(self._data, "features", None), self._built().vision, self.image_transform
+        if made_by is not None and vision is not None:
+            assert transform is not None
+            check_features(made_by, vision, transform)
 
     @property
     def source_names(self) -> list[str]:
@@ -407,9 +398,28 @@ class DecoderModule(StagedModule):
 
     def loss_of(self, batch: PackedBatch) -> tuple[Tensor, BatchLosses, GlobalTotals]:
         """This rank's part of the global loss, differentiable, and what it is made of. Needs no trainer."""
-        losses = self._losses_of(batch)
+        output = self._built()(batch)
+        losses = self.loss_function(self._built(), output, batch)
         totals = GlobalTotals.of(losses, batch, self.batch_group)
-        return totals.loss(losses, self._built().config), losses, totals
+        loss = totals.loss(losses, self._built().config) + self.keeping_loss(batch, output)
+        return loss, losses, totals
+
+    def keeping_loss(self, batch: PackedBatch, output: ModelOutput) -> Tensor:
+        """This rank's part of keep.kl · KL(start‖now) over the targets of all ranks; 0 where `keep` has no kl.
+
+        Whoever makes another loss adds it to this rank's part of that: the parts of all ranks add up. Penalties of
+        weights need no such call.
+
+        Args:
+            batch: gives the targets.
+            output: what the model made of it.
+        """
+        if self._keeper is None or not self.keep.kl:
+            return output.hidden_QD.new_zeros(())
+        args = (self._built(), output, batch, self.loss_function, self.batch_group)
+        part, mean = self._keeper.divergence(*args)
+        self.window.note("keep/kl", mean)
+        return self.keep.kl * part
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turns the sum over accumulated batches into a mean over all their targets."""
@@ -419,6 +429,9 @@ class DecoderModule(StagedModule):
             grads = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in _gradients(optimizer)]
             torch._foreach_mul_(grads, self._first_targets / self._accumulated_targets)
         self._num_accumulated = 0
+        penalty = None if self._keeper is None else self._keeper.add_gradients()
+        if penalty is not None:
+            self.window.note("keep/weights", penalty)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Moves the experts' biases with the weights: before any checkpoint of this step is saved."""
@@ -437,12 +450,16 @@ class DecoderModule(StagedModule):
             self._val_sums[name] = self._val_sums.get(name, torch.zeros_like(value)) + value
         free_gathered(self._built())
 
-    def _losses_of(self, batch: PackedBatch) -> BatchLosses:
+    @property
+    def loss_function(self) -> LossFunction:
+        """Of the model, with the names of the data's sources."""
         if self._loss_function is None:
             self._name_sources()
         assert self._loss_function is not None
-        output = self._built()(batch)
-        return self._loss_function(self._built(), output, batch)
+        return self._loss_function
+
+    def _losses_of(self, batch: PackedBatch) -> BatchLosses:
+        return self.loss_function(self._built(), self._built()(batch), batch)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the means over all validation data of all ranks."""
@@ -493,21 +510,8 @@ class DecoderModule(StagedModule):
     def _record(self, losses: BatchLosses, totals: GlobalTotals, batch: PackedBatch) -> None:
         if self._flops is not None and batch.metadata is not None:
             self.window.flops += self._flops.training(Work.of(batch))
-        sums: dict[str, Tensor | float] = {f"loss/{key}": value for key, value in totals.sums.items() if key != "task"}
-        counts: dict[str, Tensor | float] = {f"loss/{key}": totals.counts[key] for key in totals.sums if key != "task"}
-        sums["loss"], counts["loss"] = totals.sums["task"], totals.counts["task"]
-        for name, value in totals.router_losses.items():
-            sums[f"loss/{name}"], counts[f"loss/{name}"] = value * totals.num_tokens, totals.num_tokens
-        for index in range(len(totals.source_sums)):
-            name = self._source_names[index] if self._source_names else str(index)
-            sums[f"loss/source/{name}"] = totals.source_sums[index]
-            counts[f"loss/source/{name}"] = totals.source_counts[index]
-        sums |= {"text_accuracy": totals.num_correct, "padding_share": totals.num_positions - totals.num_tokens}
-        counts |= {"text_accuracy": totals.counts["text"], "padding_share": totals.num_positions}
-        sums["tokens"], counts["tokens"] = totals.num_tokens, 1.0
-        if self._built().config.loss.ctc:
-            sums["ctc_left_out"] = totals.num_ctc_left_out
-            counts["ctc_left_out"] = totals.counts["ctc"] + totals.num_ctc_left_out
+        has_ctc = bool(self._built().config.loss.ctc)
+        sums, counts = totals.reported(self._source_names, has_ctc)
         self.window.add(sums, counts)
         self.routing.add(losses.routing)
 
@@ -517,25 +521,13 @@ class DecoderModule(StagedModule):
         A collective call: of router losses each rank has kept its part.
         """
         num_tokens = float(self.window.sums["tokens"])
-        metrics = self.window.means() | self._router_losses()
+        moe = self._built().config.decoder.moe
+        metrics = self.window.means() | router_means(self.window.sums, self.window.counts, moe, self.batch_group)
         metrics["tokens_per_second"] = num_tokens / max(self.window.seconds, 1e-9)
         peak = self._peak_flops
         if peak is not None and self.window.flops:
             metrics["mfu"] = self.window.flops / max(self.window.seconds, 1e-9) / peak
         return metrics
-
-    def _router_losses(self) -> dict[str, float]:
-        """Means over the window of the sums over ranks."""
-        moe, window = self._built().config.decoder.moe, self.window
-        names = [f"loss/{name}" for name in (router_loss_weights(moe) if moe is not None else ())]
-        names = [name for name in names if name in window.sums]
-        if not names:
-            return {}
-        sums = torch.stack([torch.as_tensor(window.sums[name]) for name in names])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums, group=self.batch_group)
-        means = zip(names, sums.tolist(), strict=True)
-        return {name: total / float(window.counts[name]) for name, total in means if window.counts[name] > 0}
 
     def check_export(self, directory: Path) -> None:
         """A model folder is replaced as a whole, with whatever lies in it."""
@@ -548,23 +540,18 @@ class DecoderModule(StagedModule):
         if self.folder is None:
             raise ValueError("`out` is set but `tokenizer` is not; a model folder needs its tokenizer")
         source = self._source
-        before = GenerationConfig() if source is None else source.generation
-        heard = getattr(self._data, "heard_seconds", None)  # a training without sounds leaves what its start heard
-        longest, usual = heard or (before.max_heard_seconds, before.usual_heard_seconds)
-        generation = dataclasses.replace(
-            before,
-            max_heard_seconds=longest,
-            usual_heard_seconds=usual,
-            max_length=_longest(before.max_length, getattr(self._data, "sequence_length", None)),
-            voices=getattr(self._data, "voices", ()),
-        )
         model = self._whole or (self._unquantized() if self._quantized else self._built())
         foreign = None if source is None else source.foreign_files
-        settings = (self._info(), self.image_transform, generation, foreign)
+        settings = (self._info(), self.image_transform, self.generation, foreign)
         dtypes = {}
         if source is not None and self.init_summary is not None:
             dtypes = kept_dtypes(self, self.init_summary, source)
         save_model(directory, model, self.folder, *settings, more=self._export_adapters, dtypes=dtypes)
+
+    @property
+    def generation(self) -> GenerationConfig:
+        """The settings that are exported: the start's, with what the data says."""
+        return generation_after(GenerationConfig() if self._source is None else self._source.generation, self._data)
 
     def _unquantized(self) -> MultimodalModel:
         """The base as its folder has it, with what was trained beside the adapter."""
@@ -590,12 +577,16 @@ class DecoderModule(StagedModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves to the base folder what is its, and frozen."""
         super().on_save_checkpoint(checkpoint)
+        if self.keeps_start and self._source is not None:
+            checkpoint[START] = {"folder": str(self._source.path), "hash": self._source.hash}
         if self._source is not None and (names := self._base_names()):
             leave_out_base(checkpoint, names, self._source)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the clock, and takes the base's frozen weights from where they are."""
         super().on_load_checkpoint(checkpoint)
+        if self.keeps_start and self._source is not None:
+            check_start(checkpoint, self._source)
         if self._source is None or not (names := self._base_names()):
             check_has_no_base(checkpoint)
         elif KEY in checkpoint:
@@ -607,8 +598,14 @@ class DecoderModule(StagedModule):
 
     @property
     def image_transform(self) -> ImageTransform | None:
-        """How the data module makes pictures square, which inference has to do as well; None: the default."""
-        return getattr(self._data, "image_transform", None) if self._built().vision is not None else None
+        """How pictures are made square, which inference has to do as well; None: the default.
+
+        As the data module makes them; where it has none, as the model in `init_from` saw them.
+        """
+        if self._built().vision is None:
+            return None
+        before = None if self._source is None else self._source.image_transform
+        return getattr(self._data, "image_transform", None) or before
 
     @property
     def _data(self) -> Any:
@@ -618,32 +615,25 @@ class DecoderModule(StagedModule):
     def _info(self) -> ModelInfo:
         plan = getattr(self._data, "plan", None)
         recipe_hash = getattr(plan, "hash", None)
-        return ModelInfo(self.name, recipe_hash=recipe_hash, commit=commit(), data=tuple(self._source_names))
+        names = tuple(self._source_names)
+        return ModelInfo(
+            self.name, recipe_hash, commit(), names, notes=keep_notes(self.keep, self.wise_ft, self._source)
+        )
+
+    def exported_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Inside of it the model has the weights that are exported, which `wise_ft` mixes of start and trained."""
+        if self.start is None or self.wise_ft is None:
+            return contextlib.nullcontext()
+        return self.start.interpolated(self.wise_ft)
 
     def on_train_end(self) -> None:
         """Exports; all ranks gather a sharded model first."""
-        if self.export_dir and self.mesh is not None:
-            self._whole, self._whole_state = _gathered(self._built()) or (None, None)
-        super().on_train_end()
+        with self.exported_weights():
+            if self.export_dir and self.mesh is not None:
+                self._whole, self._whole_state = gathered(self._built()) or (None, None)
+            super().on_train_end()
         self._whole = self._whole_state = None
 
 
 def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-
-
-def _gathered(model: MultimodalModel) -> tuple[MultimodalModel, dict[str, Tensor]] | None:
-    """A sharded model's whole copy, without adapters, and its whole state with them, on rank 0's CPU; None elsewhere.
-
-    A collective call.
-    """
-    state = whole_state(model)
-    if state is None:
-        return None
-    full = MultimodalModel(model.config)
-    full.load_state_dict(base_state(joined_rows(state)))
-    return full, state
-
-
-def _longest(*lengths: int | None) -> int | None:
-    return max((length for length in lengths if length is not None), default=None)

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from mmllm.training.callbacks import RoutingLog, Samples
+from mmllm.training.posttraining.costs import RewardHackingStop, TaskScores
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class EarlierRun:
     model: Path | None
     """The folder to which the fit would export."""
     logs: tuple[Path, ...]
-    """Files of metrics, routing and samples."""
+    """Files of metrics, routing, samples and held-out scores."""
     checkpoints: tuple[Path, ...]
     """Files, and the folders that sharded strategies write."""
 
@@ -149,7 +150,7 @@ def _logs(trainer: pl.Trainer) -> Iterator[Path]:
         elif isinstance(logger, TensorBoardLogger):
             yield from (path for path in sorted(Path(logger.log_dir).glob(f"{_EVENTS}*")) if _has_events(path))
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(callback, (RoutingLog, Samples)):
+        if isinstance(callback, (RoutingLog, Samples, TaskScores, RewardHackingStop)):
             yield from (path for path in callback.files if path.is_file())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -11,11 +12,14 @@ import torch
 
 from mmllm import paths
 from mmllm.data.loading.datamodules import PackedDataModule
-from mmllm.data.plan.plan import Plan
+from mmllm.data.loading.preferences import PreferenceDataModule
+from mmllm.data.loading.prompts import PromptDataModule
+from mmllm.data.plan.plan import Plan, StepPlan
 from mmllm.data.plan.recipe import Recipe, load_recipe
 from mmllm.model.flops import ModelFlops, Work
 from mmllm.model.multimodal import ModelConfig, MultimodalModel
 from mmllm.training.decoder_module import DecoderModule
+from mmllm.training.estimate_answers import drawing_bytes, preference_load, rollout_load
 from mmllm.training.estimate_memory import Load, memory_bytes
 from mmllm.training.layout import Layout
 
@@ -45,7 +49,7 @@ class Estimate:
 
 def estimate(
     module: DecoderModule,
-    data: PackedDataModule,
+    data: PackedDataModule | PreferenceDataModule | PromptDataModule,
     layout: Layout,
     flops_per_second: float | None = None,
     sequence_length: int | None = None,
@@ -56,8 +60,8 @@ def estimate(
         module: not built.
         data: the training's.
         layout: over which devices.
-        flops_per_second: what each device reaches of the model's products; for the days.
-        sequence_length: in the place of the recipe's, where that isn't there.
+        flops_per_second: what each device reaches of the model's products; for the days, without drawing answers.
+        sequence_length: in the place of the recipe's, where that isn't there; of a prompt with its answer.
 
     Raises:
         ValueError: sizes are left to a tokenizer folder that isn't there, or to a recipe that isn't.
@@ -66,13 +70,24 @@ def estimate(
     flops = ModelFlops.of(config)
     with torch.device("meta"):
         model = MultimodalModel(config)
-    load = load_of(data, model, sequence_length)
+    match data:
+        case PreferenceDataModule():
+            load = preference_load(data, model, sequence_length)
+        case PromptDataModule():
+            load = rollout_load(module, data, model, sequence_length)
+        case _:
+            load = load_of(data, model, sequence_length)
     memory = memory_bytes(module, config, layout, load)
+    if isinstance(data, PromptDataModule):
+        cache = drawing_bytes(module, data, config.decoder, layout, load)
+        memory |= {"cache": cache, "total": memory.pop("total") + cache}
     per_token = flops.training(load.work) / load.work.num_tokens
     days = None
     if flops_per_second and layout.max_steps:
         steps = layout.max_steps * layout.accumulated
         done = flops.training(load.work) + flops.computed_again(load.work)
+        if module.keeps_start:  # the reference's forward pass, a third of a pass forward and backward
+            done += flops.training(load.work) // 3
         per_step = done * load.batch_size / load.num_sequences
         days = round(steps * per_step / (flops_per_second * layout.num_devices) / SECONDS_A_DAY, 3)
     parameters = {
@@ -142,8 +157,15 @@ def _recipe(data: PackedDataModule) -> Recipe | None:
 
 def _planned(plan: Plan) -> tuple[Work, int] | None:
     """What the recipe's first steps hold, all sequences together."""
-    lengths, num_images, num_heard, num_spoken, num_sequences = [], 0, 0, 0, 0
-    for step in islice(plan.steps(), NUM_PLANNED_STEPS):
+    steps = list(islice(plan.steps(), NUM_PLANNED_STEPS))
+    work = planned_work(plan, steps)
+    return (work, sum(len(step.sequences) for step in steps)) if work.lengths else None
+
+
+def planned_work(plan: Plan, steps: Iterable[StepPlan]) -> Work:
+    """What planned steps hold, without reading a document: each of its tokens counts as a target, which is the most."""
+    lengths, num_images, num_heard, num_spoken = [], 0, 0, 0
+    for step in steps:
         for item in (item for sequence in step.sequences for item in sequence):
             lengths.append(item.num_tokens)
             source = plan.sources[item.source]
@@ -152,19 +174,14 @@ def _planned(plan: Plan) -> tuple[Work, int] | None:
             num_images += place.num_images
             num_spoken += place.num_frames if is_spoken else 0
             num_heard += 0 if is_spoken else place.num_frames
-        num_sequences += len(step.sequences)
-    if not lengths:
-        return None
-    num_targets = sum(lengths)  # at most: what is asked is no target, and isn't known without reading
-    work = Work(
+    return Work(
         tuple(lengths),
-        num_targets=num_targets,
+        num_targets=sum(lengths),
         num_unit_targets=num_spoken,
         num_images=num_images,
         num_heard_frames=num_heard,
         num_spoken_frames=num_spoken,
     )
-    return work, num_sequences
 
 
 def _by_part(model: MultimodalModel) -> dict[str, int]:

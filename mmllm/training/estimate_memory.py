@@ -104,6 +104,8 @@ def memory_bytes(module: DecoderModule, config: ModelConfig, layout: Layout, loa
         more["gradients"] = trained
     if layout.keeps_average:
         more["average"] = trained
+    if module.keeps_start:  # what a penalty, or the reference of preferences, is measured from
+        more["start"] = trained
     parts = {name: round(scales.get(name, 1.0) * memory.most[name]) for name in _PARTS}
     parts |= {name: parts.get(name, 0) + size for name, size in more.items()}
     return {**parts, "total": round(memory.peak_bytes) + sum(more.values())}

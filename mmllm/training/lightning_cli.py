@@ -204,6 +204,23 @@ class _UnbuiltCLI(MmllmCLI):
         self.model, self.datamodule = made.model, made.data
 
 
+def unbuilt(argv: list[str]) -> tuple[Any, Any, dict[str, Any]]:
+    """A config's module and data module, nothing of them built, and the trainer's settings; all keys are checked.
+
+    Args:
+        argv: options of `fit`, without the command.
+
+    Raises:
+        ValueError: a wrong key or value; the message names it.
+    """
+    with quiet_lightning(), _restored_environment():
+        try:
+            cli: Any = build_cli(argv, run=False, cli_class=_UnbuiltCLI)
+        except ValueError as error:
+            raise ValueError(one_line(str(error))) from error
+    return cli.model, cli.datamodule, cli.trainer_settings
+
+
 def print_estimate(
     argv: list[str], flops_per_second: float | None = None, sequence_length: int | None = None
 ) -> dict[str, Any]:
@@ -218,20 +235,23 @@ def print_estimate(
         ValueError: a wrong key or value, or a config of which nothing is estimated.
     """
     from mmllm.data.loading.datamodules import PackedDataModule
+    from mmllm.data.loading.preferences import PreferenceDataModule
+    from mmllm.data.loading.prompts import PromptDataModule
     from mmllm.training.decoder_module import DecoderModule
     from mmllm.training.estimate import estimate
     from mmllm.training.layout import Layout
 
+    module, data, trainer = unbuilt(argv)
     with quiet_lightning(), _restored_environment():
         try:
-            cli = build_cli(argv, run=False, cli_class=_UnbuiltCLI)
-            module, data = cli.model, cli.datamodule
-            if not isinstance(module, DecoderModule) or not isinstance(data, PackedDataModule):
+            known = PackedDataModule, PreferenceDataModule, PromptDataModule
+            if not isinstance(module, DecoderModule) or not isinstance(data, known):
                 raise ValueError(
-                    f"--print_estimate knows DecoderModule with PackedDataModule, and the config has "
-                    f"{type(module).__name__} with {type(data).__name__}; time one step of it instead"
+                    f"--print_estimate knows DecoderModule and what is made of it, with "
+                    f"{', '.join(each.__name__ for each in known)}, and the config has {type(module).__name__} with "
+                    f"{type(data).__name__}; time one step of it instead"
                 )
-            layout = Layout.of(cli.trainer_settings)  # pyright: ignore[reportAttributeAccessIssue]
+            layout = Layout.of(trainer)
             return dataclasses.asdict(estimate(module, data, layout, flops_per_second, sequence_length))
         except ValueError as error:
             raise ValueError(one_line(str(error))) from error
@@ -271,6 +291,8 @@ def _current_yaml(path: Path) -> str | None:
 
 
 _INIT_FROM = "--model.init_args.init_from"
+_WITH_FOLDER_KEYS = ("DecoderModule", "PreferenceModule", "ReptileModule", "RewardModule", "RolloutModule")
+"""Modules whose settings are those of the model in `init_from` where they aren't given."""
 
 
 def _with_folder_keys(argv: list[str]) -> list[str]:
@@ -295,7 +317,7 @@ def _with_folder_keys(argv: list[str]) -> list[str]:
         merged = _merged(merged, values)
     model = merged.get("model")
     init_args = model.get("init_args") if isinstance(model, dict) else None
-    if not isinstance(init_args, dict) or not str(merged["model"].get("class_path")).endswith("DecoderModule"):
+    if not isinstance(init_args, dict) or not str(merged["model"].get("class_path")).endswith(_WITH_FOLDER_KEYS):
         return argv
     given = [value for key, value in options.values() if key == _INIT_FROM]
     init_from = given[-1] if given else init_args.get("init_from")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 MUON_MOVES = (("hidden", 2), ("hidden", 3), ("filters", 4))
 """Roles and dimensions of what Muon moves. AdamW moves the filters of one-dimensional convolutions: most of ours are
 depthwise, one row each."""
+
+_SCHEDULES = ("cosine", "wsd", "linear", "constant")
 
 _OLDER = {"image_tower": "tower_lr", "image_projector": "projector_lr", "audio_front_end": "projector_lr"}
 """Keys that gave rates before `parts` did."""
@@ -41,8 +43,15 @@ class OptimizerConfig:
         weight_decay: decoupled; never on norms, biases and embeddings.
         betas: AdamW's.
         eps: AdamW's.
+        schedule: of the rate behind the warm-up: "cosine" or "linear": it falls to its floor all the way; "wsd": it
+            stays at the peak and falls at the end (warm-up, stable, decay: arXiv 2404.06395); "constant": it stays.
         warmup: share of the run over which the rate rises linearly, from one part of it at the first step.
-        min_lr_ratio: the cosine's floor as a share of the peak.
+        warmup_steps: in the place of `warmup`, a number of steps, which is the same however long the run is.
+        decay: of "wsd", share of the run over which the rate falls.
+        decay_steps: in the place of `decay`, a number of steps. With both numbers of steps a checkpoint of the stable
+            phase is that of a run of any other `trainer.max_steps`: one run, several decays.
+        decay_shape: of "wsd": "sqrt", 1 - √t (arXiv 2405.18392), or "linear".
+        min_lr_ratio: the floor as a share of the peak.
         muon: move hidden matrices with Muon, the rest with AdamW.
         muon_momentum: Muon's momentum (Nesterov's form).
         muon_steps: Newton-Schulz iterations.
@@ -55,7 +64,12 @@ class OptimizerConfig:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     warmup: float = 0.03
+    warmup_steps: int | None = None
+    decay: float = 0.1
+    decay_steps: int | None = None
+    decay_shape: Literal["sqrt", "linear"] = "sqrt"
     min_lr_ratio: float = 0.05
     muon: bool = False
     muon_momentum: float = 0.95
@@ -76,10 +90,36 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer.{older} and parts.{name} both give a rate; leave one of them out")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"optimizer.warmup is {self.warmup}; it is a share of the run, from 0 up to below 1")
+        self._check_schedule()
         if not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"optimizer.min_lr_ratio is {self.min_lr_ratio}; it is a share of lr, from 0 to 1")
         if not all(0 <= beta < 1 for beta in (*self.betas, self.muon_momentum)):
             raise ValueError(f"optimizer.betas {self.betas} and muon_momentum {self.muon_momentum} must be in [0, 1)")
+
+    def _check_schedule(self) -> None:
+        if self.schedule not in _SCHEDULES:
+            raise ValueError(f"optimizer.schedule is {self.schedule!r}; choose {', '.join(_SCHEDULES)}")
+        if self.decay_shape not in ("sqrt", "linear"):
+            raise ValueError(f"optimizer.decay_shape is {self.decay_shape!r}; choose sqrt or linear")
+        if not 0 < self.decay <= 1 or (self.schedule == "wsd" and self.decay + self.warmup > 1):
+            raise ValueError(
+                f"optimizer.decay is {self.decay} and warmup {self.warmup}; decay is a share of the run above 0, and "
+                f"the two are at most the whole of it"
+            )
+        for name, least in (("warmup_steps", 0), ("decay_steps", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"optimizer.{name} is {value}; give {least} or more, or leave it out for a share")
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ValueError(
+                f"optimizer.decay_steps is {self.decay_steps} and schedule is {self.schedule}, which has no decay of "
+                f"its own; set schedule to wsd, or leave decay_steps out"
+            )
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether the schedule is told in steps, so that how many there are must be known."""
+        return self.warmup_steps is not None or self.decay_steps is not None
 
     def rate_of(self, group: str) -> float:
         """The peak rate of a part that `parts` names, or of "tower", "projector" or "decoder"."""
@@ -89,18 +129,45 @@ class OptimizerConfig:
         return self.lr if own is None else own
 
 
-def learning_rate_factor(progress: float, config: OptimizerConfig) -> float:
-    """The rate as a share of its peak: linear warm-up, then a cosine to `min_lr_ratio`.
+def learning_rate_factor(
+    progress: float, config: OptimizerConfig, step: int | None = None, num_steps: int | None = None
+) -> float:
+    """The rate as a share of its peak: linear warm-up, then what `config.schedule` says, down to `min_lr_ratio`.
 
     Args:
         progress: share of the run that is done when the step ends, 0 to 1.
-        config: gives `warmup` and `min_lr_ratio`.
+        config: gives the schedule.
+        step: number of the step, from 1; for `warmup_steps` and `decay_steps`.
+        num_steps: of the whole run; likewise.
     """
     progress = min(max(progress, 0.0), 1.0)
-    if progress < config.warmup:
-        return progress / config.warmup
-    decayed = (progress - config.warmup) / (1 - config.warmup)
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * decayed))
+    warmed, warmup = (progress / config.warmup if config.warmup else 1.0), config.warmup
+    decayed = (progress - (1 - config.decay)) / config.decay
+    if config.counts_steps:
+        assert step is not None and num_steps is not None, "the module asks for trainer.max_steps"
+        # Whole numbers, so that the stable phase is bit for bit that of a run of any other length.
+        if config.warmup_steps is not None:
+            warmed, warmup = step / max(config.warmup_steps, 1), config.warmup_steps / num_steps
+        if config.decay_steps is not None:
+            decayed = (step - (num_steps - config.decay_steps)) / config.decay_steps
+    if warmed < 1:
+        return warmed
+    floor = config.min_lr_ratio
+    match config.schedule:
+        case "constant":
+            return 1.0
+        case "wsd":
+            fallen = min(max(decayed, 0.0), 1.0)
+            return 1.0 - (1 - floor) * (math.sqrt(fallen) if config.decay_shape == "sqrt" else fallen)
+        case "linear":
+            return 1.0 - (1 - floor) * _share_behind(progress, warmup)
+        case _:
+            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * _share_behind(progress, warmup)))
+
+
+def _share_behind(progress: float, warmup: float) -> float:
+    """How much of the run behind the warm-up is done."""
+    return (progress - warmup) / (1 - warmup) if warmup < 1 else 1.0
 
 
 def parameter_groups(
@@ -159,9 +226,19 @@ def build_optimizer(
             "no parameter is trainable: each part's rate is 0; give one of optimizer.parts (or tower_lr, projector_lr) "
             "a learning rate above 0"
         )
+    optimizer: torch.optim.Optimizer
     if config.muon:
-        return MuonAdamW(groups, config, num_replicas)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        optimizer = MuonAdamW(groups, config, num_replicas)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    optimizer.register_step_post_hook(_count_versions)
+    return optimizer
+
+
+def _count_versions(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Fused kernels move weights without counting their versions, by which an engine sees that they have moved."""
+    moved = [p for group in optimizer.param_groups for p in group["params"] if not isinstance(p, DTensor)]
+    torch.autograd.graph.increment_version(moved)
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -65,6 +65,7 @@ class StagedModule(pl.LightningModule):
         self._step_start: StepStart | None = None
         self._resumed: dict[str, Any] | None = None
         self._peak_lrs: list[float] = []
+        self._last_factor: float | None = None
         self._seed = torch.initial_seed()
 
     @property
@@ -135,6 +136,7 @@ class StagedModule(pl.LightningModule):
         """Starts the clock; says if what an earlier training wrote is in the way."""
         if self._num_steps() is None and self.max_seconds is None:
             raise ValueError("training has no end; set trainer.max_steps or model.init_args.max_seconds")
+        self._check_schedule()
         directory = Path(self.export_dir) if self.export_dir and self.trainer.is_global_zero else None
         if directory is not None and directory.is_dir() and any(directory.iterdir()):
             log.warning("%s is not empty: this training writes over it when it ends", directory)
@@ -143,6 +145,33 @@ class StagedModule(pl.LightningModule):
         self._logged_step = self.trainer.global_step
         self.watch = self._new_watch()
         self._step_start, self._resumed = StepStart(self, self._resumed), None
+
+    def _check_schedule(self) -> None:
+        """Refuses a schedule told in steps without a number of steps; says if a resumed run's rate jumps.
+
+        Raises:
+            ValueError: see above.
+        """
+        num_steps, config = self._num_steps(), self.optimizer
+        if config.counts_steps:
+            told = (config.warmup_steps or 0) + (config.decay_steps or 0)
+            if num_steps is None or self.max_seconds is not None or told > num_steps:
+                raise ValueError(
+                    f"optimizer.warmup_steps is {config.warmup_steps} and decay_steps {config.decay_steps}, with "
+                    f"trainer.max_steps {self.trainer.max_steps} and max_seconds {self.max_seconds}; set max_steps to "
+                    f"at least their sum and leave max_seconds out, or give warmup and decay as shares"
+                )
+        before, self._last_factor = self._last_factor, None
+        if before is None or config.schedule != "wsd":
+            return
+        step = self.trainer.global_step
+        now = learning_rate_factor(self.progress, config, step, num_steps)
+        if abs(before - now) > 1e-6:
+            log.warning(
+                "the learning rate jumps at step %d from %.3g to %.3g of its peak: the checkpoint isn't of this "
+                "schedule's stable phase; take an earlier one for what an uninterrupted run would give",
+                step, before, now,
+            )  # fmt: skip
 
     def _new_watch(self) -> Watch:
         folder = self.trainer.log_dir or self.trainer.default_root_dir  # of rank 0, on every rank
@@ -164,7 +193,9 @@ class StagedModule(pl.LightningModule):
         self.watch.begin_batch(batch)
         batch_number = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         torch.manual_seed(_mixed(self._seed, batch_number, self.batch_rank))
-        factor = learning_rate_factor(self._shared_progress(), self.optimizer)
+        step = self.trainer.global_step + 1
+        factor = learning_rate_factor(self._shared_progress(), self.optimizer, step, self._num_steps())
+        self._last_factor = factor
         for group, peak in zip(self._optimizer().param_groups, self._peak_lrs, strict=True):
             group["lr"] = peak * factor
 
@@ -212,6 +243,11 @@ class StagedModule(pl.LightningModule):
         if self._step_start.is_over:
             self._step_start.note()
 
+    def leave_out_seconds(self, seconds: float) -> None:
+        """Time since the last batch that is none of the training's, such as that of an evaluation."""
+        if self._last_tick is not None:
+            self._last_tick += seconds
+
     def _shared_progress(self) -> float:
         progress = self.schedule_progress
         return self._shared(progress) if self.max_seconds is not None else progress
@@ -251,6 +287,8 @@ class StagedModule(pl.LightningModule):
         """
         self.watch.settle()
         checkpoint["mmllm_elapsed_seconds"] = float(self.elapsed_seconds)
+        if self._last_factor is not None:
+            checkpoint["mmllm_lr_factor"] = self._last_factor
         if "optimizer_states" in checkpoint:
             states = zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True)
             checkpoint["optimizer_states"] = [self._numbered(state, optimizer) for state, optimizer in states]
@@ -288,6 +326,7 @@ class StagedModule(pl.LightningModule):
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._check_goes_on(checkpoint)
         self.elapsed_seconds = float(checkpoint.get("mmllm_elapsed_seconds", 0.0))
+        self._last_factor = checkpoint.get("mmllm_lr_factor")
         self._resumed = checkpoint.get("loops", {}).get("fit_loop")
 
     def _check_goes_on(self, checkpoint: Mapping[str, Any]) -> None:

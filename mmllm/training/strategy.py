@@ -179,3 +179,14 @@ class AnyCheckpointIO(TorchCheckpointIO):
         if files.is_folder(Path(path)):
             return files.load_folder(Path(path))
         return super().load_checkpoint(path, map_location, weights_only)
+
+
+def mesh_and_sharding(strategy: Strategy | None) -> tuple[ParallelMesh | None, ShardConfig]:
+    """A strategy's; None where each process holds the whole model."""
+    if isinstance(strategy, MeshStrategy):
+        return strategy.mesh, strategy.shard_config
+    if isinstance(strategy, ModelParallelStrategy):  # Lightning's own has two axes
+        mesh = strategy.device_mesh
+        config = ParallelConfig(fsdp=mesh["data_parallel"].size(), tensor=mesh["tensor_parallel"].size())
+        return ParallelMesh.build(config, mesh.device_type), ShardConfig()
+    return None, ShardConfig()

@@ -281,7 +281,8 @@ def save_batch(path: Path, batch: Any, report: Mapping[str, Any]) -> None:
     plain: dict[str, Any] = {}
     if isinstance(batch, Batch):
         names = [each.name for each in dataclasses.fields(batch)]  # pyright: ignore[reportArgumentType]
-        plain = {name: getattr(batch, name) for name in names if name not in tensors and name != "metadata"}
+        others = {name: getattr(batch, name) for name in names if name not in tensors and name != "metadata"}
+        plain = {name: value for name, value in others.items() if not isinstance(value, Batch)}
     values = {**report, "kind": type(batch).__name__, "fields": plain}
     path.with_suffix(".json").write_text(json.dumps(values, indent=1, default=str) + "\n", encoding="utf-8")
 
@@ -305,7 +306,11 @@ def _tensors(batch: Any, name: str = "batch") -> dict[str, Tensor]:
             return {name: batch}
         case Batch():
             named = {each.name: getattr(batch, each.name) for each in dataclasses.fields(batch)}  # pyright: ignore
-            return {key: value for key, value in named.items() if isinstance(value, Tensor)}
+            found = {key: value for key, value in named.items() if isinstance(value, Tensor)}
+            for key, value in named.items():
+                if isinstance(value, Batch):
+                    found |= {f"{key}.{name}": tensor for name, tensor in _tensors(value).items()}
+            return found
         case Mapping():
             parts = [_tensors(value, str(key)) for key, value in batch.items()]
         case list() | tuple():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 from jinja2 import Template, TemplateError
 
-from mmllm_tokenizers.chat_sandbox import MAX_CHARACTERS, Sandbox, too_long
+from mmllm_tokenizers.chat_sandbox import GENERATION, MAX_CHARACTERS, Sandbox, too_long
 from mmllm_tokenizers.text import GUARD as PRIVATE
 from mmllm_tokenizers.text import TextTokenizer
 from mmllm_tokenizers.vocab import IMAGE
@@ -28,6 +29,7 @@ ROLES = ("system", "user", "assistant", "tool")
 _GUARD = "\ufdd1"
 _MEDIUM = "\ufdd2"
 """Noncharacters of Unicode, which no message has: one breaks special tokens, the other stands for media."""
+_GENERATES = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PROBE = "probe of content"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which an assistant's thoughts are given; templates read the first, some the second."""
@@ -40,17 +42,24 @@ class ChatPiece:
 
     kind: Literal["text", "image", "audio"]
     ids: tuple[int, ...] = ()
+    targets: tuple[bool, ...] = ()
+    """Of each id whether it stands in one of the template's `{% generation %}` blocks; of `marked_pieces` alone."""
 
 
 class _Renderer:
     """A template, compiled once and rendered several times, always at the same time of day.
 
+    Args:
+        template: Jinja.
+        now: the time of day; by default that of making it.
+        marks: whether `GENERATION` stands around what is in a `{% generation %}` block.
+
     Attributes:
         constants: strings and names of attributes that the template looks for or compares with.
     """
 
-    def __init__(self, template: str) -> None:
-        self._sandbox = Sandbox(datetime.datetime.now())
+    def __init__(self, template: str, now: datetime.datetime | None = None, marks: bool = False) -> None:
+        self._sandbox = Sandbox(now or datetime.datetime.now(), marks)
         self._template: Template = _said(lambda: self._sandbox.from_string(template))
         self.constants = self._sandbox.constants
 
@@ -68,6 +77,10 @@ class _Renderer:
                 raise too_long()
             parts.append(part)
         return "".join(parts)
+
+
+_renderer = functools.lru_cache(maxsize=4)(_Renderer)
+"""Of conversations that are written as of a fixed time, one after the other: compiling takes longer than rendering."""
 
 
 def _said(work: Callable[[], Any]) -> Any:
@@ -129,6 +142,7 @@ def chat_pieces(
     messages: Sequence[Mapping[str, Any]],
     add_generation_prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    now: datetime.datetime | None = None,
     **variables: Any,
 ) -> list[ChatPiece]:
     """A conversation as ids, with the places of its images and sounds.
@@ -142,17 +156,52 @@ def chat_pieces(
             `{"type": "image"}` and `{"type": "audio"}`. Roles are `ROLES`, and others that the template names.
         add_generation_prompt: as in `render_chat`.
         tools: likewise.
-        **variables: likewise.
+        now: what a template that asks is told for the time; by default the time it is.
+        **variables: as in `render_chat`.
 
     Raises:
         ValueError: as `render_chat`; a role or part is unknown, the template drops an image or sound, or makes special
             tokens of words.
     """
+    renderer = _Renderer(template) if now is None else _renderer(template, now)
+    return _pieces(text, renderer, template, messages, add_generation_prompt, tools, variables)
+
+
+def marked_pieces(
+    text: TextTokenizer, template: str, messages: Sequence[Mapping[str, Any]], now: datetime.datetime
+) -> list[ChatPiece] | None:
+    """As `chat_pieces` of a whole conversation, with `targets`: what stands in `{% generation %}` blocks.
+
+    None: the template has none, or changes with the marks. A token that reaches over a block's border is in it, as in
+    transformers.
+
+    Raises:
+        ValueError: as `chat_pieces`.
+    """
+    if not _GENERATES.search(template):
+        return None
+    plain = chat_pieces(text, template, messages, False, now=now)
+    try:
+        marked = _pieces(text, _renderer(template, now, True), template, messages, False, None, {})
+    except ValueError:
+        return None
+    is_same = [(piece.kind, piece.ids) for piece in plain] == [(piece.kind, piece.ids) for piece in marked]
+    return marked if is_same and any(any(piece.targets) for piece in marked) else None
+
+
+def _pieces(
+    text: TextTokenizer,
+    renderer: _Renderer,
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool,
+    tools: Sequence[Mapping[str, Any]] | None,
+    variables: Mapping[str, Any],
+) -> list[ChatPiece]:
     _check_some(messages)
     takes_parts = _takes_parts(template)
     has_own_image = text.special_ids[IMAGE] < text.num_tokens
     own_image = text.token(text.special_ids[IMAGE]) if has_own_image and takes_parts else None
-    renderer = _Renderer(template)
     named = {} if text.foreign is None else text.foreign.named
     media: list[Literal["image", "audio"]] = []
 
@@ -173,12 +222,39 @@ def chat_pieces(
             f"roles text alone"
         )
     pieces = []
+    is_inside = False
     for number, part in enumerate(parts):
         if number:
             pieces.append(ChatPiece(media[number - 1]))
-        if part:
-            pieces.append(ChatPiece("text", tuple(text.encode_marked(part, _GUARD))))
+        written, borders = _without_marks(part)
+        if written:
+            ids, spans = text.encode_marked_spans(written, _GUARD)
+            pieces.append(ChatPiece("text", tuple(ids), _inside(spans, borders, is_inside)))
+        is_inside ^= len(borders) % 2 == 1
     return pieces
+
+
+def _without_marks(part: str) -> tuple[str, list[int]]:
+    """A rendered text without the borders of generation blocks, and where they are, counted without guards."""
+    pieces = part.split(GENERATION)
+    sizes = [len(piece.replace(_GUARD, "")) for piece in pieces[:-1]]
+    return "".join(pieces), list(itertools.accumulate(sizes))
+
+
+def _inside(spans: Sequence[tuple[int, int]], borders: Sequence[int], is_inside: bool) -> tuple[bool, ...]:
+    """Of each token whether a character of it is in a block.
+
+    Args:
+        spans: characters of the tokens.
+        borders: characters at which blocks begin and end in turn.
+        is_inside: whether the text begins inside of one.
+    """
+    if not borders and not is_inside:
+        return (False,) * len(spans)
+    ends = [*([0] if is_inside else []), *borders]
+    ends += [max((stop for _, stop in spans), default=0)] * (len(ends) % 2)
+    blocks = list(zip(ends[::2], ends[1::2], strict=True))
+    return tuple(any(start < last and first < stop for first, last in blocks) for start, stop in spans)
 
 
 def _check_some(messages: Sequence[Mapping[str, Any]]) -> None:
@@ -276,7 +352,7 @@ def _marked(value: Any, mark: _Mark) -> Any:
 
 
 def _checked(words: str) -> str:
-    found = next((each for each in (PRIVATE, _GUARD, _MEDIUM) if each in words), None)
+    found = next((each for each in (PRIVATE, _GUARD, _MEDIUM, GENERATION) if each in words), None)
     if found is not None:
         raise ValueError(f"a message holds the noncharacter of Unicode {found!r}; leave it out")
     return str(words)

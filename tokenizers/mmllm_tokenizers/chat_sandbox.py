@@ -31,6 +31,8 @@ MAX_STEPS = 1_000_000
 """Turns of loops, calls, filters and operators of one rendering."""
 MAX_SECONDS = 10.0
 """Of one rendering; one of many messages takes some hundredths."""
+GENERATION = "\ufdd3"
+"""A noncharacter that stands at both ends of what is in a `{% generation %}` block, where that is asked for."""
 _MAX_MADE = 16 * MAX_CHARACTERS
 """Characters and items that all steps of one rendering make together."""
 _MAX_PRINTED = 4 * MAX_CHARACTERS
@@ -48,6 +50,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     Args:
         now: the time that templates are told.
+        marks: whether `GENERATION` stands around what is in a `{% generation %}` block.
 
     Attributes:
         constants: strings that stand in expressions of the template, and names of attributes.
@@ -55,9 +58,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "**", "%"])
 
-    def __init__(self, now: datetime.datetime) -> None:
+    def __init__(self, now: datetime.datetime, marks: bool = False) -> None:
         # Without the optimizer: what it computes beforehand would not be counted.
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], optimized=False)
+        self.marks_generation = marks
         self.begin()
         self.constants: frozenset[str] = frozenset()
         for name in _UNBOUNDED:
@@ -260,7 +264,11 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         """What stands between, as a scope of its own."""
         line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+        inside = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        if getattr(self.environment, "marks_generation", False):
+            first, last = (nodes.Output([nodes.TemplateData(GENERATION)]).set_lineno(line) for _ in range(2))
+            inside = [first, *inside, last]
+        return nodes.Scope(inside).set_lineno(line)
 
 
 class _Namespace(Namespace):

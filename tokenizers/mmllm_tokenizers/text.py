@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -323,25 +324,48 @@ class TextTokenizer:
         Raises:
             ValueError: as `encode`.
         """
+        return self.encode_marked_spans(text, guard)[0]
+
+    def encode_marked_spans(self, text: str, guard: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `encode_marked`; also of each id which characters it stands for, counted without guards.
+
+        Returns:
+            (ids, (first character, the one behind the last) of each).
+        """
         control = self.control_tokens
         names = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
         spelt, plain = names.findall(text), text.replace(guard, "")
         wanted = [i for found in spelt if (i := self.id(found)) in self._control_ids]
         if names.findall(plain) == spelt:
-            ids = self.encode_template(plain)
+            ids, spans = self._with_spans(self._template, plain, self._ours, self.special_ids)
             if [i for i in ids if i in self._control_ids] == wanted:  # normalizers may make some of other characters
-                return ids
+                return ids, spans
         private = names.sub(lambda found: GUARD + found[0], text).replace(guard, "")
         ours = {GUARD + name: self.special_ids[name] for name in self._our_names}
-        ids = []
-        for part in re.split("(" + "|".join(map(re.escape, ours)) + ")", private) if ours else [private]:
-            if part in ours:
-                ids.append(ours[part])
-            elif part:
-                ids += self._private.encode(_valid_unicode(part), add_special_tokens=False).ids
+        split = re.compile("(" + "|".join(map(re.escape, ours)) + ")") if ours else None
+        ids, spans = self._with_spans(self._private, private, split, ours)
         if [i for i in ids if i in self._control_ids] != wanted:
             raise ValueError("the messages' words would give special tokens; leave out what looks like parts of them")
-        return ids
+        before = list(itertools.accumulate((letter == GUARD for letter in private), initial=0))
+        return ids, [(start - before[start], stop - before[stop]) for start, stop in spans]
+
+    def _with_spans(
+        self, tokenizer: Tokenizer, text: str, split: re.Pattern[str] | None, named: Mapping[str, int]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text and the characters of each; every other part of the split is a token of ours."""
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        start = 0
+        for number, part in enumerate(split.split(_valid_unicode(text)) if split else [_valid_unicode(text)]):
+            if number % 2:
+                ids.append(named[part])
+                spans.append((start, start + len(part)))
+            elif part:
+                found = tokenizer.encode(part, add_special_tokens=False)
+                ids += found.ids
+                spans += [(start + first, start + stop) for first, stop in found.offsets]
+            start += len(part)
+        return ids, spans
 
     @functools.cached_property
     def _private(self) -> Tokenizer:

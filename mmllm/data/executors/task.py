@@ -20,6 +20,7 @@ import torch
 FUNCTIONS = (
     "mmllm.data.rows.cleaning:row_measurer",
     "mmllm.data.shards.write:group_writer",
+    "mmllm.studies.runs:make_runner",
     "mmllm.training.image_encoder:load_image_encoder",
 )
 """All that a work folder may name, each as `module:function`."""

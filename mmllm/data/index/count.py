@@ -29,6 +29,8 @@ class TokenCounts:
     """By a long text's row: first token and first byte of each piece."""
     num_text_tokens: dict[int, int] = field(default_factory=dict)
     """By a long text's row: its tokens, without a template's."""
+    refused: dict[int, str] = field(default_factory=dict)
+    """By the row of a conversation why no document is made of it."""
 
 
 def count_tokens(found: Scan, folder: TokenizerFolder, progress: Callable[[int], None] | None = None) -> TokenCounts:
@@ -49,8 +51,9 @@ def count_tokens(found: Scan, folder: TokenizerFolder, progress: Callable[[int],
             values = folder.text.encode(text) if text else []
         ids.append(np.array(values, dtype=np.int32))
     counts: dict[str, list[int]] = {task: [] for task in KIND_TASKS[kind]}
+    refused: dict[int, str] = {}
     for row, key in enumerate(found.keys):
-        line, segments, roles = found.lines[row], found.segments[row], found.roles[row]
+        line, segments, said = found.lines[row], found.segments[row], found.said[row]
         metadata = found.metadata[row]
         for task, column in counts.items():
             needs_text = task not in ("interleaved", "question", "chat")
@@ -59,18 +62,23 @@ def count_tokens(found: Scan, folder: TokenizerFolder, progress: Callable[[int],
                 is_deaf
                 or (needs_text and not found.texts[row])
                 or (task == "question" and "question" not in metadata)
-                or (kind == "interleaved" and bool(roles) != (task == "chat"))
+                or (kind == "interleaved" and bool(said) != (task == "chat"))
             )
-            tokens = 0 if impossible else document_length(
-                task, folder, key=f"{key}-{line}" if line >= 0 else key, text=len(ids[row]),
-                num_frames=found.num_frames(row), segments=segments, metadata=metadata, roles=roles,
-                image_size=found.pictures[row][0] if found.pictures[row] else (1, 1),
-            )  # fmt: skip
+            try:
+                tokens = 0 if impossible else document_length(
+                    task, folder, key=f"{key}-{line}" if line >= 0 else key, text=len(ids[row]),
+                    num_frames=found.num_frames(row), segments=segments, metadata=metadata, said=said,
+                    image_size=found.pictures[row][0] if found.pictures[row] else (1, 1),
+                )  # fmt: skip
+            except ValueError as error:  # a chat template refuses what has roles out of turn
+                if not said:
+                    raise
+                tokens, refused[row] = 0, str(error)
             column.append(tokens)
         if progress and row % 1000 == 999:
             progress(row + 1)
     by_task = {task: np.array(column, dtype=np.int64) for task, column in counts.items()}
-    return TokenCounts(by_task, _rarity(ids), pieces, {row: len(ids[row]) for row in pieces})
+    return TokenCounts(by_task, _rarity(ids), pieces, {row: len(ids[row]) for row in pieces}, refused)
 
 
 def _rarity(ids: Sequence[np.ndarray]) -> np.ndarray:

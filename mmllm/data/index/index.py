@@ -30,6 +30,9 @@ from mmllm.data.shards.remote import RemoteShard, Shard, fetch_side_file, side_f
 
 FORMAT_VERSION = 3
 ENDING = ".index"
+CHAT_RULE = 1
+"""How conversations are counted of a tokenizer folder with a chat template of its own: as that writes them. Indices
+without it counted them as the task `chat` of templates.json."""
 RECORD = np.dtype(
     [
         ("start", "<u8"),  # first byte of what is read: the sample's first header, or a line of its jsonl
@@ -207,6 +210,21 @@ class ShardIndex:
     def num_skipped(self) -> dict[str, int]:
         """Members of the tar that are no sample's file, by what they are."""
         return self.arrays.info["skipped"]
+
+    def check_chat(self, has_template: bool) -> None:
+        """Refuses an index whose conversations were counted in another form than they are written in.
+
+        Args:
+            has_template: Whether the tokenizer folder has a chat template of its own.
+
+        Raises:
+            ValueError: They were.
+        """
+        if has_template and self.kind == "interleaved" and self.arrays.info.get("chat") != CHAT_RULE:
+            raise ValueError(
+                f"{self.file}: counted conversations as the task chat of templates.json writes them, but they are "
+                f"written by the tokenizer folder's chat_template.jinja; run 'mmllm data index' again"
+            )
 
     @property
     def num_unread(self) -> int:

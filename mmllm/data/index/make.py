@@ -84,11 +84,17 @@ def _probes(data: bytes | mmap.mmap, found: Scan) -> list[tuple[int, int, str]]:
     return places
 
 
-def is_current(shard: Shard, tokenizer_hash: str, text_key: str | None = None) -> bool:
+def is_current(shard: Shard, tokenizer_hash: str, text_key: str | None = None, has_template: bool = False) -> bool:
     """Whether a shard's index can be kept: right tokenizer, and a shard of the same size and time, or else digest.
 
     Of a remote shard the index beside it is taken without reading the whole shard; one that is here already is not,
     once the shard has changed.
+
+    Args:
+        shard: The tar.
+        tokenizer_hash: Of the tokenizer folder.
+        text_key: The key of a sample's json that holds its text.
+        has_template: Whether the tokenizer folder has a chat template of its own.
     """
     found, is_known = stat_shard(shard), True
     with suppress(OSError, ValueError, KeyError, TypeError):
@@ -96,6 +102,7 @@ def is_current(shard: Shard, tokenizer_hash: str, text_key: str | None = None) -
         is_known = found is None or info["shard"] == list(found) or stamps.is_known(shard, info["sha256"], found)
     try:
         index = load_index(shard, tokenizer_hash)
+        index.check_chat(has_template)
     except (FileNotFoundError, ValueError):
         return False
     if index.text_key != text_key or (index.kind == "caption" and index.caption_digests_N is None):
@@ -138,7 +145,7 @@ def _make_current(shards: Sequence[Shard], folder: TokenizerFolder, text_key: st
     """An error is handed over, not raised: a worker's would come with its own trace in place of the message."""
     try:
         for shard in shards:
-            if not is_current(shard, folder.hash, text_key):
+            if not is_current(shard, folder.hash, text_key, folder.chat_template is not None):
                 index_shard(shard, folder, text_key)
     except (FileNotFoundError, ValueError) as error:
         return error

@@ -18,12 +18,14 @@ from typing import Any
 
 from PIL import Image
 
+from mmllm.data.samples.conversations import Said
 from mmllm.data.samples.decode import picture_size
 from mmllm.data.samples.documents import PieceSize
 from mmllm.data.samples.schema import (
     AUDIO_ENDINGS,
     IMAGE_ENDINGS,
     Names,
+    as_said,
     check_endings,
     check_segment_files,
     jsonl_rows,
@@ -70,7 +72,8 @@ class Scan:
     """Samples, samples a second and frames of each of its sounds, 0 where they aren't known."""
     segments: list[list[PieceSize]] = field(default_factory=list)
     """As `document_length` wants them."""
-    roles: list[list[str | None]] = field(default_factory=list)
+    said: list[list[Said]] = field(default_factory=list)
+    """Of conversations, who says each segment; of all else nothing."""
     metadata: list[dict[str, Any]] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
     num_skipped: dict[str, int] = field(default_factory=dict)
@@ -85,7 +88,7 @@ class Scan:
 
 
 _COLUMNS = (
-    "keys", "starts", "spans", "lines", "texts", "text_starts", "pictures", "sounds", "segments", "roles", "metadata",
+    "keys", "starts", "spans", "lines", "texts", "text_starts", "pictures", "sounds", "segments", "said", "metadata",
 )  # fmt: skip
 _NO_PICTURE = "its picture can't be read"
 
@@ -285,7 +288,7 @@ class _Reader:
             ]
         count = len(found.keys)
         found.pictures, found.sounds = [[] for _ in range(count)], [[] for _ in range(count)]
-        found.segments, found.roles = [[] for _ in range(count)], [[] for _ in range(count)]
+        found.segments, found.said = [[] for _ in range(count)], [[] for _ in range(count)]
         if self.kind == "interleaved":
             self._read_segments(found)
         elif self.kind == "audio":
@@ -356,8 +359,8 @@ class _Reader:
                 continue
             if (0, 0) in found.pictures[sample]:
                 self._bad[sample] = _NO_PICTURE
-            roles = [item.get("role") for item in items] if isinstance(items, list) else []
-            found.roles[sample] = roles if any(roles) else []
+            said = [as_said(item) for item in items] if isinstance(items, list) else []
+            found.said[sample] = said if any(segment.role for segment in said) else []
 
     def _reason(self, error: ValueError, sample: int) -> str:
         """An error without the sample's name, which stands before it."""

@@ -14,7 +14,7 @@ import numpy as np
 from mmllm.data.index.arrays import write_arrays
 from mmllm.data.index.columns import Column, Texts
 from mmllm.data.index.count import TokenCounts
-from mmllm.data.index.index import DIGESTS, FORMAT_VERSION, RECORD, TILES, index_path
+from mmllm.data.index.index import CHAT_RULE, DIGESTS, FORMAT_VERSION, RECORD, TILES, index_path
 from mmllm.data.index.scan import Scan
 from mmllm.data.samples.documents import KIND_TASKS
 from mmllm.data.shards.files import Stamp
@@ -99,6 +99,7 @@ def save_index(
         "format_version": FORMAT_VERSION, "tokenizer": folder.hash, "sha256": sha256, "kind": found.kind,
         "shard": stamp, "columns": told, "text_key": text_key, "probes": list(probes),
         "bad": {"count": len(bad), "unread": len(found.bad), "named": bad[:_NAMED]}, "skipped": found.num_skipped,
+        "chat": CHAT_RULE,
     }  # fmt: skip
     write_arrays(index_path(shard), arrays, info)
     if not isinstance(shard, RemoteShard):
@@ -130,7 +131,10 @@ def _unwritable(found: Scan, counts: TokenCounts, folder: TokenizerFolder) -> li
     if found.kind in ("audio", "interleaved") and folder.audio is None:
         why += ", or it has a sound and the tokenizer has no audio tokenizer"
     return [
-        (f"{found.name}:{found.keys[row]}", f"can't be written as {' or '.join(counts.by_task)}: {why}")
+        (
+            f"{found.name}:{found.keys[row]}",
+            counts.refused.get(row, f"can't be written as {' or '.join(counts.by_task)}: {why}"),
+        )
         for row in np.flatnonzero(is_empty_N).tolist()
     ]
 

@@ -24,6 +24,7 @@ from mmllm.data.loading.sounds import SoundDataset
 from mmllm.data.plan.plan import Plan, open_plan
 from mmllm.data.plan.recipe import OnErrorConfig, Recipe, load_recipe
 from mmllm.data.plan.single import SinglePlan, open_captions, open_indices, open_sounds
+from mmllm.data.plan.tasks import TaskConfig, open_task_plan, split_sources
 from mmllm.data.samples.decode import ImageTransform
 from mmllm_tokenizers.folder import TokenizerFolder
 
@@ -47,6 +48,7 @@ class PackedDataModule(L.LightningDataModule):
             For a frozen image tower, and without `min_scale` and `flip`.
         token_multiple: The tokens that a batch's decoder sees are rounded up to it by padding that is computed: few
             different shapes for `compile`; 1: not at all.
+        tasks: Steps of one source at a time, as `ReptileModule` trains; None: all sources are mixed.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class PackedDataModule(L.LightningDataModule):
         flip: bool = False,
         image_features: bool = False,
         token_multiple: int = 1,
+        tasks: TaskConfig | None = None,
     ) -> None:
         super().__init__()
         if token_multiple < 1:
@@ -73,6 +76,7 @@ class PackedDataModule(L.LightningDataModule):
         if steps_per_epoch is not None and steps_per_epoch < 1:
             raise ValueError(f"steps_per_epoch is {steps_per_epoch}; it must be at least 1")
         self._recipe, self._val_recipe = recipe, val_recipe
+        self._tasks = tasks
         self._batch_size, self._num_workers = batch_size, num_workers
         self._num_val_sequences, self._steps_per_epoch = num_val_sequences, steps_per_epoch
         self._image_mode: Literal["squash", "pad", "crop"] | None = image_mode
@@ -140,9 +144,19 @@ class PackedDataModule(L.LightningDataModule):
     @property
     def plan(self) -> Plan:
         """The training plan; `plan.hash` is the recipe hash."""
-        if self._plan is None:
+        if self._plan is None and self._tasks is not None:
+            recipe = _recipe(self._recipe)
+            if self._tasks.column is not None:
+                self._recipe = recipe = split_sources(recipe, self.folder, self._tasks.column)
+            self._plan = open_task_plan(recipe, self._batch_size, self.folder, self._tasks)
+        elif self._plan is None:
             self._plan = open_plan(_recipe(self._recipe), self._batch_size, self.folder)
         return self._plan
+
+    @property
+    def tasks(self) -> TaskConfig | None:
+        """How many steps of one source come at a time; None: all sources are mixed."""
+        return self._tasks
 
     @property
     def features(self) -> str | None:

@@ -172,8 +172,9 @@ class StepDataset(Dataset[PackedBatch]):
         if isinstance(read, TextPiece):
             draft.document = self._read.part_document(read, item)
         else:
-            template = (self._plan.sources[item.source].config.templates or {}).get(item.task)
-            draft.document = build_document(read, item.task, self._folder, draft.later, template)
+            config = self._plan.sources[item.source].config
+            template = (config.templates or {}).get(item.task)
+            draft.document = build_document(read, item.task, self._folder, draft.later, template, config.anchor_prompt)
         draft.read, draft.is_new = None, True
 
     def _decode_draft(self, draft: _Draft) -> None:

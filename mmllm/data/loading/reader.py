@@ -135,8 +135,9 @@ class SampleReader:
             return None
         key = item.source, item.task
         if key not in self._frames:
-            template = (self._plan.sources[item.source].config.templates or {}).get(item.task)
-            self._frames[key] = text_frame(item.task, self._folder, template)
+            config = self._plan.sources[item.source].config
+            template = (config.templates or {}).get(item.task)
+            self._frames[key] = text_frame(item.task, self._folder, template, config.anchor_prompt)
         return self._frames[key]
 
     def _piece(self, wanted: _Wanted, data: bytes) -> TextPiece:

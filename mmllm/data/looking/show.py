@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from mmllm.batch import IGNORE, Modality
 from mmllm.data.loading.loader import PackedLoader, StepDataset
 from mmllm.data.loading.reader import SampleReader
@@ -84,8 +87,18 @@ def _read_through_loaders(
             sequence |= {
                 "text": folder.text.decode(batch.token_ids_BT[row][is_text_T].tolist()),
                 "targets": int((batch.labels_BT[row] != IGNORE).sum()),
+                "trained": _trained_texts(batch.labels_BT[row], is_text_T, folder),
                 "errors": errors,
             }
+
+
+def _trained_texts(labels_T: Tensor, is_text_T: Tensor, folder: TokenizerFolder) -> list[str]:
+    """Each run of text that is to be predicted: of a conversation, what the assistant says."""
+    is_target_T = labels_T != IGNORE
+    is_target_T[:-1] &= is_text_T[1:]  # labels are shifted: the target is the next token
+    bounds = np.flatnonzero(np.diff(np.concatenate([[False], is_target_T.numpy(), [False]]))).reshape(-1, 2)
+    texts = [folder.text.decode(labels_T[start:stop].tolist()) for start, stop in bounds.tolist()]
+    return [text for text in texts if text]
 
 
 def add_starts(shown: dict[str, Any], plan: Plan, folder: TokenizerFolder) -> None:

@@ -28,6 +28,14 @@ def stats_lines(told: Mapping[str, Any]) -> Iterator[str]:
     )
     draws = sum(told["documents"].values())
     yield f"documents drawn more than once: {told['repeated_documents']:,}, in {draws:,} draws"
+    if (tell := told["tell"]) is not None:
+        ratio = "none" if tell["ratio"] is None else f"{tell['ratio']:.2f}"
+        yield f"tell: {tell['documents']:,} of {tell['task']}, {ratio} general each (wanted {tell['wanted_ratio']:g})"
+    for name, types in told["task_types"].items():
+        for what, counts in types.items():
+            if counts:
+                said = ", ".join(f"{task or 'none'} {count:,}" for task, count in sorted(counts.items()))
+                yield f"task types {what.replace('_', ' ')}, {name}: {said}"
     for name, counts in told["left_out"].items():
         if any(counts.values()):
             said = ", ".join(f"{count:,} {why.replace('_', ' ')}" for why, count in counts.items() if count)
@@ -64,6 +72,8 @@ def show_lines(shown: Mapping[str, Any]) -> Iterator[str]:
             yield f"  error: {message}"
         if "text" in sequence:
             yield f"  {sequence['text']}"
+        for text in sequence.get("trained", ()):
+            yield f"  trained: {text}"
 
 
 def start_of(text: str) -> str:

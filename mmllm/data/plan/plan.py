@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,9 @@ from mmllm.data.index.index import ShardIndex, load_indices
 from mmllm.data.plan.best_fit import Budgets, pack_window
 from mmllm.data.plan.recipe import METRICS, Recipe, SourceConfig, recipe_hash
 from mmllm.data.plan.source import Drawn, Item, Source
+from mmllm.data.samples.documents import conversation_tokens, with_anchor
 from mmllm.data.samples.schema import read_sample
-from mmllm.data.samples.templates import chat_tokens, template_tokens
+from mmllm.data.samples.templates import template_tokens
 from mmllm.data.shards.find import find_shards
 from mmllm.data.shards.reader import ShardReader
 from mmllm.data.shards.remote import RemoteShard
@@ -40,6 +41,8 @@ _logger = logging.getLogger(__name__)
 
 STATE_VERSION = 3
 """To be raised by whatever makes another stream of the same recipe."""
+_TELL = 11
+"""What random numbers are for; `source.py` and `single.py` have the others."""
 AHEAD = 32
 """Sequences among which the next one is chosen."""
 
@@ -341,6 +344,8 @@ class Plan:
             tokens = self.sources[number].tokens_M[found.items].astype(np.int64)
             costs = tokens if self.recipe.mixture.unit == "tokens" else np.ones_like(tokens)
             clocks = cursors[number][1] + (np.cumsum(costs) - costs) / shares[number]
+            if self.recipe.tell is not None:
+                clocks += _places(self.recipe.seed, number, found.after) / shares[number]
             values = (clocks, np.full(len(tokens), number), found.items, tokens, costs)
             for column, value in zip(columns, values, strict=True):
                 column.append(value)
@@ -387,6 +392,20 @@ class Plan:
         told = [{**self.describe(item), "source": item.source} for item in sequence]
         text = "\n".join("\t".join(map(str, document.values())) for document in told)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _places(seed: int, source: int, positions: np.ndarray) -> np.ndarray:
+    """Where each document of a source comes between two of its turns, in [0, 1): random, and the same each time.
+
+    A document's own turn is a stretch of one by its source's clock, so that the order within a source stays. Numbers
+    are splitmix64's (Steele et al. 2014, https://doi.org/10.1145/2660193.2660195) of the position.
+    """
+    start = int(np.random.default_rng([seed, _TELL, source]).integers(2**63))
+    with np.errstate(over="ignore"):
+        mixed = np.uint64(start) + positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(11)) / 2.0**53
 
 
 def sequence_digest(sequence: tuple[Item, ...] | None) -> str | None:
@@ -447,46 +466,49 @@ def open_sources(recipe: Recipe, tokenizer_hash: str, folder: TokenizerFolder | 
             indices = list(load_indices(shards, tokenizer_hash))
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"source {config.name!r}: {error}") from error
-        _warn_of_chat(config, indices, folder)
+        if folder is not None and "chat" in config.task_names and "chat" not in (config.templates or {}):
+            for index in indices:
+                index.check_chat(folder.chat_template is not None)
         more_tokens = None
-        if config.templates:
+        if config.templates or config.anchor_prompt is not None:
             assert folder is not None, "templates are counted with the tokenizer"
-            more_tokens = partial(_more_tokens, templates=config.templates, folder=folder)
+            more_tokens = partial(_more_tokens, config=config, folder=folder)
         sources.append(Source(config, number, indices, recipe, more_tokens))
     _check_metric(recipe, sources)
     return sources
 
 
-def _warn_of_chat(config: SourceConfig, indices: Sequence[ShardIndex], folder: TokenizerFolder | None) -> None:
-    """Says that conversations are trained on in another form than an imported model's own."""
-    if folder is None or folder.chat_template is None or "chat" not in config.task_names:
-        return
-    if any(index.lengths["chat"].any() for index in indices):
-        _logger.warning(
-            "source %s: conversations are written by the task `chat` of templates.json, not by chat_template.jinja, by "
-            "which Model.chat writes them: give the source a template for chat in the checkpoint's form, or remove "
-            "chat_template.jinja from the tokenizer folder",
-            config.name,
-        )
-
-
-def _more_tokens(
-    index: ShardIndex, templates: Mapping[str, Mapping[str, str]], folder: TokenizerFolder
-) -> dict[str, int | np.ndarray]:
-    """By task, how many tokens more a shard's documents have by these templates than by the tokenizer's.
+def _more_tokens(index: ShardIndex, config: SourceConfig, folder: TokenizerFolder) -> dict[str, int | np.ndarray]:
+    """By task, how many tokens more a shard's documents have in this source than the index counted.
 
     A conversation has more for each of its turns, which no index counts: conversations are read.
+
+    Raises:
+        ValueError: The folder's chat template refuses a conversation behind the source's anchor.
     """
-    more: dict[str, int | np.ndarray] = {task: template_tokens(task, own, folder) for task, own in templates.items()}
-    if "chat" in templates:
+    templates, anchor = config.templates or {}, config.anchor_prompt
+    more: dict[str, int | np.ndarray] = {}
+    for task in config.task_names:
+        more[task] = template_tokens(task, templates[task], folder) if task in templates else 0
+        more[task] += len(folder.text.encode(anchor)) if anchor is not None else 0
+    if "chat" in config.task_names and ("chat" in templates or anchor is not None):
         more_N = more["chat"] = np.zeros(index.num_documents, dtype=np.int64)
         reader = ShardReader()
         for row in np.flatnonzero(index.lengths["chat"]).tolist():
             place, key = index.place(row), index.key(row)
             name = f"{index.path}:{key}"
             _, files = read_members(reader.read(index.path, place.start, place.num_bytes), name)
-            sample = read_sample(files, key, name)
-            more_N[row] = chat_tokens([segment.role for segment in sample.segments], templates["chat"], folder)
+            said = [segment.said for segment in read_sample(files, key, name).segments]
+            if not any(segment.role for segment in said):
+                more_N[row] = template_tokens("chat", templates["chat"], folder) if "chat" in templates else 0
+                more_N[row] += len(folder.text.encode(anchor or ""))
+                continue
+            anchored = said if anchor is None else with_anchor(said, anchor)
+            try:
+                found = conversation_tokens(anchored, folder, templates.get("chat"))
+            except ValueError as error:
+                raise ValueError(f"source {config.name!r}: {name} behind the anchor_prompt: {error}") from error
+            more_N[row] = found - conversation_tokens(said, folder)
         reader.close()
     return more
 

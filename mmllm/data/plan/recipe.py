@@ -9,10 +9,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import sys
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +18,7 @@ import yaml
 from mmllm.data.expressions import compile_filter
 from mmllm.data.samples.documents import KIND_TASKS
 from mmllm.data.samples.templates import check_template
+from mmllm.parsing import parse
 
 METRICS = ("num_tokens", "length", "rarity", "image_area", "seconds", "num_frames", "num_images")
 """Of a curriculum; besides, any numeric metadata column."""
@@ -43,6 +40,19 @@ class SourceConfig:
     """How often its documents may be drawn; `None`: without end. Not together with a curriculum."""
     filter: str | None = None
     """Which rows, e.g. `"not perturbed and width >= 64"`."""
+    share: float | None = None
+    """Of its rows only so many, 0 to 1, drawn by the recipe's seed: those of a smaller share are among those of a
+    larger one. For learning curves."""
+    max_documents: int | None = None
+    """At most this many documents of each task type, drawn by the recipe's seed: an instruction mixture's cap."""
+    heldout_tasks: list[str] | None = None
+    """Task types whose documents are never drawn, so that they can be tested."""
+    task_column: str | None = None
+    """The rows' key that says a document's task type; by default `task`."""
+    anchor_prompt: str | None = None
+    """One fixed text in front of each of its documents, which is not to be predicted (TELL,
+    https://arxiv.org/abs/2404.00914); of a conversation, the system's. Opening the recipe then reads every conversation
+    once, to count."""
     tasks: list[str] | None = None
     """Each sample is one document per task. By default: audio as transcribe and speak, others as their kind."""
     task_weights: list[float] | None = None
@@ -68,6 +78,8 @@ class SourceConfig:
             _check_schedule(self.weight_schedule, f"source {self.name!r}: weight_schedule")
         if self.max_epochs is not None and not self.max_epochs > 0:
             raise ValueError(f"source {self.name!r}: max_epochs is {self.max_epochs}; it must be above 0")
+        if self.share is not None and not 0 < self.share <= 1:
+            raise ValueError(f"source {self.name!r}: share is {self.share}; it must be above 0 and at most 1")
         known = KIND_TASKS[self.kind]
         for task in self.tasks or ():
             if task not in known:
@@ -81,6 +93,17 @@ class SourceConfig:
                 f"source {self.name!r}: task_weights is {self.task_weights}; give a weight above 0 for each of "
                 f"{', '.join(self.task_names)}"
             )
+        if self.max_documents is not None and self.max_documents < 1:
+            raise ValueError(f"source {self.name!r}: max_documents is {self.max_documents}; it must be at least 1")
+        if self.heldout_tasks is not None and not self.heldout_tasks:
+            raise ValueError(f"source {self.name!r}: heldout_tasks is empty; name a task type, or leave it out")
+        if self.task_column is not None and self.max_documents is None and self.heldout_tasks is None:
+            raise ValueError(
+                f"source {self.name!r}: task_column is {self.task_column!r}, which max_documents and heldout_tasks "
+                f"read; give one of them, or leave it out"
+            )
+        if self.anchor_prompt is not None and not self.anchor_prompt.strip():
+            raise ValueError(f"source {self.name!r}: anchor_prompt is empty; give a text, or leave it out")
         if self.filter is not None:
             try:
                 compile_filter(self.filter)
@@ -145,6 +168,26 @@ def _check_schedule(points: list[list[float]], where: str) -> None:
         or not any(weight > 0 for _, weight in points)
     ):
         raise ValueError(f"{where} is {points}; give [step, weight] points by ascending step, some weight above 0")
+
+
+@dataclass(frozen=True)
+class TellConfig:
+    """Few documents of one task, mixed at random into many general ones (TELL, https://arxiv.org/abs/2404.00914).
+
+    Each document of the task comes with `ratio` general ones: at a random place among them, drawn anew each time, so
+    that no stretch of training holds the task alone.
+    """
+
+    task: str
+    """The source of the task."""
+    ratio: float
+    """General documents for each of the task's."""
+    general: list[str] | None = None
+    """The other sources, which share the general part by their weights; by default all."""
+
+    def __post_init__(self) -> None:
+        if not self.ratio > 0:
+            raise ValueError(f"tell.ratio is {self.ratio}; it must be above 0 (0 is plain fine-tuning: leave tell out)")
 
 
 @dataclass(frozen=True)
@@ -252,6 +295,7 @@ class Recipe:
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
     curriculum: CurriculumConfig | None = None
+    tell: TellConfig | None = None
     on_error: OnErrorConfig = field(default_factory=OnErrorConfig)
     folder: str | None = None
     """Where the recipe lies; set by `load_recipe`, never written."""
@@ -266,6 +310,8 @@ class Recipe:
         names = [source.name for source in self.sources]
         if len(set(names)) != len(names):
             raise ValueError(f"sources have the names {names}; give each its own")
+        if self.tell is not None:
+            self._check_tell(self.tell, names)
         ordered = self._ordered(names)
         capped = [source.name for source in self.sources if source.max_epochs is not None and source.name in ordered]
         if (
@@ -281,6 +327,31 @@ class Recipe:
             )
         for step in sorted(self._turns()):
             self.shares(step)
+
+    def _check_tell(self, tell: TellConfig, names: list[str]) -> None:
+        general = tell.general if tell.general is not None else [name for name in names if name != tell.task]
+        wrong = next((name for name in (tell.task, *general) if name not in names), None)
+        if wrong is not None:
+            raise ValueError(f"tell names {wrong!r}, which is no source of the recipe; it has {', '.join(names)}")
+        if tell.task in general or sorted([tell.task, *general]) != sorted(names) or not general:
+            raise ValueError(
+                f"tell has the task {tell.task!r} and general {general}; together they must be all sources of the "
+                f"recipe, each once: {', '.join(names)}"
+            )
+        if self.mixture.unit != "samples":
+            raise ValueError(
+                f"tell counts documents, but mixture.unit is {self.mixture.unit!r}; set mixture.unit to samples"
+            )
+        if self.mixture.on_exhausted == "renormalize":
+            raise ValueError(
+                "mixture.on_exhausted is 'renormalize', by which the task would go on alone where the general sources "
+                "are used up; with tell, set it to stop or repeat"
+            )
+        task = next(source for source in self.sources if source.name == tell.task)
+        if task.weight_schedule is not None or task.weight != 1.0:
+            raise ValueError(
+                f"source {tell.task!r} has a weight or a weight_schedule, but tell.ratio says its share; leave it out"
+            )
 
     def _ordered(self, names: list[str]) -> list[str]:
         """Sources that a curriculum orders."""
@@ -302,10 +373,20 @@ class Recipe:
         Raises:
             ValueError: The schedules leave no source a weight at this step, or the temperature leaves one no share.
         """
-        weights = [source.weight_at(step) for source in self.sources]
+        tell = self.tell
+        weights = [
+            0.0 if tell is not None and source.name == tell.task else source.weight_at(step) for source in self.sources
+        ]
         if not any(weights):
             raise ValueError(f"all sources have weight 0 at step {step}; mend their weight_schedule")
-        return self._shares(weights)
+        shares = self._shares(weights)
+        if tell is None:
+            return shares
+        of_task = 1 / (1 + tell.ratio)
+        return [
+            of_task if source.name == tell.task else share * (1 - of_task)
+            for source, share in zip(self.sources, shares, strict=True)
+        ]
 
     def shares_at_rest(self, step: int) -> list[float] | None:
         """The shares of the sources that have no weight at a step, by their largest weights, if all others ran out.
@@ -373,7 +454,7 @@ def recipe_from_dict(value: Any, folder: str | None = None) -> Recipe:
     Raises:
         ValueError: As `load_recipe`.
     """
-    recipe = _parse(Recipe, value, "", hidden=("folder",))
+    recipe = parse(Recipe, value, hidden=("folder",), what="the recipe")
     return dataclasses.replace(recipe, folder=folder)
 
 
@@ -406,71 +487,11 @@ def recipe_hash(recipe: Recipe, shard_digests: list[list[str]], tokenizer_hash: 
     value["tokenizer"] = tokenizer_hash
     if recipe.curriculum is not None and recipe.curriculum.sources is not None:
         value["curriculum"]["sources"] = [recipe.curriculum.orders(source.name) for source in recipe.sources]
+    if recipe.tell is not None:
+        value["tell"] = {"ratio": recipe.tell.ratio, "task": [s.name == recipe.tell.task for s in recipe.sources]}
     for source, config, digests in zip(value["sources"], recipe.sources, shard_digests, strict=True):
         del source["name"], source["remote"]
         if config.weight_schedule is not None:
             del source["weight"]
         source |= {"shards": digests, "tasks": list(config.task_names)}
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _parse(cls: type, value: Any, where: str, hidden: tuple[str, ...] = ()) -> Any:
-    name = where or "the recipe"
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{name} must be a mapping of keys, got {type(value).__name__}")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in hidden}
-    for key in value:
-        if key not in fields:
-            raise ValueError(f"{name} has the unknown key {key!r}; known are {', '.join(fields)}")
-    for key, spec in fields.items():
-        if spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING and key not in value:
-            raise ValueError(f"{name} lacks the key {key!r}")
-    prefix = f"{where}." if where else ""
-    return cls(**{key: _convert(hints[key], item, f"{prefix}{key}") for key, item in value.items()})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        fitting = [option for option in options if option is not type(None) and _fits(option, value)]
-        return _convert(fitting[0] if fitting else options[0], value, where)
-    if dataclasses.is_dataclass(hint):
-        assert isinstance(hint, type)
-        return _parse(hint, value, where)
-    if origin is list:
-        if not isinstance(value, list):
-            raise ValueError(f"{where} must be a list, got {value!r}")
-        (inner,) = typing.get_args(hint)
-        return [_convert(inner, item, f"{where}[{number}]") for number, item in enumerate(value)]
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{where} must be a mapping, got {value!r}")
-        _, inner = typing.get_args(hint)
-        return {str(key): _convert(inner, item, f"{where}.{key}") for key, item in value.items()}
-    if origin is Literal:
-        if value not in typing.get_args(hint):
-            raise ValueError(f"{where} is {value!r}; it must be one of {', '.join(typing.get_args(hint))}")
-        return value
-    if not _fits(hint, value):
-        raise ValueError(f"{where} is {value!r}; it must be of type {hint.__name__}")
-    if hint is float and not abs(value) <= sys.float_info.max:
-        raise ValueError(f"{where} is {value}; it must be a finite number")
-    return hint(value)
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    if typing.get_origin(hint) is list:
-        return isinstance(value, list)
-    if typing.get_origin(hint) is dict:
-        return isinstance(value, Mapping)
-    if dataclasses.is_dataclass(hint):
-        return isinstance(value, Mapping)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint) if isinstance(hint, type) else False

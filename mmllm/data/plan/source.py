@@ -12,8 +12,9 @@ Shapes: M items (a document as one task, or one part of a long text), G groups o
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise, repeat
 from typing import Any, NamedTuple
 
@@ -33,10 +34,15 @@ BLOCK_ITEMS = 1 << 20
 _CHUNK = 4096
 _COUNTED = ("num_tokens", "num_images", "num_frames")
 _LENGTHS = ("num_tokens", "length")
+TASK_COLUMN = "task"
+"""The rows' key that says a document's task type, where a source names no other."""
 _COPIED = "perturbed"
 """What `build --perturb` writes in altered copies; without it no row has the key, and a filter may still name it."""
-_ORDER, _RANKS = 6, 7
-"""What random numbers are for; others of the recipe's seed are 1 (`Plan`) and 4 (`StepDataset`)."""
+_ORDER, _RANKS, _CAP = 6, 7, 10
+"""What random numbers are for; others of the recipe's seed are 1 (`Plan`), 4 (`StepDataset`), and 8 and 9
+(`single.py`)."""
+_NAMED = 5
+"""Documents that are named in one message."""
 _logger = logging.getLogger(__name__)
 
 
@@ -65,6 +71,15 @@ class Drawn:
     """Nothing may be drawn after them: the source is at its limit."""
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Documents of a shard as one task, before long ones are split."""
+
+    index: ShardIndex
+    rows: np.ndarray
+    tokens: np.ndarray
+
+
 class Source:
     """A recipe's source with its shards' indices: its items, in the order of the shards.
 
@@ -88,33 +103,43 @@ class Source:
         more_tokens: Callable[[ShardIndex], Mapping[str, int | np.ndarray]] | None = None,
     ) -> None:
         self.config, self.number, self.indices = config, number, list(indices)
-        self.num_filtered = self.num_too_long = self.num_over_budget = 0
+        self.num_filtered = self.num_too_long = self.num_over_budget = self.num_over_cap = 0
+        self.num_by_type: Counter[str] = Counter()
+        """Documents by task type, where the source caps types or holds some out."""
+        self.num_held_out: Counter[str] = Counter()
+        """Documents that are held out, by task type."""
+        self._named_too_long: list[str] = []
         self._seed = (recipe.seed, number)
         self._check_filter()
         items = _Items(
             len(config.task_names) * sum(index.num_documents for index in self.indices), recipe.sequence_length
         )
-        for index in self.indices:
-            self._check_index(index)
-            more = more_tokens(index) if more_tokens is not None else {}
-            for task in config.task_names:
-                items.add(*self._items(index, task, recipe, more.get(task, 0)))
+        groups = self._groups_of_rows(recipe, more_tokens)
+        for group in groups if config.max_documents is None else self._capped(list(groups), config.max_documents):
+            if config.max_documents is not None or config.heldout_tasks is not None:
+                self.num_by_type.update(self._types(group.index)[group.rows].tolist())
+            items.add(*self._parted(group, recipe))
+        self._check_held_out()
         self.tokens_M, self._row_M, self._part_M = items.whole()
         self._starts_G = np.cumsum([0, *items.sizes])
         if not len(self.tokens_M):
             raise ValueError(f"source {config.name!r}: no documents are left {self._why_none_is_left(recipe)}")
-        for count, why in ((self.num_too_long, "longer than a sequence"), (self.num_over_budget, "over a budget")):
+        too_long = f"longer than a sequence: {', '.join(self._named_too_long)}"
+        too_long += ", …" if self.num_too_long > len(self._named_too_long) else ""
+        for count, why in ((self.num_too_long, too_long), (self.num_over_budget, "over a budget")):
             if count:
                 _logger.warning("source %s: left out %d documents %s", config.name, count, why)
+        for task_type, count in self.num_held_out.items():
+            _logger.info("source %s: held out %d documents of the task type %s", config.name, count, task_type)
         self.rank_M = self._ranks(recipe.curriculum)
         self._blocks: dict[tuple[int, int], tuple[np.ndarray, np.ndarray | None]] = {}
         self._cuts: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def _why_none_is_left(self, recipe: Recipe) -> str:
         return (
-            f"({self.num_filtered} filtered out, {self.num_too_long} longer than sequence_length "
-            f"{recipe.sequence_length}, {self.num_over_budget} over the packing's budgets); check its filter, tasks "
-            f"and the sequence length"
+            f"({self.num_filtered} filtered out, {self.num_held_out.total()} held out, {self.num_too_long} longer than "
+            f"sequence_length {recipe.sequence_length}, {self.num_over_budget} over the packing's budgets); check its "
+            f"filter, tasks and the sequence length"
         )
 
     def _lengths(self, index: ShardIndex, task: str) -> np.ndarray:
@@ -131,6 +156,8 @@ class Source:
             for task in self.config.task_names:
                 tokens_N = self._lengths(index, task)
                 is_drawn_N = self._keep(index, task, tokens_N) & (tokens_N > 0)
+                if (is_held_N := self._is_held_out(index)) is not None:
+                    is_drawn_N &= ~is_held_N
                 found.update(str(column[row]) for row in is_drawn_N.nonzero()[0] if column[row] not in (None, ""))
         return found
 
@@ -151,16 +178,85 @@ class Source:
                 f"has {self.config.text_key!r}; run 'mmllm data index --text_key' again, or set the source's text_key"
             )
 
-    def _items(
-        self, index: ShardIndex, task: str, recipe: Recipe, more_tokens: int | np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """(tokens, row, part) of a shard's documents as one task; rows are `None` where all are there, once each."""
+    def _groups_of_rows(
+        self, recipe: Recipe, more_tokens: Callable[[ShardIndex], Mapping[str, int | np.ndarray]] | None
+    ) -> Iterator[_Rows]:
+        """The rows of each shard as each task that may be drawn."""
+        for index in self.indices:
+            self._check_index(index)
+            more = more_tokens(index) if more_tokens is not None else {}
+            if (is_held_N := self._is_held_out(index)) is not None:
+                written_N = np.logical_or.reduce([self._lengths(index, task) > 0 for task in self.config.task_names])
+                self.num_held_out.update(self._types(index)[is_held_N & written_N].tolist())
+            for task in self.config.task_names:
+                yield self._rows(index, task, recipe, more.get(task, 0), is_held_N)
+
+    def _types(self, index: ShardIndex) -> np.ndarray:
+        """[N] the task type of a shard's documents, "" of those that don't say it."""
+        column = index.columns.get(self.config.task_column or TASK_COLUMN)
+        if column is None:
+            return np.full(index.num_documents, "")
+        return np.array(["" if value is None else str(value) for value in column])
+
+    def _is_held_out(self, index: ShardIndex) -> np.ndarray | None:
+        """[N] bools; `None` where nothing is held out."""
+        if self.config.heldout_tasks is None:
+            return None
+        return np.isin(self._types(index), self.config.heldout_tasks)
+
+    def _check_held_out(self) -> None:
+        """A misspelt task type would be trained on, and a misspelt column cap nothing."""
+        config, name = self.config, self.config.task_column or TASK_COLUMN
+        if (config.max_documents is not None or config.heldout_tasks is not None) and name not in self.column_names:
+            raise ValueError(
+                f"source {config.name!r}: no document says its task type in {name!r}, which max_documents and "
+                f"heldout_tasks read; set task_column to one of {', '.join(sorted(self.column_names)) or 'no key'}"
+            )
+        unknown = [each for each in config.heldout_tasks or () if each not in self.num_held_out]
+        if unknown:
+            known = sorted({*self.num_by_type, *self.num_held_out} - {""})
+            raise ValueError(
+                f"source {config.name!r}: heldout_tasks names {unknown[0]!r}, which no document of it has in {name!r}; "
+                f"there are {', '.join(known)}"
+            )
+
+    def _capped(self, groups: list[_Rows], cap: int) -> Iterator[_Rows]:
+        """The groups with at most so many documents of each task type, as each task that they are written as."""
+        num_tasks = len(self.config.task_names)
+        kept = [np.zeros(0, dtype=bool)] * len(groups)
+        for place in range(num_tasks):
+            mine = range(place, len(groups), num_tasks)
+            types_R = np.concatenate([self._types(groups[number].index)[groups[number].rows] for number in mine])
+            order = self._random(_CAP, place).permutation(len(types_R))
+            _, codes_R, counts = np.unique(types_R[order], return_inverse=True, return_counts=True)
+            starts_R = np.repeat(np.cumsum(counts) - counts, counts)
+            occurrence_R = np.empty(len(order), dtype=np.int64)
+            occurrence_R[order[np.argsort(codes_R, kind="stable")]] = np.arange(len(order)) - starts_R
+            is_kept_R = occurrence_R < cap
+            self.num_over_cap += int((~is_kept_R).sum())
+            ends = np.cumsum([len(groups[number].rows) for number in mine])[:-1]
+            for number, is_kept in zip(mine, np.split(is_kept_R, ends), strict=True):
+                kept[number] = is_kept
+        for group, is_kept in zip(groups, kept, strict=True):
+            yield replace(group, rows=group.rows[is_kept], tokens=group.tokens[is_kept])
+
+    def _rows(
+        self,
+        index: ShardIndex,
+        task: str,
+        recipe: Recipe,
+        more_tokens: int | np.ndarray,
+        is_held_N: np.ndarray | None,
+    ) -> _Rows:
+        """A shard's rows as one task that may be drawn."""
         length, packing = recipe.sequence_length, recipe.packing
         tokens_N = self._lengths(index, task)
         keep_N = self._keep(index, task, tokens_N)
         is_chat_too = self.config.kind == "interleaved" and len(self.config.task_names) > 1
         self.num_filtered += int((~keep_N & (tokens_N > 0)).sum() if is_chat_too else (~keep_N | (tokens_N == 0)).sum())
         keep_N &= tokens_N > 0
+        if is_held_N is not None:
+            keep_N &= ~is_held_N
         within_N = np.ones(len(tokens_N), dtype=bool)
         for limit, name in ((packing.max_images, "num_tiles"), (packing.max_frames, "num_frames")):
             if limit is not None:
@@ -171,8 +267,17 @@ class Source:
         is_long = tokens > length
         if index.kind != "text" or packing.long_documents == "drop":
             self.num_too_long += int(is_long.sum())
+            for row, count in zip(rows[is_long].tolist(), tokens[is_long].tolist(), strict=True):
+                if len(self._named_too_long) == _NAMED:
+                    break
+                self._named_too_long.append(f"{index.path.name}:{index.key(row)} ({count} tokens)")
             rows, tokens = rows[~is_long], tokens[~is_long]
-            is_long = is_long[~is_long]
+        return _Rows(index, rows, tokens)
+
+    def _parted(self, group: _Rows, recipe: Recipe) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """(tokens, row, part) of a group; rows are `None` where all are there, once each."""
+        index, rows, tokens, length = group.index, group.rows, group.tokens, recipe.sequence_length
+        is_long = tokens > length
         if not is_long.any():
             return tokens, rows if len(rows) < index.num_documents else None, None
         counts = np.ones(len(rows), dtype=np.int64)
@@ -198,6 +303,8 @@ class Source:
         keep_N = np.ones(index.num_documents, dtype=bool)
         if self.config.max_images is not None:
             keep_N &= index.num_images_N <= self.config.max_images
+        if self.config.share is not None:
+            keep_N &= _shares(index, self._seed[0]) < self.config.share
         if self.config.filter is not None:
             columns: dict[str, Column | np.ndarray] = dict(index.columns)
             for name in set(_COUNTED) & set(filter_names(self.config.filter)):
@@ -297,6 +404,15 @@ class Source:
     def num_items(self) -> int:
         """M."""
         return len(self.tokens_M)
+
+    @property
+    def num_documents(self) -> int:
+        """Rows that its items are made of, each once."""
+        if self._row_M is None:
+            return sum(index.num_documents for index in self.indices)
+        bounds, num_tasks = self._starts_G.tolist(), len(self.config.task_names)
+        firsts = bounds[::num_tasks]
+        return sum(len(np.unique(self._row_M[start:stop])) for start, stop in pairwise(firsts))
 
     @property
     def limit(self) -> int | None:
@@ -488,3 +604,9 @@ def _measured(index: ShardIndex, metric: str) -> np.ndarray:
         case "image_area":
             return column("width") * column("height")
     return column(metric)
+
+
+def _shares(index: ShardIndex, seed: int) -> np.ndarray:
+    """[N] a number in [0, 1) for each document of a shard, by the shard's contents and a seed alone."""
+    digest = int(index.sha256[:16], 16)
+    return np.random.default_rng([seed, digest]).random(index.num_documents)

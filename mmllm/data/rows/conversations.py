@@ -1,4 +1,4 @@
-"""Conversations: LLaVA's, ShareGPT's, OpenAI's and Qwen-VL's turns, the_cauldron's, swift's and Alpaca's pairs."""
+"""Conversations: LLaVA's, ShareGPT's, OpenAI's and Qwen-VL's turns, the_cauldron's, swift's, Alpaca's, FLAN's pairs."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ from mmllm.data.rows.marks import KINDS, Marked
 from mmllm.data.rows.media import Embedded
 from mmllm.data.rows.media_files import drop_embedded, gathered, local_image, refuse_videos
 from mmllm.data.rows.records import is_null
+from mmllm.data.rows.tools import call_text, calls_text, parsed, tools_text
 
 _ROLES = {
-    "human": "user", "user": "user", "system": "user", "gpt": "assistant", "assistant": "assistant",
+    "human": "user", "user": "user", "system": "system", "developer": "system", "gpt": "assistant",
+    "assistant": "assistant", "tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool",
+    "function_response": "tool", "function_call": "assistant", "tool_call": "assistant",
 }  # fmt: skip
-_OF_TOOLS = ("tool", "function", "function_call", "function_response", "observation", "tool_call", "tool_response")
+_IS_CALL = ("function_call", "tool_call")
+"""Roles of turns whose content is a call of a tool: ShareGPT's."""
 _PAIRS = (
     ("query", "response"), ("instruction", "output"), ("prompt", "completion"), ("prompt", "response"),
+    ("inputs", "targets"),
 )  # fmt: skip
-"""Keys of a question and its answer: swift's, Alpaca's, OpenAI's and others'."""
+"""Keys of a question and its answer: swift's, Alpaca's, OpenAI's, others' and FLAN's."""
 _PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages", "chosen_messages")
 SIGNS = frozenset({*TALKS, *_PREFERENCES, *(question for question, _ in _PAIRS), "texts"})
 """One of these keys is in every conversation."""
-_NO_PLACE = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")
 _WHO, _WHAT = ("from", "role"), ("value", "content")
 _MEANT = ("id", "text", "image", "audio", "segments", "question", "answer")
 """Keys that mean something in a row: another's column of that name gets `source_` before it."""
@@ -41,9 +45,13 @@ class _Turn:
     role: str
     content: Any
     is_trained: bool = True
-    is_system: bool = False
     others: dict[str, Any] = field(default_factory=dict)
     """Its other keys."""
+
+    @property
+    def is_system(self) -> bool:
+        """Whether it is the system's."""
+        return self.role == "system"
 
 
 def conversation_rows(given: Input) -> Found:
@@ -80,11 +88,11 @@ def empty_talk(record: dict[str, Any]) -> str:
 def conversation(record: dict[str, Any], number: int, given: Input) -> dict[str, Any]:
     """A conversation as a row of segments, each with its role.
 
-    `system`, a content like any other, is a first turn of the user's. `<image>` in a text stands for the next picture
-    of `image` or `images` (see `Marked`); pictures without a mark come first. A content may be a list of parts: `text`,
-    `image_url` and `input_audio` (data URLs, base64, or files in the media folder), and `image` or `audio`, which stand
-    for the next one, or that of their `index` from 0, where they name none. A turn with `loss: false` or `weight: 0`
-    isn't trained on. Other keys are metadata.
+    `system`, a content like any other, is a first turn, and so are `tools`, as text (`tools.py`). `<image>` in a text
+    stands for the next picture of `image` or `images` (see `Marked`); pictures without a mark come first. A content may
+    be a list of parts: `text`, `image_url` and `input_audio` (data URLs, base64, or files in the media folder), and
+    `image` or `audio`, which stand for the next one, or that of their `index` from 0, where they name none. A turn with
+    `loss: false` or `weight: 0` isn't trained on. Other keys are metadata.
 
     Raises:
         ManifestError: It holds what has no place in a conversation, or nobody answers.
@@ -98,10 +106,16 @@ def conversation(record: dict[str, Any], number: int, given: Input) -> dict[str,
     contents = [_content(turn.content, number, given.folder) for number, turn in enumerate(turns)]
     texts = [item for content in contents for item in content if isinstance(item, str)]
     marked = Marked(texts, files, lambda kind, path: _local_file(path, kind, given.folder))
-    segments: list[dict[str, Any]] = [{kind: file, "role": "user"} for kind in KINDS for file in marked.unmarked[kind]]
+    unmarked: list[dict[str, Any]] = [{kind: file} for kind in KINDS for file in marked.unmarked[kind]]
+    segments: list[dict[str, Any]] = []
     for place, (turn, content) in enumerate(zip(turns, contents, strict=True)):
         pieces = [piece for item in content for piece in (marked.pieces(item) if isinstance(item, str) else [item])]
-        if not pieces and not (turn.is_system or (turn.role == "user" and segments)):
+        if unmarked and not turn.is_system:  # before all that isn't the system's
+            pieces = unmarked + pieces if turn.role == "user" else pieces
+            segments += [] if turn.role == "user" else [{**piece, "role": "user"} for piece in unmarked]
+            unmarked = []
+        is_asked = bool(segments) and segments[-1]["role"] == "system"
+        if not pieces and not (turn.is_system or (turn.role == "user" and is_asked)):
             raise ManifestError(f"turn {place} ({turn.role}) says nothing; leave it out, or give it a text")
         _add(segments, pieces, turn)
     answers = [segment for segment in segments if segment["role"] == "assistant"]
@@ -116,27 +130,27 @@ def conversation(record: dict[str, Any], number: int, given: Input) -> dict[str,
 
 
 def _add(segments: list[dict[str, Any]], pieces: Sequence[dict[str, Any]], turn: _Turn) -> None:
-    """Appends a turn; where it goes on in the role of the one before, a line break parts their texts."""
-    role = {"role": turn.role} if turn.is_trained or turn.role != "assistant" else {"role": turn.role, "loss": False}
-    for number, piece in enumerate(pieces):
-        before = segments[-1] if segments else {}
-        if not number and "text" in piece and "text" in before and before["role"] == turn.role:
-            piece = {"text": "\n" + piece["text"]}
-        segments.append({**piece, **role})
+    """Appends a turn; where it is of the role of the one before, it says that it is another."""
+    role: dict[str, Any] = {"role": turn.role}
+    if turn.role == "assistant" and not turn.is_trained:
+        role["loss"] = False
+    is_another = bool(segments) and segments[-1]["role"] == turn.role
+    segments += [
+        {**piece, **role, **({"new_turn": True} if is_another and not number else {})}
+        for number, piece in enumerate(pieces)
+    ]
 
 
 def _refuse(record: dict[str, Any]) -> None:
     """Raises ManifestError where a record or a turn holds what has no place; keys that hold nothing leave it."""
-    for key in (*_NO_PLACE, *_PREFERENCES):
-        value = record.get(key)
-        if value in (None, "", [], {}, "[]", "{}", "null"):
+    for key in _PREFERENCES:
+        if record.get(key) in (None, "", [], {}, "[]", "{}", "null"):
             record.pop(key, None)
-        elif key in _PREFERENCES:
-            raise ManifestError(
-                f"is a preference pair ({key!r}), which has no place yet; give the answer to learn as the last turn"
-            )
         else:
-            raise ManifestError(f"has {key!r}: {_shown(value)}; tools and their calls have no place yet")
+            raise ManifestError(
+                f"is a preference pair ({key!r}), which trains by mmllm.training.posttraining's preferences; to learn "
+                f"the answer itself, give it as the last turn"
+            )
     refused = next((key for key in ("label", "kto_tag") if record.get(key) is False), None)
     if refused:
         raise ManifestError(f"its answer is one that is refused ({refused!r} is false); give answers to learn")
@@ -157,14 +171,16 @@ def _refuse_loss(record: dict[str, Any]) -> None:
 def _turns(record: dict[str, Any]) -> list[_Turn]:
     """Who says what; the keys that say it leave the record."""
     empty = empty_talk(record)
-    turns = _system(record) + _history(record)
+    tools = tools_text(record)
+    turns = [_Turn("system", tools)] if tools is not None else []
+    turns += _system(record) + _history(record)
     talks = [(key, record.pop(key)) for key in TALKS if not is_null(record.get(key))]
     pair = next((pair for pair in _PAIRS if all(not is_null(record.get(key)) for key in pair)), None)
     if len(talks) > 1 and talks[0][1] != talks[1][1]:
         raise ManifestError(f"has both {TALKS[0]!r} and {TALKS[1]!r}; give one of the two")
     if talks:
         told = _told_turns(talks[0][1], talks[0][0])
-        systems = [turn.content for turn in turns if turn.is_system]
+        systems = [turn.content for turn in turns if turn.is_system and turn.content != tools]
         if systems and any(turn.is_system and turn.content not in systems for turn in told):
             raise ManifestError("has 'system' and another turn of the system; give one of the two")
         turns += [turn for turn in told if not (turn.is_system and systems)]
@@ -192,7 +208,7 @@ def _system(record: dict[str, Any]) -> list[_Turn]:
             continue
         if not isinstance(value, (str, list)):
             raise ManifestError(f"{key!r} is {_shown(value)}; give a text or a list of parts")
-        turns.append(_Turn("user", value, is_system=True))
+        turns.append(_Turn("system", value))
     return turns
 
 
@@ -232,16 +248,28 @@ def _told_turn(turn: Any, number: int) -> _Turn:
     others = {key: value for key, value in turn.items() if not is_null(value) and key not in (*_WHO, *_WHAT)}
     _refuse(others)
     named = next((turn[key] for key in _WHO if turn.get(key) is not None), None)
-    if named in _OF_TOOLS:
-        raise ManifestError(f"turn {number} is of the role {named!r}; tools and their calls have no place yet")
     if named not in _ROLES:
         raise ManifestError(f"turn {number} has the unknown role {named!r}; known are {', '.join(_ROLES)}")
     files = [key for kind in (*KINDS, "video") for key in (kind, f"{kind}s") if others.get(key)]
     if files:
         raise ManifestError(f"turn {number} has {files[0]!r} of its own; put it beside the turns, or into the content")
     content = next((turn[key] for key in _WHAT if turn.get(key) is not None), None)
-    is_trained = _is_trained(others, number, _ROLES[named])
-    return _Turn(_ROLES[named], content, is_trained, named == "system", others)
+    if named in _IS_CALL:
+        calls = parsed(content, f"turn {number}")
+        content = "\n".join(call_text(call, number) for call in (calls if isinstance(calls, list) else [calls]))
+    is_trained, calls = _is_trained(others, number, _ROLES[named]), calls_text(others, number)
+    if calls and _ROLES[named] != "assistant":
+        raise ManifestError(f"turn {number} ({_ROLES[named]}) calls tools; only the assistant does")
+    return _Turn(_ROLES[named], _with_calls(content, calls), is_trained, others)
+
+
+def _with_calls(content: Any, calls: str) -> Any:
+    """What is said in a turn, and below it the calls of tools."""
+    if not calls:
+        return content
+    if isinstance(content, list) and content:
+        return [*content, {"type": "text", "text": f"\n{calls}"}]
+    return f"{content}\n{calls}" if content not in (None, "", []) else calls
 
 
 def _is_trained(turn: dict[str, Any], number: int, role: str) -> bool:

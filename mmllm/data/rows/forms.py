@@ -23,9 +23,10 @@ from mmllm.data.rows.manifests import manifest_rows, table_rows
 from mmllm.data.rows.media_files import visible_files
 from mmllm.data.rows.media_folder import METADATA, folder_rows, text_rows
 from mmllm.data.rows.records import read_records
-from mmllm.data.rows.rows import Row, row_from_dict
+from mmllm.data.rows.rows import Row, answered, row_from_dict
 from mmllm.data.rows.tables import open_table
 from mmllm.data.rows.web_documents import mmc4_rows, obelics_rows
+from mmllm.data.rows.wordings import table_path, wording_rows
 
 _logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ FORMS: dict[str, Callable[[Input], Found]] = {
     "obelics": obelics_rows,
     "mmc4": mmc4_rows,
     "text": text_rows,
+    "flan": wording_rows,
 }
 _WITHOUT_COLUMNS = ("coco", "librispeech", "commonvoice", "text")
 OF_FOLDERS = ("folder", "librispeech")
@@ -112,7 +114,11 @@ def checked_row(where: str, value: dict[str, Any] | ManifestError, given: Input)
     try:
         if isinstance(value, ManifestError):
             raise value
-        return row_from_dict(value, given.folder, where)
+        row, num_unanswered = answered(row_from_dict(value, given.folder, where))
+        if num_unanswered:
+            _logger.warning("%s: ends without an answer; what stands behind the last one is left out", where)
+            given.bad.left_out["questions at the end of a conversation, which nobody answers"] += 1
+        return row
     except ManifestError as error:
         given.bad.add(where, error)
         return None
@@ -153,6 +159,8 @@ def told_form(path: Path, columns: ColumnNames | None = None) -> str:
         is_librispeech = names.isdisjoint(METADATA) and any(name.endswith(TRANSCRIPT) for name in names)
         return "librispeech" if is_librispeech else "folder"
     match path.suffix.lower():
+        case ".json" | ".jsonl" | ".parquet" | ".csv" if table_path(path).is_file():
+            return "flan"
         case ".txt":
             return "text"
         case ".csv":

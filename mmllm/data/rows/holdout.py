@@ -45,16 +45,21 @@ def without_shown(rows: Sequence[Row], heldout: Sequence[Row], digests: Digests)
     Raises:
         ManifestError: None would be left.
     """
-    tested = set[str]().union(*(shown_contents(row, digests) for row in heldout))
-    kept = [row for row in rows if tested.isdisjoint(shown_contents(row, digests))]
+    kept = showing_nothing_of(rows, heldout, digests)
     if rows and not kept:
         raise ManifestError(
             f"each of the {len(rows)} training rows shows a picture, a sound or a text of the held-out rows; hold "
-            f"other rows out (--test, --holdout KEY=VALUE)"
+            f"other rows out (--test, --holdout KEY=VALUE; with --hold_tasks also --holdout 0.1)"
         )
     if len(kept) < len(rows):
         _logger.warning("%d rows are left out: what they show is held out as well", len(rows) - len(kept))
     return kept
+
+
+def showing_nothing_of(rows: Sequence[Row], others: Sequence[Row], digests: Digests) -> list[Row]:
+    """The rows that share no picture, no sound and no text with others."""
+    shown = set[str]().union(*(shown_contents(row, digests) for row in others))
+    return [row for row in rows if shown.isdisjoint(shown_contents(row, digests))]
 
 
 def split_rows(
@@ -97,6 +102,33 @@ def split_rows(
             f"(metadata keys: {', '.join(keys) or 'none'})"
         )
     return train, heldout
+
+
+def split_tasks(
+    rows: Sequence[Row], tasks: Sequence[str], column: str, is_known: bool = False
+) -> tuple[list[Row], list[Row]]:
+    """Rows of other task types, and those of these: whole kinds of questions that are never trained on.
+
+    Args:
+        rows: The rows.
+        tasks: The types that are held out.
+        column: The key of a row's metadata that says its type.
+        is_known: Whether types that no row has are none of those that were misspelt.
+
+    Raises:
+        ManifestError: No row is of one of the types, or all are.
+    """
+    found = {str(row.metadata[column]) for row in rows if row.metadata.get(column) is not None}
+    unknown = [task for task in tasks if task not in found and not is_known]
+    if unknown:
+        raise ManifestError(
+            f"hold_tasks names {unknown[0]!r}, which no row has in {column!r}; there are "
+            f"{', '.join(sorted(found)) or 'none'}"
+        )
+    train = [row for row in rows if str(row.metadata.get(column)) not in tasks]
+    if not train:
+        raise ManifestError(f"hold_tasks {', '.join(tasks)} leaves no row to train on")
+    return train, [row for row in rows if str(row.metadata.get(column)) in tasks]
 
 
 def _least_of_each_kind(rows: Sequence[Row], hashes: Sequence[float]) -> set[float]:

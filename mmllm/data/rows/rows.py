@@ -2,8 +2,9 @@
 
 In a manifest, one JSON object a line, a row has `id`, and `text` with `image` or `audio` (paths relative to the
 manifest, or what `media.py` says of embedded ones), or `segments`: a list of `{"text": …}`, `{"image": path}`,
-`{"audio": path}`, with `question` and `answer` if there is one. Segments with a `role` (`user`, `assistant`) are a
-conversation, of which answers with `"loss": false` aren't trained on. Any other key is metadata.
+`{"audio": path}`, with `question` and `answer` if there is one. Segments with a `role` (`system`, `user`, `assistant`,
+`tool`) are a conversation, of which answers with `"loss": false` aren't trained on; `"new_turn": true` begins a turn
+though the one before it is of the same role. Any other key is metadata.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from typing import Any, Literal
 from mmllm.data.rows.bad_rows import ManifestError, is_of_machine
 from mmllm.data.rows.media import Embedded, Media, is_encoded, media_file
 from mmllm.data.rows.media_files import IMAGES, SOUNDS
+from mmllm.data.samples.conversations import ROLES
 
 Kind = Literal["caption", "interleaved", "text", "audio"]
 KINDS: tuple[Kind, ...] = ("caption", "interleaved", "text", "audio")
-
-ROLES = ("user", "assistant")
 
 OWN_KEYS = ("id", "text", "image", "audio", "segments")
 _MEDIA_KEYS = ("image", "audio")
@@ -38,8 +38,8 @@ class Row:
     image: Media | None = None
     audio: Media | None = None
     segments: tuple[dict[str, Any], ...] = ()
-    """Each with one key: `text` (str), `image` or `audio` (Media); in a conversation also `role`, and `loss` (False)
-    where an answer isn't trained on."""
+    """Each with one key: `text` (str), `image` or `audio` (Media); in a conversation also `role`, `loss` (False)
+    where an answer isn't trained on, and `new_turn` (True) where a turn follows one of its role."""
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def _segment(item: Any, folder: Path, number: int) -> dict[str, Any]:
             segment = {"audio": _file(path, folder, f"segment {number} audio")}
         case _:
             raise ManifestError(f"segment {number} is {_shown(item)}; give a 'text', 'image' or 'audio', not empty")
-    others = [key for key in item if key not in (*kinds, "role", "loss") and item[key] is not None]
+    others = [key for key in item if key not in (*kinds, "role", "loss", "new_turn") and item[key] is not None]
     if others:
         raise ManifestError(f"segment {number} has the key {others[0]!r}, which has no place; put it beside 'segments'")
     if (role := item.get("role")) is not None:
@@ -245,7 +245,31 @@ def _segment(item: Any, folder: Path, number: int) -> dict[str, Any]:
             raise ManifestError(f"segment {number} has the loss {loss!r}; answers (role assistant) have true or false")
         if not loss:
             segment["loss"] = False
+    if (new_turn := item.get("new_turn")) is not None:
+        if new_turn not in (True, False) or role is None:
+            raise ManifestError(
+                f"segment {number} has the new_turn {new_turn!r}; segments with a role have true or false"
+            )
+        if new_turn:
+            segment["new_turn"] = True
     return segment
+
+
+def answered(row: Row) -> tuple[Row, int]:
+    """A conversation without what stands behind its last answer, and how many segments that was.
+
+    Raises:
+        ManifestError: Nobody answers in it, or no answer is trained on.
+    """
+    if not any("role" in segment for segment in row.segments):
+        return row, 0
+    answers = [number for number, segment in enumerate(row.segments) if segment.get("role") == "assistant"]
+    if not answers:
+        raise ManifestError("nobody answers in this conversation")
+    if not any(row.segments[number].get("loss", True) for number in answers):
+        raise ManifestError("no answer of this conversation is trained on (loss: false or weight: 0 throughout)")
+    kept = answers[-1] + 1
+    return replace(row, segments=row.segments[:kept]), len(row.segments) - kept
 
 
 def row_media(row: Row) -> list[tuple[str, Media]]:

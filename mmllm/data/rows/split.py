@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from mmllm.data.rows.bad_rows import BadRows, ManifestError
 from mmllm.data.rows.column_names import ColumnNames
 from mmllm.data.rows.forms import read_rows
-from mmllm.data.rows.holdout import split_rows, without_shown
+from mmllm.data.rows.holdout import showing_nothing_of, split_rows, split_tasks, without_shown
 from mmllm.data.rows.media import Digests, Media
 from mmllm.data.rows.readable import readable_rows
 from mmllm.data.rows.rows import KINDS, Row
@@ -36,6 +37,8 @@ def split(
     form: str = "auto",
     media: str | Path | None = None,
     columns: ColumnNames | None = None,
+    hold_tasks: Sequence[str] = (),
+    task_column: str = "task",
 ) -> dict[str, Any]:
     """Writes `train-KIND.jsonl`, `val.jsonl` (rows taken from training, to look at meanwhile) and `test.jsonl`.
 
@@ -53,6 +56,10 @@ def split(
         form: Of the inputs; `auto`: told from each.
         media: What their paths are relative to; by default each input's folder.
         columns: What their columns are called here, and their types.
+        hold_tasks: Task types that are never trained on. All their rows are tested, and other rows that show some of
+            the same are left out of training; with `holdout` by fraction, pictures are split first, and only those of
+            their rows are tested that show nothing of what is trained on.
+        task_column: The key that says a row's task type.
 
     Returns:
         `train`, `val`, `test`: rows by kind; `repeated`: training rows left out since rows of `test` or `val` show some
@@ -66,9 +73,18 @@ def split(
     test_rows = [row for path in test for row in read_rows(path, bad, form, media, columns)]
     if test_rows and holdout is not None and "=" not in holdout:
         raise ManifestError(f"holdout is {holdout}, a fraction, beside test manifests; give one of the two")
-    if not test_rows or holdout is not None:
+    _, of_tasks = split_tasks(train_rows, hold_tasks, task_column)
+    if holdout is not None or not (test_rows or of_tasks):
         train_rows, heldout = split_rows(train_rows, holdout or DEFAULT_HOLDOUT, seed, digests)
         test_rows = test_rows or heldout
+    train_rows, of_tasks = split_tasks(train_rows, hold_tasks, task_column, is_known=True)
+    if (
+        holdout is not None
+    ):  # then what is trained on stays, and of the held task types what shows nothing of it is tested
+        num_before = len(of_tasks)
+        of_tasks = showing_nothing_of(of_tasks, train_rows, digests)
+        bad.left_out["rows of held task types that show what is trained on"] += num_before - len(of_tasks)
+    test_rows = test_rows + of_tasks
     test_rows = readable_rows(test_rows, bad, "the test rows")  # now, not when all is trained
     num_before = len(train_rows)
     train_rows = without_shown(train_rows, test_rows, digests)
@@ -93,6 +109,7 @@ def split(
         "test": _count(test_rows),
         "repeated": num_repeated,
         "skipped": bad.reasons,
+        **({"held_tasks": _held(test_rows, hold_tasks, task_column)} if hold_tasks else {}),
         **({"left_out": dict(bad.left_out)} if +bad.left_out else {}),
     }
 
@@ -121,6 +138,12 @@ def write_manifest(rows: Sequence[Row], path: Path) -> None:
             values["audio"] = relative(row.audio)
         lines.append(json.dumps({**values, **row.metadata}, ensure_ascii=False) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
+
+
+def _held(rows: Sequence[Row], tasks: Sequence[str], column: str) -> dict[str, int]:
+    """Test rows of each held task type."""
+    counts = Counter(str(row.metadata.get(column)) for row in rows)
+    return {task: counts[task] for task in tasks}
 
 
 def _count(rows: Sequence[Row]) -> dict[str, int]:

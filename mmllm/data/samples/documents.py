@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from mmllm.batch import IGNORE, Modality
+from mmllm.data.samples.conversations import Said, joined_texts, template_pieces
 from mmllm.data.samples.decode import ImageInput, ImageTransform, picture_size
 from mmllm.data.samples.pointers import Pointer, spoken_pointer
 from mmllm.data.samples.templates import chat_pieces, literal_ids, parse_template, template_of
@@ -69,11 +70,19 @@ class Segment:
     image: ImageInput | None = None
     audio: AudioInput = None
     role: str | None = None
-    """Of a conversation: `user` or `assistant`."""
+    """Of a conversation: `system`, `user`, `assistant` or `tool`."""
     features_SC: np.ndarray | None = None
     """As `Sample.features_SC`."""
     is_trained: bool = True
     """Whether an answer of a conversation is to be predicted."""
+    new_turn: bool = False
+    """Whether it begins a turn though the one before it is of the same role."""
+
+    @property
+    def said(self) -> Said:
+        """Whose turn it is, and its text."""
+        kind = "image" if self.image is not None else "audio" if self.audio is not None else "text"
+        return Said(self.role, kind, self.text or "", self.new_turn, self.is_trained)
 
 
 @dataclass(frozen=True)
@@ -287,10 +296,12 @@ def build_document(
     folder: TokenizerFolder,
     transform: Transform | None = None,
     template: Mapping[str, str] | None = None,
+    anchor: str | None = None,
 ) -> Document:
     """The training document of one sample: the task's template, prompt and target.
 
-    Only the target's tokens are to be predicted: of `interleaved`, all text; of `speak`, the units and their end.
+    Only the target's tokens are to be predicted: of `interleaved`, all text; of `speak`, the units and their end; of
+    `chat`, what the assistant says. Conversations are written by the folder's own chat template, where it has one.
 
     Args:
         sample: The row; its pictures and sounds may be paths, bytes or arrays.
@@ -298,22 +309,47 @@ def build_document(
         folder: Tokenizers and templates.
         transform: Pictures to pixels; by default what the folder implies.
         template: `prompt` and `target` instead of the folder's.
+        anchor: A text in front of all, which is not to be predicted; of a conversation, the system's first turn.
 
     Raises:
         ValueError: The task is unknown, or the sample lacks what its template asks for, or can't be read.
     """
     writer = DocumentWriter(folder)
+    is_conversation = task == "chat" and any(segment.role for segment in sample.segments)
+    if anchor is not None and is_conversation:
+        sample = replace(sample, segments=(Segment(anchor, role="system"), *_after_anchor(sample.segments)))
+    elif anchor is not None:
+        writer.ids(folder.text.encode(anchor), False)
     fields = _Fields(sample, task, folder, transform or default_transform(folder))
     if task == "interleaved" and "question" in sample.metadata:
         fields.render(writer, _interleaved_question(folder), True)
         return writer.finish()
-    if task == "chat" and any(segment.role for segment in sample.segments):
-        fields.conversation(writer, template)
+    if is_conversation:
+        if template is None and folder.chat_template is not None:
+            fields.templated(writer)
+        else:
+            fields.conversation(writer, template)
         return writer.finish()
     template = template or template_of(task, folder)
     fields.render(writer, template["prompt"], False)
     fields.render(writer, template["target"], True)
     return writer.finish()
+
+
+def with_anchor(said: Sequence[Said], anchor: str) -> list[Said]:
+    """A conversation behind an anchor, as `build_document` writes it."""
+    first, *others = said
+    if first.role == "system" and first.kind == "text":
+        first = replace(first, text=f"\n{first.text}")
+    return [Said("system", "text", anchor), first, *others]
+
+
+def _after_anchor(segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """Segments behind an anchor, which is of the system: what the system says itself becomes a line of that turn."""
+    first, *others = segments
+    if first.role == "system" and first.text is not None:
+        first = replace(first, text=f"\n{first.text}")
+    return first, *others
 
 
 def _interleaved_question(folder: TokenizerFolder) -> str:
@@ -411,7 +447,7 @@ def document_length(
     num_frames: int = 0,
     segments: Sequence[PieceSize] = (),
     metadata: dict[str, Any] | None = None,
-    roles: Sequence[str | None] = (),
+    said: Sequence[Said] = (),
     image_size: tuple[int, int] = (1, 1),
 ) -> int:
     """Tokens that `build_document` will give, without a picture or a sound at hand.
@@ -424,13 +460,18 @@ def document_length(
         num_frames: Frames of its sound.
         segments: Of an interleaved sample, in order.
         metadata: The row's other keys.
-        roles: Of a conversation, who says each segment.
+        said: Of a conversation, who says each segment.
         image_size: Width and height of its picture, where pictures are cut into tiles.
+
+    Raises:
+        ValueError: No answer of the conversation is trained on, or the folder's chat template refuses it.
     """
     metadata = metadata or {}
-    if task == "chat" and roles:
-        total = sum(len(literal_ids(folder.text, piece)) for piece, _ in chat_pieces(roles, folder))
-        return total + sum(_segment_length(segment, folder) for segment in segments)
+    if task == "chat" and said:
+        if not any(segment.is_answer and segment.is_trained for segment in said):
+            raise ValueError("no answer of this conversation is trained on")
+        sizes = sum(_segment_length(segment, folder) for segment in segments if not isinstance(segment, str))
+        return sizes + conversation_tokens(said, folder)
     if task == "interleaved" and "question" in metadata:
         rendered = _interleaved_question(folder)
     else:
@@ -457,6 +498,26 @@ def document_length(
             case _:
                 total += len(folder.text.encode(str(metadata.get(name, ""))))
     return total
+
+
+def conversation_tokens(
+    said: Sequence[Said], folder: TokenizerFolder, template: Mapping[str, str] | None = None
+) -> int:
+    """Tokens of a conversation's texts, and of what its template writes around them: all but pictures and sounds.
+
+    Args:
+        said: Who says each segment.
+        folder: Tokenizers and templates.
+        template: `prompt` and `target` instead of the folder's.
+
+    Raises:
+        ValueError: The folder's chat template refuses the conversation.
+    """
+    if template is None and folder.chat_template is not None:
+        return sum(len(piece.ids) for piece in template_pieces(said, folder))
+    literals = chat_pieces([segment.role for segment in said], folder, template)
+    total = sum(len(literal_ids(folder.text, piece)) for piece, _ in literals)
+    return total + sum(len(folder.text.encode(text)) for text in joined_texts(said) if text)
 
 
 def _segment_length(segment: PieceSize, folder: TokenizerFolder) -> int:
@@ -547,14 +608,14 @@ class _Fields:
         for number in range(len(self.sample.segments)):
             self._segment(writer, number, is_target)
 
-    def _segment(self, writer: DocumentWriter, number: int, is_target: bool) -> None:
+    def _segment(self, writer: DocumentWriter, number: int, is_target: bool, text: str | None = None) -> None:
         segment = self.sample.segments[number]
         if segment.image is not None:
             self._image(writer, segment.image, segment.features_SC, f"{self.sample.key} segment {number}")
         elif segment.audio is not None:
             writer.clip(encode_audio(segment.audio, self.folder, f"{self.sample.key} segment {number}"))
         else:
-            writer.ids(self.folder.text.encode(segment.text or ""), is_target)
+            writer.ids(self.folder.text.encode((segment.text or "") if text is None else text), is_target)
 
     def _image(self, writer: DocumentWriter, image: ImageInput, features_SC: np.ndarray | None, name: str) -> None:
         if self.folder.config.tiling is None:
@@ -578,6 +639,7 @@ class _Fields:
         Answers that aren't trained on are written like others.
         """
         roles = [segment.role for segment in self.sample.segments]
+        texts = joined_texts([segment.said for segment in self.sample.segments])
         answers = False
         for literal, number in chat_pieces(roles, self.folder, template):
             if number < 0:
@@ -585,7 +647,18 @@ class _Fields:
                 answers = False  # of what follows an answer only its end is said by the assistant
                 continue
             answers = roles[number] == "assistant" and self.sample.segments[number].is_trained
-            self._segment(writer, number, answers)
+            self._segment(writer, number, answers, texts[number])
+
+    def templated(self, writer: DocumentWriter) -> None:
+        """A conversation as the folder's own chat template writes it."""
+        segments = self.sample.segments
+        media = iter(number for number, segment in enumerate(segments) if segment.said.kind != "text")
+        for piece in template_pieces([segment.said for segment in segments], self.folder):
+            if piece.kind != "text":
+                self._segment(writer, next(media), False)
+                continue
+            for is_target, tokens in groupby(zip(piece.targets, piece.ids, strict=True), key=itemgetter(0)):
+                writer.ids([token for _, token in tokens], is_target)
 
     def _codes(self) -> np.ndarray:
         source = self.sample.codes_KF if self.sample.codes_KF is not None else self.sample.audio
@@ -626,10 +699,13 @@ class TextFrame:
     """Whether the text is."""
 
 
-def text_frame(task: str, folder: TokenizerFolder, template: Mapping[str, str] | None = None) -> TextFrame | None:
-    """The frame of a task whose only field is the text; `None` where it has others."""
+def text_frame(
+    task: str, folder: TokenizerFolder, template: Mapping[str, str] | None = None, anchor: str | None = None
+) -> TextFrame | None:
+    """The frame of a task whose only field is the text, behind an anchor if any; `None` where it has other fields."""
     template = template or template_of(task, folder)
     sides: tuple[list[tuple[int, bool]], list[tuple[int, bool]]] = [], []
+    sides[0].extend((token, False) for token in folder.text.encode(anchor or ""))
     found: list[bool] = []
     for part, is_target in (("prompt", False), ("target", True)):
         for literal, name in parse_template(template[part]):

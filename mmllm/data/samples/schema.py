@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mmllm.data.samples.conversations import Said
 from mmllm.data.samples.documents import Sample, Segment
 from mmllm.data.samples.stored import features_ending, unpack_codes, unpack_features
 
@@ -183,16 +184,24 @@ def _features(files: dict[str, bytes], picture: str, made_by: str | None, name: 
     return unpack_features(files[ending], made_by, name)
 
 
+def as_said(item: dict[str, Any]) -> Said:
+    """Who says a segment of a sample's json, and what it is."""
+    kind: Literal["text", "image", "audio"] = "image" if "image" in item else "audio" if "audio" in item else "text"
+    is_trained, new_turn = item.get("loss") is not False, item.get("new_turn") is True
+    return Said(item.get("role"), kind, str(item.get("text", "")), new_turn, is_trained)
+
+
 def _segment(item: Any, files: dict[str, bytes], name: str, codec: str | None, features: str | None) -> Segment:
-    role, is_trained = (item.get("role"), item.get("loss") is not False) if isinstance(item, dict) else (None, True)
+    said = as_said(item) if isinstance(item, dict) else Said(None, "text")
+    turn: dict[str, Any] = {"role": said.role, "is_trained": said.is_trained, "new_turn": said.new_turn}
     match item:
         case {"text": str() as text}:
-            return Segment(text=text, role=role, is_trained=is_trained)
+            return Segment(text=text, **turn)
         case {"image": str() as named} if (ending := named.lower()) in files:
             features_SC = _features(files, ending, features, name)
-            return Segment(image=files[ending], role=role, features_SC=features_SC, is_trained=is_trained)
+            return Segment(image=files[ending], features_SC=features_SC, **turn)
         case {"audio": str() as named} if (ending := named.lower()) in files:
             stored = files.get(f"{ending.partition('.')[0]}.codec.npz")
             audio = unpack_codes(stored, codec, name) if codec and stored else files[ending]
-            return Segment(audio=audio, role=role, is_trained=is_trained)
+            return Segment(audio=audio, **turn)
     raise ValueError(f"{name}: segment {item!r} names no file of the sample ({', '.join(sorted(files))})")

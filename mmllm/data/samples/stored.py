@@ -54,9 +54,14 @@ def _unpack_array(data: bytes, name: str, maker: str, wanted: str, what: str) ->
     return array
 
 
-def pack_codes(codes_KF: np.ndarray, codec: str, frame_rate: float) -> bytes:
-    """A `codec.npz`: uint16 codes `[codebooks, frames]`, the codec's hash, frames a second."""
-    return _pack_arrays(codes=codes_KF.astype(np.uint16), codec=np.array(codec), frame_rate=np.array(frame_rate))
+def pack_codes(codes_KF: np.ndarray, codec: str, frame_rate: float, pointer_F: np.ndarray | None = None) -> bytes:
+    """A `codec.npz`: uint16 codes `[codebooks, frames]`, the codec's hash, frames a second.
+
+    Of speech that a model made, also `pointer`: which letter of its text each frame says.
+    """
+    pointer = {} if pointer_F is None else {"pointer": pointer_F.astype(np.int64)}
+    codes_KF = codes_KF.astype(np.uint16)
+    return _pack_arrays(codes=codes_KF, codec=np.array(codec), frame_rate=np.array(frame_rate), **pointer)
 
 
 def unpack_codes(data: bytes, codec: str, name: str) -> np.ndarray:

@@ -60,16 +60,6 @@ def template_tokens(task: str, template: Mapping[str, str], folder: TokenizerFol
     return counts[1] - counts[0]
 
 
-def chat_tokens(roles: Sequence[str | None], template: Mapping[str, str], folder: TokenizerFolder) -> int:
-    """How many tokens more than by the folder's template a conversation has; `template_tokens` checks the fields."""
-    if not any(roles):
-        return template_tokens("chat", template, folder)
-    ours, own = chat_pieces(roles, folder), chat_pieces(roles, folder, template)
-    return sum(len(literal_ids(folder.text, text)) for text, _ in own) - sum(
-        len(literal_ids(folder.text, text)) for text, _ in ours
-    )
-
-
 def chat_pieces(
     roles: Sequence[str | None], folder: TokenizerFolder, template: Mapping[str, str] | None = None
 ) -> list[tuple[str, int]]:

@@ -274,7 +274,7 @@ def _interleaved_sample(row: Row, metadata: dict[str, Any], config: ShardsConfig
     notes: list[Note] = []
     for segment in row.segments:
         number = len(files)
-        role = {key: segment[key] for key in ("role", "loss") if key in segment}
+        role = {key: segment[key] for key in ("role", "loss", "new_turn") if key in segment}
         if "image" in segment:
             ending, data, _ = _picture(row, segment["image"], config, notes)
             files[f"{number}.{ending}"] = data

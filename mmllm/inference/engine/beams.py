@@ -205,6 +205,7 @@ class BeamRow:
             best.logprobs if has_logprobs else None,
             best.top_logprobs if has_logprobs else None,
             tuple(self.prompt_logprobs) if self.request.prompt_logprobs else None,
+            end_id=best.ids[-1] if has_ended else None,
             beam_score=score,
         )
 

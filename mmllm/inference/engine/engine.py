@@ -234,7 +234,8 @@ class Engine:
         if weights != self._weights:
             kv_dtype = self.config.kv_dtype
             is_plain = kv_dtype == "auto" or getattr(torch, kv_dtype) == self.model.decoder.embed_tokens.weight.dtype
-            self._prepared = Prepared.of(self.model, self.tokenizer, is_plain)
+            # Quick layers add in another order than the model's own, whose bits training sees.
+            self._prepared = Prepared.of(self.model, self.tokenizer, is_plain and not self.config.deterministic)
             self._clear()
             self._weights = weights
 

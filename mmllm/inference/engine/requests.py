@@ -130,6 +130,7 @@ class SpeechRequest:
         max_frames: at most; None, with a pointer alone: as many as the letters may last.
         pace: how the pointer moves.
         number: as of a `TextRequest`.
+        logprobs: also give each position's log-probability.
     """
 
     prompt: Document
@@ -137,6 +138,7 @@ class SpeechRequest:
     max_frames: int | None = None
     pace: Pace = field(default_factory=Pace)
     number: int = 0
+    logprobs: bool = False
 
     def __post_init__(self) -> None:
         if self.max_frames is not None and self.max_frames < 1:
@@ -182,6 +184,8 @@ class TextResult:
     """Of each position of the prompt; None: nothing goes before it, or it is no text."""
     stop: str | None = None
     """The stop string that ended it."""
+    end_id: int | None = None
+    """The id that ended it, which is no part of it; None: another thing did."""
     beam_score: float | None = None
     """Of a beam search: the text's log-probability, its rules included, by its length; None: there was none."""
     cost: Cost = field(default_factory=Cost)
@@ -199,6 +203,9 @@ class SpokenUnits:
     """Letters that lasted as long as they may."""
     is_whole: bool = True
     """False: it was stopped, or ran into the bound of frames, before its end."""
+    logprobs: tuple[float, ...] | None = None
+    """Of each position that was drawn, in nats, before temperature and what else chooses: the sum over its codebooks;
+    fillers and ends that are forced count nothing."""
     cost: Cost = field(default_factory=Cost)
 
 
@@ -243,7 +250,8 @@ class EngineConfig:
             model ("draft"). What is greedy stays the same.
         most_drafts: ids that are guessed at once for a row.
         speculative_rows: where more rows run, nothing is guessed: their steps are well used.
-        deterministic: rows are computed one by one and whole, so that nothing beside a row changes a bit of it.
+        deterministic: rows are computed one by one and whole, by the model's own layers, so that nothing beside a row
+            changes a bit of it, and a prompt's log-probabilities are those that training computes of it alone.
     """
 
     max_rows: int = 64

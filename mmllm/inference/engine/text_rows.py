@@ -116,6 +116,7 @@ class TextRow:
             tuple(self._top_logprobs) if has_logprobs else None,
             tuple(self.prompt_logprobs) if self.request.prompt_logprobs else None,
             stop,
+            self.sampler.ids[-1] if len(ids) < len(self.sampler.ids) else None,
         )
 
     def _ids(self) -> tuple[int, ...]:

@@ -107,6 +107,8 @@ class UnitRow:
         """Its positions, each the codes of its codebooks."""
         self.places: list[int] = [-1] * self.begun
         """The letter that each frame says."""
+        self.logprobs: list[float] = []
+        """Of the positions that were drawn, where they are asked for."""
         self.end: int | None = None
         """How many positions have a unit of codebook 0."""
         self.position = self.begun
@@ -155,7 +157,10 @@ class UnitRow:
         pointer_F = None
         if rules.has_pointer:
             pointer_F = torch.tensor(self.places[self.begun : codes_KF.shape[1]], dtype=torch.int64)
-        return SpokenUnits(codes_KF[:, self.begun :], pointer_F, num_bounded, is_whole)
+        logprobs = None
+        if self.request.logprobs:  # behind an end may lie positions that were drawn in vain
+            logprobs = tuple(self.logprobs[: len(self.columns) - self.begun])
+        return SpokenUnits(codes_KF[:, self.begun :], pointer_F, num_bounded, is_whole, logprobs)
 
 
 @dataclass(frozen=True)
@@ -263,7 +268,10 @@ class UnitRows:
         """
         rules, rows, device = self.rules, self.rows, hidden_BD.device
         draws_BR = torch.stack([row.draws_PR[row.position - row.begun] for row in rows]).to(device)
-        first_B, is_end_B = self._draw_first(hidden_BD, draws_BR[:, 0])
+        logprobs_B = None
+        if any(row.request.logprobs for row in rows):
+            logprobs_B = torch.zeros(len(rows), dtype=torch.float64, device=device)
+        first_B, is_end_B = self._draw_first(hidden_BD, draws_BR[:, 0], logprobs_B)
         columns = [first_B]
         for codebook in range(1, rules.num_rows):
             start = rules.starts[codebook]
@@ -276,13 +284,23 @@ class UnitRows:
                     for row in rows
                 ]
                 codes_B = codes_B.masked_fill(torch.tensor(is_filler, device=device), rules.filler)
+            if logprobs_B is not None:
+                logprobs_B += _log_probabilities(logits_BV, torch.where(codes_B < rules.filler, codes_B, -1))
             columns.append(codes_B)
+        if logprobs_B is not None:
+            for row, logprob in zip(rows, logprobs_B.tolist(), strict=True):
+                row.logprobs.append(logprob)
         self._note_ends(hidden_BD, is_end_B, draws_BR[:, -1])
         self._codes_BK = torch.stack(columns, dim=1)
         return self._codes_BK
 
-    def _draw_first(self, hidden_BD: Tensor, draws_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes of codebook 0 (of a flat stream: of the codebook whose turn it is), and which rows end here."""
+    def _draw_first(
+        self, hidden_BD: Tensor, draws_B: Tensor, logprobs_B: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Codes of codebook 0 (of a flat stream: of the codebook whose turn it is), and which rows end here.
+
+        Where there are `logprobs_B`, those of what was drawn are added to them.
+        """
         rules, rows = self.rules, self.rows
         phases = [row.position % rules.step for row in rows]
         codes_B = torch.empty(len(rows), dtype=torch.int64, device=hidden_BD.device)
@@ -297,6 +315,8 @@ class UnitRows:
             is_end_B[here] = drawn_B == size
             has_ended = torch.tensor([row.end is not None for row in chosen], device=hidden_BD.device)
             codes_B[here] = torch.where(has_ended | (drawn_B == size), rules.filler, drawn_B + start - rules.starts[0])
+            if logprobs_B is not None:
+                logprobs_B[here] += _log_probabilities(logits_BV, torch.where(has_ended, -1, drawn_B))
         return codes_B, is_end_B
 
     def _first_logits(self, hidden_BD: Tensor, rows: Sequence[UnitRow], phase: int) -> Tensor:
@@ -340,6 +360,13 @@ class UnitRows:
             return UnitInputs(codes_BK, None, None, None)
         places_B = self._first_letters_B + self.letters.spoken_B
         return UnitInputs(codes_BK, self._letters_L, places_B, self.letters.ages_B)
+
+
+def _log_probabilities(logits_BV: Tensor, drawn_B: Tensor) -> Tensor:
+    """Of what was drawn, in nats, float64 [B]; 0 where that is -1: it was forced."""
+    log_BV = logits_BV.log_softmax(dim=-1)
+    own_B = log_BV.gather(1, drawn_B.clamp(min=0)[:, None])[:, 0]
+    return torch.where(drawn_B >= 0, own_B, 0.0).double()
 
 
 def _draws(number: int, num_positions: int, num_draws: int, seed: int) -> Tensor:

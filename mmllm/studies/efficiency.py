@@ -1,0 +1,104 @@
+"""docs/EFFICIENCY.md, made from what studies reported: one table a study, its question, and what was expected of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_HEAD = """# What methods are worth here
+
+Made by `mmllm study efficiency {folder} --out {out}` from the reports of `mmllm study run`; nothing in it is written by
+hand. Every table holds one budget equal for all its runs. Intervals are 95%, over seeds and test rows; p is that of a
+test paired by seed; a level is called better or worse with p < 0.05 over three seeds or more, and unproved otherwise.
+"Samples for equal score" is how many training documents a level needs to score as the baseline does with all of its
+own, read off its learning curve; a dash where it was not measured or never does.
+"""
+
+
+def write_efficiency(folder: Path, out: Path, scaling: Sequence[Path] = ()) -> list[str]:
+    """Writes the page; gives lines that say what it holds.
+
+    Args:
+        folder: of studies' report.json files, each under its study's name.
+        out: the page.
+        scaling: fits of `mmllm scaling fit`.
+
+    Raises:
+        ValueError: the folder has no report, or a file in it is none.
+    """
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise ValueError(f"{folder}: no report is in it; copy there the report.json of studies, each under its name")
+    reports = [(path.stem, _read(path)) for path in files]
+    text = _HEAD.format(folder=folder, out=out)
+    text += "".join(_section(name, values) for name, values in reports)
+    text += "".join(_scaling(path) for path in scaling)
+    out.write_text(text, encoding="utf-8")
+    claims = sum(row["verdict"] in ("better", "worse") for _, values in reports for row in values["rows"])
+    return [f"{out}: {len(reports)} studies, {claims} proved differences"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict) or "rows" not in values:
+        raise ValueError(f"{path} is no report of `mmllm study report`; it has no rows")
+    return values
+
+
+def _section(name: str, values: Mapping[str, Any]) -> str:
+    kind, amount = next(iter(values["budget"].items()))
+    machine = values["machine"]
+    lines = [
+        f"\n## {values['title']}\n",
+        f"{values['question']} (`configs/studies/{name}.yaml`)\n",
+        f"Expected: {values['expected']}\n",
+        f"{values['runs']} runs of {amount:,.6g} {kind} each, {machine['processor']}, commit {_commit(values['commit'])}."
+        + (f" Not run: {len(values['runs_left_out'])}." if values["runs_left_out"] else "")
+        + "\n",
+        "| factor | level | measure | score | 95% interval | difference | p | seeds | samples for equal score | FLOPs "
+        "| min | |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        *(_row(row) for row in values["rows"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(row: Mapping[str, Any]) -> str:
+    low, high = row["interval"]
+    difference = row["difference"]
+    is_baseline = row["verdict"] == "baseline"
+    told = "–" if is_baseline or difference is None or math.isnan(difference) else f"{difference:+.4f}"
+    p = "–" if row["p"] is None else f"{row['p']:.3f}"
+    equal = row["samples_for_equal_score"]
+    samples = "–" if equal is None else f"{equal:,.0f}"
+    cells = (
+        row["factor"], row["level"], row["measure"], f"{row['score']:.4f}", f"{low:.4f} – {high:.4f}", told, p,
+        str(row["seeds"]), samples, f"{row['flops']:.3g}", f"{row['minutes']:.1f}", row["verdict"],
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def _scaling(path: Path) -> str:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    missing = [key for key in ("E", "A", "B", "alpha", "beta") if key not in values]
+    if missing:
+        raise ValueError(f"{path} is no fit of `mmllm scaling fit`; it has no {missing[0]}")
+    lines = [
+        f"\n## Scaling law: {path.stem}\n",
+        "L(N, D) = E + A / N^alpha + B / D^beta, N parameters, D tokens, L nats a token.\n",
+        "| | value | 95% interval |",
+        "|---|---|---|",
+    ]
+    for key in ("E", "A", "B", "alpha", "beta"):
+        interval = values.get("intervals", {}).get(key)
+        told = "–" if interval is None else f"{interval[0]:.4g} – {interval[1]:.4g}"
+        lines.append(f"| {key} | {values[key]:.4g} | {told} |")
+    lines += [f"\nWarning: {warning}" for warning in values.get("warnings", ())]
+    return "\n".join(lines) + "\n"
+
+
+def _commit(commit: Any) -> str:
+    return ", ".join(str(each)[:10] for each in commit) if isinstance(commit, list) else str(commit)[:10]

@@ -1,0 +1,281 @@
+"""`mmllm study run`: what a study costs is said first; then its runs, here or elsewhere, until they are done.
+
+`--minutes` bounds the whole: arms are run seed by seed, so that one seed of every arm comes first; what does not fit is
+left out of the report, and named.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmllm.data.executors.stages import Executor, Stage
+from mmllm.data.executors.task import Work
+from mmllm.quickstart.processes import Processes, terminated_as_interrupt
+from mmllm.studies.lengths import Length, check_recipe, write_training
+from mmllm.studies.runs import RESULT, Runner
+from mmllm.studies.settings import Base, filled
+from mmllm.studies.study import Arm, Study, load_study, study_of
+
+STUDY = "study.json"
+"""In a study's folder: what it was begun with."""
+RUNNER = "mmllm.studies.runs:make_runner"
+MARGIN = 1.15
+"""A run is begun if the time left is so many times that of the longest run so far."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """An arm, as an executor's item has it."""
+
+    arm: Arm
+
+    def to_json(self) -> Any:
+        """Its fields."""
+        return vars(self.arm)
+
+
+def run_study(
+    study: str, out: str, minutes: float | None = None, executor: Executor | None = None, num_threads: int = 1
+) -> Iterator[str]:
+    """Runs what of a study is not done yet; gives lines to print while it goes on.
+
+    Args:
+        study: its YAML, or the name of a shipped one.
+        out: the study's folder.
+        minutes: bound of the whole study, making its data apart; only where runs are here.
+        executor: where runs are; None: here, one at a time.
+        num_threads: of each run's processes.
+
+    Raises:
+        ValueError: the study or an arm of it can't be; said before anything runs.
+        RunFailed: a command of a run failed.
+    """
+    executor = executor or Executor()
+    if minutes is not None and (minutes <= 0 or not executor.is_here):
+        raise ValueError(f"--minutes is {minutes}; it must be positive, and bounds runs on this machine alone")
+    plan, folder = _begun(study, Path(out))
+    yield f"{plan.title}: {plan.question}"
+    yield f"expected: {plan.expected}"
+    data = Path(plan.data.folder)
+    yield from _make_data(plan, data)
+    yield from costs(plan, data, folder, max(1, executor.workers))
+    arms = [arm for arm in plan.arms() if not (folder / "runs" / arm.name / RESULT).is_file()]
+    if executor.is_here:
+        yield from _run_here(plan, data, folder, arms, max(1, executor.workers), num_threads, minutes)
+    else:
+        yield from _run_elsewhere(plan, data, folder, arms, executor, num_threads)
+
+
+def plan_study(study: str, out: str, num_at_once: int = 1) -> Iterator[str]:
+    """Says what a study costs, and checks every arm; its data must be there.
+
+    Raises:
+        FileNotFoundError: it isn't.
+        ValueError: the study or an arm of it can't be.
+    """
+    plan, folder = _begun(study, Path(out))
+    data = Path(plan.data.folder)
+    if not data.exists():
+        raise FileNotFoundError(f"{data}: the study's data isn't there; `mmllm study run` makes it")
+    yield from costs(plan, data, folder, num_at_once)
+
+
+def _begun(study: str, folder: Path) -> tuple[Study, Path]:
+    """The study, which must be the one that the folder was begun with."""
+    from mmllm import paths
+
+    path = Path(study)
+    if not path.is_file() and study.removesuffix(".yaml") + ".yaml" in paths.list_configs():
+        path = paths.config_path(study)
+    plan = load_study(path)
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    kept = folder / STUDY
+    if kept.is_file():
+        before = json.loads(kept.read_text(encoding="utf-8"))
+        # More seeds, or more levels, only add runs.
+        for what, of in (("base", _base_of), ("levels", _levels_of)):
+            changed = [name for name, value in of(before).items() if name in of(values) and of(values)[name] != value]
+            if changed:
+                raise ValueError(
+                    f"{folder} holds runs of this study with another {what} ({', '.join(changed)}); runs of both can't "
+                    f"be compared: give another folder, or remove it"
+                )
+    folder.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    return plan, folder
+
+
+def _base_of(values: dict[str, Any]) -> dict[str, Any]:
+    """All that every run depends on."""
+    told = ("title", "question", "expected", "seeds", "factors")
+    return {key: value for key, value in values.items() if key not in told}
+
+
+def _levels_of(values: dict[str, Any]) -> dict[str, Any]:
+    """Each level but for its shares, which only add runs."""
+    return {
+        f"{name}.{level}": {key: value for key, value in (setting or {}).items() if key != "shares"}
+        for name, factor in values["factors"].items()
+        for level, setting in factor["levels"].items()
+    }
+
+
+def _make_data(study: Study, data: Path) -> Iterator[str]:
+    """Runs the commands that make the data, where it isn't there or was not made to its end."""
+    unfinished = data.with_name(f"{data.name}.unfinished")
+    if data.exists() and not unfinished.exists():
+        return
+    if not study.data.commands:
+        raise FileNotFoundError(f"{data}: no such data, and the study has no commands that make it")
+    data.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.touch()
+    processes = Processes()
+    with terminated_as_interrupt():
+        try:
+            for command in study.data.commands:
+                line = filled(command, {"data": str(data)})
+                yield f"$ mmllm {line}"
+                code = processes.run(shlex.split(line), 1)
+                if code:
+                    raise ValueError(f"`mmllm {line}` failed; mend what it says above, and run the study again")
+        finally:
+            processes.end_all()
+    unfinished.unlink()
+
+
+# --------------------------------------------------------------------------------------------------------------- costs
+def costs(study: Study, data: Path, folder: Path, num_at_once: int) -> Iterator[str]:
+    """What each arm will train on, and how long it was so far; every config and recipe is checked.
+
+    Raises:
+        ValueError: a level names an unknown key, or the arms can't have one budget.
+    """
+    base, budget = Base.read(study, data), study.budget
+    arms = [arm for arm in study.arms() if arm.seed == study.seeds[0]]
+    trial = folder / "checked"
+    for arm in arms:
+        known, length = True, Length()
+        for step in study.level(arm).parts:
+            if step.fit is None:
+                continue
+            settings = base.settings(arm, step, folder / "runs" / arm.name)
+            if budget.kind != "seconds":
+                check_recipe(settings)
+            starts = settings.config.get("model", {}).get("init_args", {}).get("init_from")
+            if starts and not Path(starts).exists():
+                known = False  # made by a step before this one
+                continue
+            try:
+                length = length + write_training(study, settings, step.share, trial / arm.name, step.out).length
+            except ValueError as error:
+                raise ValueError(f"factors.{arm.factor}.levels.{arm.level}: {error}") from error
+        told = f"{budget.amount:,.4g} {budget.kind}"
+        if known and budget.kind != "seconds":
+            counted = (f"{value:,} {name}" for name, value in vars(length).items() if name != "flops")
+            told = f"{', '.join(counted)}, {length.flops:.3g} flops"
+        elif not known:
+            told += ", counted when what it starts from is there"
+        share = "" if arm.share == 1 else f" with {arm.share:.0%} of the data"
+        yield f"  {arm.factor}: {arm.level}{share}: {told}"
+    all_arms = study.arms()
+    done = _minutes_done(folder, all_arms)
+    left = len(all_arms) - len(done)
+    line = f"{len(all_arms)} runs, {len(done)} done"
+    if budget.kind == "seconds":
+        line += f"; the rest train for {left * budget.amount / 60 / num_at_once:,.0f} minutes, scoring apart"
+    elif done:
+        line += f"; the rest take about {left * sum(done) / len(done) / num_at_once:,.0f} minutes"
+    elif left:
+        line += "; how long they take is told after the first"
+    if len(study.seeds) < 3:
+        line += f"; {len(study.seeds)} seed{'s' * (len(study.seeds) > 1)}: nothing can be claimed of so few"
+    yield line
+
+
+def _minutes_done(folder: Path, arms: Sequence[Arm]) -> list[float]:
+    results = [folder / "runs" / arm.name / RESULT for arm in arms]
+    return [json.loads(path.read_text(encoding="utf-8"))["minutes"] for path in results if path.is_file()]
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+def _run_here(
+    study: Study,
+    data: Path,
+    folder: Path,
+    arms: Sequence[Arm],
+    num_at_once: int,
+    num_threads: int,
+    minutes: float | None,
+) -> Iterator[str]:
+    """So many at once; with a bound, none that would probably pass it."""
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    waiting, left_out = list(arms), []
+    longest = max(_minutes_done(folder, study.arms()), default=0.0)
+    running: dict[Future[dict[str, Any]], tuple[Arm, Runner, float]] = {}
+    with terminated_as_interrupt(), ThreadPoolExecutor(num_at_once) as pool:
+        try:
+            while waiting or running:
+                while waiting and len(running) < num_at_once:
+                    arm = waiting.pop(0)
+                    if deadline is not None and time.monotonic() + MARGIN * 60 * longest > deadline:
+                        left_out.append(arm)
+                        continue
+                    runner = Runner(study, data, folder, num_threads, meters=num_at_once == 1)
+                    running[pool.submit(runner.run, arm)] = (arm, runner, time.monotonic())
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    arm, _, begun = running.pop(future)
+                    result = future.result()
+                    longest = max(longest, (time.monotonic() - begun) / 60)
+                    yield _told(study, arm, result)
+        except BaseException:
+            for _, runner, _ in running.values():
+                runner.processes.end_all()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    if left_out:
+        yield f"time is over: {len(left_out)} runs are left out ({', '.join(arm.name for arm in left_out)})"
+
+
+def _told(study: Study, arm: Arm, result: dict[str, Any]) -> str:
+    scores = ", ".join(f"{measure.name} {result['scores'][measure.name]['score']:.4f}" for measure in study.measures)
+    return f"  {arm.name}: {scores} ({result['steps']:,} steps, {result['minutes']:.1f} min)"
+
+
+def _run_elsewhere(
+    study: Study, data: Path, folder: Path, arms: Sequence[Arm], executor: Executor, num_threads: int
+) -> Iterator[str]:
+    """As tasks of datatrove's executors, Slurm's jobs or Ray's workers; see `mmllm.data.executors`."""
+    values = json.loads((folder / STUDY).read_text(encoding="utf-8"))
+    settings = {"study": values, "data": str(data.absolute()), "out": str(folder.absolute()),
+                "threads": num_threads, "meters": False}  # fmt: skip
+    executor.claim(folder)
+    stage = Stage("study", executor, settings)
+    items = [[_Item(arm)] for arm in arms]
+    keys = [stage.key(item, []) for item in items]
+    for arm, result in zip(arms, stage.run(Work(RUNNER, settings), items, keys, [1] * len(items)), strict=True):
+        yield _told(study, arm, result)
+
+
+def study_in(folder: Path) -> Study:
+    """The study that a folder was begun with.
+
+    Raises:
+        FileNotFoundError: the folder is no study's.
+    """
+    kept = folder / STUDY
+    if not kept.is_file():
+        raise FileNotFoundError(f"{folder}: no study's folder, {STUDY} is missing; `mmllm study run` makes one")
+    return study_of(json.loads(kept.read_text(encoding="utf-8")))

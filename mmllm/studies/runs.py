@@ -1,0 +1,162 @@
+"""One run of a study: its trainings and commands, then its scores. A function of an item, so that any executor runs it.
+
+A run is a folder. `result.json` in it says that it is done; a run that was ended begins anew.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mmllm.checkout import commit
+from mmllm.evaluation.results import load_result
+from mmllm.quickstart.processes import Processes
+from mmllm.studies.energy import EnergyMeter
+from mmllm.studies.lengths import Length, length_of, write_training
+from mmllm.studies.settings import Base, filled
+from mmllm.studies.study import MODEL, Arm, Measure, Step, Study, study_of
+
+RESULT = "result.json"
+LOG = "log.txt"
+
+
+def make_runner(settings: dict[str, Any]) -> Callable[[Sequence[Any], str], dict[str, Any]]:
+    """What an executor's task calls with each item: one arm as JSON.
+
+    Args:
+        settings: of the study: `study` (its YAML's values), `data`, `out`, `threads`, `meters`.
+    """
+    study, data, out = study_of(settings["study"]), Path(settings["data"]), Path(settings["out"])
+
+    def run(item: Sequence[Any], _key: str) -> dict[str, Any]:
+        return Runner(study, data, out, settings["threads"], settings["meters"]).run(Arm(**item[0]))
+
+    return run
+
+
+class RunFailed(ValueError):
+    """A command of a run ended with an error. The message names the run and the log."""
+
+
+class Runner:
+    """Runs arms of one study.
+
+    Args:
+        study: whose.
+        data: the folder that all runs read.
+        out: the study's folder.
+        num_threads: of each process.
+        meters: measure joules too, of the whole machine: only where one run has it alone.
+    """
+
+    def __init__(self, study: Study, data: Path, out: Path, num_threads: int = 1, meters: bool = False) -> None:
+        self.study, self.out, self.num_threads, self.meters = study, out, num_threads, meters
+        self.base = Base.read(study, data)
+        self.places = {"data": str(data)}
+        self.processes = Processes()
+
+    def folder(self, arm: Arm) -> Path:
+        """Where an arm's run lies."""
+        return self.out / "runs" / arm.name
+
+    def run(self, arm: Arm) -> dict[str, Any]:
+        """Trains and scores one arm, unless that is done; gives what `result.json` holds.
+
+        Raises:
+            RunFailed: a command of it failed.
+        """
+        folder = self.folder(arm)
+        result = folder / RESULT
+        if result.is_file():
+            return json.loads(result.read_text(encoding="utf-8"))
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        begun, length, documents = time.monotonic(), Length(), 0
+        try:
+            with EnergyMeter(self.meters) as meter:
+                for step in self.study.level(arm).parts:
+                    more, found = self._step(arm, step, folder)
+                    length, documents = length + more, max(documents, found)
+            minutes = (time.monotonic() - begun) / 60
+            scores = {measure.name: self._score(arm, measure, folder) for measure in self.study.measures}
+        finally:
+            self.processes.end_all()
+        values = {
+            **asdict(arm),
+            **asdict(length),
+            "documents": documents,
+            "minutes": minutes,
+            "joules": meter.joules,
+            "scores": scores,
+            "commit": commit(),
+        }
+        unfinished = folder / f".{RESULT}"
+        unfinished.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(result)
+        for name in {step.out for step in self.study.level(arm).parts if step.fit is not None} - {MODEL}:
+            shutil.rmtree(folder / name, ignore_errors=True)  # a model that another was made of
+        return values
+
+    def _step(self, arm: Arm, step: Step, folder: Path) -> tuple[Length, int]:
+        """One training or command; gives how long the training was, and the number of documents that it had."""
+        if step.command is not None:
+            places = {**self.places, "run": str(folder), "seed": str(arm.seed)}
+            self._call(shlex.split(filled(step.command, places)), folder, arm)
+            return Length(), 0
+        settings = self.base.settings(arm, step, folder)
+        training = write_training(self.study, settings, step.share, folder, step.out)
+        self._call(["fit", "-c", str(training.config)], folder, arm)
+        if training.seconds is None:
+            return training.length, training.documents
+        steps = _steps_done(folder / f"{step.out}.logs" / "metrics.csv")
+        return length_of(training.config, steps), training.documents
+
+    def _score(self, arm: Arm, measure: Measure, folder: Path) -> dict[str, Any]:
+        """A measure, and each row's share of it where the score is their mean."""
+        path = folder / f"{measure.name}.json"
+        command = ["eval", "--model", str(folder / MODEL), "--task", measure.task, "--manifest",
+                   filled(measure.manifest, self.places), "--json", str(path)]  # fmt: skip
+        if measure.limit is not None:
+            command += ["--limit", str(measure.limit)]
+        self._call([*command, *measure.options, *self.study.level(arm).options], folder, arm)
+        result = load_result(path)
+        if measure.key not in result.scores:
+            raise RunFailed(
+                f"measure {measure.name} has the key {measure.key!r}, and the task {measure.task} scores "
+                f"{', '.join(key for key in result.scores if not key.endswith('_ci'))}"
+            )
+        rows = {p.id: (float(p.correct), p.score) for p in result.predictions if p.group == "test"}
+        return {"score": float(result.scores[measure.key]), "rows": rows}
+
+    def _call(self, command: Sequence[str], folder: Path, arm: Arm) -> None:
+        """Runs a command of `mmllm`; what it says goes into the run's log."""
+        with (folder / LOG).open("a", encoding="utf-8") as log:
+            log.write(f"$ {shlex.join(['mmllm', *command])}\n")
+            code, printed = self.processes.run_beside(command, self.num_threads, lambda line: _note(log, line))
+            log.write(printed)
+        if code in (130, -2):
+            raise KeyboardInterrupt
+        if code:
+            said = (folder / LOG).read_text(encoding="utf-8").strip().splitlines()[-1]
+            raise RunFailed(f"run {arm.name}: `mmllm {command[0]}` failed: {said}; {folder / LOG} has all that it said")
+
+
+def _note(log: Any, line: str) -> None:
+    log.write(f"{line}\n")
+    log.flush()
+
+
+def _steps_done(metrics: Path) -> int:
+    """The last step that a training logged."""
+    if not metrics.is_file():
+        return 0
+    with metrics.open(newline="", encoding="utf-8") as file:
+        return max((int(row["step"]) for row in csv.DictReader(file) if row.get("step")), default=0)

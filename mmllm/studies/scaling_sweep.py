@@ -1,0 +1,390 @@
+"""`mmllm scaling sweep`: says what the trainings cost, runs those that are not done, and writes their points.
+
+A run is a folder. `result.json` in it says that it is done; a run that was ended begins anew, so a kill loses one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shlex
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmllm.checkout import commit
+from mmllm.data.loading.datamodules import PackedDataModule
+from mmllm.evaluation.results import load_result
+from mmllm.model.flops import ModelFlops
+from mmllm.model.multimodal import MultimodalModel
+from mmllm.quickstart.processes import Processes, terminated_as_interrupt
+from mmllm.studies.lengths import GUESSED_STEPS, Length, opened, until, write_files
+from mmllm.studies.scaling import check_points
+from mmllm.studies.scaling_grid import Run, Sweep, load_sweep
+from mmllm.studies.scaling_heldout import heldout_loss
+from mmllm.studies.settings import Settings, filled, for_one_process, put, put_all, read_values
+from mmllm.training.decoder_module import DecoderModule
+from mmllm.training.estimate import model_config
+from mmllm.training.lightning_cli import unbuilt
+
+RESULT, SWEEP, POINTS, MODEL = "result.json", "sweep.json", "points.jsonl", "model"
+_TRAINING_FLOPS = 6
+_NAME = "train"
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a run will be, before it is trained.
+
+    Attributes:
+        parameters: that a token passes.
+        total_parameters: all.
+        embedding_parameters: of them those of embedding and head.
+        length: steps, documents, tokens and operations.
+        unique_tokens: of the documents, each counted once.
+        config: the file.
+        lr: learning rates by their keys.
+    """
+
+    parameters: int
+    total_parameters: int
+    embedding_parameters: int
+    length: Length
+    unique_tokens: int
+    config: Path
+    lr: dict[str, float]
+
+    @property
+    def epochs(self) -> float:
+        """How often the documents are gone through."""
+        return self.length.tokens / self.unique_tokens
+
+
+class Sweeper:
+    """Runs the trainings of one sweep.
+
+    Args:
+        sweep: what is swept.
+        out: its folder.
+        num_threads: of each training.
+        keeps_models: models stay; else they are removed when they are scored.
+    """
+
+    def __init__(self, sweep: Sweep, out: Path, num_threads: int = 1, keeps_models: bool = False) -> None:
+        self.sweep, self.out = sweep, out
+        self._num_threads, self._keeps_models = num_threads, keeps_models
+        self._data = Path(sweep.data.folder)
+        self._config = read_values(sweep.config, self._data, "config")
+        self._recipe = read_values(sweep.recipe, self._data, "recipe")
+        self._heldout = Path(filled(sweep.heldout, self._places))
+        self._processes = Processes()
+
+    @property
+    def _places(self) -> dict[str, str]:
+        return {"data": str(self._data)}
+
+    def folder(self, run: Run) -> Path:
+        """Where a run lies."""
+        return self.out / "runs" / run.name
+
+    def done(self) -> list[dict[str, Any]]:
+        """The points of all runs that are done."""
+        paths = [self.folder(run) / RESULT for run in self.sweep.runs()]
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+
+    # ---- before anything runs
+
+    def count(self, run: Run, folder: Path) -> Counted:
+        """Writes a run's config and recipe into a folder, and counts what it will be.
+
+        Raises:
+            ValueError: a key is unknown or has a wrong value, or the documents end before.
+        """
+        settings = self._settings(run, self.folder(run))
+        module, data, accumulated = self._unbuilt(settings, folder)
+        config = model_config(module)
+        with torch.device("meta"):
+            model = MultimodalModel(config)
+        active, total = model.num_active_parameters(), model.num_parameters()
+        lr = self._scale_rates(settings.config, self.sweep.rate.factor(active) * run.rate)
+        amount = run.amount / (_TRAINING_FLOPS * active) if run.is_flops else run.amount
+        length = until(ModelFlops.of(config), data.plan, accumulated, "tokens", amount)
+        if settings.with_steps(length.steps).recipe != settings.with_steps(GUESSED_STEPS).recipe:
+            # the plan depends on the horizon, which now is nearly right
+            length = until(*opened(write_files(settings.with_steps(length.steps), folder, _NAME)), "tokens", amount)
+        path = write_files(settings.with_steps(length.steps), folder, _NAME)
+        unique = sum(int(source.tokens_M.sum()) for source in data.plan.sources)
+        parts = (model.decoder.embed_tokens, model.decoder.lm_head)
+        embedding = {parameter for part in parts for parameter in part.parameters()}
+        return Counted(active, total, sum(each.numel() for each in embedding), length, unique, path, lr)
+
+    def _settings(self, run: Run, folder: Path) -> Settings:
+        """A run's config and recipe, without a horizon."""
+        sweep, variant = self.sweep, self.sweep.variants[run.variant]
+        config, recipe = copy.deepcopy(self._config), copy.deepcopy(self._recipe)
+        put_all(config, sweep.set, "set")
+        put_all(config, variant.config, f"variants.{run.variant}.config")
+        put_all(config, sweep.size(run), f"sizes.{run.size}")
+        put_all(recipe, sweep.set_recipe, "set_recipe")
+        put_all(recipe, variant.recipe, f"variants.{run.variant}.recipe")
+        recipe["seed"] = run.seed
+        for source in recipe["sources"]:
+            if run.share < 1:
+                source["share"] = run.share
+        put(config, "seed_everything", run.seed)
+        put(config, "model.init_args.out", str(folder / MODEL))
+        if run.batch_size is not None:
+            put(config, "data.init_args.batch_size", run.batch_size)
+        for_one_process(config, folder, _NAME)
+        return Settings(filled(config, self._places), filled(recipe, self._places))
+
+    def _unbuilt(self, settings: Settings, folder: Path) -> tuple[DecoderModule, PackedDataModule, int]:
+        """Module and data of a run with a guessed horizon, and batches a step."""
+        config = write_files(settings.with_steps(GUESSED_STEPS), folder, _NAME)
+        module, data, trainer = unbuilt(["-c", str(config)])
+        if not isinstance(module, DecoderModule) or not isinstance(data, PackedDataModule):
+            raise ValueError(
+                f"{self.sweep.config} trains {type(module).__name__} with {type(data).__name__}; a sweep trains "
+                f"DecoderModule with PackedDataModule"
+            )
+        return module, data, int(trainer.get("accumulate_grad_batches") or 1)
+
+    def _scale_rates(self, config: dict[str, Any], factor: float) -> dict[str, float]:
+        """Sets the learning rates of a size; gives them."""
+        rates = {}
+        for key in self.sweep.rate.keys:
+            value: Any = config
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(
+                    f"rate.keys names {key}, and the config has {value!r} there; name a learning rate of it"
+                )
+            rates[key] = float(f"{value * factor:.6g}")
+            put(config, key, rates[key])
+        return rates
+
+    # ---- a run
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """Trains and scores; gives the run's point.
+
+        Raises:
+            ValueError: a command of it failed.
+        """
+        folder = self.folder(run)
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        counted, begun = self.count(run, folder), time.monotonic()
+        try:
+            self._call(["fit", "-c", str(counted.config)], folder, run)
+            minutes = (time.monotonic() - begun) / 60
+            scores = {measure.name: self._score(measure, folder, run) for measure in self.sweep.measures}
+        finally:
+            self._processes.end_all()
+        heldout = heldout_loss(folder / MODEL, self._heldout, self.sweep.num_heldout_sequences)
+        point = self._point(run, counted) | {
+            "loss": heldout.loss,
+            **{f"loss_{name}": value for name, value in heldout.by_task.items()},
+            "loss_by_source": heldout.by_source,
+            "scores": scores,
+            "minutes": minutes,
+            "commit": commit(),
+        }
+        unfinished = folder / f".{RESULT}"
+        unfinished.write_text(json.dumps(point, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(folder / RESULT)
+        if not self._keeps_models:
+            shutil.rmtree(folder / MODEL)
+        return point
+
+    def _point(self, run: Run, counted: Counted) -> dict[str, Any]:
+        return {
+            "parameters": counted.parameters,
+            "tokens": counted.length.tokens,
+            "total_parameters": counted.total_parameters,
+            "embedding_parameters": counted.embedding_parameters,
+            "flops": counted.length.flops,
+            "steps": counted.length.steps,
+            "unique_tokens": counted.unique_tokens,
+            "epochs": counted.epochs,
+            "lr": next(iter(counted.lr.values())),
+            **{key: value for key, value in asdict(run).items() if key not in ("amount", "is_flops", "is_check")},
+            "check": run.is_check,
+        }
+
+    def _score(self, measure: Any, folder: Path, run: Run) -> float:
+        path = folder / f"{measure.name}.json"
+        command = ["eval", "--model", str(folder / MODEL), "--task", measure.task, "--manifest",
+                   filled(measure.manifest, self._places), "--json", str(path)]  # fmt: skip
+        if measure.limit is not None:
+            command += ["--limit", str(measure.limit)]
+        self._call([*command, *measure.options], folder, run)
+        scores = load_result(path).scores
+        if measure.key not in scores:
+            keys = ", ".join(key for key in scores if not key.endswith("_ci"))
+            raise ValueError(
+                f"measure {measure.name} has the key {measure.key!r}; the task {measure.task} scores {keys}"
+            )
+        return float(scores[measure.key])
+
+    def _call(self, command: Sequence[str], folder: Path, run: Run) -> None:
+        """Runs a command of `mmllm`; what it says goes into the run's log."""
+        with (folder / "log.txt").open("a", encoding="utf-8") as log:
+            log.write(f"$ {shlex.join(['mmllm', *command])}\n")
+            code, printed = self._processes.run_beside(command, self._num_threads, lambda line: _note(log, line))
+            log.write(printed)
+        if code in (130, -2):
+            raise KeyboardInterrupt
+        if code:
+            said = (folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1]
+            raise ValueError(f"run {run.name}: `mmllm {command[0]}` failed: {said}; {folder / 'log.txt'} has all of it")
+
+
+def _note(log: Any, line: str) -> None:
+    log.write(f"{line}\n")
+    log.flush()
+
+
+def run_sweep(
+    plan: str | Path, out: str | Path, num_threads: int = 1, keeps_models: bool = False, is_dry: bool = False
+) -> Iterator[str]:
+    """Runs what of a sweep is not done; gives lines to print while it goes on.
+
+    Args:
+        plan: the sweep's YAML.
+        out: its folder.
+        num_threads: of each training.
+        keeps_models: models stay.
+        is_dry: costs are told, and nothing runs.
+
+    Raises:
+        ValueError: the plan, or a run of it, can't be: said before anything is trained; or a command failed.
+    """
+    sweep, values = load_sweep(plan)
+    out = Path(out)
+    _claim(out, values)
+    sweeper = Sweeper(sweep, out, num_threads, keeps_models)
+    yield from _make_data(sweep)
+    if not sweeper._heldout.is_file():
+        raise FileNotFoundError(
+            f"heldout is {sweeper._heldout}, and no recipe is there; give one of held-out documents"
+        )
+    yield from _costs(sweeper)
+    if is_dry:
+        return
+    with terminated_as_interrupt():
+        for run in sweep.runs():
+            if (sweeper.folder(run) / RESULT).is_file():
+                continue
+            point = sweeper.run(run)
+            _write_points(sweeper)
+            yield f"  {run.name}: loss {point['loss']:.4f} ({point['steps']:,} steps, {point['minutes']:.1f} min)"
+    _write_points(sweeper)
+    yield f"{out / POINTS}: {len(sweeper.done())} points"
+
+
+def _claim(out: Path, values: dict[str, Any]) -> None:
+    """Writes what the sweep is, or refuses a folder of another; more sizes, lengths or seeds only add runs."""
+    kept = out / SWEEP
+    adding = ("title", "sizes", "tokens", "flops", "shares", "rates", "batch_sizes", "seeds", "check", "variants")
+    if kept.is_file():
+        before = json.loads(kept.read_text(encoding="utf-8"))
+        changed = [key for key in {*before, *values} if key not in adding and before.get(key) != values.get(key)]
+        for group in ("sizes", "variants"):
+            for name, keys in (before.get(group) or {}).items():
+                if name in (values.get(group) or {}) and values[group][name] != keys:
+                    changed.append(f"{group}.{name}")
+        if changed:
+            raise ValueError(
+                f"{out} holds runs of this sweep with another {', '.join(sorted(changed))}; they can't be put on one "
+                f"curve: give another folder, or remove it"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def _make_data(sweep: Sweep) -> Iterator[str]:
+    """Runs the commands that make the data, where it isn't there or wasn't made to its end."""
+    data = Path(sweep.data.folder)
+    unfinished = data.with_name(f"{data.name}.unfinished")
+    if data.exists() and not unfinished.exists():
+        return
+    if not sweep.data.commands:
+        raise FileNotFoundError(f"{data}: no such data, and the sweep has no commands that make it")
+    data.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.touch()
+    processes = Processes()
+    with terminated_as_interrupt():
+        try:
+            for command in sweep.data.commands:
+                line = filled(command, {"data": str(data)})
+                yield f"$ mmllm {line}"
+                if processes.run(shlex.split(line), 1):
+                    raise ValueError(f"`mmllm {line}` failed; mend what it says above, and run the sweep again")
+        finally:
+            processes.end_all()
+    unfinished.unlink()
+
+
+def _costs(sweeper: Sweeper) -> Iterator[str]:
+    """What each run will be; whether they can tell a law; how long they take, by those that are done."""
+    runs, trial = sweeper.sweep.runs(), sweeper.out / "checked"
+    counted: dict[str, Counted] = {}
+    for run in runs:
+        one = replace(run, seed=sweeper.sweep.seeds[0])
+        if one.name not in counted:
+            counted[one.name] = sweeper.count(one, trial / one.name)
+            found = counted[one.name]
+            rate = next(iter(found.lr.values()))
+            yield (
+                f"  {one.name}: {found.parameters:,} of {found.total_parameters:,} parameters, {found.length.tokens:,} "
+                f"tokens ({found.epochs:.2g} epochs), {found.length.steps:,} steps, {found.length.flops:.3g} FLOPs, "
+                f"rate {rate:.3g}{', check' if one.is_check else ''}"
+            )
+    shutil.rmtree(trial, ignore_errors=True)
+    if sweeper.sweep.is_law:
+        _check_grid(sweeper.sweep, counted)
+    flops = {run.name: counted[replace(run, seed=sweeper.sweep.seeds[0]).name].length.flops for run in runs}
+    done = sweeper.done()
+    left = sum(flops[run.name] for run in runs if not (sweeper.folder(run) / RESULT).is_file())
+    line = f"{len(runs)} runs, {len(done)} done; the rest need {left:.3g} FLOPs"
+    if done:
+        speed = sum(point["flops"] for point in done) / sum(point["minutes"] for point in done)
+        line += f", about {left / speed:,.0f} minutes at the speed so far"
+    elif left:
+        line += "; how long that takes is told after the first: start again to see it"
+    yield line
+
+
+def _check_grid(sweep: Sweep, counted: dict[str, Counted]) -> None:
+    """Refuses a grid that no law can be told from.
+
+    Raises:
+        ValueError: it is so.
+    """
+    for variant in sweep.variants:
+        seen = [
+            counted[replace(run, seed=sweep.seeds[0]).name]
+            for run in sweep.runs()
+            if run.variant == variant and not run.is_check and run.share == max(sweep.shares)
+        ]
+        try:
+            check_points([one.parameters for one in seen], [one.length.tokens for one in seen])
+        except ValueError as error:
+            raise ValueError(
+                f"variant {variant}: {error}; or set is_law: false, where no law is to be fitted"
+            ) from None
+
+
+def _write_points(sweeper: Sweeper) -> None:
+    lines = "".join(json.dumps(point) + "\n" for point in sweeper.done())
+    unfinished = sweeper.out / f".{POINTS}"
+    unfinished.write_text(lines, encoding="utf-8")
+    unfinished.replace(sweeper.out / POINTS)

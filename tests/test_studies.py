@@ -1,0 +1,150 @@
+"""Studies: their keys, their arms' settings, lengths under a budget, and a small one run whole."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mmllm.studies.settings import Base, Settings, put, resolved
+from mmllm.studies.study import Arm, study_of
+
+VALUES: dict[str, Any] = {
+    "title": "Experts", "question": "Do they pay?", "expected": "yes", "data": {"folder": "data"},
+    "config": "{data}/config.yaml", "recipe": "{data}/recipe.yaml",
+    "measures": [{"name": "captions", "task": "caption", "manifest": "{data}/test.jsonl", "key": "exact_match"}],
+    "budget": {"samples": 1000},
+    "factors": {
+        "experts": {"baseline": "sparse", "levels": {"sparse": {"shares": [0.1, 1.0]}, "dense": {
+            "config": {"model.init_args.decoder.moe": None}, "recipe": {"sources.caption.weight": 0.5}}}},
+    },
+}  # fmt: skip
+
+
+def changed(**keys: Any) -> dict[str, Any]:
+    values = copy.deepcopy(VALUES)
+    for dotted, value in keys.items():
+        put(values, dotted.replace("__", "."), value)
+    return values
+
+
+def test_one_seed_of_every_arm_comes_first():
+    names = [arm.name for arm in study_of(VALUES).arms()]
+    assert names[:2] == ["experts-sparse-seed0", "experts-dense-seed0"]
+    assert names[2:6] == [f"experts-{level}-seed{seed}" for seed in (1, 2) for level in ("sparse", "dense")]
+    assert names[6:] == [f"experts-sparse-0.1-seed{seed}" for seed in (0, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"budget": {}}, "exactly one of seconds, flops and samples"),
+        ({"budget": {"samples": 5, "flops": 1.0}}, "samples and flops|flops and samples"),
+        ({"budget": {"samples": -5}}, "budget.samples is -5"),
+        ({"seeds": [1, 1]}, "seeds is"),
+        ({"measures": []}, "measures is empty"),
+        ({"factors__experts__baseline": "other"}, "baseline is 'other'"),
+        ({"factors__experts__levels__dense__confg": {}}, "factors.experts.levels.dense has the unknown key 'confg'"),
+        ({"factors__experts__levels__dense__shares": [0.5]}, "with 1 among them"),
+        ({"factors__experts__levels__dense__steps": [{"fit": {}, "share": 0.5}]}, "together they must be the budget"),
+        ({"factors__experts__levels__dense__steps": [{"command": "upcycle"}]}, "have no training"),
+        ({"factors__experts__levels__dense__steps": [{}]}, "either `fit`"),
+        ({"tite": "x"}, "unknown key 'tite'"),
+    ],
+)
+def test_bad_studies_are_named(keys: dict[str, Any], said: str):
+    with pytest.raises(ValueError, match=said):
+        study_of(changed(**keys))
+
+
+def base_of(tmp_path: Path, **keys: Any) -> Base:
+    config = {
+        "trainer": {"callbacks": [{"class_path": "a.b.EMA"}, {"class_path": "c.Samples"}], "max_steps": 3},
+        "model": {"init_args": {"decoder": {"moe": {"num_experts": 8}}, "out": "x"}},
+        "data": {"init_args": {"recipe": "r"}},
+    }
+    recipe = {"sources": [{"name": "caption", "shards": "{data}/*.tar", "weight": 1.0}, {"name": "text"}]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return Base.read(study_of(changed(**keys)), tmp_path)
+
+
+def test_a_level_changes_its_keys_alone(tmp_path: Path):
+    base = base_of(tmp_path, curve_sources=["caption"])
+    step = base.study.level(Arm("experts", "dense", 3)).parts[0]
+    dense = base.settings(Arm("experts", "dense", 3), step, tmp_path / "run")
+    sparse = base.settings(Arm("experts", "sparse", 3, 0.1), step, tmp_path / "run")
+    assert "moe" not in dense.config["model"]["init_args"]["decoder"]
+    assert sparse.config["model"]["init_args"]["decoder"] == {"moe": {"num_experts": 8}}
+    assert dense.recipe["sources"][0] == {"name": "caption", "shards": f"{tmp_path}/*.tar", "weight": 0.5}
+    assert sparse.recipe["sources"][0]["share"] == 0.1 and "share" not in sparse.recipe["sources"][1]
+    assert dense.recipe["seed"] == dense.config["seed_everything"] == 3
+    assert dense.config["model"]["init_args"]["out"] == str(tmp_path / "run" / "model")
+    assert [each["class_path"] for each in dense.config["trainer"]["callbacks"]] == ["a.b.EMA"]
+    assert base.config["model"]["init_args"]["decoder"]["moe"]  # the base is left as it is
+
+
+def test_unknown_sources_and_keys_without_keys_are_named(tmp_path: Path):
+    wrong = {"factors__experts__levels__dense__recipe": {"sources.captions.weight": 1}}
+    base = base_of(tmp_path, **wrong)
+    arm = Arm("experts", "dense", 0)
+    with pytest.raises(ValueError, match=r"levels.dense.recipe: sources.captions.weight names 'captions'.*caption"):
+        base.settings(arm, base.study.level(arm).parts[0], tmp_path)
+    with pytest.raises(ValueError, match="a is 3, which has no key 'b'"):
+        put({"a": 3}, "a.b", 1)
+
+
+def test_schedules_are_shares_of_the_steps():
+    values = {"steps": {"share_of_steps": 0.5}, "points": [[{"share_of_steps": 0.001}, 1.0], [{"share_of_steps": 0}]]}
+    assert resolved(values, 300) == {"steps": 150, "points": [[1, 1.0], [0]]}
+    settings = Settings({}, values)
+    assert settings.with_steps(10).recipe["steps"] == 5 and settings.with_steps(10).config["trainer"]["max_steps"] == 10
+    with pytest.raises(ValueError, match="budget is in seconds"):
+        settings.with_seconds(5.0)
+    assert Settings({}, {}).with_seconds(5.0).config["model"]["init_args"]["max_seconds"] == 5.0
+
+
+def test_callbacks_are_put_in_and_out_by_name():
+    config = {"callbacks": [{"class_path": "mmllm.training.ema.EMA", "init_args": {"decay": 0.9}}]}
+    put(config, "callbacks.EMA.init_args.decay", 0.5)
+    assert config["callbacks"][0]["init_args"]["decay"] == 0.5
+    put(config, "callbacks.EMA", None)
+    assert config["callbacks"] == []
+    put(config, "callbacks.EMA", {"class_path": "mmllm.training.ema.EMA"})
+    assert len(config["callbacks"]) == 1
+
+
+def write_report(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    values = {"title": name, "question": "?", "expected": "!", "budget": {"flops": 1e12}, "rows": rows, "runs": 2,
+              "runs_left_out": [], "commit": "abc", "machine": {"processor": "cpu", "cores": 2}}  # fmt: skip
+    (folder / f"{name}.json").write_text(json.dumps(values))
+
+
+def test_efficiency_is_made_of_reports(tmp_path: Path):
+    from mmllm.cli.main import main
+
+    (tmp_path / "studies").mkdir()
+    row = {"factor": "f", "level": "a", "measure": "m", "score": 0.5, "interval": [0.4, 0.6], "difference": 0.1,
+           "p": 0.01, "seeds": 3, "samples_for_equal_score": 1234.0, "flops": 1e12, "minutes": 2.0,
+           "verdict": "better"}  # fmt: skip
+    write_report(tmp_path / "studies", "experts", [row, {**row, "level": "b", "p": None, "verdict": "baseline"}])
+    fit = {"E": 1.7, "A": 400, "B": 2000, "alpha": 0.3, "beta": 0.3, "intervals": {"E": [1.6, 1.8]}, "warnings": ["w"]}
+    (tmp_path / "fit.json").write_text(json.dumps(fit))
+    out = tmp_path / "EFFICIENCY.md"
+    command = [
+        "study",
+        "efficiency",
+        str(tmp_path / "studies"),
+        "--out",
+        str(out),
+        "--scaling",
+        str(tmp_path / "fit.json"),
+    ]
+    assert main(command) == 0
+    text = out.read_text()
+    assert "| f | a | m | 0.5000 | 0.4000 – 0.6000 | +0.1000 | 0.010 | 3 | 1,234 | 1e+12 | 2.0 | better |" in text
+    assert "| f | b | m | 0.5000 | 0.4000 – 0.6000 | – | – |" in text
+    assert "| E | 1.7 | 1.6 – 1.8 |" in text and "Warning: w" in text
+    assert main(["study", "efficiency", str(tmp_path / "studies"), "--out", str(out), "--scaling", str(out)]) != 0

@@ -1,0 +1,326 @@
+"""`mmllm scaling fit`, `plan`, `rates` and `emergence`: known laws come back, optima are those of brute force."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmllm.cli.main import main
+from mmllm.studies.scaling import FitConfig, Law, Points, check_points, fit_law, huber_sum, read_points
+from mmllm.studies.scaling_emergence import emergence, emergence_lines
+from mmllm.studies.scaling_isoflop import isoflop_fit
+from mmllm.studies.scaling_optimum import optimum, plan
+from mmllm.studies.scaling_rates import fit_rates
+from mmllm.studies.scaling_report import fit_points
+
+pytest.importorskip("scipy", reason="fits need scipy: pip install 'mmllm[studies]'")
+
+HOFFMANN = Law(1.69, 406.4, 410.7, 0.34, 0.28)
+BESIROGLU = Law(1.817, 477.8, 2143, 0.347, 0.367)
+SMALL = Law(0.5, 100, 500, 0.4, 0.45)
+FAST = FitConfig(num_resamples=0)
+
+
+def drawn(law: Law, num_sizes: int = 8, num_lengths: int = 8, noise: float = 0.005, seed: int = 0) -> Points:
+    """A grid of sizes and lengths, with noise."""
+    n_P = np.repeat(np.geomspace(1e6, 1e9, num_sizes), num_lengths)
+    d_P = np.tile(np.geomspace(2e7, 2e10, num_lengths), num_sizes)
+    noise_P = np.exp(np.random.default_rng(seed).normal(0, noise, len(n_P)))
+    return Points(n_P, d_P, law.loss(n_P, d_P) * noise_P)
+
+
+def write(path: Path, points: Points, **more: Any) -> Path:
+    rows = [{"parameters": n, "tokens": d, "loss": loss, **more} for n, d, loss in points.rows()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ---- the fit
+
+
+@pytest.mark.parametrize("law", [HOFFMANN, BESIROGLU, SMALL], ids=["hoffmann", "besiroglu", "small"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_known_laws_come_back_within_five_percent(law: Law, seed: int) -> None:
+    fit = fit_law(drawn(law, seed=seed), FAST)
+    for name in ("E", "alpha", "beta"):
+        assert getattr(fit.law, name) == pytest.approx(getattr(law, name), rel=0.05), name
+    assert fit.warnings == []
+    assert fit.error == pytest.approx(0.005, rel=0.3)
+
+
+def test_without_noise_all_numbers_come_back() -> None:
+    fit = fit_law(drawn(BESIROGLU, 5, 5, noise=0.0), FAST)
+    for name, value in vars(BESIROGLU).items():
+        assert getattr(fit.law, name) == pytest.approx(value, rel=2e-3), name
+
+
+def test_intervals_hold_the_law_and_narrow_with_points() -> None:
+    few, many = (fit_law(drawn(BESIROGLU, n, n), FitConfig(60)) for n in (5, 12))
+    for name in ("E", "alpha", "beta"):
+        low, high = many.intervals[name]
+        assert low < getattr(BESIROGLU, name) < high
+        wide_low, wide_high = few.intervals[name]
+        assert high - low < wide_high - wide_low
+    again = fit_law(drawn(BESIROGLU, 5, 5), FitConfig(60))
+    assert again.intervals == few.intervals, "the seed decides"
+
+
+def test_the_gradient_is_that_of_differences() -> None:
+    points = drawn(SMALL, 3, 4, noise=0.01)
+    given = np.log(points.parameters_P), np.log(points.tokens_P), np.log(points.loss_P), 1e-3
+    values = np.array([4.0, 6.0, -0.7, 0.35, 0.5])
+    _, gradient = huber_sum(values, *given)
+    for place in range(5):
+        step = np.zeros(5)
+        step[place] = 1e-6
+        slope = (huber_sum(values + step, *given)[0] - huber_sum(values - step, *given)[0]) / 2e-6
+        assert gradient[place] == pytest.approx(slope, rel=1e-5, abs=1e-9)
+
+
+def test_the_loss_is_summed_huber_of_log_loss() -> None:
+    """By a plain loop over points."""
+    points = drawn(SMALL, 3, 4, noise=0.01)
+    values = np.array([4.0, 6.0, -0.7, 0.35, 0.5])
+    total = 0.0
+    for n, d, loss in points.rows():
+        told = math.exp(4.0) / n**0.35 + math.exp(6.0) / d**0.5 + math.exp(-0.7)
+        error = abs(math.log(told) - math.log(loss))
+        total += 0.5 * error**2 if error <= 1e-3 else 1e-3 * (error - 0.5e-3)
+    given = np.log(points.parameters_P), np.log(points.tokens_P), np.log(points.loss_P), 1e-3
+    assert huber_sum(values, *given)[0] == pytest.approx(total, rel=1e-12)
+
+
+def test_a_planted_bug_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a wrong slope of one exponent the law doesn't come back."""
+    from mmllm.studies import scaling
+
+    def planted(values: np.ndarray, *rest: Any) -> tuple[float, np.ndarray]:
+        value, gradient = huber_sum(values, *rest)
+        return value, gradient * np.array([1, 1, 1, 1, 0.0])
+
+    monkeypatch.setattr(scaling, "huber_sum", planted)
+    with pytest.raises(AssertionError):
+        test_without_noise_all_numbers_come_back()
+
+
+# ---- points that can't tell
+
+
+def test_too_few_points_or_values_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="5 points can't tell a law of 5 numbers"):
+        check_points([1e6] * 5, [1e7] * 5)
+    with pytest.raises(ValueError, match="2 different sizes, from which no exponent"):
+        check_points([1e6, 1e7] * 4, np.geomspace(1e7, 1e9, 8))
+    with pytest.raises(ValueError, match="1 different numbers of tokens"):
+        check_points(np.geomspace(1e6, 1e9, 8), [1e7] * 8)
+    sizes = np.geomspace(1e6, 1e9, 8)
+    with pytest.raises(ValueError, match="one budget of compute"):
+        check_points(sizes, 1e15 / sizes)
+
+
+def test_points_that_cannot_tell_are_warned_of() -> None:
+    n_P, d_P = (np.repeat([1e8, 1.3e8, 1.6e8], 3), np.tile([1e9, 1.3e9, 1.6e9], 3))
+    noise_P = np.exp(np.random.default_rng(0).normal(0, 0.01, 9))
+    narrow = Points(n_P, d_P, HOFFMANN.loss(n_P, d_P) * noise_P)
+    warnings = "; ".join(fit_law(narrow, FitConfig(20)).warnings)
+    assert "the sizes differ by a factor of 1.6 at most" in warnings
+    assert "is likely: more points, or wider ranges" in warnings
+    no_tokens = drawn(Law(2.0, 300, 1e-9, 0.3, 0.3))
+    assert any("beta" in warning for warning in fit_law(no_tokens, FitConfig(20)).warnings), "D does nothing here"
+
+
+def test_points_far_from_the_law_are_named() -> None:
+    points = drawn(HOFFMANN, 6, 6, noise=0.001)
+    points.loss_P[7] *= 1.4
+    fit = fit_law(points, FAST)
+    assert any("1 points lie far from the law" in warning and "by +" in warning for warning in fit.warnings)
+    assert fit.law.alpha == pytest.approx(HOFFMANN.alpha, rel=0.03), "and Huber's loss bears with it"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"parameters": 1, "tokens": 2}', r"p\.jsonl:1 has loss None; it must be a positive number"),
+        ('{"parameters": "1", "tokens": 2, "loss": 3}', "has parameters '1'"),
+        ('{"parameters": 1, "tokens": -2, "loss": 3}', "has tokens -2"),
+        ('{"parameters": 1, "tokens": 2, "loss": NaN}', "has loss nan"),
+        ("[1, 2]", "wanted an object"),
+        ("nonsense", "is no JSON"),
+        ("", "has no points"),
+    ],
+)
+def test_bad_points_are_named(line: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=said):
+        read_points(tmp_path / "p.jsonl")
+
+
+# ---- isoFLOP curves
+
+
+def test_isoflop_curves_find_the_best_sizes() -> None:
+    """Beside the closed form of the law that drew them."""
+    parts = []
+    for flops in (1e17, 1e18, 1e19, 1e20):
+        middle = optimum(BESIROGLU, flops).parameters
+        sizes = middle * np.geomspace(0.4, 2.5, 7)
+        parts.append((sizes, flops / (6 * sizes)))
+    n_P, d_P = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    found = isoflop_fit(Points(n_P, d_P, BESIROGLU.loss(n_P, d_P)))
+    assert found is not None and len(found["curves"]) == 4 and found["warnings"] == []
+    exponent = BESIROGLU.beta / (BESIROGLU.alpha + BESIROGLU.beta)
+    assert found["parameters"]["exponent"] == pytest.approx(exponent, abs=0.01)
+    assert found["tokens"]["exponent"] == pytest.approx(1 - exponent, abs=0.01)
+    for curve in found["curves"]:
+        best = optimum(BESIROGLU, curve["flops"])
+        assert curve["parameters"] == pytest.approx(best.parameters, rel=0.1)
+        assert curve["loss"] == pytest.approx(best.loss, rel=1e-3)
+
+
+def test_curves_without_a_lowest_point_are_not_used() -> None:
+    sizes = np.geomspace(1e9, 1e10, 5)  # all too large
+    n_P = np.concatenate([sizes, sizes])
+    d_P = np.concatenate([1e18 / (6 * sizes), 1e19 / (6 * sizes)])
+    assert isoflop_fit(Points(n_P, d_P, BESIROGLU.loss(n_P, d_P))) is None
+    assert isoflop_fit(drawn(SMALL, 4, 2)) is None, "no budget has three sizes"
+
+
+# ---- plans
+
+
+@pytest.mark.parametrize("law", [HOFFMANN, BESIROGLU, SMALL, Law(1.0, 50, 80, 1.3, 0.2)])
+@pytest.mark.parametrize("inference", [0.0, 1e9, 1e12, 1e15])
+def test_optima_are_those_of_brute_force(law: Law, inference: float) -> None:
+    flops = 1e21
+    most = flops / (2 * inference) if inference else 1e14
+    sizes = np.geomspace(1e2, most * 0.999999, 400_001)
+    tokens = (flops / sizes - 2 * inference) / 6
+    losses = law.loss(sizes, tokens)
+    best = optimum(law, flops, inference)
+    assert 6 * best.parameters * best.tokens + 2 * best.parameters * inference == pytest.approx(flops, rel=1e-9)
+    assert best.loss <= losses.min() * (1 + 1e-12)
+    assert best.loss == pytest.approx(losses.min(), rel=1e-7)
+    assert best.parameters == pytest.approx(sizes[losses.argmin()], rel=0.02)
+
+
+def test_inference_makes_models_smaller_and_trained_longer() -> None:
+    plain, used = optimum(BESIROGLU, 1e21), optimum(BESIROGLU, 1e21, 1e12)
+    assert used.parameters < plain.parameters and used.tokens / used.parameters > plain.tokens / plain.parameters
+    barely = optimum(BESIROGLU, 1e21, 1.0)
+    assert barely.parameters == pytest.approx(plain.parameters, rel=1e-5)
+
+
+def test_plans_say_how_far_they_go_beyond_the_points(tmp_path: Path) -> None:
+    write(tmp_path / "p.jsonl", drawn(BESIROGLU, 5, 5))
+    values = fit_points(tmp_path / "p.jsonl", FAST)
+    (tmp_path / "fit.json").write_text(json.dumps({**values, "warnings": ["odd"]}))
+    near, far = plan(tmp_path / "fit.json", 1e17), plan(tmp_path / "fit.json", 1e24)
+    assert near.warnings == ["of the fit: odd"]
+    assert any("times beyond the largest that was measured, 1e+09" in warning for warning in far.warnings)
+
+
+@pytest.mark.parametrize(("flops", "tokens", "said"), [(0, 0, "flops is 0"), (1e20, -1, "inference_tokens is -1")])
+def test_plans_refuse_what_is_no_budget(flops: float, tokens: float, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        optimum(BESIROGLU, flops, tokens)
+
+
+# ---- checks, repeated documents, rates, emergence
+
+
+def test_larger_trainings_check_the_law_and_are_no_part_of_it(tmp_path: Path) -> None:
+    points = drawn(BESIROGLU, 6, 6, noise=0.002)
+    path = write(tmp_path / "p.jsonl", points)
+    plain = fit_points(path, FAST)
+    with path.open("a") as stream:
+        right = float(BESIROGLU.loss(8e9, 1e11))
+        for loss in (right, right * 1.2):
+            stream.write(json.dumps({"parameters": 8e9, "tokens": 1e11, "loss": loss, "check": True}) + "\n")
+        stream.write(json.dumps({"parameters": 1e8, "tokens": 1e9, "loss": 9.0, "epochs": 8.0}) + "\n")
+    values = fit_points(path, FAST)
+    assert {name: values[name] for name in ("E", "alpha", "points")} == {
+        name: plain[name] for name in ("E", "alpha", "points")
+    }
+    assert [row["is_right"] for row in values["check"]] == [True, False]
+    assert values["check"][0]["times_larger"] == pytest.approx(8)
+    assert values["repeated"][0]["loss"] == 9.0 and values["repeated"][0]["as_new"] < 9.0
+
+
+def test_one_law_is_fitted_to_what_is_chosen(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", drawn(BESIROGLU, 5, 5, noise=0), variant="dense", loss_by_source={"text": 1.0})
+    other = drawn(SMALL, 5, 5, noise=0)
+    with path.open("a") as stream:
+        for n, d, loss in other.rows():
+            row = {"parameters": 1.0, "active": n, "tokens": d, "loss": 1.0, "loss_by_source": {"text": loss}}
+            stream.write(json.dumps({**row, "variant": "experts"}) + "\n")
+    values = fit_points(path, FAST, "active", "loss_by_source.text", {"variant": "experts"})
+    assert values["alpha"] == pytest.approx(SMALL.alpha, rel=0.01)
+    with pytest.raises(ValueError, match="no points where variant is none"):
+        fit_points(path, FAST, only={"variant": "none"})
+
+
+def test_the_best_rate_of_a_larger_model_is_that_of_the_rule(tmp_path: Path) -> None:
+    """Losses with a lowest point at 0.5·N^-0.3, and one size whose best rate was not reached."""
+    lines = []
+    for n in (1e5, 4e5, 1.6e6):
+        for factor in (0.25, 0.5, 1.0, 2.0, 4.0):
+            lr = 0.45 * n**-0.3 * factor
+            lines.append(
+                {"parameters": n, "tokens": 1e7, "loss": 3 + 0.1 * math.log(lr / (0.5 * n**-0.3)) ** 2, "lr": lr}
+            )
+    for lr in (0.1, 0.2, 0.4):
+        lines.append({"parameters": 9e6, "tokens": 1e7, "loss": lr, "lr": lr})
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values = fit_rates(path, parameters=1.28e7)
+    assert values["exponent"] == pytest.approx(-0.3, abs=1e-6)
+    assert values["predicted"]["lr"] == pytest.approx(0.5 * 1.28e7**-0.3, rel=1e-6)
+    assert len(values["warnings"]) == 1 and "at the end of those tried" in values["warnings"][0]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines[-3:]))
+    with pytest.raises(ValueError, match="no best lr is told"):
+        fit_rates(path)
+
+
+def test_an_exact_score_comes_at_once_where_its_parts_come_evenly(tmp_path: Path) -> None:
+    """Whole answers of 12 parts: parts grow evenly, whole ones (their 12th power) late and steeply."""
+    lines = []
+    for place, share in enumerate(np.linspace(0.3, 0.99, 8)):
+        for wobble in (-0.001, 0.001):
+            scores = {"exact_match": (share + wobble) ** 12, "attribute_accuracy": share + wobble}
+            lines.append({"parameters": 10.0**place, "tokens": 1e6, "loss": 2.0 - share, "scores": scores})
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values = emergence(path, "exact_match", "attribute_accuracy")
+    assert len(values["rows"]) == 8
+    assert values["sharpness"]["attribute_accuracy"] == pytest.approx(1 / 7, rel=1e-6)
+    assert values["sharpness"]["exact_match"] > 0.5
+    assert "sharpness of exact_match" in "\n".join(emergence_lines(values))
+    assert emergence(path, "exact_match", "loss")["sharpness"]["loss"] == pytest.approx(1 / 7, rel=1e-6)
+    with pytest.raises(ValueError, match="has wer None; its scores are exact_match, attribute_accuracy"):
+        emergence(path, "wer", "loss")
+
+
+# ---- the command line
+
+
+def test_fit_and_plan_by_the_command_line(tmp_path: Path, capsys: Any) -> None:
+    points, fit, planned = (str(tmp_path / name) for name in ("p.jsonl", "fit.json", "plan.json"))
+    write(Path(points), drawn(BESIROGLU, 6, 6))
+    assert main(["scaling", "fit", points, "--json", fit, "--resamples", "20"]) == 0
+    values = json.loads(Path(fit).read_text())
+    assert {"E", "A", "B", "alpha", "beta", "intervals", "warnings"} <= set(values)
+    assert main(["scaling", "plan", fit, "--flops", "1e17", "--inference_tokens", "1e9", "--json", planned]) == 0
+    values = json.loads(Path(planned).read_text())
+    assert 6 * values["parameters"] * values["tokens"] + 2 * values["parameters"] * 1e9 == pytest.approx(1e17)
+    assert "alpha" in capsys.readouterr().out
+    Path(points).write_text("".join(Path(points).read_text().splitlines(keepends=True)[:4]))
+    assert main(["scaling", "fit", points]) == 2
+    assert "4 points can't tell a law" in capsys.readouterr().err
+    assert main(["scaling", "plan", points, "--flops", "1e17"]) == 2
+    assert main(["scaling", "fit", points, "--only", "variant"]) == 2
+    assert "give KEY=VALUE" in capsys.readouterr().err

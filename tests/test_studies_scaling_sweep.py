@@ -1,0 +1,195 @@
+"""`mmllm scaling sweep`: grids, what they cost, one small sweep run whole, and what is refused before it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from mmllm.batch import PackedBatch
+from mmllm.cli.main import main
+from mmllm.data.loading.datamodules import PackedDataModule
+from mmllm.studies.scaling_grid import Run, Sweep, load_sweep, sweep_of
+from mmllm.studies.scaling_heldout import heldout_loss
+from mmllm.studies.scaling_sweep import POINTS, Sweeper, run_sweep
+from mmllm.studies.settings import put
+from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict
+
+SIZE = "model.init_args.decoder.hidden_size"
+VALUES: dict[str, Any] = {
+    "title": "trial", "data": {"folder": "data"}, "config": "{data}/config.yaml", "recipe": "{data}/recipe.yaml",
+    "heldout": "{data}/recipe.yaml", "sizes": {"s": {SIZE: 16}, "m": {SIZE: 32}, "l": {SIZE: 64}},
+    "tokens": [400, "1e3", 2500],
+}  # fmt: skip
+
+
+def changed(**keys: Any) -> dict[str, Any]:
+    values = copy.deepcopy(VALUES)
+    for dotted, value in keys.items():
+        put(values, dotted.replace("__", "."), value)
+    return values
+
+
+def test_a_grid_is_all_of_its_levels_the_shortest_first() -> None:
+    sweep = sweep_of(changed(variants={"dense": {}, "experts": {}}, rates=[0.5, 1], seeds=[0, 1]))
+    runs = sweep.runs()
+    assert len(runs) == len({run.name for run in runs}) == 3 * 3 * 2 * 2 * 2
+    assert [run.amount for run in runs] == sorted(run.amount for run in runs)
+    assert runs[0].name == "dense-s-t400-rate0.5-seed0"
+    assert {run.amount for run in runs} == {400, 1000, 2500}, "1e3 is a number"
+    check = sweep_of(changed(check={"sizes": {"xl": {SIZE: 128}}, "tokens": [5000]})).runs()
+    assert check[-1] == Run("base", "xl", 5000, is_check=True) and sum(run.is_check for run in check) == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"tokens": []}, "tokens and flops, or neither"),
+        ({"flops": [1e9]}, "tokens and flops, or neither"),
+        ({"sizes": {}}, "sizes is empty"),
+        ({"tokens": [5, 5]}, "give each value once"),
+        ({"tokens": [-5]}, "all must be positive"),
+        ({"shares": [2.0]}, "shares is"),
+        ({"rate": {"at": 0}}, "rate.at is 0"),
+        ({"tokns": [1]}, "unknown key 'tokns'"),
+        ({"variants": {"a": {"confg": {}}}}, "variants.a has the unknown key 'confg'"),
+    ],
+)
+def test_bad_sweeps_are_named(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        sweep_of(changed(**keys))
+
+
+def test_larger_models_learn_at_the_rule_s_rates() -> None:
+    rule = sweep_of(changed(rate={"at": 1e6, "exponent": -0.5})).rate
+    assert rule.factor(1e6) == 1 and rule.factor(4e6) == pytest.approx(0.5)
+
+
+# ---- with data
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text shards, a config of a tiny decoder, and a plan."""
+    folder = tmp_path_factory.mktemp("sweep")
+    make_folder(folder / "tokenizer")
+    manifest = mixed_manifest(folder / "rows", 30)
+    rows = [line for line in manifest.read_text().splitlines() if json.loads(line)["id"].startswith("t")]
+    manifest.write_text("\n".join(rows) + "\n")
+    tokenizer = str(folder / "tokenizer")
+    assert main(["data", "build", str(manifest), "--out", str(folder / "shards"), "--tokenizer", tokenizer]) == 0
+    assert main(["data", "index", str(folder / "shards"), "--tokenizer", tokenizer]) == 0
+    recipe = recipe_dict(folder / "shards", folder / "tokenizer", mixture={"on_exhausted": "repeat"})
+    recipe["sources"] = [source for source in recipe["sources"] if source["kind"] == "text"]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    decoder = {"vocab_size": 0, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+               "num_key_value_heads": 1, "intermediate_size": 32}  # fmt: skip
+    model = {"tokenizer": tokenizer, "out": "x", "decoder": decoder, "optimizer": {"lr": 0.01, "warmup": 0.1}}
+    config = {
+        "seed_everything": 0,
+        "trainer": {"accelerator": "cpu", "max_steps": 5, "callbacks": []},
+        "model": {"class_path": "mmllm.training.decoder_module.DecoderModule", "init_args": model},
+        "data": {"class_path": "mmllm.data.loading.datamodules.PackedDataModule",
+                 "init_args": {"recipe": "x", "batch_size": 1, "num_workers": 0}},
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def plan_of(data: Path, out: Path, **keys: Any) -> Path:
+    path = out / "plan.yaml"
+    path.write_text(yaml.safe_dump(changed(data={"folder": str(data)}, **keys), sort_keys=False))
+    return path
+
+
+def test_costs_are_told_and_grids_that_tell_nothing_are_refused(data: Path, tmp_path: Path) -> None:
+    lines = list(run_sweep(plan_of(data, tmp_path), tmp_path / "out", is_dry=True))
+    assert len(lines) == 10 and "9 runs, 0 done; the rest need" in lines[-1]
+    assert "base-s-t400-seed0" in lines[0] and "steps" in lines[0] and "rate 0.01" in lines[0]
+    with pytest.raises(ValueError, match=r"variant base: 3 points can't tell a law.*is_law: false"):
+        list(run_sweep(plan_of(data, tmp_path, tokens=[500]), tmp_path / "few", is_dry=True))
+    with pytest.raises(ValueError, match="hidden_siz"):
+        bad = {"s": {"model.init_args.decoder.hidden_siz": 8}}
+        list(run_sweep(plan_of(data, tmp_path, sizes=bad), tmp_path / "bad", is_dry=True))
+    with pytest.raises(FileNotFoundError, match=r"heldout is none\.yaml"):
+        list(run_sweep(plan_of(data, tmp_path, heldout="none.yaml"), tmp_path / "none", is_dry=True))
+
+
+def test_budgets_of_compute_give_each_size_its_tokens(data: Path, tmp_path: Path) -> None:
+    path = plan_of(data, tmp_path, tokens=[], flops=[5e8], rate={"at": 1e4, "exponent": -0.5})
+    sweeper = Sweeper(load_sweep(path)[0], tmp_path / "out")
+    counted = [sweeper.count(run, tmp_path / run.name) for run in sweeper.sweep.runs()]
+    for one in counted:
+        assert 6 * one.parameters * one.length.tokens == pytest.approx(5e8, rel=0.25), "to the nearest step"
+        assert one.lr["model.init_args.optimizer.lr"] == pytest.approx(0.01 * (one.parameters / 1e4) ** -0.5, rel=1e-4)
+    assert [one.parameters for one in counted] == sorted(one.parameters for one in counted)
+
+
+def test_a_sweep_goes_on_where_it_was_killed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs, the second of which is killed in its middle: it alone is run again; the points are those of all."""
+    keys = {"sizes": {"s": {SIZE: 16}}, "tokens": [300, 700], "is_law": False, "shares": [1.0]}
+    path, out = plan_of(data, tmp_path, **keys), tmp_path / "out"
+    called: list[str] = []
+    real = Sweeper._call
+
+    def killed(self: Sweeper, command: Any, folder: Path, run: Run) -> None:
+        called.append(run.name)
+        if len(called) == 2:
+            raise KeyboardInterrupt
+        real(self, command, folder, run)
+
+    monkeypatch.setattr(Sweeper, "_call", killed)
+    with pytest.raises(KeyboardInterrupt):
+        list(run_sweep(path, out))
+    assert len((out / POINTS).read_text().splitlines()) == 1
+    lines = list(run_sweep(path, out))
+    assert called == ["base-s-t300-seed0", "base-s-t700-seed0", "base-s-t700-seed0"]
+    assert lines[-1].endswith("2 points") and any("minutes at the speed so far" in line for line in lines)
+    first, second = (json.loads(line) for line in (out / POINTS).read_text().splitlines())
+    assert second["tokens"] > first["tokens"] and second["parameters"] == first["parameters"]
+    assert first["loss"] == pytest.approx(first["loss_text"]) == pytest.approx(first["loss_by_source"]["text"])
+    assert 0 < second["loss"] < 8 and not (out / "runs" / "base-s-t700-seed0" / "model").exists()
+    with pytest.raises(ValueError, match=r"with another set, sizes\.s; they can't be put on one curve"):
+        list(run_sweep(plan_of(data, tmp_path, **{**keys, "sizes": {"s": {SIZE: 32}}, "set": {"a": 1}}), out))
+
+
+def test_the_heldout_loss_is_that_of_a_plain_loop(data: Path, tmp_path: Path) -> None:
+    """Beside cross-entropy of the whole logits, batch by batch."""
+    from mmllm.checkpoints.folder import save_model
+    from mmllm.model.decoder_config import DecoderConfig
+    from mmllm.model.multimodal import LossConfig, ModelConfig, MultimodalModel
+    from mmllm_tokenizers.folder import TokenizerFolder
+
+    tokenizer = TokenizerFolder.load(data / "tokenizer")
+    torch.manual_seed(3)
+    decoder = DecoderConfig(tokenizer.vocabulary.size, 16, 1, 2, 1, intermediate_size=32)
+    model = MultimodalModel(ModelConfig(decoder, loss=LossConfig(answers=3.0))).eval()
+    save_model(tmp_path / "model", model, tokenizer)
+    found = heldout_loss(tmp_path / "model", data / "recipe.yaml", 3, batch_size=2)
+    module = PackedDataModule(
+        recipe=data / "recipe.yaml", val_recipe=data / "recipe.yaml", batch_size=2, num_val_sequences=3, num_workers=0
+    )
+    module.setup("validate")
+    total, count = 0.0, 0
+    for batch in module.val_dataloader():
+        assert isinstance(batch, PackedBatch)
+        output = model(batch)
+        metadata = output.metadata
+        labels_M = batch.labels_BT.flatten()[metadata.sequences.tokens_Q[metadata.targets_M]]
+        logits_MV = model.decoder.lm_head(output.hidden_QD[metadata.targets_M])
+        total += float(torch.nn.functional.cross_entropy(logits_MV.detach(), labels_M, reduction="sum"))
+        count += len(labels_M)
+    assert found.num_targets == count and found.loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_bad_plans_are_named_by_the_command_line(tmp_path: Path, capsys: Any) -> None:
+    assert main(["scaling", "sweep", str(tmp_path / "none.yaml"), "--out", str(tmp_path)]) == 2
+    (tmp_path / "plan.yaml").write_text("title: x\n")
+    assert main(["scaling", "sweep", str(tmp_path / "plan.yaml"), "--out", str(tmp_path)]) == 2
+    assert "lacks the key 'data'" in capsys.readouterr().err
+    assert isinstance(sweep_of(VALUES), Sweep)

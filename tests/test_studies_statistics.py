@@ -1,0 +1,74 @@
+"""A study's statistics: intervals, paired tests, samples for an equal score, joules."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmllm.studies.energy import EnergyMeter
+from mmllm.studies.statistics import interval_of, paired_p, samples_for, student_interval
+
+
+def test_paired_p_is_students():
+    scores = {0: 0.51, 1: 0.62, 2: 0.58, 7: 0.9}
+    others = {0: 0.50, 1: 0.58, 2: 0.55, 8: 0.1}
+    differences = np.array([0.01, 0.04, 0.03])
+    t = differences.mean() / (differences.std(ddof=1) / math.sqrt(3))
+    # P(|T| > t) with two degrees of freedom, in closed form.
+    assert paired_p(scores, others) == pytest.approx(1 - t / math.sqrt(2 + t * t))
+    assert paired_p({0: 1.0}, {0: 0.0}) is None  # one seed proves nothing
+    assert paired_p({0: 1.0, 1: 2.0}, {0: 0.0, 1: 1.0}) is None  # nor do differences without spread
+
+
+def test_interval_covers_the_mean_of_new_seeds_and_rows():
+    """Of trainings with a known mean, some 95 in a hundred intervals hold it; over rows alone, far fewer would."""
+    generator = np.random.default_rng(0)
+    num_seeds, num_rows, inside, inside_rows = 5, 60, 0, 0
+    for trial in range(120):
+        levels = generator.normal(0.5, 0.1, num_seeds)
+        table = levels[:, None] + generator.normal(0, 0.3, (num_seeds, num_rows))
+        rows = [{str(place): float(value) for place, value in enumerate(row)} for row in table]
+        low, high = interval_of([float(row.mean()) for row in table], rows, seed=trial)
+        inside += low <= 0.5 <= high
+        low, high = interval_of([float(table[0].mean())], rows[:1], seed=trial)
+        inside_rows += low <= 0.5 <= high
+    assert inside >= 96  # resampled seeds are a little too narrow with five of them
+    assert inside_rows < inside - 15
+
+
+def test_interval_without_rows_is_students():
+    scores = [0.2, 0.3, 0.4]
+    assert interval_of(scores, [{}, {}, {}]) == student_interval(scores)
+    low, high = student_interval(scores)
+    assert (low + high) / 2 == pytest.approx(0.3)
+    assert (high - low) / 2 == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-5)
+    assert student_interval([0.7]) == (0.7, 0.7)
+
+
+def test_samples_for_equal_score():
+    curve = [(1000.0, 0.8), (100.0, 0.4), (10.0, 0.2)]
+    assert samples_for(curve, 0.6) == pytest.approx(math.sqrt(100 * 1000))
+    assert samples_for(curve, 0.8) == pytest.approx(1000)
+    assert samples_for(curve, 0.1) == 10  # already with the fewest
+    assert samples_for(curve, 0.81) is None  # nothing is extrapolated
+    errors = [(samples, 1 - score) for samples, score in curve]
+    assert samples_for(errors, 0.4, lower_is_better=True) == pytest.approx(math.sqrt(100 * 1000))
+    assert samples_for([], 0.5) is None
+
+
+def test_joules_are_counted_over_a_counters_end(tmp_path: Path):
+    zone = tmp_path / "intel-rapl:0"
+    for folder, energy in ((zone, 900_000), (tmp_path / "intel-rapl:0:0", 5)):
+        folder.mkdir()
+        (folder / "energy_uj").write_text(str(energy))
+        (folder / "max_energy_range_uj").write_text("1000000")
+    with EnergyMeter(powercap=tmp_path) as meter:
+        (zone / "energy_uj").write_text("300000")
+    assert meter.joules == pytest.approx(0.4)
+    with EnergyMeter(powercap=tmp_path / "none") as meter:
+        pass
+    assert meter.joules is None
+    with EnergyMeter(is_on=False, powercap=tmp_path) as meter:
+        pass
+    assert meter.joules is None
