@@ -187,6 +187,8 @@ class AnswerBatch(Batch):
     """bool: the side that is preferred, or liked."""
     reference_A: Tensor
     """float32: each answer's log-probability by the reference, in nats, where it was stored; else [0]."""
+    margin_A: Tensor
+    """float32: of a pair, by how much the chosen side is better, as its row says; else 0."""
     replay: PackedBatch | None = None
     """Documents of the usual data, whose usual loss is added."""
     mismatched: AnswerBatch | None = None

@@ -130,7 +130,7 @@ def test_configs_are_listed_and_copied(tmp_path: Path, capsys: pytest.CaptureFix
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert main([command, "--help"]) == 0
     assert command in capsys.readouterr().out
-    assert len(TASKS) == 5
+    assert len(TASKS) == 6
 
 
 @pytest.mark.parametrize(("command", "prog"), [(["configs", "cp", "x"], "mmllm configs cp"), ([], "mmllm")])

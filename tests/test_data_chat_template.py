@@ -253,7 +253,13 @@ def test_an_index_that_counted_otherwise_is_refused_and_made_anew(tmp_path, monk
     commands.index(tmp_path / "s", tmp_path / "tok")
     with pytest.raises(ValueError, match=r"chat_template.jinja; run 'mmllm data index' again"):
         open_plan(recipe_of(tmp_path), 1, folder)
+    own = {"chat": {"prompt": "{segments}: ", "target": "{text}"}}
+    with pytest.raises(ValueError, match=r"chat_template.jinja; run 'mmllm data index' again"):
+        open_plan(recipe_of(tmp_path, templates=own), 1, folder)
     monkeypatch.setattr("mmllm.data.index.write.CHAT_RULE", index_module.CHAT_RULE)
     commands.index(tmp_path / "s", tmp_path / "tok")
     load_index(tmp_path / "s" / "interleaved-000000.tar", folder.hash).check_chat(True)
-    assert open_plan(recipe_of(tmp_path), 1, folder).sources[0].num_items == 1
+    for plan in (open_plan(recipe_of(tmp_path), 1, folder), open_plan(recipe_of(tmp_path, templates=own), 1, folder)):
+        item = plan.sources[0].item(0)
+        document = StepDataset(plan, folder, ImageTransform(folder.image_size)).document(item, [])
+        assert isinstance(document, Document) and document.num_tokens == item.num_tokens

@@ -87,10 +87,40 @@ def test_every_form_is_trained_on_by_its_answers(tmp_path, record, written, trai
     assert "".join(shown["trained"]) == trained * len(shown["documents"]), "`data show` tells what is trained on"
 
 
+def test_calls_stand_in_a_line_of_their_own_below_what_is_said(tmp_path):
+    calls = [{"function": {"name": "add", "arguments": {"a": 1}}}]
+    for content in ("I add.", [{"type": "text", "text": "I add."}]):
+        talk = [ASK, {"role": "assistant", "content": content, "tool_calls": calls}]
+        (row,) = read_rows(as_lines(tmp_path / "m.jsonl", {"messages": talk}))
+        assert row.segments[-1]["text"] == f"I add.\n{CALL}"
+
+
+@pytest.mark.parametrize(
+    ("system", "wanted"),
+    [
+        ({"messages": [SYSTEM, ASK, ANSWER]}, ["{tools}\nBe brief."]),
+        ({"system": "Be brief.", "messages": [ASK, ANSWER]}, ["{tools}\nBe brief."]),
+        ({"messages": [{**SYSTEM, "content": [{"type": "text", "text": "Be brief."}]}, ASK, ANSWER]},
+         ["{tools}\nBe brief."]),
+        ({"messages": [{**SYSTEM, "content": ["Be brief.", "Please."]}, ASK, ANSWER]},
+         ["{tools}\nBe brief.", "Please."]),
+        ({"messages": [ASK, ANSWER]}, ["{tools}"]),
+    ],
+)  # fmt: skip
+def test_tools_and_the_systems_text_are_one_turn(tmp_path, system, wanted):
+    """Many chat templates refuse a second one, or write it as another message."""
+    (row,) = read_rows(as_lines(tmp_path / "m.jsonl", {"tools": [TOOL], **system}))
+    told = [segment for segment in row.segments if segment["role"] == "system"]
+    tools = f"<tools>\n{json.dumps(TOOL)}\n</tools>"
+    assert [segment["text"] for segment in told] == [text.format(tools=tools) for text in wanted]
+    assert not any(segment.get("new_turn") for segment in row.segments)
+
+
 def test_a_prompt_of_inference_begins_the_document(tmp_path):
-    """Also behind a system's turn, and in the task `chat` of templates.json."""
+    """Also behind a system's turn, of two questions in a row, and in the task `chat` of templates.json."""
     folder = make_folder(tmp_path / "tok")
-    messages = [SYSTEM, ASK, ANSWER, {**ASK, "content": "and then?"}, {**ANSWER, "content": "green"}]
+    more = [{**ASK, "content": "and then?"}, {**ASK, "content": "or now?"}, {**ANSWER, "content": "green"}]
+    messages = [SYSTEM, ASK, ASK, ANSWER, *more]
     commands.build(as_lines(tmp_path / "m.jsonl", {"messages": messages}), tmp_path / "s")
     commands.index(tmp_path / "s", tmp_path / "tok")
     plan = open_plan(load_recipe(recipe_of(tmp_path)), 1, folder)
@@ -98,7 +128,7 @@ def test_a_prompt_of_inference_begins_the_document(tmp_path):
     assert isinstance(document, Document)
     config = SimpleNamespace(vision=None, audio=None)
     prompter = Prompter(config, folder, ImageTransform(16), GenerationConfig())  # type: ignore[arg-type]
-    for count in (2, 4):
+    for count in (3, 6):
         prompt = prompter.chat(messages[:count]).token_ids_T.tolist()
         assert document.token_ids_T[: len(prompt)].tolist() == prompt
         assert document.targets_T[len(prompt)] and not document.targets_T[len(prompt) - 1]
@@ -191,6 +221,8 @@ def test_an_example_gets_one_of_its_tasks_wordings(tmp_path):
         ("templates: {nli: [[a]]}", {}, r"give \[question, answer\] each"),
         ("templates: {nli: [['{', b]]}", {}, "write {{ and }} for braces"),
         ("templates: {nli: [['{0}', b]]}", {}, "a field is the name of a key"),
+        ("templates: {nli: [['{premise:>9}', b]]}", {}, "name of a key, without a format"),
+        ("templates: {nli: [['{premise!r}', b]]}", {}, "name of a key, without a format"),
         ("templates: {nli: [[a, b]]}\nseeds: 1", {}, "unknown key 'seeds'"),
     ],
 )

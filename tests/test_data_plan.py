@@ -156,6 +156,8 @@ def test_shares_of_the_data_lie_in_each_other(made):
     )
     with pytest.raises(ValueError, match="share is 0"):
         plan_of(made, sources=[source(made, "audio", share=0)])
+    with pytest.raises(ValueError, match="filtered out by its filter and its share of 1e-09"):
+        plan_of(made, sources=[source(made, "audio", share=1e-9)])
 
 
 def test_long_texts_are_split_and_others_left_out(made):

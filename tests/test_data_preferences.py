@@ -62,6 +62,9 @@ GOOD = pair(1)
         ({**GOOD, "prompt": [message("user", [{"type": "video", "video": "a"}])]}, "of type text, image or audio"),
         ({**GOOD, "chosen": [message("assistant", [{"type": "image", "image": "a"}])]}, "chat is text alone"),
         ({**GOOD, "chosen": [{**message("assistant", "a"), "tool_calls": [1]}]}, "calls tools"),
+        ({**GOOD, "tools": [{"name": "ocr"}]}, "has 'tools', which have no place here"),
+        ({**GOOD, "margin": "much"}, "'margin' is \"much\"; a number is wanted"),
+        ({**GOOD, "margin": float("nan")}, "'margin' is NaN"),
     ],
 )
 def test_rows_that_say_nothing_to_learn_are_refused(value: dict[str, Any], reason: str) -> None:
@@ -256,6 +259,20 @@ def test_mismatched_answers_are_of_another_row(model: Path, tmp_path: Path) -> N
         numbers = [int(word) for word in text.replace("he said", "").split() if word.isdigit()]
         asked = [int(w) for w in pair(numbers[-1])["prompt"][-1]["content"].split() if w.isdigit()]
         assert numbers[:-1] != asked or not asked, text
+
+
+def test_margins_go_along_and_rows_without_a_reference_are_left_out(model: Path, tmp_path: Path, caplog: Any) -> None:
+    path = write_rows(tmp_path / "pairs.jsonl", [{**pair(number), "margin": number / 2} for number in range(4)])
+    data = make_data(path, model, max_bad_fraction=0.5)
+    batch = next(iter(data.loader("train", seed=None)))
+    assert batch.margin_A.tolist() == (batch.group_A / 2).tolist()
+    references_N2 = np.zeros((4, 2), dtype=np.float32)
+    references_N2[2, 1] = np.nan  # it couldn't be read when the reference was asked
+    data.take_references("train", references_N2)
+    with caplog.at_level(logging.WARNING):
+        batch = next(iter(data.loader("train", seed=None)))
+    assert batch.num_answers == 6 and batch.reference_A.tolist() == [0.0] * 6
+    assert f"left out {path}:3: what the reference says isn't known" in caplog.text
 
 
 def test_documents_never_see_each_other(model: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from mmllm.data import commands
 from mmllm.data.loading.loader import StepDataset
 from mmllm.data.plan.plan import Plan, open_plan
 from mmllm.data.plan.recipe import recipe_from_dict, recipe_hash, recipe_to_dict
+from mmllm.data.plan.tasks import TaskConfig, open_task_plan, split_sources
 from mmllm.data.rows.bad_rows import ManifestError
 from mmllm.data.rows.split import split
 from mmllm.data.samples.decode import ImageTransform
@@ -320,6 +321,28 @@ def test_a_mixture_that_cannot_be_kept_is_refused(made, changes, message):
         tell_plan(made, **changes)
     with pytest.raises(ValueError, match="has a weight or a weight_schedule"):
         tell_plan(made, 1.0, {"weight": 2.0})
+
+
+def test_steps_of_one_task_at_a_time_are_no_mixture(made):
+    recipe, folder = tell_plan(made).recipe, TokenizerFolder.load(made / "tok")
+    with pytest.raises(ValueError, match=r"tell, which mixes .* and data\.init_args\.tasks has steps of one task"):
+        open_task_plan(recipe, 2, folder, TaskConfig(1))
+    with pytest.raises(ValueError, match=r"tell, which mixes .* and data\.init_args\.tasks has steps of one task"):
+        split_sources(recipe, folder, "task")
+
+
+@pytest.mark.parametrize("values", [(1, 2), (True, False), ("it's", 'so "q"'), (0.5, 0.25)])
+def test_a_column_of_any_type_tells_tasks(tmp_path, values):
+    talk_of = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "a star"}]
+    rows = [{"id": f"r{number}", "messages": talk_of, "level": values[number % 2]} for number in range(6)]
+    folder = make_folder(tmp_path / "tok")
+    commands.build(as_lines(tmp_path / "talks.jsonl", *rows), tmp_path / "talks")
+    commands.index(tmp_path / "talks", tmp_path / "tok")
+    told = {"tokenizer": str(tmp_path / "tok"), "sequence_length": 128, "sources": [talk(tmp_path)]}
+    recipe = split_sources(recipe_from_dict(told), folder, "level")
+    assert [source.name for source in recipe.sources] == [f"talk:{value}" for value in sorted(map(str, values))]
+    plan = open_task_plan(recipe, 2, folder, TaskConfig(1))
+    assert [source.num_items for source in plan.sources] == [3, 3]
 
 
 def test_hashes_of_older_recipes_stay_and_the_new_keys_are_in_them(made):

@@ -40,13 +40,23 @@ def picture(folder: Path, name: str, shade: int) -> Path:
     return path
 
 
-def test_the_prompt_and_the_answer_are_the_training_document(tmp_path: Path) -> None:
+IN_A_ROW = [
+    *({"text": text, "role": "user", "new_turn": number > 0} for number, text in enumerate(("look", "what is it?"))),
+    {"text": "2", "role": "tool"},
+]
+"""Three turns that are one in the form of templates.json."""
+
+
+@pytest.mark.parametrize("before", [TURNS[1:4], IN_A_ROW, [*TURNS[1:3], *IN_A_ROW]])
+def test_the_prompt_and_the_answer_are_the_training_document(tmp_path: Path, before: list[dict]) -> None:
     path, model = picture(tmp_path, "a.png", 40), make()
-    row = chat([{"image": path, "role": "user"}, *TURNS[1:]])
+    row = chat([{"image": path, "role": "user"}, *before, TURNS[-1]])
     one = ChatRow.of(row)
     parts = chat_task.prompt_segments(one.row)
-    prompt = model.chat_prompt(one.messages(parts))
-    segments = [Segment(s.get("text"), s.get("image"), role=s["role"]) for s in row.segments]
+    prompt = chat_task._prompt(AskedModel(model), one.messages(parts))
+    segments = [
+        Segment(s.get("text"), s.get("image"), role=s["role"], new_turn=s.get("new_turn", False)) for s in row.segments
+    ]
     document = build_document(Sample("r", segments=tuple(segments)), "chat", model.tokenizer)
     answer = model.tokenizer.text.encode("red")
     told = document.token_ids_T.tolist()
@@ -72,6 +82,8 @@ def test_an_answer_in_pieces_is_one_answer() -> None:
     one = ChatRow.of(chat([*TURNS[:4], *({"text": text, "role": "assistant"} for text in ("dark ", "red"))]))
     assert one.answer == "dark red"
     assert len(one.row.segments) == 4
+    twice = ({"text": "dark", "role": "assistant"}, {"text": "red", "role": "assistant", "new_turn": True})
+    assert ChatRow.of(chat([*TURNS[:4], *twice])).answer == "dark\nred", "as the task chat of templates.json has it"
 
 
 def test_turns_keep_their_roles() -> None:
@@ -109,6 +121,8 @@ class Eyes:
             return messages
 
     class tokenizer:
+        chat_template = None
+
         class text:
             encode = staticmethod(list)
 
@@ -131,6 +145,31 @@ def test_controls_by_hand(tmp_path: Path) -> None:
     assert result.scores["n"] == 6
     assert [p.correct for p in result.predictions] == [True] * 4 + [False] * 2
     assert result.predictions[0].segments[-1] == {"text": "?"}
+
+
+def test_without_controls_each_row_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(tmp_path, "a.png", 90)
+    asks = {"segments": [{"image": "a.png"}], "question": "what?", "answer": "red"}
+    rows = [{"id": f"{kind}{number}", **row} for kind, row in (("r", {"segments": TURNS}), ("q", asks))
+            for number in range(3)]  # fmt: skip
+    manifest = tmp_path / "rows.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked: list[int] = []
+    write = AskedModel.write
+
+    def counted(self: AskedModel, prompts: list, *args, **kwargs) -> list[str]:
+        asked.append(len(prompts))
+        return write(self, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(AskedModel, "write", counted)
+    model = make()
+    for task in ("chat", "interleaved"):
+        whole, alone = (evaluate(model, task, manifest, controls=controls) for controls in (True, False))
+        kept = {"answer_accuracy", "answer_accuracy_ci", "n"}
+        assert alone.scores == {key: value for key, value in whole.scores.items() if key in kept}
+        assert [row.prediction for row in alone.predictions] == [row.prediction for row in whole.predictions]
+        assert all(row.blind is None for row in alone.predictions)
+    assert asked == [3] * 8
 
 
 def test_a_tiny_model_by_the_command(tmp_path: Path) -> None:

@@ -189,6 +189,9 @@ def test_the_cost_of_divergence_follows_its_target() -> None:
     assert kl.coef == pytest.approx(0.1 * 1.02)
     kl.update(5.4, 10)
     assert kl.coef == pytest.approx(0.1 * 1.02 * 0.99)
+    kl.coef = 0.1
+    kl.update(0.0, 1000)
+    assert kl.coef == pytest.approx(0.08), "a step of more answers than the horizon turns no cost into a gain"
     fixed = AdaptiveKL(0.1)
     fixed.update(100.0, 10)
     assert fixed.coef == 0.1

@@ -47,7 +47,7 @@ def padded(batch: Any) -> dict[str, Tensor]:
     ids, masks = zip(*[rows[n][1:] for n in order], strict=True)
     pad = torch.nn.utils.rnn.pad_sequence
     return {
-        "input_ids": pad(ids, batch_first=True),
+        "input_ids": pad(list(ids), batch_first=True),
         "attention_mask": pad([torch.ones_like(each) for each in ids], batch_first=True),
         "completion_mask": pad([each.long() for each in masks], batch_first=True),
     }
@@ -110,7 +110,7 @@ def test_losses_of_pairs_are_those_of_trl(
     common = {"output_dir": str(tmp_path / "trl"), "report_to": [], "use_cpu": True, "bf16": False, "fp16": False}
     arguments = DPOConfig(**{**common, "gradient_checkpointing": False, **settings})
     row = {"prompt": "<end>", "chosen": "<end> <end>", "rejected": "<end>"}
-    trainer = DPOTrainer(hf_policy, hf_reference, arguments, train_dataset=Dataset.from_list([row] * 2),
+    trainer: Any = DPOTrainer(hf_policy, hf_reference, arguments, train_dataset=Dataset.from_list([row] * 2),
                          processing_class=tokenizer())  # fmt: skip
     trainer.model.eval()
     with warnings.catch_warnings():
@@ -139,7 +139,7 @@ def test_kto_is_that_of_trl(folders: tuple[Path, Path, Path], tmp_path: Path) ->
                              "undesirable_weight": 0.7})  # fmt: skip
     row = {"prompt": "<end>", "completion": "<end> <end>", "label": True}
     hf_policy, hf_reference = theirs(policy, tmp_path / "policy"), theirs(reference, tmp_path / "reference")
-    trainer = KTOTrainer(hf_policy, hf_reference, arguments, train_dataset=Dataset.from_list([row] * 2),
+    trainer: Any = KTOTrainer(hf_policy, hf_reference, arguments, train_dataset=Dataset.from_list([row] * 2),
                          processing_class=tokenizer())  # fmt: skip
     trainer.model.eval()
     given, other = padded(batch), padded(batch.mismatched)

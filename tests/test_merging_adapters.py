@@ -170,6 +170,12 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "is another in" in refused(moved)
     density = {**config_of(base, "ties_svd"), "parameters": {}}
     assert "density is missing" in refused(density)
+    assert "density is 0" in refused(config_of(base, "dare_linear_svd", density=0))  # PEFT would divide by it
+    assert "svd_rank is 2.5" in refused(config_of(base, "svd", svd_rank=2.5))
+    assert "out_dtype is 'bfloat16', which merges of adapters don't have" in refused({**plain, "out_dtype": "bfloat16"})
+    sources = [{**model, "layer_range": [0, 1]} for model in plain["models"]]
+    sliced = {key: value for key, value in plain.items() if key != "models"} | {"slices": [{"sources": sources}]}
+    assert "slices is" in refused(sliced)
     dora = json.loads((base / "adapters" / "a" / "adapter_config.json").read_text())
     (base / "adapters" / "a" / "adapter_config.json").write_text(json.dumps({**dora, "use_dora": True}))
     assert "use_dora" in refused(plain)

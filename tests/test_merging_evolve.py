@@ -90,7 +90,7 @@ def test_it_goes_on_where_it_ended(
     monkeypatch.setattr(search.Scorer, "scores", killed)
     merge(capsys, tmp_path / "out", config_of(parents, budget=20), code=130)
     file = tmp_path / "out.evolve.jsonl"
-    file.write_text(file.read_text() + '{"candidate": 11, "poi')  # as a killed process may leave it
+    file.write_text(file.read_text() + '{"candidate": 11, "scores": {"text": 1.0}')  # as a killed process may leave it
     monkeypatch.setattr(search.Scorer, "scores", scored)
     asked.clear()
     torch.manual_seed(5)

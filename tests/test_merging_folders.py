@@ -224,6 +224,7 @@ def test_mergekit_is_named_where_it_is_missing(
         ({"modules": {}}, "modules is given, which mmllm doesn't do"),
         ({"parameters": {"densty": 1}}, "parameters has the key 'densty' (did you mean density?)"),
         ({"parameters": {"density": 1.5}}, "density is 1.5; it must be between 0 and 1"),
+        ({"merge_method": "della", "parameters": {"epsilon": -0.1}}, "epsilon is -0.1; it must be between 0 and 1"),
         ({"parameters": {"weight": "heavy"}}, "weight is 'heavy'; give a number"),
         ({"parameters": {"normalize": 1}}, "normalize is 1; give true or false"),
         ({"parameters": {"weight": [{"filter": "attn"}]}}, "weight is None; give a number"),
@@ -376,6 +377,13 @@ def test_branches_that_cant_be_mixed(parents: list[Path], tmp_path: Path, capsys
     assert "have experts already" in merge(capsys, tmp_path / "out", values, code=2)
     assert "between 1 and 2" in merge(capsys, tmp_path / "out", {**values, "experts_per_token": 3}, code=2)
     assert "have experts already" in merge(capsys, tmp_path / "out", values, "--check", code=2)
+    folders = [dense(tmp_path / name, seed) for seed, name in enumerate(("zero", "one"))]
+    half = [{"sources": [{"model": str(folder), "layer_range": [0, 1]} for folder in folders]}]
+    uncovered = {"merge_method": "branch_train_mix", "slices": half}
+    assert "cover each once and in order" in merge(capsys, tmp_path / "out", uncovered, code=2)
+    unmatched = {**values, "models": models(*folders), "parameters": {"weight": [{"filter": "attnn", "value": 1}]}}
+    unmatched["parameters"]["weight"].append({"value": 1})
+    assert "part of no tensor's name" in merge(capsys, tmp_path / "out", unmatched, code=2)
 
 
 def test_a_config_can_be_parsed_without_a_file() -> None:

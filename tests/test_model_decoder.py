@@ -119,6 +119,23 @@ def test_checkpointed_blocks_give_the_same_loss_and_gradients_from_less_memory(c
     assert num_kept[1] < num_kept[0] / 3
 
 
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("config", [DENSE, SPARSE])
+def test_what_was_computed_in_eval_mode_is_computed_again_so(config, mode):
+    """Policies are scored without dropout, in modules that are back in training mode before the backward pass."""
+    x_BTD, positions_BT, documents_BT = _packed()
+    gradients = []
+    for recompute in ("none", mode):
+        decoder = _decoder(dataclasses.replace(config, dropout=0.2, gradient_checkpointing=recompute)).eval()
+        hidden_BTD, _ = decoder(x_BTD.requires_grad_(), positions_BT, documents_BT)
+        decoder.train()
+        gradients.append(
+            torch.autograd.grad(hidden_BTD.pow(3).sum(), [x_BTD, decoder.layers[0].self_attn.q_proj.weight])
+        )
+        assert all(module.training for module in decoder.modules())
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize(("config", "tolerance"), [(DENSE, 0.0), (SPARSE, 1e-6)])
 def test_changing_one_document_leaves_the_others(config, tolerance):
     decoder = _decoder(config, torch.float32)

@@ -28,7 +28,11 @@ from mmllm.training.optimizers import OptimizerConfig, parameter_groups
 from tests.training_fixtures import CLIP_CONFIG, tiny_module
 
 GROUPS = Path(__file__).parent / "golden" / "optimizer_groups.json"
-CONFIGS = sorted(path.relative_to(paths.configs_dir()).as_posix() for path in paths.configs_dir().rglob("*.yaml"))
+CONFIGS = sorted(
+    path.relative_to(paths.configs_dir()).as_posix()
+    for path in paths.configs_dir().rglob("*.yaml")
+    if path.parent.name != "studies"
+)
 
 
 def _module(config: str) -> Any:

@@ -229,6 +229,44 @@ def test_it_only_says_so_where_it_is_asked_to(base: Path, tmp_path: Path, monkey
     assert told["noticed_at_step"] == 20 and scores.looks[-1].step == 24
 
 
+def test_the_last_look_keeps_the_reward_of_one_at_its_step(base: Path, tmp_path: Path) -> None:
+    """A run that is stopped at a look is looked at there once more, with no step and no reward between."""
+
+    class Stops(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step == 4
+
+    scores = make_scores(base, tmp_path, num_answers=0)
+    fit(make_module(base, _Hacked), 9, scores, Stops())
+    assert [(look.step, look.reward) for look in scores.looks] == [(0, None), (2, 1.5), (4, 3.5)]
+
+
+def test_prompts_are_those_of_rows_that_are_scored(base: Path, tmp_path: Path, caplog: Any) -> None:
+    """Stories, questions and conversations may lie in one manifest; a picture that is gone is named."""
+    turns = [{"text": "what?", "role": "user"}, {"text": "a word", "role": "assistant"}]
+    rows: list[dict[str, Any]] = [
+        {"segments": [{"text": "a story"}]},
+        {"segments": [{"text": "a word"}], "question": "which?", "answer": "word"},
+        {"segments": turns},
+        {"image": str(base.parent / "0.png"), "text": "a word"},
+        {"image": str(tmp_path / "gone.png"), "text": "a word"},
+    ]
+    Image.new("RGB", (16, 16)).save(tmp_path / "gone.png")
+    manifest = tmp_path / "mixed.jsonl"
+    manifest.write_text("".join(json.dumps({"id": f"r{n}", **row}) + "\n" for n, row in enumerate(rows)))
+    scores = TaskScores([HeldOutTask(task, str(manifest)) for task in ("interleaved", "chat", "caption")], "out", None)
+    module = make_module(base)
+    module.configure_model()
+    scores.setup(quiet_trainer(), module, "fit")
+    assert {name: len(found) for name, found in scores._rows.items()} == {"interleaved": 1, "chat": 1, "caption": 2}
+    with pytest.raises(ValueError, match="has no audio rows, which the task 'transcribe' needs"):
+        TaskScores([HeldOutTask("transcribe", str(manifest))], "out").setup(quiet_trainer(), module, "fit")
+    (tmp_path / "gone.png").unlink()
+    served = Model(module.model, module.folder, module.image_transform)
+    assert len(scores._fixed_prompts(served)) == 3
+    assert "TaskScores draws no answer to" in caplog.text and "gone.png" in caplog.text
+
+
 def test_an_honest_run_is_told_to_be_none(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores, _, told = fit_hacked(base, tmp_path, monkeypatch, falls=False)
     assert told["noticed_at_step"] is None and scores.looks[-1].step == 24

@@ -255,6 +255,23 @@ def test_an_adapter_that_cannot_be_merged_is_refused(tmp_path: Path) -> None:
         run(tmp_path, tasks=[task])
 
 
+@pytest.mark.usefixtures("no_cards")
+def test_what_is_wrong_with_the_last_task_is_said_before_the_first_is_learnt(tmp_path: Path, capsys: Any) -> None:
+    tasks = [{"name": "one", "rows": "one.jsonl", "eval": scored()},
+             {"name": "two", "rows": "two.jsonl", "eval": scored(), "set": {"trainer.logger.a": 1}}]  # fmt: skip
+    ran = Commands(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"task two: set names trainer\.logger\.a, and logger in it"):
+        incremental(load_plan(plan_file(tmp_path, tasks=tasks)), tmp_path / "out", ran, lambda _: None)
+    assert not ran.lines
+    (tmp_path / "start").mkdir()
+    (tmp_path / "one.jsonl").touch()
+    tasks = [{**task, "rows": str(tmp_path / task["rows"]), "set": {}} for task in tasks]
+    plan = plan_file(tmp_path, tasks=tasks, start=str(tmp_path / "start"))
+    assert main(["incremental", str(plan), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "file of task two" in said and "two.jsonl" in said
+
+
 # --- a whole run -----------------------------------------------------------------------------------------------------
 
 

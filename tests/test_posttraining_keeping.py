@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import pytest
@@ -20,8 +20,9 @@ from mmllm.batch import IGNORE, PackedBatch
 from mmllm.checkpoints.adapter_config import AdapterConfig
 from mmllm.checkpoints.adapters import merge_adapter
 from mmllm.data import commands
-from mmllm.data.loading.collate import pack_documents
+from mmllm.data.loading.collate import Gap, pack_documents
 from mmllm.data.loading.datamodules import PackedDataModule
+from mmllm.data.loading.loader import StepDataset
 from mmllm.data.samples.documents import DocumentWriter
 from mmllm.inference.api import load
 from mmllm.losses.batch import LossFunction
@@ -243,6 +244,24 @@ def test_the_fisher_information_is_the_mean_of_squared_gradients_of_single_docum
     assert not torch.allclose(packed[name], slow[name], rtol=0.1), "of two documents together it is another"
 
 
+def test_documents_that_fail_are_left_out_of_the_fisher_information_and_named(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    document_of = StepDataset.document
+
+    def broken(self: StepDataset, item: Any, errors: list[str]) -> Any:
+        if item.row % 2:
+            errors.append(f"row {item.row}: broken")
+            return Gap(item.num_tokens)
+        return document_of(self, item, errors)
+
+    monkeypatch.setattr(StepDataset, "document", broken)
+    folder, transform = TokenizerFolder.load(run / "tokenizer"), cast("Any", None)
+    documents = list(single_documents(str(run / "recipe.yaml"), folder, transform, 24))
+    assert 0 < len(documents) < 24
+    assert f"left out {24 - len(documents)} of 24 documents: row " in caplog.text
+
+
 def pack_two(documents: list[PackedBatch]) -> PackedBatch:
     ids = [batch.token_ids_BT[0].tolist() for batch in documents[:2]]
     return text_batch([ids[0]], [ids[1]])
@@ -394,6 +413,7 @@ def test_a_kept_training_goes_on_exactly_and_with_no_other_start(run: Path, tmp_
     [
         ({"keep": {"kl": -1.0}}, r"keep\.kl is -1"),
         ({"keep": {"ewc": 1.0}}, r"keep\.ewc is given without fisher_recipe"),
+        ({"keep": {"l2": 1.0, "fisher_recipe": "r"}}, r"keep\.fisher_recipe is r, which ewc alone reads"),
         ({"wise_ft": 1.5}, r"wise_ft is 1\.5; it is the trained weights' share"),
         ({"wise_ft": 0.5, "adapter": AdapterConfig(use_dora=True)}, r"wise_ft is 0\.5 and the adapter has use_dora"),
         ({"wise_ft": 0.5, "adapter": AdapterConfig(kind="prompt_tuning")}, r"has kind prompt_tuning"),

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mmllm.checkpoints.adapter_config import AdapterConfig
 from mmllm.checkpoints.folder import load_model, save_model
+from mmllm.data.samples.decode import ImageTransform
 from mmllm.losses.answers import sum_by_answer, target_logprobs
 from mmllm.training.posttraining.preference_module import PreferenceConfig
 from tests.inference_fixtures import make_model, make_tokenizer
@@ -80,6 +81,12 @@ def test_references_are_the_start_however_they_are_had(model: Path, tmp_path: Pa
     assert float(losses.sums["rewards/chosen"]) == pytest.approx(float(wanted), abs=1e-4)
     files = list(tmp_path.glob("*.npz"))
     assert len(files) == (reference == "stored")
+
+
+def test_stored_references_are_computed_as_training_computes(model: Path, tmp_path: Path) -> None:
+    module = make_module(model, PreferenceConfig(reference="stored"))
+    losses, _ = fit(module, make_data(pairs_file(tmp_path), model), 1, precision="bf16-mixed")
+    assert losses == [pytest.approx(math.log(2), abs=1e-4)]
 
 
 def test_kto_likes_what_is_liked(model: Path, tmp_path: Path) -> None:
@@ -183,6 +190,20 @@ def test_speech_and_pictures_are_compared_too(tmp_path: Path) -> None:
         assert without == []
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "kto"])
+def test_a_rank_whose_rows_all_failed_gives_every_gradient(model: Path, tmp_path: Path, loss: Any) -> None:
+    """Of 0: the other ranks wait for them."""
+    data = make_data(pairs_file(tmp_path), model, form="answers" if loss == "kto" else "pairs")
+    dataset = data._dataset("train", None)
+    batch = dataset.packed([], {})
+    batch.mismatched = dataset.packed([], {})
+    module = make_module(model, PreferenceConfig(loss))
+    module.configure_model()
+    module.loss_of(batch)[0].backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
 def test_replay_is_its_own_loss_beside(model: Path, tmp_path: Path) -> None:
     from mmllm.data import commands
 
@@ -194,6 +215,9 @@ def test_replay_is_its_own_loss_beside(model: Path, tmp_path: Path) -> None:
     recipe.write_text(json.dumps({"seed": 0, "tokenizer": str(model), "sequence_length": 48, "sources": sources}))
     module = make_module(model, PreferenceConfig(replay_weight=0.5))
     data = make_data(pairs_file(tmp_path), model, replay_recipe=str(recipe), replay_sequences=2)
+    assert data.source_names == ["text"] and data.replay is not None
+    data.take_transform(transform := ImageTransform(16, mode="pad"))
+    assert data.replay._dataset._transform is transform, "made anew, as the model's tower saw pictures"
     found = metrics_of(module, data, 2)
     assert found["train/loss/replay"] > 0
     batch = next(iter(data.train_dataloader()))
@@ -219,6 +243,12 @@ def test_replay_is_its_own_loss_beside(model: Path, tmp_path: Path) -> None:
 def test_settings_that_do_not_go_together_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PreferenceConfig(**changes)
+
+
+def test_kto_compares_an_answer_with_others(model: Path, tmp_path: Path) -> None:
+    data = make_data(pairs_file(tmp_path), model, form="answers", batch_size=1)
+    with pytest.raises(ValueError, match="batch_size is 1; kto compares each answer with others of its batch"):
+        fit(make_module(model, PreferenceConfig("kto")), data, 1)
 
 
 def test_a_reference_of_another_tokenizer_is_refused(model: Path, tmp_path: Path) -> None:

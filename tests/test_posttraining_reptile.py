@@ -19,6 +19,7 @@ from mmllm.data.loading.datamodules import PackedDataModule
 from mmllm.data.plan.recipe import recipe_from_dict
 from mmllm.data.plan.tasks import TaskConfig
 from mmllm.model.multimodal import LossConfig
+from mmllm.training.averaging import AverageLast
 from mmllm.training.ema import EMA
 from mmllm.training.lightning_cli import quiet_lightning
 from mmllm.training.optimizers import OptimizerConfig
@@ -173,8 +174,9 @@ def test_what_does_not_fit_is_refused() -> None:
         fit(reptile(ReptileConfig(inner_steps=3)), data=TaskData(4), max_steps=3)
     with pytest.raises(ValueError, match="all tasks mixed"):
         fit(reptile(ReptileConfig(inner_steps=3)), data=TinyData(), max_steps=3)
-    with pytest.raises(ValueError, match="EMA"):
-        fit(reptile(ReptileConfig(inner_steps=3)), EMA(0.9), max_steps=3)
+    for averaging in (EMA(0.9), AverageLast(2, 1)):
+        with pytest.raises(ValueError, match=f"has {type(averaging).__name__}, which would average weights within"):
+            fit(reptile(ReptileConfig(inner_steps=3)), averaging, max_steps=3)
     for wrong in ({"inner_steps": 0}, {"outer_lr": 0.0}, {"outer_lr": 1.5}, {"inner_optimizer": "adagrad"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ReptileConfig(**wrong)  # pyright: ignore[reportArgumentType]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import pytest
 import torch
 
 from mmllm.checkpoints.adapter_config import AdapterConfig
+from mmllm.checkpoints.files import REWARD_CONFIG, REWARD_HEAD
 from mmllm.checkpoints.folder import load_model
-from mmllm.data.loading.preference_rows import read_row
+from mmllm.data.loading.preference_rows import AnswerWriter, read_row
 from mmllm.data.samples.documents import build_prompt
-from mmllm.inference.reward_model import RewardModel
+from mmllm.evaluation.rewards import load_rewards
+from mmllm.inference.reward_model import WEIGHT, RewardModel, reward_settings
 from mmllm.losses.calibration import calibration, margin_histogram
 from mmllm.training.posttraining.reward_module import RewardConfig, RewardModule
+from mmllm_tokenizers.tensor_file import save_tensors
 from tests.preference_fixtures import RATES, fit, make_data, pair, pairs_file, text_model, write_rows
 from tests.training_fixtures import fit_rank, run_two_ranks
 
@@ -114,6 +118,21 @@ def test_loss_and_gradients_are_those_of_trl(model: Path, tmp_path: Path) -> Non
         torch.testing.assert_close(own[name].grad, other[there].grad, rtol=1e-3, atol=1e-5)
 
 
+def test_rows_say_by_how_much_their_sides_differ(model: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "pairs.jsonl", [{**pair(number), "margin": number / 2} for number in range(5)])
+    batch = next(iter(make_data(path, model, batch_size=5).loader("train", seed=None)))
+    module = make_reward(model, RewardConfig("row"))
+    module.configure_model()
+    rewards_A = module.rewards_of(batch)[0].tolist()
+    wanted = 0.0
+    for number in range(5):
+        sides = {bool(batch.is_chosen_A[a]): rewards_A[a] for a in range(10) if int(batch.group_A[a]) == number}
+        wanted += math.log(1 + math.exp(-(sides[True] - sides[False] - number / 2)))
+    assert module.answer_losses(batch).objective.item() == pytest.approx(wanted, rel=1e-5)
+    with pytest.raises(ValueError, match=r"reward\.margin is -1"):
+        RewardConfig(-1)
+
+
 def two_ranks(rank: int, port: int, out: str, model: Path, path: Path) -> None:
     fit_rank(rank, port, out, make_reward(model), make_data(path, model, val_pairs=str(path)), max_steps=2)
 
@@ -140,6 +159,36 @@ def test_calibration_is_counted_bin_by_bin() -> None:
     assert told["ece"] == pytest.approx(wanted) and told["num_pairs"] == 8
     assert told["accuracy"] == pytest.approx(5.5 / 8)
     assert [each["pairs"] for each in told["bins"]] == [len(bins[place]) for place in sorted(bins)]
+
+
+def test_a_reward_model_is_a_reward_of_documents_and_of_prompts(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "judge")
+    head_1D = torch.randn(1, load_model(model).model.config.decoder.hidden_size)
+    save_tensors({WEIGHT: head_1D}, tmp_path / "judge" / REWARD_HEAD)
+    (tmp_path / "judge" / REWARD_CONFIG).write_text(reward_settings(None, None))
+    judge = RewardModel.load(tmp_path / "judge")
+    again = make_reward(tmp_path / "judge")
+    again.configure_model()
+    assert again.reward_head is not None and torch.equal(again.reward_head.weight, head_1D), "trained on"
+    asked: list[torch.device] = []
+
+    def device() -> torch.device:
+        asked.append(torch.device("cpu"))
+        return asked[-1]
+
+    rewards = load_rewards([{"name": "reward_model", "folder": str(tmp_path / "judge")}], device=device)
+    rows = [read_row(json.dumps(pair(number)), "pairs", tmp_path) for number in (1, 2)]
+    writer = AnswerWriter(judge.tokenizer, judge.transform, 99)
+    drawn = [{"document": writer.document(row, row.answers[0]), "tokenizer": judge.tokenizer.hash} for row in rows]
+    answers = [row.answers[0].text for row in rows]
+    wanted = [scores[0] for scores in judge.score_rows(rows)]
+    assert rewards.score(answers, drawn).totals == pytest.approx(wanted, abs=1e-5)
+    assert rewards.score(answers, [pair(1), pair(2)]).totals == pytest.approx(wanted, abs=1e-5)
+    assert asked, "it computes where the training does"
+    judge.to("meta")
+    assert judge.head_D.is_meta
+    with pytest.raises(ValueError, match="train a reward model from a model with the same tokenizer folder"):
+        rewards.score(answers, [{**row, "tokenizer": "other"} for row in drawn])
 
 
 def test_what_is_no_reward_model_is_refused(model: Path, tmp_path: Path) -> None:

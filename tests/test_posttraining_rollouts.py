@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +16,15 @@ from mmllm.batch import PackedBatch
 from mmllm.checkpoints.adapter_config import AdapterConfig
 from mmllm.data.loading.collate import pack_documents
 from mmllm.data.loading.prompts import PromptDataModule
+from mmllm.data.rows.rows import Row
 from mmllm.data.samples.documents import Sample, build_document
+from mmllm.evaluation.rewards import load_rewards
 from mmllm.inference.engine.requests import TextRequest, TextResult
 from mmllm.losses.policy import AdaptiveKL
+from mmllm.training.posttraining.rollout_log import step_means, step_sums
 from mmllm.training.posttraining.rollout_module import RolloutModule
-from mmllm.training.posttraining.rollouts import RolloutConfig, packed_rollouts
+from mmllm.training.posttraining.rollout_scoring import Scored
+from mmllm.training.posttraining.rollouts import Rewarded, RolloutConfig, packed_rollouts, reward_row
 from mmllm.training.posttraining.value_head import PPOConfig
 from tests.rollout_fixtures import RATES, SHORT, batch_of, make_module, manifest, model_folder, prompts, without_trainer
 from tests.training_fixtures import quiet_trainer
@@ -116,6 +121,21 @@ def test_the_engine_sees_each_step_of_the_optimizer(folder: Path, rows: Path, tm
     assert float(log[-1]["train/kl"]) > 0  # and the weights have moved
 
 
+@pytest.mark.parametrize("task", ["caption", "speak"])
+def test_rollouts_are_drawn_and_learnt_under_autocast(folder: Path, rows: Path, tmp_path: Path, task: str) -> None:
+    """`precision: bf16-mixed`: the engine computes as training does; codec and rewards as they are trained."""
+    config = RolloutConfig(max_new_tokens=8, group_size=4, max_seconds=0.2)
+    module = without_trainer(make_module(folder, config, rewards=["length"]), task, tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = module.training_step(batch_of(rows, task), 0)["loss"]
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert module._experience is not None and module._experience.old_M.dtype == torch.float32
+    assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
+    if task == "caption":
+        assert module.window.means()["engine_gap"] < 1e-3
+
+
 # ---- ranks
 
 
@@ -136,10 +156,11 @@ class Meeting:
 
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo", "ppo"])
 def test_two_ranks_learn_what_one_process_does(folder: Path, rows: Path, tmp_path: Path, algorithm: Any) -> None:
+    grpo = {"scale_rewards": "batch", "loss_type": "grpo"}
+    more: dict[str, Any] = {"grpo": grpo, "rloo": {"normalize_advantages": True}}
     config = RolloutConfig(
-        algorithm, group_size=3, max_new_tokens=6, beta=0.1, scale_rewards="batch", normalize_advantages=True,
-        loss_type="grpo", num_iterations=1,
-    )  # fmt: skip
+        algorithm, group_size=3, max_new_tokens=6, beta=0.1, num_iterations=1, **more.get(algorithm, {})
+    )
     loader = prompts(rows, "caption", 4)
 
     def step(rank: int, world_size: int, reduce: Any) -> tuple[list[Tensor], float]:
@@ -315,6 +336,37 @@ def test_answers_that_ran_into_their_bound_are_left_out_or_fined(folder: Path, r
     assert torch.equal(module._experience.counts_M, torch.repeat_interleave(kept, lengths))
 
 
+def test_groups_of_one_reward_are_counted_where_there_are_groups() -> None:
+    def means(is_flat: list[bool]) -> dict[str, float]:
+        rollouts: Any = [SimpleNamespace(is_truncated=n == 0) for n in range(4)]
+        rewarded = Rewarded(rollouts, [1.0, 3.0, 2.0, 2.0], {"length": [1.0, 3.0, 2.0, 2.0]}, 0.5, 0.25)
+        before = Scored(torch.zeros(8), torch.arange(8) // 2, torch.ones(8), None, torch.zeros(()))
+        return step_means(step_sums(rewarded, before, torch.zeros(8), torch.tensor(is_flat), lambda sums: sums))
+
+    found = means([False, True])
+    assert found["zero_std_groups"] == 0.5
+    assert (found["reward"], found["length"], found["truncated"], found["kl"]) == (2, 2, 0.25, 0)
+    assert found["reward_std"] == found["reward_std/length"] == pytest.approx(0.5**0.5)
+    assert "zero_std_groups" not in means([True] * 4)
+
+
+def test_rewards_see_what_a_row_has_and_nothing_else() -> None:
+    asked = [
+        {"text": "how many?", "role": "user"},
+        {"text": "two", "role": "assistant"},
+        {"text": "and?", "role": "user"},
+    ]
+    document: Any = "the document"
+    open_row = Row("a", "interleaved", "rows.jsonl:1", segments=tuple(asked), metadata={"level": 2})
+    keys = {"id": "a", "where": "rows.jsonl:1", "level": 2, "task": "chat", "document": document, "tokenizer": "t"}
+    assert reward_row(open_row, "chat", document, "t") == keys  # what was said before is no reference
+    replies = ({"text": "one", "role": "assistant"}, {"text": " more", "role": "assistant"})
+    whole = Row("a", "interleaved", "rows.jsonl:1", segments=(*asked, *replies), metadata={"level": 2})
+    assert reward_row(whole, "chat", document, "t") == {**keys, "answer": "one more"}
+    with pytest.raises(ValueError, match="has neither 'answer' nor 'text'"):
+        load_rewards(["exact_answer"]).score([""], [reward_row(open_row, "chat", document, "t")])
+
+
 # ---- what is refused
 
 
@@ -327,6 +379,10 @@ def test_answers_that_ran_into_their_bound_are_left_out_or_fined(folder: Path, r
         ({"num_iterations": 0}, "rollout.num_iterations is 0; it must be at least 1"),
         ({"epsilon": 1.5}, "rollout.epsilon is 1.5"),
         ({"top_p": 0.0}, "rollout.top_p is 0.0"),
+        ({"loss_type": "bnpo"}, "rollout.loss_type is 'bnpo'; choose grpo, dr_grpo, dapo"),
+        ({"algorithm": "rloo", "scale_rewards": "none"}, "scale_rewards is 'none', which is of grpo"),
+        ({"normalize_advantages": True}, "normalize_advantages is True, which is of rloo"),
+        ({"max_seconds": 0.0}, "rollout.max_seconds is 0.0; it must be positive"),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> None:
@@ -337,6 +393,8 @@ def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> Non
 def test_what_rollouts_can_not_be_drawn_with(folder: Path, rows: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ppo is given, and rollout\.algorithm is 'grpo'"):
         make_module(folder, ppo=PPOConfig())
+    with pytest.raises(ValueError, match=r"ppo\.kl_target is 4\.0, and rollout\.beta is 0"):
+        make_module(folder, RolloutConfig("ppo", beta=0.0), ppo=PPOConfig(kl_target=4.0))
     with pytest.raises(ValueError, match=r"trainer\.strategy is FSDPStrategy, which splits the model"):
         from lightning.pytorch.strategies import FSDPStrategy
 

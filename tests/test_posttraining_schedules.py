@@ -105,10 +105,31 @@ def test_bad_schedules_are_named(values: dict[str, Any], said: str) -> None:
 
 
 def test_steps_of_a_schedule_need_a_number_of_steps() -> None:
-    with pytest.raises(ValueError, match=r"warmup_steps is 2 and decay_steps 3, with trainer\.max_steps 4"):
+    with pytest.raises(ValueError, match=r"warmup_steps is 2 .* decay_steps 3 .* with trainer\.max_steps 4"):
         fit(4)
     with pytest.raises(ValueError, match=r"max_seconds 5\.0; set max_steps to at least their sum"):
         fit(9, max_seconds=5.0)
+
+
+@pytest.mark.parametrize(
+    ("told", "fits"),
+    [
+        ({"warmup": 0.5, "decay_steps": 6}, False),
+        ({"warmup_steps": 4, "decay": 0.7}, False),
+        ({"warmup": 0.07, "decay_steps": 93}, True),
+        ({"schedule": "linear", "warmup_steps": 11}, False),
+    ],
+)
+def test_a_warm_up_and_a_decay_that_overlap_are_refused_also_where_one_is_a_share(
+    told: dict[str, Any], fits: bool
+) -> None:
+    """The rate would jump from one to the other."""
+    config = OptimizerConfig(**{"schedule": "wsd", **told})
+    num_steps = 100 if fits else 10
+    assert config.fits(num_steps) == fits
+    if not fits:
+        with pytest.raises(ValueError, match="set max_steps to at least their sum"):
+            fit(num_steps, optimizer=config)
 
 
 class KeepsWeights(pl.Callback):
@@ -159,3 +180,5 @@ def test_what_was_trained_can_be_exported_beside_the_mean(tmp_path: Path, monkey
 def test_what_cant_be_averaged_is_said() -> None:
     with pytest.raises(ValueError, match="AverageLast has num 1"):
         AverageLast(num=1)
+    with pytest.raises(ValueError, match="last_out is given, but LightningModule exports nothing"):
+        AverageLast(2, 2, last_out="out").on_train_start(pl.Trainer(), pl.LightningModule())

@@ -129,7 +129,8 @@ def test_it_goes_on_after_a_restart_and_back_labels_anew(file: Path) -> None:
 def test_it_serves_what_the_rows_name_and_takes_answers_from_itself(file: Path) -> None:
     client = client_of(file)
     (file.parent / "secret.txt").write_text("secret")
-    assert client.get("/file/0").headers["content-type"] == "image/png"
+    shown = client.get("/file/0").headers
+    assert shown["content-type"] == "image/png" and "sandbox" in shown["content-security-policy"]
     for path in ("/file/9", "/file/-1", "/file/../secret.txt", "/file/%2e%2e%2fsecret.txt", "/docs", "/openapi.json"):
         assert client.get(path).status_code in (404, 422), path
     good = {"key": 0, "choice": "1"}

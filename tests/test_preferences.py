@@ -18,6 +18,7 @@ from PIL import Image
 
 from mmllm.cli.main import main
 from mmllm.data.loading.preference_rows import AnswerWriter, read_row
+from mmllm.data.rows.media import Embedded
 from mmllm.evaluation.preferences import pairs as pairs_module
 from mmllm.evaluation.preferences.candidates import Candidate, CandidateRow, answers_of, read_candidates
 from mmllm.evaluation.preferences.judging import Judge, JudgeConfig, label_by_judge
@@ -30,6 +31,7 @@ from mmllm.evaluation.preferences.labels import (
     read_labels,
 )
 from mmllm.evaluation.preferences.pairs import ExportConfig, export
+from mmllm.evaluation.preferences.prompts import MediaFiles
 from mmllm.evaluation.preferences.rewarding import label_by_reward
 from mmllm.evaluation.preferences.sampling import SamplingConfig, sample_candidates
 from mmllm.inference.api import Model
@@ -162,7 +164,7 @@ def test_tasks_write_the_prompts_that_the_model_is_asked(model: Model, manifest:
         label = RewardLabel(row.place, row.digest, "reward x", 0, 1.0)
         others = [dataclasses.replace(label, candidate=n, reward=0.0) for n in range(1, len(row.candidates))]
         out = tmp_path / "deep" / f"{task}.jsonl"
-        export([row], tmp_path, [label, *others], out, ExportConfig(keeps_cut=True, max_pairs_a_row=1))
+        export([row], tmp_path, [label, *others], out, ExportConfig(keeps_cut=True, max_pairs_per_row=1))
         line = out.read_text().splitlines()[0]
         read = read_row(line, "x:1", out.parent)
         document = writer.document(read, read.answers[0])
@@ -191,10 +193,23 @@ def test_speech_is_kept_as_codes_with_their_pointer_and_as_sound(model: Model, m
         rows, tmp_path, lambda answers, _: [float(len(vars(one)["wave_T"])) for one in answers], "long", tmp_path / "l"
     )
     labels = read_labels(tmp_path / "l", rows)
-    export(rows, tmp_path, labels, tmp_path / "p.jsonl", ExportConfig(max_pairs_a_row=1))
+    export(rows, tmp_path, labels, tmp_path / "p.jsonl", ExportConfig(max_pairs_per_row=1))
     read = read_row((tmp_path / "p.jsonl").read_text().splitlines()[0], "p:1", tmp_path)
     document = AnswerWriter(model.tokenizer, model.image_transform, 512).document(read, read.answers[0])
     assert document.pointer is not None and document.has_units
+
+
+@pytest.mark.parametrize(
+    ("kind", "begin", "suffix"),
+    [("image", b"\xff\xd8\xff\xe0", ".jpg"), ("image", b"RIFF1234WEBP", ".webp"), ("audio", b"fLaC", ".flac"),
+     ("audio", b"RIFF1234WAVE", ".wav"), ("image", b"BM", ".img")],
+)  # fmt: skip
+def test_what_lies_in_a_file_of_rows_is_written_by_its_type(
+    kind: str, begin: bytes, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Embedded, "read_bytes", lambda _: begin)
+    path = MediaFiles(tmp_path / "files").path(Embedded(Path("rows"), 0, ("a",), 0xAB), kind, tmp_path)
+    assert path == f"files/000000ab{suffix}" and (tmp_path / path).read_bytes() == begin
 
 
 def test_rows_that_cannot_be_asked_are_named_and_counted(model: Model, tmp_path: Path) -> None:
@@ -207,6 +222,10 @@ def test_rows_that_cannot_be_asked_are_named_and_counted(model: Model, tmp_path:
     last = json.loads((tmp_path / "c.jsonl").read_text().splitlines()[-1])
     assert last["candidates"] == [] and "the model learnt 64" in last["error"]
     assert len(read_candidates(tmp_path / "c.jsonl")) == 20
+    none_may = SamplingConfig("chat", 2, max_bad_fraction=0.0)
+    for _ in range(2):  # also where all was drawn before
+        with pytest.raises(ValueError, match="1 of 21 rows can't be used"):
+            sample_candidates(bounded, tmp_path / "r.jsonl", tmp_path / "d.jsonl", none_may)
 
 
 @pytest.mark.parametrize(
@@ -456,7 +475,7 @@ def test_pairs_are_those_further_apart_than_the_margin(tmp_path: Path) -> None:
         }
         lines = exported([row], labels, tmp_path, margin=margin)
         assert set(sides(lines)) == slow and len(lines) == len(slow)
-    assert sides(exported([row], labels, tmp_path, max_pairs_a_row=1)) == [("b", "d")], "the largest margin first"
+    assert sides(exported([row], labels, tmp_path, max_pairs_per_row=1)) == [("b", "d")], "the largest margin first"
     assert lines[0] == {
         "id": "row 0-1-3", "task": "chat", "prompt": [{"role": "user", "content": "say it"}],
         "chosen": [{"role": "assistant", "content": "b"}], "rejected": [{"role": "assistant", "content": "d"}],
@@ -571,6 +590,9 @@ def test_the_commands_go_together(model: Model, manifest: Path, tmp_path: Path, 
         (["prefer", "label", "FILE", "--by_hand", "--judge_model", "m"], "--judge_model goes with --judge"),
         (["prefer", "label", "FILE", "--by_hand", "--settings", "{}"], "--settings goes with --reward"),
         (["prefer", "label", "FILE", "--judge", "http://x/v1"], "--judge needs the model's name"),
+        (["prefer", "label", "FILE", "--reward", "length", "--pairs_per_row", "2"], "goes with --by_hand and --judge"),
+        (["prefer", "label", "FILE", "--by_hand", "--port", "99999"], "--port is 99999; give 0 to 65535"),
+        (["prefer", "label", "FILE", "--by_hand", "--pairs_per_row", "0"], "pairs_per_row is 0"),
         (["prefer", "label", "none.jsonl", "--reward", "length"], "none.jsonl: no such file of candidates"),
         (["prefer", "label", "FILE", "--reward", "lenth"], "the reward 'lenth' is unknown"),
         (["prefer", "label", "FILE", "--reward", "length", "--settings", "[1]"], "give a JSON object"),

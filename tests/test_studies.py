@@ -1,4 +1,4 @@
-"""Studies: their keys, their arms' settings, lengths under a budget, and a small one run whole."""
+"""Studies: their keys, their arms' settings, lengths under a budget."""
 
 import copy
 import json
@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
+from mmllm.studies.lengths import check_training
+from mmllm.studies.report import factor_lines
+from mmllm.studies.run import _begun
 from mmllm.studies.settings import Base, Settings, put, resolved
-from mmllm.studies.study import Arm, study_of
+from mmllm.studies.study import Arm, Study, study_of
 
 VALUES: dict[str, Any] = {
     "title": "Experts", "question": "Do they pay?", "expected": "yes", "data": {"folder": "data"},
@@ -52,6 +55,14 @@ def test_one_seed_of_every_arm_comes_first():
         ({"factors__experts__levels__dense__steps": [{"command": "upcycle"}]}, "have no training"),
         ({"factors__experts__levels__dense__steps": [{}]}, "either `fit`"),
         ({"tite": "x"}, "unknown key 'tite'"),
+        ({"set": {"trainer.max_steps": 5}}, "set has trainer.max_steps: 5, but budget says how long a run is"),
+        ({"factors__experts__levels__dense__config": {"trainer.max_epochs": 9}}, "levels.dense.config has trainer"),
+        ({"factors__experts__levels__dense__recipe": {"seed": 9}}, "recipe has seed: 9, but every run has its own"),
+        ({"factors__experts__levels__dense__steps": [{"fit": {"trainer.max_steps": 9}}]}, r"steps\[0\].fit has"),
+        (
+            {"factors__experts__levels": {"sparse": {"shares": [0.1, 1.0]}, "sparse-0.1": {}}},
+            "two runs would have the folder experts-sparse-0.1-seed0",
+        ),
     ],
 )
 def test_bad_studies_are_named(keys: dict[str, Any], said: str):
@@ -114,6 +125,50 @@ def test_callbacks_are_put_in_and_out_by_name():
     assert config["callbacks"] == []
     put(config, "callbacks.EMA", {"class_path": "mmllm.training.ema.EMA"})
     assert len(config["callbacks"]) == 1
+
+
+def test_a_folder_is_gone_on_with_by_the_same_base_alone(tmp_path: Path):
+    def begin(keys: dict[str, Any], out: str = "out") -> Study:
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(changed(**keys)))
+        return _begun(str(tmp_path / "study.yaml"), tmp_path / out)[0]
+
+    begin({})
+    assert len(begin({"seeds": [0, 1, 2, 3]}).seeds) == 4
+    for keys, said in (
+        ({"set_recipe": {"curriculum": None}}, r"another base \(set_recipe\)"),  # a key that wasn't there
+        ({"budget": {"samples": 9}}, r"another base \(budget\)"),
+        ({"factors__experts__levels__dense__config": {"model.init_args.decoder.moe": 1}}, r"another levels"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            begin(keys)
+    begin({"set": {"trainer.devices": 1}}, "other")
+    with pytest.raises(ValueError, match=r"another base \(set\)"):  # and one that is gone
+        begin({}, "other")
+
+
+def test_arms_without_a_common_seed_have_no_difference():
+    study = study_of(VALUES)
+    runs = {"scores": {"captions": {"score": 0.5, "rows": {"a": [1.0, 0.0], "b": [0.0, 0.0]}}}, "flops": 1.0,
+            "minutes": 1.0, "steps": 1, "tokens": 1, "documents": 7, "joules": None}  # fmt: skip
+    results = {Arm("experts", "sparse", 0): runs, Arm("experts", "dense", 1): runs}
+    sparse, dense = factor_lines(study, "experts", study.measures[0], results)
+    assert (sparse.verdict, sparse.difference) == ("baseline", 0.0)
+    assert (dense.verdict, dense.difference, dense.p) == ("unproved", None, None)
+    assert "NaN" not in json.dumps(dense.__dict__)
+
+
+def test_keys_are_checked_where_the_model_to_start_from_is_yet_to_be_made(tmp_path: Path):
+    config = {
+        "trainer": {"accelerator": "cpu"},
+        "model": {"class_path": "mmllm.training.decoder_module.DecoderModule",
+                  "init_args": {"init_from": str(tmp_path / "yet")}},
+        "data": {"class_path": "mmllm.data.loading.datamodules.PackedDataModule", "init_args": {}},
+    }  # fmt: skip
+    recipe = {"tokenizer": "t", "sequence_length": 64, "sources": [{"name": "a", "kind": "text", "shards": "a"}]}
+    check_training(Settings(config, recipe), "samples", tmp_path, "model")
+    put(config, "model.init_args.optimizer.lrr", 1)
+    with pytest.raises(ValueError, match="lrr"):
+        check_training(Settings(config, recipe), "seconds", tmp_path, "model")
 
 
 def write_report(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:

@@ -260,6 +260,9 @@ def test_one_law_is_fitted_to_what_is_chosen(tmp_path: Path) -> None:
             stream.write(json.dumps({**row, "variant": "experts"}) + "\n")
     values = fit_points(path, FAST, "active", "loss_by_source.text", {"variant": "experts"})
     assert values["alpha"] == pytest.approx(SMALL.alpha, rel=0.01)
+    mixed = fit_points(path, FAST)
+    assert any("are of dense, experts, of which each" in warning for warning in mixed["warnings"])
+    assert not any("of which each" in warning for warning in values["warnings"])
     with pytest.raises(ValueError, match="no points where variant is none"):
         fit_points(path, FAST, only={"variant": "none"})
 
@@ -281,6 +284,14 @@ def test_the_best_rate_of_a_larger_model_is_that_of_the_rule(tmp_path: Path) -> 
     assert values["exponent"] == pytest.approx(-0.3, abs=1e-6)
     assert values["predicted"]["lr"] == pytest.approx(0.5 * 1.28e7**-0.3, rel=1e-6)
     assert len(values["warnings"]) == 1 and "at the end of those tried" in values["warnings"][0]
+    two = [
+        {**line, "variant": name, "lr": line["lr"] * by} for name, by in (("adamw", 1), ("sgd", 9)) for line in lines
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in two))
+    mixed = fit_rates(path, parameters=1.28e7)
+    assert mixed["exponent"] is mixed["predicted"] is None and "adamw, sgd have a best lr each" in mixed["warnings"][-1]
+    alone = fit_rates(path, parameters=1.28e7, only={"variant": "sgd"})
+    assert alone["predicted"]["lr"] == pytest.approx(9 * values["predicted"]["lr"], rel=1e-6)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines[-3:]))
     with pytest.raises(ValueError, match="no best lr is told"):
         fit_rates(path)
@@ -303,6 +314,13 @@ def test_an_exact_score_comes_at_once_where_its_parts_come_evenly(tmp_path: Path
     assert emergence(path, "exact_match", "loss")["sharpness"]["loss"] == pytest.approx(1 / 7, rel=1e-6)
     with pytest.raises(ValueError, match="has wer None; its scores are exact_match, attribute_accuracy"):
         emergence(path, "wer", "loss")
+    two = [{**line, "variant": name} for name in ("dense", "experts") for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in two))
+    with pytest.raises(ValueError, match="has points of dense, experts; choose one: --only variant=dense"):
+        emergence(path, "exact_match", "attribute_accuracy")
+    assert emergence(path, "exact_match", "loss", {"variant": "dense"})["sharpness"] == pytest.approx(
+        {"exact_match": values["sharpness"]["exact_match"], "loss": 1 / 7}, rel=1e-6
+    )
 
 
 # ---- the command line

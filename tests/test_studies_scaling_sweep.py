@@ -57,6 +57,9 @@ def test_a_grid_is_all_of_its_levels_the_shortest_first() -> None:
         ({"shares": [2.0]}, "shares is"),
         ({"rate": {"at": 0}}, "rate.at is 0"),
         ({"tokns": [1]}, "unknown key 'tokns'"),
+        ({"tokens": [123456, 123457]}, "two runs would have the folder base-s-t1.235e05-seed0"),
+        ({"check": {"sizes": {"s": {SIZE: 128}}, "tokens": [400]}}, "two runs would have the folder base-s-t400-seed0"),
+        ({"sizes": {"s": {"trainer.max_steps": 3}}}, r"sizes\.s has trainer\.max_steps: 3, but the grid says"),
         ({"variants": {"a": {"confg": {}}}}, "variants.a has the unknown key 'confg'"),
     ],
 )

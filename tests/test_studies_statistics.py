@@ -24,16 +24,16 @@ def test_paired_p_is_students():
 def test_interval_covers_the_mean_of_new_seeds_and_rows():
     """Of trainings with a known mean, some 95 in a hundred intervals hold it; over rows alone, far fewer would."""
     generator = np.random.default_rng(0)
-    num_seeds, num_rows, inside, inside_rows = 5, 60, 0, 0
-    for trial in range(120):
+    num_seeds, num_rows, inside, inside_rows = 3, 60, 0, 0
+    for _ in range(120):
         levels = generator.normal(0.5, 0.1, num_seeds)
         table = levels[:, None] + generator.normal(0, 0.3, (num_seeds, num_rows))
         rows = [{str(place): float(value) for place, value in enumerate(row)} for row in table]
-        low, high = interval_of([float(row.mean()) for row in table], rows, seed=trial)
+        low, high = interval_of([float(row.mean()) for row in table], rows)
         inside += low <= 0.5 <= high
-        low, high = interval_of([float(table[0].mean())], rows[:1], seed=trial)
+        low, high = interval_of([float(table[0].mean())], rows[:1])
         inside_rows += low <= 0.5 <= high
-    assert inside >= 96  # resampled seeds are a little too narrow with five of them
+    assert inside >= 111
     assert inside_rows < inside - 15
 
 

@@ -282,6 +282,8 @@ def test_what_a_stage_lacks_itself_is_not_hidden(
         (Target("a", "", -0.25, -0.35, "change", False), -0.30, "passed", "-30.0%"),
         (Target("a", "", 100, None, "number", False), 40, "passed", "40"),
         (Target("a", "", 100, None, "number", False), None, "not measured", "–"),
+        (Target("a", "", None, 2, "points"), -1.0, "not reached", "-1.0"),
+        (Target("a", "", None, 2, "points"), 2.0, "reached", "+2.0"),
     ],
 )
 def test_verdicts(target: Target, value: float | None, verdict: str, shown: str) -> None:

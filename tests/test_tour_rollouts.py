@@ -24,6 +24,9 @@ def test_errors_are_compared_row_by_row() -> None:
     low, high = found["error_cut_ci"]
     assert 0.2 < low < 0.45 < high < 0.7
     assert found["p"] == pytest.approx(2 * (1 + 22 + 231) / 2**22)
+    assert rollout_runs.cut(0.2, 0.15) == pytest.approx(0.25)
+    assert rollout_runs.cut(0.0, 0.0) == 0
+    assert rollout_runs.cut(0.0, 3.0) == -3
     nothing = rollout_runs.error_cut(before, before, seed=0)
     assert nothing["error_cut"] == 0
     assert nothing["p"] == 1

@@ -58,7 +58,9 @@ def test_pairs_are_two_answers_and_what_is_replayed_counts_by_its_length(tmp_pat
 
 
 def test_answers_that_are_drawn_are_as_long_as_they_may_be(tmp_path: Path) -> None:
-    data = PromptDataModule("rows.jsonl", "question", batch_size=2, replay_recipe=recipe(tmp_path, 300))
+    data = PromptDataModule(
+        "rows.jsonl", "question", batch_size=2, replay_recipe=recipe(tmp_path, 300), replay_sequences=4
+    )
     seeing, module = model(sees=True), drawer(group_size=4, max_new_tokens=20)
     told = rollout_load(module, data, seeing)
     length = seeing.num_image_tokens + 2 + PROMPT_TOKENS + 20

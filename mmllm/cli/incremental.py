@@ -29,6 +29,10 @@ def _incremental(args: argparse.Namespace) -> Iterable[str]:
 
     plan = load_plan(args.plan)
     check_there("model folder", plan.start, hint="start is the folder that the first task goes on from")
+    for task in plan.tasks:  # those of the last one too, before the first is learnt
+        replay = task.replay or plan.replay
+        files = (task.rows, task.recipe, None if replay is None else replay.recipe)
+        check_there(f"file of task {task.name}", *files)
     processes = Processes()
 
     def run(command: Sequence[str], alone: bool) -> int:

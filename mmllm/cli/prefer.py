@@ -14,6 +14,12 @@ from mmllm.cli.command import add_command, add_group, add_input_options, check_m
 from mmllm.ticker import end_line, ticker
 
 _TASKS = ("caption", "chat", "question", "transcribe", "speak")
+_OWNERS = {
+    "judge_model": ("judge",), "key_env": ("judge",), "criterion": ("judge",), "settings": ("reward",),
+    "model": ("reward",), "device": ("reward",), "port": ("by_hand",), "pairs_per_row": ("by_hand", "judge"),
+    "seed": ("by_hand", "judge"),
+}  # fmt: skip
+"""Options of `label`, and the ways to label that have them."""
 
 
 def add_prefer(commands: Any) -> None:
@@ -79,14 +85,16 @@ def _add_label(actions: Any) -> None:
     parser.add_argument("--labels", metavar="FILE", help="where labels go; FILE.labels.jsonl beside the candidates")
     parser.add_argument("--settings", metavar="JSON", help="of the reward, such as '{\"weight\": 2}', or a JSON file")
     parser.add_argument("--model", metavar="DIR", help="of the reward own_wer: the model that hears itself")
-    parser.add_argument("--device", default="auto", help="of the reward's model")
-    parser.add_argument("--port", type=int, default=7870, help="of the page; 0: any that is free")
-    parser.add_argument("--pairs_per_row", type=int, default=1, metavar="K", help="by hand and by a judge: of each row")
+    parser.add_argument("--device", help="of the reward's model; by default the best there is")
+    parser.add_argument("--port", type=int, help="of the page, 7870 by default; 0: any that is free")
+    parser.add_argument(
+        "--pairs_per_row", type=int, metavar="K", help="by hand and by a judge: of each row; 1 by default"
+    )
     parser.add_argument("--judge_model", metavar="NAME", help="of the judge")
     parser.add_argument("--key_env", metavar="NAME", help="the environment variable that holds the judge's key")
     parser.add_argument("--criterion", metavar="TEXT", help="what the judge is told to prefer; verdicts are [[A]], "
                         "[[B]], [[C]]")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of which pairs, and which side is shown first")
+    parser.add_argument("--seed", type=int, help="of which pairs, and which side is shown first; 0 by default")
 
 
 def _label(args: argparse.Namespace) -> Iterable[str]:
@@ -101,26 +109,23 @@ def _label(args: argparse.Namespace) -> Iterable[str]:
     folder, out = Path(args.file).parent, Path(args.labels or labels_path(args.file))
     if args.reward is not None:
         return _by_reward(args, rows, folder, out)
-    asked = questions(rows, args.pairs_per_row, args.seed)
+    asked = questions(rows, 1 if args.pairs_per_row is None else args.pairs_per_row, args.seed or 0)
     if args.by_hand:
         from mmllm.serving.prefer_page import Labelling, serve_prefer_page
 
-        return serve_prefer_page(Labelling(asked, folder, out), args.port)
+        return serve_prefer_page(Labelling(asked, folder, out), 7870 if args.port is None else args.port)
     return _by_judge(args, asked, folder, out)
 
 
 def _check_label(args: argparse.Namespace) -> None:
     """Options of one way to label that are given beside another."""
-    of_judge = {"judge_model": args.judge_model, "key_env": args.key_env, "criterion": args.criterion}
-    stray = [name for name, value in of_judge.items() if value is not None and args.judge is None]
-    of_reward = {"settings": args.settings, "model": args.model}
-    stray += [name for name, value in of_reward.items() if value is not None and args.reward is None]
-    if stray:
-        owner = "--reward" if stray[0] in of_reward else "--judge"
-        raise ValueError(f"--{stray[0]} goes with {owner}, which isn't given; leave it out")
+    way = "reward" if args.reward is not None else "judge" if args.judge is not None else "by_hand"
+    for name, owners in _OWNERS.items():
+        if getattr(args, name) is not None and way not in owners:
+            raise ValueError(f"--{name} goes with --{' and --'.join(owners)}, not with --{way}; leave it out")
     if args.judge is not None and args.judge_model is None:
         raise ValueError("--judge needs the model's name there; give --judge_model NAME")
-    if not 0 <= args.port <= 65_535:
+    if args.port is not None and not 0 <= args.port <= 65_535:
         raise ValueError(f"--port is {args.port}; give 0 to 65535")
     if args.by_hand and importlib.util.find_spec("fastapi") is None:
         raise ModuleNotFoundError("labelling by hand needs fastapi and uvicorn: pip install 'mmllm[serve]'")
@@ -133,8 +138,9 @@ def _by_reward(args: argparse.Namespace, rows: Any, folder: Path, out: Path) -> 
 
     settings = _settings(args.settings)
     name = args.reward + (f" {json.dumps(settings, sort_keys=True)}" if settings else "")
-    get_model = None if args.model is None else functools.cache(lambda: load(args.model, args.device))
-    reward = load_reward(args.reward, settings, get_model, "cpu" if args.device == "auto" else args.device)
+    device = args.device or "auto"
+    get_model = None if args.model is None else functools.cache(lambda: load(args.model, device))
+    reward = load_reward(args.reward, settings, get_model, "cpu" if device == "auto" else device)
     num_new = label_by_reward(rows, folder, reward, name, out, ticker("rows"))
     end_line()
     yield f"{out}: {num_new:,} new labels by the reward {name}"

@@ -45,20 +45,29 @@ def _add_fit(actions: Any) -> None:
     parser.add_argument(
         "--loss", default="loss", metavar="KEY", help="that is L, such as loss_text, loss_by_source.text"
     )
-    parser.add_argument("--only", action="append", default=[], metavar="KEY=VALUE", help="rows that have it alone")
+    _add_only(parser)
     parser.add_argument("--resamples", type=int, default=200, help="of the bootstrap; 0: no intervals")
     parser.add_argument("--delta", type=float, default=1e-3, help="of the Huber loss of log loss")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
 
 
-def _fit(args: argparse.Namespace) -> Iterable[str]:
-    check_there("file of points", args.points)
+def _add_only(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", action="append", default=[], metavar="KEY=VALUE", help="rows that have it alone")
+
+
+def _only(args: argparse.Namespace) -> dict[str, str]:
     only = {}
     for given in args.only:
         key, equals, value = given.partition("=")
         if not equals:
             raise ValueError(f"--only is {given!r}; give KEY=VALUE")
         only[key] = value
+    return only
+
+
+def _fit(args: argparse.Namespace) -> Iterable[str]:
+    check_there("file of points", args.points)
+    only = _only(args)
     from mmllm.studies.scaling import FitConfig
     from mmllm.studies.scaling_report import fit_lines, fit_points, write_json
 
@@ -96,6 +105,7 @@ def _add_rates(actions: Any) -> None:
     parser.add_argument("points", metavar="POINTS.jsonl", help="of a sweep of rates, or batch_sizes")
     parser.add_argument("--key", choices=("lr", "batch_size"), default="lr", help="what is sought")
     parser.add_argument("--parameters", type=float, metavar="N", help="a size whose rate is told")
+    _add_only(parser)
     parser.add_argument("--json", metavar="FILE")
 
 
@@ -104,7 +114,7 @@ def _rates(args: argparse.Namespace) -> Iterable[str]:
     from mmllm.studies.scaling_rates import fit_rates
     from mmllm.studies.scaling_report import write_json
 
-    values = fit_rates(args.points, args.key, args.parameters)
+    values = fit_rates(args.points, args.key, args.parameters, _only(args))
     if args.json is not None:
         write_json(values, args.json)
     return as_json(values)
@@ -117,6 +127,7 @@ def _add_emergence(actions: Any) -> None:
     parser.add_argument("points", metavar="POINTS.jsonl", help="of a sweep with measures")
     parser.add_argument("--exact", default="exact_match", metavar="KEY", help="score of whole answers")
     parser.add_argument("--continuous", default="attribute_accuracy", metavar="KEY", help="score of parts, or loss")
+    _add_only(parser)
     parser.add_argument("--json", metavar="FILE")
 
 
@@ -125,7 +136,7 @@ def _emergence(args: argparse.Namespace) -> Iterable[str]:
     from mmllm.studies.scaling_emergence import emergence, emergence_lines
     from mmllm.studies.scaling_report import write_json
 
-    values = emergence(args.points, args.exact, args.continuous)
+    values = emergence(args.points, args.exact, args.continuous, _only(args))
     if args.json is not None:
         write_json(values, args.json)
     return emergence_lines(values)

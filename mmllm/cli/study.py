@@ -7,17 +7,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mmllm.cli.command import add_command, add_group, check_there
+from mmllm.cli.command import add_command, add_group, as_json, check_model, check_there
 
 _EXECUTORS = ("local", "datatrove", "slurm", "ray")
+_TRACKS = ("scenes", "speech", "fsdd", "shakespeare")
 
 
 def add_study(commands: Any) -> None:
-    """Adds `mmllm study run`, `report` and `efficiency`."""
+    """Adds `mmllm study run`, `report`, `efficiency`, `score` and `compare`."""
     actions = add_group(commands, "study", "what a method is worth: runs of one budget, tests, samples for equal score")
     parser = add_command(actions, "run", "run what of a study is not done yet, and report it", _run)
     parser.add_argument("study", help="its YAML, or a shipped one by name: studies/experts.yaml")
     parser.add_argument("--out", required=True, metavar="DIR", help="where runs and the report go")
+    parser.add_argument("--data", metavar="DIR", help="a run's folder that is there, instead of making the study's own")
     parser.add_argument(
         "--minutes", type=float, metavar="N",
         help="bound of the whole study, but for making its data: one seed of every arm comes first",
@@ -31,22 +33,65 @@ def add_study(commands: Any) -> None:
     parser.add_argument("--dry_run", action="store_true", help="say what it costs, and check every config, alone")
     parser = add_command(actions, "report", "report.json and report.html of a study's folder", _report)
     parser.add_argument("folder", metavar="DIR")
+    parser = add_command(
+        actions, "plant", "copies, wrong and garbled texts in a manifest, for cleaning to find", _plant
+    )
+    parser.add_argument("manifest")
+    parser.add_argument("--out", required=True, metavar="FILE.jsonl")
+    parser.add_argument(
+        "--copies", type=float, default=0.0, help="so many for each row, all of a hundredth of the rows"
+    )
+    parser.add_argument("--wrong", type=float, default=0.0, help="share of the rows that get another row's text")
+    parser.add_argument("--garbled", type=float, default=0.0, help="share of the rows whose text becomes symbols")
+    parser.add_argument("--filter", help="which rows are read, such as 'plain'")
+    parser.add_argument("--seed", type=int, default=0)
+    parser = add_command(
+        actions, "rank", "a manifest with each row's loss by a model, for a curriculum to order by", _rank
+    )
+    parser.add_argument("manifest", help="of captions and recordings")
+    parser.add_argument("--model", required=True, metavar="DIR", help="model folder")
+    parser.add_argument("--out", required=True, metavar="FILE.jsonl")
+    parser.add_argument("--filter", help="which rows are read, such as 'plain'")
     parser = add_command(actions, "efficiency", "one page of many studies' reports", _efficiency)
     parser.add_argument("folder", metavar="DIR", help="of report.json files, each under its study's name")
     parser.add_argument("--scaling", action="append", default=[], metavar="FIT", help="of `mmllm scaling fit`")
     parser.add_argument("--out", required=True, metavar="FILE.md")
+    _add_score(actions)
+    _add_compare(actions)
+
+
+def _add_score(actions: Any) -> None:
+    parser = add_command(actions, "score", "one run of a track of the scoreboard: fixed rows, ten minutes", _score)
+    parser.add_argument("track", choices=_TRACKS, metavar="TRACK", help=", ".join(_TRACKS))
+    parser.add_argument("--out", required=True, metavar="DIR", help="where rows, run and score.json go; one a score")
+    parser.add_argument(
+        "--model", metavar="DIR", help="score this, trained on the track's rows; without it the baseline is trained"
+    )
+    parser.add_argument("--seed", type=int, metavar="S", help="of the training; the baseline's is 0 unless told")
+    parser.add_argument("--minutes", type=float, metavar="N", help="of the training; the baseline's are 10 unless told")
+    parser.add_argument("--judge", metavar="DIR", help="of speech: an aligner that is there; without it one is trained")
+    parser.add_argument("--max_steps", type=int, metavar="N", help="a try-out: the baseline with so many steps")
+    parser.add_argument("--rows_only", action="store_true", help="write the track's rows, and end")
+
+
+def _add_compare(actions: Any) -> None:
+    parser = add_command(actions, "compare", "scores of a track against others: better, worse or unproved", _compare)
+    parser.add_argument("scores", nargs="+", metavar="SCORE.json", help="of one method, a seed each")
+    parser.add_argument("--with", required=True, nargs="+", dest="others", metavar="SCORE.json", help="of the other")
+    parser.add_argument("--json", metavar="OUT", help="where the comparison goes")
 
 
 def _run(args: argparse.Namespace) -> Iterable[str]:
     from mmllm.data.executors.stages import Executor, parse_options
     from mmllm.studies.run import plan_study, run_study
 
+    check_there("data", args.data)
     if args.dry_run:
-        yield from plan_study(args.study, args.out, max(1, args.workers))
+        yield from plan_study(args.study, args.out, max(1, args.workers), args.data)
         return
     work = None if args.work is None else Path(args.work)
     executor = Executor(args.executor, args.workers, args.tasks, work, parse_options(args.option))
-    yield from run_study(args.study, args.out, args.minutes, executor, args.threads)
+    yield from run_study(args.study, args.out, args.minutes, executor, args.threads, args.data)
     yield from _lines(args.out)
 
 
@@ -62,9 +107,56 @@ def _lines(folder: str) -> Iterable[str]:
     yield f"{Path(folder) / PAGE}"
 
 
+def _plant(args: argparse.Namespace) -> Iterable[str]:
+    from mmllm.studies.planting import Planting, plant
+
+    check_there("manifest", args.manifest)
+    planting = Planting(args.copies, args.wrong, args.garbled, args.filter, args.seed)
+    return plant(args.manifest, Path(args.out), planting)
+
+
+def _rank(args: argparse.Namespace) -> Iterable[str]:
+    from mmllm.studies.ranking import rank
+
+    check_there("manifest", args.manifest)
+    return rank(args.model, args.manifest, Path(args.out), args.filter)
+
+
 def _efficiency(args: argparse.Namespace) -> Iterable[str]:
     check_there("folder", args.folder)
     check_there("fit", *args.scaling)
     from mmllm.studies.efficiency import write_efficiency
 
     return write_efficiency(Path(args.folder), Path(args.out), [Path(fit) for fit in args.scaling])
+
+
+def _score(args: argparse.Namespace) -> Iterable[str]:
+    given = [name for name in ("model", "judge", "max_steps", "seed", "minutes") if getattr(args, name) is not None]
+    if args.rows_only and given:
+        raise ValueError(f"--rows_only writes a track's rows alone, but --{given[0]} is given; leave one out")
+    if args.model is not None:
+        check_model(args.model)
+    check_there("judge", args.judge, hint="give an aligner's folder, such as the other score's DIR/judge/aligner")
+    from mmllm.studies.tracks import track_of, write_rows
+    from mmllm.studies.tracks_score import rows_line, score_track
+    from mmllm.ticker import end_line, ticker
+
+    if args.rows_only:
+        yield rows_line(write_rows(track_of(args.track), Path(args.out)), Path(args.out))
+        return
+    for line in score_track(
+        args.track, args.out, args.model, args.seed, args.minutes, args.judge, args.max_steps,
+        progress=ticker(f"prompts of {args.track}"),
+    ):  # fmt: skip
+        end_line()
+        yield line
+
+
+def _compare(args: argparse.Namespace) -> Iterable[str]:
+    from mmllm.studies.tracks_compare import compare_files, comparison_lines
+
+    found = compare_files(args.scores, args.others)
+    if args.json is not None:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text("\n".join(as_json(found.to_dict())) + "\n", encoding="utf-8")
+    yield from comparison_lines(found)

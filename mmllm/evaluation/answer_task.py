@@ -23,7 +23,12 @@ _ORDINAL = re.compile(r"\b(?:first|second|third|fourth|fifth)\b", re.IGNORECASE)
 
 
 def evaluate_answers(
-    model: AskedModel, rows: Sequence[Row], batch_size: int, seed: int, voting: VotingConfig | None = None
+    model: AskedModel,
+    rows: Sequence[Row],
+    batch_size: int,
+    seed: int,
+    voting: VotingConfig | None = None,
+    controls: bool = True,
 ) -> TaskResult:
     """Answers right, beside those given when pictures and sounds change places between rows, and blind.
 
@@ -36,13 +41,17 @@ def evaluate_answers(
     settings = greedy_settings(model, references, batch_size)
     parts = [prompt_segments(row) for row in rows]
     answers = model.answer(parts, questions, **settings)
-    blind = model.answer(parts, questions, blind=True, **settings)
-    shuffled = model.answer(shuffled_segments(rows, seed), questions, **settings)
+    given = [("", answers)]
+    blind: Sequence[str | None] = [None] * len(rows)
+    if controls:
+        blind = model.answer(parts, questions, blind=True, **settings)
+        shuffled = model.answer(shuffled_segments(rows, seed), questions, **settings)
+        given += [("shuffled_", shuffled), ("blind_", blind)]
     right = _matches(answers, references)
     media = causes(rows)
     ordinal = [place for place, question in enumerate(questions) if _ORDINAL.search(question)]
     scores: dict[str, Any] = {}
-    for prefix, texts in (("", answers), ("shuffled_", shuffled), ("blind_", blind)):
+    for prefix, texts in given:
         matched = _matches(texts, references)
         scores |= mean_scores(f"{prefix}accuracy" if prefix else "answer_accuracy", matched, seed, media)
         if ordinal:

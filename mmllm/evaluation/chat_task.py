@@ -9,12 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 from mmllm.data.rows.bad_rows import BadRows, ManifestError
 from mmllm.data.rows.rows import Row
-from mmllm.data.samples.documents import Segment
+from mmllm.data.samples.documents import Document, Segment
 from mmllm.evaluation.answer_task import prompt_segments, shuffled_segments
 from mmllm.evaluation.asking import AskedModel
 from mmllm.evaluation.metrics import text_meaning
@@ -42,10 +41,10 @@ class ChatRow:
         segments = list(row.segments)
         answer: list[str] = []
         while segments and segments[-1].get("role") == "assistant":
-            text = segments.pop().get("text")
-            if text is None:
+            segment = segments.pop()
+            if "text" not in segment:
                 raise ManifestError("its last answer holds a picture or a sound; answers of text are scored")
-            answer.insert(0, text)
+            answer.insert(0, f"\n{segment['text']}" if segment.get("new_turn") else segment["text"])
         if not answer:
             raise ManifestError("it does not end with the assistant, whose last answer is scored")
         if not segments:
@@ -56,14 +55,18 @@ class ChatRow:
         return cls(asked, wanted, _judge(wanted, metadata.get("accept"), metadata.get("answer_pattern")))
 
     def messages(self, parts: Sequence[Segment]) -> list[dict[str, Any]]:
-        """The turns before the answer.
+        """The turns before the answer, as training has them.
 
         Args:
             parts: in the place of the row's own segments.
         """
-        roles = [segment.get("role") or "user" for segment in self.row.segments]
-        turns = groupby(zip(roles, parts, strict=True), key=lambda pair: pair[0])
-        return [{"role": role, "content": [part for _, part in pairs]} for role, pairs in turns]
+        messages: list[dict[str, Any]] = []
+        for segment, part in zip(self.row.segments, parts, strict=True):
+            role = segment.get("role") or "user"
+            if not messages or segment.get("new_turn") or messages[-1]["role"] != role:
+                messages.append({"role": role, "content": []})
+            messages[-1]["content"].append(part)
+        return messages
 
 
 def _judge(answer: str, accept: Any, pattern: Any) -> Callable[[str], bool]:
@@ -101,25 +104,26 @@ def chat_rows(rows: Sequence[Row], bad: BadRows, name: str) -> list[ChatRow]:
     return kept
 
 
-def evaluate_chat(model: AskedModel, rows: Sequence[ChatRow], batch_size: int, seed: int) -> TaskResult:
+def evaluate_chat(
+    model: AskedModel, rows: Sequence[ChatRow], batch_size: int, seed: int, controls: bool = True
+) -> TaskResult:
     """Answers right, beside those given when pictures and sounds change places between rows, and blind."""
     settings = greedy_settings(model, [one.answer for one in rows], batch_size)
     plain = [one.row for one in rows]
     shown = [prompt_segments(row) for row in plain]
-    prompts = [model.served.chat_prompt(one.messages(parts)) for one, parts in zip(rows, shown, strict=True)]
-    shuffled = [
-        model.served.chat_prompt(one.messages(parts))
-        for one, parts in zip(rows, shuffled_segments(plain, seed), strict=True)
-    ]
+    prompts = [_prompt(model, one.messages(parts)) for one, parts in zip(rows, shown, strict=True)]
     answers = model.write(prompts, **settings)
-    blind = model.write(prompts, blind=True, **settings)
+    given = [("answer_accuracy", answers)]
+    blind: Sequence[str | None] = [None] * len(rows)
+    if controls:
+        blind = model.write(prompts, blind=True, **settings)
+        shuffled = [
+            _prompt(model, one.messages(parts)) for one, parts in zip(rows, shuffled_segments(plain, seed), strict=True)
+        ]
+        given += [("shuffled_accuracy", model.write(shuffled, **settings)), ("blind_accuracy", blind)]
     media = causes(plain)
     scores: dict[str, Any] = {}
-    for key, texts in (
-        ("answer_accuracy", answers),
-        ("shuffled_accuracy", model.write(shuffled, **settings)),
-        ("blind_accuracy", blind),
-    ):
+    for key, texts in given:
         matched = [one.is_right(text) for one, text in zip(rows, texts, strict=True)]
         scores |= mean_scores(key, matched, seed, media)
     scores["n"] = len(rows)
@@ -135,6 +139,13 @@ def evaluate_chat(model: AskedModel, rows: Sequence[ChatRow], batch_size: int, s
         for one, answer, without in zip(rows, answers, blind, strict=True)
     ]  # fmt: skip
     return TaskResult("chat", scores, predictions)
+
+
+def _prompt(model: AskedModel, messages: list[dict[str, Any]]) -> Document:
+    """The prompt of a conversation; in the form of templates.json what a tool says is written as the user's."""
+    if model.tokenizer.chat_template is None:
+        messages = [{**message, "role": "user"} if message["role"] == "tool" else message for message in messages]
+    return model.served.chat_prompt(messages)
 
 
 def _last_question(row: Row) -> str | None:

@@ -30,6 +30,8 @@ from mmllm.evaluation.metrics import exact_match, normalize_text, word_edits
 from mmllm.evaluation.speech_task import Judge
 
 if TYPE_CHECKING:
+    import torch
+
     from mmllm.inference.api import Model
 
 _ALMOST = 0.9
@@ -65,6 +67,8 @@ RewardRow = Mapping[str, Any]
 Reward = Callable[[Sequence[Answer], Sequence[RewardRow]], Sequence[float]]
 GetModel = Callable[[], "Model"]
 """Gives the model that is trained, or that answered."""
+Device = str | Callable[[], "torch.device"]
+"""Where a reward computes; a function is asked each time."""
 
 
 @dataclass(frozen=True)
@@ -284,7 +288,7 @@ BUILT_IN = (*_TEXT, "own_wer", "judge_wer", "reward_model")
 
 
 def load_rewards(
-    configs: Sequence[Mapping[str, Any] | str], get_model: GetModel | None = None, device: str = "cpu"
+    configs: Sequence[Mapping[str, Any] | str], get_model: GetModel | None = None, device: Device = "cpu"
 ) -> Rewards:
     """Rewards as a config names them.
 
@@ -315,7 +319,7 @@ def load_rewards(
 
 
 def load_reward(
-    name: str, settings: Mapping[str, Any], get_model: GetModel | None = None, device: str = "cpu"
+    name: str, settings: Mapping[str, Any], get_model: GetModel | None = None, device: Device = "cpu"
 ) -> Reward:
     """One reward; see `load_rewards`."""
     if name in _TEXT:
@@ -335,12 +339,14 @@ def load_reward(
     return _with_settings(name, _imported(name), settings)
 
 
-def _reward_model(folder: str, device: str) -> Reward:
+def _reward_model(folder: str, device: Device) -> Reward:
     from mmllm.inference.reward_model import RewardModel
 
-    model = RewardModel.load(folder, device)
+    model = RewardModel.load(folder, device if isinstance(device, str) else "cpu")
 
     def score(answers: Sequence[Answer], rows: Sequence[RewardRow]) -> list[float]:
+        if not isinstance(device, str):
+            model.to(device())
         if not all("document" in row for row in rows):
             return model.score_texts(rows, texts_of(answers, "reward_model"))
         other = next((row for row in rows if row["tokenizer"] != model.tokenizer.hash), None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 from torch import Tensor
@@ -87,18 +88,12 @@ class Prompter:
         if template is not None:
             return self._templated(template, check_messages(messages, None, ("user", "tool")), reads_files)
         documents: list[Document] = []
-        waiting: list[str | ImagePart | AudioPart] = []
-        for number, message in enumerate(check_messages(messages, ROLES, ("user",))):
-            parts = _parts_of(message, number, reads_files)
-            if message["role"] == "assistant":
-                documents.append(self._said(parts))
-                continue
-            if waiting and isinstance(waiting[-1], str) and isinstance(parts[0], str):
-                parts = [f"\n{parts[0]}", *parts[1:]]  # as training parts the texts of turns that become one
-            waiting += parts
-            if message["role"] == "user":
-                documents.append(self._prompt("chat", segments=self._segments(waiting)))
-                waiting = []
+        numbered = enumerate(check_messages(messages, ROLES, ("user",)))
+        for answers, turn in groupby(numbered, key=lambda pair: pair[1]["role"] == "assistant"):
+            said = _as_one_turn([_parts_of(message, number, reads_files) for number, message in turn])
+            if answers and not documents:
+                documents.append(self._prompt("chat"))  # training writes an empty question
+            documents.append(self._said(said) if answers else self._prompt("chat", segments=self._segments(said)))
         return join(documents)
 
     def codes(self, sounds: Sequence[AudioPart]) -> list[Tensor]:
@@ -227,3 +222,12 @@ def _parts_of(message: Mapping[str, Any], number: int, reads_files: bool) -> lis
     if isinstance(content, str) and message["role"] != "user":
         return [content]
     return message_parts(content, name, reads_files)
+
+
+def _as_one_turn(messages: Sequence[Parts]) -> list[str | ImagePart | AudioPart]:
+    """Parts of messages that become one turn; a line break parts their texts, as in training (`joined_texts`)."""
+    turn: list[str | ImagePart | AudioPart] = []
+    for parts in messages:
+        is_joined = bool(turn) and isinstance(turn[-1], str) and isinstance(parts[0], str)
+        turn += [f"\n{parts[0]}", *parts[1:]] if is_joined else parts
+    return turn

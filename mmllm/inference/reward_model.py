@@ -86,19 +86,14 @@ class RewardModel:
         if adapter is not None and adapter not in saved_adapters(directory):
             raise ValueError(f"{directory} lacks adapters/{adapter}, which its head was trained with")
         loaded = load_model(directory, device, adapter=adapter)
-        try:
-            head_1D = load_file(directory / REWARD_HEAD)[WEIGHT]
-        except (SafetensorError, KeyError, OSError) as error:
-            raise ValueError(
-                f"{directory / REWARD_HEAD} is damaged ({error}); export the reward model again"
-            ) from error
-        width = loaded.model.config.decoder.hidden_size
-        if tuple(head_1D.shape) != (1, width):
-            raise ValueError(
-                f"{directory / REWARD_HEAD} has {list(head_1D.shape)} weights; the model wants [1, {width}]"
-            )
-        head_D = head_1D[0].to(device)
+        head_D = read_head(directory, loaded.model.config.decoder.hidden_size).to(device)
         return RewardModel(loaded.model, loaded.tokenizer, head_D, loaded.image_transform, settings)
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves it; nothing happens where it is there."""
+        if self.head_D.device != torch.device(device):
+            self.model.to(device)
+            self.head_D = self.head_D.to(device)
 
     def score(self, documents: Sequence[Document], batch_size: int = 64) -> list[float]:
         """The reward of each answer.
@@ -175,6 +170,25 @@ class RewardModel:
         documents = [writer.document(row, answer) for row in rows for answer in row.answers]
         scores = iter(self.score(documents))
         return [tuple(next(scores) for _ in row.answers) for row in rows]
+
+
+def read_head(directory: Path, width: int) -> Tensor:
+    """The head's weight, [D], of a reward model's folder.
+
+    Args:
+        directory: the folder.
+        width: D.
+
+    Raises:
+        ValueError: it is damaged, or of another width.
+    """
+    try:
+        head_1D = load_file(directory / REWARD_HEAD)[WEIGHT]
+    except (SafetensorError, KeyError, OSError) as error:
+        raise ValueError(f"{directory / REWARD_HEAD} is damaged ({error}); export the reward model again") from error
+    if tuple(head_1D.shape) != (1, width):
+        raise ValueError(f"{directory / REWARD_HEAD} has {list(head_1D.shape)} weights; the model wants [1, {width}]")
+    return head_1D[0]
 
 
 def reward_settings(adapter: str | None, calibration: dict[str, Any] | None) -> str:

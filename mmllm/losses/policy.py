@@ -294,4 +294,4 @@ class AdaptiveKL:
         """Takes in the mean KL of so many answers."""
         if self.target is not None:
             error = min(max(kl / self.target - 1, -_MOST_ERROR), _MOST_ERROR)
-            self.coef *= 1 + error * num_answers / self.horizon
+            self.coef *= 1 + error * min(num_answers / self.horizon, 1.0)  # never below 0, however many answers

@@ -93,7 +93,9 @@ def kto_losses(
     return weights_A * (1 - torch.sigmoid(beta * gains_A))
 
 
-def reward_losses(chosen_P: Tensor, rejected_P: Tensor, *, margin: float = 0.0, centering: float = 0.0) -> Tensor:
+def reward_losses(
+    chosen_P: Tensor, rejected_P: Tensor, *, margin: float | Tensor = 0.0, centering: float = 0.0
+) -> Tensor:
     """The loss of a reward model for each pair: −log σ(r⁺ − r⁻ − margin) + centering · (r⁺ + r⁻)².
 
     The first term is Bradley and Terry's with the margin of Llama 2 (arXiv 2307.09288), the second holds rewards around
@@ -102,7 +104,7 @@ def reward_losses(chosen_P: Tensor, rejected_P: Tensor, *, margin: float = 0.0, 
     Args:
         chosen_P: rewards of the sides that are preferred.
         rejected_P: of the others.
-        margin: by which they should differ.
+        margin: by which they should differ; one, or [P].
         centering: weight of the second term.
     """
     losses_P = -F.logsigmoid(chosen_P - rejected_P - margin)

@@ -71,14 +71,14 @@ class Block(nn.Module):
     ) -> tuple[Tensor, LayerSums | DepthSums | None]:
         """The new residual stream, and sums of the routing to experts or past the block, if they are wanted."""
         if self.compiled is None:
-            return checkpointed(self.recompute, self._run, x_ND, cos, sin, context, tokens, layout, neighbors)
+            return checkpointed(self.recompute, self, self._run, x_ND, cos, sin, context, tokens, layout, neighbors)
         mode: Recompute = "full" if self.recompute == "full" else "none"
         run = functools.partial(self.compiled, self)
-        return checkpointed(mode, run, x_ND, cos, sin, context, tokens, layout, neighbors)
+        return checkpointed(mode, self, run, x_ND, cos, sin, context, tokens, layout, neighbors)
 
     def _run_selective(self, *args: Any) -> tuple[Tensor, LayerSums | DepthSums | None]:
         """`_run`, with a selective checkpoint inside of what is compiled: compilers refuse its modes around them."""
-        return checkpointed("selective" if self.recompute == "selective" else "none", self._run, *args)
+        return checkpointed("selective" if self.recompute == "selective" else "none", self, self._run, *args)
 
     def _run(
         self,

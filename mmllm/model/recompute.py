@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -43,16 +43,41 @@ def recompute_mode(value: bool | str) -> Recompute:
     return mode  # pyright: ignore[reportReturnType]
 
 
-def checkpointed(mode: Recompute, function: Callable[..., Result], *args: Any) -> Result:
-    """`function(*args)`, keeping of what its gradient needs as much as the mode says."""
+def checkpointed(mode: Recompute, module: nn.Module, function: Callable[..., Result], *args: Any) -> Result:
+    """`function(*args)`, keeping of what its gradient needs as much as the mode says.
+
+    Args:
+        mode: what is kept.
+        module: whose function it is: what is computed again is computed without dropout, too, if it was so at first.
+        function: called again in the backward pass.
+        *args: of it.
+    """
     if mode == "none" or not torch.is_grad_enabled():
         return function(*args)
+    if not module.training and not torch.compiler.is_compiling():  # what is compiled doesn't ask again
+        function = _in_eval_mode(module, function)
     if mode == "full":
         return checkpoint(function, *args, use_reentrant=False)
     # A compiler takes torch's own contexts alone. Those count every operator, so that hooks within the region, as of
     # weights that FSDP2 gathers for the experts, are taken for operators that were not there in the forward pass.
     contexts = _torch_contexts if torch.compiler.is_compiling() else _contexts
     return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+
+
+def _in_eval_mode(module: nn.Module, function: Callable[..., Result]) -> Callable[..., Result]:
+    """The function with the module in eval mode whenever it is called: until then, others may have set it back."""
+
+    def run(*args: Any) -> Result:
+        trained = [each for each in module.modules() if each.training]
+        for each in trained:
+            each.training = False
+        try:
+            return function(*args)
+        finally:
+            for each in trained:
+                each.training = True
+
+    return run
 
 
 def _is_saved(op: Any) -> bool:

@@ -259,6 +259,7 @@ def make_speech(
     num_joined: int = 0,
     num_spoken: int = 0,
     spoken_voices: Sequence[str] = (),
+    test_voices: Sequence[str] = (),
 ) -> dict[str, Path]:
     """Synthesizes speech and writes `train.jsonl`, `test.jsonl` and `heldout.jsonl` with mono 16-bit WAV files.
 
@@ -280,6 +281,7 @@ def make_speech(
         num_spoken: Training rows from which to learn to speak alone (`spoken_only`), a third of them phrases and the
             others sentences.
         spoken_voices: Who says those.
+        test_voices: Who says the `num_test` rows, in turn; empty: all voices of training.
 
     Returns:
         The manifests' paths under "train", "test" and "heldout".
@@ -294,6 +296,8 @@ def make_speech(
     known, unknown = voices(heldout=False), voices(heldout=True)
     if not set(spoken_voices) <= set(known) or (num_spoken and not spoken_voices):
         raise ValueError(f"{num_spoken} rows are to be said by {list(spoken_voices)}; give voices out of {known}")
+    if not set(test_voices) <= set(known):
+        raise ValueError(f"test_voices is {list(test_voices)}; training hears none but {known}")
     plan = plans["train"]
     levels = {"word": num_words, "phrase": num_phrases, "sentence": num_sentences, "joined": num_joined}
     for level, num_rows in levels.items():
@@ -314,6 +318,6 @@ def make_speech(
             while (text := sample_sentence(rng, seed, is_test=True)) in said:
                 pass
             said.add(text)
-            voice = (known, unknown)[split == "heldout"]
+            voice = unknown if split == "heldout" else test_voices or known
             plans[split].append(_plan_row(out_dir, split, i, [text], "sentence", voice[i % len(voice)], rng))
     return {split: _write_split(out_dir, split, plan, sample_rate, num_processes) for split, plan in plans.items()}

@@ -30,6 +30,8 @@ _HEADERS = {
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",
 }
+_FILE_HEADERS = {"Content-Security-Policy": "default-src 'none'; sandbox"}
+"""A picture may be SVG, which would run scripts here where it is opened alone."""
 _MOST_BYTES = 4096
 """Of an answer."""
 
@@ -140,7 +142,7 @@ def prefer_app(labelling: Labelling) -> FastAPI:
     def file(number: int) -> FileResponse:
         if not 0 <= number < len(labelling.files) or not labelling.files[number].is_file():
             raise HTTPException(404, "there is no such file")
-        return FileResponse(labelling.files[number])
+        return FileResponse(labelling.files[number], headers=_FILE_HEADERS)
 
     @app.post("/choice")
     async def choose(request: Request) -> JSONResponse:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,13 +50,13 @@ def _read(path: Path) -> dict[str, Any]:
 def _section(name: str, values: Mapping[str, Any]) -> str:
     kind, amount = next(iter(values["budget"].items()))
     machine = values["machine"]
+    left_out = f" Not run: {len(values['runs_left_out'])}." if values["runs_left_out"] else ""
     lines = [
         f"\n## {values['title']}\n",
         f"{values['question']} (`configs/studies/{name}.yaml`)\n",
         f"Expected: {values['expected']}\n",
-        f"{values['runs']} runs of {amount:,.6g} {kind} each, {machine['processor']}, commit {_commit(values['commit'])}."
-        + (f" Not run: {len(values['runs_left_out'])}." if values["runs_left_out"] else "")
-        + "\n",
+        f"{values['runs']} runs of {amount:,.6g} {kind} each, {machine['processor']}, "
+        f"commit {_commit(values['commit'])}.{left_out}\n",
         "| factor | level | measure | score | 95% interval | difference | p | seeds | samples for equal score | FLOPs "
         "| min | |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -70,7 +69,7 @@ def _row(row: Mapping[str, Any]) -> str:
     low, high = row["interval"]
     difference = row["difference"]
     is_baseline = row["verdict"] == "baseline"
-    told = "–" if is_baseline or difference is None or math.isnan(difference) else f"{difference:+.4f}"
+    told = "–" if is_baseline or difference is None else f"{difference:+.4f}"
     p = "–" if row["p"] is None else f"{row['p']:.3f}"
     equal = row["samples_for_equal_score"]
     samples = "–" if equal is None else f"{equal:,.0f}"

@@ -74,15 +74,23 @@ def write_training(study: Study, settings: Settings, share: float, run: Path, na
     if budget.kind == "seconds":
         config = write_files(settings.with_seconds(amount), run, name)
         return Training(config, Length(), _num_documents(opened(config)[1], study), amount)
-    steps = GUESSED_STEPS
-    for _ in range(2):  # the plan depends on the horizon where schedules do
-        config = write_files(settings.with_steps(steps), run, name)
-        length = until(*opened(config), budget.kind, amount)
-        if length.steps == steps:
-            break
-        steps = length.steps
-    config = write_files(settings.with_steps(steps), run, name)
-    return Training(config, length, _num_documents(opened(config)[1], study))
+    sized = settings.with_steps(GUESSED_STEPS)
+    plan, length = _counted_until(sized, run, name, budget.kind, amount)
+    if _read(settings.with_steps(length.steps)) != _read(sized):  # the plan depends on the horizon: it is nearly right
+        plan, length = _counted_until(settings.with_steps(length.steps), run, name, budget.kind, amount)
+    config = write_files(settings.with_steps(length.steps), run, name)
+    return Training(config, length, _num_documents(plan, study))
+
+
+def _counted_until(settings: Settings, run: Path, name: str, kind: str, amount: float) -> tuple[Plan, Length]:
+    counter, plan, accumulated = opened(write_files(settings, run, name))
+    return plan, until(counter, plan, accumulated, kind, amount)
+
+
+def _read(settings: Settings) -> Any:
+    """What a plan is made of."""
+    keys = settings.config.get("data", {}).get("init_args", {})
+    return settings.recipe, {key: value for key, value in keys.items() if key != "recipe"}
 
 
 def _num_documents(plan: Plan, study: Study) -> int:
@@ -156,6 +164,26 @@ def _counted(counter: ModelFlops, plan: Plan, num_batches: int, accumulated: int
 def _length(counter: ModelFlops, plan: Plan, batches: Sequence[Any]) -> Length:
     work = planned_work(plan, batches)
     return Length(1 if batches else 0, len(work.lengths), work.num_tokens, float(counter.training(work)))
+
+
+def check_training(settings: Settings, kind: str, run: Path, name: str) -> None:
+    """Checks the keys of a training that can't be counted yet, since the model that it starts from isn't there.
+
+    Args:
+        settings: without a horizon.
+        kind: of the budget.
+        run: folder for its files.
+        name: of the training in it.
+
+    Raises:
+        ValueError: a key of config or recipe is unknown or has a wrong value.
+    """
+    ready = settings.with_seconds(1.0) if kind == "seconds" else settings.with_steps(GUESSED_STEPS)
+    recipe_from_dict(ready.recipe)
+    put(ready.config, "model.init_args.init_from", None)
+    if "decoder" not in ready.config["model"]["init_args"]:  # it is that of the model to come
+        put(ready.config, "model.init_args.decoder", {"vocab_size": 1})
+    unbuilt(["-c", str(write_files(ready, run, name))])
 
 
 def check_recipe(settings: Settings) -> None:

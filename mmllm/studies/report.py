@@ -40,7 +40,7 @@ class Line:
         flops: of training, a run's.
         minutes: a run's.
         measure: the score's name.
-        difference: from the baseline, in the score's unit.
+        difference: from the baseline, in the score's unit; None: no seed has both.
         verdict: "baseline"; "better" or "worse" where p is below 0.05 with three seeds or more; else "unproved".
         steps: of the optimizer.
         tokens: trained on.
@@ -58,7 +58,7 @@ class Line:
     flops: float
     minutes: float
     measure: str
-    difference: float
+    difference: float | None
     verdict: str
     steps: float
     tokens: float
@@ -95,7 +95,8 @@ def report(folder: Path) -> dict[str, Any]:
         "commit": commits[0] if len(commits) == 1 else commits,
         "machine": machine(),
     }
-    (folder / REPORT).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    (folder / REPORT).write_text(text, encoding="utf-8")
     (folder / PAGE).write_text(page(study, lines, values), encoding="utf-8")
     return values
 
@@ -145,7 +146,7 @@ def factor_lines(study: Study, name: str, measure: Measure, results: Results) ->
         base_scores = {seed: run["scores"][measure.name]["score"] for seed, run in base.items()}
         p = None if level == factor.baseline else paired_p(scores, base_scores)
         shared = sorted(scores.keys() & base_scores.keys())
-        difference = float(np.mean([scores[seed] - base_scores[seed] for seed in shared])) if shared else float("nan")
+        difference = float(np.mean([scores[seed] - base_scores[seed] for seed in shared])) if shared else None
         equal = None
         if len(curves[level]) > 1 and base_scores:
             target = float(np.mean(list(base_scores.values())))
@@ -174,10 +175,12 @@ def factor_lines(study: Study, name: str, measure: Measure, results: Results) ->
     return lines
 
 
-def _verdict(is_baseline: bool, difference: float, p: float | None, num_seeds: int, lower_is_better: bool) -> str:
+def _verdict(
+    is_baseline: bool, difference: float | None, p: float | None, num_seeds: int, lower_is_better: bool
+) -> str:
     if is_baseline:
         return "baseline"
-    if p is None or p >= CLAIM_P or num_seeds < MIN_SEEDS:
+    if difference is None or p is None or p >= CLAIM_P or num_seeds < MIN_SEEDS:
         return "unproved"
     return "better" if (difference < 0) == lower_is_better else "worse"
 

@@ -21,10 +21,10 @@ import yaml
 from mmllm.data.executors.stages import Executor, Stage
 from mmllm.data.executors.task import Work
 from mmllm.quickstart.processes import Processes, terminated_as_interrupt
-from mmllm.studies.lengths import Length, check_recipe, write_training
+from mmllm.studies.lengths import Length, check_recipe, check_training, write_training
 from mmllm.studies.runs import RESULT, Runner
 from mmllm.studies.settings import Base, filled
-from mmllm.studies.study import Arm, Study, load_study, study_of
+from mmllm.studies.study import Arm, Data, Study, load_study, study_of
 
 STUDY = "study.json"
 """In a study's folder: what it was begun with."""
@@ -46,7 +46,12 @@ class _Item:
 
 
 def run_study(
-    study: str, out: str, minutes: float | None = None, executor: Executor | None = None, num_threads: int = 1
+    study: str,
+    out: str,
+    minutes: float | None = None,
+    executor: Executor | None = None,
+    num_threads: int = 1,
+    data: str | None = None,
 ) -> Iterator[str]:
     """Runs what of a study is not done yet; gives lines to print while it goes on.
 
@@ -56,6 +61,7 @@ def run_study(
         minutes: bound of the whole study, making its data apart; only where runs are here.
         executor: where runs are; None: here, one at a time.
         num_threads: of each run's processes.
+        data: a folder that is there, such as a quickstart's, in the place of the study's own.
 
     Raises:
         ValueError: the study or an arm of it can't be; said before anything runs.
@@ -64,48 +70,54 @@ def run_study(
     executor = executor or Executor()
     if minutes is not None and (minutes <= 0 or not executor.is_here):
         raise ValueError(f"--minutes is {minutes}; it must be positive, and bounds runs on this machine alone")
-    plan, folder = _begun(study, Path(out))
+    plan, folder = _begun(study, Path(out), data)
     yield f"{plan.title}: {plan.question}"
     yield f"expected: {plan.expected}"
-    data = Path(plan.data.folder)
-    yield from _make_data(plan, data)
-    yield from costs(plan, data, folder, max(1, executor.workers))
+    place = Path(plan.data.folder)
+    yield from make_data(plan.data, "study")
+    yield from costs(plan, place, folder, max(1, executor.workers))
     arms = [arm for arm in plan.arms() if not (folder / "runs" / arm.name / RESULT).is_file()]
     if executor.is_here:
-        yield from _run_here(plan, data, folder, arms, max(1, executor.workers), num_threads, minutes)
+        yield from _run_here(plan, place, folder, arms, max(1, executor.workers), num_threads, minutes)
     else:
-        yield from _run_elsewhere(plan, data, folder, arms, executor, num_threads)
+        yield from _run_elsewhere(plan, place, folder, arms, executor, num_threads)
 
 
-def plan_study(study: str, out: str, num_at_once: int = 1) -> Iterator[str]:
-    """Says what a study costs, and checks every arm; its data must be there.
+def plan_study(study: str, out: str, num_at_once: int = 1, data: str | None = None) -> Iterator[str]:
+    """Says what a study costs, and checks every arm; its data must be there. See `run_study`.
 
     Raises:
         FileNotFoundError: it isn't.
         ValueError: the study or an arm of it can't be.
     """
-    plan, folder = _begun(study, Path(out))
-    data = Path(plan.data.folder)
-    if not data.exists():
-        raise FileNotFoundError(f"{data}: the study's data isn't there; `mmllm study run` makes it")
-    yield from costs(plan, data, folder, num_at_once)
+    plan, folder = _begun(study, Path(out), data)
+    place = Path(plan.data.folder)
+    if not place.exists():
+        raise FileNotFoundError(f"{place}: the study's data isn't there; a run makes it, or give --data DIR")
+    yield from costs(plan, place, folder, num_at_once)
 
 
-def _begun(study: str, folder: Path) -> tuple[Study, Path]:
+def _begun(study: str, folder: Path, data: str | None = None) -> tuple[Study, Path]:
     """The study, which must be the one that the folder was begun with."""
     from mmllm import paths
 
     path = Path(study)
     if not path.is_file() and study.removesuffix(".yaml") + ".yaml" in paths.list_configs():
         path = paths.config_path(study)
-    plan = load_study(path)
+    load_study(path)  # names the file where something is wrong
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if data is not None:
+        values["data"] = {"folder": data}
+    plan = study_of(values)
+    values = json.loads(json.dumps(values))  # as it is kept: keys are texts
     kept = folder / STUDY
     if kept.is_file():
         before = json.loads(kept.read_text(encoding="utf-8"))
         # More seeds, or more levels, only add runs.
-        for what, of in (("base", _base_of), ("levels", _levels_of)):
-            changed = [name for name, value in of(before).items() if name in of(values) and of(values)[name] != value]
+        (base, now), (levels, more) = ([of(each) for each in (before, values)] for of in (_base_of, _levels_of))
+        differ = sorted(key for key in base.keys() | now.keys() if base.get(key) != now.get(key))
+        others = sorted(level for level in levels.keys() & more.keys() if levels[level] != more[level])
+        for what, changed in (("base", differ), ("levels", others)):
             if changed:
                 raise ValueError(
                     f"{folder} holds runs of this study with another {what} ({', '.join(changed)}); runs of both can't "
@@ -131,24 +143,34 @@ def _levels_of(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _make_data(study: Study, data: Path) -> Iterator[str]:
-    """Runs the commands that make the data, where it isn't there or was not made to its end."""
+def make_data(wanted: Data, what: str) -> Iterator[str]:
+    """Runs the commands that make the data, where it isn't there or was not made to its end; gives lines to print.
+
+    Args:
+        wanted: the data.
+        what: it is of: "study".
+
+    Raises:
+        FileNotFoundError: there is none, and no command makes it.
+        ValueError: a command failed.
+    """
+    data = Path(wanted.folder)
     unfinished = data.with_name(f"{data.name}.unfinished")
     if data.exists() and not unfinished.exists():
         return
-    if not study.data.commands:
-        raise FileNotFoundError(f"{data}: no such data, and the study has no commands that make it")
+    if not wanted.commands:
+        raise FileNotFoundError(f"{data}: no such data, and the {what} has no commands that make it")
     data.parent.mkdir(parents=True, exist_ok=True)
     unfinished.touch()
     processes = Processes()
     with terminated_as_interrupt():
         try:
-            for command in study.data.commands:
+            for command in wanted.commands:
                 line = filled(command, {"data": str(data)})
                 yield f"$ mmllm {line}"
                 code = processes.run(shlex.split(line), 1)
                 if code:
-                    raise ValueError(f"`mmllm {line}` failed; mend what it says above, and run the study again")
+                    raise ValueError(f"`mmllm {line}` failed; mend what it says above, and run the {what} again")
         finally:
             processes.end_all()
     unfinished.unlink()
@@ -165,19 +187,21 @@ def costs(study: Study, data: Path, folder: Path, num_at_once: int) -> Iterator[
     arms = [arm for arm in study.arms() if arm.seed == study.seeds[0]]
     trial = folder / "checked"
     for arm in arms:
-        known, length = True, Length()
+        known, length, is_made = True, Length(), False
         for step in study.level(arm).parts:
             if step.fit is None:
+                is_made = True  # perhaps what the next training reads
                 continue
             settings = base.settings(arm, step, folder / "runs" / arm.name)
-            if budget.kind != "seconds":
-                check_recipe(settings)
             starts = settings.config.get("model", {}).get("init_args", {}).get("init_from")
-            if starts and not Path(starts).exists():
-                known = False  # made by a step before this one
-                continue
             try:
-                length = length + write_training(study, settings, step.share, trial / arm.name, step.out).length
+                if budget.kind != "seconds":
+                    check_recipe(settings)
+                if is_made or (starts and not Path(starts).exists()):
+                    known = False  # made by a step before this one
+                    check_training(settings, budget.kind, trial / arm.name, step.out)
+                else:
+                    length = length + write_training(study, settings, step.share, trial / arm.name, step.out).length
             except ValueError as error:
                 raise ValueError(f"factors.{arm.factor}.levels.{arm.level}: {error}") from error
         told = f"{budget.amount:,.4g} {budget.kind}"
@@ -221,6 +245,7 @@ def _run_here(
     """So many at once; with a bound, none that would probably pass it."""
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     waiting, left_out = list(arms), []
+    failed: Exception | None = None
     longest = max(_minutes_done(folder, study.arms()), default=0.0)
     running: dict[Future[dict[str, Any]], tuple[Arm, Runner, float]] = {}
     with terminated_as_interrupt(), ThreadPoolExecutor(num_at_once) as pool:
@@ -237,6 +262,10 @@ def _run_here(
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     arm, _, begun = running.pop(future)
+                    error = future.exception()
+                    if isinstance(error, Exception):  # runs beside it end first: they are paid for
+                        failed, waiting = failed or error, []
+                        continue
                     result = future.result()
                     longest = max(longest, (time.monotonic() - begun) / 60)
                     yield _told(study, arm, result)
@@ -245,6 +274,8 @@ def _run_here(
                 runner.processes.end_all()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+    if failed is not None:
+        raise failed
     if left_out:
         yield f"time is over: {len(left_out)} runs are left out ({', '.join(arm.name for arm in left_out)})"
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from mmllm.checkout import commit
 from mmllm.evaluation.results import load_result
+from mmllm.quickstart.plan import write_yaml
 from mmllm.quickstart.processes import Processes
 from mmllm.studies.energy import EnergyMeter
 from mmllm.studies.lengths import Length, length_of, write_training
@@ -86,7 +87,7 @@ class Runner:
                     more, found = self._step(arm, step, folder)
                     length, documents = length + more, max(documents, found)
             minutes = (time.monotonic() - begun) / 60
-            scores = {measure.name: self._score(arm, measure, folder) for measure in self.study.measures}
+            scores = self._scores(arm, folder)
         finally:
             self.processes.end_all()
         values = {
@@ -108,7 +109,9 @@ class Runner:
     def _step(self, arm: Arm, step: Step, folder: Path) -> tuple[Length, int]:
         """One training or command; gives how long the training was, and the number of documents that it had."""
         if step.command is not None:
-            places = {**self.places, "run": str(folder), "seed": str(arm.seed)}
+            places = self._places(arm, folder)
+            for name, values in step.files.items():
+                write_yaml(folder / name, filled(values, places), "Written by `mmllm study run`.")
             self._call(shlex.split(filled(step.command, places)), folder, arm)
             return Length(), 0
         settings = self.base.settings(arm, step, folder)
@@ -119,22 +122,31 @@ class Runner:
         steps = _steps_done(folder / f"{step.out}.logs" / "metrics.csv")
         return length_of(training.config, steps), training.documents
 
-    def _score(self, arm: Arm, measure: Measure, folder: Path) -> dict[str, Any]:
-        """A measure, and each row's share of it where the score is their mean."""
+    def _scores(self, arm: Arm, folder: Path) -> dict[str, Any]:
+        """All measures; those that differ in their key alone are of one evaluation."""
+        evaluated: dict[tuple[Any, ...], Path] = {}
+        scores = {}
+        for measure in self.study.measures:
+            asked = (measure.task, measure.manifest, measure.limit, measure.options)
+            if asked not in evaluated:
+                evaluated[asked] = self._evaluated(arm, measure, folder)
+            scores[measure.name] = _score(measure, evaluated[asked])
+        return scores
+
+    def _evaluated(self, arm: Arm, measure: Measure, folder: Path) -> Path:
+        """What `mmllm eval` wrote for a measure."""
         path = folder / f"{measure.name}.json"
+        options = filled([*measure.options, *self.study.level(arm).options], self._places(arm, folder))
         command = ["eval", "--model", str(folder / MODEL), "--task", measure.task, "--manifest",
                    filled(measure.manifest, self.places), "--json", str(path)]  # fmt: skip
         if measure.limit is not None:
             command += ["--limit", str(measure.limit)]
-        self._call([*command, *measure.options, *self.study.level(arm).options], folder, arm)
-        result = load_result(path)
-        if measure.key not in result.scores:
-            raise RunFailed(
-                f"measure {measure.name} has the key {measure.key!r}, and the task {measure.task} scores "
-                f"{', '.join(key for key in result.scores if not key.endswith('_ci'))}"
-            )
-        rows = {p.id: (float(p.correct), p.score) for p in result.predictions if p.group == "test"}
-        return {"score": float(result.scores[measure.key]), "rows": rows}
+        self._call([*command, *options], folder, arm)
+        return path
+
+    def _places(self, arm: Arm, folder: Path) -> dict[str, str]:
+        """What stands for `{data}`, `{run}` and `{seed}`."""
+        return {**self.places, "run": str(folder), "seed": str(arm.seed)}
 
     def _call(self, command: Sequence[str], folder: Path, arm: Arm) -> None:
         """Runs a command of `mmllm`; what it says goes into the run's log."""
@@ -147,6 +159,18 @@ class Runner:
         if code:
             said = (folder / LOG).read_text(encoding="utf-8").strip().splitlines()[-1]
             raise RunFailed(f"run {arm.name}: `mmllm {command[0]}` failed: {said}; {folder / LOG} has all that it said")
+
+
+def _score(measure: Measure, path: Path) -> dict[str, Any]:
+    """A measure, and each row's share of it where the score is their mean."""
+    result = load_result(path)
+    if measure.key not in result.scores:
+        raise RunFailed(
+            f"measure {measure.name} has the key {measure.key!r}, and the task {measure.task} scores "
+            f"{', '.join(key for key in result.scores if not key.endswith('_ci'))}"
+        )
+    rows = {p.id: (float(p.correct), p.score) for p in result.predictions if p.group == "test"}
+    return {"score": float(result.scores[measure.key]), "rows": rows}
 
 
 def _note(log: Any, line: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from mmllm.studies.scaling_rates import read_rows
 _LEAST_SIZES = 3
 
 
-def emergence(path: str | Path, exact: str, continuous: str) -> dict[str, Any]:
+def emergence(path: str | Path, exact: str, continuous: str, only: Mapping[str, str] | None = None) -> dict[str, Any]:
     """How each of two scores grows with compute.
 
     Args:
         path: points of a sweep with scores.
         exact: key of a score that counts whole answers, such as `exact_match`.
         continuous: key of one that counts parts, such as `attribute_accuracy`, or `loss`.
+        only: keys and values; points that have others are left out.
 
     Returns:
         `rows`: FLOPs and both scores, in the mean over seeds, by growing compute; `sharpness` of each score: the
@@ -31,13 +33,18 @@ def emergence(path: str | Path, exact: str, continuous: str) -> dict[str, Any]:
         `warnings`.
 
     Raises:
-        ValueError: a point lacks a score, or there are fewer than three.
+        ValueError: a point lacks a score, there are fewer than three, or they are of several variants.
     """
-    sums: dict[tuple[str, float, float], list[list[float]]] = defaultdict(list)
-    for number, row in enumerate(read_rows(path), start=1):
+    points = read_rows(path, only)
+    variants = sorted({str(row.get("variant")) for row in points})
+    if len(variants) > 1:
+        raise ValueError(f"{path} has points of {', '.join(variants)}; choose one: --only variant={variants[0]}")
+    sums: dict[tuple[Any, ...], list[list[float]]] = defaultdict(list)
+    for number, row in enumerate(points, start=1):
         found = [_score(row, key, f"{Path(path).name}:{number}") for key in (exact, continuous)]
         flops = float(row.get("flops") or 6 * row["parameters"] * row["tokens"])
-        sums[str(row.get("variant")), row["parameters"], round(math.log(row["tokens"]), 1)].append([flops, *found])
+        swept = (row.get(key) for key in ("share", "rate", "batch_size"))
+        sums[row["parameters"], round(math.log(row["tokens"]), 1), *swept].append([flops, *found])
     means = [[sum(column) / len(group) for column in zip(*group, strict=True)] for group in sums.values()]
     rows = [{"flops": flops, exact: one, continuous: other} for flops, one, other in sorted(means)]
     if len(rows) < _LEAST_SIZES:

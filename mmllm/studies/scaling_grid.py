@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from mmllm.parsing import parse
-from mmllm.studies.study import Data, Measure
+from mmllm.studies.study import Data, Measure, check_keys
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 """Numbers that YAML 1.1 takes for text: 1e6, which it wants to be 1.0e+6."""
@@ -171,6 +171,16 @@ class Sweep:
                 raise ValueError(f"{name} is {list(values)}; all must be positive")
         if any(share > 1 for share in self.shares):
             raise ValueError(f"shares is {list(self.shares)}; they are of the documents, 1 at most")
+        given = {"set": self.set, "set_recipe": self.set_recipe}
+        for name, variant in self.variants.items():
+            given |= {f"variants.{name}.config": variant.config, f"variants.{name}.recipe": variant.recipe}
+        given |= {f"sizes.{name}": keys for name, keys in self.sizes.items()}
+        given |= {f"check.sizes.{name}": keys for name, keys in (self.check.sizes if self.check else {}).items()}
+        check_keys(given, "the grid")
+        names = [run.name for run in self.runs()]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two runs would have the folder {twice}; their names, tokens or flops are too near")
 
     def runs(self) -> list[Run]:
         """All trainings, the smallest first; those of the check last."""

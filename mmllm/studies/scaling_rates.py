@@ -19,23 +19,27 @@ import numpy as np
 _LEAST_RATES = 3
 
 
-def fit_rates(path: str | Path, key: str = "lr", parameters: float | None = None) -> dict[str, Any]:
+def fit_rates(
+    path: str | Path, key: str = "lr", parameters: float | None = None, only: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """The best rates of a sweep.
 
     Args:
         path: points of a sweep of `rates` (or of `batch_sizes`: key `batch_size`).
         key: what is sought.
         parameters: a size whose rate is told.
+        only: keys and values; points that have others are left out.
 
     Returns:
-        `best`: of each size and length the best rate and its loss; `exponent` and `factor` of a power of parameters,
-        null where one size alone has a best rate; `predicted` for `parameters`; `warnings`.
+        `best`: of each variant, size and length the best rate and its loss; `exponent` and `factor` of a power of
+        parameters, null where one size alone has a best rate, or several variants have; `predicted` for `parameters`;
+        `warnings`.
 
     Raises:
         ValueError: no size has three rates or more with a lowest loss in between.
     """
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
-    for row in read_rows(path):
+    for row in read_rows(path, only):
         if not row.get("check"):
             groups[row.get("variant"), row["parameters"], _rounded(row["tokens"])].append(row)
     best, warnings = [], []
@@ -50,7 +54,13 @@ def fit_rates(path: str | Path, key: str = "lr", parameters: float | None = None
         raise ValueError(f"{path}: no best {key} is told ({'; '.join(warnings) or 'there are no points'})")
     result: dict[str, Any] = {"key": key, "best": best, "exponent": None, "factor": None, "predicted": None}
     sizes = np.log([row["parameters"] for row in best])
-    if len(set(sizes)) > 1:
+    variants = sorted({str(row["variant"]) for row in best})
+    if len(variants) > 1:
+        warnings.append(
+            f"{', '.join(variants)} have a best {key} each, so that none is told for other sizes: choose one, by "
+            f"--only variant={variants[0]}"
+        )
+    elif len(set(sizes)) > 1:
         exponent, constant = np.polyfit(sizes, np.log([row[key] for row in best]), 1)
         result |= {"exponent": float(exponent), "factor": float(math.exp(constant))}
         if parameters is not None:
@@ -87,8 +97,12 @@ def _rounded(tokens: float) -> float:
     return round(math.log(tokens), 1)
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
+def read_rows(path: str | Path, only: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """Points as a sweep wrote them.
+
+    Args:
+        path: of the points.
+        only: keys and values; points that have others are left out.
 
     Raises:
         ValueError: a line is no point.
@@ -104,5 +118,6 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         missing = [key for key in ("parameters", "tokens", "loss") if not isinstance(row, dict) or key not in row]
         if missing:
             raise ValueError(f"{path.name}:{number} has no {missing[0]!r}; give points of `mmllm scaling sweep`")
-        rows.append(row)
+        if all(str(row.get(key)) == value for key, value in (only or {}).items()):
+            rows.append(row)
     return rows

@@ -35,10 +35,20 @@ def fit_points(
     Raises:
         ValueError: the points can't tell a law.
     """
-    points = read_points(
-        path, size, loss, only, lambda row: not row.get("check") and row.get("epochs", 1) <= _ONE_EPOCH
-    )
+    variants: set[str] = set()
+
+    def is_fitted(row: Mapping[str, Any]) -> bool:
+        is_meant = not row.get("check") and row.get("epochs", 1) <= _ONE_EPOCH
+        variants.update([str(row.get("variant"))] if is_meant else [])
+        return is_meant
+
+    points = read_points(path, size, loss, only, is_fitted)
     fit = fit_law(points, config)
+    if len(variants) > 1:
+        fit.warnings.append(
+            f"the points are of {', '.join(sorted(variants))}, of which each may have a law of its own: choose one, by "
+            f"--only variant=NAME"
+        )
     values = {**fit.to_dict(), "isoflop": isoflop_fit(points), "size": size, "loss_key": loss}
     repeated = read_points(
         path, size, loss, only, lambda row: not row.get("check") and row.get("epochs", 1) > _ONE_EPOCH, is_needed=False

@@ -24,6 +24,7 @@ from mmllm.model.flops import ModelFlops
 from mmllm.model.multimodal import MultimodalModel
 from mmllm.quickstart.processes import Processes, terminated_as_interrupt
 from mmllm.studies.lengths import GUESSED_STEPS, Length, opened, until, write_files
+from mmllm.studies.run import make_data
 from mmllm.studies.scaling import check_points
 from mmllm.studies.scaling_grid import Run, Sweep, load_sweep
 from mmllm.studies.scaling_heldout import heldout_loss
@@ -271,7 +272,7 @@ def run_sweep(
     out = Path(out)
     _claim(out, values)
     sweeper = Sweeper(sweep, out, num_threads, keeps_models)
-    yield from _make_data(sweep)
+    yield from make_data(sweep.data, "sweep")
     if not sweeper._heldout.is_file():
         raise FileNotFoundError(
             f"heldout is {sweeper._heldout}, and no recipe is there; give one of held-out documents"
@@ -308,29 +309,6 @@ def _claim(out: Path, values: dict[str, Any]) -> None:
             )
     out.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-
-
-def _make_data(sweep: Sweep) -> Iterator[str]:
-    """Runs the commands that make the data, where it isn't there or wasn't made to its end."""
-    data = Path(sweep.data.folder)
-    unfinished = data.with_name(f"{data.name}.unfinished")
-    if data.exists() and not unfinished.exists():
-        return
-    if not sweep.data.commands:
-        raise FileNotFoundError(f"{data}: no such data, and the sweep has no commands that make it")
-    data.parent.mkdir(parents=True, exist_ok=True)
-    unfinished.touch()
-    processes = Processes()
-    with terminated_as_interrupt():
-        try:
-            for command in sweep.data.commands:
-                line = filled(command, {"data": str(data)})
-                yield f"$ mmllm {line}"
-                if processes.run(shlex.split(line), 1):
-                    raise ValueError(f"`mmllm {line}` failed; mend what it says above, and run the sweep again")
-        finally:
-            processes.end_all()
-    unfinished.unlink()
 
 
 def _costs(sweeper: Sweeper) -> Iterator[str]:

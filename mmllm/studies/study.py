@@ -8,6 +8,7 @@ data as well, for a curve.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,9 @@ from mmllm.parsing import parse
 Kind = Literal["seconds", "flops", "samples"]
 MODEL = "model"
 """Folder, in that of a run, of the model that is scored."""
+_OF_BUDGET = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "model.init_args.max_seconds")
+_OF_RUN = ("seed_everything", "seed", "model.init_args.out", "data.init_args.recipe", "trainer.logger")
+"""Dotted keys that each run sets itself, whatever a level says."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,8 @@ class Step:
         fit: keys of the config for this training alone; None: this is no training.
         recipe: keys of the recipe, likewise.
         command: of `mmllm`; `{run}` is the run's folder, `{data}` the study's data, `{seed}` the seed.
+        files: of a command, what is written before it as YAML: names in the run's folder to values, in which `{run}`,
+            `{data}` and `{seed}` are replaced too.
         out: folder in the run's for what a training makes.
         share: of the budget.
     """
@@ -95,6 +101,7 @@ class Step:
     fit: dict[str, Any] | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     command: str | None = None
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
     out: str = MODEL
     share: float = 1.0
 
@@ -103,6 +110,10 @@ class Step:
             raise ValueError("a step has either `fit` (keys of a training's config, perhaps none) or `command`")
         if not 0 < self.share <= 1:
             raise ValueError(f"a step's share is {self.share}; it is of the budget, above 0 and at most 1")
+        if self.files and self.command is None:
+            raise ValueError(
+                f"a training has the files {', '.join(self.files)}; give them to the command that reads them"
+            )
         if self.command is not None and (self.recipe or self.share != 1):
             raise ValueError(f"the step `{self.command}` is no training, and has neither a recipe nor a share")
 
@@ -216,6 +227,23 @@ class Study:
         names = [measure.name for measure in self.measures]
         if len(set(names)) != len(names):
             raise ValueError(f"measures have the names {names}; give each its own")
+        self._check_keys()
+        arms = [arm.name for arm in self.arms()]
+        twice = next((name for name in arms if arms.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two runs would have the folder {twice}; give factors and levels names that differ more")
+
+    def _check_keys(self) -> None:
+        """Raises ValueError where a key is given that would be ignored."""
+        given = {"set": self.set, "set_recipe": self.set_recipe}
+        for name, factor in self.factors.items():
+            for level, values in factor.levels.items():
+                where = f"factors.{name}.levels.{level}"
+                given |= {f"{where}.config": values.config, f"{where}.recipe": values.recipe}
+                for number, step in enumerate(values.steps):
+                    given |= {f"{where}.steps[{number}].fit": step.fit or {}}
+                    given |= {f"{where}.steps[{number}].recipe": step.recipe}
+        check_keys(given, "budget")
 
     def arms(self) -> list[Arm]:
         """All that is run, first one seed of every arm with all its data, then the other seeds, then less data."""
@@ -250,6 +278,23 @@ class Arm:
         """Of its folder."""
         share = "" if self.share == 1 else f"-{self.share:g}"
         return f"{self.factor}-{self.level}{share}-seed{self.seed}".replace("/", "_").replace(" ", "_")
+
+
+def check_keys(given: Mapping[str, Mapping[str, Any]], bound: str) -> None:
+    """Refuses keys that each run sets itself, whatever is given.
+
+    Args:
+        given: dotted keys with their values, by where they stand.
+        bound: what says how long a run is.
+
+    Raises:
+        ValueError: there is such a key; the message names it.
+    """
+    for where, keys in given.items():
+        for key, value in keys.items():
+            if value is not None and key in (*_OF_BUDGET, *_OF_RUN):
+                why = f"{bound} says how long a run is" if key in _OF_BUDGET else "every run has its own"
+                raise ValueError(f"{where} has {key}: {value!r}, but {why}; leave it out")
 
 
 def load_study(path: str | Path) -> Study:

@@ -51,9 +51,15 @@ class AverageLast(pl.Callback):
         """Looks at the weights, and at what a checkpoint brought.
 
         Raises:
-            ValueError: weights are sharded, or others than those of the checkpoint are trained.
+            ValueError: weights are sharded, or others than those of the checkpoint are trained, or `last_out` is given
+                for a module that exports nothing.
         """
         weights = _trained(pl_module)
+        if self.last_out is not None:
+            if getattr(pl_module, "export", None) is None:
+                raise ValueError(f"last_out is given, but {type(pl_module).__name__} exports nothing; leave it out")
+            if trainer.is_global_zero and (check := getattr(pl_module, "check_export", None)) is not None:
+                check(Path(self.last_out))
         if any(isinstance(weight, DTensor) for weight in weights.values()):
             raise ValueError(
                 "AverageLast keeps whole weights, and the strategy shards them; take mmllm.training.ema.EMA, or save "
@@ -79,10 +85,8 @@ class AverageLast(pl.Callback):
         """Exports the weights as they are, if asked to, and puts the mean in their place."""
         self._keep(pl_module, trainer.global_step)
         if self.last_out is not None and trainer.is_global_zero:
-            export: Any = getattr(pl_module, "export", None)
-            if export is None:
-                raise ValueError(f"last_out is given, but {type(pl_module).__name__} exports nothing; leave it out")
-            export(Path(self.last_out))
+            module: Any = pl_module
+            module.export(Path(self.last_out))
         if len(self._kept) < self.num:
             log.warning("AverageLast averages %d weights, not %d: the run was short", len(self._kept), self.num)
         for name, weight in _trained(pl_module).items():

@@ -190,6 +190,8 @@ class DecoderModule(StagedModule):
         self.keep, self.wise_ft = keep or KeepConfig(), wise_ft
         self.start: StartWeights | None = None
         self.keeps_start = self.keep.is_on or wise_ft is not None
+        self.asks_start = self.keep.kl > 0
+        """Whether the start computes each batch as well."""
         self._keeper: Keeper | None = None
         self.compile_layers = compile
         self.out = out

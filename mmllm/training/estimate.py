@@ -86,7 +86,7 @@ def estimate(
     if flops_per_second and layout.max_steps:
         steps = layout.max_steps * layout.accumulated
         done = flops.training(load.work) + flops.computed_again(load.work)
-        if module.keeps_start:  # the reference's forward pass, a third of a pass forward and backward
+        if module.asks_start:  # the reference's forward pass, a third of a pass forward and backward
             done += flops.training(load.work) // 3
         per_step = done * load.batch_size / load.num_sequences
         days = round(steps * per_step / (flops_per_second * layout.num_devices) / SECONDS_A_DAY, 3)

@@ -105,7 +105,7 @@ def memory_bytes(module: DecoderModule, config: ModelConfig, layout: Layout, loa
     if layout.keeps_average:
         more["average"] = trained
     if module.keeps_start:  # what a penalty, or the reference of preferences, is measured from
-        more["start"] = trained
+        more["start"] = trained * (2 if module.keep.ewc else 1)  # with the Fisher information
     parts = {name: round(scales.get(name, 1.0) * memory.most[name]) for name in _PARTS}
     parts |= {name: parts.get(name, 0) + size for name, size in more.items()}
     return {**parts, "total": round(memory.peak_bytes) + sum(more.values())}

@@ -265,12 +265,14 @@ class Scorer:
         self.digests = [parent.digest for parent in parents]
         self.num_layers = parents[0].parts.config.decoder.num_hidden_layers
         self.tensors: dict[str, list[Tensor]] = {}
+        self.loaded = load_model(parents[0].folder)
+        self.state = self.loaded.model.state_dict()
         for name in parents[0].specs:
             tensors = [parent.read(name) for parent in parents]
             if is_merged(tensors):
                 self.tensors[name] = tensors
-        self.loaded = load_model(parents[0].folder)
-        self.state = self.loaded.model.state_dict()
+            elif parents[0].lora is not None:  # the folder's own weights lack it
+                self.state[name].copy_(tensors[0])
 
     def scores(self, config: MergeConfig) -> dict[str, float]:
         """A candidate's score in each task, in the order of the tasks."""
@@ -321,8 +323,8 @@ class Trace:
         self.path, self.known = path, list[dict[str, Any]]()
         head = json.loads(json.dumps(dict(search)))
         if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            whole = [line for line in lines if line.endswith("}")]  # a killed process may leave half a line
+            lines = path.read_text(encoding="utf-8").split("\n")
+            whole = lines[:-1]  # a killed process may leave half a line behind the last break
             try:
                 found = [json.loads(line) for line in whole]
             except ValueError as error:

@@ -101,7 +101,8 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.schedule is {self.schedule!r}; choose {', '.join(_SCHEDULES)}")
         if self.decay_shape not in ("sqrt", "linear"):
             raise ValueError(f"optimizer.decay_shape is {self.decay_shape!r}; choose sqrt or linear")
-        if not 0 < self.decay <= 1 or (self.schedule == "wsd" and self.decay + self.warmup > 1):
+        is_whole = self.schedule == "wsd" and not self.counts_steps and self.decay + self.warmup > 1
+        if not 0 < self.decay <= 1 or is_whole:
             raise ValueError(
                 f"optimizer.decay is {self.decay} and warmup {self.warmup}; decay is a share of the run above 0, and "
                 f"the two are at most the whole of it"
@@ -120,6 +121,12 @@ class OptimizerConfig:
     def counts_steps(self) -> bool:
         """Whether the schedule is told in steps, so that how many there are must be known."""
         return self.warmup_steps is not None or self.decay_steps is not None
+
+    def fits(self, num_steps: int) -> bool:
+        """Whether a run of so many steps has room for the warm-up, and with "wsd" for the decay behind it."""
+        warmup = self.warmup * num_steps if self.warmup_steps is None else self.warmup_steps
+        decay = self.decay * num_steps if self.decay_steps is None else self.decay_steps
+        return warmup + (decay if self.schedule == "wsd" else 0) <= num_steps * (1 + 1e-9)
 
     def rate_of(self, group: str) -> float:
         """The peak rate of a part that `parts` names, or of "tower", "projector" or "decoder"."""

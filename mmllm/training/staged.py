@@ -153,14 +153,13 @@ class StagedModule(pl.LightningModule):
             ValueError: see above.
         """
         num_steps, config = self._num_steps(), self.optimizer
-        if config.counts_steps:
-            told = (config.warmup_steps or 0) + (config.decay_steps or 0)
-            if num_steps is None or self.max_seconds is not None or told > num_steps:
-                raise ValueError(
-                    f"optimizer.warmup_steps is {config.warmup_steps} and decay_steps {config.decay_steps}, with "
-                    f"trainer.max_steps {self.trainer.max_steps} and max_seconds {self.max_seconds}; set max_steps to "
-                    f"at least their sum and leave max_seconds out, or give warmup and decay as shares"
-                )
+        if config.counts_steps and (num_steps is None or self.max_seconds is not None or not config.fits(num_steps)):
+            raise ValueError(
+                f"optimizer.warmup_steps is {config.warmup_steps} (warmup {config.warmup}) and decay_steps "
+                f"{config.decay_steps} (decay {config.decay}), with trainer.max_steps {self.trainer.max_steps} and "
+                f"max_seconds {self.max_seconds}; set max_steps to at least their sum and leave max_seconds out, or "
+                f"give warmup and decay as shares"
+            )
         before, self._last_factor = self._last_factor, None
         if before is None or config.schedule != "wsd":
             return

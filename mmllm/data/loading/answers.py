@@ -26,12 +26,14 @@ class AnswerDocument:
         group: the pair or the prompt that it belongs to.
         is_chosen: whether it is the side that is preferred, or liked.
         reference: its log-probability by the reference, in nats; None: not known.
+        margin: of its pair, by how much the chosen side is better, as its row says.
     """
 
     document: Document
     group: int
     is_chosen: bool = True
     reference: float | None = None
+    margin: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -90,6 +92,7 @@ def pack_answers(
         group_A=torch.tensor([answer.group for answer in answers], dtype=torch.int64),
         is_chosen_A=torch.tensor([answer.is_chosen for answer in answers], dtype=torch.bool),
         reference_A=torch.tensor(references, dtype=torch.float32),
+        margin_A=torch.tensor([answer.margin for answer in answers], dtype=torch.float32),
         replay=replay,
         state=state or {},
     )

@@ -3,7 +3,8 @@
 A pair is `{"prompt": [messages], "chosen": [messages], "rejected": [messages]}`, an answer by itself `{"prompt",
 "completion", "label"}` (https://huggingface.co/docs/trl/dataset_formats). A message's content is a string, or parts
 `{"type": "text"|"image"|"audio", "text"|"image"|"audio": …}` with paths relative to the file; an image without a path
-is the next one of the row's `images`. One key more is ours: `task`, which says as what the model is asked.
+is the next one of the row's `images`. A pair's `margin`, as reward models know it, is a number. One key more is ours:
+`task`, which says as what the model is asked.
 
 Shapes: K codebooks, F frames.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -76,6 +78,8 @@ class PreferenceRow:
     answers: tuple[Message, ...]
     is_liked: tuple[bool, ...]
     voice: str | None = None
+    margin: float = 0.0
+    """By how much the chosen side is better."""
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -99,6 +103,8 @@ def read_row(line: str | bytes, where: str, folder: Path) -> PreferenceRow:
     task = value.get("task", "chat")
     if task not in get_args(AnswerTask):
         raise ValueError(f"has the unknown task {task!r}; known are {', '.join(get_args(AnswerTask))}")
+    if value.get("tools") not in (None, "", [], "[]"):
+        raise ValueError("has 'tools', which have no place here; write them into the system prompt, as text")
     images = value.get("images") or []
     if not isinstance(images, list):
         raise ValueError(f"'images' is {_shown(images)}; a list of paths is wanted")
@@ -114,7 +120,17 @@ def read_row(line: str | bytes, where: str, folder: Path) -> PreferenceRow:
     if len(answers) == 2 and answers[0].parts == answers[1].parts:
         raise ValueError("chosen and rejected are equal; a pair has two different sides")
     voice = value.get("voice")
-    return PreferenceRow(where, task, asked, answers, is_liked, None if voice is None else str(voice))
+    voice = None if voice is None else str(voice)
+    return PreferenceRow(where, task, asked, answers, is_liked, voice, _margin(value))
+
+
+def _margin(value: Mapping[str, Any]) -> float:
+    margin = value.get("margin")
+    if margin is None:
+        return 0.0
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise ValueError(f"'margin' is {_shown(margin)}; a number is wanted: by how much the chosen side is better")
+    return float(margin)
 
 
 def _sides(value: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[bool, ...]]:

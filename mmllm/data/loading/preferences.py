@@ -27,7 +27,7 @@ from mmllm.data.loading.loader import has_next_window
 from mmllm.data.loading.preference_rows import AnswerWriter, Form, PreferenceRow, read_row
 from mmllm.data.loading.replay import Replay
 from mmllm.data.plan.plan import StepPlan
-from mmllm.data.plan.recipe import Recipe
+from mmllm.data.plan.recipe import Recipe, load_recipe
 from mmllm.data.rows.bad_rows import BadRows, is_of_machine
 from mmllm.data.samples.decode import ImageTransform
 from mmllm.data.samples.documents import Document
@@ -206,8 +206,10 @@ class AnswerDataset(Dataset[AnswerBatch]):
         known: Sequence[float | None] = (None,) * len(documents)
         if self._references_NA is not None:
             known = self._references_NA[item].tolist()[: len(documents)]
+            if any(value is not None and math.isnan(value) for value in known):
+                raise ValueError("what the reference says isn't known: the row couldn't be read before training")
         return [
-            AnswerDocument(document, group, is_liked, reference)
+            AnswerDocument(document, group, is_liked, reference, row.margin)
             for document, is_liked, reference in zip(documents, liked, known, strict=True)
         ]
 
@@ -512,11 +514,16 @@ class PreferenceDataModule(L.LightningDataModule):
                 f"has its pictures made by {transform.mode}; leave image_mode out"
             )
         self._model_transform = transform
+        self._replay = None  # one that was made before makes them otherwise
 
     @property
     def source_names(self) -> list[str]:
         """Of the replay recipe."""
-        return [] if self.replay is None else self.replay.source_names
+        if self._replay_recipe is None:
+            return []
+        given = self._replay_recipe
+        recipe = given if isinstance(given, Recipe) else load_recipe(given)
+        return [source.name for source in recipe.sources]
 
     @property
     def replay(self) -> Replay | None:

@@ -5,6 +5,8 @@ Shapes: nothing here is a tensor.
 
 from __future__ import annotations
 
+import logging
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ import lightning as L
 
 from mmllm.batch import Batch, PackedBatch
 from mmllm.data.loading.datamodules import rank_of
+from mmllm.data.loading.loader import LEAST_FAILED, LEAST_SEEN
 from mmllm.data.loading.replay import Replay
 from mmllm.data.plan.plan import StepPlan
 from mmllm.data.plan.recipe import Recipe, load_recipe
@@ -37,6 +40,8 @@ KINDS_OF_PROMPT: dict[str, tuple[str, ...]] = {
     "speak": ("audio", "text"),
 }
 """The kinds of rows of which each task can be asked."""
+_logger = logging.getLogger(__name__)
+_NAMED = 5
 _CACHE_BYTES = 512 * 2**20
 """Of documents of the replay that are built."""
 
@@ -102,7 +107,7 @@ class PromptLoader:
         self._seed, self._rank, self._world_size, self._iterations = seed, rank, world_size, iterations
         self._replay = replay
         self._replay_state: Mapping[str, Any] | None = None
-        self._taken = self._position = 0
+        self._taken = self._position = self._num_seen = self._num_failed = 0
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -118,8 +123,13 @@ class PromptLoader:
         while self._position < self._num_steps:
             batch = self.batch(*divmod(self._taken, self._iterations))
             if self._replay is not None:
-                step = next(steps)
+                step = next(steps, None)
+                if step is None:
+                    raise ValueError(
+                        "the replay recipe's documents are used up; set its mixture.on_exhausted to repeat"
+                    )
                 batch.replay, self._replay_state = self._replay.batch(step), step.state
+                self._count(batch.replay, self._replay.recipe.on_error.max_fraction)
             self._taken += 1
             self._position += 1
             batch.state = {"taken": self._taken, "position": self._position}
@@ -131,6 +141,20 @@ class PromptLoader:
         numbers = list(range(first + self._rank, first + self._batch_size, self._world_size))
         rows = [self._rows[self._place(number)] for number in numbers]
         return PromptBatch(rows, numbers, self._task, step, iteration)
+
+    def _count(self, batch: PackedBatch, limit: float) -> None:
+        """Names the replay's documents that failed; more than its recipe allows are an error."""
+        errors = batch.state.get("errors", ())
+        self._num_seen += batch.num_documents + len(errors)
+        self._num_failed += len(errors)
+        for message in errors[:_NAMED]:
+            _logger.warning("masked %s", message)
+        allowed = max(math.ceil(limit * max(LEAST_SEEN, self._num_seen)), LEAST_FAILED if limit else 0)
+        if errors and self._num_failed > allowed:
+            raise ValueError(
+                f"{self._num_failed} of {self._num_seen} documents of replay_recipe failed, more than its "
+                f"on_error.max_fraction {limit}; the last: {'; '.join(errors[:_NAMED])}"
+            )
 
     def _place(self, number: int) -> int:
         epoch, place = divmod(number, len(self._rows))
@@ -147,13 +171,16 @@ class PromptLoader:
         """What resuming needs."""
         state = {"taken": self._taken, "position": self._position, "seed": self._seed, "rows": len(self._rows),
                  "batch_size": self._batch_size, "iterations": self._iterations}  # fmt: skip
-        return state if self._replay is None else {**state, "replay": self._replay_state}
+        if self._replay is None:
+            return state
+        return {**state, "replay": self._replay_state, "replay_seen": self._num_seen,
+                "replay_failed": self._num_failed}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state, also with another number of ranks.
 
         Raises:
-            ValueError: It belongs to other prompts.
+            ValueError: It belongs to other prompts, or another replay.
         """
         own = self.state_dict()
         for key in ("seed", "rows", "batch_size", "iterations"):
@@ -162,9 +189,14 @@ class PromptLoader:
                     f"the checkpoint's prompts had {key} {state[key]}, these have {own[key]}; resume with the same "
                     f"manifest and settings, or begin anew without --ckpt_path"
                 )
-        self._taken, self._position = int(state["taken"]), int(state["position"])
+        if ("replay" in state) != (self._replay is not None):
+            raise ValueError("the checkpoint's prompts and these differ in whether there is a replay_recipe")
         if self._replay is not None:
-            self._replay_state = state.get("replay")
+            if state["replay"] is not None:
+                self._replay.plan.check_state(state["replay"])
+            self._replay_state = state["replay"]
+            self._num_seen, self._num_failed = int(state.get("replay_seen", 0)), int(state.get("replay_failed", 0))
+        self._taken, self._position = int(state["taken"]), int(state["position"])
 
 
 @lru_cache(maxsize=2)
@@ -189,7 +221,7 @@ class PromptDataModule(L.LightningDataModule):
         steps_per_epoch: How many steps Lightning calls an epoch; by default one pass over the rows.
         replay_recipe: A recipe of the usual data, of which some sequences go along with each step's prompts: their
             usual loss, times `replay_weight` of the module, is added; None: none.
-        replay_sequences: So many a step, of all ranks together.
+        replay_sequences: So many a step, of all ranks together; given with `replay_recipe`.
     """
 
     def __init__(
@@ -204,15 +236,18 @@ class PromptDataModule(L.LightningDataModule):
         max_bad_fraction: float = 0.05,
         steps_per_epoch: int | None = None,
         replay_recipe: str | Path | None = None,
-        replay_sequences: int = 4,
+        replay_sequences: int = 0,
     ) -> None:
         super().__init__()
         if task not in KINDS_OF_PROMPT:
             raise ValueError(f"task is {task!r}; choose one of {', '.join(KINDS_OF_PROMPT)}")
-        for name, value in (("batch_size", batch_size), ("limit", limit), ("steps_per_epoch", steps_per_epoch),
-                            ("replay_sequences", replay_sequences)):  # fmt: skip
+        for name, value in (("batch_size", batch_size), ("limit", limit), ("steps_per_epoch", steps_per_epoch)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if replay_sequences < 0 or (replay_recipe is None) != (replay_sequences == 0):
+            raise ValueError(
+                f"replay_recipe is {replay_recipe} and replay_sequences {replay_sequences}; give both, or neither"
+            )
         self._manifest, self._task, self._batch_size, self._seed = manifest, task, batch_size, seed
         self._limit, self._form, self._max_bad_fraction = limit, form, max_bad_fraction
         self._columns = None if columns is None else ColumnNames.parse(columns)
@@ -250,7 +285,8 @@ class PromptDataModule(L.LightningDataModule):
         """
         if self._rows is None:
             name = str(self._manifest)
-            rows = read_rows(self._manifest, BadRows(self._max_bad_fraction), self._form, columns=self._columns)
+            bad = BadRows(self._max_bad_fraction)
+            rows = read_rows(self._manifest, bad, self._form, columns=self._columns, is_asked=True)
             rows = [row for row in rows if row.kind in KINDS_OF_PROMPT[self._task] and _can_be_asked(row, self._task)]
             if not rows:
                 raise ManifestError(

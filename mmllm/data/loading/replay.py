@@ -47,11 +47,6 @@ class Replay:
         self.plan: Plan = open_plan(self.recipe, num_sequences, folder)
         self._dataset = StepDataset(self.plan, folder, transform, cache_bytes)
 
-    @property
-    def source_names(self) -> list[str]:
-        """The recipe's sources, in the order of `source_BT`."""
-        return [source.name for source in self.recipe.sources]
-
     def steps(self, state: Mapping[str, Any] | None, rank: int, world_size: int) -> Iterator[StepPlan]:
         """This rank's sequences of each step, from a state on.
 

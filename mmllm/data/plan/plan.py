@@ -466,7 +466,7 @@ def open_sources(recipe: Recipe, tokenizer_hash: str, folder: TokenizerFolder | 
             indices = list(load_indices(shards, tokenizer_hash))
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"source {config.name!r}: {error}") from error
-        if folder is not None and "chat" in config.task_names and "chat" not in (config.templates or {}):
+        if folder is not None and "chat" in config.task_names:  # a source's own template is counted on top of it
             for index in indices:
                 index.check_chat(folder.chat_template is not None)
         more_tokens = None

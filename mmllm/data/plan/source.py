@@ -136,10 +136,11 @@ class Source:
         self._cuts: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def _why_none_is_left(self, recipe: Recipe) -> str:
+        shared = "" if self.config.share is None else f" by its filter and its share of {self.config.share:g}"
         return (
-            f"({self.num_filtered} filtered out, {self.num_held_out.total()} held out, {self.num_too_long} longer than "
-            f"sequence_length {recipe.sequence_length}, {self.num_over_budget} over the packing's budgets); check its "
-            f"filter, tasks and the sequence length"
+            f"({self.num_filtered} filtered out{shared}, {self.num_held_out.total()} held out, "
+            f"{self.num_too_long} longer than sequence_length {recipe.sequence_length}, {self.num_over_budget} over "
+            f"the packing's budgets); check its filter, tasks and the sequence length"
         )
 
     def _lengths(self, index: ShardIndex, task: str) -> np.ndarray:

@@ -128,12 +128,21 @@ def _only(recipe: Recipe, number: int) -> Recipe:
     return dataclasses.replace(recipe, sources=sources)
 
 
+def _check_no_tell(recipe: Recipe) -> None:
+    if recipe.tell is not None:
+        raise ValueError(
+            "the recipe has tell, which mixes a task with others, and data.init_args.tasks has steps of one task at a "
+            "time; leave one of them out"
+        )
+
+
 def split_sources(recipe: Recipe, folder: TokenizerFolder, column: str) -> Recipe:
     """The recipe with each source taken apart by a column's values; they share its weight equally.
 
     Raises:
-        ValueError: A source's documents have no such column.
+        ValueError: A source's documents have no such column, or the recipe has `tell`.
     """
+    _check_no_tell(recipe)
     parts: list[SourceConfig] = []
     for config, source in zip(recipe.sources, open_sources(recipe, folder.hash, folder), strict=True):
         values = sorted(source.values(column))
@@ -142,8 +151,10 @@ def split_sources(recipe: Recipe, folder: TokenizerFolder, column: str) -> Recip
                 f"tasks.column is {column!r}, which no document of source {config.name!r} has; leave it out, and each "
                 f"source is a task, or name a column that its rows have"
             )
+        columns = [index.columns[column] for index in source.indices if column in index.columns]
+        typed = {str(value): value for found in columns for value in found}  # a filter compares numbers with numbers
         for value in values:
-            is_one = f"{column} == {value!r}"
+            is_one = f"{column} == {typed[value]!r}"
             kept = is_one if config.filter is None else f"({config.filter}) and {is_one}"
             weight = config.weight / len(values)
             schedule = config.weight_schedule and [
@@ -162,6 +173,7 @@ def open_task_plan(recipe: Recipe, batch_size: int, folder: TokenizerFolder, con
     Raises:
         FileNotFoundError, ValueError: As `open_sources`; or there is one task alone.
     """
+    _check_no_tell(recipe)
     if len(recipe.sources) < 2:
         raise ValueError(
             f"the recipe has one task, {recipe.sources[0].name!r}; meta-learning is over several: give more sources, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +118,6 @@ def conversation(record: dict[str, Any], number: int, given: Input) -> dict[str,
         if not pieces and not (turn.is_system or (turn.role == "user" and is_asked)):
             raise ManifestError(f"turn {place} ({turn.role}) says nothing; leave it out, or give it a text")
         _add(segments, pieces, turn)
-    answers = [segment for segment in segments if segment["role"] == "assistant"]
-    if not answers:
-        raise ManifestError("nobody answers in this conversation")
-    if not any(segment.get("loss", True) for segment in answers):
-        raise ManifestError("no answer of this conversation is trained on (loss: false or weight: 0 throughout)")
     name = record_id(others, f"chat{number}")
     others.pop("id", None)
     has_media = any(kind in segment for segment in segments for kind in KINDS)
@@ -172,15 +167,14 @@ def _turns(record: dict[str, Any]) -> list[_Turn]:
     """Who says what; the keys that say it leave the record."""
     empty = empty_talk(record)
     tools = tools_text(record)
-    turns = [_Turn("system", tools)] if tools is not None else []
-    turns += _system(record) + _history(record)
+    turns = _system(record) + _history(record)
     talks = [(key, record.pop(key)) for key in TALKS if not is_null(record.get(key))]
     pair = next((pair for pair in _PAIRS if all(not is_null(record.get(key)) for key in pair)), None)
     if len(talks) > 1 and talks[0][1] != talks[1][1]:
         raise ManifestError(f"has both {TALKS[0]!r} and {TALKS[1]!r}; give one of the two")
     if talks:
         told = _told_turns(talks[0][1], talks[0][0])
-        systems = [turn.content for turn in turns if turn.is_system and turn.content != tools]
+        systems = [turn.content for turn in turns if turn.is_system]
         if systems and any(turn.is_system and turn.content not in systems for turn in told):
             raise ManifestError("has 'system' and another turn of the system; give one of the two")
         turns += [turn for turn in told if not (turn.is_system and systems)]
@@ -197,7 +191,15 @@ def _turns(record: dict[str, Any]) -> list[_Turn]:
         raise ManifestError(empty)
     if not turns:
         raise ManifestError(f"no conversation: it needs {TALKS[0]!r} or {TALKS[1]!r}; it has {', '.join(record)}")
-    return turns
+    return turns if tools is None else _behind_tools(tools, turns)
+
+
+def _behind_tools(tools: str, turns: list[_Turn]) -> list[_Turn]:
+    """Turns behind the tools, which begin what the system says: many chat templates know one turn of it alone."""
+    first, *others = turns
+    if not first.is_system:
+        return [_Turn("system", tools), *turns]
+    return [replace(first, content=_below(tools, first.content)), *others]
 
 
 def _system(record: dict[str, Any]) -> list[_Turn]:
@@ -260,16 +262,31 @@ def _told_turn(turn: Any, number: int) -> _Turn:
     is_trained, calls = _is_trained(others, number, _ROLES[named]), calls_text(others, number)
     if calls and _ROLES[named] != "assistant":
         raise ManifestError(f"turn {number} ({_ROLES[named]}) calls tools; only the assistant does")
-    return _Turn(_ROLES[named], _with_calls(content, calls), is_trained, others)
+    return _Turn(_ROLES[named], _below(content, calls) if calls else content, is_trained, others)
 
 
-def _with_calls(content: Any, calls: str) -> Any:
-    """What is said in a turn, and below it the calls of tools."""
-    if not calls:
+def _below(above: Any, below: Any) -> Any:
+    """Two contents as one, of which one at least is a text; a line break parts texts that meet."""
+    above, below = _as_parts(above), _as_parts(below)
+    match above, below:
+        case (None | "" | [], told) | (told, None | "" | []):
+            return told
+        case [*parts, {"type": "text", "text": str() as text, **others}], str():
+            return [*parts, {**others, "type": "text", "text": f"{text}\n{below}"}]
+        case str(), [{"type": "text", "text": str() as text, **others}, *parts]:
+            return [{**others, "type": "text", "text": f"{above}\n{text}"}, *parts]
+        case list(), str():
+            return [*above, below]
+        case str(), list():
+            return [above, *below]
+    return f"{above}\n{below}"
+
+
+def _as_parts(content: Any) -> Any:
+    """A list's texts as parts; other contents as they are."""
+    if not isinstance(content, list):
         return content
-    if isinstance(content, list) and content:
-        return [*content, {"type": "text", "text": f"\n{calls}"}]
-    return f"{content}\n{calls}" if content not in (None, "", []) else calls
+    return [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
 
 
 def _is_trained(turn: dict[str, Any], number: int, role: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def read_rows(
     form: str = "auto",
     media: str | Path | None = None,
     columns: ColumnNames | None = None,
+    is_asked: bool = False,
 ) -> list[Row]:
     """The good rows of an input of any form.
 
@@ -66,6 +68,7 @@ def read_rows(
         form: A key of `FORMS`, or `auto`: told from the file.
         media: What its paths are relative to; by default the folder in which it lies.
         columns: What its columns are called here, and their types.
+        is_asked: Whether conversations are prompts: a question at the end stays, and none needs an answer.
 
     Raises:
         FileNotFoundError: There is no such file or folder.
@@ -73,6 +76,7 @@ def read_rows(
     """
     own = bad if bad is not None else BadRows(0.0)
     form, given = told_input(path, own, form, media, columns)
+    given = replace(given, is_asked=is_asked)
     since, count = len(own.reasons), 0
     rows: list[Row] = []
     for where, value in FORMS[form](given):
@@ -114,7 +118,10 @@ def checked_row(where: str, value: dict[str, Any] | ManifestError, given: Input)
     try:
         if isinstance(value, ManifestError):
             raise value
-        row, num_unanswered = answered(row_from_dict(value, given.folder, where))
+        row = row_from_dict(value, given.folder, where)
+        if given.is_asked:
+            return row
+        row, num_unanswered = answered(row)
         if num_unanswered:
             _logger.warning("%s: ends without an answer; what stands behind the last one is left out", where)
             given.bad.left_out["questions at the end of a conversation, which nobody answers"] += 1

@@ -33,6 +33,8 @@ class Input:
     columns: ColumnNames = field(default_factory=ColumnNames)
     bad: BadRows = field(default_factory=lambda: BadRows(0.0))
     """Takes count of what isn't a row and isn't used."""
+    is_asked: bool = False
+    """Whether its conversations are prompts, which need no answer, and keep a question at their end."""
 
     def of(self, path: Path) -> Input:
         """A file that belongs to this input; its paths are relative to its own folder."""

@@ -78,9 +78,8 @@ def split(
         train_rows, heldout = split_rows(train_rows, holdout or DEFAULT_HOLDOUT, seed, digests)
         test_rows = test_rows or heldout
     train_rows, of_tasks = split_tasks(train_rows, hold_tasks, task_column, is_known=True)
-    if (
-        holdout is not None
-    ):  # then what is trained on stays, and of the held task types what shows nothing of it is tested
+    if holdout is not None:
+        # What is trained on stays, and of the held task types what shows nothing of it is tested.
         num_before = len(of_tasks)
         of_tasks = showing_nothing_of(of_tasks, train_rows, digests)
         bad.left_out["rows of held task types that show what is trained on"] += num_before - len(of_tasks)
@@ -110,7 +109,7 @@ def split(
         "repeated": num_repeated,
         "skipped": bad.reasons,
         **({"held_tasks": _held(test_rows, hold_tasks, task_column)} if hold_tasks else {}),
-        **({"left_out": dict(bad.left_out)} if +bad.left_out else {}),
+        **({"left_out": dict(left_out)} if (left_out := +bad.left_out) else {}),
     }
 
 

@@ -80,13 +80,15 @@ class _Table:
         for wording in wordings:
             for text in wording:
                 try:
-                    names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+                    fields = [field for _, *field in string.Formatter().parse(text) if field[0] is not None]
                 except ValueError as error:
                     raise ManifestError(
                         f"{self._path}: templates.{task} has {text!r}: {error}; write {{{{ and }}}} for braces"
                     ) from error
-                if not all(name.isidentifier() for name in names):
-                    raise ManifestError(f"{self._path}: templates.{task} has {text!r}; a field is the name of a key")
+                if not all(str(name).isidentifier() and not (spec or how) for name, spec, how in fields):
+                    raise ManifestError(
+                        f"{self._path}: templates.{task} has {text!r}; a field is the name of a key, without a format"
+                    )
         if not wordings:
             raise ManifestError(f"{self._path}: templates.{task} is empty; give one wording at least")
         return wordings

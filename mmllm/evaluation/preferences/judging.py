@@ -145,7 +145,8 @@ class Judge:
             try:
                 return self._answer(json.dumps(body).encode())
             except urllib.error.HTTPError as error:
-                reason = f"status {error.code}: {error.read(300).decode(errors='replace').strip()}"
+                with error:  # it holds the connection
+                    reason = f"status {error.code}: {error.read(300).decode(errors='replace').strip()}"
                 if error.code not in _RETRIED:
                     raise ValueError(f"{self._url} refuses the question, {reason}") from None
             except (OSError, http.client.HTTPException) as error:

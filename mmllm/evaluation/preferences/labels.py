@@ -153,7 +153,7 @@ class Question:
         return Comparison(self.row.place, self.row.digest, by, self.first, self.second, choice, note)
 
 
-def questions(rows: Sequence[CandidateRow], pairs_a_row: int, seed: int = 0) -> list[Question]:
+def questions(rows: Sequence[CandidateRow], pairs_per_row: int, seed: int = 0) -> list[Question]:
     """Which candidates are to be compared: so many pairs a row, a pair of every row before the second of any.
 
     Which pairs, and which candidate is shown first, is left to chance, by the seed and the row alone.
@@ -161,14 +161,14 @@ def questions(rows: Sequence[CandidateRow], pairs_a_row: int, seed: int = 0) -> 
     Raises:
         ValueError: no row has two candidates.
     """
-    if pairs_a_row < 1:
-        raise ValueError(f"pairs_a_row is {pairs_a_row}; it must be at least 1")
-    rounds: list[list[Question]] = [[] for _ in range(pairs_a_row)]
+    if pairs_per_row < 1:
+        raise ValueError(f"pairs_per_row is {pairs_per_row}; it must be at least 1")
+    rounds: list[list[Question]] = [[] for _ in range(pairs_per_row)]
     for row in rows:
         chance = random.Random(f"{seed} {row.place} {row.digest}")
         count = len(row.candidates)
         pairs = [(first, second) for second in range(count) for first in range(second)]
-        for number, (first, second) in enumerate(chance.sample(pairs, min(pairs_a_row, len(pairs)))):
+        for number, (first, second) in enumerate(chance.sample(pairs, min(pairs_per_row, len(pairs)))):
             rounds[number].append(Question(row, first, second, chance.random() < 0.5))
     asked = [question for one in rounds for question in one]
     if not asked:

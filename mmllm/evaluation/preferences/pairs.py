@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class ExportConfig:
         form: `pairs` (prompt, chosen, rejected) or `kto` (prompt, completion, label).
         margin: of rewards: by more than this the chosen one is better than the rejected one; of KTO, than the mean of
             the row's answers.
-        max_pairs_a_row: those of the largest margin; None: all.
+        max_pairs_per_row: those of the largest margin; None: all.
         length_balanced: as many pairs whose chosen side is the longer one as the shorter one, of like differences.
         by: whose labels: a labeller's name, or a part of it that no other has; None: there is one labeller.
         keeps_cut: answers that ran into their bound before their end are used too.
@@ -35,7 +36,7 @@ class ExportConfig:
 
     form: Form = "pairs"
     margin: float = 0.0
-    max_pairs_a_row: int | None = None
+    max_pairs_per_row: int | None = None
     length_balanced: bool = False
     by: str | None = None
     keeps_cut: bool = False
@@ -45,9 +46,9 @@ class ExportConfig:
             raise ValueError(f"form is {self.form!r}; choose pairs or kto")
         if not 0 <= self.margin < float("inf"):
             raise ValueError(f"margin is {self.margin}; it must be 0 or more")
-        if self.max_pairs_a_row is not None and self.max_pairs_a_row < 1:
-            raise ValueError(f"max_pairs_per_row is {self.max_pairs_a_row}; it must be at least 1")
-        of_pairs = [name for name in ("max_pairs_a_row", "length_balanced") if getattr(self, name)]
+        if self.max_pairs_per_row is not None and self.max_pairs_per_row < 1:
+            raise ValueError(f"max_pairs_per_row is {self.max_pairs_per_row}; it must be at least 1")
+        of_pairs = [name for name in ("max_pairs_per_row", "length_balanced") if getattr(self, name)]
         if self.form == "kto" and of_pairs:
             raise ValueError(f"{of_pairs[0]} is of pairs, and form is kto; leave it out")
 
@@ -171,7 +172,7 @@ def _pairs_of(row: CandidateRow, labels: Sequence[Label], config: ExportConfig, 
     kept = [pair for pair in found if {pair.chosen, pair.rejected} <= usable]
     left_out["an answer is empty or ran into its bound"] += len(found) - len(kept)
     kept.sort(key=lambda pair: -pair.margin)  # stable: among equals the first drawn
-    most = len(kept) if config.max_pairs_a_row is None else config.max_pairs_a_row
+    most = len(kept) if config.max_pairs_per_row is None else config.max_pairs_per_row
     left_out["more pairs of a row than asked for"] += max(0, len(kept) - most)
     return kept[:most]
 
@@ -186,10 +187,13 @@ def _balanced(pairs: Sequence[_Pair], left_out: Counter[str]) -> list[_Pair]:
     fewer, more = sorted((longer, shorter), key=len)
     kept = {number for number, pair in enumerate(pairs) if pair.longer == 0} | set(fewer)
     free = sorted(more, key=lambda number: abs(pairs[number].longer))
-    for number in sorted(fewer, key=lambda number: -abs(pairs[number].longer)):
-        likest = min(free, key=lambda other: abs(pairs[other].longer + pairs[number].longer))
-        free.remove(likest)
-        kept.add(likest)
+    sizes = [abs(pairs[number].longer) for number in free]
+    for size in sorted((abs(pairs[number].longer) for number in fewer), reverse=True):
+        place = bisect_left(sizes, size)
+        if place == len(sizes) or (place and size - sizes[place - 1] <= sizes[place] - size):
+            place = bisect_left(sizes, sizes[place - 1])  # the first drawn of those as near
+        sizes.pop(place)
+        kept.add(free.pop(place))
     left_out["to balance lengths"] += len(pairs) - len(kept)
     return [pairs[number] for number in sorted(kept)]
 

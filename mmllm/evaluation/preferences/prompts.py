@@ -101,7 +101,10 @@ def _turns(row: Row) -> list[tuple[str, list[dict[str, Any]]]]:
         role = segment.get("role", "user")
         if not turns or turns[-1][0] != role:
             turns.append((role, []))
-        turns[-1][1].append({key: segment[key] for key in ("text", "image", "audio") if key in segment})
+        said = {key: segment[key] for key in ("text", "image", "audio") if key in segment}
+        if segment.get("new_turn") and "text" in said and turns[-1][1] and "text" in turns[-1][1][-1]:
+            said["text"] = f"\n{said['text']}"  # two turns of one role become one, as in training
+        turns[-1][1].append(said)
     return turns[:-1] if turns[-1][0] == "assistant" else turns
 
 
@@ -152,13 +155,27 @@ class MediaFiles:
     def path(self, media: Media, kind: str, start: Path) -> str:
         """A file's path, relative to `start`."""
         if isinstance(media, Embedded):
-            suffix = {"image": ".img", "audio": ".wav"}[kind]
-            file = self._folder / f"{media.check:08x}{suffix}"
+            data = media.read_bytes()
+            file = self._folder / f"{media.check:08x}{_suffix(data, kind)}"
             if not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(media.read_bytes())
+                file.write_bytes(data)
             media = file
         return os.path.relpath(media.absolute(), start.absolute())
+
+
+_SUFFIXES = {
+    b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3",
+}  # fmt: skip
+"""By how a file begins."""
+
+
+def _suffix(data: bytes, kind: str) -> str:
+    """What a file is called by, which tells a judge and a browser its type."""
+    if data[:4] == b"RIFF":
+        return ".webp" if data[8:12] == b"WEBP" else ".wav"
+    found = (suffix for begin, suffix in _SUFFIXES.items() if data.startswith(begin))
+    return next(found, {"image": ".img", "audio": ".wav"}[kind])
 
 
 def reference_of(row: Row, task: str, folder: Path, media: MediaFiles) -> dict[str, Any]:
@@ -169,11 +186,17 @@ def reference_of(row: Row, task: str, folder: Path, media: MediaFiles) -> dict[s
     for kind, one in (("image", row.image), ("audio", row.audio)):
         if one is not None:
             value[kind] = media.path(one, kind, folder)
-    if task == "chat" and row.segments and row.segments[-1].get("role") == "assistant":
-        replies = []
-        for segment in reversed(row.segments):
-            if segment.get("role") != "assistant":
-                break
-            replies.insert(0, segment.get("text", ""))
-        value.setdefault("answer", "".join(replies))
+    reply = reply_of(row) if task == "chat" else None
+    if reply is not None:
+        value.setdefault("answer", reply)
     return value
+
+
+def reply_of(row: Row) -> str | None:
+    """What a conversation has as the answer that is asked for; None: it doesn't end with one."""
+    replies: list[str] = []
+    for segment in reversed(row.segments):
+        if segment.get("role") != "assistant":
+            break
+        replies.insert(0, segment.get("text", ""))
+    return "".join(replies) if replies else None

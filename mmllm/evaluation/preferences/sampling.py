@@ -139,10 +139,14 @@ def sample_candidates(
     if out.suffix != ".jsonl":
         raise ValueError(f"out is {out}; candidates are JSON, one row a line: name a file that ends in .jsonl")
     bad = BadRows(config.max_bad_fraction)
-    rows = rows_of_task(read_rows(manifest, bad, form, columns=columns), config.task, str(manifest))[: config.limit]
+    asked = read_rows(manifest, bad, form, columns=columns, is_asked=True)
+    rows = rows_of_task(asked, config.task, str(manifest))[: config.limit]
     out.parent.mkdir(parents=True, exist_ok=True)
     _check_settings(out, config, source or {}, rows)
     found = _whole_rows(out, config.group_rows, len(rows))
+    for row in found:
+        if row.error is not None:  # an earlier start's count too
+            bad.add(rows[row.place].where, row.error)
     drawer = _Drawer(model, config, out)
     for start in range(len(found), len(rows), config.group_rows):
         group = drawer.draw(rows[start : start + config.group_rows], start, bad)

@@ -230,11 +230,15 @@ class Engine:
         if self._rows:
             return
         self._trained = trained_modules(self.model)  # looking for them in each step would take a fifth of it
-        weights = weights_of(self.model)
+        kind = self.model.decoder.embed_tokens.weight.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        weights = (*weights_of(self.model), autocast)
         if weights != self._weights:
             kv_dtype = self.config.kv_dtype
             is_plain = kv_dtype == "auto" or getattr(torch, kv_dtype) == self.model.decoder.embed_tokens.weight.dtype
-            # Quick layers add in another order than the model's own, whose bits training sees.
+            # Quick layers compute in the weights' dtype, whatever autocast says, as it does within a training step.
+            is_plain = is_plain and autocast is None
+            # They also add in another order than the model's own, whose bits training sees.
             self._prepared = Prepared.of(self.model, self.tokenizer, is_plain and not self.config.deterministic)
             self._clear()
             self._weights = weights

@@ -109,6 +109,8 @@ class _Method:
         takes_density = self.name not in ("svd", "linear", "cat")
         if takes_density and self.density is None:
             raise ValueError(f"density is missing; {self.name} needs it: put it into parameters")
+        if takes_density and not self.density:
+            raise ValueError(f"density is 0, with which {self.name} keeps nothing; give a share above 0")
         if self.name.endswith("svd"):
             self.rank = int(shared.get("svd_rank", max(ranks)))
         elif self.name == "cat":
@@ -119,8 +121,6 @@ class _Method:
             )
         else:
             self.rank = ranks[0]
-        if self.rank < 1:
-            raise ValueError(f"svd_rank is {self.rank}; a rank is at least 1")
 
     def config(self, weights: list[str]) -> dict[str, Any]:
         """The new adapter's, with a scaling of 1."""

@@ -46,6 +46,8 @@ def mix_branches(config: MergeConfig, out: str | Path, is_check: bool = False) -
     out = check_new(out)
     parents = open_parents(config.every_parent)
     first = parents[0]
+    config.check_layers(first.parts.config.decoder.num_hidden_layers)
+    config.check_filters(first.specs)
     decoder = mixed_config(first.parts.config.decoder, len(parents), config.experts_per_token)
     whole = dataclasses.replace(first.parts.config, decoder=decoder)
     with torch.device("meta"):

@@ -93,6 +93,9 @@ def parse_config(values: Mapping[str, Any], text: str = "") -> MergeConfig:
         if is_given and not of_models:
             what = "of adapters" if adapter is not None else f"by {method}"
             raise ValueError(f"{key} is {values[key]!r}, which merges {what} don't have; leave it out")
+    for key in ("slices", "dtype", "out_dtype") if adapter is not None else ():
+        if key in values:
+            raise ValueError(f"{key} is {values[key]!r}, which merges of adapters don't have; leave it out")
     per_token = values.get("experts_per_token", 2)
     if "experts_per_token" in values and method != BRANCHES:
         raise ValueError(f"experts_per_token is given, but merge_method is {method}; only {BRANCHES} has it")
@@ -224,8 +227,10 @@ def _scalar(where: str, key: str, value: Any) -> Any:
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"{where} is {value!r}; give a number")
-    if key in ("density", "t") and not 0 <= number <= 1:
+    if key in ("density", "t", "epsilon") and not 0 <= number <= 1:
         raise ValueError(f"{where} is {number:g}; it must be between 0 and 1")
+    if key == "svd_rank" and (number < 1 or number != int(number)):
+        raise ValueError(f"{where} is {number:g}; a rank is a whole number, 1 or more")
     return number
 
 

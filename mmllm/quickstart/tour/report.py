@@ -27,7 +27,7 @@ class Target:
     key: str
     """Of the stage's part of report.json."""
     label: str
-    must: float
+    must: float | None
     reach: float | None = None
     unit: str = "share"
     """How it is shown: "share" in percent, "change" likewise with its sign, "points" with its sign, "number"."""
@@ -35,13 +35,15 @@ class Target:
     """Whether the number has to be so large; else so small."""
 
     def verdict(self, value: float | None) -> str:
-        """What a value is: "reached", "passed", "missed", or "not measured"."""
+        """What a value is: "reached", "passed", "missed" (of what it must), "not reached", or "not measured"."""
         if value is None:
             return "not measured"
         sign = 1 if self.is_least else -1
-        if sign * (value - self.must) < 0:
+        if self.must is not None and sign * (value - self.must) < 0:
             return "missed"
-        return "reached" if self.reach is not None and sign * (value - self.reach) >= 0 else "passed"
+        if self.reach is not None and sign * (value - self.reach) >= 0:
+            return "reached"
+        return "not reached" if self.must is None else "passed"
 
     def shown(self, value: float | None) -> str:
         """A value as the page has it."""
@@ -74,7 +76,7 @@ TARGETS: dict[str, tuple[Target, ...]] = {
     "speech": (Target("error_cut", "of the other judge's word errors cut", 0.0, 0.20),),
     "merge": (
         Target("best_share_of_gain", "least share of two specialists' gains kept", 0.80, 0.95),
-        Target("evolved_points", "evolved over the best, points", 0.0, 2, "points"),
+        Target("evolved_points", "evolved over the best, points", None, 2, "points"),
     ),
     "ppo": (Target("reward_change", "reward over the start", 0.0, None, "number"), _KL),
     "kto": (Target("reward_gain", "reward over the start", 0.0, None, "number"), _KL),

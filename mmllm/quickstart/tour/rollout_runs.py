@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -86,10 +87,15 @@ def error_cut(before: Mapping[str, bool], after: Mapping[str, bool], seed: int) 
         "errors_after": int(errors[1]),
         "mended": mended,
         "broken": broken,
-        "error_cut": float(1 - errors[1] / errors[0]) if errors[0] else 0.0,
+        "error_cut": cut(float(errors[0]), float(errors[1])),
         "error_cut_ci": [float(each) for each in np.quantile(cuts, [0.025, 0.975])] if len(cuts) else [0.0, 0.0],
         "p": sign_test(mended, broken),
     }
+
+
+def cut(before: float, after: float) -> float:
+    """By which share errors became fewer; where there were none, 0, or minus what there are now."""
+    return 1 - after / before if before else -after
 
 
 def sign_test(num_better: int, num_worse: int) -> float:
@@ -101,8 +107,6 @@ def sign_test(num_better: int, num_worse: int) -> float:
 
 def curve(tour: Tour, name: str, column: str) -> list[list[float]]:
     """A column of a training's log, by step."""
-    import csv
-
     path = tour.out / "logs" / name / "metrics.csv"
     with path.open(encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))

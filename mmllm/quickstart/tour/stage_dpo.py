@@ -11,7 +11,7 @@ from mmllm.quickstart.tour.stage import Tour
 MODULE = "mmllm.training.posttraining.preference_module.PreferenceModule"
 DATA = "mmllm.data.loading.preferences.PreferenceDataModule"
 MINUTES = 4.0
-"""Of the training, at most; less where the tour's trainings take less."""
+"""Of the training, in a tour of the usual minutes."""
 OPTIMIZER: dict[str, Any] = {"lr": 4e-4, "weight_decay": 0.0, "warmup": 0.05, "parts": {"image_tower": 0.0}}
 PREFERENCE: dict[str, Any] = {"loss": "sigmoid", "beta": 0.5, "sft_weight": 1.0}
 """The shortest wordings are ones that the model never draws: they must become likely, and not only the others unlikely.
@@ -33,7 +33,7 @@ class DpoStage:
         data = {"pairs": str(pairs), "val_pairs": str(held_out), "tokenizer": str(tour.model),
                 "batch_size": BATCH_SIZE, "sequence_length": SEQUENCE_LENGTH, "seed": tour.seed}  # fmt: skip
         config = tour.training("dpo", MODULE, {"preference": PREFERENCE, "optimizer": OPTIMIZER}, DATA, data,
-                               minutes=min(MINUTES, tour.minutes))  # fmt: skip
+                               minutes=MINUTES)  # fmt: skip
         model = tour.fit("dpo", config, inputs=[pairs])
         before = caption_pairs.caption_scores(tour, "start", tour.model)
         after = caption_pairs.caption_scores(tour, "dpo", model)

@@ -32,7 +32,7 @@ class KtoStage:
                 "batch_size": BATCH_SIZE, "sequence_length": stage_dpo.SEQUENCE_LENGTH, "seed": tour.seed}  # fmt: skip
         settings = {"preference": PREFERENCE, "optimizer": OPTIMIZER}
         config = tour.training("kto", stage_dpo.MODULE, settings, stage_dpo.DATA, data,
-                               minutes=min(MINUTES, tour.minutes))  # fmt: skip
+                               minutes=MINUTES)  # fmt: skip
         model = tour.fit("kto", config, inputs=[answers])
         before = caption_pairs.caption_scores(tour, "start", tour.model)
         after = caption_pairs.caption_scores(tour, "kto", model)

@@ -13,7 +13,7 @@ from mmllm.quickstart.tour.questions import NUM_TRAIN
 from mmllm.quickstart.tour.stage import Tour
 
 NAME = "lora"
-ADAPTER: dict[str, Any] = {"parts": ["attention"], "r": 24, "lora_alpha": 48}
+ADAPTER: dict[str, Any] = {"parts": ["attention"], "r": 28, "lora_alpha": 56}
 OPTIMIZER: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.0, "warmup": 0.05}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from mmllm.quickstart.tour.merge_rows import PARTS, Skill, make_skills
-from mmllm.quickstart.tour.stage import Tour
+from mmllm.quickstart.tour.stage import FULL_MINUTES, Tour
 
 MODULE = "mmllm.training.decoder_module.DecoderModule"
 DATA = "mmllm.data.loading.datamodules.PackedDataModule"
@@ -119,8 +119,7 @@ def train(tour: Tour, skill: Skill, manifest: Path) -> Path:
     recipe = tour.recipe_of([source], name)
     arguments = {"optimizer": OPTIMIZER, "adapter": ADAPTER, "adapter_name": skill.name}
     data = {"recipe": str(recipe), "batch_size": BATCH_SIZE, "cache_mb": 128, "min_scale": 0.85}
-    minutes = min(MINUTES, tour.minutes)
-    return tour.fit(name, tour.training(name, MODULE, arguments, DATA, data, minutes=minutes), inputs=[manifest])
+    return tour.fit(name, tour.training(name, MODULE, arguments, DATA, data, minutes=MINUTES), inputs=[manifest])
 
 
 def recipes(tour: Tour, parents: Mapping[Skill, Path]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -173,9 +172,10 @@ def evolve(
 ) -> Path:
     """Searches the weights of a merge, beginning at what was best so far; the share of the gains is what counts."""
     method = values["merge_method"]
-    weight = {"weight": 1.0} if method in ("linear", "model_stock", "slerp") else dict(values["parameters"])
     if method in ("linear", "model_stock", "slerp"):  # of whole models and without numbers: their changes are added
-        weight, method = {"weight": 0.7}, "task_arithmetic"
+        parameters, method = {"weight": 0.7}, "task_arithmetic"
+    else:
+        parameters = dict(values["parameters"])
     tasks = [
         {"task": skill.task, "manifest": str(parts["val"]), "measure": skill.measure,
          **({"start": start[skill.name], "goal": goal[skill.name]} if goal[skill.name] != start[skill.name] else {})}
@@ -183,14 +183,14 @@ def evolve(
     ]  # fmt: skip
     search = {
         "tasks": tasks, "objective": "least", "limit": min(VAL_ROWS, tour.limit or VAL_ROWS), "seed": tour.seed,
-        "minutes": min(EVOLVE_MINUTES, tour.minutes), "layer_groups": 2, "max_weight": 1.5,
+        "minutes": EVOLVE_MINUTES * tour.minutes / FULL_MINUTES, "layer_groups": 2, "max_weight": 1.5,
     }  # fmt: skip
     config, out = tour.out / "configs" / "merge_evolved.yaml", tour.out / "models" / "merge_evolved"
     models = [{"model": each["model"]} for each in values["models"]]
     if len(models) == 1:  # slerp, whose base is the other specialist
         models.insert(0, {"model": values["base_model"]})
     parents = [Path(each["model"].rpartition("+")[0]) for each in models]
-    _write(config, {"merge_method": method, "base_model": str(tour.model), "models": models, "parameters": weight,
+    _write(config, {"merge_method": method, "base_model": str(tour.model), "models": models, "parameters": parameters,
                     "seed": tour.seed, "evolve": search})  # fmt: skip
     if not _is_done(out, [config, *parents]):
         shutil.rmtree(out, ignore_errors=True)

@@ -36,7 +36,7 @@ class RewardStage:
         data = {"pairs": str(pairs), "val_pairs": str(held_out), "tokenizer": str(tour.model),
                 "batch_size": BATCH_SIZE, "sequence_length": stage_dpo.SEQUENCE_LENGTH, "seed": tour.seed}  # fmt: skip
         config = tour.training("rm", MODULE, {"reward": REWARD, "optimizer": OPTIMIZER}, stage_dpo.DATA, data,
-                               minutes=min(MINUTES, tour.minutes))  # fmt: skip
+                               minutes=MINUTES)  # fmt: skip
         folder = tour.fit("rm", config, inputs=[pairs])
         told = json.loads((folder / REWARD_CONFIG).read_text(encoding="utf-8"))["calibration"]
         curve = [[each["confidence"], each["accuracy"]] for each in told["bins"]]

@@ -40,8 +40,8 @@ class SpeechStage:
         reward = rollout_runs.curve(tour, "speech", "train/reward")
         return {
             **found,
-            "error_cut": 1 - found["judge_wer_after"] / found["judge_wer_before"],
-            "own_error_cut": 1 - found["own_wer_after"] / found["own_wer_before"],
+            "error_cut": rollout_runs.cut(found["judge_wer_before"], found["judge_wer_after"]),
+            "own_error_cut": rollout_runs.cut(found["own_wer_before"], found["own_wer_after"]),
             "plots": [{"title": "Speech: 1 - WER by its own ear", "curves": {"reward": reward}}],
         }
 

@@ -6,7 +6,7 @@ Shapes: A answers.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from mmllm.batch import AnswerBatch
 from mmllm.losses.batch import BatchLosses
 from mmllm.model.flops import Work
-from mmllm.model.multimodal import ModelOutput
+from mmllm.model.multimodal import ModelOutput, MultimodalModel
 from mmllm.parallel.shard import free_gathered
 from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.totals import GlobalTotals
@@ -62,10 +62,13 @@ class AnswerModule(DecoderModule):
     def _batch_losses(self, batch: AnswerBatch) -> tuple[BatchLosses, ModelOutput]:
         found = self.answer_losses(batch)
         zero = torch.zeros_like(found.count)
+        untouched = self._untouched(found.objective)
+        if not batch.num_answers and self.mesh is None:  # all of its rows failed: not even attention has used its keys
+            untouched = untouched + _zero_of([p for p in self.parameters() if p.requires_grad], found.objective)
         sums = {"task": found.objective.detach(), "ctc": zero} | {key: one for key, (one, _) in found.metrics.items()}
         counts = {"task": found.count, "ctc": zero} | {key: count for key, (_, count) in found.metrics.items()}
         losses = BatchLosses(
-            objective=found.objective + found.output.zero + self._untouched(found.objective),
+            objective=found.objective + found.output.zero + untouched,
             ctc_sum=zero.to(found.objective),
             sums=sums,
             counts=counts,
@@ -79,10 +82,7 @@ class AnswerModule(DecoderModule):
 
     def _untouched(self, like: Tensor) -> Tensor:
         """Zero, by way of heads that answers' losses don't use: DDP waits for the gradients of all parameters."""
-        model = self._built()
-        heads = [model.ctc_head, None if model.pointer is None else model.pointer.advance_head]
-        parameters = [p for head in heads if head is not None for p in head.parameters() if p.requires_grad]
-        return sum((parameter.sum() * 0.0 for parameter in parameters), start=torch.zeros_like(like))
+        return zero_of_other_heads(self._built(), like)
 
     def over_ranks(self, values: Tensor) -> Tensor:
         """Their sum over all ranks with batches of their own, detached."""
@@ -126,3 +126,14 @@ class AnswerModule(DecoderModule):
             if key != name and key != "ctc" and sums[f"{key}_count"] > 0:
                 means["loss" if key == "task" else key] = total / sums[f"{key}_count"]
         self.log_dict({f"{split}/{name}": value.float() for name, value in means.items()})
+
+
+def zero_of_other_heads(model: MultimodalModel, like: Tensor) -> Tensor:
+    """0, with a gradient of 0 for the heads that log-probabilities of answers don't use."""
+    heads = [model.ctc_head, None if model.pointer is None else model.pointer.advance_head]
+    return _zero_of((p for head in heads if head is not None for p in head.parameters() if p.requires_grad), like)
+
+
+def _zero_of(parameters: Iterable[Tensor], like: Tensor) -> Tensor:
+    """0, with a gradient of 0 for each of them."""
+    return sum((parameter.sum() * 0.0 for parameter in parameters), start=torch.zeros_like(like))

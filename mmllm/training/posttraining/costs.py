@@ -18,13 +18,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from mmllm.data.rows.bad_rows import BadRows, is_of_machine
 from mmllm.data.rows.forms import read_rows
 from mmllm.data.rows.rows import Row
 from mmllm.data.samples.documents import Document
 from mmllm.evaluation.preferences.prompts import document_of
-from mmllm.evaluation.results import KIND_OF_TASK
 from mmllm.evaluation.speech_task import Judge
-from mmllm.evaluation.tasks import evaluate
+from mmllm.evaluation.tasks import evaluate, scored_rows
 from mmllm.inference.api import Model
 from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.posttraining.drift import drift
@@ -34,6 +34,9 @@ from mmllm.training.posttraining.held_out import PROMPT_OF, HeldOutTask, Look
 from mmllm.training.posttraining.plots import costs_page
 
 log = logging.getLogger(__name__)
+
+_MAX_BAD = 0.05
+"""Share of a manifest's rows that may be unusable, as of `mmllm eval`; each is named."""
 
 
 @dataclass
@@ -123,17 +126,18 @@ class TaskScores(pl.Callback):
         """Reads the rows, and has the start kept.
 
         Raises:
-            ValueError: a manifest can't be used.
+            ValueError: a manifest can't be used, or has no rows of its task.
         """
         if stage != "fit" or not isinstance(pl_module, DecoderModule):
             return
-        if self.num_answers and pl_module.init_from is not None:
+        if self.num_answers and pl_module.init_from is not None and pl_module.device_mesh is None:
             pl_module.keeps_start = True
         if not trainer.is_global_zero:
             return
         for task in self.tasks:
-            rows: list[Row] = [row for row in read_rows(task.manifest) if row.kind == KIND_OF_TASK[task.task]]
-            self._rows[task.label] = rows
+            self._rows[task.label] = scored_rows(
+                list(read_rows(task.manifest, BadRows(_MAX_BAD))), task.task, task.manifest
+            )
             if task.judge is not None:
                 self._judges[task.label] = Judge.load(task.judge)
 
@@ -198,6 +202,9 @@ class TaskScores(pl.Callback):
         begun = time.monotonic()
         with torch.random.fork_rng(devices=[]):  # what training draws next doesn't depend on looks
             look = self._found(pl_module, step, is_start)
+        replaced = next((one for one in self.looks if one.step == step), None)
+        if replaced is not None and look.reward is None:  # the end's look at a step that had one: no reward since
+            look.reward = replaced.reward
         self._state.looks = [one for one in self.looks if one.step != step] + [look]
         self._write(trainer)
         metrics = {f"costs/{name}": score for name, score in look.scores.items()}
@@ -220,6 +227,7 @@ class TaskScores(pl.Callback):
                 task.limit,
                 self.seed,
                 judge=self._judges.get(task.label),
+                controls=False,
             )
             look.scores[task.label] = task.score(result.scores)
             look.values[task.label] = list(task.values(result))
@@ -245,7 +253,13 @@ class TaskScores(pl.Callback):
                 rows = random.Random(f"drift {self.seed} {task.label}").sample(
                     self._rows[task.label], min(count, len(self._rows[task.label]))
                 )
-                self._prompts += [document_of(row, PROMPT_OF[task.task], served) for row in rows]
+                for row in rows:
+                    try:
+                        self._prompts.append(document_of(row, PROMPT_OF[task.task], served))
+                    except (OSError, ValueError) as error:  # which its evaluation counts, and bounds
+                        if is_of_machine(error):
+                            raise
+                        log.warning("TaskScores draws no answer to %s: %s", row.where, error)
         return self._prompts
 
     # --- files and state ----------------------------------------------------------------------------------------

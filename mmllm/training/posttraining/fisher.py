@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 
@@ -23,6 +24,9 @@ from mmllm.training.posttraining.start_weights import StartWeights
 from mmllm.training.vocabulary import word_ids
 from mmllm_tokenizers.folder import TokenizerFolder
 from mmllm_tokenizers.vocab import ANSWER
+
+log = logging.getLogger(__name__)
+_NAMED = 5
 
 
 def fisher_diagonal(
@@ -72,7 +76,7 @@ def fisher_diagonal(
 def single_documents(
     recipe: str, folder: TokenizerFolder, transform: ImageTransform, num_documents: int
 ) -> Iterator[PackedBatch]:
-    """A recipe's first documents, each as a batch of its own; those that fail are left out, as the recipe allows.
+    """A recipe's first documents, each as a batch of its own; those that fail are named and left out.
 
     Raises:
         ValueError: the recipe has another tokenizer than the model.
@@ -87,10 +91,13 @@ def single_documents(
     plan = open_plan(wanted, 1, folder)
     dataset = StepDataset(plan, folder, transform)
     items = (item for step in plan.steps() for sequence in step.sequences for item in sequence)
-    read = (dataset.document(item, []) for item in islice(items, num_documents))
-    for document in read:
+    errors: list[str] = []
+    for document in (dataset.document(item, errors) for item in islice(items, num_documents)):
         if isinstance(document, Document):
             yield pack_documents([[document]], document.num_tokens)
+    if errors:
+        named = "; ".join(errors[:_NAMED])
+        log.warning("keep.fisher_recipe: left out %d of %d documents: %s", len(errors), num_documents, named)
 
 
 def start_fisher(

@@ -229,6 +229,8 @@ class _Run:
 
     def all_tasks(self) -> ScoreMatrix:
         """Everything, in order."""
+        for number, task in enumerate(self.plan.tasks, start=1):  # wrong keys are named before anything is learnt
+            self._fit_config(self._name(number), task, Path(self.plan.start), Path(task.recipe or ""))
         rows = [self._scores(0, Path(self.plan.start))]
         matrix = self._written(rows)
         for number, task in enumerate(self.plan.tasks, start=1):
@@ -305,6 +307,10 @@ class _Run:
             place = config
             for key in parents:
                 place = place.setdefault(key, {})
+                if not isinstance(place, dict):
+                    raise ValueError(
+                        f"task {task.name}: set names {dotted}, and {key} in it is {place!r}, which has no keys"
+                    )
             place[last] = value
         model, trainer = config["model"]["init_args"], config["trainer"]
         out = self._model(int(name[:2]))

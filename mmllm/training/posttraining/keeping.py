@@ -63,6 +63,8 @@ class KeepConfig:
                 raise ValueError(f"keep.{name} is {value}; give a weight of 0 or more")
         if self.ewc and self.fisher_recipe is None:
             raise ValueError("keep.ewc is given without fisher_recipe, the data that is not to be forgotten; name one")
+        if self.fisher_recipe is not None and not self.ewc:
+            raise ValueError(f"keep.fisher_recipe is {self.fisher_recipe}, which ewc alone reads; give ewc a weight")
         if self.fisher_documents < 1:
             raise ValueError(f"keep.fisher_documents is {self.fisher_documents}; give 1 or more")
 

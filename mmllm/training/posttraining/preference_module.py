@@ -126,6 +126,7 @@ class PreferenceModule(AnswerModule):
         kind = self.preference.reference
         self._keeps_reference = kind in ("auto", "adapter", "copy") and self.preference.reference_model is None
         self.keeps_start = self.keeps_start or self._keeps_reference
+        self.asks_start = self.asks_start or self._keeps_reference
         self._other_model: tuple[MultimodalModel, ...] = ()  # not registered: it is in no checkpoint
         self._layout: UnitLayout | None = None
 
@@ -140,7 +141,8 @@ class PreferenceModule(AnswerModule):
         if self.model is not None:
             return
         super().configure_model()
-        assert self.folder is not None, "a model folder has a tokenizer"
+        if self.folder is None:
+            raise ValueError("model.init_args.tokenizer is left out beside decoder; give it the folder of init_from")
         self._layout = UnitLayout.of(self.folder)
         if self.preference.reference == "adapter":
             trained = [name for name, parameter in self._built().named_parameters() if parameter.requires_grad]
@@ -194,6 +196,11 @@ class PreferenceModule(AnswerModule):
                 f"preference.loss is {self.preference.loss!r} and data.init_args.form {data.form!r}; set form to "
                 f"{wanted}"
             )
+        if wanted == "answers" and data.num_answers < 2:
+            raise ValueError(
+                f"data.init_args.batch_size is {data.num_answers}; kto compares each answer with others of its batch: "
+                f"give at least 2, better 8"
+            )
         if self.preference.reference == "stored":
             for split in ("train", "val"):
                 if data.files(split) is not None:
@@ -204,6 +211,7 @@ class PreferenceModule(AnswerModule):
         files = data.files(split)
         assert files is not None and self._source is not None
         told = [files.digest, self._source.hash, data.folder.hash, data.image_transform.to_dict(), data.sequence_length]
+        told.append(str(self.trainer.precision))
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
         path = files.files[0].with_name(f"{files.files[0].name}.reference-{digest}.npz")
         if not self.trainer.strategy.broadcast(path.is_file()):
@@ -231,7 +239,8 @@ class PreferenceModule(AnswerModule):
         seen_N2 = torch.zeros_like(sums_N2)
         for items, batch in data.answers_of(split):
             batch = batch.to(self.device)
-            logprobs_A = self._answers(self._built(), batch).logprobs_A.double()
+            with self.trainer.precision_plugin.forward_context():  # as training computes them
+                logprobs_A = self._answers(self._built(), batch).logprobs_A.double()
             rows_A = torch.tensor(items, device=self.device)[batch.group_A]
             sides_A = (~batch.is_chosen_A).long()
             sums_N2[rows_A, sides_A], seen_N2[rows_A, sides_A] = logprobs_A, 1.0

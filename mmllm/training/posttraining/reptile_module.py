@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mmllm.training.averaging import AverageLast
 from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.ema import EMA
 from mmllm.training.optimizers import parameter_groups
@@ -192,10 +193,11 @@ class ReptileModule(DecoderModule):
         if self.mesh is not None:
             raise ValueError("ReptileModule knows no sharded weights; set trainer.strategy to auto or ddp")
         callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-        if any(isinstance(callback, EMA) for callback in callbacks):
+        averaging = next((callback for callback in callbacks if isinstance(callback, (EMA, AverageLast))), None)
+        if averaging is not None:
             raise ValueError(
-                "trainer.callbacks has EMA, which would average weights within inner loops; leave it out: Reptile's "
-                "outer weights are an average themselves"
+                f"trainer.callbacks has {type(averaging).__name__}, which would average weights within inner loops; "
+                f"leave it out: Reptile's outer weights are an average themselves"
             )
         if trainer.max_steps > 0 and trainer.max_steps % config.round_steps:
             raise ValueError(

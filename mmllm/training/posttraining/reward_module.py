@@ -11,16 +11,16 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mmllm.batch import AnswerBatch
-from mmllm.checkpoints.files import REWARD_CONFIG, REWARD_HEAD
+from mmllm.checkpoints.files import REWARD_CONFIG, REWARD_HEAD, read_json
 from mmllm.data.loading.preferences import PreferenceDataModule
 from mmllm.inference.engine.prepared import eval_mode, trained_modules
-from mmllm.inference.reward_model import WEIGHT, RewardModel, reward_settings
+from mmllm.inference.reward_model import WEIGHT, RewardModel, read_head, reward_settings
 from mmllm.losses.calibration import calibration, margin_histogram
 from mmllm.losses.preferences import reward_losses
 from mmllm.model.multimodal import ModelOutput
@@ -40,17 +40,20 @@ class RewardConfig:
     """What a reward model learns.
 
     Attributes:
-        margin: by which the sides of a pair should differ.
+        margin: by which the sides of a pair should differ; "row": by as much as its row's `margin` says (0 without
+            one), as `mmllm prefer export` writes it.
         centering: weight of (r⁺ + r⁻)², which holds rewards around 0; TRL recommends 0.01.
         replay_weight: of the usual loss of replayed sequences.
     """
 
-    margin: float = 0.0
+    margin: float | Literal["row"] = 0.0
     centering: float = 0.0
     replay_weight: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("margin", "centering", "replay_weight"):
+            if name == "margin" and self.margin == "row":
+                continue
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"reward.{name} is {getattr(self, name)}; give a number of 0 or more")
 
@@ -96,7 +99,22 @@ class RewardModule(AnswerModule):
         weight_VD = self._built().decoder.embed_tokens.weight
         self.reward_head = nn.Linear(self.decoder.hidden_size, 1, bias=False).to(weight_VD.device)
         nn.init.normal_(self.reward_head.weight, std=HEAD_STD)
+        assert self.init_from is not None
+        self._take_head(Path(self.init_from))
         mark_all(self.reward_head, "head")
+
+    def _take_head(self, folder: Path) -> None:
+        """The head of a reward model that training starts with; one that was trained with an adapter fits no base."""
+        if not (folder / REWARD_HEAD).is_file():
+            return
+        adapter = read_json(folder / REWARD_CONFIG).get("adapter")
+        if adapter is not None:
+            log.warning("the head of %s was trained with its adapter %s, and begins anew", folder, adapter)
+            return
+        assert self.reward_head is not None
+        with torch.no_grad():
+            self.reward_head.weight.copy_(read_head(folder, self.decoder.hidden_size))
+        log.info("the head is that of %s", folder)
 
     def tower_of(self, name: str) -> str:
         """As `DecoderModule`'s; the head's rate is `optimizer.lr`."""
@@ -127,7 +145,8 @@ class RewardModule(AnswerModule):
         """Of pairs."""
         rewards_A, output = self.rewards_of(batch)
         chosen_P, rejected_P = in_pairs(rewards_A, batch)
-        losses_P = reward_losses(chosen_P, rejected_P, margin=self.reward.margin, centering=self.reward.centering)
+        margin = in_pairs(batch.margin_A, batch)[0] if self.reward.margin == "row" else self.reward.margin
+        losses_P = reward_losses(chosen_P, rejected_P, margin=margin, centering=self.reward.centering)
         margins_P = (chosen_P - rejected_P).detach()
         if not self.training:
             self._histogram_N3 = margin_histogram(margins_P) + (0 if self._histogram_N3 is None else self._histogram_N3)

@@ -38,10 +38,11 @@ def step_sums(
         "entropy": (float(before.entropy_M.sum()), num_tokens),
         "length": (num_tokens, num_answers),
         "truncated": (sum(one.is_truncated for one in rollouts), num_answers),
-        "zero_std_groups": (float(is_flat_G.sum()), len(is_flat_G)),
         "seconds/rollout": (rewarded.draw_seconds, 1),
         "seconds/reward": (rewarded.reward_seconds, 1),
     }
+    if num_answers > len(is_flat_G):  # one answer alone is no group
+        own["zero_std_groups"] = (float(is_flat_G.sum()), len(is_flat_G))
     if reference_M is not None:
         own["kl"] = (float(kl_k3(before.logprobs_M, reference_M).sum()), num_answers)
     columns = {f"/{name}": values for name, values in rewarded.by_name.items()} | {"": rewarded.totals}

@@ -155,11 +155,17 @@ class RolloutModule(DecoderModule):
             raise ValueError(
                 f"ppo is given, and rollout.algorithm is {self.rollout.algorithm!r}; leave one of them out"
             )
+        if self.ppo.kl_target is not None and not self.rollout.kl_coef:
+            raise ValueError(
+                f"ppo.kl_target is {self.ppo.kl_target}, and rollout.beta is 0, which no factor raises; give beta a "
+                f"positive number to begin with"
+            )
         if replay_weight < 0:
             raise ValueError(f"replay_weight is {replay_weight}; it must be 0 or more")
-        self.rewards = load_rewards(rewards, self._served_model)
+        self.rewards = load_rewards(rewards, self._served_model, lambda: self.device)
         self.replay_weight = replay_weight
-        self.keeps_start = self.keeps_start or self.rollout.kl_coef > 0 or self.rollout.track_kl
+        needs_kl = self.rollout.kl_coef > 0 or self.rollout.track_kl
+        self.keeps_start, self.asks_start = self.keeps_start or needs_kl, self.asks_start or needs_kl
         self.value_head: ValueHead | None = None
         self.kl = AdaptiveKL(self.rollout.kl_coef, self.ppo.kl_target, self.ppo.kl_horizon)
         self.served: Model | None = None
@@ -212,7 +218,8 @@ class RolloutModule(DecoderModule):
             )
         if self.keep.kl and data.replay is None:
             raise ValueError(
-                "keep.kl is of the targets of data.init_args.replay, which is not given; give it, or set rollout.beta"
+                "keep.kl is of the targets of data.init_args.replay_recipe, which isn't given; give it, or set "
+                "rollout.beta"
             )
         data.take_iterations(self.rollout.iterations)
         super().on_fit_start()

@@ -19,6 +19,7 @@ from mmllm.inference.engine.requests import EngineConfig, TextRequest, TextResul
 from mmllm.inference.engine.sampling import TextRules
 from mmllm.losses.answers import UnitLayout, target_logprobs
 from mmllm.model.multimodal import MultimodalModel
+from mmllm.training.posttraining.answer_module import zero_of_other_heads
 from mmllm.training.posttraining.rollouts import Rollout
 from mmllm.training.posttraining.value_head import ValueHead
 from mmllm_tokenizers.folder import TokenizerFolder
@@ -102,15 +103,8 @@ class RolloutScorer:
             assert self.value_head is not None
             values_M = self.value_head(output.hidden_QD.index_select(0, output.metadata.targets_M))
         assert targets.entropy_M is not None
-        zero = output.zero + self._untouched(output.zero)
+        zero = output.zero + zero_of_other_heads(self.model, output.zero)
         return Scored(targets.logprobs_M, targets.answer_M + num_before, targets.entropy_M, values_M, zero)
-
-    def _untouched(self, like: Tensor) -> Tensor:
-        """0, through the heads that policies don't have, so that ranks don't wait for their gradients."""
-        model = self.model
-        heads = [model.ctc_head, None if model.pointer is None else model.pointer.advance_head]
-        parameters = [p for head in heads if head is not None for p in head.parameters() if p.requires_grad]
-        return sum((parameter.sum() * 0.0 for parameter in parameters), start=torch.zeros_like(like))
 
     @torch.no_grad()
     def check_bits(self, rollouts: Sequence[Rollout], parts: Sequence[AnswerBatch]) -> None:

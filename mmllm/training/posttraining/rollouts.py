@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from mmllm.data.loading.answers import AnswerDocument, pack_answers
 from mmllm.data.rows.rows import Row
 from mmllm.data.samples.documents import Document, DocumentWriter, build_prompt
 from mmllm.data.samples.pointers import Pointer, spoken_pointer
-from mmllm.evaluation.preferences.prompts import document_of
+from mmllm.evaluation.preferences.prompts import document_of, reply_of
 from mmllm.evaluation.rewards import Answer, Rewards
 from mmllm.inference.api import Model
 from mmllm.inference.engine.requests import Request, Result, SpeechRequest, SpokenUnits, TextRequest, TextResult
@@ -35,6 +35,12 @@ Algorithm = Literal["grpo", "rloo", "ppo"]
 _GROUP_SIZE: dict[str, int] = {"grpo": 8, "rloo": 2, "ppo": 1}
 _BETA: dict[str, float] = {"grpo": 0.0, "rloo": 0.05, "ppo": 0.05}
 _ITERATIONS: dict[str, int] = {"grpo": 1, "rloo": 1, "ppo": 4}
+_OF_ONE = (
+    ("scale_rewards", "grpo", "group"),
+    ("loss_type", "grpo", "dapo"),
+    ("normalize_advantages", "rloo", False),
+)
+"""Settings of one algorithm, and their defaults."""
 _PACE = Pace()
 
 
@@ -113,6 +119,23 @@ class RolloutConfig:
                 f"rollout.epsilon is {self.epsilon}, epsilon_high {self.epsilon_high} and beta {self.beta}; epsilon is "
                 f"between 0 and 1, epsilon_high above 0, beta 0 or more"
             )
+        for name in ("max_seconds", "missing_eos_penalty"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"rollout.{name} is {value}; it must be positive, or left out")
+        self._check_algorithm()
+
+    def _check_algorithm(self) -> None:
+        """Refuses what the algorithm would not look at."""
+        for name, choices in (("scale_rewards", get_args(ScaleRewards)), ("loss_type", get_args(LossType))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"rollout.{name} is {getattr(self, name)!r}; choose {', '.join(choices)}")
+        for name, algorithm, default in _OF_ONE:
+            if getattr(self, name) != default and self.algorithm != algorithm:
+                raise ValueError(
+                    f"rollout.{name} is {getattr(self, name)!r}, which is of {algorithm}, and rollout.algorithm is "
+                    f"{self.algorithm!r}; leave it out"
+                )
 
     @property
     def num_answers(self) -> int:
@@ -238,7 +261,8 @@ class Rollouts:
             ValueError: a row can't be asked, or a reward fails; each is named.
         """
         begun = time.perf_counter()
-        prompts = [self._prompt(row) for row in rows]
+        with self._without_autocast():
+            prompts = [self._prompt(row) for row in rows]
         count = self.config.num_answers
         requests = [
             self._request(prompt, number * count + place)
@@ -246,17 +270,22 @@ class Rollouts:
             for place in range(count)
         ]
         results = self.served.engine.run(requests)
-        rollouts = [
-            self._rollout(result, prompts[place // count], rows[place // count], place // count)
-            for place, result in enumerate(results)
-        ]
-        drawn = time.perf_counter()
-        scores = self.rewards.score([one.answer for one in rollouts], [one.row for one in rollouts])
+        with self._without_autocast():
+            rollouts = [
+                self._rollout(result, prompts[place // count], rows[place // count], place // count)
+                for place, result in enumerate(results)
+            ]
+            drawn = time.perf_counter()
+            scores = self.rewards.score([one.answer for one in rollouts], [one.row for one in rollouts])
         totals = scores.totals
         if self.config.missing_eos_penalty is not None:
             penalty = self.config.missing_eos_penalty
             totals = [t - penalty * one.is_truncated for t, one in zip(totals, rollouts, strict=True)]
         return Rewarded(rollouts, totals, scores.by_name, drawn - begun, time.perf_counter() - drawn)
+
+    def _without_autocast(self) -> torch.autocast:
+        """Codecs, judges and functions of users know nothing of the autocast of training steps."""
+        return torch.autocast(self.served.model.decoder.norm.weight.device.type, enabled=False)
 
     def _prompt(self, row: Row) -> Document:
         try:
@@ -295,7 +324,7 @@ class Rollouts:
             wave = self.served.speaker.waveform(result, row.text, _PACE, None)
             answer = Spoken(row.text, result.codes_KF, torch.from_numpy(wave.samples), wave.sample_rate)
             is_truncated, logprobs = not result.is_whole, result.logprobs
-        keys = reward_row(row, document, tokenizer.hash)
+        keys = reward_row(row, self.task, document, tokenizer.hash)
         return Rollout(document, answer, keys, group, is_truncated, tuple(logprobs))
 
 
@@ -317,14 +346,19 @@ def spoken_document(prompt: Document, said: SpokenUnits, served: Model) -> Docum
     return replace(whole, pointer=Pointer.join([before, pointer, Pointer.none(1)]))
 
 
-def reward_row(row: Row, document: Document, tokenizer: str) -> dict[str, Any]:
-    """A row's keys as rewards see them; for a reward model the whole `document`, and which `tokenizer` wrote it."""
-    keys: dict[str, Any] = {"id": row.id, "where": row.where, "text": row.text, **row.metadata}
-    if row.segments:
-        said = [segment.get("text", "") for segment in row.segments if segment.get("role") == "assistant"]
-        if said:
-            keys.setdefault("answer", said[-1])
-    return {**keys, "document": document, "tokenizer": tokenizer}
+def reward_row(row: Row, task: str, document: Document, tokenizer: str) -> dict[str, Any]:
+    """A row's keys as rewards see them; for a reward model the whole `document`, and which `tokenizer` wrote it.
+
+    They are those that `mmllm prefer label` gives rewards: what is unknown has no key, so that nothing is compared
+    with it by accident.
+    """
+    keys: dict[str, Any] = {"id": row.id, "where": row.where, **row.metadata}
+    if row.text:
+        keys["text"] = row.text
+    reply = reply_of(row) if task == "chat" else None
+    if reply is not None:
+        keys.setdefault("answer", reply)
+    return {**keys, "task": task, "document": document, "tokenizer": tokenizer}
 
 
 def packed_rollouts(rollouts: Sequence[Rollout], alone: bool = False) -> list[AnswerBatch]:

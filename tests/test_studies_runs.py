@@ -1,0 +1,120 @@
+"""A study from its YAML to its report: costs, going on after a kill, a bound of minutes. Runs are stood in for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mmllm.cli.main import main
+from mmllm.evaluation.results import TaskResult, save_result
+from mmllm.studies.run import run_study
+from mmllm.studies.runs import Runner
+from mmllm.studies.study import Arm
+from tests.test_studies_scaling_sweep import data as data  # a fixture: text shards, and a config of a tiny decoder
+
+pytest.importorskip("scipy", reason="a study's tests need scipy: pip install 'mmllm[studies]'")
+WIDTH = "model.init_args.decoder.hidden_size"
+
+
+def study_file(data: Path, folder: Path, **changes: Any) -> str:
+    values = {
+        "title": "Width", "question": "Does it pay?", "expected": "yes", "data": {"folder": str(data)},
+        "config": "{data}/config.yaml", "recipe": "{data}/recipe.yaml", "budget": {"samples": 12}, "seeds": [0, 1],
+        "measures": [{"name": "bits", "task": "text", "manifest": "{data}/rows/manifest.jsonl", "key": "bits_per_byte",
+                      "lower_is_better": True}],
+        "factors": {"width": {"baseline": "narrow", "levels": {
+            "narrow": {"shares": [0.5, 1.0]}, "wide": {"config": {WIDTH: 32}, "shares": [0.5, 1.0]}}}},
+    }  # fmt: skip
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({**values, **changes}))
+    return str(path)
+
+
+class Calls:
+    """Stands for the commands of runs: wide models are better, and fewer rows worse."""
+
+    def __init__(self, killed_at: int | None = None) -> None:
+        self.fits: list[str] = []
+        self.killed_at = killed_at
+
+    def __call__(self, runner: Runner, command: Sequence[str], folder: Path, arm: Arm) -> None:
+        if command[0] == "fit":
+            if len(self.fits) == self.killed_at:
+                raise KeyboardInterrupt
+            self.fits.append(arm.name)
+            (folder / "model").mkdir()
+        elif command[0] == "eval":
+            score = {"narrow": 2.0, "wide": 1.5}[arm.level] + (1 - arm.share) + 0.1 * arm.seed
+            save_result(TaskResult("text", {"bits_per_byte": score, "n": 1}), command[command.index("--json") + 1])
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Calls:
+    calls = Calls(**settings)
+    monkeypatch.setattr(Runner, "_call", lambda self, *given: calls(self, *given))
+    return calls
+
+
+def test_a_study_goes_on_after_a_kill_and_reports(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = study_file(data, tmp_path), tmp_path / "out"
+    assert main(["study", "run", path, "--out", str(out), "--dry_run"]) == 0
+    told = capsys.readouterr().out
+    assert "12 samples" in told and "8 runs, 0 done" in told and "2 seeds: nothing can be claimed of so few" in told
+    calls = stand_in(monkeypatch, killed_at=3)
+    with pytest.raises(KeyboardInterrupt):
+        list(run_study(path, str(out)))
+    order = [f"width-{level}-seed{seed}" for seed in (0, 1) for level in ("narrow", "wide")]
+    assert calls.fits == order[:3]
+    calls = stand_in(monkeypatch)
+    assert main(["study", "run", path, "--out", str(out)]) == 0
+    less = [f"width-{level}-0.5-seed{seed}" for seed in (0, 1) for level in ("narrow", "wide")]
+    assert calls.fits == [order[3], *less]  # what was done isn't done again
+    values = json.loads((out / "report.json").read_text())
+    narrow, wide = values["rows"]
+    assert (narrow["verdict"], wide["verdict"], wide["seeds"]) == ("baseline", "unproved", 2)
+    assert wide["score"] == pytest.approx(1.55) and wide["difference"] == pytest.approx(-0.5) and wide["flops"] > 0
+    assert wide["p"] is None  # the differences of both seeds are equal
+    few, many = (point[0] for point in wide["curve"])
+    assert few < many and wide["samples_for_equal_score"] == few  # with half of the rows it is as good already
+    assert values["runs_left_out"] == [] and values["runs"] == 8
+    assert "<polyline" in (out / "report.html").read_text()
+
+
+def test_minutes_bound_the_whole(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out, now = study_file(data, tmp_path), tmp_path / "out", [0.0]
+    calls = stand_in(monkeypatch)
+    monkeypatch.setattr("mmllm.studies.run.time.monotonic", lambda: now[0])
+    scored = Runner.run
+
+    def slow(self: Runner, arm: Arm) -> dict[str, Any]:
+        now[0] += 60.0
+        return scored(self, arm)
+
+    monkeypatch.setattr(Runner, "run", slow)
+    assert main(["study", "run", path, "--out", str(out), "--minutes", "3.5"]) == 0
+    assert calls.fits == ["width-narrow-seed0", "width-wide-seed0", "width-narrow-seed1"]
+    assert "5 runs are left out (width-wide-seed1, " in capsys.readouterr().out
+    assert len(json.loads((out / "report.json").read_text())["runs_left_out"]) == 5
+    assert main(["study", "run", path, "--out", str(out), "--minutes", "0"]) == 2
+
+
+def test_what_cant_be_is_said_before_anything_runs(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = stand_in(monkeypatch)
+    levels: dict[str, Any] = {"narrow": {}, "wide": {"config": {"model.init_args.decoder.hidden_sise": 32}}}
+    upcycled = {"steps": [{"fit": {}, "out": "dense", "share": 0.5}, {"command": "upcycle"}, {"share": 0.5, "fit": {
+        "model.init_args.init_from": "{run}/dense", "model.init_args.optimiser": {}}}]}  # fmt: skip
+    for changed, said in ((levels, "levels.wide"), ({**levels, "wide": upcycled}, "optimiser")):
+        path = study_file(data, tmp_path, factors={"width": {"baseline": "narrow", "levels": changed}})
+        assert main(["study", "run", path, "--out", str(tmp_path / said)]) == 2
+        assert said in capsys.readouterr().err
+    assert not calls.fits
