@@ -13,7 +13,7 @@ import pytest
 from mmllm.checkpoints.settings import GenerationConfig
 from mmllm.data import commands
 from mmllm.data.loading.datamodules import PackedDataModule
-from mmllm.training.decoder_module import DecoderModule
+from mmllm.training.exporting import generation_after
 from tests.data_fixtures import make_folder, write_manifest, write_sound
 
 SECONDS = [0.2, 0.8, 0.4, 1.6, 0.4, 2.4]
@@ -98,24 +98,10 @@ def test_against_a_count_by_hand(made: Path):
 @pytest.mark.parametrize(
     ("found", "wanted"), [((3.0, 1.5), (3.0, 1.5)), (None, (7.0, 2.0))], ids=["heard", "no sounds"]
 )
-def test_a_folder_keeps_what_was_heard(monkeypatch, tmp_path, found, wanted):
+def test_a_folder_keeps_what_was_heard(found, wanted):
     """A training on other things leaves what its start has heard."""
-    saved: list[GenerationConfig] = []
-
-    def save_model(directory: Path, model: Any, folder: Any, info: Any, transform: Any, generation: Any, *_: Any,
-                   **__: Any) -> None:  # fmt: skip
-        saved.append(generation)
-
-    monkeypatch.setattr("mmllm.training.decoder_module.save_model", save_model)
-    monkeypatch.setattr("mmllm.training.decoder_module.kept_dtypes", lambda *_: {})
     before = GenerationConfig(max_heard_seconds=7.0, usual_heard_seconds=2.0, max_new_tokens=9)
-    source = SimpleNamespace(generation=before, foreign_files=None)
-    module: Any = SimpleNamespace(
-        folder="folder", _source=source, _data=SimpleNamespace(heard_seconds=found, voices=()), _whole="model",
-        _info=lambda: None, image_transform=None, _export_adapters=None, init_summary=None,
-    )  # fmt: skip
-    DecoderModule.export(module, tmp_path)
-    (generation,) = saved
+    generation = generation_after(before, SimpleNamespace(heard_seconds=found, voices=()))
     assert (generation.max_heard_seconds, generation.usual_heard_seconds) == wanted
     assert generation.max_new_tokens == 9
 

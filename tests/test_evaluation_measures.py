@@ -76,4 +76,4 @@ def test_each_measure_and_each_control_is_written_by_its_task(tmp_path: Path, ta
 
 
 def test_every_task_has_measures():
-    assert set(MEASURES) == {"caption", "transcribe", "speak", "interleaved", "text"}
+    assert set(MEASURES) == {"caption", "transcribe", "speak", "interleaved", "text", "chat"}

@@ -103,7 +103,8 @@ def test_it_goes_out_with_its_tokenizer(tmp_path: Path, capsys: pytest.CaptureFi
     assert (theirs.eos_token, theirs.pad_token) == ("<|end|>", "<|pad|>")
     model = mmllm.load(tmp_path / "model")
     messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "one"}]
-    for more in ([], [{"role": "assistant", "content": "two"}, {"role": "user", "content": "three"}]):
+    twice = [{"role": role, "content": text} for role in ("assistant", "user") for text in ("four", "five")]
+    for more in ([], [{"role": "assistant", "content": "two"}, {"role": "user", "content": "three"}], twice):
         messages += more
         ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert ids == model.chat_prompt(messages).token_ids_T.tolist()

@@ -130,7 +130,7 @@ def test_presets_say_what_they_need(arguments: list[str], message: str, tmp_path
 def test_a_gpu_that_is_too_small_is_refused_before_anything_is_built(has, message, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr(machine, "NVIDIA_GPU", tmp_path)
     monkeypatch.setattr(machine, "gpu_bytes", lambda: int(has))
-    monkeypatch.setattr(run._Run, "all_stages", lambda self: {})
+    monkeypatch.setattr(run._Run, "all_stages", lambda self, data_only: {})
     rows, out = tmp_path / "rows.jsonl", tmp_path / "run"
     rows.write_text('{"id": "a", "text": "words"}\n')
     assert main(["quickstart", "--preset", "one_gpu", "--train", str(rows), "--out", str(out)]) == (2 if message else 0)
@@ -145,7 +145,7 @@ def test_the_gpu_is_asked_for_its_memory():
 
 
 def test_presets_choose_minutes_and_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def ended(self: run._Run) -> dict[str, Any]:
+    def ended(self: run._Run, data_only: bool) -> dict[str, Any]:
         self.state.save()
         commands = []
         monkeypatch.setattr(self, "stage", lambda name, *command, **options: commands.append(command))

@@ -84,19 +84,25 @@ def _write_own(tokenizer: TokenizerFolder, folder: Path) -> None:
 
 
 def chat_template_of(parts: Mapping[str, str]) -> str:
-    """The task `chat` as Jinja: whoever is not the assistant asks, one after the other, and then it answers."""
+    """The task `chat` as Jinja: whoever is not the assistant asks, one after the other, and then it answers.
+
+    A line break parts messages of one side that follow each other, as in training's documents.
+    """
     (asks, opens), (begins, ends) = parts["prompt"].split("{segments}"), parts["target"].split("{text}")
     asked, answered, ended = (json.dumps(text, ensure_ascii=False) for text in (asks, opens + begins, ends))
     return (
-        "{%- set ns = namespace(open=false) -%}\n"
+        "{%- set ns = namespace(side='') -%}\n"
         "{%- for message in messages -%}\n"
         "{%- if message.role == 'assistant' -%}\n"
-        f"{{%- if not ns.open -%}}{{{{ {asked} }}}}{{%- endif -%}}\n"
-        f"{{{{- {answered} -}}}}{{% generation %}}{{{{- message.content -}}}}{{{{- {ended} -}}}}{{% endgeneration %}}\n"
-        "{%- set ns.open = false -%}\n"
+        f"{{%- if not ns.side -%}}{{{{ {asked} }}}}{{%- endif -%}}\n"
+        f"{{%- if ns.side != 'answer' -%}}{{{{- {answered} -}}}}{{%- endif -%}}{{% generation %}}"
+        "{%- if ns.side == 'answer' -%}{{- '\\n' -}}{%- endif -%}{{- message.content -}}"
+        "{%- if loop.last or loop.nextitem.role != 'assistant' -%}"
+        f"{{{{- {ended} -}}}}{{%- endif -%}}{{% endgeneration %}}\n"
+        "{%- set ns.side = 'answer' -%}\n"
         "{%- else -%}\n"
-        f"{{%- if not ns.open -%}}{{{{ {asked} }}}}{{%- endif -%}}\n"
-        "{{- message.content -}}{%- set ns.open = true -%}\n"
+        f"{{%- if ns.side != 'question' -%}}{{{{- {asked} -}}}}{{%- else -%}}{{{{- '\\n' -}}}}{{%- endif -%}}\n"
+        "{{- message.content -}}{%- set ns.side = 'question' -%}\n"
         "{%- endif -%}\n"
         "{%- endfor -%}\n"
         f"{{%- if add_generation_prompt -%}}{{{{- {answered} -}}}}{{%- endif -%}}"

@@ -11,11 +11,13 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mmllm_tokenizers.chat import ChatPiece, chat_pieces, marked_pieces
-from mmllm_tokenizers.folder import TokenizerFolder
 from mmllm_tokenizers.text import TextTokenizer
+
+if TYPE_CHECKING:  # it imports torch, which reading rows does without
+    from mmllm_tokenizers.folder import TokenizerFolder
 
 ROLES = ("system", "user", "assistant", "tool")
 

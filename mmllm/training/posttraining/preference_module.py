@@ -141,9 +141,7 @@ class PreferenceModule(AnswerModule):
         if self.model is not None:
             return
         super().configure_model()
-        if self.folder is None:
-            raise ValueError("model.init_args.tokenizer is left out beside decoder; give it the folder of init_from")
-        self._layout = UnitLayout.of(self.folder)
+        self._layout = None if self.folder is None else UnitLayout.of(self.folder)
         if self.preference.reference == "adapter":
             trained = [name for name, parameter in self._built().named_parameters() if parameter.requires_grad]
             others = [name for name in trained if not is_adapters(name)]
@@ -186,6 +184,8 @@ class PreferenceModule(AnswerModule):
 
     def on_fit_start(self) -> None:
         """Checks that data and loss go together, and computes what is to be stored of the reference."""
+        if self.folder is None:
+            raise ValueError("model.init_args.tokenizer is left out beside decoder; give it the folder of init_from")
         super().on_fit_start()
         data = self._data
         if not isinstance(data, PreferenceDataModule):
