@@ -65,6 +65,8 @@ GOOD = pair(1)
         ({**GOOD, "tools": [{"name": "ocr"}]}, "has 'tools', which have no place here"),
         ({**GOOD, "margin": "much"}, "'margin' is \"much\"; a number is wanted"),
         ({**GOOD, "margin": float("nan")}, "'margin' is NaN"),
+        ({**GOOD, "margin": 10**400}, "'margin' is 1000"),
+        ({**GOOD, "margin": 1e308}, "'margin' is 1e+308; a number is wanted"),
     ],
 )
 def test_rows_that_say_nothing_to_learn_are_refused(value: dict[str, Any], reason: str) -> None:
@@ -73,7 +75,7 @@ def test_rows_that_say_nothing_to_learn_are_refused(value: dict[str, Any], reaso
     assert reason in str(caught.value)
 
 
-@pytest.mark.parametrize("line", ["[1]", "{", '"text"', "null"])
+@pytest.mark.parametrize("line", ["[1]", "{", "[" * 100_000, '"text"', "null"])
 def test_a_line_that_is_no_row_is_refused(line: str) -> None:
     with pytest.raises(ValueError, match=r"is no JSON|a JSON object is wanted"):
         read_row(line, "file:1", Path())

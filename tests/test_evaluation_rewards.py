@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -124,6 +126,10 @@ WRONG: dict[str, Any] = {
     "few": lambda answers, rows: [1.0],
     "none": lambda answers, rows: None,
     "fails": lambda answers, rows: 1 / 0,
+    "digits": lambda answers, rows: [1.0, "1"],
+    "huge": lambda answers, rows: [1.0, 10**400],
+    "two": lambda answers, rows: [torch.ones(1), torch.ones(2)],
+    "leaves": lambda answers, rows: sys.exit(3),
 }
 
 
@@ -136,6 +142,10 @@ WRONG: dict[str, Any] = {
         ("few", r"'few' gave 1 numbers for 2 answers, the first to row 'row 1'"),
         ("none", r"'none' gave NoneType for 2 answers"),
         ("fails", r"'fails' failed on 2 answers, the first to row 'row 1': ZeroDivisionError"),
+        ("digits", r"'digits' gave '1' for the answer 'b' to row 'row 2'"),
+        ("huge", r"'huge' gave 10+ for the answer 'b' to row 'row 2'"),
+        ("two", r"'two' gave tensor\(\[1., 1.\]\) for the answer 'b' to row 'row 2'"),
+        ("leaves", r"'leaves' failed on 2 answers, the first to row 'row 1': SystemExit: 3"),
     ],
 )
 def test_a_reward_that_goes_wrong_is_named_with_its_row(kind: str, message: str) -> None:
@@ -159,11 +169,33 @@ def test_a_reward_that_goes_wrong_is_named_with_its_row(kind: str, message: str)
         ([{"name": "own_wer"}], "needs the model that speaks"),
         (["no.such:reward"], "can't be imported"),
         (["math:pi"], "is float; wanted a function"),
+        ([3], "a reward is 3; give its name"),
+        (["../mine:reward"], "is unknown; .* package.module:function"),
+        ([{"name": "words", "weight": 10**400}], "has the weight 10+; give a finite number"),
     ],
 )
 def test_a_config_that_names_no_reward(configs: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_rewards(configs)
+
+
+@pytest.mark.parametrize(("text", "message"), [("def f(", "SyntaxError"), ("1 / 0", "ZeroDivisionError")])
+def test_a_module_that_cannot_be_imported(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"broken_{message}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=f"'broken_{message}:f' can't be imported: {message}"):
+        load_rewards([f"broken_{message}:f"])
+
+
+def test_a_reward_changes_no_answers_and_a_sum_is_finite() -> None:
+    rewards = load_rewards([{"name": "words", "weight": 1e29}])
+    rewards.rewards["words"] = lambda answers, rows: (answers.clear(), [1.0, 2.0])[1]  # pyright: ignore
+    assert rewards.score(["a", "b"], [{}, {}]).totals == [1e29, 2e29]
+    rewards.rewards["words"] = lambda answers, rows: [1.0, 1e300]
+    with pytest.raises(ValueError, match="weighted sum of the rewards words is inf for row 'row 2'"):
+        rewards.score(["a", "b"], [{"id": "row 1"}, {"id": "row 2"}])
 
 
 def test_rewards_of_text_refuse_speech_and_the_other_way_round() -> None:

@@ -300,9 +300,41 @@ def test_labels_of_other_candidates_are_refused(tmp_path: Path) -> None:
     out.write_text('{"place": 0, "digest": "d", "by": "hand", "first": 0, "second": 5, "choice": "first"}\n')
     with pytest.raises(ValueError, match="names candidate 5 of row 1"):
         read_labels(out, [made("a", "b")])
-    out.write_text("nonsense\n")
-    with pytest.raises(ValueError, match=r"l\.jsonl:1 is no label"):
-        read_labels(out, [made("a", "b")])
+    of_reward = '{"place": 0, "digest": "d", "by": "reward x", "candidate": 0, "reward": %s}\n'
+    wrong = ["nonsense\n", "[" * 100_000 + "\n", *(of_reward % value for value in ("NaN", '"1"', "null", "Infinity"))]
+    wrong.append('{"place": [0], "digest": "d", "by": "reward x", "candidate": 0, "reward": 1}\n')
+    for line in wrong:
+        out.write_text(line)
+        with pytest.raises(ValueError, match=r"l\.jsonl:1 is no label"):
+            read_labels(out, [made("a", "b")])
+
+
+def test_an_export_writes_over_nothing_that_it_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, labels = tmp_path / "c.jsonl", tmp_path / "c.labels.jsonl"
+    file.write_text(made("a", "b b").to_line())
+    labels.write_text("\n")
+    for out in (file, labels):
+        before = out.read_bytes()
+        assert main(["prefer", "export", str(file), "--out", str(out)]) == 2
+        assert "would be written over" in capsys.readouterr().err and out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"candidates": [{"text": None, "num_tokens": 1}]}, "the text of candidate 0 is None"),
+        ({"prompt": None}, "its prompt NoneType"),
+        ({"prompt": [3]}, "TypeError"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image", "image": 3}]}]}, "a part of its prompt is"),
+        ({"row": []}, "its row is list"),
+        ({"row": {"image": 3}}, "its image is 3"),
+    ],
+)
+def test_a_line_that_is_no_row_of_candidates_is_named(changes: dict[str, Any], said: str) -> None:
+    row = {"id": "a", "task": "caption", "prompt": [], "candidates": [{"text": "x", "num_tokens": 1}], "row": {}}
+    assert CandidateRow.from_line(json.dumps(row).encode(), 0, "c.jsonl").candidates == (Candidate("x", 1),)
+    with pytest.raises(ValueError, match=rf"c\.jsonl:1 is no row of candidates .*{said}.*prefer sample"):
+        CandidateRow.from_line(json.dumps({**row, **changes}).encode(), 0, "c.jsonl")
 
 
 def test_pairs_to_compare_differ_and_begin_on_either_side() -> None:

@@ -99,7 +99,7 @@ def _add_split(actions: Any) -> None:
     parser.add_argument("--holdout", metavar="KEY=VALUE", help="rows to hold out: KEY=VALUE or a fraction")
     parser.add_argument("--hold_tasks", nargs="+", default=[], metavar="TYPE", help="task types that are only tested")
     parser.add_argument("--task_column", default="task", metavar="KEY", help="what says a row's task type")
-    parser.add_argument("--num_val", type=int, default=16, help="rows of each kind to look at during training")
+    parser.add_argument("--num_val", type=int, default=16, help="rows of each kind to look at, at most a fiftieth")
     parser.add_argument("--max_bad_fraction", type=float, default=0.05, help="more unusable rows are an error")
     parser.add_argument("--seed", type=int, default=0)
 

@@ -195,4 +195,6 @@ def _export(args: argparse.Namespace) -> Iterable[str]:
     rows = read_candidates(args.file)
     path = Path(args.labels or labels_path(args.file))
     check_there("file of labels", str(path), hint=f"make one: mmllm prefer label {args.file} --reward NAME")
+    if Path(args.out).resolve() in (Path(args.file).resolve(), path.resolve()):
+        raise ValueError(f"--out {args.out} is a file that is read, and would be written over; name another one")
     return export(rows, Path(args.file).parent, read_labels(path, rows), args.out, config).lines(args.out)

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 _ALMOST = 0.9
 """Of `caption_attributes`: what a caption gets at most that isn't wholly right."""
+_MOST = 1e30
+"""Magnitude below which weights are."""
 
 
 class SpokenAnswer(Protocol):
@@ -103,6 +105,12 @@ class Rewards:
         by_name = {name: checked(name, reward, answers, rows) for name, reward in self.rewards.items()}
         columns = zip(*by_name.values(), strict=True)
         totals = [float(sum(map(operator.mul, self.weights, each))) for each in columns]
+        endless = next((place for place, total in enumerate(totals) if not math.isfinite(total)), None)
+        if endless is not None:
+            raise ValueError(
+                f"the weighted sum of the rewards {', '.join(self.rewards)} is {totals[endless]} for row "
+                f"{row_name(rows, endless)}; give smaller weights, or rewards of smaller numbers"
+            )
         return Scores(totals, by_name)
 
 
@@ -113,14 +121,14 @@ def checked(name: str, reward: Reward, answers: Sequence[Answer], rows: Sequence
         ValueError: as `Rewards.score`.
     """
     try:
-        given = reward(answers, rows)
-    except Exception as error:
+        given = reward(list(answers), list(rows))  # its own: what it changes in them changes nothing here
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"the reward {name!r} failed on {len(answers)} answers, the first to row {row_name(rows, 0)}: "
             f"{type(error).__name__}: {error}"
         ) from error
     values = given.tolist() if isinstance(given, np.ndarray | Tensor) else given
-    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != len(answers):
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes) or len(values) != len(answers):
         count = f"{len(values)} numbers" if isinstance(values, Sequence) else type(values).__name__
         raise ValueError(
             f"the reward {name!r} gave {count} for {len(answers)} answers, the first to row {row_name(rows, 0)}; it "
@@ -129,8 +137,8 @@ def checked(name: str, reward: Reward, answers: Sequence[Answer], rows: Sequence
     numbers = []
     for place, value in enumerate(values):
         try:
-            number = float(value)
-        except (TypeError, ValueError):
+            number = math.nan if isinstance(value, str | bytes) else float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # the last one is a tensor's of several numbers
             number = math.nan
         if not math.isfinite(number):
             raise ValueError(
@@ -305,12 +313,14 @@ def load_rewards(
         raise ValueError(f"no reward is named; give a list such as [{{name: exact_answer}}] of {', '.join(BUILT_IN)}")
     rewards, weights = {}, []
     for config in configs:
+        if not isinstance(config, str | Mapping):
+            raise ValueError(f"a reward is {config!r}; give its name, or a mapping with name, weight and its settings")
         settings = {"name": config} if isinstance(config, str) else dict(config)
         name, weight = settings.pop("name", None), settings.pop("weight", 1.0)
         if not isinstance(name, str):
             raise ValueError(f"a reward is {config!r}, which has no name; choose among {', '.join(BUILT_IN)}")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise ValueError(f"the reward {name!r} has the weight {weight!r}; give a finite number")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not -_MOST < weight < _MOST:
+            raise ValueError(f"the reward {name!r} has the weight {weight!r}; give a finite number, below 1e30")
         if name in rewards:
             raise ValueError(f"the reward {name!r} is named twice; name it once, with its weight")
         rewards[name] = load_reward(name, settings, get_model, device)
@@ -362,16 +372,17 @@ def _reward_model(folder: str, device: Device) -> Reward:
 
 def _imported(name: str) -> Callable[..., Sequence[float]]:
     module_name, colon, function_name = name.partition(":")
-    if not colon:
+    if not colon or not all(part.isidentifier() for part in (*module_name.split("."), function_name)):
         raise ValueError(
             f"the reward {name!r} is unknown; choose among {', '.join(BUILT_IN)}, or name a function of your own as "
             f"package.module:function"
         )
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+    except (Exception, SystemExit) as error:  # a module can raise anything while it is imported
+        why = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"the reward {name!r} can't be imported: {error}; its module must be importable from where the command "
+            f"the reward {name!r} can't be imported: {why}; its module must be importable from where the command "
             f"runs (PYTHONPATH)"
         ) from error
     if not callable(function):

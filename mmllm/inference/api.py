@@ -59,6 +59,13 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _TASKS = ("caption", "transcribe", "answer", "generate", "chat", "speak")
 
 
+def _device(name: torch.device | str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:  # torch lists all kinds that there ever were
+        raise ValueError(f"device is {name!r}, which PyTorch doesn't know; give cpu, cuda or cuda:0") from error
+
+
 def load(
     directory: PathLike,
     device: torch.device | str = "auto",
@@ -98,7 +105,7 @@ def load(
         dtype = _DTYPES[dtype]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    elif _device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {device}, but PyTorch finds no GPU here; choose cpu, or auto")
     loaded = load_model(directory, device, dtype, adapter)
     if quantize is not None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +33,8 @@ AnswerTask = Literal["chat", "caption", "transcribe", "question", "speak", "text
 Form = Literal["pairs", "answers"]
 """pairs: both sides of each pair together. answers: each by itself, with whether it is liked; pairs are taken apart."""
 _ROLES = ("system", "user", "assistant")
+_MOST_MARGIN = 1e30
+"""Larger ones are no numbers in float32, or their loss isn't."""
 _ASKED = {
     "caption": "one picture",
     "transcribe": "one sound",
@@ -96,7 +97,7 @@ def read_row(line: str | bytes, where: str, folder: Path) -> PreferenceRow:
     """
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"is no JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"is {_shown(value)}; a JSON object is wanted")
@@ -128,7 +129,7 @@ def _margin(value: Mapping[str, Any]) -> float:
     margin = value.get("margin")
     if margin is None:
         return 0.0
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) <= _MOST_MARGIN:
         raise ValueError(f"'margin' is {_shown(margin)}; a number is wanted: by how much the chosen side is better")
     return float(margin)
 

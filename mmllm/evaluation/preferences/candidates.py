@@ -101,14 +101,27 @@ class CandidateRow:
                 if unknown := set(one) - known:
                     raise ValueError(f"{where}: candidate {number} has the unknown key {min(unknown)!r}")
                 candidates.append(Candidate(**one))
-            task = value["task"]
+                if not isinstance(candidates[-1].text, str):
+                    raise TypeError(f"the text of candidate {number} is {candidates[-1].text!r}")
+            task, prompt, row = value["task"], value["prompt"], value["row"]
             if task not in TASKS:
                 raise ValueError(f"{where}: the task is {task!r}; wanted one of {', '.join(TASKS)}")
+            if not isinstance(row, dict) or not isinstance(prompt, list):
+                raise TypeError(f"its row is {type(row).__name__}, its prompt {type(prompt).__name__}")
+            for message in prompt:
+                for part in message["content"] if isinstance(message["content"], list) else ():
+                    if not isinstance(part[part["type"]], str):
+                        raise TypeError(f"a part of its prompt is {part!r}")
+            wrong = next((key for key in ("image", "audio") if not isinstance(row.get(key, ""), str)), None)
+            if wrong is not None:
+                raise TypeError(f"its {wrong} is {row[wrong]!r}")
             return cls(
-                value["id"], task, value["prompt"], tuple(candidates), value["row"], value.get("error"), place,
+                value["id"], task, prompt, tuple(candidates), row, value.get("error"), place,
                 f"{zlib.crc32(line.strip()):08x}",
             )  # fmt: skip
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (
+            KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError,
+        ) as error:  # fmt: skip
             raise ValueError(
                 f"{where} is no row of candidates ({type(error).__name__}: {error}); give the file that "
                 f"`mmllm prefer sample` wrote"

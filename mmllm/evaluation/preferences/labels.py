@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,14 +104,21 @@ def _label(line: bytes, where: str, rows: dict[int, CandidateRow]) -> Label:
     try:
         value = json.loads(line)
         label = RewardLabel(**value) if "reward" in value else Comparison(**value)
-    except (TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        numbers = [label.candidate] if isinstance(label, RewardLabel) else [label.first, label.second]
+        if not all(isinstance(number, int) for number in (label.place, *numbers)):
+            raise TypeError("its place and its candidates must be whole numbers")
+        if not isinstance(label.by, str):
+            raise TypeError(f"by is {label.by!r}; wanted a name")
+        reward = label.reward if isinstance(label, RewardLabel) else 0.0
+        if not isinstance(reward, int | float) or not abs(reward) <= sys.float_info.max:
+            raise TypeError(f"its reward is {reward!r}; wanted a finite number")
+    except (TypeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where} is no label ({error}); mend the line, or remove it") from None
     row = rows.get(label.place)
     if row is None or row.digest != label.digest:
         raise ValueError(
             f"{where} is of other candidates than row {label.place + 1} has now; they were drawn anew: label them anew"
         )
-    numbers = [label.candidate] if isinstance(label, RewardLabel) else [label.first, label.second]
     if not all(0 <= number < len(row.candidates) for number in numbers):
         raise ValueError(
             f"{where} names candidate {max(numbers)} of row {label.place + 1}, {len(row.candidates)} exist"

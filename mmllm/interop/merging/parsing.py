@@ -255,7 +255,7 @@ def _dtype(values: Mapping[str, Any]) -> torch.dtype | None:
 
 def _listed(where: str, value: Any) -> list[Mapping[str, Any]]:
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{where} is {value!r}; wanted a list")
+        raise ValueError(f"{where} is {value!r}; wanted a list with at least one entry")
     return value
 
 
