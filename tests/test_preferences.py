@@ -232,7 +232,7 @@ def test_rows_that_cannot_be_asked_are_named_and_counted(model: Model, tmp_path:
     ("settings", "said"),
     [
         ({"task": "write"}, "task is 'write'"),
-        ({"num_candidates": 1}, "n is 1; a pair needs 2"),
+        ({"num_candidates": 0}, r"n is 0; it must be from 1 \(a pair needs 2\)"),
         ({"temperature": 0.0}, "all candidates are the same"),
         ({"max_seconds": 1.0}, "max_seconds is given, which the task 'caption' hasn't"),
         ({"task": "speak", "max_new_tokens": 3}, "max_new_tokens is given, which the task 'speak' hasn't"),

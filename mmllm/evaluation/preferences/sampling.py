@@ -68,8 +68,8 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"task is {self.task!r}; choose one of {', '.join(TASKS)}")
-        if not 2 <= self.num_candidates <= MAX_TRIES:
-            raise ValueError(f"n is {self.num_candidates}; a pair needs 2, and {MAX_TRIES} are the most")
+        if not 1 <= self.num_candidates <= MAX_TRIES:
+            raise ValueError(f"n is {self.num_candidates}; it must be from 1 (a pair needs 2) to {MAX_TRIES}")
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}, at which all candidates are the same; give 1, say")
         for name in ("limit", "batch_size"):
