@@ -217,6 +217,8 @@ def test_replay_is_its_own_loss_beside(model: Path, tmp_path: Path) -> None:
     data = make_data(pairs_file(tmp_path), model, replay_recipe=str(recipe), replay_sequences=2)
     assert data.source_names == ["text"] and data.replay is not None
     data.take_transform(transform := ImageTransform(16, mode="pad"))
+    with pytest.raises(ValueError, match="sees 32 pixels but the tokenizer folder's image_size is 16"):
+        data.take_transform(ImageTransform(32, mode="pad"))
     assert data.replay._dataset._transform is transform, "made anew, as the model's tower saw pictures"
     found = metrics_of(module, data, 2)
     assert found["train/loss/replay"] > 0

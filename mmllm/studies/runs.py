@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from mmllm.checkout import commit
-from mmllm.evaluation.results import load_result
 from mmllm.quickstart.plan import write_yaml
 from mmllm.quickstart.processes import Processes
+from mmllm.studies.commands import call, measured
 from mmllm.studies.energy import EnergyMeter
 from mmllm.studies.lengths import Length, length_of, write_training
 from mmllm.studies.settings import Base, filled
 from mmllm.studies.study import MODEL, Arm, Measure, Step, Study, study_of
 
 RESULT = "result.json"
-LOG = "log.txt"
 
 
 def make_runner(settings: dict[str, Any]) -> Callable[[Sequence[Any], str], dict[str, Any]]:
@@ -40,10 +39,6 @@ def make_runner(settings: dict[str, Any]) -> Callable[[Sequence[Any], str], dict
         return Runner(study, data, out, settings["threads"], settings["meters"]).run(Arm(**item[0]))
 
     return run
-
-
-class RunFailed(ValueError):
-    """A command of a run ended with an error. The message names the run and the log."""
 
 
 class Runner:
@@ -149,33 +144,14 @@ class Runner:
         return {**self.places, "run": str(folder), "seed": str(arm.seed)}
 
     def _call(self, command: Sequence[str], folder: Path, arm: Arm) -> None:
-        """Runs a command of `mmllm`; what it says goes into the run's log."""
-        with (folder / LOG).open("a", encoding="utf-8") as log:
-            log.write(f"$ {shlex.join(['mmllm', *command])}\n")
-            code, printed = self.processes.run_beside(command, self.num_threads, lambda line: _note(log, line))
-            log.write(printed)
-        if code in (130, -2):
-            raise KeyboardInterrupt
-        if code:
-            said = (folder / LOG).read_text(encoding="utf-8").strip().splitlines()[-1]
-            raise RunFailed(f"run {arm.name}: `mmllm {command[0]}` failed: {said}; {folder / LOG} has all that it said")
+        call(self.processes, command, folder, arm.name, self.num_threads)
 
 
 def _score(measure: Measure, path: Path) -> dict[str, Any]:
     """A measure, and each row's share of it where the score is their mean."""
-    result = load_result(path)
-    if measure.key not in result.scores:
-        raise RunFailed(
-            f"measure {measure.name} has the key {measure.key!r}, and the task {measure.task} scores "
-            f"{', '.join(key for key in result.scores if not key.endswith('_ci'))}"
-        )
+    score, result = measured(measure, path)
     rows = {p.id: (float(p.correct), p.score) for p in result.predictions if p.group == "test"}
-    return {"score": float(result.scores[measure.key]), "rows": rows}
-
-
-def _note(log: Any, line: str) -> None:
-    log.write(f"{line}\n")
-    log.flush()
+    return {"score": score, "rows": rows}
 
 
 def _steps_done(metrics: Path) -> int:

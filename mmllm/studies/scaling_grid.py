@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mmllm.parsing import parse
+from mmllm.parsing import parse, read_yaml
 from mmllm.studies.study import Data, Measure, check_keys
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
@@ -219,10 +217,7 @@ def load_sweep(path: str | Path) -> tuple[Sweep, dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such plan of a sweep; give its YAML")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {error}") from error
+    values = read_yaml(path)
     try:
         return sweep_of(values), values
     except ValueError as error:

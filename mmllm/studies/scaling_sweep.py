@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -19,10 +18,10 @@ import torch
 
 from mmllm.checkout import commit
 from mmllm.data.loading.datamodules import PackedDataModule
-from mmllm.evaluation.results import load_result
 from mmllm.model.flops import ModelFlops
 from mmllm.model.multimodal import MultimodalModel
 from mmllm.quickstart.processes import Processes, terminated_as_interrupt
+from mmllm.studies.commands import call, measured
 from mmllm.studies.lengths import GUESSED_STEPS, Length, opened, until, write_files
 from mmllm.studies.run import make_data
 from mmllm.studies.scaling import check_points
@@ -82,7 +81,7 @@ class Sweeper:
         self._data = Path(sweep.data.folder)
         self._config = read_values(sweep.config, self._data, "config")
         self._recipe = read_values(sweep.recipe, self._data, "recipe")
-        self._heldout = Path(filled(sweep.heldout, self._places))
+        self.heldout = Path(filled(sweep.heldout, self._places))
         self._processes = Processes()
 
     @property
@@ -189,7 +188,7 @@ class Sweeper:
             scores = {measure.name: self._score(measure, folder, run) for measure in self.sweep.measures}
         finally:
             self._processes.end_all()
-        heldout = heldout_loss(folder / MODEL, self._heldout, self.sweep.num_heldout_sequences)
+        heldout = heldout_loss(folder / MODEL, self.heldout, self.sweep.num_heldout_sequences)
         point = self._point(run, counted) | {
             "loss": heldout.loss,
             **{f"loss_{name}": value for name, value in heldout.by_task.items()},
@@ -227,30 +226,10 @@ class Sweeper:
         if measure.limit is not None:
             command += ["--limit", str(measure.limit)]
         self._call([*command, *measure.options], folder, run)
-        scores = load_result(path).scores
-        if measure.key not in scores:
-            keys = ", ".join(key for key in scores if not key.endswith("_ci"))
-            raise ValueError(
-                f"measure {measure.name} has the key {measure.key!r}; the task {measure.task} scores {keys}"
-            )
-        return float(scores[measure.key])
+        return measured(measure, path)[0]
 
     def _call(self, command: Sequence[str], folder: Path, run: Run) -> None:
-        """Runs a command of `mmllm`; what it says goes into the run's log."""
-        with (folder / "log.txt").open("a", encoding="utf-8") as log:
-            log.write(f"$ {shlex.join(['mmllm', *command])}\n")
-            code, printed = self._processes.run_beside(command, self._num_threads, lambda line: _note(log, line))
-            log.write(printed)
-        if code in (130, -2):
-            raise KeyboardInterrupt
-        if code:
-            said = (folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1]
-            raise ValueError(f"run {run.name}: `mmllm {command[0]}` failed: {said}; {folder / 'log.txt'} has all of it")
-
-
-def _note(log: Any, line: str) -> None:
-    log.write(f"{line}\n")
-    log.flush()
+        call(self._processes, command, folder, run.name, self._num_threads)
 
 
 def run_sweep(
@@ -273,10 +252,8 @@ def run_sweep(
     _claim(out, values)
     sweeper = Sweeper(sweep, out, num_threads, keeps_models)
     yield from make_data(sweep.data, "sweep")
-    if not sweeper._heldout.is_file():
-        raise FileNotFoundError(
-            f"heldout is {sweeper._heldout}, and no recipe is there; give one of held-out documents"
-        )
+    if not sweeper.heldout.is_file():
+        raise FileNotFoundError(f"heldout is {sweeper.heldout}, and no recipe is there; give one of held-out documents")
     yield from _costs(sweeper)
     if is_dry:
         return

@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mmllm import paths
+from mmllm.parsing import read_yaml
 from mmllm.studies.study import Arm, Step, Study
 
 STEPS_SHARE = "share_of_steps"
@@ -196,10 +195,7 @@ def read_values(name: str, data: Path, what: str) -> dict[str, Any]:
     path = Path(filled(name, {"data": str(data)}))
     if not path.is_file():
         path = paths.config_path(f"data_recipes/{name}" if what == "recipe" and "/" not in name else name)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {error}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a {what} is a mapping of keys, and this is {type(values).__name__}")
     return values

@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from mmllm.parsing import parse
+from mmllm.parsing import parse, read_yaml
 
 Kind = Literal["seconds", "flops", "samples"]
 MODEL = "model"
@@ -307,10 +305,7 @@ def load_study(path: str | Path) -> Study:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such study; `mmllm configs ls` lists those that are shipped")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {error}") from error
+    values = read_yaml(path)
     try:
         return study_of(values)
     except ValueError as error:

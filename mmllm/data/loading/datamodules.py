@@ -20,6 +20,7 @@ from mmllm.batch import CaptionBatch, PackedBatch, SoundBatch
 from mmllm.data.loading.augment import AugmentConfig
 from mmllm.data.loading.captions import CaptionDataset
 from mmllm.data.loading.loader import AnyBatch, PackedLoader, StepDataset
+from mmllm.data.loading.pictures import PictureTransform
 from mmllm.data.loading.sounds import SoundDataset
 from mmllm.data.plan.plan import Plan, open_plan
 from mmllm.data.plan.recipe import OnErrorConfig, Recipe, load_recipe
@@ -79,8 +80,7 @@ class PackedDataModule(L.LightningDataModule):
         self._tasks = tasks
         self._batch_size, self._num_workers = batch_size, num_workers
         self._num_val_sequences, self._steps_per_epoch = num_val_sequences, steps_per_epoch
-        self._image_mode: Literal["squash", "pad", "crop"] | None = image_mode
-        self._model_transform: ImageTransform | None = None
+        self._pictures = PictureTransform(image_mode)
         self._cache_bytes = cache_mb * 2**20
         self._augment, self._image_features = AugmentConfig(min_scale, flip), image_features
         if image_features and self._augment.is_on:
@@ -118,9 +118,7 @@ class PackedDataModule(L.LightningDataModule):
     @property
     def image_transform(self) -> ImageTransform:
         """How pictures become the tower's squares."""
-        if self._model_transform is not None:
-            return self._model_transform
-        return ImageTransform(self.folder.image_size, mode=self._image_mode or "squash")
+        return self._pictures.of(self.folder)
 
     def take_transform(self, transform: ImageTransform) -> None:
         """Pictures are to be made as a pretrained tower saw them; called before any loader is made.
@@ -128,18 +126,7 @@ class PackedDataModule(L.LightningDataModule):
         Raises:
             ValueError: `image_mode` was set to something else, or the tokenizer folder has pictures of another size.
         """
-        if self._image_mode is not None and (transform.library or transform.mode != self._image_mode):
-            made = f"as {transform.library} does ({transform.mode})" if transform.library else f"by {transform.mode}"
-            raise ValueError(
-                f"data.init_args.image_mode is {self._image_mode!r}, but the image tower that the training starts from "
-                f"has its pictures made {made}; leave image_mode out, or start without that tower (init_parts)"
-            )
-        if transform.size != self.folder.image_size:
-            raise ValueError(
-                f"the image tower that the training starts from sees {transform.size} pixels but the tokenizer "
-                f"folder's image_size is {self.folder.image_size}; build the folder anew with that size"
-            )
-        self._model_transform = transform
+        self._pictures.take(transform, self.folder)
 
     @property
     def plan(self) -> Plan:

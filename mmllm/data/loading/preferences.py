@@ -24,6 +24,7 @@ from mmllm.data.loading.ahead import Ahead
 from mmllm.data.loading.answers import AnswerDocument, pack_answers
 from mmllm.data.loading.datamodules import on_gpu, rank_of
 from mmllm.data.loading.loader import has_next_window
+from mmllm.data.loading.pictures import PictureTransform
 from mmllm.data.loading.preference_rows import AnswerWriter, Form, PreferenceRow, read_row
 from mmllm.data.loading.replay import Replay
 from mmllm.data.plan.plan import StepPlan
@@ -468,10 +469,9 @@ class PreferenceDataModule(L.LightningDataModule):
         self._pairs, self._val_pairs = _paths(pairs), _paths(val_pairs)
         self._tokenizer, self._batch_size, self._num_workers = tokenizer, batch_size, num_workers
         self._seed, self._steps_per_epoch, self._max_bad = seed, steps_per_epoch, max_bad_fraction
-        self._image_mode: Literal["squash", "pad", "crop"] | None = image_mode
+        self._pictures = PictureTransform(image_mode)
         self._cache_bytes, self._token_multiple = cache_mb * 2**20, token_multiple
         self._replay_recipe, self._replay_sequences = replay_recipe, replay_sequences
-        self._model_transform: ImageTransform | None = None
         self._folder: TokenizerFolder | None = None
         self._files: dict[str, PreferenceFiles] = {}
         self._references: dict[str, np.ndarray] = {}
@@ -498,22 +498,15 @@ class PreferenceDataModule(L.LightningDataModule):
     @property
     def image_transform(self) -> ImageTransform:
         """How pictures become the tower's squares."""
-        if self._model_transform is not None:
-            return self._model_transform
-        return ImageTransform(self.folder.image_size, mode=self._image_mode or "squash")
+        return self._pictures.of(self.folder)
 
     def take_transform(self, transform: ImageTransform) -> None:
         """Pictures are to be made as a pretrained tower saw them; called before any loader is made.
 
         Raises:
-            ValueError: `image_mode` was set to something else.
+            ValueError: `image_mode` was set to something else, or the tokenizer folder has pictures of another size.
         """
-        if self._image_mode is not None and transform.mode != self._image_mode:
-            raise ValueError(
-                f"data.init_args.image_mode is {self._image_mode!r}, but the image tower that the training starts from "
-                f"has its pictures made by {transform.mode}; leave image_mode out"
-            )
-        self._model_transform = transform
+        self._pictures.take(transform, self.folder)
         self._replay = None  # one that was made before makes them otherwise
 
     @property

@@ -13,12 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from mmllm.data.expressions import compile_filter
 from mmllm.data.samples.documents import KIND_TASKS
 from mmllm.data.samples.templates import check_template
-from mmllm.parsing import parse
+from mmllm.parsing import parse, read_yaml
 
 METRICS = ("num_tokens", "length", "rarity", "image_area", "seconds", "num_frames", "num_images")
 """Of a curriculum; besides, any numeric metadata column."""
@@ -438,10 +436,7 @@ def load_recipe(path: str | Path) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe")
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {error}") from error
+    value = read_yaml(path)
     try:
         return recipe_from_dict(value, folder=str(path.parent))
     except ValueError as error:
