@@ -26,6 +26,13 @@ def list_configs() -> list[str]:
     return sorted(configs) + sorted(recipes)
 
 
+def find_config(name: str) -> Path:
+    """A file of this path, or the shipped config of this name (`.yaml` may be left out); else the path as it is."""
+    path = Path(name)
+    shipped = f"{name.removesuffix('.yaml')}.yaml"
+    return config_path(shipped) if not path.is_file() and shipped in list_configs() else path
+
+
 def config_path(name: str) -> Path:
     """The file of a shipped config.
 

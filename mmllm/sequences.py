@@ -46,6 +46,9 @@ class SequenceMetadata:
     """int64, the row of the blocks where each token lies."""
     blocks: tuple[tuple[int, int], ...]
     """(number of documents, their padded length) of each block, in the order of the rows."""
+    num_prompt: tuple[int, ...] | None = None
+    """Of each document the tokens before the position that predicts its first target, which is at most its last; None:
+    the targets aren't known here."""
 
     @property
     def max_seqlen(self) -> int:
@@ -201,6 +204,7 @@ class BatchMetadata:
         has_codes_NK = is_code_label_BTK.flatten(0, 1)[tokens_N]
         targets_M = (is_label_BT.flatten()[tokens_N] | has_codes_NK.any(dim=-1)).nonzero().squeeze(1)
         unit_targets_U = has_codes_NK[targets_M, 1:].any(dim=-1).nonzero().squeeze(1)
+        sequences = replace(sequences, num_prompt=_num_prompt(sequences.lengths, targets_M.numpy()))
         advances_A = torch.zeros(0, dtype=torch.int64)
         if is_advance_BT.numel():
             advances_A = is_advance_BT.flatten()[tokens_N].nonzero().squeeze(1)
@@ -210,6 +214,15 @@ class BatchMetadata:
         """With `function` of each tensor."""
         mapped = _mapped(self, function)
         return replace(mapped, sequences=self.sequences.map(function), media=self.media.map(function))
+
+
+def _num_prompt(lengths: Sequence[int], targets_M: np.ndarray) -> tuple[int, ...]:
+    """Of each document the tokens before its first target's position, or before its last one where it has none."""
+    ends_S = np.cumsum(lengths, dtype=np.int64)
+    starts_S = ends_S - np.asarray(lengths, dtype=np.int64)
+    padded = np.append(targets_M, ends_S[-1:])
+    firsts_S = padded[np.searchsorted(targets_M, starts_S)] if len(ends_S) else starts_S
+    return tuple((np.minimum(firsts_S, ends_S - 1) - starts_S).tolist())
 
 
 def clip_frames(clip_codes_CFK: Tensor) -> tuple[int, ...]:

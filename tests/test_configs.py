@@ -31,8 +31,8 @@ from tests.data_fixtures import make_folder, mixed_manifest
 
 torch.set_num_threads(1)
 
-CONFIGS = sorted(path for path in paths.configs_dir().rglob("*.yaml") if path.parent.name != "studies")
-"""Studies are no configs of one training: tests/test_configs_studies.py has them."""
+CONFIGS = sorted(path for path in paths.configs_dir().rglob("*.yaml") if path.parent.name not in ("studies", "scaling"))
+"""Studies and sweeps are no configs of one training: tests/test_configs_studies.py has them."""
 FROM_NOTHING = {"one_gpu/decoder_1b.yaml": (1041, 337), "eight_gpus/decoder_7b.yaml": (6971, 1535)}
 PRETRAINED = {
     "one_gpu/llava_4b_align.yaml": (4495, 4495), "eight_gpus/llava_4b_align.yaml": (4495, 4495),

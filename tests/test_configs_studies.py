@@ -10,19 +10,23 @@ import pytest
 
 from mmllm import paths
 from mmllm.cli.main import _parser
+from mmllm.data.plan.recipe import recipe_from_dict
 from mmllm.interop.merging.parsing import parse_config
 from mmllm.quickstart.plan import Contents, choose, recipe_dict, stage_config, write_yaml
 from mmllm.quickstart.presets import DEMO
 from mmllm.quickstart.stages import StageList
 from mmllm.studies.lengths import check_recipe, check_training
+from mmllm.studies.scaling_grid import load_sweep
+from mmllm.studies.scaling_sweep import Sweeper
 from mmllm.studies.settings import Base, filled
 from mmllm.studies.study import MODEL, Arm, Study, load_study
 
 STUDIES = sorted((paths.configs_dir() / "studies").glob("*.yaml"))
 ROWS = {
     "experts", "upcycling", "modality_experts", "mixture_of_depths", "mixture", "hearing", "curriculum", "cleaning",
-    "curriculum_noisy", "self_paced", "tell", "units", "lora", "attention", "merging", "optimizers", "order",
-    "short_first", "speech",
+    "cleaning_topics",
+    "curriculum_noisy", "self_paced", "tell", "tell_rows", "units", "lora", "attention", "merging", "optimizers",
+    "order", "short_first", "speech", "sgd", "chronological",
 }  # fmt: skip
 """Of the issue's list; the seventh has two files."""
 WITH_CURVES = {"experts", "modality_experts", "hearing", "units", "lora", "speech"}
@@ -75,6 +79,37 @@ def test_a_study_says_what_it_asks_and_expects_and_is_small(path: Path):
         assert measure.manifest.startswith("{data}/data/") and 0 < (measure.limit or 0) <= 300
 
 
+def test_the_order_of_time_is_one_year_after_the_other(data: Path, tmp_path: Path):
+    study = load_study(paths.configs_dir() / "studies" / "chronological.yaml")
+    base = Base.read(study, data)
+    for level, years in (("chronological", "1234"), ("reverse", "4321")):
+        arm = Arm("time", level, 0)
+        settings = base.settings(arm, study.level(arm).parts[-1], tmp_path)
+        recipe = recipe_from_dict(settings.with_steps(100).recipe)
+        for step in range(100):
+            drawn = {source.name: share for source, share in zip(recipe.sources, recipe.shares(step), strict=True)}
+            assert {name for name, share in drawn.items() if share} == {f"y200{years[step // 25]}"}, step
+
+
+def test_rounds_of_self_paced_learning_grow_and_differ_in_their_order_alone(data: Path, tmp_path: Path):
+    study = load_study(paths.configs_dir() / "studies" / "self_paced.yaml")
+    base = Base.read(study, data)
+    for factor in study.factors:
+        rounds = {}
+        for level in study.factors[factor].levels:
+            arm = Arm(factor, level, 0)
+            trainings = [step for step in study.level(arm).parts if step.fit is not None]
+            assert [step.share for step in trainings] == [0.3, 0.35, 0.35]
+            found = [base.settings(arm, step, tmp_path).with_steps(100).recipe for step in trainings]
+            rounds[level] = [recipe_from_dict(recipe).curriculum for recipe in found]
+        assert rounds.pop("any_order") == [None, None, None]
+        for level, (first, second, third) in rounds.items():
+            assert first is None and second is not None and third is not None
+            assert {second.share(step) for step in range(100)} == {0.4} and second.metric == third.metric == "loss"
+            assert (third.share(0), third.share(69) < 1, third.share(70)) == (pytest.approx(0.7), True, 1.0)
+            assert second.order == third.order == {"random_pace": "random"}.get(level, level)
+
+
 def test_each_arm_is_built(data: Path, tmp_path: Path):
     seen: set[str] = set()
     for path in STUDIES:
@@ -88,10 +123,30 @@ def test_each_arm_is_built(data: Path, tmp_path: Path):
                     raise AssertionError(f"{path.stem}, {arm.name}: {error}") from error
 
 
+def test_the_shipped_sweeps_are_built(data: Path, tmp_path: Path):
+    """At most four minutes a run, as its FLOPs say; dense models have the active width of experts."""
+    for path in sorted((paths.configs_dir() / "scaling").glob("*.yaml")):
+        sweep, _ = load_sweep(f"scaling/{path.name}", str(data))
+        sweeper = Sweeper(sweep, tmp_path)
+        header = " ".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+        runs = sweep.runs()
+        assert f"Time: {len(runs)} runs" in header and sum(not run.is_check for run in runs) >= 12
+        widths = {}
+        for run in runs:
+            settings = sweeper.settings(run, tmp_path / run.name)
+            check_recipe(settings)
+            decoder = settings.config["model"]["init_args"]["decoder"]
+            moe = decoder.get("moe")
+            active = decoder["intermediate_size"] if moe is None else 2 * moe["moe_intermediate_size"]
+            assert widths.setdefault(run.size, active) == active
+            if run.amount == max(sweep.tokens) or run.is_check:
+                check_training(settings, "samples", tmp_path / run.name, "train")
+
+
 def check_arm(study: Study, base: Base, arm: Arm, data: Path, run: Path, seen: set[str]) -> None:
     """Builds what a run consists of; a config that is equal but for its paths is built once, as it takes a second."""
     places = {"data": str(data), "run": str(run), "seed": "0"}
-    made = set()
+    made, anchor = set(), None
     for step in study.level(arm).parts:
         if step.command is None:
             settings = base.settings(arm, step, run)
@@ -101,6 +156,8 @@ def check_arm(study: Study, base: Base, arm: Arm, data: Path, run: Path, seen: s
                 check_training(settings, study.budget.kind, run, step.out)
             seen.add(told)
             made.add(step.out)
+            anchor = next((each.get("anchor_prompt") for each in settings.recipe["sources"]
+                           if each["name"] == "interleaved"), anchor)  # fmt: skip
             continue
         command = shlex.split(filled(step.command, places))
         given = vars(_parser().parse_args(command))
@@ -110,5 +167,9 @@ def check_arm(study: Study, base: Base, arm: Arm, data: Path, run: Path, seen: s
             assert len(parents) > 1 and {Path(parent) for parent in parents} <= {run / name for name in made}
     assert MODEL in made
     for measure in study.measures:
-        options = filled([*measure.options, *study.level(arm).options], places)
-        _parser().parse_args(["eval", "--model", "m", "--task", measure.task, "--manifest", "f", *options])
+        asked = measure.of(study.level(arm).measures)
+        options = filled([*measure.options, *asked.prompt_options, *study.level(arm).options], places)
+        given = _parser().parse_args(["eval", "--model", "m", "--task", measure.task, "--manifest", "f", *options])
+        assert given.anchor == asked.anchor and given.num_shots == (asked.shots and asked.shots.number)
+        if measure.task == "interleaved":  # as the model was tuned, or not at all
+            assert given.anchor == anchor

@@ -5,8 +5,9 @@ import pytest
 
 from mmllm.data import commands
 from mmllm.data.rows.bad_rows import ManifestError
-from mmllm.data.rows.cleaning import CleaningConfig, _near, choose, measure, minhash, text_facts
+from mmllm.data.rows.cleaning import CleaningConfig, choose, measure, text_facts
 from mmllm.data.rows.forms import read_rows
+from mmllm.data.rows.near_copies import minhash, near_rows
 from tests.data_fixtures import write_manifest, write_picture
 
 VOCABULARY = [f"word{number}" for number in range(400)]
@@ -48,7 +49,7 @@ def test_near_duplicates_are_those_of_comparing_all(tmp_path):
     texts = [text(seed) for seed in range(30)]
     texts += [changed(seed, 1) for seed in range(10)] + [changed(seed, 40) for seed in range(10, 20)]
     measures = [measure(row, signature=True) for row in rows_of(tmp_path, [{"text": item} for item in texts])]
-    near = _near(measures, [True] * len(texts), 0.7)
+    near = near_rows(measures, [True] * len(texts), 0.7)
     signatures = [np.frombuffer(bytes.fromhex(item["signature"]), "<u4") for item in measures]
     slow = []
     for number, signature in enumerate(signatures):
@@ -107,6 +108,10 @@ def test_facts_of_texts():
 
 
 def test_wrong_settings_are_named(tmp_path):
-    for wrong, said in (({"dedup": "some"}, "dedup"), ({"threshold": 0}, "threshold"), ({"quality": "a("}, "filter")):
+    for wrong, said in (
+        ({"dedup": "some"}, "dedup"), ({"threshold": 0}, "threshold"), ({"quality": "a("}, "filter"),
+        ({"dedup": "minhash", "shingles": "words"}, "give words:N or chars:N"),
+        ({"dedup": "exact", "shingles": "chars:5"}, "only minhash"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             CleaningConfig(**wrong)  # pyright: ignore[reportArgumentType]

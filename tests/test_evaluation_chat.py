@@ -115,9 +115,9 @@ def test_bad_rows_are_named(segments: list[dict], metadata: dict, message: str) 
 class Eyes:
     """An asked model that answers by a picture's first shade; blind, nothing."""
 
-    class served:
+    class prompter:
         @staticmethod
-        def chat_prompt(messages: list[dict]) -> list[dict]:
+        def chat(messages: list[dict]) -> list[dict]:
             return messages
 
     class tokenizer:

@@ -22,6 +22,7 @@ class Listener:
     def __init__(self, longest: float | None) -> None:
         self.longest_seconds = longest
         self.tokenizer: Any = None
+        self.shots = None
         self.heard: list[np.ndarray] = []
 
     def transcribe(self, sounds: list[Any], blind: bool = False, **settings: Any) -> list[str]:

@@ -65,7 +65,7 @@ class StubModel:
 
     tokenizer = StubTokenizer()
     generation = GenerationConfig()
-    longest_seconds = None
+    longest_seconds = shots = None
     model = SimpleNamespace(pointer=None)
 
     def __init__(self, said: dict[str, str], spoken: dict[str, str] | None = None) -> None:

@@ -36,6 +36,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     },
     "windows": {"sliding_window": 3, "sliding_rope_theta": 50.0, "layer_types": BY_TURNS},
     "depths and windows": {"mod_layers": (1, 3), "mod_capacity": 0.5, "sliding_window": 4, "layer_types": BY_TURNS},
+    "random depths": {"mod_layers": (1, 3), "mod_capacity": 0.5, "mod_router": "random"},
     "depths and experts": {"moe": {}, "moe_layers": (0, 2), "mod_layers": (1, 3), "mod_capacity": 0.3},
     "shared experts, a bias, pools": {
         "moe": {
@@ -133,10 +134,13 @@ def _generated(model: MultimodalModel, prompts: list[Document]) -> torch.Tensor:
     return torch.stack(hidden, dim=1)
 
 
-@pytest.mark.parametrize("prefix", ["none", "media", "prompt"])
+@pytest.mark.parametrize("prefix", ["none", "media", "prompt", "encoder"])
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
 def test_generating_computes_what_training_computed(tokenizer, switches: dict[str, Any], prefix: str) -> None:
-    model, prompts = _model(tokenizer, prefix=prefix, **switches), _prompts(tokenizer)
+    if prefix == "encoder" and ("mod_layers" in switches or "aux_loss_scope" in switches.get("moe", {})):
+        pytest.skip("an encoder is refused beside these")
+    seen = {"encoder_layers": 2} if prefix == "encoder" else {"prefix": prefix}
+    model, prompts = _model(tokenizer, **seen, **switches), _prompts(tokenizer)
     got = _generated(model, prompts)
     before = build_prompt("caption", tokenizer, image=images(3)[2])
     for row, prompt in enumerate(prompts):

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmllm.model.attend import PackedContext
 from mmllm.model.decoder import Block, Decoder
 from mmllm.model.decoder_config import DecoderConfig
-from mmllm.model.depth import DepthLayout, num_passing
+from mmllm.model.depth import DepthLayout, num_passing, passes_by_position
 from mmllm.model.rope import rotary
 from mmllm.model.router import MoEConfig, TokenInfo
 from mmllm.sequences import SequenceMetadata
@@ -34,7 +34,7 @@ def _decoder(**changes: Any) -> Decoder:
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     for block in decoder.layers:
-        if block.depth is not None:  # about half of the tokens pass
+        if block.depth is not None and block.depth.predictor is not None:  # about half of the tokens pass
             torch.nn.init.normal_(block.depth.predictor[0].weight)
             torch.nn.init.zeros_(block.depth.predictor[2].bias)
     return decoder
@@ -122,6 +122,70 @@ def test_tokens_pass_as_they_would_in_each_document_alone(backend: str, is_train
         torch.testing.assert_close(grad, each, rtol=1e-8, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_a_random_choice_is_that_of_the_draws_or_of_the_positions(is_training: bool, multiple: int) -> None:
+    decoder = _decoder(mod_router="random").train(is_training)
+    x_BTD, positions_BT, documents_BT = _batch()
+    x_BTD.requires_grad_()
+    sequences = SequenceMetadata.of(documents_BT, multiple)
+    torch.manual_seed(5)
+    hidden_QD, stats = decoder.packed(x_BTD, positions_BT, sequences)
+    torch.manual_seed(5)
+    draws_LQ = [torch.rand(sequences.size, dtype=torch.float64).tolist() for _ in range(2)]
+    assert stats.depth is None
+    expected, first = [], 0
+    for b, place in _documents():
+        x_ND, mixture = x_BTD[b, place], 0
+        positions_N = torch.arange(len(x_ND))
+        for layer, block in enumerate(decoder.layers):
+            if block.depth is None:
+                x_ND = _alone(decoder, block, x_ND, positions_N)
+                continue
+            draws = draws_LQ[mixture][first : first + len(x_ND)]
+            mixture += 1
+            passes = sorted(sorted(range(len(x_ND)), key=lambda n: -draws[n])[: math.ceil(0.3 * len(x_ND))])
+            if not is_training:
+                passes = passes_by_position(positions_N, layer, 0.3).nonzero()[:, 0].tolist()
+            rows = list(x_ND)
+            if passes:
+                new_PD = _alone(decoder, block, x_ND[passes], positions_N[passes])
+                for each, n in enumerate(passes):
+                    rows[n] = x_ND[n] + (block.depth.router.weight[0] @ x_ND[n]) * (new_PD[each] - x_ND[n])
+            x_ND = torch.stack(rows)
+        expected.append(decoder.norm(x_ND))
+        first += len(x_ND)
+    expected_ND = torch.cat(expected)
+    torch.testing.assert_close(hidden_QD[: len(expected_ND)], expected_ND, rtol=1e-10, atol=1e-10)
+    weights = [x_BTD, *decoder.layers.parameters()]
+    grads = torch.autograd.grad(hidden_QD[: len(expected_ND)].square().sum(), weights)
+    wanted = torch.autograd.grad(expected_ND.square().sum(), weights)
+    torch.testing.assert_close(grads, wanted, rtol=1e-8, atol=1e-9)
+
+
+def test_a_random_choice_is_drawn_at_every_step_and_by_the_seed() -> None:
+    decoder = _decoder(mod_router="random").train()
+    batch = _batch()
+    torch.manual_seed(6)
+    steps = [decoder(*batch)[0] for _ in range(2)]
+    torch.manual_seed(6)
+    again = [decoder(*batch)[0] for _ in range(2)]
+    assert torch.equal(torch.stack(steps), torch.stack(again)) and not torch.equal(*steps)
+    decoder.eval()
+    assert torch.equal(decoder(*batch)[0], decoder(*batch)[0])
+
+
+def test_positions_pass_without_order_and_others_in_every_layer() -> None:
+    positions = torch.arange(20_000)
+    for capacity in (0.125, 0.5):
+        passes = [passes_by_position(positions, layer, capacity).double() for layer in range(4)]
+        assert all(abs(each.mean() - capacity) < 0.01 for each in passes)
+        pairs = [(passes[0], passes[1]), (passes[1], passes[3]), (passes[2][1:], passes[2][:-1])]
+        pairs += [(passes[2][8:], passes[2][:-8])]
+        assert all(abs((one * other).mean() - capacity**2) < 0.01 for one, other in pairs)
+    assert passes_by_position(positions, 0, 1.0).all()
+
+
 def test_the_predictor_decides_causally_and_the_training_choice_does_not() -> None:
     decoder = _decoder()
     x_BTD, positions_BT, documents_BT = _batch()
@@ -134,9 +198,9 @@ def test_the_predictor_decides_causally_and_the_training_choice_does_not() -> No
         torch.testing.assert_close(before[0], after[0], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("prefix", ["none", "media"])
-def test_a_cache_hides_what_skipped_a_block(prefix: Any) -> None:
-    decoder = _decoder(prefix=prefix).eval()
+@pytest.mark.parametrize(("prefix", "router"), [("none", "learned"), ("media", "learned"), ("none", "random")])
+def test_a_cache_hides_what_skipped_a_block(prefix: Any, router: Any) -> None:
+    decoder = _decoder(prefix=prefix, mod_router=router, mod_capacity=0.4).eval()
     x_BTD = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     documents_BT = torch.zeros(2, 12, dtype=torch.int64)
     documents_BT[1, :3] = -1  # padded on the left
@@ -186,17 +250,19 @@ def test_which_tokens_pass() -> None:
     assert DepthLayout.of(sequences, documents_Q, 1.0).chosen(weights).tolist() == list(range(10))
 
 
-def test_autocast_and_checkpointed_blocks_choose_the_same_tokens() -> None:
+@pytest.mark.parametrize("router", ["learned", "random"])
+def test_autocast_and_checkpointed_blocks_choose_the_same_tokens(router: Any) -> None:
     x_BTD, positions_BT, documents_BT = _batch()
     results = []
-    for is_checkpointed in (False, True):
-        decoder = _decoder(gradient_checkpointing=is_checkpointed, dropout=0.2).float().train()
+    for mode in ("none", "full", "selective"):
+        decoder = _decoder(gradient_checkpointing=mode, dropout=0.2, mod_router=router).float().train()
         torch.manual_seed(4)
         inputs = x_BTD.float().requires_grad_()
         hidden_BTD, stats = decoder(inputs, positions_BT, documents_BT)
-        (hidden_BTD.square().sum() + stats.depth.loss(1)).backward()
+        (hidden_BTD.square().sum() + (stats.depth.loss(1) if router == "learned" else 0.0)).backward()
         results.append((hidden_BTD.detach(), inputs.grad, [p.grad for p in decoder.layers.parameters()]))
-    torch.testing.assert_close(*results)
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])
     weights = []
     for is_on in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
@@ -209,6 +275,7 @@ def test_autocast_and_checkpointed_blocks_choose_the_same_tokens() -> None:
     [
         ({"mod_layers": [3]}, "mod_layers names layer 3; layers are 0 to 2"),
         ({"mod_capacity": 0.0}, "mod_capacity is 0.0; it must be above 0 and at most 1"),
+        ({"mod_router": "gaussian"}, "mod_router is 'gaussian'; choose learned or random"),
         ({"mod_predictor_coef": -1.0}, "mod_predictor_coef is -1.0"),
         ({"moe": MoEConfig(4, 2, 8)}, "mod_layers names layer 0, which has experts"),
         ({"sliding_window": 4}, "mod_layers names layer 0, which is sliding"),

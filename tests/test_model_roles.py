@@ -31,7 +31,7 @@ GROUPS = Path(__file__).parent / "golden" / "optimizer_groups.json"
 CONFIGS = sorted(
     path.relative_to(paths.configs_dir()).as_posix()
     for path in paths.configs_dir().rglob("*.yaml")
-    if path.parent.name != "studies"
+    if path.parent.name not in ("studies", "scaling")
 )
 
 

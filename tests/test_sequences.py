@@ -142,6 +142,16 @@ def test_a_training_step_asks_the_host_nothing(router: str, optimizer: dict[str,
     assert counting.syncs.asked_apart, "the kernels' reads are seen, so others would be"
 
 
+def test_an_encoder_and_a_decoder_ask_the_host_nothing_either() -> None:
+    module = tiny_module()
+    module.decoder = dataclasses.replace(module.decoder, encoder_layers=1, conv_size=3, moe_layers="all")
+    counting = _Counting()
+    with quiet_lightning():
+        quiet_trainer(counting, max_steps=2, accumulate_grad_batches=2).fit(module, datamodule=_WithMetadata())
+    assert counting.num_steps == 4
+    assert counting.syncs.count == 0, f"\n{counting.syncs}"
+
+
 class _WithMetadata(TinyData):
     def on_before_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
         return batch.with_metadata()  # as the collator makes it

@@ -14,10 +14,13 @@ from mmllm.studies.run import _begun
 from mmllm.studies.settings import Base, Settings, put, resolved
 from mmllm.studies.study import Arm, Study, study_of
 
+MEASURE: dict[str, Any] = {
+    "name": "captions", "task": "caption", "manifest": "{data}/test.jsonl", "key": "exact_match"
+}  # fmt: skip
 VALUES: dict[str, Any] = {
     "title": "Experts", "question": "Do they pay?", "expected": "yes", "data": {"folder": "data"},
     "config": "{data}/config.yaml", "recipe": "{data}/recipe.yaml",
-    "measures": [{"name": "captions", "task": "caption", "manifest": "{data}/test.jsonl", "key": "exact_match"}],
+    "measures": [MEASURE],
     "budget": {"samples": 1000},
     "factors": {
         "experts": {"baseline": "sparse", "levels": {"sparse": {"shares": [0.1, 1.0]}, "dense": {
@@ -55,6 +58,13 @@ def test_one_seed_of_every_arm_comes_first():
         ({"factors__experts__levels__dense__steps": [{"command": "upcycle"}]}, "have no training"),
         ({"factors__experts__levels__dense__steps": [{}]}, "either `fit`"),
         ({"tite": "x"}, "unknown key 'tite'"),
+        ({"measures": [{**MEASURE, "shots": {"manifest": "f", "number": 0}}]}, "have the number 0"),
+        ({"measures": [{**MEASURE, "shots": {"manifest": "f"}}]}, r"measures\[0\].shots lacks the key 'number'"),
+        ({"measures": [{**MEASURE, "shots": {"manifest": "f", "number": 1, "filter": "a ="}}]}, "filter"),
+        ({"measures": [{**MEASURE, "anchor": " "}]}, "captions has an empty anchor"),
+        ({"measures": [{**MEASURE, "task": "text", "anchor": "a"}]}, "captions has anchor, and the task text has none"),
+        ({"factors__experts__levels__dense__measures": {"x": {"anchor": "a"}}}, "levels.dense.measures has 'x'"),
+        ({"factors__experts__levels__dense__measures": {"captions": {"anchor": ""}}}, "levels.dense.measures: measure"),
         ({"set": {"trainer.max_steps": 5}}, "set has trainer.max_steps: 5, but budget says how long a run is"),
         ({"factors__experts__levels__dense__config": {"trainer.max_epochs": 9}}, "levels.dense.config has trainer"),
         ({"factors__experts__levels__dense__recipe": {"seed": 9}}, "recipe has seed: 9, but every run has its own"),
@@ -97,6 +107,26 @@ def test_a_level_changes_its_keys_alone(tmp_path: Path):
     assert base.config["model"]["init_args"]["decoder"]["moe"]  # the base is left as it is
 
 
+def test_a_measure_asks_as_it_says_and_as_a_level_says():
+    shots, few = {"manifest": "{data}/train.jsonl", "number": 8}, {"manifest": "t", "number": 2, "max_length": 99,
+                                                                   "filter": "plain"}  # fmt: skip
+    measures = [{**MEASURE, "shots": shots, "anchor": "see:"}, {**MEASURE, "name": "plain"}]
+    levels = {"captions": {"anchor": "-a b"}, "plain": {"shots": few}}
+    study = study_of(changed(measures=measures, factors__experts__levels__dense__measures=levels))
+    sparse, dense = (study.factors["experts"].levels[name] for name in ("sparse", "dense"))
+    captions, plain = study.measures
+    said = ["--shots={data}/train.jsonl", "--num_shots=8"]
+    assert captions.of(sparse.measures) == captions and captions.prompt_options == [*said, "--anchor=see:"]
+    assert captions.of(dense.measures).prompt_options == [*said, "--anchor=-a b"]
+    assert plain.of(sparse.measures).prompt_options == []
+    assert plain.of(dense.measures).prompt_options == [
+        "--shots=t",
+        "--num_shots=2",
+        "--max_length=99",
+        "--shots_filter=plain",
+    ]
+
+
 def test_unknown_sources_and_keys_without_keys_are_named(tmp_path: Path):
     wrong = {"factors__experts__levels__dense__recipe": {"sources.captions.weight": 1}}
     base = base_of(tmp_path, **wrong)
@@ -117,6 +147,17 @@ def test_schedules_are_shares_of_the_steps():
     assert Settings({}, {}).with_seconds(5.0).config["model"]["init_args"]["max_seconds"] == 5.0
 
 
+def test_steps_may_lie_in_lists_that_anchors_name():
+    one, other, last = {"fit": {}, "share": 0.4}, {"command": "x"}, {"fit": {}, "share": 0.6}
+    nested, flat = (
+        study_of(changed(factors__experts__levels__dense__steps=steps))
+        for steps in ([one, [[other], [], [last]]], [one, other, last])
+    )
+    assert nested == flat and len(flat.factors["experts"].levels["dense"].steps) == 3
+    with pytest.raises(ValueError, match=r"levels.dense.steps\[1\] must be a mapping"):
+        study_of(changed(factors__experts__levels__dense__steps=[one, ["x"]]))
+
+
 def test_callbacks_are_put_in_and_out_by_name():
     config = {"callbacks": [{"class_path": "mmllm.training.ema.EMA", "init_args": {"decay": 0.9}}]}
     put(config, "callbacks.EMA.init_args.decay", 0.5)
@@ -132,7 +173,14 @@ def test_a_folder_is_gone_on_with_by_the_same_base_alone(tmp_path: Path):
         (tmp_path / "study.yaml").write_text(yaml.safe_dump(changed(**keys)))
         return _begun(str(tmp_path / "study.yaml"), tmp_path / out)[0]
 
+    def has_run(out: str) -> None:
+        run = tmp_path / out / "runs" / "a"
+        run.mkdir(parents=True)
+        (run / "result.json").write_text("{}")
+
+    begin({"budget": {"samples": 9}})  # it was only asked what it would cost
     begin({})
+    has_run("out")
     assert len(begin({"seeds": [0, 1, 2, 3]}).seeds) == 4
     for keys, said in (
         ({"set_recipe": {"curriculum": None}}, r"another base \(set_recipe\)"),  # a key that wasn't there
@@ -142,6 +190,7 @@ def test_a_folder_is_gone_on_with_by_the_same_base_alone(tmp_path: Path):
         with pytest.raises(ValueError, match=said):
             begin(keys)
     begin({"set": {"trainer.devices": 1}}, "other")
+    has_run("other")
     with pytest.raises(ValueError, match=r"another base \(set\)"):  # and one that is gone
         begin({}, "other")
 

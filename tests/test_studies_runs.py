@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from mmllm.cli.main import main
+from mmllm.data.executors.stages import Executor
 from mmllm.evaluation.results import TaskResult, save_result
 from mmllm.studies.run import run_study
 from mmllm.studies.runs import Runner
@@ -40,6 +41,7 @@ class Calls:
 
     def __init__(self, killed_at: int | None = None) -> None:
         self.fits: list[str] = []
+        self.evals: list[tuple[str, list[str]]] = []
         self.killed_at = killed_at
 
     def __call__(self, runner: Runner, command: Sequence[str], folder: Path, arm: Arm) -> None:
@@ -49,6 +51,7 @@ class Calls:
             self.fits.append(arm.name)
             (folder / "model").mkdir()
         elif command[0] == "eval":
+            self.evals.append((arm.level, list(command)))
             score = {"narrow": 2.0, "wide": 1.5}[arm.level] + (1 - arm.share) + 0.1 * arm.seed
             save_result(TaskResult("text", {"bits_per_byte": score, "n": 1}), command[command.index("--json") + 1])
 
@@ -118,3 +121,81 @@ def test_what_cant_be_is_said_before_anything_runs(
         assert main(["study", "run", path, "--out", str(tmp_path / said)]) == 2
         assert said in capsys.readouterr().err
     assert not calls.fits
+
+
+def test_measures_with_shots_and_anchors_are_evaluations_of_their_own(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bits = {"name": "bits", "task": "text", "manifest": "{data}/rows/manifest.jsonl", "key": "bits_per_byte"}
+    captions = {**bits, "task": "caption", "key": "exact_match"}
+    shots = {"manifest": "{data}/rows/manifest.jsonl", "number": 8}
+    measures = [bits, {**captions, "name": "zero"}, {**captions, "name": "eight", "shots": shots},
+                {**captions, "name": "again", "shots": shots, "key": "cider"}]  # fmt: skip
+    levels = {"narrow": {}, "wide": {"options": ["--seed", "1"], "measures": {"zero": {"anchor": "see: {x}"}}}}
+    changes = {"factors": {"width": {"baseline": "narrow", "levels": levels}}, "seeds": [0]}
+    calls = stand_in(monkeypatch)
+
+    monkeypatch.setattr("mmllm.studies.runs._score", lambda measure, path: {"score": 0.5, "rows": {}})
+    wrong = [*measures[:2], {**measures[2], "shots": {**shots, "manifest": "{data}/none.jsonl"}}]
+    path = study_file(data, tmp_path, **changes, measures=wrong)
+    assert main(["study", "run", path, "--out", str(tmp_path / "wrong")]) == 2
+    assert f"measure eight: no manifest {data / 'none.jsonl'}" in capsys.readouterr().err and not calls.fits
+    path = study_file(data, tmp_path, **changes, measures=measures)
+    assert main(["study", "run", path, "--out", str(tmp_path / "out")]) == 0
+    manifest = str(data / "rows" / "manifest.jsonl")
+    shown = [f"--shots={manifest}", "--num_shots=8"]
+
+    def evaluated(level: str) -> list[list[str]]:
+        commands = [command for one, command in calls.evals if one == level]
+        return [command[command.index("--json") + 2 :] for command in commands]
+
+    assert evaluated("narrow") == [[], [], shown], "`again` is of the same evaluation as `eight`"
+    assert evaluated("wide") == [[*more, "--seed", "1"] for more in ([], ["--anchor=see: {x}"], shown)]
+
+
+def test_what_arms_begin_with_alike_is_run_once_a_seed_and_counted_for_each(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Beside the same study run arm by arm: the same costs and files, from fewer trainings."""
+    begin = {"fit": {}, "out": "first", "share": 0.5}
+    last = {"fit": {}, "share": 0.5}
+    command = {"command": "study rank {run}/first --out {run}/ranked.jsonl"}
+    levels = {
+        "plain": {"steps": [begin, command, last]},
+        "slow": {"steps": [begin, command, {**last, "fit": {"model.init_args.optimizer.lr": 0.001}}]},
+        "wide": {"steps": [begin, command, last], "config": {WIDTH: 32}},
+    }
+    factors = {"way": {"baseline": "plain", "levels": levels}}
+    calls: list[tuple[str, str]] = []
+
+    def call(_self: Runner, command: Sequence[str], folder: Path, arm: Arm) -> None:
+        if command[0] == "fit":
+            made = Path(command[2]).with_suffix("")
+            assert made.parent == folder
+            if made.name == "model":
+                assert (folder / "first" / "weights").read_text() == f"{arm.seed} {arm.level == 'wide'}"
+                assert (folder / "ranked.jsonl").is_file()
+            made.mkdir()
+            (made / "weights").write_text(f"{arm.seed} {arm.level == 'wide'}")
+            calls.append((made.name, arm.level))
+        elif command[0] == "study":
+            Path(command[-1]).write_text("")
+            calls.append(("rank", arm.level))
+        else:
+            save_result(TaskResult("text", {"bits_per_byte": 1.0, "n": 1}), command[command.index("--json") + 1])
+
+    monkeypatch.setattr(Runner, "_call", call)
+    path, out = study_file(data, tmp_path, factors=factors), tmp_path / "out"
+    list(run_study(path, str(out), executor=Executor(workers=2)))
+    names = [name for name, _ in calls]
+    assert names.count("model") == 6 and names.count("first") == names.count("rank") == 4, "two seeds, two widths"
+    assert not (out / "shared").exists() and not list(out.glob("runs/*/first")), "what another was made of goes"
+    monkeypatch.setattr("mmllm.studies.runs.shared_keys", lambda *_: [])
+    alone = tmp_path / "alone"
+    list(run_study(path, str(alone)))
+    results = [{json.loads(file.read_text())["level"] + file.parent.name[-1]: json.loads(file.read_text())
+                for file in folder.glob("runs/*/result.json")} for folder in (out, alone)]  # fmt: skip
+    assert len(results[0]) == 6
+    for name, result in results[0].items():
+        for key in ("steps", "samples", "tokens", "flops", "documents"):
+            assert result[key] == results[1][name][key] > 0

@@ -123,6 +123,28 @@ def test_costs_are_told_and_grids_that_tell_nothing_are_refused(data: Path, tmp_
         list(run_sweep(plan_of(data, tmp_path, heldout="none.yaml"), tmp_path / "none", is_dry=True))
 
 
+def test_what_is_held_out_is_made_once(data: Path, tmp_path: Path) -> None:
+    """By commands of the sweep, into its own folder, with a recipe that the sweep holds; on data given by option."""
+    recipe = yaml.safe_load((data / "recipe.yaml").read_text())
+    [source] = recipe["sources"]
+    source["shards"] = "{prepared}/*.tar"
+    prepare = [
+        "data build {data}/rows/manifest.jsonl --tokenizer {data}/tokenizer --out {prepared}",
+        "data index {prepared} --tokenizer {data}/tokenizer",
+    ]
+    keys = {"sizes": {"s": {SIZE: 16}}, "tokens": [300, 700], "is_law": False, "heldout": recipe, "prepare": prepare}
+    path, out = plan_of(data, tmp_path, **keys), tmp_path / "out"
+    path.write_text(path.read_text().replace(str(data), "nowhere", 1))
+    lines = list(run_sweep(path, out, num_at_once=2, data=str(data)))
+    assert [line for line in lines if line.startswith("$")] == [
+        f"$ mmllm {command.replace('{data}', str(data)).replace('{prepared}', str(out / 'prepared'))}"
+        for command in prepare
+    ]
+    assert lines[-1].endswith("2 points") and (out / "prepared").is_dir()
+    assert yaml.safe_load((out / "heldout.yaml").read_text())["sources"][0]["shards"] == f"{out}/prepared/*.tar"
+    assert not any(line.startswith("$") for line in run_sweep(path, out, data=str(data)))
+
+
 def test_budgets_of_compute_give_each_size_its_tokens(data: Path, tmp_path: Path) -> None:
     path = plan_of(data, tmp_path, tokens=[], flops=[5e8], rate={"at": 1e4, "exponent": -0.5})
     sweeper = Sweeper(load_sweep(path)[0], tmp_path / "out")

@@ -293,6 +293,23 @@ def test_a_mixture_of_depths_learns_and_its_predictor_is_what_is_validated(tmp_p
     assert 0.1 < passed[-1] < 0.7 and passed[-1] != trained[-1]
 
 
+def test_a_random_choice_of_depths_trains_by_the_seed_without_a_predictor(tmp_path: Path) -> None:
+    found = []
+    for run, seed in enumerate((0, 0, 1)):
+        module, logger = _deep(), CSVLogger(tmp_path / str(run), name="", version="")
+        module.decoder = dataclasses.replace(module.decoder, mod_router="random")
+        module.configure_model()
+        weights = {name: weight.clone() for name, weight in module.state_dict().items()}
+        assert not [name for name in weights if "depth.predictor" in name]
+        module._seed = seed  # of each step's draws
+        data = _TextData([tiny_batch(number % 4, text_only=True) for number in range(6)])
+        found.append((weights, _fit(module, data, max_steps=6, logger=logger, log_every_n_steps=2)))
+        assert "depth" not in (tmp_path / str(run) / "metrics.csv").read_text().splitlines()[0]
+    weights, losses = zip(*found, strict=True)
+    assert all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0]), "they differ in the draws alone"
+    assert losses[0] == losses[1] != losses[2]
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_two_ranks_give_the_losses_and_weights_of_one_with_a_mixture_of_depths(tmp_path: Path) -> None:
     pairs = mixed_pairs()

@@ -14,6 +14,7 @@ from torch import nn
 from mmllm.model.vision import VisionConfig
 from mmllm.training.lightning_cli import quiet_lightning
 from mmllm.training.optimizers import (
+    SGDW,
     MuonAdamW,
     OptimizerConfig,
     build_optimizer,
@@ -145,6 +146,38 @@ def test_the_adamw_half_is_adamw() -> None:
         assert torch.allclose(a, b, atol=1e-6)
 
 
+def test_sgd_is_the_heavy_ball_with_decoupled_decay() -> None:
+    torch.manual_seed(0)
+    config = OptimizerConfig(lr=0.1, weight_decay=0.3, sgd=True, sgd_momentum=0.8)
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    groups = parameter_groups(model, config)
+    assert [group["name"] for group in groups] == ["decoder/sgd/decay", "decoder/sgd/no_decay"]
+    optimizer = build_optimizer(groups, config)
+    assert isinstance(optimizer, SGDW)
+    weights = {name: p.detach().double().clone() for name, p in model.named_parameters()}
+    velocities = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for step in range(4):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 / (step + 1)
+        optimizer.zero_grad()
+        model(torch.randn(5, 4)).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            velocities[name] = 0.8 * velocities[name] + parameter.grad.double()
+            decay = 0.3 if name == "0.weight" else 0.0
+            weights[name] = weights[name] * (1 - group["lr"] * decay) - group["lr"] * velocities[name]
+        optimizer.step()
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.double(), weights[name], rtol=1e-5, atol=1e-6)
+    restored = build_optimizer(parameter_groups(model, config), config)
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    buffers = [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
+    assert all(
+        torch.equal(restored.state[p]["momentum_buffer"], b) for p, b in zip(model.parameters(), buffers, strict=True)
+    )
+
+
 def test_state_survives_a_state_dict() -> None:
     torch.manual_seed(0)
     config = OptimizerConfig(lr=0.1, muon=True)
@@ -237,6 +270,8 @@ def test_the_schedule_warms_up_and_falls_to_its_floor() -> None:
         ({"tower_lr": -1.0}, "tower_lr"),
         ({"warmup": 1.0}, "warmup"),
         ({"betas": (0.9, 1.0)}, "betas"),
+        ({"sgd_momentum": 1.0}, "sgd_momentum is 1.0"),
+        ({"sgd": True, "muon": True}, "sgd and optimizer.muon are both true"),
     ],
 )
 def test_bad_settings_are_named(values: dict, said: str) -> None:

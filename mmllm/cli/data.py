@@ -16,6 +16,7 @@ def add_data(commands: Any) -> None:
     actions = add_group(commands, "data", "manifests to shards, indices, and what a recipe draws from them")
     _add_build(actions)
     _add_split(actions)
+    _add_topics(actions)
     _add_align(actions)
     _add_index(actions)
     _add_verify(actions)
@@ -30,6 +31,10 @@ def _add_build(actions: Any) -> None:
     add_input_options(parser)
     parser.add_argument("--dedup", choices=("none", "exact", "minhash"), default="none", help="leave out repeated rows")
     parser.add_argument("--threshold", type=float, default=0.8, help="similarity from which minhash leaves one out")
+    parser.add_argument(
+        "--dedup_shingles", default="words:5", metavar="UNIT:N", help="what minhash compares texts by: words:5, of "
+        "12 words or more; chars:5 for captions and other short texts",
+    )  # fmt: skip
     parser.add_argument("--quality", metavar="FILTER", help="which rows are kept, e.g. 'words >= 5 and symbols < 0.3'")
     parser.add_argument(
         "--executor", choices=("local", "datatrove", "slurm", "ray"), default="local",
@@ -71,6 +76,7 @@ def _build(args: argparse.Namespace) -> Iterable[str]:
     from mmllm.data.executors.stages import Executor, parse_options
     from mmllm.data.rows.cleaning import CleaningConfig
 
+    cleaning = CleaningConfig(args.dedup, args.threshold, args.quality, args.dedup_shingles)
     work = args.work if args.executor == "local" or args.work else f"{args.out.rstrip('/')}-work"
     work = Path(work) if work else None
     executor = Executor(args.executor, args.workers, args.tasks, work, parse_options(args.executor_option))
@@ -82,8 +88,7 @@ def _build(args: argparse.Namespace) -> Iterable[str]:
     written = commands.build(
         args.manifest, args.out, args.tokenizer, args.perturb, args.holdout, args.part, args.samples_per_shard,
         args.max_seconds, args.max_image_side, args.max_bad_fraction, args.seed, args.workers, ticker("rows"),
-        args.format, args.media, CleaningConfig(args.dedup, args.threshold, args.quality), executor, encoder,
-        column_names(args),
+        args.format, args.media, cleaning, executor, encoder, column_names(args),
     )  # fmt: skip
     end_line()
     return as_json(written)
@@ -113,6 +118,35 @@ def _split(args: argparse.Namespace) -> Iterable[str]:
         args.media, column_names(args), args.hold_tasks, args.task_column,
     )  # fmt: skip
     return as_json(told)
+
+
+def _add_topics(actions: Any) -> None:
+    parser = add_command(actions, "topics", "a manifest whose rows have topics, by clusters of their texts", _topics)
+    parser.add_argument("manifest", nargs="+", help="manifests, or data of other forms; kinds may be mixed")
+    parser.add_argument("--out", required=True, metavar="FILE.jsonl", help="the new manifest")
+    add_input_options(parser)
+    parser.add_argument("--topics", type=int, default=16, metavar="K", help="how many")
+    parser.add_argument("--column", default="topic", metavar="KEY", help="that the rows get")
+    parser.add_argument(
+        "--target", action="append", default=[], metavar="MANIFEST", help="rows like those that are wanted: each row "
+        "then also gets KEY_target, the share of them that is of its topic; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--media", metavar="DIR", help="what paths are relative to; by default each input's folder")
+    parser.add_argument("--max_bad_fraction", type=float, default=0.05, help="more unusable rows are an error")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _topics(args: argparse.Namespace) -> Iterable[str]:
+    check_there("manifest", *args.manifest, *args.target)
+    check_there("folder", args.media)
+    from mmllm.data.rows.topics import TopicsConfig, topics_lines, write_topics
+
+    told = write_topics(
+        args.manifest, args.out, TopicsConfig(args.topics, args.seed), args.target, args.column,
+        args.max_bad_fraction, args.format, args.media, column_names(args),
+    )  # fmt: skip
+    return as_json(told) if args.json else topics_lines(told)
 
 
 def _add_align(actions: Any) -> None:

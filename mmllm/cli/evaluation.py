@@ -37,6 +37,18 @@ def add_evaluation(commands: Any) -> None:
         "--votes", type=int, metavar="N", help="of caption, interleaved: draw N answers a row too; score their majority"
     )
     parser.add_argument("--temperature", type=float, metavar="T", help="of the votes; 0.5 unless told")
+    parser.add_argument(
+        "--shots", metavar="FILE", help="of caption, transcribe, interleaved: rows to show with their answers"
+    )
+    parser.add_argument("--num_shots", type=int, metavar="K", help="of --shots: so many in front of each row")
+    parser.add_argument(
+        "--max_length", type=int, metavar="N",
+        help="of --shots: positions of a prompt and its answer; as training's sequences unless told",
+    )  # fmt: skip
+    parser.add_argument("--shots_filter", metavar="EXPR", help="of --shots: which rows, such as 'plain'")
+    parser.add_argument(
+        "--anchor", metavar="TEXT", help="text in front of each prompt: the recipe's anchor_prompt; not of speak, text"
+    )
     parser.add_argument("--max_bad_fraction", type=float, default=0.05, help="more unusable rows are an error")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
@@ -46,13 +58,14 @@ def _eval(args: argparse.Namespace) -> Iterable[str]:
     check_model(args.model)
     check_there("manifest", args.manifest)
     check_there("judge", args.judge)
-    voting = _voting(args)
+    check_there("shots", args.shots)
+    voting, shots = _voting(args), _shots(args)
     from mmllm.evaluation import commands
 
     result = commands.run_eval(
         args.model, args.task, args.manifest, args.json, args.limit, args.batch_size, args.seed, args.media,
         args.sequence_length, args.device, args.max_bad_fraction, ticker(f"prompts of {args.task}"),
-        args.format, column_names(args), args.adapter, args.judge, voting,
+        args.format, column_names(args), args.adapter, args.judge, voting, shots, args.anchor,
     )  # fmt: skip
     end_line()
     return commands.score_lines(result)
@@ -70,3 +83,19 @@ def _voting(args: argparse.Namespace) -> Any:
     default = VotingConfig().sampling
     temperature = default.temperature if args.temperature is None else args.temperature
     return VotingConfig(args.votes, Sampling(temperature=temperature, seed=args.seed))
+
+
+def _shots(args: argparse.Namespace) -> Any:
+    """What `--shots` and `--num_shots` say; None: nothing is shown."""
+    if args.shots is None:
+        given = [name for name in ("num_shots", "max_length", "shots_filter") if getattr(args, name) is not None]
+        if given:
+            raise ValueError(
+                f"--{given[0]} is that of shots, but there are none; give --shots FILE too, or leave it out"
+            )
+        return None
+    if args.num_shots is None:
+        raise ValueError("--shots says what is shown, but not how many rows of it; give --num_shots K too")
+    from mmllm.evaluation.shots import ShotsConfig
+
+    return ShotsConfig(args.shots, args.num_shots, args.max_length, args.shots_filter)

@@ -23,18 +23,21 @@ def _add_sweep(actions: Any) -> None:
     parser = add_command(actions, "sweep", "train a grid of sizes and lengths; goes on where it stopped", _sweep)
     parser.add_argument("plan", metavar="PLAN.yaml")
     parser.add_argument("--out", required=True, metavar="DIR", help="where runs and points.jsonl go")
+    parser.add_argument("--data", metavar="DIR", help="a run's folder that is there, instead of making the sweep's own")
+    parser.add_argument("--workers", type=int, default=1, help="runs at once")
     parser.add_argument("--threads", type=int, default=1, help="of each training")
     parser.add_argument("--keep_models", action="store_true", help="models stay when they are scored")
     parser.add_argument("--dry_run", action="store_true", help="say what it costs, and check every config, alone")
 
 
 def _sweep(args: argparse.Namespace) -> Iterable[str]:
-    check_there("plan", args.plan)
-    if args.threads < 1:
-        raise ValueError(f"--threads is {args.threads}; it must be at least 1")
+    check_there("data", args.data)
+    for name in ("threads", "workers"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     from mmllm.studies.scaling_sweep import run_sweep
 
-    return run_sweep(args.plan, args.out, args.threads, args.keep_models, args.dry_run)
+    return run_sweep(args.plan, args.out, args.threads, args.keep_models, args.dry_run, args.workers, args.data)
 
 
 def _add_fit(actions: Any) -> None:

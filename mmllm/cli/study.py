@@ -34,15 +34,32 @@ def add_study(commands: Any) -> None:
     parser = add_command(actions, "report", "report.json and report.html of a study's folder", _report)
     parser.add_argument("folder", metavar="DIR")
     parser = add_command(
-        actions, "plant", "copies, wrong and garbled texts in a manifest, for cleaning to find", _plant
+        actions, "plant", "copies, wrong texts and rows of another topic in a manifest, for cleaning to find", _plant
     )
     parser.add_argument("manifest")
     parser.add_argument("--out", required=True, metavar="FILE.jsonl")
     parser.add_argument(
         "--copies", type=float, default=0.0, help="so many for each row, all of a hundredth of the rows"
     )
+    parser.add_argument(
+        "--near_copies", type=float, default=0.0, help="likewise, each with light edits of its text and picture"
+    )
+    parser.add_argument(
+        "--off_topic", type=float, default=0.0, help="so many for each row, of --noise, with pictures of noise"
+    )
+    parser.add_argument("--noise", metavar="MANIFEST", help="whose texts --off_topic takes")
     parser.add_argument("--wrong", type=float, default=0.0, help="share of the rows that get another row's text")
     parser.add_argument("--garbled", type=float, default=0.0, help="share of the rows whose text becomes symbols")
+    parser.add_argument("--filter", help="which rows are read, such as 'plain'")
+    parser.add_argument("--seed", type=int, default=0)
+    parser = add_command(
+        actions, "date", "a manifest with planted dates, by which texts drift, for a chronological order", _date
+    )
+    parser.add_argument("manifest", help="of rows with texts")
+    parser.add_argument(
+        "--words", required=True, metavar="A,B,…", help="in the order in which they come into use, such as square,star"
+    )
+    parser.add_argument("--out", required=True, metavar="FILE.jsonl")
     parser.add_argument("--filter", help="which rows are read, such as 'plain'")
     parser.add_argument("--seed", type=int, default=0)
     parser = add_command(
@@ -110,9 +127,20 @@ def _lines(folder: str) -> Iterable[str]:
 def _plant(args: argparse.Namespace) -> Iterable[str]:
     from mmllm.studies.planting import Planting, plant
 
+    check_there("manifest", args.manifest, args.noise)
+    planting = Planting(
+        copies=args.copies, wrong=args.wrong, garbled=args.garbled, near_copies=args.near_copies,
+        off_topic=args.off_topic, filter=args.filter, seed=args.seed,
+    )  # fmt: skip
+    return plant(args.manifest, Path(args.out), planting, args.noise)
+
+
+def _date(args: argparse.Namespace) -> Iterable[str]:
+    from mmllm.studies.dating import Drift, date
+
     check_there("manifest", args.manifest)
-    planting = Planting(args.copies, args.wrong, args.garbled, args.filter, args.seed)
-    return plant(args.manifest, Path(args.out), planting)
+    words = tuple(word.strip() for word in args.words.split(",") if word.strip())
+    return date(args.manifest, Path(args.out), Drift(words, args.filter, args.seed))
 
 
 def _rank(args: argparse.Namespace) -> Iterable[str]:

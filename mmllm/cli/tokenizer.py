@@ -95,6 +95,12 @@ def _add_kmeans(actions: Any) -> None:
     parser.add_argument("--sample_rate", type=int, default=8000, help="sounds are resampled to it")
     parser.add_argument("--hop_samples", type=int, default=160, help="samples a frame; windows are 2.5 times as long")
     parser.add_argument("--max_minutes", type=float, default=60.0, help="at most so much sound, drawn at random")
+    parser.add_argument(
+        "--deduplicate", action="store_true", help="a run of one unit is that unit once; `assemble` with --audio_pool 1"
+    )
+    parser.add_argument(
+        "--bpe", type=int, metavar="SIZE", help="merge frequent pairs of de-duplicated units; tokens, units included"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, metavar="DIR", help="what `assemble --codec DIR` takes")
 
@@ -108,7 +114,9 @@ def _kmeans(args: argparse.Namespace) -> Iterable[str]:
         args.sample_rate, args.hop_samples, args.num_clusters, window_samples=5 * args.hop_samples // 2,
         seed=args.seed,
     )  # fmt: skip
-    return as_json(tokenizer_commands.kmeans(args.inputs, args.out, config, args.max_minutes))
+    return as_json(tokenizer_commands.kmeans(
+        args.inputs, args.out, config, args.max_minutes, args.deduplicate, args.bpe
+    ))  # fmt: skip
 
 
 def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:

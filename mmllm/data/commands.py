@@ -314,6 +314,12 @@ def stats(recipe: str | Path, steps: int = 100, batch_size: int = 8, html: str |
             if source.num_by_type or source.num_held_out
         },
         "tell": _tell(plan, documents),
+        "balance": _balance(plan, seen),
+        "never_masked": {
+            source.config.name: source.num_never_masked
+            for source in plan.sources
+            if source.config.masked_spans is not None
+        },
         "lengths": {name: _histogram(values) for name, values in lengths.items()},
         "fill_by_step": fill_by_step,
     }  # fmt: skip
@@ -332,6 +338,31 @@ def _tell(plan: Plan, documents: Counter[str]) -> dict[str, Any] | None:
         "task": tell.task, "documents": count, "wanted_ratio": tell.ratio,
         "ratio": (documents.total() - count) / count if count else None,
     }  # fmt: skip
+
+
+def _balance(plan: Plan, seen: Counter[tuple[int, int, int, str, int]]) -> dict[str, Any]:
+    """Of each source that balances a column, by value: documents that there are, the share wanted, and that drawn."""
+    told = {}
+    for number, source in enumerate(plan.sources):
+        if source.balance is None:
+            continue
+        drawn: Counter[str] = Counter()
+        for (of, shard, row, _, _), count in seen.items():
+            if of == number:
+                drawn[source.balance_value(shard, row)] += count
+        values = zip(source.balance.names, source.balance.counts_V, source.balance.shares_V, strict=True)
+        told[source.config.name] = {
+            "column": source.config.balance,
+            "alpha": source.balance.alpha,
+            "values": {
+                name: {
+                    "documents": int(there), "wanted_share": float(share),
+                    "share": drawn[name] / drawn.total() if drawn else 0.0,
+                }
+                for name, there, share in values
+            },
+        }  # fmt: skip
+    return told
 
 
 def _histogram(values: Sequence[int]) -> list[tuple[int, int, int]]:

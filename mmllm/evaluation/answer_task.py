@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from mmllm.data.rows.media import media_source
 from mmllm.data.rows.rows import Row
 from mmllm.data.samples.documents import Segment
 from mmllm.evaluation.asking import AskedModel
 from mmllm.evaluation.metrics import exact_match, text_meaning
 from mmllm.evaluation.results import Prediction, TaskResult
 from mmllm.evaluation.scoring import causes, greedy_settings, mean_scores, vote_scores
+from mmllm.evaluation.shots import prompt_segments
 from mmllm.inference.voting import VotingConfig, vote
 
 _ORDINAL = re.compile(r"\b(?:first|second|third|fourth|fifth)\b", re.IGNORECASE)
@@ -40,12 +40,12 @@ def evaluate_answers(
     references = [str(row.metadata["answer"]) for row in rows]
     settings = greedy_settings(model, references, batch_size)
     parts = [prompt_segments(row) for row in rows]
-    answers = model.answer(parts, questions, **settings)
+    answers = model.answer(parts, questions, **settings, rows=rows)
     given = [("", answers)]
     blind: Sequence[str | None] = [None] * len(rows)
     if controls:
-        blind = model.answer(parts, questions, blind=True, **settings)
-        shuffled = model.answer(shuffled_segments(rows, seed), questions, **settings)
+        blind = model.answer(parts, questions, blind=True, **settings, rows=rows)
+        shuffled = model.answer(shuffled_segments(rows, seed), questions, **settings, rows=rows)
         given += [("shuffled_", shuffled), ("blind_", blind)]
     right = _matches(answers, references)
     media = causes(rows)
@@ -73,7 +73,7 @@ def evaluate_answers(
         )
     ]  # fmt: skip
     if voting is not None:
-        prompts = [model.served.question_prompt(one, question) for one, question in zip(parts, questions, strict=True)]
+        prompts = model.answer_prompts(parts, questions, settings["max_new_tokens"], rows)
         votes = vote(
             model.served, prompts, voting, text_meaning, settings["max_new_tokens"], batch_size, model.progress
         )
@@ -92,18 +92,6 @@ def evaluate_answers(
 
 def _matches(texts: Sequence[str], references: Sequence[str]) -> list[bool]:
     return [exact_match(text, reference) for text, reference in zip(texts, references, strict=True)]
-
-
-def prompt_segments(row: Row) -> list[Segment]:
-    """A row's prompt as the model takes it."""
-    return [
-        Segment(
-            segment.get("text"),
-            media_source(segment["image"]) if "image" in segment else None,
-            media_source(segment["audio"]) if "audio" in segment else None,
-        )
-        for segment in row.segments
-    ]
 
 
 def shuffled_segments(rows: Sequence[Row], seed: int) -> list[list[Segment]]:

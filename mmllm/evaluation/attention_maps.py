@@ -46,7 +46,15 @@ def watch(model: MultimodalModel, batch: PackedBatch, positions: Sequence[int]) 
         model: in eval mode, not compiled.
         batch: of one document, without padding.
         positions: that look: places in the document.
+
+    Raises:
+        ValueError: the decoder has an encoder, each of whose halves has other positions.
     """
+    if model.config.decoder.encoder_layers:
+        raise ValueError(
+            f"decoder.encoder_layers is {model.config.decoder.encoder_layers}; maps of attention are of decoders whose "
+            f"layers all have all positions"
+        )
     num_tokens = batch.token_ids_BT.shape[1]
     seen: dict[int, Tensor] = {}
     with _watched(model, positions, num_tokens, seen):

@@ -41,8 +41,8 @@ def evaluate_captions(
     """
     images = cast("list[Any]", [media_source(cast("Media", row.image)) for row in rows])
     settings = greedy_settings(model, [row.text for row in rows], batch_size)
-    said = model.caption(images, **settings)
-    blind = model.caption(images, blind=True, **settings)
+    said = model.caption(images, **settings, rows=rows)
+    blind = model.caption(images, blind=True, **settings, rows=rows)
     predictions = [_caption_prediction(row, *texts) for row, *texts in zip(rows, said, blind, strict=True)]
     test = [place for place, row in enumerate(rows) if scored_set(row) != "heldout_pairs"]
     scores: dict[str, Any] = {}
@@ -65,7 +65,7 @@ def evaluate_captions(
         matched = [predictions[i].correct for i in heldout]
         scores |= mean_scores("heldout_pairs_exact_match", matched, seed, pairs)
     if voting is not None:
-        prompts = [model.served.caption_prompt(image) for image in images]
+        prompts = model.caption_prompts(images, settings["max_new_tokens"], rows)
         votes = vote(
             model.served, prompts, voting, caption_meaning, settings["max_new_tokens"], batch_size, model.progress
         )

@@ -14,11 +14,12 @@ from typing import Any
 from mmllm.data.rows.bad_rows import BadRows, ManifestError
 from mmllm.data.rows.rows import Row
 from mmllm.data.samples.documents import Document, Segment
-from mmllm.evaluation.answer_task import prompt_segments, shuffled_segments
+from mmllm.evaluation.answer_task import shuffled_segments
 from mmllm.evaluation.asking import AskedModel
 from mmllm.evaluation.metrics import text_meaning
 from mmllm.evaluation.results import Prediction, TaskResult
 from mmllm.evaluation.scoring import causes, greedy_settings, mean_scores
+from mmllm.evaluation.shots import prompt_segments
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def _prompt(model: AskedModel, messages: list[dict[str, Any]]) -> Document:
     """The prompt of a conversation; in the form of templates.json what a tool says is written as the user's."""
     if model.tokenizer.chat_template is None:
         messages = [{**message, "role": "user"} if message["role"] == "tool" else message for message in messages]
-    return model.served.chat_prompt(messages)
+    return model.prompter.chat(messages)
 
 
 def _last_question(row: Row) -> str | None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from mmllm.data.rows.column_names import ColumnNames
 from mmllm.evaluation.results import TaskResult, save_result
+from mmllm.evaluation.shots import ShotsConfig
 from mmllm.evaluation.speech_task import Judge
-from mmllm.evaluation.tasks import evaluate
+from mmllm.evaluation.tasks import check_prompt, evaluate
 from mmllm.inference.api import load
 from mmllm.inference.voting import VotingConfig
 
@@ -32,6 +33,8 @@ def run_eval(
     adapter: str | None = None,
     judge: str | None = None,
     voting: VotingConfig | None = None,
+    shots: ShotsConfig | None = None,
+    anchor: str | None = None,
 ) -> TaskResult:
     """Scores a model on held-out rows, with intervals and the blind baseline.
 
@@ -39,7 +42,8 @@ def run_eval(
         model_dir: The model folder.
         task: caption, transcribe, speak, interleaved, chat or text.
         manifest: Input of held-out rows, of any form; those of other kinds are left out.
-        json_out: Where scores and predictions go: `{"task", TASK: scores, "predictions"}`.
+        json_out: Where scores and predictions go: `{"task", TASK: scores, "predictions"}`, and `prompt` where there
+            are shots or an anchor.
         limit: At most so many rows of each set, drawn at random.
         batch_size: Prompts at once.
         seed: Of the draw, the shuffled controls, sampling and the bootstrap.
@@ -53,6 +57,8 @@ def run_eval(
         adapter: Of the model's, by name; None: the model alone.
         judge: For `speak`, an aligner's folder (`mmllm data align` writes one): it writes down what is spoken as well.
         voting: See `evaluate`.
+        shots: Likewise.
+        anchor: Likewise.
 
     Returns:
         What `json_out` holds.
@@ -65,6 +71,7 @@ def run_eval(
         raise ValueError(f"json_out is {json_out}, a folder; name a file in it, such as {Path(json_out) / 'eval.json'}")
     if media_dir is None and json_out is not None and task == "speak":
         media_dir = str(Path(json_out).parent / "spoken")
+    check_prompt(task, shots, anchor)
     model = load(model_dir, device, adapter=adapter)
     result = evaluate(
         model,
@@ -81,6 +88,8 @@ def run_eval(
         columns,
         None if judge is None else Judge.load(judge),
         voting,
+        shots=shots,
+        anchor=anchor,
     )
     if json_out is not None:
         save_result(result, json_out)

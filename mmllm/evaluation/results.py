@@ -14,6 +14,10 @@ KIND_OF_TASK = {
     "text": "text",
 }  # fmt: skip
 """Which rows of a manifest a task is scored on."""
+SHOT_TASKS = ("caption", "transcribe", "interleaved")
+"""Whose rows can be shown with their answers in front of others."""
+ANCHORED_TASKS = (*SHOT_TASKS, "chat")
+"""Whose prompts can have an anchor in front."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +64,21 @@ class TaskResult:
     task: str
     scores: dict[str, Any]
     predictions: list[Prediction] = field(default_factory=list)
+    prompt: dict[str, Any] = field(default_factory=dict)
+    """What is in front of the rows' prompts: `anchor`, and `shots` with their manifest, number and seed."""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"task is {self.task!r}; choose one of {', '.join(TASKS)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"task", TASK: scores, "predictions"}`: the scores lie where report.json has them."""
-        return {"task": self.task, self.task: self.scores, "predictions": [p.to_dict() for p in self.predictions]}
+        """`{"task", TASK: scores, "prompt", "predictions"}`: the scores lie where report.json has them.
+
+        `prompt` is there only where something is in front of the rows' own.
+        """
+        prompt = {"prompt": self.prompt} if self.prompt else {}
+        predictions = [p.to_dict() for p in self.predictions]
+        return {"task": self.task, self.task: self.scores, **prompt, "predictions": predictions}
 
 
 def save_result(result: TaskResult, path: str | Path) -> Path:
@@ -89,6 +100,6 @@ def load_result(path: str | Path) -> TaskResult:
         raw = json.loads(path.read_text(encoding="utf-8"))
         known = {f.name for f in fields(Prediction)}
         predictions = [Prediction(**{k: v for k, v in p.items() if k in known}) for p in raw["predictions"]]
-        return TaskResult(raw["task"], raw[raw["task"]], predictions)
+        return TaskResult(raw["task"], raw[raw["task"]], predictions, raw.get("prompt", {}))
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no result of `mmllm eval --json` ({error}); run `mmllm eval` again") from error

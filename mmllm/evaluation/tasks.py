@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -21,12 +22,14 @@ from mmllm.evaluation.answer_task import evaluate_answers
 from mmllm.evaluation.asking import AskedModel
 from mmllm.evaluation.caption_task import evaluate_captions
 from mmllm.evaluation.chat_task import chat_rows, evaluate_chat, is_conversation
-from mmllm.evaluation.results import KIND_OF_TASK, TASKS, TaskResult
+from mmllm.evaluation.results import ANCHORED_TASKS, KIND_OF_TASK, SHOT_TASKS, TASKS, TaskResult
 from mmllm.evaluation.scoring import scored_set
+from mmllm.evaluation.shots import RowShots, ShotsConfig
 from mmllm.evaluation.speech_task import Judge, evaluate_speech
 from mmllm.evaluation.text_task import evaluate_text
 from mmllm.evaluation.transcript_task import evaluate_transcripts
 from mmllm.inference.api import Model
+from mmllm.inference.prompting import check_anchor
 from mmllm.inference.voting import VotingConfig
 
 PROMPTS_A_ROW = {"caption": 1, "transcribe": 1, "speak": 3, "interleaved": 3, "chat": 3, "text": 1}
@@ -56,6 +59,8 @@ def evaluate(
     judge: Judge | None = None,
     voting: VotingConfig | None = None,
     controls: bool = True,
+    shots: ShotsConfig | None = None,
+    anchor: str | None = None,
 ) -> TaskResult:
     """Scores a model on one task.
 
@@ -77,13 +82,17 @@ def evaluate(
             the greedy answer; None: none are.
         controls: of `interleaved` and `chat`: also ask blind and with shuffled pictures and sounds; False, where a
             score is followed through a training, takes a third of the time.
+        shots: of `caption`, `transcribe` and `interleaved`: what is shown with its answer in front of each row, drawn
+            by `seed`; its form and columns are those of the rows. None: nothing.
+        anchor: of these and `chat`: a text in front of each prompt, as a recipe's `anchor_prompt` is in front of the
+            documents that a model is tuned on.
 
     Returns:
         Scores under the keys of report.json, and one record a row.
 
     Raises:
-        ValueError: an unknown task, votes of one that has none, no rows, too many that can't be read, or a model that
-            lacks the sense.
+        ValueError: an unknown task, votes, shots or an anchor of one that has none, no rows, too many that can't be
+            read, too few to show, or a model that lacks the sense.
         FileNotFoundError: no such manifest.
     """
     if task not in TASKS:
@@ -92,6 +101,7 @@ def evaluate(
         raise ValueError(
             f"task is {task!r}, which has no votes; those of {' and '.join(VOTED_TASKS)} have: leave votes out"
         )
+    check_prompt(task, shots, anchor)
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1, or None for all rows")
     bad = BadRows(max_bad_fraction)
@@ -109,8 +119,16 @@ def evaluate(
     rows = short_enough(rows, longest, unreadable, name)
     num_votes = 0 if voting is None else voting.num_votes
     num_asked = PROMPTS_A_ROW[task] if controls or task not in ("interleaved", "chat") else 1
+    if shots is not None and num_asked == 1:
+        num_asked = 2  # blind prompts differ by their shots
     num_prompts = (num_asked + num_votes) * len(rows)
     asked = AskedModel(model, None if progress is None else _summed(progress, num_prompts))
+    shown: RowShots | None = None
+    if shots is not None:
+        prompter, most = model.prompter.anchored(anchor), model.engine.config.max_length
+        shown = RowShots.read(shots, task, seed, prompter, longest, most, max_bad_fraction, form, columns)
+    if shown is not None or anchor is not None:
+        asked = replace(asked, anchor=anchor, shots=shown)
     match task:
         case "caption":
             result = evaluate_captions(asked, rows, batch_size, seed, voting)
@@ -126,7 +144,25 @@ def evaluate(
             result = evaluate_text(asked, rows, batch_size, seed, sequence_length)
     if bad.reasons or unreadable.reasons:
         result.scores["num_skipped_rows"] = len(bad.reasons) + len(unreadable.reasons)
+    if anchor is not None:
+        result.prompt["anchor"] = anchor
+    if shown is not None:
+        result.prompt["shots"] = shown.told()
+        result.scores.update(shown.scores())
     return result
+
+
+def check_prompt(task: str, shots: ShotsConfig | None, anchor: str | None) -> None:
+    """Refuses shots, or an anchor, of a task whose prompts have none.
+
+    Raises:
+        ValueError: the task has none, or the anchor is empty.
+    """
+    for name, given, having in (("shots", shots, SHOT_TASKS), ("anchor", anchor, ANCHORED_TASKS)):
+        if given is not None and task not in having:
+            raise ValueError(f"task is {task!r}, which has no {name}; {', '.join(having)} have: leave {name} out")
+    if anchor is not None:
+        check_anchor(anchor)
 
 
 def scored_rows(rows: Sequence[Row], task: str, name: str) -> list[Row]:

@@ -34,12 +34,13 @@ def evaluate_transcripts(model: AskedModel, rows: Sequence[Row], batch_size: int
     """WER and CER over all words and characters, and rows without an error; `heldout_voice` rows apart.
 
     `shuffled_wer` is that of other sounds' transcripts. Voices never heard are drawn whole for their interval.
-    `joined_wer` is of two recordings of one speaker as one sound, of test rows: longer than any of them alone.
+    `joined_wer` is of two recordings of one speaker as one sound, of test rows: longer than any of them alone; there is
+    none with shots.
     """
     sounds = cast("list[Any]", [media_source(cast("Media", row.audio)) for row in rows])
     settings = greedy_settings(model, [row.text for row in rows], batch_size)
-    said = model.transcribe(sounds, **settings)
-    blind = model.transcribe(sounds, blind=True, **settings)
+    said = model.transcribe(sounds, **settings, rows=rows)
+    blind = model.transcribe(sounds, blind=True, **settings, rows=rows)
     scores: dict[str, Any] = {}
     predictions = []
     for group in ("test", "heldout_voices"):
@@ -76,7 +77,8 @@ def evaluate_transcripts(model: AskedModel, rows: Sequence[Row], batch_size: int
             )
             for i, edit in zip(places, edits, strict=True)
         ]  # fmt: skip
-    scores |= _joined_scores(model, [row for row in rows if scored_set(row) != "heldout_voices"], batch_size, seed)
+    if model.shots is None:  # they are drawn for single rows
+        scores |= _joined_scores(model, [row for row in rows if scored_set(row) != "heldout_voices"], batch_size, seed)
     return TaskResult("transcribe", scores, predictions)
 
 

@@ -6,7 +6,7 @@ Each item's outcome is its own: one that can't be read, or fails, is raised, or 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, get_args
 
 from mmllm.checkpoints.settings import GenerationConfig
@@ -116,6 +116,10 @@ class Answerer:
         """Of the model."""
         return self.runner.engine
 
+    def anchored(self, anchor: str | None) -> Answerer:
+        """The same with a text in front of all prompts; see `Prompter.anchored`."""
+        return replace(self, prompter=self.prompter.anchored(anchor))
+
     def options(self, settings: Mapping[str, Any], n: int | None = None) -> TextOptions:
         """What `TextSettings` say, with the model's defaults.
 
@@ -194,14 +198,16 @@ class Answerer:
         self, sounds: Sequence[Any], options: TextOptions, on_error: OnError, settings: LongSoundSettings
     ) -> list[Transcript | Exception]:
         try:
-            return list(transcribe_long(self, sounds, options, settings))  # all windows of all sounds at once
+            return list(
+                transcribe_long(self, sounds, options, settings, self.prompter.anchor)
+            )  # all windows of all sounds at once
         except Exception:
             if on_error == "raise":
                 raise
         found: list[Transcript | Exception] = []
         for sound in sounds:
             try:
-                found += transcribe_long(self, [sound], options, settings)
+                found += transcribe_long(self, [sound], options, settings, self.prompter.anchor)
             except Exception as error:
                 found.append(error)
         return found

@@ -196,19 +196,38 @@ class Model:
     # ---- what is seen and heard, in words
 
     @overload
-    def caption(self, images: list[Any], *, n: int, **settings: Unpack[TextSettings]) -> list[list[Completion]]: ...
+    def caption(
+        self, images: list[Any], *, n: int, anchor: str | None = None, **settings: Unpack[TextSettings]
+    ) -> list[list[Completion]]: ...
     @overload
     def caption(
-        self, images: list[Any], *, on_error: Literal["return"], **settings: Unpack[TextSettings]
+        self,
+        images: list[Any],
+        *,
+        on_error: Literal["return"],
+        anchor: str | None = None,
+        **settings: Unpack[TextSettings],
     ) -> list[Completion | Exception]: ...
     @overload
-    def caption(self, images: list[Any], **settings: Unpack[TextSettings]) -> list[Completion]: ...
-    @overload
-    def caption(self, images: PictureInput, *, n: int, **settings: Unpack[TextSettings]) -> list[Completion]: ...
-    @overload
-    def caption(self, images: PictureInput, **settings: Unpack[TextSettings]) -> Completion: ...
     def caption(
-        self, images: Any, *, n: int | None = None, on_error: OnError = "raise", **settings: Unpack[TextSettings]
+        self, images: list[Any], *, anchor: str | None = None, **settings: Unpack[TextSettings]
+    ) -> list[Completion]: ...
+    @overload
+    def caption(
+        self, images: PictureInput, *, n: int, anchor: str | None = None, **settings: Unpack[TextSettings]
+    ) -> list[Completion]: ...
+    @overload
+    def caption(
+        self, images: PictureInput, *, anchor: str | None = None, **settings: Unpack[TextSettings]
+    ) -> Completion: ...
+    def caption(
+        self,
+        images: Any,
+        *,
+        n: int | None = None,
+        on_error: OnError = "raise",
+        anchor: str | None = None,
+        **settings: Unpack[TextSettings],
     ) -> Any:
         """Says what is in an image, or in each of a list.
 
@@ -217,6 +236,8 @@ class Model:
                 (uint8, or float in [0, 1]).
             n: a list of so many completions, drawn by their chance.
             on_error: see `Model`.
+            anchor: a text in front of the prompt: the `anchor_prompt` of the recipe's source that the model was
+                tuned on.
             **settings: see `TextSettings`.
 
         Raises:
@@ -232,35 +253,50 @@ class Model:
         """
         options, on_error = self._answerer.options(settings, n), check_on_error(on_error)
         self.prompter.need_sight()
-        prompts = each(as_items(images), lambda n, one: self.prompter.caption(one, f"images[{n}]"), on_error)
+        prompter = self.prompter.anchored(anchor)
+        prompts = each(as_items(images), lambda n, one: prompter.caption(one, f"images[{n}]"), on_error)
         return as_given(images, self._answerer.write(prompts, options, on_error, n is not None))
 
     @overload
     def transcribe(
         self, sounds: list[Any], *, timestamps: Literal[True], long_sound: LongSoundSettings | None = None,
-        **settings: Unpack[TextSettings],
+        anchor: str | None = None, **settings: Unpack[TextSettings],
     ) -> list[Transcript]: ...  # fmt: skip
     @overload
     def transcribe(
         self, sounds: AudioInput, *, timestamps: Literal[True], long_sound: LongSoundSettings | None = None,
-        **settings: Unpack[TextSettings],
+        anchor: str | None = None, **settings: Unpack[TextSettings],
     ) -> Transcript: ...  # fmt: skip
     @overload
-    def transcribe(self, sounds: list[Any], *, n: int, **settings: Unpack[TextSettings]) -> list[list[Completion]]: ...
+    def transcribe(
+        self, sounds: list[Any], *, n: int, anchor: str | None = None, **settings: Unpack[TextSettings]
+    ) -> list[list[Completion]]: ...
     @overload
     def transcribe(
         self, sounds: list[Any], *, on_error: Literal["return"], timestamps: bool = False,
-        long_sound: LongSoundSettings | None = None, **settings: Unpack[TextSettings],
+        long_sound: LongSoundSettings | None = None, anchor: str | None = None, **settings: Unpack[TextSettings],
     ) -> list[Completion | Transcript | Exception]: ...  # fmt: skip
     @overload
     def transcribe(
-        self, sounds: list[Any], *, long_sound: LongSoundSettings | None = None, **settings: Unpack[TextSettings]
+        self,
+        sounds: list[Any],
+        *,
+        long_sound: LongSoundSettings | None = None,
+        anchor: str | None = None,
+        **settings: Unpack[TextSettings],
     ) -> list[Completion | Transcript]: ...
     @overload
-    def transcribe(self, sounds: AudioInput, *, n: int, **settings: Unpack[TextSettings]) -> list[Completion]: ...
+    def transcribe(
+        self, sounds: AudioInput, *, n: int, anchor: str | None = None, **settings: Unpack[TextSettings]
+    ) -> list[Completion]: ...
     @overload
     def transcribe(
-        self, sounds: AudioInput, *, long_sound: LongSoundSettings | None = None, **settings: Unpack[TextSettings]
+        self,
+        sounds: AudioInput,
+        *,
+        long_sound: LongSoundSettings | None = None,
+        anchor: str | None = None,
+        **settings: Unpack[TextSettings],
     ) -> Completion | Transcript: ...
     def transcribe(
         self,
@@ -270,6 +306,7 @@ class Model:
         long_sound: LongSoundSettings | None = None,
         n: int | None = None,
         on_error: OnError = "raise",
+        anchor: str | None = None,
         **settings: Unpack[TextSettings],
     ) -> Any:
         """Writes down what is said in a sound, or in each of a list.
@@ -284,6 +321,8 @@ class Model:
             long_sound: how transcripts are made.
             n: a list of so many completions, drawn by their chance.
             on_error: see `Model`.
+            anchor: a text in front of the prompt: the `anchor_prompt` of the recipe's source that the model was
+                tuned on.
             **settings: see `TextSettings`.
 
         Raises:
@@ -302,26 +341,43 @@ class Model:
             raise arguments.wrong("long_sound", long_sound, "LongSoundSettings")
         timestamps = arguments.flag("timestamps", timestamps)
         long_sound = long_sound or LongSoundSettings()
-        outcomes = self._answerer.transcribe(as_items(sounds), options, on_error, n is not None, timestamps, long_sound)
+        answerer = self._answerer.anchored(anchor)
+        outcomes = answerer.transcribe(as_items(sounds), options, on_error, n is not None, timestamps, long_sound)
         return as_given(sounds, outcomes)
 
     @overload
     def answer(
-        self, parts: list[Any], questions: list[str], *, n: int, **settings: Unpack[TextSettings]
+        self,
+        parts: list[Any],
+        questions: list[str],
+        *,
+        n: int,
+        anchor: str | None = None,
+        **settings: Unpack[TextSettings],
     ) -> list[list[Completion]]: ...
     @overload
     def answer(
         self, parts: list[Any], questions: list[str], *, on_error: Literal["return"],
-        **settings: Unpack[TextSettings],
+        anchor: str | None = None, **settings: Unpack[TextSettings],
     ) -> list[Completion | Exception]: ...  # fmt: skip
     @overload
-    def answer(self, parts: list[Any], questions: list[str], **settings: Unpack[TextSettings]) -> list[Completion]: ...
-    @overload
     def answer(
-        self, parts: Part | list[Any], questions: str, *, n: int, **settings: Unpack[TextSettings]
+        self, parts: list[Any], questions: list[str], *, anchor: str | None = None, **settings: Unpack[TextSettings]
     ) -> list[Completion]: ...
     @overload
-    def answer(self, parts: Part | list[Any], questions: str, **settings: Unpack[TextSettings]) -> Completion: ...
+    def answer(
+        self,
+        parts: Part | list[Any],
+        questions: str,
+        *,
+        n: int,
+        anchor: str | None = None,
+        **settings: Unpack[TextSettings],
+    ) -> list[Completion]: ...
+    @overload
+    def answer(
+        self, parts: Part | list[Any], questions: str, *, anchor: str | None = None, **settings: Unpack[TextSettings]
+    ) -> Completion: ...
     def answer(
         self,
         parts: Any,
@@ -329,6 +385,7 @@ class Model:
         *,
         n: int | None = None,
         on_error: OnError = "raise",
+        anchor: str | None = None,
         **settings: Unpack[TextSettings],
     ) -> Any:
         """Answers a question about text, images and sounds; with a list of questions, each about its own parts.
@@ -338,6 +395,8 @@ class Model:
             questions: what is asked.
             n: a list of so many completions, drawn by their chance.
             on_error: see `Model`.
+            anchor: a text in front of the prompt: the `anchor_prompt` of the recipe's source that the model was
+                tuned on.
             **settings: see `TextSettings`.
 
         Raises:
@@ -356,8 +415,10 @@ class Model:
             num_parts = len(many) if isinstance(many, list) else 1
             raise ValueError(f"there are {len(asked)} questions but parts for {num_parts}; give parts for each")
 
+        prompter = self.prompter.anchored(anchor)
+
         def prompt(place: int, question: Any) -> Document:
-            return self.prompter.question(many[place], arguments.text(f"questions[{place}]", question))
+            return prompter.question(many[place], arguments.text(f"questions[{place}]", question))
 
         return as_given(
             questions, self._answerer.write(each(asked, prompt, on_error), options, on_error, n is not None)

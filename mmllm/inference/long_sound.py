@@ -388,6 +388,7 @@ def transcribe_long(
     sounds: Sequence[AudioPart],
     options: TextOptions,
     settings: LongSoundSettings | None = None,
+    anchor: str | None = None,
 ) -> list[Transcript]:
     """Writes down what is said in sounds of any length.
 
@@ -396,30 +397,33 @@ def transcribe_long(
         sounds: of any length, rate and number of channels.
         options: how texts are drawn; bounds are of each window.
         settings: how sounds are cut, and what is doubted.
+        anchor: a text in front of each window's prompt, as of `Model.transcribe`.
 
     Raises:
         ValueError: windows are to be longer than what the model hears.
         ModuleNotFoundError: silero-vad is asked for, but not installed.
     """
-    generation, hear = model_api.generation, partial(_hear, model_api, options=options)
+    generation, hear = model_api.generation, partial(_hear, model_api, options=options, anchor=anchor)
     return transcribe_windows(
         sounds, generation.max_heard_seconds, generation.usual_heard_seconds, hear, settings or LongSoundSettings()
     )
 
 
-def _hear(model_api: SpeechModel, clips: list[AudioPart], options: TextOptions) -> list[Heard]:
+def _hear(model_api: SpeechModel, clips: list[AudioPart], options: TextOptions, anchor: str | None) -> list[Heard]:
     tokenizer = model_api.tokenizer
     audio = tokenizer.require_audio()
-    codes = audio.encode_batch([audio.prepare(clip.wave_CT, clip.sample_rate) for clip in clips])
+    timed = audio.encode_timed([audio.prepare(clip.wave_CT, clip.sample_rate) for clip in clips])
     options = replace(options, num_logprobs=options.num_logprobs or 0)
     maker = options.compiled(tokenizer)
-    requests = [options.requests(build_prompt("transcribe", tokenizer, audio=codes_KF), maker) for codes_KF in codes]
+    prompts = [build_prompt("transcribe", tokenizer, audio=codes_KF, anchor=anchor) for codes_KF, _ in timed]
+    requests = [options.requests(prompt, maker) for prompt in prompts]
     results = iter(model_api.engine.run([request for tries in requests for request in tries]))
     heard = []
-    for clip, codes_KF, tries in zip(clips, codes, requests, strict=True):
+    for clip, (codes_KF, durations_F), tries in zip(clips, timed, requests, strict=True):
         written = [cast("TextResult", next(results)) for _ in tries]
         result = max(written, key=lambda each: float(np.mean(each.logprobs or (-math.inf,))))
-        alignment = align_words(model_api.model, tokenizer, codes_KF, clip, result.text)
+        durations_F = None if audio.keeps_durations else durations_F
+        alignment = align_words(model_api.model, tokenizer, codes_KF, clip, result.text, durations_F)
         ends = tuple(
             min(len(tokenizer.text.decode(list(result.ids[:count]))), len(result.text))
             for count in range(1, len(result.ids) + 1)

@@ -6,7 +6,7 @@ Shapes: K codebooks, F frames.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from mmllm.checkpoints.settings import GenerationConfig
 from mmllm.data.samples.decode import ImageTransform
 from mmllm.data.samples.documents import Document, DocumentWriter, Segment, build_prompt, media_slots
+from mmllm.inference import arguments
 from mmllm.inference.inputs import AudioPart, ImagePart, Part, PictureInput, as_image, parse_parts
 from mmllm.inference.messages import ROLES, as_content, check_messages, message_parts
 from mmllm.inference.prompts import join
@@ -36,12 +37,23 @@ class Prompter:
         tokenizer: of the model.
         image_transform: how images reach the tower.
         generation: how long the sounds are that the model hears.
+        anchor: a text in front of every prompt but those of `plain`, as a recipe's `anchor_prompt` is in front of a
+            source's documents; of a conversation, the system's first turn.
     """
 
     config: ModelConfig
     tokenizer: TokenizerFolder
     image_transform: ImageTransform
     generation: GenerationConfig
+    anchor: str | None = None
+
+    def anchored(self, anchor: str | None) -> Prompter:
+        """The same with another anchor; None: with the one that it has.
+
+        Raises:
+            ValueError: it is no text, or empty.
+        """
+        return self if anchor is None else replace(self, anchor=check_anchor(anchor))
 
     def caption(self, image: PictureInput, name: str = "image") -> Document:
         """An image, for its caption."""
@@ -85,15 +97,19 @@ class Prompter:
             ValueError: it is no conversation, a part can't be read, or the chat template refuses it.
         """
         template = self.tokenizer.chat_template
+        roles, last = (ROLES, ("user",)) if template is None else (None, ("user", "tool"))
+        checked = check_messages(messages, roles, last)
+        if self.anchor is not None:
+            checked = _after_anchor(self.anchor, checked, reads_files)
         if template is not None:
-            return self._templated(template, check_messages(messages, None, ("user", "tool")), reads_files)
+            return self._templated(template, checked, reads_files)
         documents: list[Document] = []
-        numbered = enumerate(check_messages(messages, ROLES, ("user",)))
+        numbered = enumerate(checked)
         for answers, turn in groupby(numbered, key=lambda pair: pair[1]["role"] == "assistant"):
             said = _as_one_turn([_parts_of(message, number, reads_files) for number, message in turn])
             if answers and not documents:
-                documents.append(self._prompt("chat"))  # training writes an empty question
-            documents.append(self._said(said) if answers else self._prompt("chat", segments=self._segments(said)))
+                documents.append(self._turn(()))  # training writes an empty question
+            documents.append(self._said(said) if answers else self._turn(said))
         return join(documents)
 
     def codes(self, sounds: Sequence[AudioPart]) -> list[Tensor]:
@@ -136,6 +152,7 @@ class Prompter:
     def need_speech(self) -> None:
         """Raises a ValueError where the model doesn't speak."""
         self._need(self.config.audio, "speak", "texts to be spoken")
+        self.tokenizer.check_speech()
 
     def _templated(self, template: str, messages: Sequence[Mapping[str, Any]], reads_files: bool) -> Document:
         """A conversation as the model's own chat template writes it."""
@@ -158,6 +175,10 @@ class Prompter:
             else:
                 documents.append(media_slots(next(segments), self.tokenizer, self.image_transform))
         return join(documents)
+
+    def _turn(self, parts: Parts) -> Document:
+        """What is asked in a conversation, whose anchor is a message of its own."""
+        return replace(self, anchor=None)._prompt("chat", segments=self._segments(parts))
 
     def _said(self, parts: Parts) -> Document:
         if not all(isinstance(part, str) for part in parts):
@@ -189,6 +210,7 @@ class Prompter:
             segments=segments,
             question=question,
             transform=self.image_transform,
+            anchor=self.anchor,
         )
 
     def _segments(self, parts: Parts) -> list[Segment]:
@@ -214,6 +236,29 @@ class Prompter:
     def _need(self, part: object | None, verb: str, noun: str) -> None:
         if part is None:
             raise ValueError(f"this model does not {verb}, but {noun} were given; use a model that was trained to")
+
+
+def check_anchor(anchor: Any) -> str:
+    """A text that can be in front of prompts.
+
+    Raises:
+        ValueError: it is no text, or empty.
+    """
+    if not arguments.text("anchor", anchor).strip():
+        raise ValueError("anchor is empty; give the text of the recipe's anchor_prompt, or leave it out")
+    return anchor
+
+
+def _after_anchor(anchor: str, messages: Sequence[Mapping[str, Any]], reads_files: bool) -> list[Mapping[str, Any]]:
+    """A conversation behind an anchor, as `build_document` has it: what the system says is a line of that turn."""
+    first, *others = messages
+    said: list[Any] = [{"type": "text", "text": anchor}]  # no file's name, whatever it says
+    if first["role"] != "system" or first.get("content") is None:
+        return [{"role": "system", "content": said}, *messages]
+    for number, part in enumerate(_parts_of(first, 0, reads_files)):
+        is_text = isinstance(part, str)
+        said.append({"type": "text", "text": part if number else f"\n{part}"} if is_text else part)
+    return [{**first, "content": said}, *others]
 
 
 def _parts_of(message: Mapping[str, Any], number: int, reads_files: bool) -> list[str | ImagePart | AudioPart]:

@@ -6,7 +6,7 @@ Shapes: B rows, T positions, K codebooks, N images, S slots, C clips, F frames, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -93,6 +93,25 @@ def join(documents: Sequence[Document]) -> Document:
         has_units=any(document.has_units for document in documents),
         pointer=_joined_pointer(documents),
     )
+
+
+def behind_shots(
+    lengths: Sequence[int], joined: Callable[[Sequence[int]], Document], room: int, max_length: int | None
+) -> tuple[Document, tuple[int, ...]]:
+    """A prompt behind as many shots as there is room for, the longest being left out first, and which these are.
+
+    Args:
+        lengths: tokens of each shot by itself.
+        joined: the prompt behind shots of these numbers.
+        room: tokens that come behind the prompt.
+        max_length: positions of a prompt and what comes behind it; None: any number.
+    """
+    kept = list(range(len(lengths)))
+    while True:
+        prompt = joined(kept)
+        if max_length is None or not kept or prompt.num_tokens + room <= max_length:
+            return prompt, tuple(kept)
+        kept.remove(max(kept, key=lengths.__getitem__))
 
 
 def _joined_pointer(documents: Sequence[Document]) -> Pointer | None:

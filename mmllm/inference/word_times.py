@@ -45,7 +45,12 @@ class Alignment:
 
 
 def align_words(
-    model: MultimodalModel, tokenizer: TokenizerFolder, codes_KF: Tensor, sound: AudioPart, text: str
+    model: MultimodalModel,
+    tokenizer: TokenizerFolder,
+    codes_KF: Tensor,
+    sound: AudioPart,
+    text: str,
+    durations_F: Tensor | None = None,
 ) -> Alignment | None:
     """When each word of a text is said in a sound, and whether it is.
 
@@ -55,6 +60,7 @@ def align_words(
         codes_KF: of the sound.
         sound: whose level tells pauses between words.
         text: that was written.
+        durations_F: how many frames each code lasts; None: one each.
 
     Returns:
         None: there is no CTC head, or no word.
@@ -78,7 +84,9 @@ def align_words(
         return Alignment(1.0 - min(1.0, float(said_S.sum()) / len(flat)))
     missed_L, sure_L = 1.0 - _heard(said_S, peaks), np.array([peak.probability for peak in peaks])
     spans = list(pairwise(np.cumsum([0, *map(len, ids)]).tolist()))
-    times = _times([peaks[first:last] for first, last in spans], slot_seconds, sound)
+    starts_S = None if durations_F is None else _slot_starts(durations_F, tokenizer)
+    middles = [_middle(peaks[first:last], slot_seconds, starts_S) for first, last in spans]
+    times = _times(middles, sound)
     timed = tuple(
         WordTime(word, start, end, None, min(1.0, float(sure_L[first:last].mean())))
         for word, (start, end), (first, last) in zip(words, times, spans, strict=True)
@@ -94,8 +102,22 @@ def _heard(said_S: np.ndarray, peaks: list[Peak]) -> np.ndarray:
     return np.array([min(1.0, float(said_S[first:last].sum())) for first, last in pairwise(bounds)])
 
 
-def _times(words: list[list[Peak]], slot_seconds: float, sound: AudioPart) -> list[tuple[float, float]]:
-    """(start, end) of words from the slots in which their tokens are heard, and the pauses between them.
+def _slot_starts(durations_F: Tensor, tokenizer: TokenizerFolder) -> np.ndarray:
+    """float64 [S + 1], seconds: when each slot begins whose codes last so many frames, and when the last one ends."""
+    ends_F = np.concatenate([[0], durations_F.cumsum(0).numpy()])
+    places_S = [*range(0, len(durations_F), tokenizer.audio_pool), len(durations_F)]
+    return ends_F[places_S] / tokenizer.frame_rate
+
+
+def _middle(word: list[Peak], slot_seconds: float, starts_S: np.ndarray | None) -> float:
+    """Seconds: the middle between the first slot and the last in which a word is heard."""
+    if starts_S is None:
+        return (word[0].first + word[-1].last + 1) / 2 * slot_seconds
+    return float(starts_S[word[0].first] + starts_S[word[-1].last + 1]) / 2
+
+
+def _times(middles: list[float], sound: AudioPart) -> list[tuple[float, float]]:
+    """(start, end) of words from where their tokens are heard, in seconds, and the pauses between them.
 
     A stretch of speech between two pauses begins with its first word and ends with its last one. Where in a word a head
     puts its token differs from model to model (the demo's: near its beginning). How far it is from a stretch's
@@ -106,9 +128,9 @@ def _times(words: list[list[Peak]], slot_seconds: float, sound: AudioPart) -> li
     found = spoken_hops(loud_hops(levels))
     spans = [(first * HOP_SECONDS, min(last * HOP_SECONDS, sound.seconds)) for first, last in found]
     spans = spans or [(0.0, sound.seconds)]
-    middles = [min((word[0].first + word[-1].last + 1) / 2 * slot_seconds, sound.seconds) for word in words]
+    middles = [min(middle, sound.seconds) for middle in middles]
     nearest = [min(spans, key=lambda span: max(span[0] - middle, middle - span[1], 0.0)) for middle in middles]
-    groups = [[*group] for _, group in groupby(range(len(words)), key=lambda place: nearest[place])]
+    groups = [[*group] for _, group in groupby(range(len(middles)), key=lambda place: nearest[place])]
     ahead = [max(0.0, middles[group[0]] - nearest[group[0]][0]) for group in groups]
     behind = [max(0.0, nearest[group[-1]][1] - middles[group[-1]]) for group in groups]
     share = (sum(behind) + _HALFWAY_SECONDS) / (sum(ahead) + sum(behind) + 2 * _HALFWAY_SECONDS)

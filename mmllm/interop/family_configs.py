@@ -72,6 +72,9 @@ def _has_dense(config: DecoderConfig) -> bool:
 _TRAITS: dict[str, _Trait] = {
     "experts": _Trait("moe.scoring_func", _experts, words={"none": "moe: null"}),
     "prefix": _Trait("prefix", lambda c: c.prefix),
+    "encoder": _Trait(
+        "encoder_layers", lambda c: c.encoder_layers > 0, lambda c: c.encoder_layers, {False: "0", True: "1 or more"}
+    ),
     "conv_size": _Trait("conv_size", lambda c: c.conv_size > 0, lambda c: c.conv_size, {False: "0"}),
     "mod_layers": _Trait("mod_layers", lambda c: bool(c.mod_layers), lambda c: list(c.mod_layers), {False: "[]"}),
     "modality_experts": _Trait("moe.modality_experts", lambda c: _moe(c).modality_experts),
@@ -140,7 +143,7 @@ _TRAITS: dict[str, _Trait] = {
     ),
 }
 _PLAIN: dict[str, tuple[Any, ...]] = {
-    "experts": ("none",), "prefix": ("none",), "conv_size": (False,), "mod_layers": (False,),
+    "experts": ("none",), "prefix": ("none",), "encoder": (False,), "conv_size": (False,), "mod_layers": (False,),
     "modality_experts": (None,), "dense_layers": ("none",), "norm_topk_prob": (True,), "shared": (False,),
     "scaling": (False,), "expert_bias": (False,), "groups": (False,), "qk_norm": ("none",), "attention_bias": ("none",),
     "mlp_bias": (False,), "windows": ("none",), "sliding_rope": (None,), "partial": (False,), "no_rope": (False,),

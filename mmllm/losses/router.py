@@ -83,8 +83,10 @@ def z_loss(z_sums_L: Tensor, num_tokens: int | Tensor) -> Tensor:
 
     Args:
         z_sums_L: summed over this rank's tokens.
-        num_tokens: of all ranks.
+        num_tokens: of all ranks; a scalar, or [L], of each layer.
     """
+    if isinstance(num_tokens, Tensor) and num_tokens.ndim:
+        return (z_sums_L / _at_least_one(num_tokens, z_sums_L)).mean()
     return z_sums_L.sum() / max(len(z_sums_L), 1) / _at_least_one(num_tokens, z_sums_L)
 
 

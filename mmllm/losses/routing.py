@@ -35,6 +35,8 @@ class RoutingTotals:
     """Zeros where they are not counted."""
     probability_sums_LME: Tensor
     """[0, M, E] where nothing needs them."""
+    tokens_L: Tensor
+    """[0] where all tokens pass all layers."""
 
     @classmethod
     def of(cls, routing: RoutingStats) -> RoutingTotals:
@@ -48,6 +50,7 @@ class RoutingTotals:
             num_sequences=like.new_zeros(()) if tokens_B is None else (tokens_B > 0).sum().double(),
             tokens_M=like.new_zeros(len(Modality)) if tokens_M is None else tokens_M.double(),
             probability_sums_LME=like.new_zeros(0) if sums_LME is None else sums_LME.detach().double(),
+            tokens_L=like.new_zeros(0) if routing.tokens_L is None else routing.tokens_L.double(),
         )
 
     def flat(self) -> Tensor:
@@ -77,6 +80,7 @@ def router_losses(config: MoEConfig, routing: RoutingStats, totals: RoutingTotal
         return losses
     dtype = routing.probability_sums_LE.dtype
     num_tokens, tokens_M = totals.num_tokens.to(dtype), totals.tokens_M.to(dtype)
+    num_tokens = totals.tokens_L.to(dtype) if len(totals.tokens_L) else num_tokens
     if config.counts_by_sequence:
         assert routing.counts_LBE is not None and routing.probability_sums_LBE is not None
         assert routing.tokens_B is not None

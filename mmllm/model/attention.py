@@ -65,11 +65,20 @@ class Attention(nn.Module):
 
     def forward(self, x_ND: Tensor, cos_N1C: Tensor, sin_N1C: Tensor, context: PackedContext | LayerContext) -> Tensor:
         """Same shape as the input."""
-        q, k, v = self.q_proj(x_ND), self.k_proj(x_ND), self.v_proj(x_ND)
-        if self.settings.qk_norm == "width" and self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (x.unflatten(-1, (-1, self.settings.head_dim)) for x in (q, k, v))
-        if self.settings.qk_norm == "head" and self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = cpu.rotate(q, cos_N1C, sin_N1C), cpu.rotate(k, cos_N1C, sin_N1C)
+        q = self._rotated(self.q_proj(x_ND), self.q_norm, cos_N1C, sin_N1C)
+        k, v = self.keys_values(x_ND, cos_N1C, sin_N1C)
         return self.o_proj(attend(q, k, v, context, self.settings.rule))
+
+    def keys_values(self, x_ND: Tensor, cos_N1C: Tensor, sin_N1C: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys, rotated, and values, [N, G, C]."""
+        k = self._rotated(self.k_proj(x_ND), self.k_norm, cos_N1C, sin_N1C)
+        return k, self.v_proj(x_ND).unflatten(-1, (-1, self.settings.head_dim))
+
+    def _rotated(self, x: Tensor, norm: RMSNorm | None, cos_N1C: Tensor, sin_N1C: Tensor) -> Tensor:
+        """Queries or keys [N, H·C], normalized over all heads or each, as [N, H, C]."""
+        if norm is not None and self.settings.qk_norm == "width":
+            x = norm(x)
+        x = x.unflatten(-1, (-1, self.settings.head_dim))
+        if norm is not None and self.settings.qk_norm == "head":
+            x = norm(x)
+        return cpu.rotate(x, cos_N1C, sin_N1C)

@@ -6,7 +6,9 @@ Q of them with filler (`mmllm.sequences`), E experts, L layers with experts, M m
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +22,7 @@ from mmllm.model.attention import Attention
 from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.depth import DepthLayout, DepthRouter, DepthStats, DepthSums
 from mmllm.model.embedding import Embedding, Head
+from mmllm.model.encoder_decoder import EncodedPrompts, HalvesLayout, prefill, run_packed
 from mmllm.model.experts import MLP, MoE
 from mmllm.model.norms import RMSNorm
 from mmllm.model.recompute import Recompute, checkpointed, recompute_mode
@@ -32,7 +35,7 @@ from mmllm.model.virtual_tokens import PrefixLayer, VirtualLayout, VirtualTokens
 from mmllm.sequences import SequenceMetadata
 
 INIT_STD = 0.02
-Context = PackedContext | LayerOfStep | PrefixLayer
+Context = PackedContext | LayerOfStep | PrefixLayer | EncodedPrompts
 
 
 class Block(nn.Module):
@@ -45,7 +48,9 @@ class Block(nn.Module):
         self.has_experts = config.has_experts(layer)
         self.compiled: Callable[..., Any] | None = None
         """`_run_selective` of any block; the hooks of sharding stay outside of it, and so does full recomputing."""
-        self.depth = DepthRouter(config.hidden_size) if config.skips_tokens(layer) else None
+        self.depth = None
+        if config.skips_tokens(layer):
+            self.depth = DepthRouter(config.hidden_size, layer, config.mod_capacity, config.mod_router)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config.attention(layer))
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -92,12 +97,12 @@ class Block(nn.Module):
     ) -> tuple[Tensor, LayerSums | DepthSums | None]:
         if self.depth is None:
             return self._forward(x_ND, cos, sin, context, tokens, neighbors)
-        assert not self.has_experts and not isinstance(context, PrefixLayer)
+        assert not self.has_experts and not isinstance(context, PrefixLayer | EncodedPrompts)
 
         def run(x_PD: Tensor, angles: tuple[Tensor, Tensor], context: PackedContext | LayerOfStep) -> Tensor:
             return self._forward(x_PD, *angles, context, TokenInfo(is_counted=False))[0]
 
-        return self.depth(x_ND, (cos, sin), context, layout, tokens.is_real_N, self.self_attn.settings.rule, run)
+        return self.depth(x_ND, (cos, sin), context, layout, tokens, self.self_attn.settings.rule, run)
 
     def _forward(
         self,
@@ -112,7 +117,8 @@ class Block(nn.Module):
         normed_ND = self.input_layernorm(x_ND)
         if self.attention_conv is not None:
             normed_ND = self.attention_conv(normed_ND, neighbors)
-        attended = self.self_attn(normed_ND, cos, sin, context)
+        here = context.by(self.input_layernorm, self.self_attn) if isinstance(context, EncodedPrompts) else context
+        attended = self.self_attn(normed_ND, cos, sin, here)
         x_ND = x_ND + F.dropout(attended, self.dropout, self.training)
         normed_ND = self.post_attention_layernorm(x_ND)
         if self.mlp_conv is not None:
@@ -181,7 +187,15 @@ class Decoder(nn.Module):
 
         Args:
             options: of `torch.compile`.
+
+        Raises:
+            ValueError: there is an encoder: how many tokens are its, and the decoder's, differs in every batch.
         """
+        if self.config.encoder_layers:
+            raise ValueError(
+                f"decoder.encoder_layers is {self.config.encoder_layers}, of which every batch has other shapes to "
+                f"compile for; leave compile out"
+            )
         compiled = torch.compile(Block._run_selective, **{"fullgraph": True, **options})
         for layer, block in enumerate(self.layers):
             if not self.config.skips_tokens(layer):
@@ -224,7 +238,8 @@ class Decoder(nn.Module):
             positions_BT: restart at zero with each document.
             document_ids_BT: -1 for padding; a position sees earlier ones of its own document.
             modality_BT: given, routing is counted by modality too; needed where `moe.modality_experts` is set.
-            spans_BT: the bidirectional span of each position, -1 none; needed where `config.prefix` is set.
+            spans_BT: the bidirectional span of each position, -1 none; needed where `config.prefix` is set. With
+                `config.encoder_layers`, -1 at the decoder's positions and another number at the encoder's.
         """
         sequences = SequenceMetadata.of(document_ids_BT)
         hidden_QD, stats = self.packed(x_BTD, positions_BT, sequences, modality_BT, spans_BT)
@@ -248,6 +263,8 @@ class Decoder(nn.Module):
             modality_N: of each.
             step: whose rows they are; their keys and values are kept.
         """
+        if self.config.encoder_layers and isinstance(step, PromptStep) and step.num_fresh:
+            return prefill(self, x_ND, positions_N, modality_N, step)
         tokens = TokenInfo(modality_N, is_counted=False)
         hidden_ND, _ = self._run(x_ND, positions_N, step, tokens, x_ND.shape[0])
         step.end()
@@ -268,6 +285,10 @@ class Decoder(nn.Module):
         """
         x_QD, positions_Q = _taken(x_BTD.flatten(0, 1), sequences), _taken(positions_BT.flatten(), sequences)
         spans_Q = None if spans_BT is None else _taken(spans_BT.flatten(), sequences)
+        if self.config.encoder_layers:
+            layout = HalvesLayout.of(sequences, _num_prompt(sequences, spans_Q))
+            tokens, dtype = self._token_info(sequences, modality_BT, x_BTD.shape), _attention_dtype(x_QD)
+            return run_packed(self, x_QD, positions_Q, layout, tokens, sequences.num_tokens, dtype)
         if self.config.prefix != "none" and spans_Q is None:
             raise ValueError(f"decoder.prefix is {self.config.prefix!r}, but no spans were given; pass spans_BT")
         tokens, virtual = self._token_info(sequences, modality_BT, x_BTD.shape), self._virtual
@@ -335,13 +356,16 @@ class Decoder(nn.Module):
         config, dtype = self.config, _attention_dtype(x_QD)
         ropes = [(config.rotary_channels(layer), *config.rope(layer)) for layer in range(config.num_hidden_layers)]
         angles = {each: rotary(positions_Q, each[0], each[1], dtype, each[2]) for each in set(ropes)}
+        if config.mod_layers and config.mod_router == "random":
+            tokens = dataclasses.replace(tokens, positions_N=positions_Q)
         x_QD = F.dropout(x_QD, config.dropout, self.training)
         by_layer: dict[int, LayerSums] = {}
         depth_by_layer: dict[int, DepthSums] = {}
-        for layer, block in enumerate(self.layers):
+        first = config.encoder_layers  # new positions of an encoder-decoder pass the decoder alone, and so do caches
+        for layer, block in itertools.islice(enumerate(self.layers), first, None):
             match context:
                 case RunningStep() | PromptStep():
-                    here = context.layer(layer)
+                    here = context.layer(layer - first)
                 case list():
                     here = context[layer]
                 case _:
@@ -358,6 +382,15 @@ class Decoder(nn.Module):
 def _attention_dtype(x: Tensor) -> torch.dtype:
     """In which queries and keys of a residual stream are."""
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def _num_prompt(sequences: SequenceMetadata, spans_Q: Tensor | None) -> tuple[int, ...]:
+    """Of each document how many tokens are the encoder's; where the host doesn't know, the device is asked."""
+    if sequences.num_prompt is not None:
+        return sequences.num_prompt
+    if spans_Q is None:
+        raise ValueError("decoder.encoder_layers is set, but no spans were given; pass spans_BT")
+    return tuple(int((each >= 0).sum()) for each in spans_Q.split(sequences.lengths))
 
 
 def _taken(x: Tensor, sequences: SequenceMetadata) -> Tensor:

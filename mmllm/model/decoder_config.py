@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,6 +36,8 @@ class DecoderConfig:
         mod_layers: blocks that only some tokens pass (mixture of depths, arXiv 2404.02258; there every other one). They
             have no experts and no sliding window.
         mod_capacity: share of a document's tokens that pass them in training; of each document at least one.
+        mod_router: who passes them: "learned" weights say it, or chance ("random"), the published control: drawn anew
+            at every step of a training, by a hash of layer and position elsewhere, without a predictor.
         mod_predictor_coef: weight of the loss of the predictors, which decide in its place when nothing is trained.
         rope_theta: base of the rotary angles.
         rope_scaling: how the rotary frequencies are stretched to longer contexts; not in sliding layers where
@@ -57,6 +60,9 @@ class DecoderConfig:
             block, the token itself included ("Canon" layers A and C, arXiv 2512.17351; 4 there); 0: there are none.
         prefix: what is seen in both directions: the slots of each picture and sound ("media"), all of a document up to
             its first target ("prompt"), or nothing ("none").
+        encoder_layers: so many blocks, the first ones, are an encoder: what of a document stands before the position
+            that predicts its first target passes them alone, seen in both directions; the rest passes the other blocks
+            and sees the encoder's final states there (`mmllm.model.encoder_decoder`). 0: all tokens pass all blocks.
         attention_backend: "buckets" of padded documents (any device), torch's "varlen" kernel (a GPU in half
             precision), "flex" (FlexAttention; any rule), "dense" (for tests); "auto" chooses.
         tie_word_embeddings: the head is the embedding.
@@ -78,6 +84,7 @@ class DecoderConfig:
     moe_layers: Literal["all"] | tuple[int, ...] = "all"
     mod_layers: tuple[int, ...] = ()
     mod_capacity: float = 0.125
+    mod_router: Literal["learned", "random"] = "learned"
     mod_predictor_coef: float = 0.01
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
@@ -92,6 +99,7 @@ class DecoderConfig:
     sliding_rope_theta: float | None = None
     conv_size: int = 0
     prefix: Literal["none", "media", "prompt"] = "none"
+    encoder_layers: int = 0
     attention_backend: AttentionBackend = "auto"
     tie_word_embeddings: bool = True
     dropout: float = 0.0
@@ -123,6 +131,7 @@ class DecoderConfig:
             raise ValueError(f"decoder.moe_layers names layer {wrong[0]}; layers are 0 to {self.num_hidden_layers - 1}")
         self._check_attention()
         self._check_depth()
+        self._check_encoder()
 
     def _check_numbers(self) -> None:
         for key in (
@@ -203,6 +212,8 @@ class DecoderConfig:
     def _check_depth(self) -> None:
         if not 0 < self.mod_capacity <= 1:
             raise ValueError(f"decoder.mod_capacity is {self.mod_capacity}; it must be above 0 and at most 1")
+        if self.mod_router not in ("learned", "random"):
+            raise ValueError(f"decoder.mod_router is {self.mod_router!r}; choose learned or random")
         if not (math.isfinite(self.mod_predictor_coef) and self.mod_predictor_coef >= 0):
             raise ValueError(f"decoder.mod_predictor_coef is {self.mod_predictor_coef}; it must be finite, 0 or more")
         if self.mod_layers and self.conv_size:
@@ -224,6 +235,28 @@ class DecoderConfig:
                     f"decoder.mod_layers names layer {layer}, which is sliding: its window would hold other tokens in "
                     f"training than with the predictor; make it full_attention in layer_types"
                 )
+
+    def _check_encoder(self) -> None:
+        count = self.encoder_layers
+        if not count:
+            return
+        if not 0 < count < self.num_hidden_layers:
+            raise ValueError(
+                f"decoder.encoder_layers is {count} of {self.num_hidden_layers} layers; give fewer, so that some are "
+                f"left to the decoder, or 0 for none"
+            )
+        moe = self.moe or MoEConfig(router_aux_loss_coef=0.0)
+        for key, is_there, instead in (
+            ("prefix", self.prefix != "none", "the encoder sees all of the prompt in both directions: set it to none"),
+            ("mod_layers", bool(self.mod_layers), "who skips a block is chosen of whole documents: leave it out"),
+            ("attention_backend", self.attention_backend == "varlen", "its kernel is causal: set it to flex or auto"),
+            ("moe.aux_loss_scope", moe.aux_loss_scope != "layer", "layers have different tokens: set it to layer"),
+            ("moe.local_entropy_loss_coef", moe.local_entropy_loss_coef, "layers have different tokens: set it to 0"),
+            ("moe.global_entropy_loss_coef", moe.global_entropy_loss_coef, "layers have different tokens: set it to 0"),
+        ):
+            if is_there:
+                value = operator.attrgetter(key)(self)
+                raise ValueError(f"decoder.{key} is {value!r}, and encoder_layers {count}; {instead}")
 
     @property
     def head_channels(self) -> int:
@@ -263,7 +296,8 @@ class DecoderConfig:
 
     def rule(self, layer: int) -> MaskRule:
         """What a layer's queries see."""
-        return MaskRule(self.sliding_window if self.is_sliding(layer) else None, self.prefix != "none")
+        has_spans = self.prefix != "none" or layer < self.encoder_layers
+        return MaskRule(self.sliding_window if self.is_sliding(layer) else None, has_spans)
 
     def attention(self, layer: int) -> AttentionSettings:
         """A layer's attention."""

@@ -5,6 +5,9 @@ that come later. So a predictor learns, from the token alone, whether it will be
 wherever the model is not trained: in validation, in scoring, and with a cache. All tokens are computed there, and the
 keys and changes of those that don't pass left out, since how many pass is known to the device alone.
 
+The published control is a random choice of as many tokens. There nothing is predicted: in training the choice is drawn
+anew at every step, and elsewhere a hash of layer and position lets a share C pass, so that a cache gives the same.
+
 Shapes: Q tokens of the whole batch (`mmllm.sequences`), P of them that pass a block, D width.
 """
 
@@ -14,7 +17,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +26,15 @@ from torch import Tensor, nn
 from mmllm.model.attend import PackedContext
 from mmllm.model.masks import MaskRule
 from mmllm.model.roles import mark, mark_all
+from mmllm.model.router import TokenInfo
 from mmllm.model.row_cache import LayerOfStep
 from mmllm.sequences import SequenceMetadata
 
 PREDICTOR_SHARE = 4
 """The predictor's inner width is the model's divided by it."""
 
+Choice = Literal["learned", "random"]
+"""What decides who passes: the router's weights, or chance."""
 Angles = tuple[Tensor, Tensor]
 Run = Callable[[Tensor, Angles, PackedContext | LayerOfStep], Tensor]
 """A block's own computation: tokens, their cosines and sines, and what they attend to, to the new residual stream."""
@@ -37,6 +43,17 @@ Run = Callable[[Tensor, Angles, PackedContext | LayerOfStep], Tensor]
 def num_passing(length: int, capacity: float) -> int:
     """How many tokens of a document pass: ceil(C · length), at least one."""
     return max(1, math.ceil(capacity * length - 1e-9))  # 0.1 · 30 is a little more than 3
+
+
+def passes_by_position(positions_Q: Tensor, layer: int, capacity: float) -> Tensor:
+    """Bools [Q]: a share C of all positions, without order, others in every layer.
+
+    By two rounds of multiplying and shifting, which mix 32 bits; nothing overflows, so that every device agrees.
+    """
+    bits_Q = (positions_Q + 1 + 0x9E3779B1 * (layer + 1)) & 0xFFFFFFFF
+    for _ in range(2):
+        bits_Q = ((bits_Q ^ (bits_Q >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return (bits_Q ^ (bits_Q >> 16)) < round(capacity * 2**32)
 
 
 @dataclass(frozen=True)
@@ -120,15 +137,26 @@ class DepthStats:
 
 
 class DepthRouter(nn.Module):
-    """Lets some tokens pass a block: x' = x + r · f(x), with r = wᵀx and f what the block adds; the rest stays."""
+    """Lets some tokens pass a block: x' = x + r · f(x), with r = wᵀx and f what the block adds; the rest stays.
 
-    def __init__(self, width: int):
+    Args:
+        width: D.
+        layer: of the block; a random choice differs by it.
+        capacity: C; of a random choice where nothing is trained.
+        choice: who passes. With "random" r is learned all the same, so that the choice alone differs; in the paper's
+            control the weights themselves are drawn (from a Gaussian).
+    """
+
+    def __init__(self, width: int, layer: int, capacity: float, choice: Choice = "learned"):
         super().__init__()
+        self.layer, self.capacity = layer, capacity
         self.router = nn.Linear(width, 1, bias=False)
-        inner = max(1, width // PREDICTOR_SHARE)
-        self.predictor = nn.Sequential(nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, 1))
         mark(self.router, weight="head")
-        mark_all(self.predictor, "head")
+        self.predictor: nn.Sequential | None = None
+        if choice == "learned":
+            inner = max(1, width // PREDICTOR_SHARE)
+            self.predictor = nn.Sequential(nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, 1))
+            mark_all(self.predictor, "head")
 
     def weights(self, x_QD: Tensor) -> Tensor:
         """The r of each token, float32 or wider, also under autocast."""
@@ -137,8 +165,10 @@ class DepthRouter(nn.Module):
         with torch.autocast(x_QD.device.type, enabled=False):
             return F.linear(x_QD.to(dtype), weight_1D.to(dtype))[:, 0]
 
-    def predictions(self, x_QD: Tensor) -> Tensor:
-        """Logit of a token's passing, from itself alone; its gradient ends here."""
+    def predictions(self, x_QD: Tensor) -> Tensor | None:
+        """Logit of a token's passing, from itself alone; its gradient ends here. None: the choice is random."""
+        if self.predictor is None:
+            return None
         normed_QD = F.rms_norm(x_QD.detach(), x_QD.shape[-1:])
         return self.predictor(normed_QD)[:, 0]
 
@@ -148,40 +178,49 @@ class DepthRouter(nn.Module):
         angles: Angles,
         context: PackedContext | LayerOfStep,
         layout: DepthLayout | None,
-        is_real_Q: Tensor | None,
+        tokens: TokenInfo,
         rule: MaskRule,
         run: Run,
     ) -> tuple[Tensor, DepthSums | None]:
-        """The new residual stream of all tokens.
+        """The new residual stream of all tokens, and the predictor's sums where there is one.
 
         Args:
             x_QD: the residual stream.
             angles: rotary cosines and sines; a token keeps those of its place, whoever passes.
             context: the batch's documents, or the layer's cache.
             layout: of the documents; None with a cache.
-            is_real_Q: False at filler; None: there is none.
+            tokens: says which are filler, and the positions for a random choice.
             rule: what the block's queries see.
             run: the block.
         """
         weights_Q, logits_Q = self.weights(x_QD), self.predictions(x_QD)
-        passes_Q = logits_Q > 0
         if isinstance(context, LayerOfStep):
+            passes_Q = self._passes(logits_Q, tokens)
             context.hide(passes_Q)
             return _moved(x_QD, run(x_QD, angles, context), weights_Q, passes_Q), None
         assert layout is not None, "packed documents have a layout"
-        chosen_P = layout.chosen(weights_Q.detach())
-        is_chosen_Q = torch.zeros_like(passes_Q).index_fill(0, chosen_P, True)
         if self.training:
-            sums = _sums(logits_Q, is_chosen_Q, is_chosen_Q, is_real_Q)
+            chosen_P = layout.chosen(torch.rand_like(weights_Q) if logits_Q is None else weights_Q.detach())
+            sums = None if logits_Q is None else _sums(logits_Q, chosen_P, None, tokens.is_real_N)
             x_PD = x_QD.index_select(0, chosen_P)
             cos_P, sin_P = (each.index_select(0, chosen_P) for each in angles)
             new_PD = run(x_PD, (cos_P, sin_P), layout.context(context, chosen_P, rule))
             weights_P1 = weights_Q.index_select(0, chosen_P)[:, None].to(x_PD.dtype)
             return x_QD.index_copy(0, chosen_P, torch.lerp(x_PD, new_PD.to(x_PD.dtype), weights_P1)), sums
-        sums = _sums(logits_Q, is_chosen_Q, passes_Q, is_real_Q)
+        passes_Q = self._passes(logits_Q, tokens)
+        sums = None
+        if logits_Q is not None:
+            sums = _sums(logits_Q, layout.chosen(weights_Q.detach()), passes_Q, tokens.is_real_N)
         hidden = context.with_keys(passes_Q)
         hidden.prepare(rule)
         return _moved(x_QD, run(x_QD, angles, hidden), weights_Q, passes_Q), sums
+
+    def _passes(self, logits_Q: Tensor | None, tokens: TokenInfo) -> Tensor:
+        """Bools [Q], who passes where nothing is trained: that depends on no token that comes later."""
+        if logits_Q is not None:
+            return logits_Q > 0
+        assert tokens.positions_N is not None, "a random choice goes by positions"
+        return passes_by_position(tokens.positions_N, self.layer, self.capacity)
 
 
 def _moved(x_QD: Tensor, new_QD: Tensor, weights_Q: Tensor, passes_Q: Tensor) -> Tensor:
@@ -190,8 +229,11 @@ def _moved(x_QD: Tensor, new_QD: Tensor, weights_Q: Tensor, passes_Q: Tensor) ->
     return torch.lerp(x_QD, new_QD.to(x_QD.dtype), gates_Q1)
 
 
-def _sums(logits_Q: Tensor, is_chosen_Q: Tensor, passes_Q: Tensor, is_real_Q: Tensor | None) -> DepthSums:
+def _sums(logits_Q: Tensor, chosen_P: Tensor, passes_Q: Tensor | None, is_real_Q: Tensor | None) -> DepthSums:
+    """Of a predictor; `passes_Q` None: those pass that have the largest weights."""
     wide_Q = logits_Q.to(torch.promote_types(logits_Q.dtype, torch.float32))
+    is_chosen_Q = torch.zeros_like(logits_Q, dtype=torch.bool).index_fill(0, chosen_P, True)
+    passes_Q = is_chosen_Q if passes_Q is None else passes_Q
     losses_Q = F.binary_cross_entropy_with_logits(wide_Q, is_chosen_Q.to(wide_Q.dtype), reduction="none")
     is_right_Q = (logits_Q > 0) == is_chosen_Q
     if is_real_Q is not None:

@@ -9,6 +9,7 @@ Shapes: N images, H and W pixels, C clips, F frames a clip, K codebooks.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from mmllm.batch import PackedBatch
 from mmllm.model.depth import num_passing
 from mmllm.model.multimodal import ModelConfig, MultimodalModel
 from mmllm.model.recompute import recompute_mode
+from mmllm.model.router import MoEConfig
 
 PEAK_FLOPS: dict[str, float] = {
     "B200": 2250e12,
@@ -62,6 +64,7 @@ class Work:
         num_stored_images: of them, those whose features were stored, so that the tower has no work.
         num_heard_frames: frames of clips that are heard.
         num_spoken_frames: frames of units in the stream.
+        prompts: of each document how many tokens, its first ones, are an encoder's, where there is one; empty: none.
     """
 
     lengths: tuple[int, ...]
@@ -71,6 +74,7 @@ class Work:
     num_stored_images: int = 0
     num_heard_frames: int = 0
     num_spoken_frames: int = 0
+    prompts: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -91,6 +95,7 @@ class Work:
             num_stored_images=len(batch.image_features_NPC),
             num_heard_frames=sum(media.clip_frames),
             num_spoken_frames=len(media.frames_F),
+            prompts=(sequences.num_prompt or ())[: len(lengths)],
         )
 
 
@@ -104,6 +109,9 @@ class ModelFlops:
         per_passing_token: as `per_token`, of the blocks that only some tokens pass.
         per_passing_pair: as `per_pair`, of these blocks.
         mod_capacity: share of a document's tokens that pass them.
+        per_prompt_token: of an encoder's layers, and of the keys and values that the decoder makes of its states; the
+            numbers above are then the decoder's.
+        per_prompt_pair: of an encoder's scores and sums, of each pair of a prompt's tokens, in both directions.
         per_target: of the head.
         per_unit_target: of the further codebooks' blocks of the head.
         per_image: of the tower.
@@ -119,6 +127,8 @@ class ModelFlops:
     per_passing_token: int
     per_passing_pair: int
     mod_capacity: float
+    per_prompt_token: int
+    per_prompt_pair: int
     per_target: int
     per_unit_target: int
     per_image: int
@@ -136,7 +146,7 @@ class ModelFlops:
         decoder, audio = config.decoder, config.audio
         by_window: dict[int | None, int] = {}
         pair = 4 * decoder.num_attention_heads * decoder.head_channels
-        for layer in set(range(decoder.num_hidden_layers)).difference(decoder.mod_layers):
+        for layer in set(range(decoder.encoder_layers, decoder.num_hidden_layers)).difference(decoder.mod_layers):
             window = decoder.rule(layer).window
             by_window[window] = by_window.get(window, 0) + pair
         codebooks = (audio.num_codebooks - 1) * (audio.codebook_size + 1) if audio is not None else 0
@@ -148,6 +158,8 @@ class ModelFlops:
             per_passing_token=per_passing_token,
             per_passing_pair=len(decoder.mod_layers) * pair,
             mod_capacity=decoder.mod_capacity,
+            per_prompt_token=_of_prompt_token(model),
+            per_prompt_pair=decoder.encoder_layers * pair,
             per_target=2 * decoder.vocab_size * decoder.hidden_size,
             per_unit_target=2 * codebooks * decoder.hidden_size,
             per_image=per_image,
@@ -160,11 +172,23 @@ class ModelFlops:
 
     def layers(self, work: Work) -> int:
         """Of a forward pass through all layers."""
+        if self.per_prompt_token:
+            return self._halves(work)
         pairs = sum(each * sum(seen_pairs(length, window) for length in work.lengths) for window, each in self.per_pair)
         total = self.per_token * work.num_tokens + pairs
         if self.per_passing_token:
             passing = [num_passing(length, self.mod_capacity) for length in work.lengths]
             total += self.per_passing_token * sum(passing) + self.per_passing_pair * sum(map(seen_pairs, passing))
+        return total
+
+    def _halves(self, work: Work) -> int:
+        """As `layers`, of an encoder and a decoder."""
+        prompts = work.prompts or (0,) * len(work.lengths)
+        total = self.per_prompt_token * sum(prompts) + self.per_token * (work.num_tokens - sum(prompts))
+        total += self.per_prompt_pair * sum(prompt * prompt for prompt in prompts)
+        for length, prompt in zip(work.lengths, prompts, strict=True):
+            for window, each in self.per_pair:
+                total += each * (seen_pairs(length, window) - seen_pairs(prompt, window))
         return total
 
     def training(self, work: Work) -> int:
@@ -194,21 +218,41 @@ def seen_pairs(length: int, window: int | None = None) -> int:
 def _of_layers(model: MultimodalModel) -> tuple[int, int]:
     """Two operations for each weight of a matrix: of each token, and of each that passes a block that some skip.
 
-    Of experts those count that a token passes.
+    Of experts those count that a token passes; of an encoder-decoder the decoder's layers.
     """
-    experts = {id(p): moe.config for moe in model.decoder.expert_layers().values() for p in moe.experts.parameters()}
+    experts = _experts(model)
     per_token = per_passing_token = 0
-    for layer, block in enumerate(model.decoder.layers):
+    for layer, block in itertools.islice(enumerate(model.decoder.layers), model.config.decoder.encoder_layers, None):
         for name, weight in block.named_parameters():
-            count = weight.numel() if weight.ndim > 1 else 0
-            config = experts.get(id(weight))
-            if config is not None:
-                count = count * config.num_experts_per_tok // config.num_experts
+            count = _passed(weight, experts)
             if model.config.decoder.skips_tokens(layer) and not name.startswith("depth."):
                 per_passing_token += 2 * count
             else:
                 per_token += 2 * count
     return per_token, per_passing_token
+
+
+def _of_prompt_token(model: MultimodalModel) -> int:
+    """Likewise of an encoder's layers, and of the decoder's projections to keys and values; 0 without an encoder."""
+    first, experts = model.config.decoder.encoder_layers, _experts(model)
+    total = 0
+    for layer, block in enumerate(model.decoder.layers):
+        for name, weight in block.named_parameters():
+            if layer < first or (first and name in ("self_attn.k_proj.weight", "self_attn.v_proj.weight")):
+                total += 2 * _passed(weight, experts)
+    return total
+
+
+def _experts(model: MultimodalModel) -> dict[int, MoEConfig]:
+    """The experts' weights, by id, with their config."""
+    layers = model.decoder.expert_layers().values()
+    return {id(weight): moe.config for moe in layers for weight in moe.experts.parameters()}
+
+
+def _passed(weight: nn.Parameter, experts: dict[int, MoEConfig]) -> int:
+    """Weights of a matrix that one token passes."""
+    config, count = experts.get(id(weight)), weight.numel() if weight.ndim > 1 else 0
+    return count if config is None else count * config.num_experts_per_tok // config.num_experts
 
 
 def _of_pictures(model: MultimodalModel) -> tuple[int, int]:

@@ -239,8 +239,13 @@ class MultimodalModel(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def num_active_parameters(self) -> int:
-        """Parameters that one token passes: of E experts only the K chosen, and a share of blocks that tokens skip."""
+        """Parameters that one token passes: of E experts only the K chosen, and a share of blocks that tokens skip.
+
+        Of an encoder and a decoder, the larger one's.
+        """
         decoder, inactive = self.config.decoder, 0
+        if decoder.encoder_layers:
+            return self.num_parameters() - self._smaller_half()
         for layer in decoder.mod_layers:
             block = sum(parameter.numel() for parameter in self.decoder.layers[layer].parameters())
             inactive += round(block * (1 - decoder.mod_capacity))
@@ -248,6 +253,19 @@ class MultimodalModel(nn.Module):
             experts, config = sum(weight.numel() for weight in moe.experts.parameters()), moe.config
             inactive += experts * (config.num_experts - config.num_experts_per_tok) // config.num_experts
         return self.num_parameters() - inactive
+
+    def _smaller_half(self) -> int:
+        """What a token of an encoder-decoder's larger half doesn't pass: the other half, and experts not chosen."""
+        first, experts = self.config.decoder.encoder_layers, self.decoder.expert_layers()
+        halves, inactive = [0, 0], [0, 0]
+        for layer, block in enumerate(self.decoder.layers):
+            half = int(layer >= first)
+            halves[half] += sum(parameter.numel() for parameter in block.parameters())
+            if layer in experts:
+                count = sum(weight.numel() for weight in experts[layer].experts.parameters())
+                moe = experts[layer].config
+                inactive[half] += count * (moe.num_experts - moe.num_experts_per_tok) // moe.num_experts
+        return min(halves[0] + inactive[1], halves[1] + inactive[0])
 
     def image_embedding(
         self, images_NCHW: Tensor, tiles_N3: Tensor | None = None, numbers_N: Tensor | None = None
@@ -389,7 +407,12 @@ class MultimodalModel(nn.Module):
         return was_target_BT & is_text_BT & (random_BT < self.config.loss.word_dropout)
 
     def spans(self, batch: PackedBatch) -> Tensor | None:
-        """Which positions see each other in both directions, int64 [B, T] (-1: none); None where none ever do."""
+        """Which positions see each other in both directions, int64 [B, T] (-1: none); None where none ever do.
+
+        With `decoder.encoder_layers` those are the encoder's positions.
+        """
+        if self.config.decoder.encoder_layers:
+            return _encoder_spans(batch)
         match self.config.decoder.prefix:
             case "media":
                 return _media_spans(batch)
@@ -475,6 +498,13 @@ def _media_spans(batch: PackedBatch) -> Tensor:
         begins = begins.index_fill(0, batch.clip_slots_CS[:, 0].clamp(min=0), True)
     spans_BT = begins.long().cumsum(0).view_as(modality_BT)
     return torch.where(is_media_BT, spans_BT, -1)
+
+
+def _encoder_spans(batch: PackedBatch) -> Tensor:
+    """All of a document before the position that predicts its first target, which is at most its last one."""
+    spans_BT, document_ids_BT = _prompt_spans(batch), batch.document_ids_BT
+    goes_on_BT = F.pad(spans_BT, (0, 1), value=-1)[:, 1:] == document_ids_BT
+    return torch.where(goes_on_BT, spans_BT, -1)
 
 
 def _prompt_spans(batch: PackedBatch) -> Tensor:

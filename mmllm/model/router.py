@@ -227,6 +227,8 @@ class TokenInfo:
     num_sequences: int = 0
     is_real_N: Tensor | None = None
     """bool; False: a place filler, in no count. None: all are real."""
+    positions_N: Tensor | None = None
+    """int64, of each in its document; needed where tokens skip blocks at random (`mod_router`)."""
     is_counted: bool = True
     """False: nobody reads the sums (as while generating), and none are made."""
 

@@ -124,6 +124,8 @@ class RoutingStats:
     """Differentiable; None unless `aux_loss_scope` is sequence."""
     tokens_B: Tensor | None = None
     """int64: tokens of each sequence; None unless `aux_loss_scope` is sequence."""
+    tokens_L: Tensor | None = None
+    """int64: tokens of each layer, where not all pass all layers (an encoder and a decoder); else None."""
     depth: DepthStats | None = None
     """Of the blocks that only some tokens pass; None without any."""
 

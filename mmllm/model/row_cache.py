@@ -68,7 +68,7 @@ class Slab:
         self.num_rows = 0
         self.slots: list[CachedRow | None] = [None] * _FIRST_SLOTS
         width = 2 * config.kv_heads * config.head_channels
-        num_layers = config.num_hidden_layers
+        num_layers = config.num_hidden_layers - config.encoder_layers
         num_places = _FIRST_SLOTS * capacity
         self.kv_LSF = torch.zeros(num_layers, num_places, width, device=device, dtype=kv_dtype)
         self.scales_LSH: Tensor | None = None
@@ -442,6 +442,7 @@ class PromptStep:
             sequences = SequenceMetadata.of_lengths(lengths, torch.arange(self._num_packed, device=device))
             spans = None if spans_N is None else spans_N[: self._num_packed]
             self._packed = PackedContext(sequences, backend, spans, slab.dtype)  # pyright: ignore
+        self.spans_N = spans_N
         self._hidden_keys: dict[int, Tensor] = {}
         self._states: list[Tensor] = []
         self.boundary_states_MBJD: Tensor | None = None

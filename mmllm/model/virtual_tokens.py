@@ -64,6 +64,7 @@ def check_sees_all(config: DecoderConfig) -> None:
         ("sliding_window", config.sliding_window is not None),
         ("prefix", config.prefix != "none"),
         ("mod_layers", bool(config.mod_layers)),
+        ("encoder_layers", config.encoder_layers > 0),
     ):
         if is_there:
             raise ValueError(

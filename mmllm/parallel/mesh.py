@@ -96,6 +96,12 @@ class ParallelConfig:
             ValueError: names the model's field, its size and the axis.
         """
         decoder, moe = model.decoder, model.decoder.moe
+        for axis in ("fsdp", "expert", "tensor"):
+            if decoder.encoder_layers and getattr(self, axis) != 1:
+                raise ValueError(
+                    f"decoder.encoder_layers is {decoder.encoder_layers}, which strategy.{axis}, "
+                    f"{getattr(self, axis)}, would split; set {axis} to 1 (data is free), or encoder_layers to 0"
+                )
         if self.tensor > 1:
             if decoder.qk_norm == "width":
                 raise ValueError(

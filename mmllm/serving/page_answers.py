@@ -161,8 +161,13 @@ class Asker:
 
     @property
     def hears(self) -> bool:
-        """Whether it takes sounds, and speaks."""
+        """Whether it takes sounds."""
         return self.model.model.config.audio is not None
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it says texts."""
+        return self.hears and self.model.tokenizer.keeps_durations
 
     @property
     def has_pace(self) -> bool:
@@ -234,10 +239,10 @@ class Asker:
             return self._written(model, model.chat_prompt([*before.messages, message]))
 
     def _aloud(self, text: str, media: Sequence[ImagePart | AudioPart]) -> Answer:
-        if media or not text or not self.hears:
+        if media or not text or not self.speaks:
             raise ValueError(
                 "only a text alone can be spoken; leave pictures and sounds out, or ask to be answered in writing"
-                if self.hears
+                if self.speaks
                 else "this model does not speak; ask to be answered in writing"
             )
         started = time.monotonic()

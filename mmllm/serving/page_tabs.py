@@ -72,6 +72,7 @@ class Page:
                     self._caption_tab()
                 if self.asker.hears:
                     self._transcribe_tab()
+                if self.asker.speaks:
                     self._speak_tab()
                 self._chat_tab()
                 if len(self.askers) > 1:
@@ -80,7 +81,7 @@ class Page:
         return blocks
 
     def _head(self) -> str:
-        can = {"sees": self.asker.sees, "hears": self.asker.hears, "speaks": self.asker.hears}
+        can = {"sees": self.asker.sees, "hears": self.asker.hears, "speaks": self.asker.speaks}
         senses = [name for name, has in can.items() if has] or ["reads", "writes"]
         millions = self.asker.model.model.num_parameters() / 1e6
         names = " and ".join(asker.name for asker in self.askers)
@@ -198,7 +199,7 @@ class Page:
                 elem_id="chat-message",
             )  # fmt: skip
             with gradio.Row():
-                aloud = gradio.Checkbox(label="Speak the text", visible=asker.hears and asker.converses)
+                aloud = gradio.Checkbox(label="Speak the text", visible=asker.speaks and asker.converses)
                 clear = gradio.Button("Start again", size="sm")
         outputs = [bot, message, before, self.last]
         message.submit(self._told(self._chat), [message, before, aloud, bot], outputs, **_EVENT)
@@ -367,7 +368,9 @@ def _chat_hint(asker: Asker) -> str:
     can = []
     if asker.sees:
         can.append("A picture alone is captioned.")
-    if asker.hears:
+    if asker.speaks:
         can.append("A sound alone is written down, a text alone is spoken.")
+    elif asker.hears:
+        can.append("A sound alone is written down.")
     can.append("Add a question to a picture or a sound, and it is answered.")
     return "This model knows tasks, not conversations. " + " ".join(can)

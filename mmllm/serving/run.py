@@ -158,7 +158,7 @@ def serve(models: Mapping[str, ServedModel], config: ServeConfig, host: str, por
         with server:
             yield f"{_listed(list(models))} at {server.url}/v1"
             for served in models.values():
-                if served.hears:
+                if served.speaks:
                     yield f"{served.name} streams up to {served.speaking.max_running} sounds at once"
             while not stopping.wait(0.5):  # a signal must find the main thread awake
                 pass
@@ -175,7 +175,7 @@ def warm_up(served: ServedModel) -> None:
     """
     prompt = served.prompter.continuation(["a"])
     served.engine.run([TextRequest(prompt, max_new_tokens=1)])
-    if served.hears:
+    if served.speaks:
         factor = _real_time_factor(served)
         if served.config.max_speaking is None:
             num_streams = max(_LEAST_STREAMS, int(_SPEAKING_SHARE / factor))

@@ -80,8 +80,13 @@ class ServedModel:
 
     @property
     def hears(self) -> bool:
-        """Whether it takes sounds, and speaks."""
+        """Whether it takes sounds."""
         return self.model.model.config.audio is not None
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it says texts."""
+        return self.hears and self.model.tokenizer.keeps_durations
 
     @property
     def voices(self) -> tuple[str, ...]:
@@ -112,7 +117,7 @@ class ServedModel:
             "owned_by": "mmllm",
             "voices": list(self.voices),
             "input_modalities": ["text", *(["image"] if self.sees else []), *(["audio"] if self.hears else [])],
-            "output_modalities": ["text", *(["audio"] if self.hears else [])],
+            "output_modalities": ["text", *(["audio"] if self.speaks else [])],
             "conversations": self.takes_conversations,
             "sample_rate": None if audio is None else audio.sample_rate,
             "max_heard_seconds": self.model.generation.max_heard_seconds,

@@ -9,7 +9,7 @@ from typing import IO
 
 from mmllm.evaluation.results import TaskResult, load_result
 from mmllm.quickstart.processes import Processes
-from mmllm.studies.study import Measure
+from mmllm.studies.measures import Measure
 
 LOG = "log.txt"
 """In a run's folder: its commands, and what they said."""

@@ -18,6 +18,7 @@ from mmllm.studies.study import Study
 from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.estimate import model_config, planned_work
 from mmllm.training.lightning_cli import unbuilt
+from mmllm.training.planned_prompts import PlannedPrompts
 
 GUESSED_STEPS = 100
 """A horizon to begin with, where schedules depend on the number of steps that is sought."""
@@ -137,10 +138,10 @@ def until(counter: ModelFlops, plan: Plan, accumulated: int, kind: str, amount: 
     Raises:
         ValueError: the documents end before.
     """
-    length = Length()
+    length, prompts = Length(), _prompts(counter, plan)
     steps = plan.steps()
     while length.steps < MOST_STEPS:
-        more = _length(counter, plan, list(islice(steps, accumulated)))
+        more = _length(counter, plan, list(islice(steps, accumulated)), prompts)
         if not more.samples:
             raise ValueError(
                 f"the recipe's documents end after {length.steps} steps with {getattr(length, kind):,} "
@@ -154,15 +155,20 @@ def until(counter: ModelFlops, plan: Plan, accumulated: int, kind: str, amount: 
 
 
 def _counted(counter: ModelFlops, plan: Plan, num_batches: int, accumulated: int) -> Length:
-    length = Length()
+    length, prompts = Length(), _prompts(counter, plan)
     steps = islice(plan.steps(), num_batches)
     while batch := list(islice(steps, accumulated)):
-        length = length + _length(counter, plan, batch)
+        length = length + _length(counter, plan, batch, prompts)
     return length
 
 
-def _length(counter: ModelFlops, plan: Plan, batches: Sequence[Any]) -> Length:
-    work = planned_work(plan, batches)
+def _prompts(counter: ModelFlops, plan: Plan) -> PlannedPrompts | None:
+    """What tells an encoder's tokens; None: the model has none."""
+    return PlannedPrompts(plan) if counter.per_prompt_token else None
+
+
+def _length(counter: ModelFlops, plan: Plan, batches: Sequence[Any], prompts: PlannedPrompts | None) -> Length:
+    work = planned_work(plan, batches, prompts)
     return Length(1 if batches else 0, len(work.lengths), work.num_tokens, float(counter.training(work)))
 
 

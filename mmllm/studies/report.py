@@ -14,10 +14,11 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from mmllm.evaluation.charts import Chart, line_chart
 from mmllm.quickstart.machine import num_cores
+from mmllm.studies.measures import Measure
 from mmllm.studies.run import study_in
 from mmllm.studies.runs import RESULT
 from mmllm.studies.statistics import CLAIM_P, MIN_SEEDS, interval_of, paired_p, samples_for
-from mmllm.studies.study import Arm, Measure, Study
+from mmllm.studies.study import Arm, Study
 
 REPORT = "report.json"
 PAGE = "report.html"

@@ -10,20 +10,22 @@ import json
 import logging
 import shlex
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mmllm import paths
 from mmllm.data.executors.stages import Executor, Stage
 from mmllm.data.executors.task import Work
 from mmllm.quickstart.processes import Processes, terminated_as_interrupt
+from mmllm.studies.at_once import run_at_once
 from mmllm.studies.lengths import Length, check_recipe, check_training, write_training
 from mmllm.studies.runs import RESULT, Runner
 from mmllm.studies.settings import Base, filled
+from mmllm.studies.shared import forget
 from mmllm.studies.study import Arm, Data, Study, load_study, study_of
 
 STUDY = "study.json"
@@ -99,11 +101,7 @@ def plan_study(study: str, out: str, num_at_once: int = 1, data: str | None = No
 
 def _begun(study: str, folder: Path, data: str | None = None) -> tuple[Study, Path]:
     """The study, which must be the one that the folder was begun with."""
-    from mmllm import paths
-
-    path = Path(study)
-    if not path.is_file() and study.removesuffix(".yaml") + ".yaml" in paths.list_configs():
-        path = paths.config_path(study)
+    path = paths.find_config(study)
     load_study(path)  # names the file where something is wrong
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if data is not None:
@@ -111,7 +109,7 @@ def _begun(study: str, folder: Path, data: str | None = None) -> tuple[Study, Pa
     plan = study_of(values)
     values = json.loads(json.dumps(values))  # as it is kept: keys are texts
     kept = folder / STUDY
-    if kept.is_file():
+    if kept.is_file() and any(folder.glob(f"runs/*/{RESULT}")):
         before = json.loads(kept.read_text(encoding="utf-8"))
         # More seeds, or more levels, only add runs.
         (base, now), (levels, more) = ([of(each) for each in (before, values)] for of in (_base_of, _levels_of))
@@ -154,19 +152,34 @@ def make_data(wanted: Data, what: str) -> Iterator[str]:
         FileNotFoundError: there is none, and no command makes it.
         ValueError: a command failed.
     """
-    data = Path(wanted.folder)
-    unfinished = data.with_name(f"{data.name}.unfinished")
-    if data.exists() and not unfinished.exists():
+    yield from run_once(Path(wanted.folder), wanted.commands, {"data": wanted.folder}, what)
+
+
+def run_once(made: Path, commands: Sequence[str], places: Mapping[str, str], what: str) -> Iterator[str]:
+    """Runs commands that make a folder, where it isn't there or was not made to its end; gives lines to print.
+
+    Args:
+        made: the folder.
+        commands: of `mmllm`.
+        places: what stands for `{name}` in them.
+        what: it is of: "study".
+
+    Raises:
+        FileNotFoundError: there is none, and no command makes it.
+        ValueError: a command failed.
+    """
+    unfinished = made.with_name(f"{made.name}.unfinished")
+    if made.exists() and not unfinished.exists():
         return
-    if not wanted.commands:
-        raise FileNotFoundError(f"{data}: no such data, and the {what} has no commands that make it")
-    data.parent.mkdir(parents=True, exist_ok=True)
+    if not commands:
+        raise FileNotFoundError(f"{made}: no such data, and the {what} has no commands that make it")
+    made.parent.mkdir(parents=True, exist_ok=True)
     unfinished.touch()
     processes = Processes()
     with terminated_as_interrupt():
         try:
-            for command in wanted.commands:
-                line = filled(command, {"data": str(data)})
+            for command in commands:
+                line = filled(command, places)
                 yield f"$ mmllm {line}"
                 code = processes.run(shlex.split(line), 1)
                 if code:
@@ -183,6 +196,7 @@ def costs(study: Study, data: Path, folder: Path, num_at_once: int) -> Iterator[
     Raises:
         ValueError: a level names an unknown key, or the arms can't have one budget.
     """
+    check_shots(study, data)
     base, budget = Base.read(study, data), study.budget
     arms = [arm for arm in study.arms() if arm.seed == study.seeds[0]]
     trial = folder / "checked"
@@ -227,6 +241,23 @@ def costs(study: Study, data: Path, folder: Path, num_at_once: int) -> Iterator[
     yield line
 
 
+def check_shots(study: Study, data: Path) -> None:
+    """Refuses shots of a manifest that isn't there, which would be found out after the first training.
+
+    Raises:
+        FileNotFoundError: there is one; the message names the measure.
+    """
+    levels = [level for factor in study.factors.values() for level in factor.levels.values()]
+    for each in study.measures:
+        for measure in (each, *(each.of(level.measures) for level in levels)):
+            if measure.shots is not None:
+                path = Path(filled(measure.shots.manifest, {"data": str(data)}))
+                if not path.exists():
+                    raise FileNotFoundError(
+                        f"measure {measure.name}: no manifest {path} to draw shots from; mend its path"
+                    )
+
+
 def _minutes_done(folder: Path, arms: Sequence[Arm]) -> list[float]:
     results = [folder / "runs" / arm.name / RESULT for arm in arms]
     return [json.loads(path.read_text(encoding="utf-8"))["minutes"] for path in results if path.is_file()]
@@ -244,40 +275,24 @@ def _run_here(
 ) -> Iterator[str]:
     """So many at once; with a bound, none that would probably pass it."""
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    waiting, left_out = list(arms), []
-    failed: Exception | None = None
-    longest = max(_minutes_done(folder, study.arms()), default=0.0)
-    running: dict[Future[dict[str, Any]], tuple[Arm, Runner, float]] = {}
-    with terminated_as_interrupt(), ThreadPoolExecutor(num_at_once) as pool:
-        try:
-            while waiting or running:
-                while waiting and len(running) < num_at_once:
-                    arm = waiting.pop(0)
-                    if deadline is not None and time.monotonic() + MARGIN * 60 * longest > deadline:
-                        left_out.append(arm)
-                        continue
-                    runner = Runner(study, data, folder, num_threads, meters=num_at_once == 1)
-                    running[pool.submit(runner.run, arm)] = (arm, runner, time.monotonic())
-                if not running:
-                    break
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    arm, _, begun = running.pop(future)
-                    error = future.exception()
-                    if isinstance(error, Exception):  # runs beside it end first: they are paid for
-                        failed, waiting = failed or error, []
-                        continue
-                    result = future.result()
-                    longest = max(longest, (time.monotonic() - begun) / 60)
-                    yield _told(study, arm, result)
-        except BaseException:
-            for _, runner, _ in running.values():
-                runner.processes.end_all()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    if failed is not None:
-        raise failed
+    before = max(_minutes_done(folder, study.arms()), default=0.0)
+
+    def may_begin(longest: float) -> bool:
+        return deadline is None or time.monotonic() + MARGIN * 60 * max(before, longest) <= deadline
+
+    def make() -> Runner:
+        return Runner(study, data, folder, num_threads, meters=num_at_once == 1)
+
+    left_out = []
+    for arm, result in run_at_once(arms, make, num_at_once, may_begin):
+        if result is None:
+            left_out.append(arm.name)
+        else:
+            yield _told(study, arm, result)
     if left_out:
-        yield f"time is over: {len(left_out)} runs are left out ({', '.join(arm.name for arm in left_out)})"
+        yield f"time is over: {len(left_out)} runs are left out ({', '.join(left_out)})"
+    else:
+        forget(folder)
 
 
 def _told(study: Study, arm: Arm, result: dict[str, Any]) -> str:
@@ -298,6 +313,7 @@ def _run_elsewhere(
     keys = [stage.key(item, []) for item in items]
     for arm, result in zip(arms, stage.run(Work(RUNNER, settings), items, keys, [1] * len(items)), strict=True):
         yield _told(study, arm, result)
+    forget(folder)
 
 
 def study_in(folder: Path) -> Study:

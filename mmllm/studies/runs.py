@@ -11,7 +11,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from mmllm.quickstart.processes import Processes
 from mmllm.studies.commands import call, measured
 from mmllm.studies.energy import EnergyMeter
 from mmllm.studies.lengths import Length, length_of, write_training
+from mmllm.studies.measures import Measure
 from mmllm.studies.settings import Base, filled
-from mmllm.studies.study import MODEL, Arm, Measure, Step, Study, study_of
+from mmllm.studies.shared import Cost, bring, shared_keys
+from mmllm.studies.study import MODEL, Arm, Step, Study, study_of
 
 RESULT = "result.json"
 
@@ -75,22 +77,22 @@ class Runner:
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-        begun, length, documents = time.monotonic(), Length(), 0
+        parts, keys = self.study.level(arm).parts, shared_keys(self.base, arm)
+
+        def run(steps: tuple[Step, ...], place: Path) -> Cost:
+            return self._run_steps(arm, steps, place)
+
         try:
-            with EnergyMeter(self.meters) as meter:
-                for step in self.study.level(arm).parts:
-                    more, found = self._step(arm, step, folder)
-                    length, documents = length + more, max(documents, found)
-            minutes = (time.monotonic() - begun) / 60
+            cost = bring(keys, parts[: len(keys)], self.out, folder, run) + run(parts[len(keys) :], folder)
             scores = self._scores(arm, folder)
         finally:
             self.processes.end_all()
         values = {
             **asdict(arm),
-            **asdict(length),
-            "documents": documents,
-            "minutes": minutes,
-            "joules": meter.joules,
+            **asdict(cost.length),
+            "documents": cost.documents,
+            "minutes": cost.minutes,
+            "joules": cost.joules,
             "scores": scores,
             "commit": commit(),
         }
@@ -100,6 +102,15 @@ class Runner:
         for name in {step.out for step in self.study.level(arm).parts if step.fit is not None} - {MODEL}:
             shutil.rmtree(folder / name, ignore_errors=True)  # a model that another was made of
         return values
+
+    def _run_steps(self, arm: Arm, steps: Sequence[Step], folder: Path) -> Cost:
+        """Runs steps one after the other; gives what they took."""
+        begun, cost = time.monotonic(), Cost()
+        with EnergyMeter(self.meters) as meter:
+            for step in steps:
+                length, documents = self._step(arm, step, folder)
+                cost = cost + Cost(length, documents)
+        return replace(cost, minutes=(time.monotonic() - begun) / 60, joules=meter.joules)
 
     def _step(self, arm: Arm, step: Step, folder: Path) -> tuple[Length, int]:
         """One training or command; gives how long the training was, and the number of documents that it had."""
@@ -121,17 +132,19 @@ class Runner:
         """All measures; those that differ in their key alone are of one evaluation."""
         evaluated: dict[tuple[Any, ...], Path] = {}
         scores = {}
-        for measure in self.study.measures:
-            asked = (measure.task, measure.manifest, measure.limit, measure.options)
+        for each in self.study.measures:
+            measure = each.of(self.study.level(arm).measures)
+            asked = (measure.task, measure.manifest, measure.limit, measure.options, measure.shots, measure.anchor)
             if asked not in evaluated:
                 evaluated[asked] = self._evaluated(arm, measure, folder)
             scores[measure.name] = _score(measure, evaluated[asked])
         return scores
 
     def _evaluated(self, arm: Arm, measure: Measure, folder: Path) -> Path:
-        """What `mmllm eval` wrote for a measure."""
+        """What `mmllm eval` wrote for a measure, as the arm's level asks it."""
         path = folder / f"{measure.name}.json"
-        options = filled([*measure.options, *self.study.level(arm).options], self._places(arm, folder))
+        options = [*measure.options, *measure.prompt_options, *self.study.level(arm).options]
+        options = filled(options, self._places(arm, folder))
         command = ["eval", "--model", str(folder / MODEL), "--task", measure.task, "--manifest",
                    filled(measure.manifest, self.places), "--json", str(path)]  # fmt: skip
         if measure.limit is not None:

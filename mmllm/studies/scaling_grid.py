@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmllm import paths
 from mmllm.parsing import parse, read_yaml
-from mmllm.studies.study import Data, Measure, check_keys
+from mmllm.studies.measures import Measure
+from mmllm.studies.study import Data, check_keys
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 """Numbers that YAML 1.1 takes for text: 1e6, which it wants to be 1.0e+6."""
@@ -113,7 +115,8 @@ class Sweep:
         data: what all runs read; see `mmllm.studies.study.Data`.
         config: of the base: a config of `mmllm fit`; `{data}` in its values is replaced.
         recipe: of the base.
-        heldout: recipe of held-out documents, whose loss is measured, by source and modality.
+        heldout: recipe of held-out documents, whose loss is measured, by source and modality: a file, or the recipe
+            itself. `{data}` in it is replaced, and `{prepared}` by the folder that `prepare` makes.
         sizes: by name, dotted keys of the config.
         tokens: lengths; or
         flops: budgets of 6·N·D, N the parameters that a token passes, of which each size has as many tokens as it
@@ -127,6 +130,7 @@ class Sweep:
         check: larger trainings, on which the law is checked; None: none.
         set: dotted keys of the config, for all runs.
         set_recipe: dotted keys of the recipe, for all runs.
+        prepare: commands of `mmllm` that make what is held out, into `{prepared}`, once a sweep.
         measures: scores of `mmllm eval`, beside the loss.
         num_heldout_sequences: at most.
         is_law: whether a law is to be fitted: then grids that can't tell one are refused.
@@ -136,7 +140,7 @@ class Sweep:
     data: Data
     config: str
     recipe: str
-    heldout: str
+    heldout: str | dict[str, Any]
     sizes: dict[str, dict[str, Any]]
     tokens: tuple[float, ...] = ()
     flops: tuple[float, ...] = ()
@@ -149,6 +153,7 @@ class Sweep:
     check: Check | None = None
     set: dict[str, Any] = field(default_factory=dict)
     set_recipe: dict[str, Any] = field(default_factory=dict)
+    prepare: tuple[str, ...] = ()
     measures: tuple[Measure, ...] = ()
     num_heldout_sequences: int = 256
     is_law: bool = True
@@ -207,17 +212,23 @@ class Sweep:
         return self.sizes[run.size]
 
 
-def load_sweep(path: str | Path) -> tuple[Sweep, dict[str, Any]]:
+def load_sweep(path: str | Path, data: str | None = None) -> tuple[Sweep, dict[str, Any]]:
     """A sweep from its YAML, and the YAML's values.
+
+    Args:
+        path: the YAML, or the name of a shipped one.
+        data: a folder that is there, in the place of the sweep's own.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it isn't YAML, or a key is unknown, missing, or has a wrong value.
     """
-    path = Path(path)
+    path = paths.find_config(str(path))
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such plan of a sweep; give its YAML")
     values = read_yaml(path)
+    if data is not None and isinstance(values, dict):
+        values["data"] = {"folder": data}
     try:
         return sweep_of(values), values
     except ValueError as error:

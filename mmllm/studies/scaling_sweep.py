@@ -20,10 +20,12 @@ from mmllm.checkout import commit
 from mmllm.data.loading.datamodules import PackedDataModule
 from mmllm.model.flops import ModelFlops
 from mmllm.model.multimodal import MultimodalModel
-from mmllm.quickstart.processes import Processes, terminated_as_interrupt
+from mmllm.quickstart.plan import write_yaml
+from mmllm.quickstart.processes import Processes
+from mmllm.studies.at_once import run_at_once
 from mmllm.studies.commands import call, measured
 from mmllm.studies.lengths import GUESSED_STEPS, Length, opened, until, write_files
-from mmllm.studies.run import make_data
+from mmllm.studies.run import make_data, run_once
 from mmllm.studies.scaling import check_points
 from mmllm.studies.scaling_grid import Run, Sweep, load_sweep
 from mmllm.studies.scaling_heldout import heldout_loss
@@ -32,7 +34,7 @@ from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.estimate import model_config
 from mmllm.training.lightning_cli import unbuilt
 
-RESULT, SWEEP, POINTS, MODEL = "result.json", "sweep.json", "points.jsonl", "model"
+RESULT, SWEEP, POINTS, MODEL, HELDOUT = "result.json", "sweep.json", "points.jsonl", "model", "heldout.yaml"
 _TRAINING_FLOPS = 6
 _NAME = "train"
 
@@ -81,12 +83,29 @@ class Sweeper:
         self._data = Path(sweep.data.folder)
         self._config = read_values(sweep.config, self._data, "config")
         self._recipe = read_values(sweep.recipe, self._data, "recipe")
-        self.heldout = Path(filled(sweep.heldout, self._places))
-        self._processes = Processes()
+        self.heldout = Path(filled(sweep.heldout, self.places)) if isinstance(sweep.heldout, str) else out / HELDOUT
+        self.processes = Processes()
 
     @property
-    def _places(self) -> dict[str, str]:
-        return {"data": str(self._data)}
+    def places(self) -> dict[str, str]:
+        """What stands for `{data}` and `{prepared}`."""
+        return {"data": str(self._data), "prepared": str((self.out / "prepared").absolute())}
+
+    def prepare(self) -> Iterator[str]:
+        """Makes what is held out, if that isn't done; gives lines to print.
+
+        Raises:
+            FileNotFoundError: there is no recipe of it.
+            ValueError: a command failed.
+        """
+        if self.sweep.prepare:
+            yield from run_once(Path(self.places["prepared"]), self.sweep.prepare, self.places, "sweep")
+        if not isinstance(self.sweep.heldout, str):
+            write_yaml(self.heldout, filled(self.sweep.heldout, self.places), "Written by `mmllm scaling sweep`.")
+        elif not self.heldout.is_file():
+            raise FileNotFoundError(
+                f"heldout is {self.heldout}, and no recipe is there; give one of held-out documents"
+            )
 
     def folder(self, run: Run) -> Path:
         """Where a run lies."""
@@ -105,7 +124,7 @@ class Sweeper:
         Raises:
             ValueError: a key is unknown or has a wrong value, or the documents end before.
         """
-        settings = self._settings(run, self.folder(run))
+        settings = self.settings(run, self.folder(run))
         module, data, accumulated = self._unbuilt(settings, folder)
         config = model_config(module)
         with torch.device("meta"):
@@ -118,18 +137,18 @@ class Sweeper:
             # the plan depends on the horizon, which now is nearly right
             length = until(*opened(write_files(settings.with_steps(length.steps), folder, _NAME)), "tokens", amount)
         path = write_files(settings.with_steps(length.steps), folder, _NAME)
-        unique = sum(int(source.tokens_M.sum()) for source in data.plan.sources)
+        unique = sum(source.num_epoch_tokens for source in data.plan.sources)
         parts = (model.decoder.embed_tokens, model.decoder.lm_head)
         embedding = {parameter for part in parts for parameter in part.parameters()}
         return Counted(active, total, sum(each.numel() for each in embedding), length, unique, path, lr)
 
-    def _settings(self, run: Run, folder: Path) -> Settings:
+    def settings(self, run: Run, folder: Path) -> Settings:
         """A run's config and recipe, without a horizon."""
         sweep, variant = self.sweep, self.sweep.variants[run.variant]
         config, recipe = copy.deepcopy(self._config), copy.deepcopy(self._recipe)
         put_all(config, sweep.set, "set")
-        put_all(config, variant.config, f"variants.{run.variant}.config")
         put_all(config, sweep.size(run), f"sizes.{run.size}")
+        put_all(config, variant.config, f"variants.{run.variant}.config")  # dense ones take out what a size says
         put_all(recipe, sweep.set_recipe, "set_recipe")
         put_all(recipe, variant.recipe, f"variants.{run.variant}.recipe")
         recipe["seed"] = run.seed
@@ -141,7 +160,7 @@ class Sweeper:
         if run.batch_size is not None:
             put(config, "data.init_args.batch_size", run.batch_size)
         for_one_process(config, folder, _NAME)
-        return Settings(filled(config, self._places), filled(recipe, self._places))
+        return Settings(filled(config, self.places), filled(recipe, self.places))
 
     def _unbuilt(self, settings: Settings, folder: Path) -> tuple[DecoderModule, PackedDataModule, int]:
         """Module and data of a run with a guessed horizon, and batches a step."""
@@ -187,7 +206,7 @@ class Sweeper:
             minutes = (time.monotonic() - begun) / 60
             scores = {measure.name: self._score(measure, folder, run) for measure in self.sweep.measures}
         finally:
-            self._processes.end_all()
+            self.processes.end_all()
         heldout = heldout_loss(folder / MODEL, self.heldout, self.sweep.num_heldout_sequences)
         point = self._point(run, counted) | {
             "loss": heldout.loss,
@@ -222,48 +241,53 @@ class Sweeper:
     def _score(self, measure: Any, folder: Path, run: Run) -> float:
         path = folder / f"{measure.name}.json"
         command = ["eval", "--model", str(folder / MODEL), "--task", measure.task, "--manifest",
-                   filled(measure.manifest, self._places), "--json", str(path)]  # fmt: skip
+                   filled(measure.manifest, self.places), "--json", str(path)]  # fmt: skip
         if measure.limit is not None:
             command += ["--limit", str(measure.limit)]
         self._call([*command, *measure.options], folder, run)
         return measured(measure, path)[0]
 
     def _call(self, command: Sequence[str], folder: Path, run: Run) -> None:
-        call(self._processes, command, folder, run.name, self._num_threads)
+        call(self.processes, command, folder, run.name, self._num_threads)
 
 
 def run_sweep(
-    plan: str | Path, out: str | Path, num_threads: int = 1, keeps_models: bool = False, is_dry: bool = False
+    plan: str | Path,
+    out: str | Path,
+    num_threads: int = 1,
+    keeps_models: bool = False,
+    is_dry: bool = False,
+    num_at_once: int = 1,
+    data: str | None = None,
 ) -> Iterator[str]:
     """Runs what of a sweep is not done; gives lines to print while it goes on.
 
     Args:
-        plan: the sweep's YAML.
+        plan: the sweep's YAML, or the name of a shipped one.
         out: its folder.
         num_threads: of each training.
         keeps_models: models stay.
         is_dry: costs are told, and nothing runs.
+        num_at_once: runs at once.
+        data: a folder that is there, such as a quickstart's, in the place of the sweep's own.
 
     Raises:
         ValueError: the plan, or a run of it, can't be: said before anything is trained; or a command failed.
     """
-    sweep, values = load_sweep(plan)
+    sweep, values = load_sweep(plan, data)
     out = Path(out)
     _claim(out, values)
-    sweeper = Sweeper(sweep, out, num_threads, keeps_models)
     yield from make_data(sweep.data, "sweep")
-    if not sweeper.heldout.is_file():
-        raise FileNotFoundError(f"heldout is {sweeper.heldout}, and no recipe is there; give one of held-out documents")
-    yield from _costs(sweeper)
+    sweeper = Sweeper(sweep, out, num_threads, keeps_models)
+    yield from sweeper.prepare()
+    yield from _costs(sweeper, num_at_once)
     if is_dry:
         return
-    with terminated_as_interrupt():
-        for run in sweep.runs():
-            if (sweeper.folder(run) / RESULT).is_file():
-                continue
-            point = sweeper.run(run)
-            _write_points(sweeper)
-            yield f"  {run.name}: loss {point['loss']:.4f} ({point['steps']:,} steps, {point['minutes']:.1f} min)"
+    waiting = [run for run in sweep.runs() if not (sweeper.folder(run) / RESULT).is_file()]
+    for run, point in run_at_once(waiting, lambda: Sweeper(sweep, out, num_threads, keeps_models), num_at_once):
+        assert point is not None
+        _write_points(sweeper)
+        yield f"  {run.name}: loss {point['loss']:.4f} ({point['steps']:,} steps, {point['minutes']:.1f} min)"
     _write_points(sweeper)
     yield f"{out / POINTS}: {len(sweeper.done())} points"
 
@@ -272,7 +296,7 @@ def _claim(out: Path, values: dict[str, Any]) -> None:
     """Writes what the sweep is, or refuses a folder of another; more sizes, lengths or seeds only add runs."""
     kept = out / SWEEP
     adding = ("title", "sizes", "tokens", "flops", "shares", "rates", "batch_sizes", "seeds", "check", "variants")
-    if kept.is_file():
+    if kept.is_file() and any(out.glob(f"runs/*/{RESULT}")):
         before = json.loads(kept.read_text(encoding="utf-8"))
         changed = [key for key in {*before, *values} if key not in adding and before.get(key) != values.get(key)]
         for group in ("sizes", "variants"):
@@ -288,7 +312,7 @@ def _claim(out: Path, values: dict[str, Any]) -> None:
     kept.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def _costs(sweeper: Sweeper) -> Iterator[str]:
+def _costs(sweeper: Sweeper, num_at_once: int) -> Iterator[str]:
     """What each run will be; whether they can tell a law; how long they take, by those that are done."""
     runs, trial = sweeper.sweep.runs(), sweeper.out / "checked"
     counted: dict[str, Counted] = {}
@@ -312,7 +336,7 @@ def _costs(sweeper: Sweeper) -> Iterator[str]:
     line = f"{len(runs)} runs, {len(done)} done; the rest need {left:.3g} FLOPs"
     if done:
         speed = sum(point["flops"] for point in done) / sum(point["minutes"] for point in done)
-        line += f", about {left / speed:,.0f} minutes at the speed so far"
+        line += f", about {left / speed / num_at_once:,.0f} minutes at the speed so far"
     elif left:
         line += "; how long that takes is told after the first: start again to see it"
     yield line

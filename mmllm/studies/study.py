@@ -8,12 +8,13 @@ data as well, for a curve.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mmllm.parsing import parse, read_yaml
+from mmllm.studies.measures import Measure, Prompt
 
 Kind = Literal["seconds", "flops", "samples"]
 MODEL = "model"
@@ -21,29 +22,6 @@ MODEL = "model"
 _OF_BUDGET = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "model.init_args.max_seconds")
 _OF_RUN = ("seed_everything", "seed", "model.init_args.out", "data.init_args.recipe", "trainer.logger")
 """Dotted keys that each run sets itself, whatever a level says."""
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A score of `mmllm eval`.
-
-    Attributes:
-        name: in reports.
-        task: of `mmllm eval`.
-        manifest: of held-out rows.
-        key: of the task's scores.
-        limit: at most so many rows of each set.
-        lower_is_better: it counts errors.
-        options: more options of `mmllm eval`.
-    """
-
-    name: str
-    task: str
-    manifest: str
-    key: str
-    limit: int | None = None
-    lower_is_better: bool = False
-    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,8 +101,10 @@ class Level:
     Attributes:
         config: dotted keys of the training's config and their values; null takes a key out.
         recipe: likewise of the recipe; a source is named by its name: `sources.caption.weight`.
-        steps: what a run consists of; by default one training. Trainings in it have the keys above, and then their own.
+        steps: what a run consists of; by default one training. In a YAML an item may be a list of steps itself, as an
+            anchor of several gives it. Trainings in it have the keys above, and then their own.
         options: more options of `mmllm eval`, of this level's runs.
+        measures: shots and an anchor of single measures, by their names, for this level's model.
         shares: of the data that the curve's sources have; by default all of it. Each makes runs of its own.
     """
 
@@ -132,6 +112,7 @@ class Level:
     recipe: dict[str, Any] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     options: tuple[str, ...] = ()
+    measures: dict[str, Prompt] = field(default_factory=dict)
     shares: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
@@ -225,11 +206,26 @@ class Study:
         names = [measure.name for measure in self.measures]
         if len(set(names)) != len(names):
             raise ValueError(f"measures have the names {names}; give each its own")
+        self._check_prompts()
         self._check_keys()
         arms = [arm.name for arm in self.arms()]
         twice = next((name for name in arms if arms.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"two runs would have the folder {twice}; give factors and levels names that differ more")
+
+    def _check_prompts(self) -> None:
+        """Raises ValueError where a level asks in a measure that there isn't, or with what its task has not."""
+        measures = {measure.name: measure for measure in self.measures}
+        for name, factor in self.factors.items():
+            for level, values in factor.levels.items():
+                for measure in values.measures:
+                    where = f"factors.{name}.levels.{level}.measures"
+                    if measure not in measures:
+                        raise ValueError(f"{where} has {measure!r}; the study's measures are {', '.join(measures)}")
+                    try:
+                        measures[measure].of(values.measures)
+                    except ValueError as error:
+                        raise ValueError(f"{where}: {error}") from error
 
     def _check_keys(self) -> None:
         """Raises ValueError where a key is given that would be ignored."""
@@ -318,4 +314,24 @@ def study_of(values: Any) -> Study:
     Raises:
         ValueError: a key is unknown, missing, or has a wrong value; the message names it.
     """
-    return parse(Study, values, what="the study")
+    return parse(Study, _flattened(values), what="the study")
+
+
+def _flattened(values: Any) -> Any:
+    """The values, with the steps of each level in one list: YAML has no way to join lists that anchors name."""
+    match values:
+        case {"factors": dict(factors)}:
+            return {**values, "factors": {name: _flattened(factor) for name, factor in factors.items()}}
+        case {"levels": dict(levels)}:
+            return {**values, "levels": {name: _flattened(level) for name, level in levels.items()}}
+        case {"steps": list(steps)}:
+            return {**values, "steps": list(_leaves(steps))}
+    return values
+
+
+def _leaves(steps: list[Any]) -> Iterator[Any]:
+    for step in steps:
+        if isinstance(step, list):
+            yield from _leaves(step)
+        else:
+            yield step

@@ -171,6 +171,11 @@ def begin_draft(large: MultimodalModel, num_layers: int) -> MultimodalModel:
         ValueError: the model has no more layers.
     """
     decoder = large.config.decoder
+    if decoder.encoder_layers:
+        raise ValueError(
+            f"decoder.encoder_layers is {decoder.encoder_layers}: a copy with some of its layers is no decoder; draft "
+            f"by lookup or an n-gram table, which need no model"
+        )
     if num_layers >= decoder.num_hidden_layers:
         raise ValueError(
             f"layers is {num_layers} and the model has {decoder.num_hidden_layers}; a draft model needs fewer"

@@ -22,6 +22,7 @@ from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.estimate_answers import drawing_bytes, preference_load, rollout_load
 from mmllm.training.estimate_memory import Load, memory_bytes
 from mmllm.training.layout import Layout
+from mmllm.training.planned_prompts import PlannedPrompts
 
 NUM_PLANNED_STEPS = 8
 """Steps of a recipe whose documents are looked at, where its shards are there."""
@@ -137,7 +138,7 @@ def load_of(data: PackedDataModule, model: MultimodalModel, sequence_length: int
         max_images = min(max_images, recipe.packing.max_images)
     if sequence_length is None:
         try:
-            planned = _planned(data.plan)
+            planned = _planned(data.plan, model.config.decoder.encoder_layers > 0)
         except (ValueError, OSError):  # the shards or the tokenizer aren't there
             planned = None
         if planned is not None:
@@ -155,21 +156,29 @@ def _recipe(data: PackedDataModule) -> Recipe | None:
     return load_recipe(paths.config_path(name)) if name in paths.list_configs() else None
 
 
-def _planned(plan: Plan) -> tuple[Work, int] | None:
+def _planned(plan: Plan, has_encoder: bool) -> tuple[Work, int] | None:
     """What the recipe's first steps hold, all sequences together."""
     steps = list(islice(plan.steps(), NUM_PLANNED_STEPS))
-    work = planned_work(plan, steps)
+    work = planned_work(plan, steps, PlannedPrompts(plan) if has_encoder else None)
     return (work, sum(len(step.sequences) for step in steps)) if work.lengths else None
 
 
-def planned_work(plan: Plan, steps: Iterable[StepPlan]) -> Work:
-    """What planned steps hold, without reading a document: each of its tokens counts as a target, which is the most."""
-    lengths, num_images, num_heard, num_spoken = [], 0, 0, 0
+def planned_work(plan: Plan, steps: Iterable[StepPlan], prompts: PlannedPrompts | None = None) -> Work:
+    """What planned steps hold, without reading a document: each of its tokens counts as a target, which is the most.
+
+    Args:
+        plan: whose.
+        steps: of it.
+        prompts: tells what of a document is an encoder's; None: there is no encoder.
+    """
+    lengths, encoded, num_images, num_heard, num_spoken = [], [], 0, 0, 0
     for step in steps:
         for item in (item for sequence in step.sequences for item in sequence):
             lengths.append(item.num_tokens)
             source = plan.sources[item.source]
             place = source.indices[item.shard].place(item.row)
+            if prompts is not None:
+                encoded.append(prompts.num_tokens(item, place))
             is_spoken = item.task == "speak"
             num_images += place.num_images
             num_spoken += place.num_frames if is_spoken else 0
@@ -181,6 +190,7 @@ def planned_work(plan: Plan, steps: Iterable[StepPlan]) -> Work:
         num_images=num_images,
         num_heard_frames=num_heard,
         num_spoken_frames=num_spoken,
+        prompts=tuple(encoded),
     )
 
 

@@ -66,7 +66,7 @@ def drawing_bytes(
 ) -> int:
     """Keys and values of the answers that a device draws at once; they stay while it trains."""
     num_rows = -(-data.batch_size // layout.num_batch_ranks) * _rollout_module(module).rollout.num_answers
-    width = 2 * decoder.num_hidden_layers * decoder.kv_heads * decoder.head_channels
+    width = 2 * (decoder.num_hidden_layers - decoder.encoder_layers) * decoder.kv_heads * decoder.head_channels
     stored = 4 if layout.autocast is not None else layout.dtype.itemsize
     return num_rows * load.sequence_length * width * stored
 

@@ -118,7 +118,8 @@ def _on_device(config: ModelConfig, layout: Layout) -> ModelConfig:
     """With the attention that its devices would choose."""
     decoder = config.decoder
     is_half = layout.dtype.itemsize == 2 or layout.autocast is not None
-    if decoder.attention_backend == "auto" and layout.is_gpu and is_half and decoder.prefix == "none":
+    is_causal = decoder.prefix == "none" and not decoder.encoder_layers
+    if decoder.attention_backend == "auto" and layout.is_gpu and is_half and is_causal:
         decoder = dataclasses.replace(decoder, attention_backend="varlen")
     return dataclasses.replace(config, decoder=decoder)
 

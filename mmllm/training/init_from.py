@@ -35,7 +35,7 @@ _TEXT_ROWS = ("decoder.embed_tokens.weight", "decoder.lm_head.weight", "ctc_head
 _CODE_ROWS = "code_embedding.table.weight"
 _FREE = (
     "vocab_size", "num_base_ids", "dropout", "gradient_checkpointing", "attention_backend", "mod_layers",
-    "mod_capacity", "mod_predictor_coef",
+    "mod_capacity", "mod_router", "mod_predictor_coef",
 )  # fmt: skip
 """Keys of the decoder that don't change what its weights compute, or say it elsewhere."""
 _CHANGEABLE = ("rope_scaling", "layer_types", "sliding_window", "sliding_rope_theta", "prefix")

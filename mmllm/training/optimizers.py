@@ -1,4 +1,4 @@
-"""The optimizer of every stage: AdamW with parameter groups, and Muon for hidden matrices.
+"""The optimizer of every stage: AdamW with parameter groups, Muon for hidden matrices, or SGD with momentum.
 
 Shapes: a matrix is [out, in]; a stack of experts is [E, out, in]; a convolution's filters are [out, in, height, width].
 """
@@ -55,6 +55,9 @@ class OptimizerConfig:
         muon: move hidden matrices with Muon, the rest with AdamW.
         muon_momentum: Muon's momentum (Nesterov's form).
         muon_steps: Newton-Schulz iterations.
+        sgd: move everything by SGD with momentum, in the place of AdamW. Its steps are as long as the gradients are, so
+            that rates (and with them decay) are of another order than AdamW's.
+        sgd_momentum: SGD's momentum (the heavy ball's), 0: none.
     """
 
     lr: float = 1e-3
@@ -74,6 +77,8 @@ class OptimizerConfig:
     muon: bool = False
     muon_momentum: float = 0.95
     muon_steps: int = 5
+    sgd: bool = False
+    sgd_momentum: float = 0.9
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -95,6 +100,12 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.min_lr_ratio is {self.min_lr_ratio}; it is a share of lr, from 0 to 1")
         if not all(0 <= beta < 1 for beta in (*self.betas, self.muon_momentum)):
             raise ValueError(f"optimizer.betas {self.betas} and muon_momentum {self.muon_momentum} must be in [0, 1)")
+        if not 0 <= self.sgd_momentum < 1:
+            raise ValueError(f"optimizer.sgd_momentum is {self.sgd_momentum}; it must be in [0, 1)")
+        if self.sgd and self.muon:
+            raise ValueError(
+                "optimizer.sgd and optimizer.muon are both true; SGD moves everything: leave one of them out"
+            )
 
     def _check_schedule(self) -> None:
         if self.schedule not in _SCHEDULES:
@@ -180,7 +191,7 @@ def _share_behind(progress: float, warmup: float) -> float:
 def parameter_groups(
     module: nn.Module, config: OptimizerConfig, tower_of: Callable[[str], str] = lambda name: "decoder"
 ) -> list[dict[str, Any]]:
-    """Groups by tower, by decay or none, and (with `config.muon`) by AdamW or Muon.
+    """Groups by tower, by decay or none, and by AdamW, Muon (with `config.muon`) or SGD (`config.sgd`).
 
     Args:
         module: whose trainable parameters are grouped; frozen ones are left out.
@@ -191,7 +202,7 @@ def parameter_groups(
     Muon moves hidden matrices, stacks of them and the filters of two-dimensional convolutions.
 
     Returns:
-        Groups for `MuonAdamW` or `torch.optim.AdamW`. Each also has its `name` and its `peak_lr`, from which
+        Groups for `MuonAdamW`, `SGDW` or `torch.optim.AdamW`. Each also has its `name` and its `peak_lr`, from which
         the schedule computes `lr`. The order depends on names alone, so checkpoints resume.
     """
     roles = parameter_roles(module)
@@ -202,7 +213,8 @@ def parameter_groups(
         tower, role = tower_of(name), roles[name]
         decays = role in ("head", "hidden", "filters")
         use_muon = config.muon and (role, parameter.ndim) in MUON_MOVES
-        key = f"{tower}/{'muon' if use_muon else 'adamw'}/{'decay' if decays else 'no_decay'}"
+        moved_by = "muon" if use_muon else "sgd" if config.sgd else "adamw"
+        key = f"{tower}/{moved_by}/{'decay' if decays else 'no_decay'}"
         group = groups.setdefault(
             key,
             {
@@ -221,7 +233,7 @@ def parameter_groups(
 def build_optimizer(
     groups: list[dict[str, Any]], config: OptimizerConfig, num_replicas: int = 1
 ) -> torch.optim.Optimizer:
-    """`torch.optim.AdamW` (fused), or `MuonAdamW` when `config.muon`.
+    """`torch.optim.AdamW` (fused), `MuonAdamW` when `config.muon`, `SGDW` when `config.sgd`.
 
     Args:
         groups: as `parameter_groups` gives them.
@@ -236,6 +248,8 @@ def build_optimizer(
     optimizer: torch.optim.Optimizer
     if config.muon:
         optimizer = MuonAdamW(groups, config, num_replicas)
+    elif config.sgd:
+        optimizer = SGDW(groups, config)
     else:
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     optimizer.register_step_post_hook(_count_versions)
@@ -246,6 +260,40 @@ def _count_versions(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) ->
     """Fused kernels move weights without counting their versions, by which an engine sees that they have moved."""
     moved = [p for group in optimizer.param_groups for p in group["params"] if not isinstance(p, DTensor)]
     torch.autograd.graph.increment_version(moved)
+
+
+class SGDW(torch.optim.Optimizer):
+    """SGD with momentum and decoupled decay (arXiv 1711.05101): v ← μ·v + g; θ ← (1 − lr·decay)·θ − lr·v.
+
+    `torch.optim.SGD` would add the decay to the gradient, so that momentum multiplies it. Weights may be sharded; the
+    state is sharded as they are.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], config: OptimizerConfig) -> None:
+        defaults = {"lr": config.lr, "momentum": config.sgd_momentum, "weight_decay": config.weight_decay}
+        super().__init__(groups, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of all groups; `closure`, where given, computes the gradients first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            weights = [local(p) for p in parameters]
+            buffers = [local(self.state[p]["momentum_buffer"]) for p in parameters]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, [_local_gradient(p) for p in parameters])
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(weights, buffers, alpha=-group["lr"])
+        return loss
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -29,6 +29,7 @@ from mmllm.data.shards.tar import Member, scan_tar
 from mmllm.interop.tokenizers import reference_encoder
 from mmllm_tokenizers.audio import (
     AudioTokenizer,
+    DeduplicatedUnits,
     EncodecTokenizer,
     KMeansConfig,
     KMeansUnits,
@@ -39,6 +40,7 @@ from mmllm_tokenizers.audio import (
 )
 from mmllm_tokenizers.folder import TEMPLATES_FILE, TokenizerConfig, TokenizerFolder
 from mmllm_tokenizers.text import TextTokenizer
+from mmllm_tokenizers.unit_bpe import check_sizes
 
 DEFAULT_VOCAB_SIZE = 4096
 
@@ -129,7 +131,12 @@ def encodec(name: str, out: str, weights: str | None = None, num_codebooks: int 
 
 
 def kmeans(
-    inputs: list[str], out: str, config: KMeansConfig | None = None, max_minutes: float = 60.0
+    inputs: list[str],
+    out: str,
+    config: KMeansConfig | None = None,
+    max_minutes: float = 60.0,
+    deduplicate: bool = False,
+    bpe: int | None = None,
 ) -> dict[str, Any]:
     """Clusters the frames of sounds and writes an audio tokenizer folder of k-means units.
 
@@ -139,9 +146,12 @@ def kmeans(
         out: audio tokenizer folder, for `assemble(codec=…)`.
         config: what the units are made of.
         max_minutes: at most this much sound is used, drawn at random from all.
+        deduplicate: a run of one unit is that unit once; such units can't be spoken.
+        bpe: tokens of BPE over de-duplicated units, these included, learnt from the same sounds; None: there is none.
 
     Returns:
-        `out`, `sample_rate`, `frame_rate`, `num_codebooks`, `codebook_size`, `hash`, `sounds`, `minutes`, `bad`.
+        `out`, `sample_rate`, `frame_rate`, `num_codebooks`, `codebook_size`, `hash`, `sounds`, `minutes`, `bad`; of
+        de-duplicated units also what became of the sounds: `frames`, `units_per_frame`, `codes_per_frame`.
 
     Raises:
         FileNotFoundError, ValueError: an input can't be used, too many sounds are broken, or there are too few frames.
@@ -149,6 +159,10 @@ def kmeans(
     config = config or KMeansConfig()
     if not max_minutes > 0:
         raise ValueError(f"max_minutes is {max_minutes}; it must be above 0")
+    if bpe is not None and not deduplicate:
+        raise ValueError(f"bpe is {bpe}, which is over de-duplicated units; give deduplicate as well, or leave bpe out")
+    if bpe is not None:
+        check_sizes(config.num_clusters, bpe)
     bad = BadRows(_MAX_BAD_FRACTION)
     sounds = list(_sounds(inputs, bad))
     if not sounds:
@@ -172,7 +186,11 @@ def kmeans(
             break
     bad.check(num_looked_at, ", ".join(inputs))
     facts = {"sounds": len(waves), "minutes": round(num_samples / config.sample_rate / 60, 3), "bad": bad.reasons}
-    return {**_save_audio(KMeansUnits.fit(waves, config), out), **facts}
+    units = KMeansUnits.fit(waves, config)
+    if not deduplicate:
+        return {**_save_audio(units, out), **facts}
+    short, shortening = DeduplicatedUnits.fit(units, waves, bpe)
+    return {**_save_audio(short, out), **facts, **shortening.to_dict()}
 
 
 def _save_audio(audio: AudioTokenizer, out: str) -> dict[str, Any]:

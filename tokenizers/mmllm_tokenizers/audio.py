@@ -1,10 +1,11 @@
-"""Everything that others need about sound: reading it, and the three audio tokenizers."""
+"""Everything that others need about sound: reading it, and the audio tokenizers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from mmllm_tokenizers.audio_tokenizer import AudioTokenizer, read_tokenizer_folder
+from mmllm_tokenizers.deduplicated_units import DeduplicatedUnits
 from mmllm_tokenizers.encodec_tokenizer import EncodecTokenizer
 from mmllm_tokenizers.small_codec import SmallCodec
 from mmllm_tokenizers.sound import (
@@ -23,6 +24,7 @@ from mmllm_tokenizers.units import KMeansConfig, KMeansUnits, deduplicate, repea
 __all__ = [
     "AudioSource",
     "AudioTokenizer",
+    "DeduplicatedUnits",
     "EncodecTokenizer",
     "KMeansConfig",
     "KMeansUnits",
@@ -56,4 +58,6 @@ def load_audio_tokenizer(folder: str | Path) -> AudioTokenizer:
             return EncodecTokenizer.load(folder)
         case "kmeans":
             return KMeansUnits.load(folder)
+        case "deduplicated_kmeans":
+            return DeduplicatedUnits.load(folder)
     raise ValueError(f"{folder} holds an audio tokenizer of unknown kind {config['kind']!r}; upgrade mmllm")

@@ -26,6 +26,12 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 FORMAT_VERSION = 1
 
+NO_SPEECH = (
+    "de-duplicated units have lost their durations, so they can be heard but not spoken; to speak, take a tokenizer "
+    "folder with a codec"
+)
+"""What is wrong with speaking by a tokenizer that doesn't keep durations."""
+
 _BATCH_SECONDS = 60.0
 """Sound encoded at once: enough to fill a CPU's vector units, small enough for its memory."""
 _PIECE_SECONDS = 60.0
@@ -46,6 +52,10 @@ class AudioTokenizer(ABC):
         codebook_size: V.
         num_channels: channels of the waves it works on.
     """
+
+    keeps_durations: bool = True
+    """Whether each code lasts one frame, so that how long a sound lasts says how many codes it has, and codes say how
+    long it lasts. Where they don't, there is no speech."""
 
     def __init__(
         self, sample_rate: int, hop_samples: int, num_codebooks: int, codebook_size: int, num_channels: int = 1
@@ -146,6 +156,10 @@ class AudioTokenizer(ABC):
             num_pieces.append(len(parts))
         codes = iter(self._encode_pieces(pieces))
         return [torch.cat([next(codes) for _ in range(count)], dim=1) for count in num_pieces]
+
+    def encode_timed(self, waves: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """As `encode_batch`, and beside the codes [K, F] of each sound how many frames each lasts: int64 [F]."""
+        return [(codes_KF, torch.ones_like(codes_KF[0])) for codes_KF in self.encode_batch(waves)]
 
     def _pieces(self, wave_CT: Tensor) -> tuple[Tensor, ...]:
         """A wave in parts that are encoded each as if it were alone; all but the last are whole frames."""

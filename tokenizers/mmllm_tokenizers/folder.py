@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from mmllm_tokenizers.audio import AudioTokenizer, load_audio_tokenizer
+from mmllm_tokenizers.audio_tokenizer import NO_SPEECH
 from mmllm_tokenizers.patterns import PATTERNS, apply_pattern, invert_pattern, num_positions
 from mmllm_tokenizers.pointer import PointerRule
 from mmllm_tokenizers.text import ForeignText, TextTokenizer
@@ -147,7 +148,8 @@ class TokenizerFolder:
         chat_template: how conversations are written, in transformers' form (Jinja); None: as the task `chat`.
 
     Raises:
-        ValueError: the configuration asks for more codebooks than the audio tokenizer has.
+        ValueError: the configuration asks for more codebooks than the audio tokenizer has, or for a pointer of speech
+            with one that can't speak.
     """
 
     def __init__(
@@ -165,6 +167,8 @@ class TokenizerFolder:
                 heard_codebooks=None,
             )  # fmt: skip
         else:
+            if config.pointer is not None and not audio.keeps_durations:
+                raise ValueError(f"pointer is set, which is of speech, but {NO_SPEECH}; or leave the pointer out")
             num_codebooks, heard_codebooks = _codebooks_in_use(config, audio)
             audio.use_codebooks(heard_codebooks)
             config = dataclasses.replace(
@@ -266,6 +270,20 @@ class TokenizerFolder:
         return self.audio
 
     @property
+    def keeps_durations(self) -> bool:
+        """Whether each code of a sound lasts one frame; else codes are counted in stored ones, and can't be spoken."""
+        return self.audio is None or self.audio.keeps_durations
+
+    def check_speech(self) -> None:
+        """Refuses to speak where codes have no durations.
+
+        Raises:
+            ValueError: they haven't.
+        """
+        if not self.keeps_durations:
+            raise ValueError(NO_SPEECH)
+
+    @property
     def vocabulary(self) -> Vocabulary:
         """The id space. A flat stream (pattern flatten) is one codebook of K times the size."""
         num_codebooks, size = self.config.num_codebooks, self.config.codebook_size
@@ -348,7 +366,7 @@ class TokenizerFolder:
 
     @property
     def frame_rate(self) -> float:
-        """Frames a second; 0 without sound."""
+        """Frames a second; 0 without sound. Where codes have no durations, there are at most so many codes."""
         return self.config.frame_rate
 
     @property

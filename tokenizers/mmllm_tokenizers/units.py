@@ -112,18 +112,34 @@ class KMeansUnits(AudioTokenizer):
     @classmethod
     def load(cls, folder: str | Path, vocoder: Vocoder | None = None) -> KMeansUnits:
         """Reads what `save` wrote."""
-        config, weights = read_tokenizer_folder(folder, "kmeans")
+        return cls.from_parts(*read_tokenizer_folder(folder, "kmeans"), str(folder), vocoder)
+
+    @classmethod
+    def from_parts(
+        cls, config: Mapping[str, Any], weights: Mapping[str, Tensor], where: str, vocoder: Vocoder | None = None
+    ) -> KMeansUnits:
+        """The units that a folder's configuration and weights hold, perhaps beside others.
+
+        Args:
+            config: its keys `kmeans` and `codec` are read.
+            weights: centroids, their statistics, and the codec's.
+            where: what errors call it.
+            vocoder: as of the class.
+
+        Raises:
+            ValueError: something is missing or unknown.
+        """
         codec = None
         try:
             if config["codec"] is not None:
                 codec = Codec(CodecConfig(**config["codec"]))
                 prefix = "codec."
                 parts = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-                load_weights(codec, parts, str(folder))
+                load_weights(codec, parts, where)
             stats = [weights[name] for name in ("centroids", "mean", "std")]
             return cls(KMeansConfig(**config["kmeans"]), *stats, codec=codec, vocoder=vocoder)
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{folder} is no folder of k-means units that this release knows: {error}") from error
+            raise ValueError(f"{where} is no folder of k-means units that this release knows: {error}") from error
 
     def encode_units(self, wave: Tensor, sample_rate: int) -> tuple[Tensor, Tensor]:
         """(units int64 [U], durations int64 [U] in frames) of one sound, without repetitions."""

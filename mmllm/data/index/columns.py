@@ -5,6 +5,8 @@ Shapes: N rows, W different words.
 
 from __future__ import annotations
 
+import datetime
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 
 _NONE, _BOOL, _INT, _FLOAT, _TEXT = range(5)
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _EXACT = 2**53
 """Integers up to here are floats as well."""
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
@@ -151,8 +154,26 @@ class Column(Sequence[Any]):
         return np.isin(self.types_N, (_INT, _FLOAT, _BOOL))
 
     def numbers(self) -> np.ndarray:
-        """float64 [N]; infinite where a row has no number (so that it is the hardest)."""
-        return np.where(self.is_number_N, self.values_N.astype(np.float64), np.inf)
+        """float64 [N]; infinite where a row has no number (so that it is the hardest).
+
+        Dates and times as ISO 8601 writes them (2001-12-31, 2001-12-31T23:59:00Z) count as days since 1970, in UTC.
+        """
+        values_N, is_text_N = self.values_N, self.is_text_N
+        numbers_N = np.where(self.is_number_N, values_N.astype(np.float64), np.inf)
+        if is_text_N.any():
+            numbers_N[is_text_N] = np.array([_days(word) for word in self.words])[values_N[is_text_N].astype(np.int64)]
+        return numbers_N
+
+
+def _days(text: str) -> float:
+    """Days since 1970 of a date or a time; infinite where a text is neither."""
+    if _DATE.match(text) is None:  # else 19991231 would be one
+        return np.inf
+    try:
+        time = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return np.inf
+    return (time if time.tzinfo else time.replace(tzinfo=datetime.UTC)).timestamp() / 86400
 
 
 def _packed(numbers: Sequence[Any], types: list[int]) -> np.ndarray:

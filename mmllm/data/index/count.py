@@ -42,6 +42,7 @@ def count_tokens(found: Scan, folder: TokenizerFolder, progress: Callable[[int],
         progress: Called with the number of documents done.
     """
     kind, hears = found.kind, folder.audio is not None
+    speaks = hears and folder.keeps_durations
     ids: list[np.ndarray] = []
     pieces: dict[int, list[tuple[int, int]]] = {}
     for row, text in enumerate(found.texts):
@@ -60,6 +61,7 @@ def count_tokens(found: Scan, folder: TokenizerFolder, progress: Callable[[int],
             is_deaf = not hears and (kind == "audio" or any(isinstance(segment, int) for segment in segments))
             impossible = (
                 is_deaf
+                or (task == "speak" and not speaks)
                 or (needs_text and not found.texts[row])
                 or (task == "question" and "question" not in metadata)
                 or (kind == "interleaved" and bool(said) != (task == "chat"))

@@ -429,7 +429,13 @@ class _Reader:
             if shape and codes[30:39] == b"codes.npy" and self._codec_bytes in codes:
                 return samples, rate, int(shape[2])
             return samples, rate, unpack_codes(codes, self._codec, name).shape[1]
-        return samples, rate, self._folder.require_audio().num_frames_of(samples, rate) if rate else 0
+        audio = self._folder.require_audio()
+        if not audio.keeps_durations:
+            raise ValueError(
+                f"{name}: no codes are stored with its sound, and how many de-duplicated units it has isn't known from "
+                f"its length; build the shards with `mmllm data build --tokenizer`"
+            )
+        return samples, rate, audio.num_frames_of(samples, rate) if rate else 0
 
     def _sound_header(self, number: int, name: str) -> tuple[int, int]:
         """(samples, samples a second)."""

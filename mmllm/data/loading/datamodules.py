@@ -201,9 +201,9 @@ class PackedDataModule(L.LightningDataModule):
         The usual length is the median over time: half of the time is heard in sounds that are no longer. Sources count
         by their weights.
         """
-        frames, weights = [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
+        frames, weights = [np.zeros(0)], [np.zeros(0)]
         for source in self.plan.sources:
-            frames_Q = source.heard_frames()
+            frames_Q = self._frames(source.heard_sounds())
             if len(frames_Q) and source.config.largest_weight > 0:
                 frames.append(frames_Q)
                 weights.append(source.config.largest_weight * frames_Q / frames_Q.sum())
@@ -214,6 +214,17 @@ class PackedDataModule(L.LightningDataModule):
         shares_Q = weights_Q[order_Q].cumsum() / weights_Q.sum()
         usual = frames_Q[order_Q[int(np.searchsorted(shares_Q, 0.5 - 1e-9))]]
         return round(float(frames_Q.max()) / self.folder.frame_rate, 3), round(float(usual) / self.folder.frame_rate, 3)
+
+    def _frames(self, sounds_Q3: np.ndarray) -> np.ndarray:
+        """[Q] how many frames each sound lasts, from its codes; where these have no durations, from its samples.
+
+        There, of a sound that is stored as codes alone, it is the least that it can last.
+        """
+        samples_Q, rate_Q, codes_Q = sounds_Q3.T
+        if self.folder.keeps_durations:
+            return codes_Q
+        frames_Q = np.ceil(samples_Q * self.folder.frame_rate / np.maximum(rate_Q, 1))
+        return np.where(rate_Q > 0, frames_Q, codes_Q)
 
     @property
     def voices(self) -> tuple[str, ...]:
@@ -284,7 +295,14 @@ def _once(recipe: Recipe) -> Recipe:
     """The recipe with each document once, all sources to their end, in no order of difficulty or of a schedule."""
     sources = [
         dataclasses.replace(
-            source, max_epochs=1.0, task_weights=None, weight=source.largest_weight, weight_schedule=None
+            source,
+            max_epochs=1.0,
+            task_weights=None,
+            weight=source.largest_weight,
+            weight_schedule=None,
+            balance=None,
+            balance_alpha=None,
+            masked_spans=None,
         )
         for source in recipe.sources
     ]
@@ -294,7 +312,7 @@ def _once(recipe: Recipe) -> Recipe:
 
 def default_steps(plan: Plan) -> int:
     """About one pass over the documents; of a stream that ends sooner, all its steps."""
-    tokens = sum(int(source.tokens_M.sum()) for source in plan.sources)
+    tokens = sum(source.num_epoch_tokens for source in plan.sources)
     steps = max(1, math.ceil(tokens / (plan.batch_size * plan.recipe.sequence_length)))
     capped = any(source.config.max_epochs is not None for source in plan.sources)
     if capped and plan.recipe.mixture.on_exhausted != "repeat":

@@ -22,9 +22,10 @@ from mmllm.data.loading.augment import NUM_DRAWS, AugmentConfig, augment
 from mmllm.data.loading.balance import FRAME_COST, IMAGE_COST, shares
 from mmllm.data.loading.collate import Gap, pack_documents
 from mmllm.data.loading.reader import SampleReader, TextPiece, named_failure
-from mmllm.data.plan.plan import Item, Plan, StepPlan
+from mmllm.data.plan.plan import Item, Plan, StepPlan, span_masking
 from mmllm.data.samples.decode import ImageInput, ImageTransform
 from mmllm.data.samples.documents import NO_PIXELS, Document, Sample, build_document, part_bounds
+from mmllm.data.samples.masked_spans import MASKED, base_task
 from mmllm_tokenizers.folder import TokenizerFolder
 from mmllm_tokenizers.tiling import TileGrid
 
@@ -73,13 +74,18 @@ class StepDataset(Dataset[PackedBatch]):
         self._read = SampleReader(plan, codec, folder)
         self._cache_bytes, self._cached = cache_bytes, 0
         self._cache: OrderedDict[_Place, Document] = OrderedDict()
+        self._masking = {
+            source.number: span_masking(source.config, folder)
+            for source in plan.sources
+            if source.config.masked_spans is not None
+        }
 
     def __getitem__(self, step: StepPlan) -> PackedBatch:
         """The batch of a step. `state["errors"]` names its documents that failed, if any."""
         row_errors: list[list[str]] = [[] for _ in step.sequences]
         items = [item for sequence in step.sequences for item in sequence]
         rows = [row for row, sequence in enumerate(step.sequences) for _ in sequence]
-        documents = iter(self._documents(items, [row_errors[row] for row in rows]))
+        documents = iter(self._documents(items, [row_errors[row] for row in rows], step.step))
         sequences = [list(islice(documents, len(sequence))) for sequence in step.sequences]
         errors = [message for messages in row_errors for message in messages]
         sources = [[item.source for item in sequence] for sequence in step.sequences]
@@ -104,10 +110,13 @@ class StepDataset(Dataset[PackedBatch]):
         return np.random.default_rng(seed).random((num_images, NUM_DRAWS), dtype=np.float32)
 
     def document(self, item: Item, errors: list[str]) -> Document | Gap:
-        """The document of an item, or where it fails a gap of its length, with the reason added to `errors`."""
-        return self._documents([item], [errors])[0]
+        """The document of an item, or where it fails a gap of its length, with the reason added to `errors`.
 
-    def _documents(self, items: Sequence[Item], errors: Sequence[list[str]]) -> list[Document | Gap]:
+        Masked spans are those that it has at step 0.
+        """
+        return self._documents([item], [errors], 0)[0]
+
+    def _documents(self, items: Sequence[Item], errors: Sequence[list[str]], step: int) -> list[Document | Gap]:
         """The documents of items, each with the list that takes its error.
 
         All are read, then all written, then all pictures decoded: a picture empties the processor's caches, and after
@@ -123,19 +132,22 @@ class StepDataset(Dataset[PackedBatch]):
                         work(draft)
                     except Exception as error:  # a broken sample must never stop a run: it is named, counted, bounded
                         draft.error = error
-        return [self._own_part(drafts[self._place(item)], item, told) for item, told in zip(items, errors, strict=True)]
+        return [
+            self._own_part(drafts[self._place(item)], item, told, step)
+            for item, told in zip(items, errors, strict=True)
+        ]
 
     def _place(self, item: Item) -> _Place:
         """What tells documents apart. Parts of a text are documents of their own where they can be read alone."""
         part = item.part if self._read.reads_part(item) else -1
-        return item.source, item.shard, item.row, item.task, part
+        return item.source, item.shard, item.row, base_task(item.task), part
 
-    def _own_part(self, draft: _Draft, item: Item, errors: list[str]) -> Document | Gap:
+    def _own_part(self, draft: _Draft, item: Item, errors: list[str], step: int) -> Document | Gap:
         """An item's part of its document, or a gap."""
         try:
             if draft.error is not None:
                 raise draft.error
-            return self._checked_part(draft, item)
+            return self._checked_part(draft, item, step)
         except Exception as error:
             message = named_failure(self._plan, item, error)
             if self._raises:
@@ -143,11 +155,14 @@ class StepDataset(Dataset[PackedBatch]):
             errors.append(message)
             return Gap(item.num_tokens)
 
-    def _checked_part(self, draft: _Draft, item: Item) -> Document:
+    def _checked_part(self, draft: _Draft, item: Item, step: int) -> Document:
         document = draft.document
         assert document is not None
         if item.part >= 0 and draft.place[-1] < 0:
             document = document.part(*part_bounds(document.num_tokens, self._plan.recipe.sequence_length, item.part))
+        if item.task.startswith(MASKED):
+            seed = [self._plan.recipe.seed, 14, step, item.source, item.shard, item.row]
+            document = self._masking[item.source].masked(document, np.random.default_rng(seed))
         if document.num_tokens != item.num_tokens:
             raise ValueError(f"has {document.num_tokens} tokens, {item.num_tokens} when it was indexed; index it again")
         return document
@@ -173,8 +188,9 @@ class StepDataset(Dataset[PackedBatch]):
             draft.document = self._read.part_document(read, item)
         else:
             config = self._plan.sources[item.source].config
-            template = (config.templates or {}).get(item.task)
-            draft.document = build_document(read, item.task, self._folder, draft.later, template, config.anchor_prompt)
+            task = base_task(item.task)
+            template = (config.templates or {}).get(task)
+            draft.document = build_document(read, task, self._folder, draft.later, template, config.anchor_prompt)
         draft.read, draft.is_new = None, True
 
     def _decode_draft(self, draft: _Draft) -> None:

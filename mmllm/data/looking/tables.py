@@ -31,6 +31,17 @@ def stats_lines(told: Mapping[str, Any]) -> Iterator[str]:
     if (tell := told["tell"]) is not None:
         ratio = "none" if tell["ratio"] is None else f"{tell['ratio']:.2f}"
         yield f"tell: {tell['documents']:,} of {tell['task']}, {ratio} general each (wanted {tell['wanted_ratio']:g})"
+    for name, balance in told["balance"].items():
+        yield f"{balance['column']} of {name}, balanced with alpha {balance['alpha']:g}:"
+        rows = [("  value", "documents", "wanted", "realized")]
+        rows += [
+            (
+                f"  {value or 'none'}", f"{each['documents']:,}", f"{100 * each['wanted_share']:.2f}%",
+                f"{100 * each['share']:.2f}%",
+            )
+            for value, each in balance["values"].items()
+        ]  # fmt: skip
+        yield from _aligned(rows, "<>>>")
     for name, types in told["task_types"].items():
         for what, counts in types.items():
             if counts:

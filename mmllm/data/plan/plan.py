@@ -27,6 +27,7 @@ from mmllm.data.plan.best_fit import Budgets, pack_window
 from mmllm.data.plan.recipe import METRICS, Recipe, SourceConfig, recipe_hash
 from mmllm.data.plan.source import Drawn, Item, Source
 from mmllm.data.samples.documents import conversation_tokens, with_anchor
+from mmllm.data.samples.masked_spans import SpanMasking
 from mmllm.data.samples.schema import read_sample
 from mmllm.data.samples.templates import template_tokens
 from mmllm.data.shards.find import find_shards
@@ -454,7 +455,8 @@ def open_sources(recipe: Recipe, tokenizer_hash: str, folder: TokenizerFolder | 
     Raises:
         FileNotFoundError: Shards or their indices are missing.
         ValueError: An index belongs to another tokenizer, a source is left without documents, its filter reads a key
-            that no document has, or no document has the curriculum's metric.
+            that no document has, no document has the curriculum's metric, or a source is to be spoken with units that
+            can't be.
     """
     sources = []
     base = Path(recipe.folder) if recipe.folder is not None else None
@@ -466,6 +468,11 @@ def open_sources(recipe: Recipe, tokenizer_hash: str, folder: TokenizerFolder | 
             indices = list(load_indices(shards, tokenizer_hash))
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"source {config.name!r}: {error}") from error
+        if folder is not None and "speak" in config.task_names:
+            try:
+                folder.check_speech()
+            except ValueError as error:
+                raise ValueError(f"source {config.name!r} has the task speak: {error}, or set its tasks") from error
         if folder is not None and "chat" in config.task_names:  # a source's own template is counted on top of it
             for index in indices:
                 index.check_chat(folder.chat_template is not None)
@@ -473,9 +480,27 @@ def open_sources(recipe: Recipe, tokenizer_hash: str, folder: TokenizerFolder | 
         if config.templates or config.anchor_prompt is not None:
             assert folder is not None, "templates are counted with the tokenizer"
             more_tokens = partial(_more_tokens, config=config, folder=folder)
-        sources.append(Source(config, number, indices, recipe, more_tokens))
+        masked_tokens = None
+        if config.masked_spans is not None:
+            assert folder is not None, "masked spans are counted with the tokenizer"
+            masked_tokens = span_masking(config, folder).num_tokens
+        sources.append(Source(config, number, indices, recipe, more_tokens, masked_tokens))
     _check_metric(recipe, sources)
     return sources
+
+
+def span_masking(config: SourceConfig, folder: TokenizerFolder) -> SpanMasking:
+    """How a source's documents get masked spans.
+
+    Raises:
+        ValueError: As `SpanMasking`, with the source's name.
+    """
+    (task,) = config.task_names
+    assert config.masked_spans is not None
+    try:
+        return SpanMasking(config.masked_spans, task, folder, (config.templates or {}).get(task), config.anchor_prompt)
+    except ValueError as error:
+        raise ValueError(f"source {config.name!r}: {error}") from error
 
 
 def _more_tokens(index: ShardIndex, config: SourceConfig, folder: TokenizerFolder) -> dict[str, int | np.ndarray]:

@@ -15,11 +15,14 @@ from typing import Any, Literal
 
 from mmllm.data.expressions import compile_filter
 from mmllm.data.samples.documents import KIND_TASKS
+from mmllm.data.samples.masked_spans import KINDS, MASKED, MaskedSpansConfig
 from mmllm.data.samples.templates import check_template
 from mmllm.parsing import parse, read_yaml
 
 METRICS = ("num_tokens", "length", "rarity", "image_area", "seconds", "num_frames", "num_images")
 """Of a curriculum; besides, any numeric metadata column."""
+DEFAULT_ALPHA = 0.5
+"""Of a source's `balance`."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,12 @@ class SourceConfig:
     """Task types whose documents are never drawn, so that they can be tested."""
     task_column: str | None = None
     """The rows' key that says a document's task type; by default `task`."""
+    balance: str | None = None
+    """A key of the rows, such as the `topic` that `mmllm data topics` writes, by whose values documents are drawn in
+    other shares than there are: a value of n documents gets n^balance_alpha, counted in documents. An epoch then
+    draws only some of the more frequent ones. Not together with a curriculum of the source."""
+    balance_alpha: float | None = None
+    """0: as many documents of each value; 1: as many as there are. By default 0.5."""
     anchor_prompt: str | None = None
     """One fixed text in front of each of its documents, which is not to be predicted (TELL,
     https://arxiv.org/abs/2404.00914); of a conversation, the system's. Opening the recipe then reads every conversation
@@ -55,6 +64,9 @@ class SourceConfig:
     """Each sample is one document per task. By default: audio as transcribe and speak, others as their kind."""
     task_weights: list[float] | None = None
     """Share of the documents drawn as each task, relative to the largest."""
+    masked_spans: MaskedSpansConfig | None = None
+    """A share of its texts or captions is learned by filling in: the prompt has spans left out, and the answer is those
+    spans (T5, https://arxiv.org/abs/1910.10683). Which documents and which spans is drawn anew in every epoch."""
     max_images: int | None = None
     """Documents with more pictures are left out."""
     text_key: str | None = None
@@ -100,6 +112,16 @@ class SourceConfig:
                 f"source {self.name!r}: task_column is {self.task_column!r}, which max_documents and heldout_tasks "
                 f"read; give one of them, or leave it out"
             )
+        if self.balance_alpha is not None and (self.balance is None or not 0 <= self.balance_alpha <= 1):
+            raise ValueError(
+                f"source {self.name!r}: balance_alpha is {self.balance_alpha} and balance {self.balance!r}; give "
+                f"balance the key whose values are balanced, and balance_alpha from 0 to 1"
+            )
+        if self.masked_spans is not None and (self.kind not in KINDS or self.max_documents is not None):
+            raise ValueError(
+                f"source {self.name!r}: masked_spans is of kinds {' and '.join(KINDS)} without max_documents, and this "
+                f"is {self.kind} with max_documents {self.max_documents}; leave it out here"
+            )
         if self.anchor_prompt is not None and not self.anchor_prompt.strip():
             raise ValueError(f"source {self.name!r}: anchor_prompt is empty; give a text, or leave it out")
         if self.filter is not None:
@@ -139,6 +161,13 @@ class SourceConfig:
             case "interleaved":  # conversations are chats, everything else is not
                 return ("interleaved", "chat")
         return KIND_TASKS[self.kind][:1]
+
+    @property
+    def item_tasks(self) -> tuple[str, ...]:
+        """The tasks, and likewise with masked spans where some documents have them."""
+        if self.masked_spans is None:
+            return self.task_names
+        return tuple(form for task in self.task_names for form in (task, MASKED + task))
 
     def weight_at(self, step: int) -> float:
         """The weight at a step; may be 0 for a while."""
@@ -311,6 +340,12 @@ class Recipe:
         if self.tell is not None:
             self._check_tell(self.tell, names)
         ordered = self._ordered(names)
+        balanced = [source.name for source in self.sources if source.balance is not None and source.name in ordered]
+        if balanced:
+            raise ValueError(
+                f"source {balanced[0]!r} has balance and the recipe a curriculum that orders it: the easiest documents "
+                f"have other values than all have; leave out one of the two, or name others in curriculum.sources"
+            )
         capped = [source.name for source in self.sources if source.max_epochs is not None and source.name in ordered]
         if (
             capped
@@ -488,5 +523,7 @@ def recipe_hash(recipe: Recipe, shard_digests: list[list[str]], tokenizer_hash: 
         del source["name"], source["remote"]
         if config.weight_schedule is not None:
             del source["weight"]
+        if config.balance is not None and config.balance_alpha is None:
+            source["balance_alpha"] = DEFAULT_ALPHA
         source |= {"shards": digests, "tasks": list(config.task_names)}
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

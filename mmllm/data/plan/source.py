@@ -23,8 +23,9 @@ import numpy as np
 from mmllm.data.expressions import filter_names
 from mmllm.data.index.columns import Column
 from mmllm.data.index.index import ShardIndex
+from mmllm.data.plan.balance import NO_VALUE, Balance, balance_of
 from mmllm.data.plan.filter import kept_documents
-from mmllm.data.plan.recipe import CurriculumConfig, Recipe, SourceConfig
+from mmllm.data.plan.recipe import DEFAULT_ALPHA, CurriculumConfig, Recipe, SourceConfig
 from mmllm.data.samples.documents import num_parts
 from mmllm.data.samples.stored import COLUMN
 
@@ -38,8 +39,8 @@ TASK_COLUMN = "task"
 """The rows' key that says a document's task type, where a source names no other."""
 _COPIED = "perturbed"
 """What `build --perturb` writes in altered copies; without it no row has the key, and a filter may still name it."""
-_ORDER, _RANKS, _CAP = 6, 7, 10
-"""What random numbers are for; others of the recipe's seed are 1 (`Plan`), 4 (`StepDataset`), and 8 and 9
+_ORDER, _RANKS, _CAP, _FORM = 6, 7, 10, 13
+"""What random numbers are for; others of the recipe's seed are 1 (`Plan`), 4 and 14 (`StepDataset`), and 8 and 9
 (`single.py`)."""
 _NAMED = 5
 """Documents that are named in one message."""
@@ -78,6 +79,8 @@ class _Rows:
     index: ShardIndex
     rows: np.ndarray
     tokens: np.ndarray
+    is_masked: bool = False
+    """The documents have masked spans."""
 
 
 class Source:
@@ -89,6 +92,8 @@ class Source:
         indices: Its shards' indices.
         recipe: The recipe.
         more_tokens: Of a shard, by task, tokens that the source's own templates add, to all documents or to each.
+        masked_tokens: Of documents with so many tokens and tiles, how many they have with masked spans; 0: they can't
+            have any. Needed where `masked_spans` is set.
 
     Raises:
         ValueError: The shards hold another kind, or nothing is left after the filter.
@@ -101,22 +106,25 @@ class Source:
         indices: Sequence[ShardIndex],
         recipe: Recipe,
         more_tokens: Callable[[ShardIndex], Mapping[str, int | np.ndarray]] | None = None,
+        masked_tokens: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
     ) -> None:
         self.config, self.number, self.indices = config, number, list(indices)
-        self.num_filtered = self.num_too_long = self.num_over_budget = self.num_over_cap = 0
+        self.num_filtered = self.num_too_long = self.num_over_budget = self.num_over_cap = self.num_never_masked = 0
         self.num_by_type: Counter[str] = Counter()
         """Documents by task type, where the source caps types or holds some out."""
         self.num_held_out: Counter[str] = Counter()
         """Documents that are held out, by task type."""
         self._named_too_long: list[str] = []
         self._seed = (recipe.seed, number)
+        if config.masked_spans is not None and masked_tokens is None:
+            raise ValueError(f"source {config.name!r}: masked_spans is for training a decoder; leave it out here")
         self._check_filter()
         items = _Items(
-            len(config.task_names) * sum(index.num_documents for index in self.indices), recipe.sequence_length
+            len(config.item_tasks) * sum(index.num_documents for index in self.indices), recipe.sequence_length
         )
-        groups = self._groups_of_rows(recipe, more_tokens)
+        groups = self._groups_of_rows(recipe, more_tokens, masked_tokens)
         for group in groups if config.max_documents is None else self._capped(list(groups), config.max_documents):
-            if config.max_documents is not None or config.heldout_tasks is not None:
+            if (config.max_documents is not None or config.heldout_tasks is not None) and not group.is_masked:
                 self.num_by_type.update(self._types(group.index)[group.rows].tolist())
             items.add(*self._parted(group, recipe))
         self._check_held_out()
@@ -129,9 +137,16 @@ class Source:
         for count, why in ((self.num_too_long, too_long), (self.num_over_budget, "over a budget")):
             if count:
                 _logger.warning("source %s: left out %d documents %s", config.name, count, why)
+        if self.num_never_masked:
+            _logger.info(
+                "source %s: %d documents are too long or too short for masked spans, and stay as they are",
+                config.name, self.num_never_masked,
+            )  # fmt: skip
         for task_type, count in self.num_held_out.items():
             _logger.info("source %s: held out %d documents of the task type %s", config.name, count, task_type)
         self.rank_M = self._ranks(recipe.curriculum)
+        self.balance, self._chance_M = self._balanced()
+        self._may_mask = self._maskable()
         self._blocks: dict[tuple[int, int], tuple[np.ndarray, np.ndarray | None]] = {}
         self._cuts: tuple[int, np.ndarray, np.ndarray] | None = None
 
@@ -165,7 +180,16 @@ class Source:
     def __getstate__(self) -> dict[str, Any]:
         """What a worker needs: it is told which items to read, and plans none."""
         nothing = np.zeros(0, dtype=np.int32)
-        planned = {"tokens_M": nothing, "_row_M": None, "_part_M": None, "rank_M": None, "_blocks": {}, "_cuts": None}
+        planned = {
+            "tokens_M": nothing,
+            "_row_M": None,
+            "_part_M": None,
+            "rank_M": None,
+            "_chance_M": None,
+            "_may_mask": None,
+            "_blocks": {},
+            "_cuts": None,
+        }
         return {**self.__dict__, **planned}
 
     def _check_index(self, index: ShardIndex) -> None:
@@ -180,7 +204,10 @@ class Source:
             )
 
     def _groups_of_rows(
-        self, recipe: Recipe, more_tokens: Callable[[ShardIndex], Mapping[str, int | np.ndarray]] | None
+        self,
+        recipe: Recipe,
+        more_tokens: Callable[[ShardIndex], Mapping[str, int | np.ndarray]] | None,
+        masked_tokens: Callable[[np.ndarray, np.ndarray], np.ndarray] | None,
     ) -> Iterator[_Rows]:
         """The rows of each shard as each task that may be drawn."""
         for index in self.indices:
@@ -190,7 +217,16 @@ class Source:
                 written_N = np.logical_or.reduce([self._lengths(index, task) > 0 for task in self.config.task_names])
                 self.num_held_out.update(self._types(index)[is_held_N & written_N].tolist())
             for task in self.config.task_names:
-                yield self._rows(index, task, recipe, more.get(task, 0), is_held_N)
+                rows = self._rows(index, task, recipe, more.get(task, 0), is_held_N)
+                yield rows
+                if masked_tokens is not None:
+                    yield self._masked(rows, recipe, masked_tokens(rows.tokens, index.num_tiles_N[rows.rows]))
+
+    def _masked(self, whole: _Rows, recipe: Recipe, tokens: np.ndarray) -> _Rows:
+        """The rows of a group that can be written with masked spans, in one sequence."""
+        fits = (tokens > 0) & (tokens <= recipe.sequence_length)
+        self.num_never_masked += int((~fits).sum())
+        return _Rows(whole.index, whole.rows[fits], tokens[fits], is_masked=True)
 
     def _types(self, index: ShardIndex) -> np.ndarray:
         """[N] the task type of a shard's documents, "" of those that don't say it."""
@@ -316,6 +352,31 @@ class Source:
                 raise ValueError(f"source {self.config.name!r}: {error}") from error
         return keep_N
 
+    def _balanced(self) -> tuple[Balance | None, np.ndarray | None]:
+        """The values of the column that the source balances, and each item's chance [M] to be drawn in an epoch."""
+        name, alpha = self.config.balance, self.config.balance_alpha
+        if name is None:
+            return None, None
+        if name not in self.column_names:
+            raise ValueError(
+                f"source {self.config.name!r}: balance is {name!r}, which no document has; known are "
+                f"{', '.join(sorted(self.column_names)) or 'none'}"
+            )
+        codes: dict[str, int] = {}
+        codes_M = self._gathered(
+            lambda index: np.array([codes.setdefault(value, len(codes)) for value in _values(index, name)]), np.int32
+        )
+        forms_M = self._groups(np.arange(self.num_items))[2] % 2  # with masked spans, every second group has them
+        is_counted_M = (forms_M == 0) | (self.config.masked_spans is None)
+        balance, chance_M = balance_of(codes_M, codes, DEFAULT_ALPHA if alpha is None else alpha, is_counted_M)
+        return balance, chance_M.astype(np.float32)
+
+    def balance_value(self, shard: int, row: int) -> str:
+        """A document's value of the column that the source balances."""
+        column = self.indices[shard].columns.get(self.config.balance or "")
+        value = None if column is None else column[row]
+        return NO_VALUE if value is None else str(value)
+
     def _ranks(self, curriculum: CurriculumConfig | None) -> np.ndarray | None:
         """Each item's place in the order in which the curriculum adds them, 0 the first."""
         if curriculum is None or not curriculum.orders(self.config.name):
@@ -346,7 +407,7 @@ class Source:
     def _gathered(self, read: Callable[[ShardIndex], np.ndarray], dtype: type) -> np.ndarray:
         """[M] from values of each shard's documents."""
         gathered_M, bounds = np.empty(self.num_items, dtype=dtype), self._starts_G.tolist()
-        num_tasks = len(self.config.task_names)
+        num_tasks = len(self.config.item_tasks)
         for shard, index in enumerate(self.indices):
             values_N = read(index)
             for group in range(shard * num_tasks, (shard + 1) * num_tasks):
@@ -358,12 +419,12 @@ class Source:
         """int32 [M] of `num_tiles` or `num_frames`."""
         return self._gathered(lambda index: _measured(index, name), np.int32)
 
-    def heard_frames(self) -> np.ndarray:
-        """int64 frames of each sound that its items let a model hear."""
-        bounds, tasks = self._starts_G.tolist(), self.config.task_names
-        heard = [np.zeros(0, dtype=np.int64)]
+    def heard_sounds(self) -> np.ndarray:
+        """int64 [Q, 3] of each sound that its items let a model hear, as `ShardIndex.sounds_Q3` has them."""
+        bounds, tasks = self._starts_G.tolist(), self.config.item_tasks
+        heard = [np.zeros((0, 3), dtype=np.int64)]
         for shard, index in enumerate(self.indices):
-            frames_Q, documents_Q = _sounds(index)
+            sounds_Q3, documents_Q = _sounds(index)
             for place, task in enumerate(tasks):
                 group = shard * len(tasks) + place
                 here = slice(bounds[group], bounds[group + 1])
@@ -372,9 +433,9 @@ class Source:
                 if self._row_M is not None:
                     is_item_N = np.zeros(index.num_documents, dtype=bool)
                     is_item_N[self._row_M[here]] = True
-                    heard.append(frames_Q[is_item_N[documents_Q]])
+                    heard.append(sounds_Q3[is_item_N[documents_Q]])
                 else:
-                    heard.append(frames_Q)
+                    heard.append(sounds_Q3)
         return np.concatenate(heard)
 
     def made_features(self) -> dict[str | None, Item]:
@@ -411,9 +472,22 @@ class Source:
         """Rows that its items are made of, each once."""
         if self._row_M is None:
             return sum(index.num_documents for index in self.indices)
-        bounds, num_tasks = self._starts_G.tolist(), len(self.config.task_names)
+        bounds, num_tasks = self._starts_G.tolist(), len(self.config.item_tasks)
         firsts = bounds[::num_tasks]
         return sum(len(np.unique(self._row_M[start:stop])) for start, stop in pairwise(firsts))
+
+    @property
+    def num_epoch_tokens(self) -> int:
+        """Tokens that an epoch may draw; where chance says which documents have masked spans, on average."""
+        total = int(self.tokens_M.sum())
+        if self.config.masked_spans is None or self._may_mask is None:
+            return total
+        numbers = np.arange(self.num_items)
+        _, shards, forms = self._groups(numbers)
+        may_mask = self._may_mask[self._first_documents()[shards] + self._rows_of(numbers)]
+        share = self.config.masked_spans.share
+        chances = np.where(forms == 1, share, np.where(may_mask, 1 - share, 1.0))
+        return round(float((self.tokens_M * chances).sum()))
 
     @property
     def limit(self) -> int | None:
@@ -469,7 +543,7 @@ class Source:
     def _block_groups(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(first position of each block and the end, groups of items in this epoch's order)."""
         num_shards = len(self.indices)
-        per_shard = len(self.config.task_names)
+        per_shard = len(self.config.item_tasks)
         if self.num_items <= BLOCK_ITEMS or num_shards == 1:
             return np.array([0, self.num_items]), np.arange(num_shards * per_shard)
         shards = self._random(_ORDER, epoch, 1).permutation(num_shards)
@@ -495,15 +569,48 @@ class Source:
             ends = np.cumsum(sizes)
             mine = groups[(ends > start) & (ends <= stop)]
             order = rng.permutation(np.concatenate([np.arange(*self._starts_G[g : g + 2]) for g in mine.tolist()]))
-        if self.config.task_weights is None:
-            return order, None
-        weights = np.array(self.config.task_weights) / max(self.config.task_weights)
-        return order, rng.random(len(order)) < weights[self._groups(order)[2]]
+        if self.config.task_weights is None and self._chance_M is None:
+            return order, self._in_one_form(epoch, order, None)
+        chances = np.ones(len(order)) if self._chance_M is None else self._chance_M[order]
+        if self.config.task_weights is not None:
+            weights = np.array(self.config.task_weights) / max(self.config.task_weights)
+            chances = chances * weights[self._groups(order)[2] // (len(self.config.item_tasks) // len(weights))]
+        return order, self._in_one_form(epoch, order, rng.random(len(order)) < chances)
+
+    def _maskable(self) -> np.ndarray | None:
+        """Bools of all shards' documents, one after the other: whether they can have masked spans; None: none have."""
+        if self.config.masked_spans is None:
+            return None
+        firsts = self._first_documents()
+        _, shards, forms = self._groups(np.arange(self.num_items))
+        documents = firsts[shards] + self._rows_of(np.arange(self.num_items))
+        may_mask = np.zeros(firsts[-1], dtype=bool)
+        may_mask[documents[forms == 1]] = True
+        return may_mask
+
+    def _first_documents(self) -> np.ndarray:
+        """The number of each shard's first document among all, and behind the last how many there are."""
+        return np.cumsum([0, *(index.num_documents for index in self.indices)])
+
+    def _in_one_form(self, epoch: int, order: np.ndarray, kept: np.ndarray | None) -> np.ndarray | None:
+        """Which items are kept: of each document that with masked spans or that without, by chance in every epoch."""
+        if self.config.masked_spans is None or self._may_mask is None:
+            return kept
+        is_masked = self._random(_FORM, epoch).random(len(self._may_mask)) < self.config.masked_spans.share
+        _, shards, forms = self._groups(order)
+        documents = self._first_documents()[shards] + self._rows_of(order)
+        is_own = (is_masked & self._may_mask)[documents] == (forms == 1)
+        return is_own if kept is None else kept & is_own
+
+    def _rows_of(self, numbers: np.ndarray) -> np.ndarray:
+        """The rows of items in their shards."""
+        groups = self._groups(numbers)[0]
+        return numbers - self._starts_G[groups] if self._row_M is None else self._row_M[numbers]
 
     def _groups(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(group, shard, task) of items."""
         groups = np.searchsorted(self._starts_G, numbers, side="right") - 1
-        return groups, *np.divmod(groups, len(self.config.task_names))
+        return groups, *np.divmod(groups, len(self.config.item_tasks))
 
     def _random(self, purpose: int, *numbers: int) -> np.random.Generator:
         """Random numbers by the source's place in the recipe, so that its name may change."""
@@ -515,7 +622,7 @@ class Source:
         groups, shards, tasks = self._groups(numbers)
         rows = numbers - self._starts_G[groups] if self._row_M is None else self._row_M[numbers]
         parts = repeat(-1) if self._part_M is None else self._part_M[numbers].tolist()
-        names = self.config.task_names
+        names = self.config.item_tasks
         columns = (
             repeat(self.number), shards.tolist(), rows.tolist(), [names[task] for task in tasks.tolist()], parts,
             self.tokens_M[numbers].tolist(),
@@ -577,14 +684,22 @@ class _Items:
 
 
 def _sounds(index: ShardIndex) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [Q] frames of each sound that has any, and which document's it is.
+    """int64 [Q, 3] samples, samples a second and frames of each sound that has any, and which document's it is.
 
     Which sounds are a document's isn't stored, but sounds lie in the order of documents, and so many frames are its.
     """
-    frames_Q = index.sounds_Q3[:, 2].astype(np.int64)
-    frames_Q = frames_Q[frames_Q > 0]
-    ends_N = index.num_frames_N.astype(np.int64).cumsum()
-    return frames_Q, np.searchsorted(ends_N, frames_Q.cumsum() - frames_Q, side="right")
+    sounds_Q3 = index.sounds_Q3.astype(np.int64)
+    sounds_Q3 = sounds_Q3[sounds_Q3[:, 2] > 0]
+    frames_Q, ends_N = sounds_Q3[:, 2], index.num_frames_N.astype(np.int64).cumsum()
+    return sounds_Q3, np.searchsorted(ends_N, frames_Q.cumsum() - frames_Q, side="right")
+
+
+def _values(index: ShardIndex, name: str) -> list[str]:
+    """What a column says of a shard's documents, as texts; `NO_VALUE` of those that it says nothing of."""
+    column = index.columns.get(name)
+    if column is None:
+        return [NO_VALUE] * index.num_documents
+    return [NO_VALUE if value is None else str(value) for value in column]
 
 
 def _measured(index: ShardIndex, metric: str) -> np.ndarray:

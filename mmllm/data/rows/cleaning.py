@@ -1,20 +1,16 @@
 """Rows measured, filtered by quality, and rid of exact and near duplicates, before they are split and built.
 
 Measuring reads every file, row by row, and knows of no other row: it may run in many processes and elsewhere.
-Choosing looks at the measures alone. Shapes: P hash functions.
+Choosing looks at the measures alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
-
-import numpy as np
 
 from mmllm.data.executors.parallel import in_order
 from mmllm.data.executors.stages import Executor, Progress, Stage
@@ -22,14 +18,12 @@ from mmllm.data.executors.task import Work
 from mmllm.data.expressions import compile_filter, filter_names
 from mmllm.data.rows.bad_rows import ManifestError, is_of_machine
 from mmllm.data.rows.media import Digests, Media
-from mmllm.data.rows.rows import Row, row_files, row_media
+from mmllm.data.rows.near_copies import Shingles, described_media, minhash, near_rows
+from mmllm.data.rows.rows import Row, row_files, row_media, row_text
 
 Dedup = Literal["none", "exact", "minhash"]
 DEDUPS: tuple[Dedup, ...] = ("none", "exact", "minhash")
-NUM_BANDS, BAND_ROWS = 16, 8
-SHINGLE_WORDS = 5
-MIN_SHINGLES = 8
-"""Shorter texts are told by exact comparison alone: of a caption's few words, too many agree by chance."""
+SHINGLES = "words:5"
 _CHUNK, _MAX_CHUNKS = 256, 4096
 _FACTS = ("words", "characters", "mean_word", "letters", "symbols", "repeated_lines")
 
@@ -39,17 +33,24 @@ class CleaningConfig:
     """What is left out."""
 
     dedup: Dedup = "none"
-    """`exact`: rows of equal files and text. `minhash`: also texts and documents that are nearly another."""
+    """`exact`: rows of equal files and text. `minhash`: also those whose text is nearly another's and whose pictures
+    and sounds, if they have any, are the same (`near_copies.py`); of a cluster of them the first is kept."""
     threshold: float = 0.8
     """Jaccard similarity of two texts' shingles from which one is left out, as estimated by their signatures."""
     quality: str | None = None
     """Which rows are kept, e.g. `"words >= 5 and repeated_lines < 0.3"`: a filter over the row's metadata and `words`,
     `characters`, `mean_word` (letters a word), `letters`, `symbols` and `repeated_lines` (shares). The measures are
     those of Rae et al. 2021 (https://arxiv.org/abs/2112.11446, A1.1)."""
+    shingles: str = SHINGLES
+    """What `minhash` compares texts by: `words:N` or `chars:N`. A text of fewer than eight (by default: than twelve
+    words) is near no other; captions need `chars:5` or the like."""
 
     def __post_init__(self) -> None:
         if self.dedup not in DEDUPS:
             raise ValueError(f"dedup is {self.dedup!r}; it must be one of {', '.join(DEDUPS)}")
+        Shingles.parse(self.shingles)
+        if self.shingles != SHINGLES and self.dedup != "minhash":
+            raise ValueError(f"shingles is {self.shingles!r}, but dedup is {self.dedup!r}; only minhash compares them")
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold is {self.threshold}; it must be in (0, 1]")
         if self.quality is not None:
@@ -77,7 +78,7 @@ def measure_rows(
     """
     size = max(_CHUNK, -(-len(rows) // _MAX_CHUNKS))
     chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
-    measured = _Measured(config.quality is not None, config.dedup == "minhash")
+    measured = _Measured(config.quality is not None, config.dedup == "minhash", config.shingles)
     if executor.is_here:
         found = []
         for _, measures in in_order(measured, chunks, executor.workers):
@@ -96,13 +97,14 @@ def measure_rows(
 class _Measured:
     facts: bool
     signature: bool
+    shingles: str = SHINGLES
 
     def __call__(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         return [self._measure(row) for row in rows]
 
     def _measure(self, row: Row) -> dict[str, Any]:
         try:
-            return measure(row, self.facts, self.signature)
+            return measure(row, self.facts, self.signature, self.shingles)
         except (OSError, ValueError) as error:
             if is_of_machine(error):
                 raise
@@ -115,20 +117,23 @@ def row_measurer(settings: dict[str, Any]) -> Callable[[Sequence[Any], str], lis
     return lambda rows, key: measured([Row.from_json(row) for row in rows])
 
 
-def measure(row: Row, facts: bool = False, signature: bool = False) -> dict[str, Any]:
+def measure(row: Row, facts: bool = False, signature: bool = False, shingles: str = SHINGLES) -> dict[str, Any]:
     """What choosing needs of a row, as JSON.
 
     Returns:
-        `digest` of what it holds; `files`, the digests of its files; `facts` of its text; `signature`, uint32 `[P]` in
-        hexadecimal digits, or `None` where its text is too short or its kind has none.
+        `digest` of what it holds; `files`, the digests of its files; `facts` of its text; `signature` of its text with
+        its question and answer, uint32 `[P]` in hexadecimal digits, or `None` where that is too short; beside a
+        signature, `kind` and `media`, as `near_copies.described_media` gives it.
     """
     digests, text = Digests(), _text(row)
     found: dict[str, Any] = {"digest": _digest(row, digests), "files": [digests(media) for _, media in row_media(row)]}
     if facts:
         found["facts"] = text_facts(text)
-    if signature and row.kind in ("text", "interleaved"):
-        signature_P = minhash(text)
+    if signature:
+        signature_P = minhash(row_text(row), Shingles.parse(shingles))
         found["signature"] = None if signature_P is None else signature_P.astype("<u4").tobytes().hex()
+        if signature_P is not None:
+            found |= {"kind": row.kind, "media": described_media(row_media(row), found["files"])}
     return found
 
 
@@ -159,28 +164,6 @@ def text_facts(text: str) -> dict[str, float]:
         1 - len(set(lines)) / max(1, len(lines)) if lines else 0.0,
     )  # fmt: skip
     return dict(zip(_FACTS, values, strict=True))
-
-
-def _shingles(text: str) -> set[int]:
-    words = re.findall(r"\w+", text.lower())
-    starts = range(max(1, len(words) - SHINGLE_WORDS + 1))
-    return {zlib.crc32(" ".join(words[start : start + SHINGLE_WORDS]).encode()) for start in starts}
-
-
-def minhash(text: str) -> np.ndarray | None:
-    """uint32 [P] signature of a text's shingles of five words (Broder 1997, https://doi.org/10.1109/SEQUEN.1997.666900).
-
-    The share of places in which two signatures agree estimates the Jaccard similarity of their shingles. `None` for a
-    text with fewer than `MIN_SHINGLES`.
-    """
-    shingles = np.array(sorted(_shingles(text)), dtype=np.uint64)
-    if len(shingles) < MIN_SHINGLES:
-        return None
-    rng = np.random.default_rng(0)
-    factors_P, offsets_P = (rng.integers(1, 2**63, NUM_BANDS * BAND_ROWS, dtype=np.uint64) for _ in range(2))
-    with np.errstate(over="ignore"):  # multiply-shift hashing (Dietzfelbinger et al. 1997): the overflow is meant
-        hashed = (shingles[:, None] * (factors_P | np.uint64(1)) + offsets_P) >> np.uint64(32)
-    return hashed.min(axis=0).astype(np.uint32)
 
 
 def choose(
@@ -214,7 +197,7 @@ def choose(
             elif keep[number]:
                 seen.add(found["digest"])
     if config.dedup == "minhash":
-        for number in _near(measures, keep, config.threshold):
+        for number in near_rows(measures, keep, config.threshold):
             keep[number] = False
             counts["near"] += 1
     kept = [row for row, is_kept in zip(rows, keep, strict=True) if is_kept]
@@ -222,26 +205,3 @@ def choose(
         told = ", ".join(f"{count} by {stage}" for stage, count in counts.items() if count)
         raise ManifestError(f"cleaning leaves none of {len(rows)} rows ({told}); loosen the quality filter")
     return kept, counts
-
-
-def _near(measures: Sequence[dict[str, Any]], keep: Sequence[bool], threshold: float) -> list[int]:
-    """Rows that are nearly one that is kept before them.
-
-    Signatures that agree in a whole band are candidates; they are compared in full.
-    """
-    bands: dict[bytes, list[int]] = {}
-    kept: dict[int, np.ndarray] = {}
-    near = []
-    for number, found in enumerate(measures):
-        if not keep[number] or found.get("signature") is None:
-            continue
-        signature_P = np.frombuffer(bytes.fromhex(found["signature"]), dtype="<u4")
-        names = [bytes([band]) + part.tobytes() for band, part in enumerate(signature_P.reshape(NUM_BANDS, BAND_ROWS))]
-        candidates = {other for name in names for other in bands.get(name, ())}
-        if any((kept[other] == signature_P).mean() >= threshold for other in candidates):
-            near.append(number)
-            continue
-        kept[number] = signature_P
-        for name in names:
-            bands.setdefault(name, []).append(number)
-    return near

@@ -272,6 +272,13 @@ def answered(row: Row) -> tuple[Row, int]:
     return replace(row, segments=row.segments[:kept]), len(row.segments) - kept
 
 
+def row_text(row: Row) -> str:
+    """All that a row says: its text, or its segments' texts, and its question and answer."""
+    parts = [row.text] if row.text else [segment["text"] for segment in row.segments if "text" in segment]
+    asked = [row.metadata[key] for key in ("question", "answer") if row.metadata.get(key) is not None]
+    return "\n".join(map(str, [*parts, *asked]))
+
+
 def row_media(row: Row) -> list[tuple[str, Media]]:
     """The pictures and sounds of a row, in order, each with "image" or "audio"."""
     own = [(kind, media) for kind, media in (("image", row.image), ("audio", row.audio)) if media is not None]

@@ -237,7 +237,11 @@ class DocumentWriter:
             codes_KF: of a sound.
             is_target: whether they are to be predicted.
             pointer: of the positions that predict them, from the one before them on.
+
+        Raises:
+            ValueError: the folder's codes can't be spoken.
         """
+        self._folder.check_speech()
         vocabulary = self._folder.vocabulary
         codes_KP = pattern_codes(codes_KF, self._folder)
         if pointer is not None:
@@ -380,6 +384,7 @@ def build_prompt(
     question: str | None = None,
     voice: str | None = None,
     transform: ImageTransform | None = None,
+    anchor: str | None = None,
 ) -> Document:
     """The prompt of a task, ready to be continued: no targets, no end.
 
@@ -395,15 +400,20 @@ def build_prompt(
         question: For `question`, what is asked about the segments.
         voice: For `speak`, the speaker.
         transform: Pictures to pixels; by default what the folder implies.
+        anchor: A text in front of all, as of `build_document`.
 
     Raises:
         ValueError: Something the task needs is missing or cannot be read.
     """
+    if task == "speak":
+        folder.check_speech()
     metadata = {key: value for key, value in (("speaker", voice), ("question", question)) if value is not None}
     parts = tuple(as_segment(segment) for segment in segments or ())
     sample = Sample("prompt", text, image, audio, None, parts, metadata)
     fields = _Fields(sample, task, folder, transform or default_transform(folder), drops_voice=False)
     writer = DocumentWriter(folder)
+    if anchor is not None:
+        writer.ids(folder.text.encode(anchor), False)
     fields.render(writer, template_of(task, folder)["prompt"], False)
     if task == "speak" and folder.config.pointer is not None:
         letters_L = Spelling.of(fields._need(text, "text")).letters_L
@@ -413,6 +423,20 @@ def build_prompt(
         fields.render(writer, "{segments}", False)
     elif task == "text" and text:
         fields.render(writer, "{text}", False)
+    return writer.finish()
+
+
+def build_answer(task: str, folder: TokenizerFolder, text: str) -> Document:
+    """What training has behind a prompt of `build_prompt`: the answer and its end, to be predicted.
+
+    Args:
+        task: `caption`, `transcribe` or `question`.
+        folder: Tokenizers and templates.
+        text: The answer.
+    """
+    fields = _Fields(Sample("answer", text, metadata={"answer": text}), task, folder, default_transform(folder))
+    writer = DocumentWriter(folder)
+    fields.render(writer, template_of(task, folder)["target"], True)
     return writer.finish()
 
 

@@ -79,11 +79,14 @@ class FastStep:
         if reason is not None:
             raise ValueError(f"the decoder can't be run by FastStep: {reason}; use its own forward")
         self._config, device = decoder.config, decoder.norm.weight.device
-        ropes = [_rope(self._config, number) for number in range(self._config.num_hidden_layers)]
+        first = self._config.encoder_layers  # an encoder is run once, by prompts
+        ropes = [_rope(self._config, number) for number in range(first, self._config.num_hidden_layers)]
         self.rope_tables = {rope: rope.tables(device) for rope in ropes if rope is not None}
         num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in decoder.layers.parameters())
         copied = num_bytes if num_bytes <= copied_bytes else SMALL_ELEMENTS
-        self.layers = [_layer(*each, self.rope_tables, copied) for each in zip(decoder.layers, ropes, strict=True)]
+        self.layers = [
+            _layer(*each, self.rope_tables, copied) for each in zip(decoder.layers[first:], ropes, strict=True)
+        ]
         self._convs = _Convs(decoder, self.layers) if self._config.conv_size else None
         self.norm = FastNorm(decoder.norm)
 
@@ -182,7 +185,8 @@ class _Convs:
     """All short convolutions' parts that the positions before the new ones have."""
 
     def __init__(self, decoder: Decoder, layers: Sequence[_Layer]):
-        convs = [conv for block in decoder.layers for conv in (block.attention_conv, block.mlp_conv)]  # pyright: ignore
+        blocks = decoder.layers[decoder.config.encoder_layers :]
+        convs = [conv for block in blocks for conv in (block.attention_conv, block.mlp_conv)]  # pyright: ignore
         weight_MKD = torch.stack([conv.weight.detach() for conv in convs])  # pyright: ignore
         weight_MJD = weight_MKD[:, 1:].flip(1).to(decoder.norm.weight.dtype)
         self._weights_JM1D = weight_MJD.transpose(0, 1).unsqueeze(2).contiguous().unbind()

@@ -31,7 +31,8 @@ class Pieces:
         assert slab.max_length + num_new <= slab.capacity, "a row has no room for its new positions"
         self._decoder, self._fast, self._slab, self._num_new = decoder, fast, slab, num_new
         self._lengths = slab.lengths
-        convs = [conv for block in decoder.layers for conv in (block.attention_conv, block.mlp_conv)]  # pyright: ignore
+        blocks = decoder.layers[decoder.config.encoder_layers :]
+        convs = [conv for block in blocks for conv in (block.attention_conv, block.mlp_conv)]  # pyright: ignore
         self._convs: list[Tensor] = [conv.weight for conv in convs if conv is not None]  # pyright: ignore
         self._states_MNED: Tensor | None = None
         """What convolutions kept of each row, and their inputs at its new positions."""

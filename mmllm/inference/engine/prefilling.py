@@ -40,7 +40,8 @@ class Prefilling:
         self.prefixes = prefixes
         self.config = config
         decoder = prepared.model.config.decoder
-        self._may_cut = not config.deterministic and decoder.prefix == "none"
+        self._has_encoder = decoder.encoder_layers > 0
+        self._may_cut = not config.deterministic and decoder.prefix == "none" and not self._has_encoder
         self._keeps_states = decoder.conv_size > 0
         self._backend = decoder.attention_backend
 
@@ -131,7 +132,7 @@ class Prefilling:
         step = PromptStep(chunks, torch.cat(spans) if spans else None, self._backend)
         decoder, fast = self.prepared.model.decoder, self.prepared.fast
         x_ND, modality_N = (torch.cat(each) for each in zip(*((p.x_TD, p.modality_T) for p in parts), strict=True))
-        if fast is None:
+        if fast is None or self._has_encoder:
             hidden_ND = decoder.continue_rows(x_ND, torch.cat(positions), modality_N, step)
         else:
             hidden_ND = continue_prompts(decoder, fast, x_ND, torch.cat(positions), modality_N, step)
@@ -195,9 +196,12 @@ class Prefilling:
         written, prompt = row.written or row.searched, row.request.prompt
         assert written is not None and row.cached is not None
         first = row.cached.length - len(hidden_TD) - self.prepared.num_virtual + 1
+        num_encoded = 0  # positions of an encoder predict nothing
+        if self._has_encoder and row.inputs is not None and row.inputs.spans_T is not None:
+            num_encoded = int((row.inputs.spans_T >= 0).sum())
         targets = [
             target
-            for target in range(max(1, first), min(first + len(hidden_TD), prompt.num_tokens))
+            for target in range(max(1, first, num_encoded + 1), min(first + len(hidden_TD), prompt.num_tokens))
             if prompt.modality_T[target] == Modality.TEXT
         ]
         if not targets:
@@ -212,4 +216,4 @@ class Prefilling:
 def shares_prefixes(config: EngineConfig, prepared: Prepared) -> bool:
     """Whether what is computed of a prompt's beginning is the same whatever follows it, and may be kept."""
     decoder = prepared.model.config.decoder
-    return not (config.deterministic or decoder.mod_layers or decoder.prefix != "none")
+    return not (config.deterministic or decoder.mod_layers or decoder.prefix != "none" or decoder.encoder_layers)

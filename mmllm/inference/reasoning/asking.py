@@ -8,17 +8,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 from mmllm.checkpoints.settings import Sampling
-from mmllm.data.samples.documents import Document, DocumentWriter, Segment
+from mmllm.data.samples.documents import Document, DocumentWriter, Segment, build_answer
 from mmllm.inference import arguments
 from mmllm.inference.api import Model
 from mmllm.inference.engine.requests import ConstraintMaker, TextRequest, TextResult
-from mmllm.inference.prompts import join
+from mmllm.inference.prompts import behind_shots, join
 from mmllm.inference.text_settings import TextOptions, text_options
 from mmllm_tokenizers.folder import TokenizerFolder
-from mmllm_tokenizers.vocab import END
 
 Shot = tuple[Any, str, str]
 """A question that is answered: its parts, as `Model.answer` takes them, the question, and the answer."""
@@ -181,14 +181,10 @@ class Asker:
         lengths = [document.num_tokens for document in said]
         made = []
         for about, question in zip(many, asked, strict=True):
-            kept = list(range(len(shots)))
-            while True:
-                prompt = self._joined(shots, said, kept, about, question)
-                if most is None or not kept or prompt.num_tokens + room <= most:
-                    break
-                kept.remove(max(kept, key=lambda shot: lengths[shot]))
+            joined = partial(self._joined, shots, said, about, question)
+            prompt, kept = behind_shots(lengths, joined, room, most)
             dropped = tuple(shot for shot in range(len(shots)) if shot not in kept)
-            made.append((prompt, Shots(shots, tuple(kept), dropped)))
+            made.append((prompt, Shots(shots, kept, dropped)))
         return made
 
     @property
@@ -199,14 +195,13 @@ class Asker:
         """Each shot by itself: what is put together, or, of turns, what tells how long they are."""
         if self._takes_turns:
             return [self.model.chat_prompt([_user(about, question)]) for about, question, _ in shots]
-        end = self.of_ids([self.tokenizer.id(END)])
         return [
-            join([self.model.question_prompt(about, question), self.written(answer), end])
+            join([self.model.question_prompt(about, question), build_answer("question", self.tokenizer, answer)])
             for about, question, answer in shots
         ]
 
     def _joined(
-        self, shots: Sequence[Shot], said: Sequence[Document], kept: Sequence[int], about: Any, question: str
+        self, shots: Sequence[Shot], said: Sequence[Document], about: Any, question: str, kept: Sequence[int]
     ) -> Document:
         if not self._takes_turns:
             return join([*(said[shot] for shot in kept), self.model.question_prompt(about, question)])

@@ -1,7 +1,7 @@
 """The rows of stage `merge`: two things that the tour's model doesn't know, with rows to learn, choose and test by.
 
-With `MMLLM_DATA`: drawings (emoji) that are captioned, of each person one skin tone held out, and photos (cifar10)
-that are asked about. Else scenes of other kinds: captions that list shapes, and questions for the colours.
+With `MMLLM_DATA`: drawings of people (emoji) whose skin tone is asked for, of each person one tone held out, and photos
+(cifar10) that are asked about. Else scenes of other kinds: captions that list shapes, and questions for the colours.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from mmllm.quickstart.tour.stage import Tour
 PARTS = ("train", "val", "test")
 NUM_SCENES = {"train": 4000, "val": 200, "test": 400}
 QUESTION = "what is in the photo?"
+TONE = "which skin tone is drawn?"
+_TONE_END = " skin tone"
 COLOURS = "which colours are there?"
 _SKIN_TONES = ("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff")
 _SETS = ("emoji", "cifar10")
@@ -52,18 +54,26 @@ def make_skills(tour: Tour) -> dict[Skill, Rows]:
     has_sets = tour.media is not None and all((tour.media / name / "manifest.jsonl").is_file() for name in _SETS)
     if not has_sets:
         return {Skill("list", *CAPTIONS): _lists(tour), Skill("colours", *QUESTIONS): _colours(tour)}
-    return {Skill("emoji", *CAPTIONS): _drawings(tour), Skill("photos", *QUESTIONS): _photos(tour)}
+    return {Skill("emoji", *QUESTIONS): _drawings(tour), Skill("photos", *QUESTIONS): _photos(tour)}
 
 
 def _drawings(tour: Tour) -> Rows:
-    """Drawings of people in five skin tones: one of each is held out to test, the next to choose by."""
+    """Questions for the tone of people who are drawn in five: one of each is held out to test, the next to choose by.
+
+    Their names are no skill for so few minutes: five hundred of them, with three drawings each.
+    """
     parts: Rows = {part: [] for part in PARTS}
     for row in _read(tour, _manifest(tour, "emoji")):
         words = row["id"].split("_")
         tones = [word for word in words if word in _SKIN_TONES]
+        if len(tones) != 1 or not row["text"].endswith(_TONE_END):
+            continue
         base = "_".join(word for word in words if word not in _SKIN_TONES)
-        place = (_SKIN_TONES.index(tones[0]) - sum(base.encode())) % len(_SKIN_TONES) if len(tones) == 1 else None
-        parts[{0: "test", 1: "val"}.get(place, "train") if place is not None else "train"].append(row)
+        place = (_SKIN_TONES.index(tones[0]) - sum(base.encode())) % len(_SKIN_TONES)
+        parts[{0: "test", 1: "val"}.get(place, "train")].append(
+            {"id": row["id"], "segments": [{"image": row["image"]}], "question": TONE,
+             "answer": row["text"].removesuffix(_TONE_END).rpartition(" with ")[2]}
+        )  # fmt: skip
     return parts
 
 

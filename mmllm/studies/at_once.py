@@ -1,0 +1,73 @@
+"""Runs of a study or a sweep on this machine, so many at once; what one costs is not lost where another fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any, Protocol, TypeVar
+
+from mmllm.quickstart.processes import Processes, terminated_as_interrupt
+
+Item = TypeVar("Item")
+Item_contra = TypeVar("Item_contra", contravariant=True)
+
+
+class OneRun(Protocol[Item_contra]):
+    """What runs one item, in processes of its own."""
+
+    processes: Processes
+
+    def run(self, item: Item_contra, /) -> dict[str, Any]:
+        """Gives its result."""
+        ...
+
+
+def run_at_once(
+    items: Sequence[Item],
+    make: Callable[[], OneRun[Item]],
+    num_at_once: int,
+    may_begin: Callable[[float], bool] = lambda _longest: True,
+) -> Iterator[tuple[Item, dict[str, Any] | None]]:
+    """Runs items in their order; gives each with its result as it ends.
+
+    Args:
+        items: to run.
+        make: gives what runs one of them.
+        num_at_once: processes at once.
+        may_begin: whether one more may begin, by the minutes of the longest so far; one that may not comes with None.
+
+    Raises:
+        Exception: a run's own; those beside it end first, and none begins after it.
+        KeyboardInterrupt: then all processes are ended.
+    """
+    waiting, longest = list(items), 0.0
+    failed: Exception | None = None
+    running: dict[Future[dict[str, Any]], tuple[Item, OneRun[Item], float]] = {}
+    with terminated_as_interrupt(), ThreadPoolExecutor(num_at_once) as pool:
+        try:
+            while waiting or running:
+                while waiting and len(running) < num_at_once:
+                    item = waiting.pop(0)
+                    if not may_begin(longest):
+                        yield item, None
+                        continue
+                    one = make()
+                    running[pool.submit(one.run, item)] = (item, one, time.monotonic())
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    item, _, begun = running.pop(future)
+                    error = future.exception()
+                    if isinstance(error, Exception):
+                        failed, waiting = failed or error, []
+                        continue
+                    longest = max(longest, (time.monotonic() - begun) / 60)
+                    yield item, future.result()
+        except BaseException:
+            for _, one, _ in running.values():
+                one.processes.end_all()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    if failed is not None:
+        raise failed
