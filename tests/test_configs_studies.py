@@ -124,7 +124,7 @@ def test_each_arm_is_built(data: Path, tmp_path: Path):
 
 
 def test_the_shipped_sweeps_are_built(data: Path, tmp_path: Path):
-    """At most four minutes a run, as its FLOPs say; dense models have the active width of experts."""
+    """Dense models have the active width of experts."""
     for path in sorted((paths.configs_dir() / "scaling").glob("*.yaml")):
         sweep, _ = load_sweep(f"scaling/{path.name}", str(data))
         sweeper = Sweeper(sweep, tmp_path)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import re
 from collections import Counter
+from collections.abc import Sequence
 from itertools import islice
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +17,7 @@ import pytest
 from mmllm.batch import IGNORE, PackedBatch
 from mmllm.data import commands
 from mmllm.data.loading.loader import StepDataset
+from mmllm.data.looking.tables import stats_lines
 from mmllm.data.plan.plan import Plan, StepPlan, open_plan, span_masking
 from mmllm.data.plan.recipe import SourceConfig, recipe_from_dict, recipe_to_dict
 from mmllm.data.samples.decode import ImageTransform
@@ -21,14 +27,13 @@ from mmllm.data.samples.masked_spans import (
     MaskedSpansConfig,
     SpanMasking,
     drawn_spans,
-    filled,
     num_masked,
     sentinel_ids,
 )
 from mmllm.data.samples.schema import Sample
 from mmllm.training.planned_prompts import PlannedPrompts
 from mmllm_tokenizers.folder import TokenizerFolder
-from mmllm_tokenizers.vocab import END
+from mmllm_tokenizers.vocab import END, SPECIAL_TOKENS
 from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict
 
 PAD = ["<|pad|>"]
@@ -53,6 +58,18 @@ def plan_of(root, kind: str = "text", sequence_length: int = 512, **masked) -> P
     source = {"name": kind, "kind": kind, "shards": shards, "masked_spans": spans}
     changes = {"sources": [source], "sequence_length": sequence_length}
     return open_plan(recipe_from_dict(recipe_dict(root / "s", root / "tok", **changes)), 2)
+
+
+def filled(prompt_ids: Sequence[int], answer_ids: Sequence[int], sentinels: Sequence[int]) -> list[int]:
+    """A prompt with the spans of an answer, each behind its sentinel, in their places: the inverse of masking."""
+    spans: list[list[int]] = []
+    for token in answer_ids:
+        if token in sentinels:
+            spans.append([])
+        elif spans:
+            spans[-1].append(token)
+    rest = iter(spans)
+    return [each for token in prompt_ids for each in (next(rest, []) if token in sentinels else [token])]
 
 
 def all_spans(num_tokens: int, masked: int, spans: int, first: int = 0) -> list[list[tuple[int, int]]]:
@@ -119,24 +136,35 @@ def test_spans_and_what_is_left_are_the_document(folder, kind: str, rate: float,
         assert (got.modality_T[: document.num_tokens // 2] == document.modality_T[: document.num_tokens // 2]).all()
 
 
+def folder_with(*names: str) -> Any:
+    """A folder whose tokenizer is a checkpoint's, with tokens of these names, numbered from 50."""
+    tokens = [*SPECIAL_TOKENS, *names]
+    ids = {name: number + (36 if number >= 14 else 0) for number, name in enumerate(tokens)}
+    foreign = SimpleNamespace(named={"bos_token": "<s>", "pad_token": "<pad>", "mask_token": "<mask>"})
+    ends = tuple(ids[name] for name in (END, "</s>") if name in ids)
+    text = SimpleNamespace(control_tokens=set(tokens), end_ids=ends, foreign=foreign, id=ids.__getitem__)
+    templates = {"text": {"prompt": "<turn>", "target": "{text}"}}
+    return SimpleNamespace(text=text, templates=templates, chat_template="{{ '<|user_turn|>' }}", id=text.id)
+
+
 def test_sentinels_are_found_by_name(folder):
-    class Text:
-        control_tokens = frozenset({"<|end|>", "<|image|>", "<extra_id_10>", "<extra_id_9>", "<mask>"})
-
-    class Folder:
-        text = Text()
-
-        def id(self, name: str) -> int:
-            return {"<extra_id_9>": 9, "<extra_id_10>": 10, "<mask>": 1}[name]
-
-    assert sentinel_ids(Folder(), None) == [9, 10]  # pyright: ignore[reportArgumentType]
-    Text.control_tokens = frozenset({"<|end|>", "<mask>"})
-    assert sentinel_ids(Folder(), None) == [1]  # pyright: ignore[reportArgumentType]
+    assert sentinel_ids(folder_with("<extra_id_10>", "<extra_id_9>", "<mask>"), None) == [51, 50]
+    assert sentinel_ids(folder_with("<mask>"), None) == [50]
     with pytest.raises(ValueError, match=r"no token that could stand for a masked span; .*masked_spans\.sentinels"):
         sentinel_ids(folder, None)
-    for name in ("hello", END):
-        with pytest.raises(ValueError, match=rf"masked_spans\.sentinels names '{name.replace('|', '.')}'"):
+    for name in ("hello", *(name for name in SPECIAL_TOKENS if name not in PAD)):
+        with pytest.raises(ValueError, match=rf"masked_spans\.sentinels names '{re.escape(name)}'.* free are <.pad.>$"):
             sentinel_ids(folder, [name])
+    assert sentinel_ids(folder, PAD) == [folder.id(PAD[0])]
+
+
+def test_tokens_of_a_checkpoint_that_mean_something_are_no_sentinels():
+    meant = ("<s>", "</s>", "<turn>", "<|user_turn|>")
+    theirs = folder_with(*meant, "<pad>", "<mask>", "<tool>")
+    assert sentinel_ids(theirs, ["<tool>", "<pad>", "<mask>", *PAD]) == [56, 54, 55, 0]
+    for name in meant:
+        with pytest.raises(ValueError, match=rf"names '{re.escape(name)}', .*; free are <mask> <pad> <tool> <.pad.>$"):
+            sentinel_ids(theirs, [name])
 
 
 def batches_of(plan: Plan, folder: TokenizerFolder, steps: list[StepPlan]) -> list[PackedBatch]:
@@ -233,3 +261,20 @@ def test_an_epochs_tokens_are_counted_once(made):
     mean = half.tokens_M[drawn.items].sum() / 400
     assert half.num_epoch_tokens == pytest.approx(mean, rel=0.01)
     assert plain.num_epoch_tokens > half.num_epoch_tokens
+
+
+def test_stats_count_a_document_once_whatever_its_form_and_tell_those_never_masked(made, tmp_path):
+    source = {
+        "name": "text", "kind": "text", "shards": str(made / "s" / "text-*.tar"),
+        "masked_spans": {"sentinels": PAD, "share": 0.5},
+    }  # fmt: skip
+    recipe = recipe_dict(made / "s", made / "tok", sources=[source], sequence_length=48)
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    told = commands.stats(tmp_path / "r.yaml", 200, 4)
+    seen = Counter()
+    for step in islice(open_plan(recipe_from_dict(recipe), 4).steps(), 200):
+        seen.update((item.shard, item.row, item.part) for sequence in step.sequences for item in sequence)
+    assert told["repeated_documents"] == sum(count > 1 for count in seen.values()) == len(seen)
+    count = told["never_masked"]["text"]
+    lines = list(stats_lines(told))
+    assert count and any(line.startswith(f"never masked, of text: {count:,} documents") for line in lines)

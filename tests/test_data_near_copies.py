@@ -116,6 +116,9 @@ def test_bands_are_as_narrow_as_the_recall_asks():
     for threshold in (0.1, 0.3, 0.5, 0.65, 0.7, 0.75, 0.9, 1.0):
         num_bands, size = banding(threshold)
         assert num_bands * size <= NUM_HASHES and 1 - (1 - threshold**size) ** num_bands >= 0.9
+        wider = size + 1
+        missed = 1 - (1 - threshold**wider) ** (NUM_HASHES // wider) < 0.9
+        assert missed or size == near_copies.MAX_BAND_ROWS, threshold
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8])
@@ -160,6 +163,72 @@ def test_a_chain_is_one_cluster():
     assert (next(ends) == next(ends)).mean() < 0.6
     assert near_rows(found, [True] * len(found), 0.6) == list(range(1, len(found)))
     assert near_rows(found, [True, True, True, False, False, False, True], 0.6) == [1, 2]
+
+
+@pytest.mark.parametrize("changed", [0, 3])
+def test_a_large_cluster_needs_few_comparisons(monkeypatch: pytest.MonkeyPatch, changed: int):
+    """3,000 rows of one signature, or of such as differ in few of its hashes: each is looked at a few times a band."""
+    rng, count, num_looked = np.random.default_rng(6), 3000, 0
+    found_NP = np.repeat(rng.integers(2**32, size=(1, NUM_HASHES), dtype=np.uint32), count, axis=0)
+    for _ in range(changed):
+        found_NP[np.arange(count), rng.integers(NUM_HASHES, size=count)] = rng.integers(2**32, size=count)
+    roots = near_copies._Clusters.roots
+
+    def looked(self: near_copies._Clusters, rows: np.ndarray) -> np.ndarray:
+        nonlocal num_looked
+        num_looked += len(rows)
+        return roots(self, rows)
+
+    monkeypatch.setattr(near_copies._Clusters, "roots", looked)
+    measures = [{"signature": row.astype("<u4").tobytes().hex()} for row in found_NP]
+    assert near_rows(measures, [True] * count, 0.8) == list(range(1, count))
+    assert num_looked < 100 * count
+
+
+def test_equal_texts_are_copies_where_their_pictures_are(tmp_path: Path):
+    """Equal signatures are put together at once, but only with equal pictures; near ones are still compared."""
+    rng, rows = np.random.default_rng(7), []
+    said = "a small red circle above a large blue square"
+    for number in range(40):
+        image = picture(rng)
+        for copy in range(3):  # twice the same, once a noisy one
+            name = f"{number}-{copy}.png"
+            Image.fromarray(noisy(image, rng, 2) if copy == 2 else image).save(tmp_path / name)
+            rows.append({"id": name, "text": said, "image": name})
+    read = read_rows(write_manifest(tmp_path, rows))
+    measures = [measure(row, signature=True, shingles="chars:5") for row in read]
+    assert near_rows(measures, [True] * len(read), 0.5) == [row for row in range(len(rows)) if row % 3]
+
+
+def test_equal_texts_are_no_copies_where_only_a_third_picture_is_like_theirs():
+    drawn = np.random.default_rng(9).integers(2**32, size=(2, NUM_HASHES))
+    one, other = (item.astype("<u4").tobytes().hex() for item in drawn)
+    pictures = [f"image {bytes([level] * 3 * near_copies.THUMBNAIL_SIDE**2).hex()}" for level in (100, 103, 106)]
+
+    def near(*said: str) -> list[int]:
+        measures = [{"signature": text, "media": [shown]} for text, shown in zip(said, pictures, strict=True)]
+        return near_rows(measures, [True] * 3, 0.8)
+
+    assert near(one, other, one) == [] and near(one, one, one) == [1, 2] and near(one, one, other) == [1]
+
+
+def test_by_default_captions_of_twelve_words_and_their_answers_are_compared(tmp_path: Path):
+    """Runs of five words tell texts of twelve words or more, of whatever kind; shorter ones are compared exactly."""
+    said = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+    Image.fromarray(picture(np.random.default_rng(8))).save(tmp_path / "a.png")
+    asked = {"question": "which is the first?", "answer": "one"}
+    rows = [
+        {"id": "short", "text": " ".join(said[1:]), "image": "a.png"},
+        {"id": "short-copy", "text": " ".join(said[1:]).upper(), "image": "a.png"},
+        {"id": "long", "text": " ".join(said), "image": "a.png"},
+        {"id": "long-copy", "text": " ".join(said).upper(), "image": "a.png"},
+        {"id": "asked", "segments": [{"text": " ".join(said)}], **asked},
+        {"id": "asked-copy", "segments": [{"text": " ".join(said).upper()}], **asked},
+        {"id": "asked-else", "segments": [{"text": " ".join(said)}], "question": "what is behind ten?", "answer": "it"},
+    ]
+    read = read_rows(write_manifest(tmp_path, rows))
+    kept, _ = choose(read, [measure(row, signature=True) for row in read], CleaningConfig("minhash"))
+    assert [row.id for row in read if row not in kept] == ["long-copy", "asked-copy"]
 
 
 def test_pictures_decide_whether_near_texts_are_copies(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from mmllm.cli.main import main
 from mmllm.data import commands
-from mmllm.data.loading.datamodules import _once
+from mmllm.data.loading.datamodules import _once, default_steps
 from mmllm.data.plan.plan import Plan, open_plan
 from mmllm.data.plan.recipe import recipe_from_dict
 from tests.data_fixtures import make_folder, recipe_dict, words, write_manifest
@@ -94,6 +95,31 @@ def test_documents_that_may_have_masked_spans_are_counted_once(made: Path):
     assert dict(zip(source.balance.names, source.balance.counts_V.tolist(), strict=True)) == COUNTS
     found = values(plan, drawn(plan, 2000))
     assert all(0.21 < found[topic] / 2000 < 0.29 for topic in COUNTS)
+
+
+def test_a_text_of_several_parts_is_one_document(made: Path):
+    plan = open_plan(
+        recipe_from_dict({**recipe_of(made, balance="topic", balance_alpha=0.5), "sequence_length": 12}), 4
+    )
+    source = plan.sources[0]
+    assert source.num_items > sum(COUNTS.values()) and source.balance is not None
+    assert dict(zip(source.balance.names, source.balance.counts_V.tolist(), strict=True)) == COUNTS
+    items = source.upcoming(0, 10**6, None, 300 * source.num_items).items
+    firsts = items[[item.part <= 0 for item in source.items(items)]]
+    found, wanted = values(plan, firsts), {topic: count**0.5 for topic, count in COUNTS.items()}
+    for topic, share in wanted.items():
+        assert found[topic] / len(firsts) == pytest.approx(share / sum(wanted.values()), rel=0.05)
+
+
+@pytest.mark.parametrize("masked", [None, {"sentinels": ["<|pad|>"], "share": 0.5}])
+def test_one_pass_is_as_many_tokens_as_an_epoch_draws(made: Path, masked: dict | None):
+    more = {} if masked is None else {"masked_spans": masked}
+    plan = plan_of(made, balance="topic", balance_alpha=0, **more)
+    source = plan.sources[0]
+    tokens = source.tokens_M[source.upcoming(0, 10**6, None, 400 * source.num_items).items].sum() / 400
+    assert source.num_epoch_tokens == pytest.approx(tokens, rel=0.03)
+    assert tokens < 0.5 * plan_of(made).sources[0].num_epoch_tokens
+    assert default_steps(plan) == max(1, math.ceil(source.num_epoch_tokens / (4 * plan.recipe.sequence_length)))
 
 
 def test_a_resumed_plan_goes_on_in_the_same_order(made: Path):

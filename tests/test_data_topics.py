@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,16 @@ import pytest
 
 from mmllm.cli.main import main
 from mmllm.data.rows.forms import read_rows
-from mmllm.data.rows.topics import NO_TOPIC, Topics, TopicsConfig, Vocabulary, topics_of
+from mmllm.data.rows.topics import (
+    NO_TOPIC,
+    Topics,
+    TopicsConfig,
+    Vocabulary,
+    _nearest,
+    topics_lines,
+    topics_of,
+    write_topics,
+)
 from tests.data_fixtures import write_manifest
 
 SPOKEN = {
@@ -71,7 +81,7 @@ def test_topics_that_are_there_are_found():
 
 def test_texts_without_known_words_may_lie_anywhere(monkeypatch: pytest.MonkeyPatch):
     topics = topics_of(texts_of()[0], TopicsConfig(3))
-    monkeypatch.setattr("mmllm.data.rows.topics._CHUNK", 3)
+    monkeypatch.setattr("mmllm.data.rows.topics._CHUNK", 6)  # two words of texts
     mixed = ["zebra", "the knife", "zebra", "zebra", "zebra", "zebra", "moon", "boat", "zebra"]
     wanted = {"zebra": NO_TOPIC, "the knife": 1, "moon": 2, "boat": 0}
     assert topics.of(mixed).tolist() == [wanted[text] for text in mixed]
@@ -103,6 +113,37 @@ def test_fewer_different_texts_than_topics_leave_some_empty():
         topics_of(["a star", "a moon", "nothing"], TopicsConfig(9))
     with pytest.raises(ValueError, match="topics is 0"):
         TopicsConfig(0)
+
+
+def test_topics_without_texts_have_no_words_and_are_counted(tmp_path: Path):
+    rows = [{"id": f"{n}", "text": text} for n, text in enumerate(["a red star", "a blue moon"] * 4)]
+    target = write_manifest(tmp_path, [{"text": "a star"}, {"text": "the moon"}], "t.jsonl")
+    told = write_topics([write_manifest(tmp_path, rows)], tmp_path / "o.jsonl", TopicsConfig(5), [target])
+    assert [topic["rows"] for topic in told["topics"]] == [4, 4, 0, 0, 0]
+    assert [bool(topic["words"]) for topic in told["topics"]] == [True, True, False, False, False]
+    assert sum(topic["target"] for topic in told["topics"][:2]) == 1  # nothing is like an empty topic
+    assert any(line.startswith("3 of 5 topics are empty") for line in topics_lines(told))
+
+
+def test_few_products_are_held_at_once_however_long_the_texts(monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(0)
+    texts = [" ".join(f"w{number}" for number in rng.choice(2000, 400, replace=False)) for _ in range(200)]
+    topics = topics_of(texts, TopicsConfig(8, starts=1, rounds=2))
+    weights = topics.vocabulary.weights(texts)
+    whole = _nearest(weights, topics.centers_VK)
+    monkeypatch.setattr("mmllm.data.rows.topics._CHUNK", 8 * 1000)
+    tracemalloc.start()
+    found = _nearest(weights, topics.centers_VK)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * 8 * 8 * 1000 < 8 * 8 * len(weights.words_E) / 10
+    assert all(np.array_equal(one, other) for one, other in zip(found, whole, strict=True))
+
+
+@pytest.mark.parametrize("column", ["text", "id", "image", "audio", "segments", "question", "answer", "", " "])
+def test_a_column_of_which_rows_are_made_is_refused(tmp_path: Path, column: str):
+    with pytest.raises(ValueError, match=f"column is '{column}'; topics would take the place"):
+        write_topics([tmp_path / "never_read.jsonl"], tmp_path / "o.jsonl", TopicsConfig(2), column=column)
 
 
 def test_the_command_writes_topics_into_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ import pytest
 from mmllm.checkpoints.folder import save_model
 from mmllm.checkpoints.settings import GenerationConfig
 from mmllm.cli.main import main
-from mmllm.data.rows.bad_rows import ManifestError
+from mmllm.data.rows.bad_rows import BadRows, ManifestError
 from mmllm.data.rows.forms import read_rows
+from mmllm.data.rows.media import Embedded
 from mmllm.data.rows.rows import Row
 from mmllm.data.samples.documents import Document, Sample, Segment, build_document, build_prompt
 from mmllm.evaluation import chat_task
@@ -111,6 +113,11 @@ def shots_of(
     return RowShots.read(config, task, seed, model.prompter.anchored(anchor), None, None, max_bad_fraction)
 
 
+def drawn(shots: RowShots, row: Row) -> list[Row]:
+    """The rows that are shown in front of a row, if there is room for all."""
+    return [shots._rows[place] for place in shots._places(row)]
+
+
 # ---- anchors
 
 
@@ -194,7 +201,7 @@ def test_shots_are_trainings_documents_in_front_of_the_prompt(
     rows = of_task(manifests["test"], task)
     plain, prompts = prompts_of(asked, rows), prompts_of(replace(asked, shots=shots), rows)
     for row, without, prompt in zip(rows, plain, prompts, strict=True):
-        shown = shots.drawn(row)
+        shown = drawn(shots, row)
         assert len({each.id for each in shown}) == 3 and all(each.kind == row.kind for each in shown)
         wanted = [token for each in shown for token in ids(trained(each, model, anchor=anchor))]
         assert ids(prompt) == [*wanted, *ids(without)]
@@ -217,7 +224,7 @@ def test_answers_are_those_of_reason(model: Model, manifests: dict[str, Path]):
         for row, prompt, prediction in zip(test, prompts, result.predictions, strict=True):
             parts, question = prompt_segments(row), str(row.metadata["question"])
             given = [(prompt_segments(one), str(one.metadata["question"]), str(one.metadata["answer"]))
-                     for one in shots.drawn(row)]  # fmt: skip
+                     for one in drawn(shots, row)]  # fmt: skip
             asker = Asker.of(model, {"max_new_tokens": room})
             ((wanted, shown),) = asker.prompts(parts, question, given, max_length=bound)
             assert ids(prompt) == ids(wanted)
@@ -234,16 +241,16 @@ def test_answers_are_those_of_reason(model: Model, manifests: dict[str, Path]):
 
 def test_shots_are_a_function_of_seed_and_row(model: Model, manifests: dict[str, Path]):
     rows = of_task(manifests["test"], "caption")
-    first = {row.id: [one.id for one in shots_of(model, manifests["train"], "caption").drawn(row)] for row in rows}
+    first = {row.id: [one.id for one in drawn(shots_of(model, manifests["train"], "caption"), row)] for row in rows}
     again = shots_of(model, manifests["train"], "caption")
-    assert {row.id: [one.id for one in again.drawn(row)] for row in reversed(rows)} == first
+    assert {row.id: [one.id for one in drawn(again, row)] for row in reversed(rows)} == first
     more = shots_of(model, manifests["train"], "caption", num_shots=5)
-    assert {row.id: [one.id for one in more.drawn(row)][:3] for row in rows} == first
+    assert {row.id: [one.id for one in drawn(more, row)][:3] for row in rows} == first
     other = shots_of(model, manifests["train"], "caption", seed=1)
-    assert {row.id: [one.id for one in other.drawn(row)] for row in rows} != first
+    assert {row.id: [one.id for one in drawn(other, row)] for row in rows} != first
     assert len({tuple(each) for each in first.values()}) > 3, "rows have shots of their own"
-    drawn = [name for each in first.values() for name in each]
-    assert len(set(drawn)) == 8, "and any row may be one"
+    shown = [name for each in first.values() for name in each]
+    assert len(set(shown)) == 8, "and any row may be one"
     config = ShotsConfig(manifests["train"], 3)
     one, other = (evaluate(model, "caption", manifests["test"], size, shots=config) for size in (64, 3))
     assert one == other, "whatever the batch"
@@ -252,26 +259,75 @@ def test_shots_are_a_function_of_seed_and_row(model: Model, manifests: dict[str,
 def test_a_row_is_never_its_own_shot(model: Model, manifests: dict[str, Path], tmp_path: Path):
     shots = shots_of(model, manifests["test"], "interleaved", num_shots=7)
     for row in of_task(manifests["test"], "interleaved"):
-        assert row.id not in {one.id for one in shots.drawn(row)} and len(shots.drawn(row)) == 7
+        assert row.id not in {one.id for one in drawn(shots, row)} and len(drawn(shots, row)) == 7
     with pytest.raises(ManifestError, match=r"test.jsonl has 7 rows that can be shown in front of .*\(testi0\).*is 8"):
-        shots_of(model, manifests["test"], "interleaved", num_shots=8).drawn(
-            of_task(manifests["test"], "interleaved")[0]
+        drawn(
+            shots_of(model, manifests["test"], "interleaved", num_shots=8), of_task(manifests["test"], "interleaved")[0]
         )
     rows = [{"id": f"{n}", "image": f"{n // 3}.png", **scene("red")} for n in range(6)]  # three captions a picture
     alike = write_rows(tmp_path, rows)
     read = read_rows(alike)
     shots = shots_of(model, alike, "caption")
-    assert {one.id for one in shots.drawn(read[0])} == {"3", "4", "5"}, "others of its picture would tell"
+    assert {one.id for one in drawn(shots, read[0])} == {"3", "4", "5"}, "others of its picture would tell"
     renamed = replace(read[0], id="another")
-    assert {one.id for one in shots.drawn(renamed)} == {"3", "4", "5"}
+    assert {one.id for one in drawn(shots, renamed)} == {"3", "4", "5"}
     moved = replace(read[0], image=tmp_path / "elsewhere.png")
-    assert {one.id for one in shots_of(model, alike, "caption", num_shots=5).drawn(moved)} == set("12345")
+    assert {one.id for one in drawn(shots_of(model, alike, "caption", num_shots=5), moved)} == set("12345")
     said = [
         {"id": f"{n}", "segments": [{"text": f"see {n % 3}"}], "question": "q?", "answer": f"{n}"} for n in range(6)
     ]
     spoken = write_rows(tmp_path, said, "said.jsonl")
-    shown = shots_of(model, spoken, "interleaved", num_shots=4).drawn(replace(read_rows(spoken)[0], id="x"))
+    shown = drawn(shots_of(model, spoken, "interleaved", num_shots=4), replace(read_rows(spoken)[0], id="x"))
     assert sorted(one.id for one in shown) == ["1", "2", "4", "5"], "what is asked alike is left out, whatever its id"
+
+
+@pytest.mark.parametrize("is_embedded", [False, True])
+def test_a_picture_is_the_same_however_its_path_is_spelt(model: Model, tmp_path: Path, is_embedded: bool):
+    rows = [{"id": f"{n}", "image": f"{n // 2}.png", **scene("red")} for n in range(4)]
+    alike = read_rows(write_rows(tmp_path, rows))
+    (tmp_path / "there").symlink_to(tmp_path)
+    asked = Path(os.path.relpath(tmp_path / "there" / "0.png"))
+
+    def media(path: Path) -> Path | Embedded:
+        return Embedded(path, 0, ("image",), 1) if is_embedded else path
+
+    train = [replace(row, image=media(cast("Path", row.image))) for row in alike]
+    shots = RowShots(train, "caption", ShotsConfig("f", 1), 0, model.prompter, None, None, BadRows(1.0))
+    shots._document = lambda place: cast("Document", place)  # type: ignore[method-assign]
+    row = replace(alike[0], id="another", image=media(asked))
+    for seed in range(8):
+        shots._seed = seed
+        assert {one.id for one in drawn(shots, row)} <= {"2", "3"}
+
+
+def test_a_filter_of_shots_is_checked_as_a_recipes(model: Model, tmp_path: Path):
+    rows = [{"id": f"{n}", "image": "0.png", "size": n, **scene("red")} for n in range(4)]
+    rows[3]["size"] = "large"
+    train = write_rows(tmp_path, rows)
+    for filter, said in (
+        ("not perturbd", r"rows\.jsonl: filter 'not perturbd' reads 'perturbd', which none .* known are .*size"),
+        (
+            "size < 3",
+            r"rows\.jsonl: .*rows\.jsonl:4 \(3\): filter 'size < 3' compares the column 'size', here .*'large'",
+        ),
+    ):
+        config = ShotsConfig(train, 1, filter=filter)
+        with pytest.raises(ManifestError, match=said):
+            RowShots.read(config, "caption", 0, model.prompter, None, None)
+    config = ShotsConfig(train, 1, filter="size == None or id == 'x'")
+    with pytest.raises(ManifestError, match="reads 'id'"):
+        RowShots.read(config, "caption", 0, model.prompter, None, None)
+
+
+@pytest.mark.parametrize(("task", "count"), [("caption", 2), ("transcribe", 2), ("interleaved", 1)])
+def test_progress_counts_the_prompts_that_are_asked(model: Model, manifests: dict[str, Path], task: str, count: int):
+    told: list[tuple[int, int]] = []
+    evaluate(
+        model, task, manifests["test"], limit=3, shots=ShotsConfig(manifests["train"], 1), controls=False,
+        progress=lambda *counts: told.append(counts),
+    )  # fmt: skip
+    assert {num_all for _, num_all in told} == {3 * count}
+    assert told[-1][0] == 3 if count == 1 else 3 < told[-1][0] <= 6  # blind prompts that are equal are asked once
 
 
 def test_shots_that_cant_be_read_are_counted_and_bounded(model: Model, tmp_path: Path):
@@ -347,7 +403,10 @@ def test_the_shell_scores_with_shots_and_anchor(
         (["--shots_filter", "plain"], "--shots_filter is that of shots"),
         (["--shots", train], "give --num_shots K too"),
         (["--shots", train, "--num_shots", "2", "--shots_filter", "plain ="], "filter"),
-        (["--shots", train, "--num_shots", "2", "--shots_filter", "plain"], "train.jsonl where plain has 0 rows"),
+        (
+            ["--shots", train, "--num_shots", "2", "--shots_filter", "plain"],
+            "filter 'plain' reads 'plain', which none of the rows",
+        ),
         (["--shots", train, "--num_shots", "0"], "num_shots is 0"),
         (["--shots", train, "--num_shots", "2", "--max_length", "1"], "max_length is 1"),
         (["--shots", str(tmp_path / "none.jsonl"), "--num_shots", "2"], "none.jsonl"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ import yaml
 from mmllm.cli.main import main
 from mmllm.data.executors.stages import Executor
 from mmllm.evaluation.results import TaskResult, save_result
-from mmllm.studies.run import run_study
+from mmllm.studies.lengths import Length
+from mmllm.studies.run import run_study, study_in
 from mmllm.studies.runs import Runner
-from mmllm.studies.study import Arm
+from mmllm.studies.settings import Base
+from mmllm.studies.shared import Cost, shared_keys
+from mmllm.studies.study import Arm, Budget
 from tests.test_studies_scaling_sweep import data as data  # a fixture: text shards, and a config of a tiny decoder
 
 pytest.importorskip("scipy", reason="a study's tests need scipy: pip install 'mmllm[studies]'")
@@ -190,12 +195,46 @@ def test_what_arms_begin_with_alike_is_run_once_a_seed_and_counted_for_each(
     names = [name for name, _ in calls]
     assert names.count("model") == 6 and names.count("first") == names.count("rank") == 4, "two seeds, two widths"
     assert not (out / "shared").exists() and not list(out.glob("runs/*/first")), "what another was made of goes"
-    monkeypatch.setattr("mmllm.studies.runs.shared_keys", lambda *_: [])
     alone = tmp_path / "alone"
-    list(run_study(path, str(alone)))
+    with monkeypatch.context() as patch:
+        patch.setattr("mmllm.studies.runs.shared_keys", lambda *_: [])
+        list(run_study(path, str(alone)))
+    base, other = (Base.read(replace(study_in(out), budget=Budget(samples=n)), data) for n in (12, 9))
+    for arm in study_in(out).arms():
+        keys = shared_keys(base, arm)
+        assert not set(keys) & set(shared_keys(other, arm)), "of another budget, other trainings"
+        assert len(keys) == len(set(keys)) == (0 if arm.level == "wide" else 2)
     results = [{json.loads(file.read_text())["level"] + file.parent.name[-1]: json.loads(file.read_text())
                 for file in folder.glob("runs/*/result.json")} for folder in (out, alone)]  # fmt: skip
     assert len(results[0]) == 6
     for name, result in results[0].items():
         for key in ("steps", "samples", "tokens", "flops", "documents"):
             assert result[key] == results[1][name][key] > 0
+        assert result["joules"] is None and result["minutes"] > 0
+
+
+def test_costs_add_up():
+    one = Cost(Length(1, 2, 3, 4.0), 5, 6.0, 7.0)
+    assert Cost() + one + one == Cost(Length(2, 4, 6, 8.0), 5, 12.0, 14.0)
+    assert (one + Cost(joules=None)).joules is None, "what is measured in part is not measured"
+
+
+def test_what_waits_for_shared_steps_begins_nothing_after_an_interrupt(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    begin, last = {"fit": {}, "out": "first", "share": 0.5}, {"fit": {}, "share": 0.5}
+    levels = {"one": {"steps": [begin, last]}, "two": {"steps": [begin, last], "options": ["--seed", "1"]}}
+    factors = {"way": {"baseline": "one", "levels": levels}}
+    begun: list[str] = []
+
+    def interrupted(_processes: object, command: Sequence[str], *_: Any) -> None:
+        begun.append(command[0])
+        time.sleep(3)  # the other arm waits by then
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmllm.studies.runs.call", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(
+            run_study(study_file(data, tmp_path, factors=factors), str(tmp_path / "out"), executor=Executor(workers=2))
+        )
+    assert begun == ["fit"]

@@ -105,6 +105,23 @@ def test_units_of_a_manifest_and_of_its_shards_are_the_same(tmp_path: Path, caps
     assert TokenizerFolder.load(tmp_path / "tokenizer").require_audio().hash == said["hash"]
 
 
+def test_codes_without_durations_are_not_pooled_unless_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = mixed_manifest(tmp_path / "data", num=4)
+    make_folder(tmp_path / "text")
+    for options, said, wanted in (
+        ([], [], 2), (["--deduplicate"], [], 1), (["--deduplicate"], ["--audio_pool", 2], 2),
+        ([], ["--audio_pool", 4], 4),
+    ):  # fmt: skip
+        run(capsys, "kmeans", manifest, "--num_clusters", 4, *options, "--out", tmp_path / "units")
+        folder = ["--text", tmp_path / "text", "--codec", tmp_path / "units", "--out", tmp_path / "tokenizer"]
+        run(capsys, "assemble", *folder, *said)
+        assert TokenizerFolder.load(tmp_path / "tokenizer").audio_pool == wanted
+    run(capsys, "assemble", "--text", tmp_path / "text", "--out", tmp_path / "silent")
+    assert TokenizerFolder.load(tmp_path / "silent").audio_pool == 2
+
+
 def test_no_more_sound_than_asked_for_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = mixed_manifest(tmp_path, num=8)
     options = ["--num_clusters", 4, "--max_minutes", 0.01, "--out", tmp_path / "units"]

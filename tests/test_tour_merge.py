@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,27 @@ def test_rows_are_apart_and_a_small_demo_has_all_parts(tour: Tour) -> None:
     (captions, questions) = skills.values()
     assert captions["test"][0]["text"] == "2: red ring, blue star" and questions["test"][0]["answer"] == "blue and red"
     assert (tour.out / "data" / captions["test"][0]["image"]).resolve() == tour.data / "manifests" / "t9.png"
+
+
+def test_drawings_of_one_person_are_asked_for_a_tone_that_was_not_shown(tour: Tour, tmp_path: Path) -> None:
+    """Of each person one tone to test and the next to choose by; drawings of nobody and of two people are left out."""
+    tones = {"1f3fb": "light", "1f3fc": "medium-light", "1f3fd": "medium", "1f3fe": "medium-dark", "1f3ff": "dark"}
+    drawings = [{"id": f"emoji_{base}_{code}", "image": "x.png", "text": f"{base} with {name} skin tone"}
+                for base in ("runner", "judge") for code, name in tones.items()]  # fmt: skip
+    others = (("emoji_tile", "tile"), ("emoji_pair_1f3fb_1f3ff", "pair with two tones skin tone"))
+    drawings += [{"id": name, "image": "x.png", "text": text} for name, text in others]
+    for name, rows in (("emoji", drawings), ("cifar10", [{"id": "p", "image": "p.jpg", "text": "a photo of a cat"}])):
+        (tmp_path / "sets" / name).mkdir(parents=True)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "sets" / name / "manifest.jsonl").write_text(lines)
+    skills = make_skills(replace(tour, media=tmp_path / "sets"))
+    assert [(skill.name, skill.task) for skill in skills] == [("emoji", "interleaved"), ("photos", "interleaved")]
+    found = next(iter(skills.values()))
+    assert [len(found[part]) for part in PARTS] == [6, 2, 2]
+    for base in ("runner", "judge"):
+        answers = [row["answer"] for part in PARTS for row in found[part] if base in row["id"]]
+        assert sorted(answers) == sorted(tones.values()), "each tone once"
+        assert sum(base in row["id"] for row in found["test"]) == 1
 
 
 def test_what_is_chosen_by_some_rows_is_judged_by_others(tour: Tour) -> None:

@@ -96,7 +96,7 @@ def _add_kmeans(actions: Any) -> None:
     parser.add_argument("--hop_samples", type=int, default=160, help="samples a frame; windows are 2.5 times as long")
     parser.add_argument("--max_minutes", type=float, default=60.0, help="at most so much sound, drawn at random")
     parser.add_argument(
-        "--deduplicate", action="store_true", help="a run of one unit is that unit once; `assemble` with --audio_pool 1"
+        "--deduplicate", action="store_true", help="a run of one unit is that unit once; such units aren't pooled"
     )
     parser.add_argument(
         "--bpe", type=int, metavar="SIZE", help="merge frequent pairs of de-duplicated units; tokens, units included"
@@ -132,7 +132,9 @@ def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no_thumbnail", action="store_true", help="tiles alone, not the whole picture before them")
     parser.add_argument("--max_image_tokens", type=int, help="slots that one picture's tiles may fill together")
-    parser.add_argument("--audio_pool", type=int, default=2, help="frames an <|audio|> slot")
+    parser.add_argument(
+        "--audio_pool", type=int, help="frames an <|audio|> slot; without it 2, and 1 of a codec that de-duplicates"
+    )
     parser.add_argument("--pattern", choices=("parallel", "delay", "flatten"), default="delay")
     parser.add_argument("--num_codebooks", type=int, default=0, help="that are spoken; 0: as the codec folder says")
     parser.add_argument(
@@ -157,8 +159,19 @@ def _tokenizer_config(args: argparse.Namespace) -> Any:
         raise ValueError(f"--max_tiles is {args.max_tiles}; give 1 (pictures are not cut) or more")
     elif args.no_thumbnail or args.max_image_tokens is not None:
         raise ValueError("--no_thumbnail and --max_image_tokens are of pictures that are cut; give --max_tiles as well")
-    names = ("image_tokens", "image_size", "audio_pool", "pattern", "num_codebooks", "heard_codebooks")
+    names = ("image_tokens", "image_size", "pattern", "num_codebooks", "heard_codebooks")
     if args.pointer and args.codec is None:
         raise ValueError("--pointer is of speech, but there is no --codec; give one, or leave --pointer out")
     pointer = PointerRule(args.pointer) if args.pointer else None
-    return TokenizerConfig(**{name: getattr(args, name) for name in names}, tiling=tiling, pointer=pointer)
+    return TokenizerConfig(
+        **{name: getattr(args, name) for name in names}, audio_pool=_audio_pool(args), tiling=tiling, pointer=pointer
+    )
+
+
+def _audio_pool(args: argparse.Namespace) -> int:
+    """Two frames a slot, if nothing is said; of de-duplicated codes, which are short already, one."""
+    if args.audio_pool is not None or args.codec is None:
+        return 2 if args.audio_pool is None else args.audio_pool
+    from mmllm_tokenizers.audio import load_audio_tokenizer
+
+    return 2 if load_audio_tokenizer(args.codec).keeps_durations else 1

@@ -28,6 +28,7 @@ from mmllm.data.rows.holdout import split_rows, without_shown
 from mmllm.data.rows.media import Digests
 from mmllm.data.rows.rows import Row, row_media, with_absolute_paths
 from mmllm.data.rows.table import RowTable
+from mmllm.data.samples.masked_spans import base_task
 from mmllm.data.samples.stored import ImageEncoder
 from mmllm.data.shards.encode import ShardsConfig
 from mmllm.data.shards.find import find_shards
@@ -287,7 +288,7 @@ def stats(recipe: str | Path, steps: int = 100, batch_size: int = 8, html: str |
                 documents[name] += 1
                 lengths.setdefault(name, []).append(item.num_tokens)
                 tasks[item.task] += item.num_tokens
-                seen[item.source, item.shard, item.row, item.task, item.part] += 1
+                seen[item.source, item.shard, item.row, base_task(item.task), item.part] += 1
     total = sum(tokens.values())
     room = num_sequences * plan.recipe.sequence_length
     told = {
@@ -347,8 +348,8 @@ def _balance(plan: Plan, seen: Counter[tuple[int, int, int, str, int]]) -> dict[
         if source.balance is None:
             continue
         drawn: Counter[str] = Counter()
-        for (of, shard, row, _, _), count in seen.items():
-            if of == number:
+        for (of, shard, row, _, part), count in seen.items():
+            if of == number and part <= 0:  # of a text in parts the first, so that documents are counted
                 drawn[source.balance_value(shard, row)] += count
         values = zip(source.balance.names, source.balance.counts_V, source.balance.shares_V, strict=True)
         told[source.config.name] = {

@@ -7,20 +7,21 @@ template. Each row has shots of its own: a function of the manifest, the seed an
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from mmllm.data.expressions import compile_filter
+from mmllm.data.expressions import compile_filter, filter_names
 from mmllm.data.rows.bad_rows import BadRows, ManifestError, is_of_machine
 from mmllm.data.rows.column_names import ColumnNames
 from mmllm.data.rows.forms import read_rows
-from mmllm.data.rows.media import Media, media_source, sound_seconds
+from mmllm.data.rows.media import Media, media_file, media_source, sound_seconds
 from mmllm.data.rows.rows import Row, row_media
 from mmllm.data.samples.documents import Document, Segment, build_answer
 from mmllm.evaluation.results import KIND_OF_TASK
@@ -74,7 +75,7 @@ class RowShots:
         bad: takes rows that were drawn and can't be shown; more of them than it allows are an error.
 
     Raises:
-        ManifestError: there are too few rows.
+        ManifestError: there are too few rows, or the filter reads a key that none has, or can't be asked of one.
     """
 
     def __init__(
@@ -88,10 +89,8 @@ class RowShots:
         max_length: int | None,
         bad: BadRows,
     ) -> None:
-        keeps = (lambda metadata: True) if config.filter is None else compile_filter(config.filter)
-        self._rows = [
-            row for row in rows if row.kind == KIND_OF_TASK[task] and _is_answered(row) and keeps(row.metadata)
-        ]
+        answered = [row for row in rows if row.kind == KIND_OF_TASK[task] and _is_answered(row)]
+        self._rows = answered if config.filter is None else _filtered(answered, config.filter, config.manifest)
         if len(self._rows) < config.num_shots:
             raise ManifestError(
                 f"{config.name} has {len(self._rows)} rows that can be shown with their answers for the task "
@@ -161,10 +160,6 @@ class RowShots:
         for row, count in zip(rows, counts, strict=True):
             self._num_shown.setdefault((row.id, row.where), count)  # of controls, which come later, it may be another
         return made
-
-    def drawn(self, row: Row) -> list[Row]:
-        """The rows that are shown in front of a row, if there is room for all."""
-        return [self._rows[place] for place in self._places(row)]
 
     def told(self) -> dict[str, Any]:
         """What was shown, for who wants it again."""
@@ -261,11 +256,38 @@ def _is_answered(row: Row) -> bool:
     return row.kind != "interleaved" or ("question" in row.metadata and "answer" in row.metadata)
 
 
+def _filtered(rows: Sequence[Row], expression: str, manifest: str | Path) -> list[Row]:
+    """The rows that a filter keeps; a misspelt key would be `None` in every row, and `not` of it keep them all."""
+    known = {name for row in rows for name in row.metadata}
+    unknown = [name for name in filter_names(expression) if name not in known]
+    if rows and unknown:
+        raise ManifestError(
+            f"{manifest}: filter {expression!r} reads {unknown[0]!r}, which none of the rows that can be shown has; "
+            f"known are {', '.join(sorted(known)) or 'none'}"
+        )
+    keeps, kept = compile_filter(expression), []
+    for row in rows:
+        try:
+            if keeps(row.metadata):
+                kept.append(row)
+        except ValueError as error:
+            raise ManifestError(f"{manifest}: {row.where} ({row.id}): {error}") from error
+    return kept
+
+
 def _keys(row: Row) -> Iterator[Hashable]:
-    """What a row has alike with those that tell its answer: its id, its pictures and sounds, or all that it says."""
+    """What a row has alike with those that tell its answer: its id, its pictures and sounds, or all that it says.
+
+    Files are told by their real paths: two manifests may spell one file's path in two ways.
+    """
     yield "id", row.id
-    media = [str(each) for _, each in row_media(row)]
+    media = [_real(each) for _, each in row_media(row)]
     yield from (("media", each) for each in media)
     if not media:
         said = tuple(segment.get("text") for segment in row.segments)
         yield "said", row.text, said, str(row.metadata.get("question"))
+
+
+def _real(media: Media) -> str:
+    file = Path(os.path.realpath(media_file(media)))
+    return str(file if isinstance(media, Path) else replace(media, file=file))

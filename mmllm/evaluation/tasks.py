@@ -119,8 +119,8 @@ def evaluate(
     rows = short_enough(rows, longest, unreadable, name)
     num_votes = 0 if voting is None else voting.num_votes
     num_asked = PROMPTS_A_ROW[task] if controls or task not in ("interleaved", "chat") else 1
-    if shots is not None and num_asked == 1:
-        num_asked = 2  # blind prompts differ by their shots
+    if shots is not None and task in ("caption", "transcribe"):
+        num_asked += 1  # blind prompts differ by their shots, so each is asked
     num_prompts = (num_asked + num_votes) * len(rows)
     asked = AskedModel(model, None if progress is None else _summed(progress, num_prompts))
     shown: RowShots | None = None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol, TypeVar
 
-from mmllm.quickstart.processes import Processes, terminated_as_interrupt
+from mmllm.quickstart.processes import terminated_as_interrupt
 
 Item = TypeVar("Item")
 Item_contra = TypeVar("Item_contra", contravariant=True)
@@ -16,10 +16,12 @@ Item_contra = TypeVar("Item_contra", contravariant=True)
 class OneRun(Protocol[Item_contra]):
     """What runs one item, in processes of its own."""
 
-    processes: Processes
-
     def run(self, item: Item_contra, /) -> dict[str, Any]:
         """Gives its result."""
+        ...
+
+    def stop(self) -> None:
+        """Ends its processes, from another thread; none begins after that."""
         ...
 
 
@@ -66,7 +68,7 @@ def run_at_once(
                     yield item, future.result()
         except BaseException:
             for _, one, _ in running.values():
-                one.processes.end_all()
+                one.stop()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     if failed is not None:

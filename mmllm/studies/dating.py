@@ -30,7 +30,8 @@ class Drift:
 
     Attributes:
         words: in the order in which they come into use. The later the latest of them that a text has, the later the
-            text is on average: of K words, one with the k-th (from 0) is drawn from the last 1 - k/K of the time.
+            text is on average: of K words, one with the k-th (from 0) draws from the last 1 - k/K of a scale that
+            orders it among texts with as many words; dates are spread evenly by that order.
         filter: which rows are read; the others are left out.
         seed: of the draws.
     """

@@ -91,7 +91,7 @@ def plant(manifest: str | Path, out: Path, planting: Planting, noise: str | Path
     rows = [row for row in read_rows(manifest) if keeps(row.metadata)]
     if not rows:
         raise ValueError(f"{manifest}: no row passes the filter {planting.filter!r}; mend it")
-    texts = [row.text for row in read_rows(noise) if row.text] if noise is not None else []
+    texts = [row.text for row in read_rows(noise) if (row.text or "").strip()] if noise is not None else []
     if noise is not None and not texts:
         raise ValueError(f"{noise}: no row has a text of its own; give a manifest of texts, captions or transcripts")
     planted = plant_rows(rows, planting, texts)
@@ -171,7 +171,7 @@ def plant_rows(rows: Sequence[Row], planting: Planting, noise: Sequence[str] = (
 
 
 def _with_text(row: Row) -> Row:
-    if not row.text:
+    if not (row.text or "").strip():
         raise ValueError(f"{row.where} has no text of its own; plant in captions, transcripts or texts")
     return row
 

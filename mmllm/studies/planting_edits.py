@@ -71,6 +71,6 @@ def other_text(num_words: int, texts: Sequence[str], generator: np.random.Genera
         texts: of another topic, each with a word or more.
         generator: draws the text and where the run begins.
     """
-    words = texts[generator.integers(len(texts))].split()
+    words = texts[int(generator.integers(len(texts)))].split()
     start = int(generator.integers(max(1, len(words) - num_words + 1)))
     return " ".join(words[start : start + num_words])

@@ -26,7 +26,7 @@ from mmllm.studies.lengths import Length, check_recipe, check_training, write_tr
 from mmllm.studies.runs import RESULT, Runner
 from mmllm.studies.settings import Base, filled
 from mmllm.studies.shared import forget
-from mmllm.studies.study import Arm, Data, Study, load_study, study_of
+from mmllm.studies.study import Arm, Data, Measure, Study, load_study, study_of
 
 STUDY = "study.json"
 """In a study's folder: what it was begun with."""
@@ -196,7 +196,8 @@ def costs(study: Study, data: Path, folder: Path, num_at_once: int) -> Iterator[
     Raises:
         ValueError: a level names an unknown key, or the arms can't have one budget.
     """
-    check_shots(study, data)
+    levels = [level for factor in study.factors.values() for level in factor.levels.values()]
+    check_shots([*study.measures, *(each.of(level.measures) for each in study.measures for level in levels)], data)
     base, budget = Base.read(study, data), study.budget
     arms = [arm for arm in study.arms() if arm.seed == study.seeds[0]]
     trial = folder / "checked"
@@ -241,26 +242,24 @@ def costs(study: Study, data: Path, folder: Path, num_at_once: int) -> Iterator[
     yield line
 
 
-def check_shots(study: Study, data: Path) -> None:
+def check_shots(measures: Sequence[Measure], data: Path) -> None:
     """Refuses shots of a manifest that isn't there, which would be found out after the first training.
 
     Raises:
         FileNotFoundError: there is one; the message names the measure.
     """
-    levels = [level for factor in study.factors.values() for level in factor.levels.values()]
-    for each in study.measures:
-        for measure in (each, *(each.of(level.measures) for level in levels)):
-            if measure.shots is not None:
-                path = Path(filled(measure.shots.manifest, {"data": str(data)}))
-                if not path.exists():
-                    raise FileNotFoundError(
-                        f"measure {measure.name}: no manifest {path} to draw shots from; mend its path"
-                    )
+    for measure in measures:
+        if measure.shots is not None:
+            path = Path(filled(measure.shots.manifest, {"data": str(data)}))
+            if not path.exists():
+                raise FileNotFoundError(f"measure {measure.name}: no manifest {path} to draw shots from; mend its path")
 
 
 def _minutes_done(folder: Path, arms: Sequence[Arm]) -> list[float]:
+    """What runs took themselves, without steps that another had run for them."""
     results = [folder / "runs" / arm.name / RESULT for arm in arms]
-    return [json.loads(path.read_text(encoding="utf-8"))["minutes"] for path in results if path.is_file()]
+    done = [json.loads(path.read_text(encoding="utf-8")) for path in results if path.is_file()]
+    return [each.get("minutes_here", each["minutes"]) for each in done]
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs

@@ -58,7 +58,12 @@ class Runner:
         self.study, self.out, self.num_threads, self.meters = study, out, num_threads, meters
         self.base = Base.read(study, data)
         self.places = {"data": str(data)}
-        self.processes = Processes()
+        self._processes, self._is_stopped = Processes(), False
+
+    def stop(self) -> None:
+        """Ends what runs, from another thread; what waits for another run's steps begins nothing then."""
+        self._is_stopped = True
+        self._processes.end_all()
 
     def folder(self, arm: Arm) -> Path:
         """Where an arm's run lies."""
@@ -79,19 +84,22 @@ class Runner:
         folder.mkdir(parents=True)
         parts, keys = self.study.level(arm).parts, shared_keys(self.base, arm)
 
-        def run(steps: tuple[Step, ...], place: Path) -> Cost:
+        def run(steps: Sequence[Step], place: Path) -> Cost:
             return self._run_steps(arm, steps, place)
 
+        begun = time.monotonic()
         try:
             cost = bring(keys, parts[: len(keys)], self.out, folder, run) + run(parts[len(keys) :], folder)
+            minutes_here = (time.monotonic() - begun) / 60
             scores = self._scores(arm, folder)
         finally:
-            self.processes.end_all()
+            self._processes.end_all()
         values = {
             **asdict(arm),
             **asdict(cost.length),
             "documents": cost.documents,
             "minutes": cost.minutes,
+            "minutes_here": minutes_here,
             "joules": cost.joules,
             "scores": scores,
             "commit": commit(),
@@ -157,7 +165,9 @@ class Runner:
         return {**self.places, "run": str(folder), "seed": str(arm.seed)}
 
     def _call(self, command: Sequence[str], folder: Path, arm: Arm) -> None:
-        call(self.processes, command, folder, arm.name, self.num_threads)
+        if self._is_stopped:
+            raise KeyboardInterrupt
+        call(self._processes, command, folder, arm.name, self.num_threads)
 
 
 def _score(measure: Measure, path: Path) -> dict[str, Any]:

@@ -47,12 +47,22 @@ def heldout_loss(folder: str | Path, recipe: str | Path, num_sequences: int, bat
         FileNotFoundError: there is no such recipe.
         ValueError: it has no documents.
     """
-    loaded = load_model(folder, "cpu")
+    data = heldout_data(recipe, num_sequences, batch_size)
+    return loss_of(load_model(folder, "cpu").model, data)
+
+
+def heldout_data(recipe: str | Path, num_sequences: int, batch_size: int = 8) -> PackedDataModule:
+    """A recipe's documents as validation data, opened.
+
+    Raises:
+        FileNotFoundError: there is no such recipe.
+        ValueError: it isn't one, or has no documents.
+    """
     data = PackedDataModule(
         recipe=recipe, val_recipe=recipe, batch_size=batch_size, num_val_sequences=num_sequences, num_workers=0
     )
     data.setup("validate")
-    return loss_of(loaded.model, data)
+    return data
 
 
 def loss_of(model: MultimodalModel, data: PackedDataModule) -> HeldoutLoss:

@@ -25,10 +25,10 @@ from mmllm.quickstart.processes import Processes
 from mmllm.studies.at_once import run_at_once
 from mmllm.studies.commands import call, measured
 from mmllm.studies.lengths import GUESSED_STEPS, Length, opened, until, write_files
-from mmllm.studies.run import make_data, run_once
+from mmllm.studies.run import check_shots, make_data, run_once
 from mmllm.studies.scaling import check_points
 from mmllm.studies.scaling_grid import Run, Sweep, load_sweep
-from mmllm.studies.scaling_heldout import heldout_loss
+from mmllm.studies.scaling_heldout import heldout_data, heldout_loss
 from mmllm.studies.settings import Settings, filled, for_one_process, put, put_all, read_values
 from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.estimate import model_config
@@ -84,7 +84,12 @@ class Sweeper:
         self._config = read_values(sweep.config, self._data, "config")
         self._recipe = read_values(sweep.recipe, self._data, "recipe")
         self.heldout = Path(filled(sweep.heldout, self.places)) if isinstance(sweep.heldout, str) else out / HELDOUT
-        self.processes = Processes()
+        self._processes, self._is_stopped = Processes(), False
+
+    def stop(self) -> None:
+        """Ends what runs, from another thread; nothing begins then."""
+        self._is_stopped = True
+        self._processes.end_all()
 
     @property
     def places(self) -> dict[str, str]:
@@ -92,13 +97,18 @@ class Sweeper:
         return {"data": str(self._data), "prepared": str((self.out / "prepared").absolute())}
 
     def prepare(self) -> Iterator[str]:
-        """Makes what is held out, if that isn't done; gives lines to print.
+        """Makes what is held out, if that isn't done by the same commands; gives lines to print.
 
         Raises:
-            FileNotFoundError: there is no recipe of it.
-            ValueError: a command failed.
+            FileNotFoundError: there is no recipe of it, or no manifest of a measure's shots.
+            ValueError: a command failed, or nothing is held out.
         """
+        check_shots(self.sweep.measures, self._data)
         if self.sweep.prepare:
+            told, commands = self.out / "prepared.json", filled(list(self.sweep.prepare), self.places)
+            if not told.is_file() or json.loads(told.read_text(encoding="utf-8")) != commands:
+                shutil.rmtree(self.places["prepared"], ignore_errors=True)
+                told.write_text(json.dumps(commands) + "\n", encoding="utf-8")
             yield from run_once(Path(self.places["prepared"]), self.sweep.prepare, self.places, "sweep")
         if not isinstance(self.sweep.heldout, str):
             write_yaml(self.heldout, filled(self.sweep.heldout, self.places), "Written by `mmllm scaling sweep`.")
@@ -106,6 +116,10 @@ class Sweeper:
             raise FileNotFoundError(
                 f"heldout is {self.heldout}, and no recipe is there; give one of held-out documents"
             )
+        try:
+            heldout_data(self.heldout, self.sweep.num_heldout_sequences)
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(f"heldout: {error}") from error
 
     def folder(self, run: Run) -> Path:
         """Where a run lies."""
@@ -147,8 +161,10 @@ class Sweeper:
         sweep, variant = self.sweep, self.sweep.variants[run.variant]
         config, recipe = copy.deepcopy(self._config), copy.deepcopy(self._recipe)
         put_all(config, sweep.set, "set")
+        put_all(config, variant.config, f"variants.{run.variant}.config")
         put_all(config, sweep.size(run), f"sizes.{run.size}")
-        put_all(config, variant.config, f"variants.{run.variant}.config")  # dense ones take out what a size says
+        removed = {key: None for key, value in variant.config.items() if value is None}
+        put_all(config, removed, f"variants.{run.variant}.config")  # dense ones have no experts, of whatever size
         put_all(recipe, sweep.set_recipe, "set_recipe")
         put_all(recipe, variant.recipe, f"variants.{run.variant}.recipe")
         recipe["seed"] = run.seed
@@ -206,7 +222,7 @@ class Sweeper:
             minutes = (time.monotonic() - begun) / 60
             scores = {measure.name: self._score(measure, folder, run) for measure in self.sweep.measures}
         finally:
-            self.processes.end_all()
+            self._processes.end_all()
         heldout = heldout_loss(folder / MODEL, self.heldout, self.sweep.num_heldout_sequences)
         point = self._point(run, counted) | {
             "loss": heldout.loss,
@@ -244,11 +260,14 @@ class Sweeper:
                    filled(measure.manifest, self.places), "--json", str(path)]  # fmt: skip
         if measure.limit is not None:
             command += ["--limit", str(measure.limit)]
-        self._call([*command, *measure.options], folder, run)
+        options = filled([*measure.options, *measure.prompt_options], self.places)
+        self._call([*command, *options], folder, run)
         return measured(measure, path)[0]
 
     def _call(self, command: Sequence[str], folder: Path, run: Run) -> None:
-        call(self.processes, command, folder, run.name, self._num_threads)
+        if self._is_stopped:
+            raise KeyboardInterrupt
+        call(self._processes, command, folder, run.name, self._num_threads)
 
 
 def run_sweep(

@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -42,15 +42,15 @@ class Cost:
     length: Length = field(default_factory=Length)
     documents: int = 0
     minutes: float = 0.0
-    joules: float | None = None
+    joules: float | None = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        joules = None if self.joules is None and other.joules is None else (self.joules or 0) + (other.joules or 0)
+        joules = None if self.joules is None or other.joules is None else self.joules + other.joules
         return Cost(self.length + other.length, max(self.documents, other.documents), self.minutes + other.minutes,
                     joules)  # fmt: skip
 
 
-Run = Callable[[tuple[Step, ...], Path], Cost]
+Run = Callable[[Sequence[Step], Path], Cost]
 """Runs steps in a folder."""
 
 
@@ -68,12 +68,13 @@ def _keys(base: Base, arm: Arm) -> Iterator[str]:
         if step.command is not None:
             told: dict[str, Any] = {"command": filled(step.command, places), "files": filled(step.files, places)}
         else:
-            told = {**asdict(base.settings(arm, step, run)), "out": step.out, "share": step.share}
+            told = {**asdict(base.settings(arm, step, run)), "out": step.out, "share": step.share,
+                    "budget": asdict(base.study.budget)}  # fmt: skip
         key = hashlib.sha256(json.dumps([key, told], sort_keys=True, default=str).encode()).hexdigest()[:16]
         yield key
 
 
-def bring(keys: list[str], steps: tuple[Step, ...], study: Path, folder: Path, run: Run) -> Cost:
+def bring(keys: list[str], steps: Sequence[Step], study: Path, folder: Path, run: Run) -> Cost:
     """Puts into a run's folder what its first steps leave, which are run where no arm did so yet; gives their cost.
 
     Args:

@@ -47,6 +47,9 @@ def stats_lines(told: Mapping[str, Any]) -> Iterator[str]:
             if counts:
                 said = ", ".join(f"{task or 'none'} {count:,}" for task, count in sorted(counts.items()))
                 yield f"task types {what.replace('_', ' ')}, {name}: {said}"
+    for name, count in told["never_masked"].items():
+        if count:
+            yield f"never masked, of {name}: {count:,} documents, too long or too short for masked spans"
     for name, counts in told["left_out"].items():
         if any(counts.values()):
             said = ", ".join(f"{count:,} {why.replace('_', ' ')}" for why, count in counts.items() if count)

@@ -5,7 +5,7 @@ https://arxiv.org/abs/1901.07291, of languages): with alpha 1 as many as there a
 epoch a document is drawn once or not at all, by the chance n_v^(alpha - 1) against that of the rarest value, and each
 epoch draws anew: nothing is repeated before all was there to be drawn.
 
-Shapes: M items of the source, V values.
+Shapes: M items of the source (a long text is several, one of several tasks too), V values.
 """
 
 from __future__ import annotations
@@ -41,17 +41,16 @@ class Balance:
 
 
 def balance_of(
-    codes_M: np.ndarray, names: dict[str, int], alpha: float, is_counted_M: np.ndarray
+    codes_M: np.ndarray, names: dict[str, int], alpha: float, counts: np.ndarray
 ) -> tuple[Balance, np.ndarray]:
-    """The balance of items, and the chance [M] of each.
+    """The balance of documents, and the chance [M] of each item.
 
     Args:
         codes_M: Number of each item's value.
-        names: The values and their numbers; those that no item has are left out.
+        names: The values and their numbers; those that no document has are left out.
         alpha: From 0 to 1.
-        is_counted_M: Bools; other items are a second form of counted ones.
+        counts: Documents of each of these values, each once.
     """
-    counts = np.bincount(codes_M[is_counted_M], minlength=len(names))
     there = sorted(name for name, code in names.items() if counts[code])
     balance = Balance(tuple(there), counts[[names[name] for name in there]], alpha)
     chances = np.zeros(len(names))

@@ -363,12 +363,15 @@ class Source:
                 f"{', '.join(sorted(self.column_names)) or 'none'}"
             )
         codes: dict[str, int] = {}
-        codes_M = self._gathered(
-            lambda index: np.array([codes.setdefault(value, len(codes)) for value in _values(index, name)]), np.int32
-        )
-        forms_M = self._groups(np.arange(self.num_items))[2] % 2  # with masked spans, every second group has them
-        is_counted_M = (forms_M == 0) | (self.config.masked_spans is None)
-        balance, chance_M = balance_of(codes_M, codes, DEFAULT_ALPHA if alpha is None else alpha, is_counted_M)
+        codes_D = np.concatenate([  # of all documents, as `_documents_of` numbers them
+            np.array([codes.setdefault(value, len(codes)) for value in _values(index, name)], dtype=np.int32)
+            for index in self.indices
+        ])  # fmt: skip
+        documents_M = self._documents_of(np.arange(self.num_items))
+        is_item_D = np.zeros(len(codes_D), dtype=bool)
+        is_item_D[documents_M] = True  # one that is several parts, tasks or forms is counted once
+        counts = np.bincount(codes_D[is_item_D], minlength=len(codes))
+        balance, chance_M = balance_of(codes_D[documents_M], codes, DEFAULT_ALPHA if alpha is None else alpha, counts)
         return balance, chance_M.astype(np.float32)
 
     def balance_value(self, shard: int, row: int) -> str:
@@ -478,16 +481,17 @@ class Source:
 
     @property
     def num_epoch_tokens(self) -> int:
-        """Tokens that an epoch may draw; where chance says which documents have masked spans, on average."""
-        total = int(self.tokens_M.sum())
-        if self.config.masked_spans is None or self._may_mask is None:
-            return total
-        numbers = np.arange(self.num_items)
-        _, shards, forms = self._groups(numbers)
-        may_mask = self._may_mask[self._first_documents()[shards] + self._rows_of(numbers)]
-        share = self.config.masked_spans.share
-        chances = np.where(forms == 1, share, np.where(may_mask, 1 - share, 1.0))
-        return round(float((self.tokens_M * chances).sum()))
+        """Tokens that an epoch may draw; where chance balances documents, or masks spans of them, on average."""
+        if self._chance_M is None and self._may_mask is None:
+            return int(self.tokens_M.sum())
+        tokens_M = self.tokens_M.astype(np.float64)
+        if self._chance_M is not None:
+            tokens_M *= self._chance_M
+        if self.config.masked_spans is not None and self._may_mask is not None:
+            numbers, share = np.arange(self.num_items), self.config.masked_spans.share
+            may_mask = self._may_mask[self._documents_of(numbers)]
+            tokens_M *= np.where(self._groups(numbers)[2] == 1, share, np.where(may_mask, 1 - share, 1.0))
+        return round(float(tokens_M.sum()))
 
     @property
     def limit(self) -> int | None:
@@ -581,25 +585,22 @@ class Source:
         """Bools of all shards' documents, one after the other: whether they can have masked spans; None: none have."""
         if self.config.masked_spans is None:
             return None
-        firsts = self._first_documents()
-        _, shards, forms = self._groups(np.arange(self.num_items))
-        documents = firsts[shards] + self._rows_of(np.arange(self.num_items))
-        may_mask = np.zeros(firsts[-1], dtype=bool)
-        may_mask[documents[forms == 1]] = True
+        numbers = np.arange(self.num_items)
+        may_mask = np.zeros(sum(index.num_documents for index in self.indices), dtype=bool)
+        may_mask[self._documents_of(numbers[self._groups(numbers)[2] == 1])] = True
         return may_mask
 
-    def _first_documents(self) -> np.ndarray:
-        """The number of each shard's first document among all, and behind the last how many there are."""
-        return np.cumsum([0, *(index.num_documents for index in self.indices)])
+    def _documents_of(self, numbers: np.ndarray) -> np.ndarray:
+        """The numbers of items' documents among those of all shards, one after the other."""
+        firsts = np.cumsum([0, *(index.num_documents for index in self.indices)])
+        return firsts[self._groups(numbers)[1]] + self._rows_of(numbers)
 
     def _in_one_form(self, epoch: int, order: np.ndarray, kept: np.ndarray | None) -> np.ndarray | None:
         """Which items are kept: of each document that with masked spans or that without, by chance in every epoch."""
         if self.config.masked_spans is None or self._may_mask is None:
             return kept
         is_masked = self._random(_FORM, epoch).random(len(self._may_mask)) < self.config.masked_spans.share
-        _, shards, forms = self._groups(order)
-        documents = self._first_documents()[shards] + self._rows_of(order)
-        is_own = (is_masked & self._may_mask)[documents] == (forms == 1)
+        is_own = (is_masked & self._may_mask)[self._documents_of(order)] == (self._groups(order)[2] == 1)
         return is_own if kept is None else kept & is_own
 
     def _rows_of(self, numbers: np.ndarray) -> np.ndarray:

@@ -143,9 +143,10 @@ def near_rows(measures: Sequence[dict[str, Any]], keep: Sequence[bool], threshol
     described = [(found.get("kind", ""), *found.get("media", ())) for found in (measures[each] for each in numbers)]
     for rows, levels_NF in _by_media(described):
         is_near = _Near(signatures_NP, threshold, rows, levels_NF)
-        for bucket in candidates(signatures_NP, rows, threshold):
-            for place, row in enumerate(bucket[:-1].tolist()):
-                clusters.link(row, bucket[place + 1 :], is_near)
+        firsts = _firsts(signatures_NP[rows], levels_NF)
+        clusters.put(rows, rows[firsts])  # equal ones need no comparison, and one of them is enough for the others
+        for bucket in candidates(signatures_NP, np.unique(rows[firsts]), threshold):
+            clusters.link(bucket, len(bucket), is_near)
     first_N = clusters.roots(np.arange(len(numbers)))
     return [number for place, number in enumerate(numbers) if first_N[place] != place]
 
@@ -169,6 +170,15 @@ def candidates(signatures_NP: np.ndarray, rows: np.ndarray, threshold: float) ->
         for bucket in np.split(order, np.cumsum(counts)[:-1]):
             if len(bucket) > 1:
                 yield rows[bucket]
+
+
+def _firsts(signatures_NP: np.ndarray, levels_NF: np.ndarray | None) -> np.ndarray:
+    """[N] the first row that has the same signature, and the same levels if there are any."""
+    equal_N = np.ascontiguousarray(signatures_NP).view(np.uint8)
+    if levels_NF is not None:
+        equal_N = np.concatenate([equal_N, levels_NF], axis=1)
+    _, firsts, codes_N = np.unique(equal_N, axis=0, return_index=True, return_inverse=True)
+    return firsts[codes_N.reshape(-1)]
 
 
 @dataclass(frozen=True)
@@ -204,22 +214,31 @@ class _Clusters:
         self._parents_N[rows] = found
         return found
 
+    def put(self, rows: np.ndarray, roots: np.ndarray) -> None:
+        """Puts rows, none of which is with others yet, under these roots, which are among them."""
+        self._parents_N[rows] = roots
+
     def join(self, rows: np.ndarray) -> None:
         """Puts the rows' clusters together."""
         found = self.roots(rows)
         self._parents_N[found] = found.min()
 
-    def link(self, row: int, others: np.ndarray, is_near: Callable[[int, np.ndarray], np.ndarray]) -> None:
-        """Joins a row and those of others that are near it, comparing what isn't together yet.
+    def link(self, rows: np.ndarray, count: int, is_near: Callable[[int, np.ndarray], np.ndarray]) -> None:
+        """Joins what is near, comparing what isn't together yet, until all that is left is one cluster.
 
         Args:
-            row: One.
-            others: Any number.
+            rows: Any number.
+            count: So many of the first are each compared with all rows behind them.
             is_near: Tells of a row and others which of these are near it.
         """
-        others = others[self.roots(others) != self.roots(np.array([row]))]
-        if len(others) and (near := is_near(row, others)).any():
-            self.join(np.append(others[near], row))
+        for place, row in enumerate(rows[:count].tolist()):
+            left = rows[place:]
+            roots = self.roots(left)
+            others = left[roots != roots[0]]
+            if not len(others):
+                return
+            if (near := is_near(row, others)).any():
+                self.join(np.append(others[near], row))
 
 
 def _by_media(described: Sequence[Sequence[str]]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
@@ -288,6 +307,5 @@ def _picture_clusters(levels_NF: np.ndarray) -> np.ndarray:
     for place, members in cells.items():
         beside = [cells.get(tuple(a + b for a, b in zip(place, shift, strict=True)), []) for shift in half]
         around = np.array(members + [row for some in beside for row in some])
-        for number, row in enumerate(members):
-            clusters.link(row, around[number + 1 :], is_same)
+        clusters.link(around, len(members), is_same)
     return clusters.roots(everyone)

@@ -21,14 +21,17 @@ import numpy as np
 from mmllm.data.rows.bad_rows import BadRows, ManifestError
 from mmllm.data.rows.column_names import ColumnNames
 from mmllm.data.rows.forms import read_rows
-from mmllm.data.rows.rows import row_text
+from mmllm.data.rows.rows import OWN_KEYS, row_text
 from mmllm.data.rows.split import write_manifest
 
 NO_TOPIC = -1
 """Of texts without a word that counts."""
 MAX_WORDS = 20_000
 """Of the vocabulary: those that are in most texts."""
-_CHUNK = 1024
+_CHUNK = 1 << 22
+"""Products of weights and centres that are held at once, in numbers."""
+_TAKEN = (*OWN_KEYS, "question", "answer")
+"""Keys of which rows are made: no column of topics."""
 _TOLD = 8
 """Words that tell of a topic."""
 
@@ -101,7 +104,7 @@ class Topics:
 
     vocabulary: Vocabulary
     centers_VK: np.ndarray
-    """Mean texts, of length one."""
+    """Mean texts, of length one; 0 of topics without a text."""
 
     def of(self, texts: Sequence[str]) -> np.ndarray:
         """int64 [N], the topic whose centre is nearest by cosine; `NO_TOPIC` of texts without a word that counts."""
@@ -109,7 +112,7 @@ class Topics:
         return np.where(np.diff(weights.starts_N) > 0, _nearest(weights, self.centers_VK)[0], NO_TOPIC)
 
     def words(self, topic: int) -> list[str]:
-        """Those that weigh most in a topic."""
+        """Those that weigh most in a topic; of one without a text, none."""
         order = np.argsort(-self.centers_VK[:, topic], kind="stable")[:_TOLD]
         return [self.vocabulary.words[number] for number in order if self.centers_VK[number, topic] > 0]
 
@@ -130,8 +133,9 @@ def topics_of(texts: Sequence[str], config: TopicsConfig) -> Topics:
     weights = vocabulary.weights(known)
     found = [_clustered(weights, len(vocabulary.words), config, start) for start in range(config.starts)]
     topics_N, centers_VK, _ = max(found, key=lambda each: each[2])
-    order = np.argsort(-np.bincount(topics_N, minlength=config.topics), kind="stable")
-    return Topics(vocabulary, centers_VK[:, order])
+    sizes_K = np.bincount(topics_N, minlength=config.topics)
+    order = np.argsort(-sizes_K, kind="stable")
+    return Topics(vocabulary, (centers_VK * (sizes_K > 0))[:, order])
 
 
 def _clustered(
@@ -182,8 +186,12 @@ def _nearest(weights: Weights, centers_VK: np.ndarray) -> tuple[np.ndarray, np.n
     """(number [N] of the nearest centre, cosine [N] to it)."""
     count = len(weights.starts_N) - 1
     topics_N, near_N = np.zeros(count, dtype=np.int64), np.zeros(count)
-    for first in range(0, count, _CHUNK):
-        starts = weights.starts_N[first : first + _CHUNK + 1]
+    room = max(1, _CHUNK // centers_VK.shape[1])  # entries of texts: these may be of any length
+    stop = 0
+    while stop < count:
+        first, end = stop, weights.starts_N[stop] + room
+        stop = max(first + 1, int(np.searchsorted(weights.starts_N, end, side="right")) - 1)
+        starts = weights.starts_N[first : stop + 1]
         here = slice(starts[0], starts[-1])
         products_EK = centers_VK[weights.words_E[here]] * weights.weights_E[here, None]
         has_words = np.flatnonzero(np.diff(starts))
@@ -211,7 +219,7 @@ def write_topics(
         out: The new manifest.
         config: How topics are found.
         target: Inputs of what is wanted; they are no part of the clustering.
-        column: Key of the rows; one that they have is replaced, and counted.
+        column: Key of the rows; metadata of that name is replaced, and counted.
         max_bad_fraction: More unusable rows than this are an error.
         form: Of the inputs; `auto`: told from each.
         media: What their paths are relative to; by default each input's folder.
@@ -222,8 +230,14 @@ def write_topics(
         `without_topic`, `replaced` and `skipped` rows.
 
     Raises:
-        FileNotFoundError, ManifestError, ValueError: An input can't be used, or has too few rows.
+        FileNotFoundError, ManifestError, ValueError: An input can't be used, or has too few rows, or the column is one
+            that rows are made of.
     """
+    if not column.strip() or column in _TAKEN:
+        raise ValueError(
+            f"column is {column!r}; topics would take the place of what rows have in {', '.join(_TAKEN)}: give a name "
+            f"of its own, such as 'topic'"
+        )
     bad = BadRows(max_bad_fraction)
     rows = [row for path in manifests for row in read_rows(path, bad, form, media, columns)]
     wanted = [row for path in target for row in read_rows(path, bad, form, media, columns)]
@@ -266,6 +280,8 @@ def topics_lines(told: Mapping[str, Any]) -> Iterator[str]:
         target = f"{100 * topic['target']:5.1f}%  " if has_target else ""
         share = f"{100 * topic['rows'] / told['rows']:5.1f}%"
         yield f"{topic['topic']:>5}  {topic['rows']:>9,}  {share}  {target}{' '.join(topic['words'])}"
+    if num_empty := sum(not topic["rows"] for topic in told["topics"]):
+        yield f"{num_empty:,} of {len(told['topics']):,} topics are empty: there are fewer different texts than topics"
     if told["without_topic"]:
         yield f"{NO_TOPIC:>5}  {told['without_topic']:>9,}  rows without a word that another row has too"
     if told["replaced"]:

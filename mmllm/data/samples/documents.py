@@ -386,7 +386,10 @@ def build_prompt(
     transform: ImageTransform | None = None,
     anchor: str | None = None,
 ) -> Document:
-    """The prompt of a task, ready to be continued: no targets, no end.
+    """The prompt of a task, ready to be continued: no end.
+
+    What is asked has no targets; a text that is continued has those of training, since what attends in both directions
+    (`decoder.prefix`, `decoder.encoder_layers`) ends where targets begin.
 
     Args:
         task: `caption`, `transcribe`, `speak`, `text`, `interleaved`, `question` or `chat`. `text` and
@@ -420,9 +423,9 @@ def build_prompt(
         first = np.zeros(1, dtype=np.int64)
         writer.point(Pointer(letters_L, first, first, np.full_like(first, IGNORE)))
     if task == "interleaved":
-        fields.render(writer, "{segments}", False)
+        fields.render(writer, "{segments}", True)
     elif task == "text" and text:
-        fields.render(writer, "{text}", False)
+        fields.render(writer, "{text}", True)
     return writer.finish()
 
 

@@ -23,7 +23,7 @@ from mmllm.batch import Modality
 from mmllm.data.samples.documents import Document
 from mmllm.data.samples.templates import literal_ids, parse_template, template_of
 from mmllm_tokenizers.folder import TokenizerFolder
-from mmllm_tokenizers.vocab import END
+from mmllm_tokenizers.vocab import END, PAD, SPECIAL_TOKENS
 
 MASKED = "masked_"
 """Before the name of a task whose text has masked spans, in plans and in what they tell."""
@@ -104,22 +104,37 @@ def _parts(total: int, count: int, rng: np.random.Generator) -> np.ndarray:
     return np.diff(np.concatenate([[0], cuts, [total]])).astype(np.int64)
 
 
+def free_tokens(folder: TokenizerFolder) -> set[str]:
+    """Special tokens that mean nothing where documents are read or written: what may stand for a span.
+
+    Not ours, but for the padding; none that ends a generation; none of a template; and of those that the tokenizer
+    names (its beginning, its unknown token, …) its padding and mask alone.
+    """
+    text = folder.text
+    templates = [each for template in folder.templates.values() for each in template.values()]
+    written = "\n".join([*templates, folder.chat_template or ""])
+    named = {} if text.foreign is None else text.foreign.named
+    names = {name for key, name in named.items() if key not in ("pad_token", "mask_token")}
+    ids = {text.id(name) for name in SPECIAL_TOKENS if name != PAD} | set(text.end_ids)
+    return {name for name in text.control_tokens - names if name not in written and text.id(name) not in ids}
+
+
 def sentinel_ids(folder: TokenizerFolder, names: Sequence[str] | None) -> list[int]:
     """The ids that stand for spans.
 
     Raises:
-        ValueError: a name is no special token, or there is none to be found.
+        ValueError: a name is no special token that is free, or there is none to be found.
     """
-    special = folder.text.control_tokens
+    free = free_tokens(folder)
     for name in names or ():
-        if name not in special or name == END:
+        if name not in free:
             raise ValueError(
-                f"masked_spans.sentinels names {name!r}, which is no special token of the tokenizer that is free; "
-                f"there are {' '.join(sorted(special - {END}))}"
+                f"masked_spans.sentinels names {name!r}, which is no special token of the tokenizer that is free: such "
+                f"as mean something already can't stand for a span; free are {' '.join(sorted(free)) or 'none'}"
             )
     if names:
         return [folder.id(name) for name in names]
-    found = [(match, name) for name in special if (match := _SENTINEL.fullmatch(name)) is not None]
+    found = [(match, name) for name in free if (match := _SENTINEL.fullmatch(name)) is not None]
     # Numbered ones in their order, and a mask only where there are none of them.
     numbered = sorted((int(match[1] or match[2]), name) for match, name in found if match[1] or match[2])
     chosen = [name for _, name in numbered] or sorted(name for _, name in found)
@@ -223,21 +238,3 @@ class SpanMasking:
             modality_T=modality_T,
             codes_TK=np.full((len(targets_T), document.codes_TK.shape[1]), -1, dtype=np.int64),
         )
-
-
-def filled(prompt_ids: Sequence[int], answer_ids: Sequence[int], sentinels: Sequence[int]) -> list[int]:
-    """A prompt with the spans of an answer in their places: the inverse of masking.
-
-    Args:
-        prompt_ids: with sentinels.
-        answer_ids: each sentinel and its span, without an end.
-        sentinels: which ids they are.
-    """
-    spans: list[list[int]] = []
-    for token in answer_ids:
-        if token in sentinels:
-            spans.append([])
-        elif spans:
-            spans[-1].append(token)
-    rest = iter(spans)
-    return [each for token in prompt_ids for each in (next(rest, []) if token in sentinels else [token])]

@@ -60,7 +60,8 @@ def make_skills(tour: Tour) -> dict[Skill, Rows]:
 def _drawings(tour: Tour) -> Rows:
     """Questions for the tone of people who are drawn in five: one of each is held out to test, the next to choose by.
 
-    Their names are no skill for so few minutes: five hundred of them, with three drawings each.
+    Their names would be no skill for so few minutes: 130 of them, and three drawings each to learn from. Drawings of
+    nobody, or of several people, are left out.
     """
     parts: Rows = {part: [] for part in PARTS}
     for row in _read(tour, _manifest(tour, "emoji")):
