@@ -142,11 +142,15 @@ def test_prompts_begin_the_training_documents(folder):
     ]
     for document, prompt in cases:
         num_tokens = prompt.num_tokens
-        assert 0 < num_tokens < document.num_tokens and not prompt.targets_T.any()
+        assert 0 < num_tokens < document.num_tokens
+        assert document.targets_T[:num_tokens].tolist() == prompt.targets_T.tolist(), "as in training"
         assert document.token_ids_T[:num_tokens].tolist() == prompt.token_ids_T.tolist()
         assert len(prompt.images) == len(document.images) and len(prompt.clips) == len(document.clips)
     mixed = build_prompt("interleaved", folder, segments=["look: ", picture(), {"audio": codes()}, {"text": "so"}])
     assert len(mixed.images) == len(mixed.clips) == 1
+    parts = (Segment(text="look: "), Segment(image=picture()), Segment(audio=codes()), Segment(text="so"))
+    document = build_document(Sample("k", segments=parts), "interleaved", folder)
+    assert document.targets_T[: mixed.num_tokens].tolist() == mixed.targets_T.tolist() and mixed.targets_T.any()
     chat = build_prompt("chat", folder, segments=["hi"])
     assert folder.text.decode(chat.token_ids_T.tolist()) == "hi"
 

@@ -37,7 +37,7 @@ def write_efficiency(folder: Path, out: Path, scaling: Sequence[Path] = ()) -> l
     text += "".join(_scaling(path) for path in scaling)
     out.write_text(text, encoding="utf-8")
     claims = sum(row["verdict"] in ("better", "worse") for _, values in reports for row in values["rows"])
-    return [f"{out}: {len(reports)} studies, {claims} proved differences"]
+    return [f"{out}: studies: {len(reports)}, proved differences: {claims}"]
 
 
 def _read(path: Path) -> dict[str, Any]:
