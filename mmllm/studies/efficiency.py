@@ -13,7 +13,8 @@ Made by `mmllm study efficiency {folder} --out {out}` from the reports of `mmllm
 hand. Every table holds one budget equal for all its runs. Intervals are 95%, over seeds and test rows; p is that of a
 test paired by seed; a level is called better or worse with p < 0.05 over three seeds or more, and unproved otherwise.
 "Samples for equal score" is how many training documents a level needs to score as the baseline does with all of its
-own, read off its learning curve; a dash where it was not measured or never does.
+own, read off its learning curve; a dash where it was not measured or never does. Where a curve is flat within its
+intervals, which report.json has, that number is noise.
 """
 
 

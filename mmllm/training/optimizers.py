@@ -262,16 +262,8 @@ def _count_versions(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) ->
     torch.autograd.graph.increment_version(moved)
 
 
-class SGDW(torch.optim.Optimizer):
-    """SGD with momentum and decoupled decay (arXiv 1711.05101): v ← μ·v + g; θ ← (1 − lr·decay)·θ − lr·v.
-
-    `torch.optim.SGD` would add the decay to the gradient, so that momentum multiplies it. Weights may be sharded; the
-    state is sharded as they are.
-    """
-
-    def __init__(self, groups: Iterable[dict[str, Any]], config: OptimizerConfig) -> None:
-        defaults = {"lr": config.lr, "momentum": config.sgd_momentum, "weight_decay": config.weight_decay}
-        super().__init__(groups, defaults)
+class _ByGroup(torch.optim.Optimizer):
+    """Steps group by group, of each those parameters that have gradients."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -282,21 +274,38 @@ class SGDW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            if not parameters:
-                continue
-            for parameter in parameters:
-                if not self.state[parameter]:
-                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            weights = [local(p) for p in parameters]
-            buffers = [local(self.state[p]["momentum_buffer"]) for p in parameters]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, [_local_gradient(p) for p in parameters])
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(weights, buffers, alpha=-group["lr"])
+            if parameters:
+                self._step_group(group, parameters)
         return loss
 
+    def _step_group(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        raise NotImplementedError
 
-class MuonAdamW(torch.optim.Optimizer):
+
+class SGDW(_ByGroup):
+    """SGD with momentum and decoupled decay (arXiv 1711.05101): v ← μ·v + g; θ ← (1 − lr·decay)·θ − lr·v.
+
+    `torch.optim.SGD` would add the decay to the gradient, so that momentum multiplies it. Weights may be sharded; the
+    state is sharded as they are.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], config: OptimizerConfig) -> None:
+        defaults = {"lr": config.lr, "momentum": config.sgd_momentum, "weight_decay": config.weight_decay}
+        super().__init__(groups, defaults)
+
+    def _step_group(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        weights = [local(p) for p in parameters]
+        buffers = [local(self.state[p]["momentum_buffer"]) for p in parameters]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, [_local_gradient(p) for p in parameters])
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, buffers, alpha=-group["lr"])
+
+
+class MuonAdamW(_ByGroup):
     """Muon for the groups with `use_muon`, AdamW for the others, in one optimizer with one state.
 
     Muon follows Jordan et al. 2024 with the update scaled by 0.2·sqrt(max(out, in)) (Liu et al. 2025,
@@ -330,22 +339,11 @@ class MuonAdamW(torch.optim.Optimizer):
                         f"of shape {tuple(parameter.shape)}"
                     )
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step of all groups; `closure`, where given, computes the gradients first."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if not parameters:
-                continue
-            if group["use_muon"]:
-                self._step_muon(group, parameters)
-            else:
-                self._step_adamw(group, parameters)
-        return loss
+    def _step_group(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        if group["use_muon"]:
+            self._step_muon(group, parameters)
+        else:
+            self._step_adamw(group, parameters)
 
     def _step_adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for parameter in parameters:
