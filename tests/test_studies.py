@@ -92,6 +92,14 @@ def base_of(tmp_path: Path, **keys: Any) -> Base:
     return Base.read(study_of(changed(**keys)), tmp_path)
 
 
+def test_a_share_is_of_the_data_that_the_study_takes(tmp_path: Path):
+    base = base_of(tmp_path, curve_sources=["caption"], set_recipe={"sources.caption.share": 0.5})
+    step = base.study.level(Arm("experts", "sparse", 3)).parts[0]
+    shares = [base.settings(Arm("experts", "sparse", 3, share), step, tmp_path / "run").recipe["sources"][0]["share"]
+              for share in (1.0, 0.1)]  # fmt: skip
+    assert shares == [0.5, 0.05]
+
+
 def test_a_level_changes_its_keys_alone(tmp_path: Path):
     base = base_of(tmp_path, curve_sources=["caption"])
     step = base.study.level(Arm("experts", "dense", 3)).parts[0]

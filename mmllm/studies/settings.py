@@ -85,7 +85,7 @@ class Base:
         recipe["seed"] = arm.seed
         for source in recipe["sources"]:
             if arm.share < 1 and (not study.curve_sources or source["name"] in study.curve_sources):
-                source["share"] = arm.share
+                source["share"] = arm.share * (source.get("share") or 1.0)
         put(config, "seed_everything", arm.seed)
         put(config, "model.init_args.out", str(run / step.out))
         for_one_process(config, run, step.out)
