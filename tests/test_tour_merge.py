@@ -76,7 +76,9 @@ def tour(tmp_path: Path) -> Tour:
     for name, rows in (("train-caption", train), ("test", test)):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (demo / "manifests" / f"{name}.jsonl").write_text(lines)
-    recipe = {"seed": 0, "tokenizer": "t", "sequence_length": 64, "sources": []}
+    sources = [{"name": "plain", "kind": "caption", "shards": "c/*.tar", "weight": 0.8},
+               {"name": "asked", "kind": "interleaved", "shards": "i/*.tar", "weight": 0.2}]  # fmt: skip
+    recipe = {"seed": 0, "tokenizer": "t", "sequence_length": 64, "sources": sources}
     (demo / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     write_model(demo / "start_model")
     return Tour(demo / "start_model", demo, tmp_path / "out", minutes=0.5, run_command=Commands())
@@ -123,8 +125,11 @@ def test_what_is_chosen_by_some_rows_is_judged_by_others(tour: Tour) -> None:
     assert set(found["methods"]) == {*stage_merge.SHOWN, "evolved"} and found["settings"]["ties"] == "merge_ties_1"
     commands: Any = tour.run_command
     fits = [yaml.safe_load(Path(line[2]).read_text()) for line in commands.lines if line[0] == "fit"]
-    assert [fit["model"]["init_args"]["max_seconds"] for fit in fits] == [24.0, 24.0]  # a tenth of the usual 4 minutes
+    assert [fit["model"]["init_args"]["max_seconds"] for fit in fits] == [30.0, 30.0]  # a tenth of the usual 5 minutes
     assert all(fit["model"]["init_args"]["adapter"] == stage_merge.ADAPTER for fit in fits)
+    for fit, name in zip(fits, ("list", "colours"), strict=True):
+        sources = yaml.safe_load(Path(fit["data"]["init_args"]["recipe"]).read_text())["sources"]
+        assert [(each["name"], each["weight"]) for each in sources] == [(name, 0.6), ("asked", 0.4)]
     search = yaml.safe_load((tour.out / "configs" / "merge_evolved.yaml").read_text())
     assert search["merge_method"] == "ties" and search["evolve"]["minutes"] == pytest.approx(0.4)
     assert [task["goal"] for task in search["evolve"]["tasks"]] == [0.9, 0.7]

@@ -23,7 +23,10 @@ DATA = "mmllm.data.loading.datamodules.PackedDataModule"
 ADAPTER: dict[str, Any] = {"parts": ["attention", "experts"], "r": 8, "lora_alpha": 16}
 OPTIMIZER: dict[str, Any] = {"lr": 3e-3, "weight_decay": 0.0, "warmup": 0.05}
 BATCH_SIZE = 4
-MINUTES = 4.0
+MINUTES = 5.0
+REPLAY_SHARE = 0.4
+"""Of a specialist's tokens those of questions that the model was trained on: without other questions beside its own, an
+adapter learns to answer every question with its own words, and two such adapters contradict each other."""
 EVOLVE_MINUTES = 4.0
 VAL_ROWS = 120
 SHOWN = ("task_arithmetic", "linear", "slerp", "ties", "dare_linear", "dare_ties", "della", "model_stock", "svd", "cat")
@@ -107,7 +110,7 @@ class Judge:
 
 
 def train(tour: Tour, skill: Skill, manifest: Path) -> Path:
-    """A specialist: an adapter of the tour's model, trained on a skill's rows alone."""
+    """A specialist: an adapter of the tour's model, trained on a skill's rows and on questions the model knows."""
     name, shards = f"merge_{skill.name}", tour.out / "shards" / f"merge_{skill.name}"
     tokenizer = ("--tokenizer", str(tour.model))
     built = tour.make(
@@ -115,8 +118,12 @@ def train(tour: Tour, skill: Skill, manifest: Path) -> Path:
         "--workers", "0", inputs=[manifest, tour.model],
     )  # fmt: skip
     tour.make(f"index {name}", shards, "data", "index", str(shards), *tokenizer, inputs=[built])
-    source = {"name": skill.name, "kind": skill.kind, "shards": f"{shards}/*.tar", "weight": 1.0}
-    recipe = tour.recipe_of([source], name)
+    known = [source for source in tour.replay_sources(1.0) if source["kind"] == "interleaved"]
+    total = sum(source["weight"] for source in known)
+    known = [{**source, "weight": round(REPLAY_SHARE * source["weight"] / total, 6)} for source in known]
+    share = 1 - REPLAY_SHARE if known else 1.0
+    source = {"name": skill.name, "kind": skill.kind, "shards": f"{shards}/*.tar", "weight": share}
+    recipe = tour.recipe_of([source, *known], name)
     arguments = {"optimizer": OPTIMIZER, "adapter": ADAPTER, "adapter_name": skill.name}
     data = {"recipe": str(recipe), "batch_size": BATCH_SIZE, "cache_mb": 128, "min_scale": 0.85}
     return tour.fit(name, tour.training(name, MODULE, arguments, DATA, data, minutes=MINUTES), inputs=[manifest])
