@@ -22,7 +22,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 
 from mmllm.checkpoints.folder import save_model
-from mmllm.data.samples.documents import Document
+from mmllm.data.samples.document import Document
 from mmllm.inference.api import Model
 from mmllm.inference.engine.sampling import TextRules
 from mmllm.inference.prompts import pad_left

@@ -13,7 +13,7 @@ from inference_peers import Transformers, llama
 
 import mmllm
 from mmllm.checkpoints.folder import load_model
-from mmllm.data.samples.documents import Document, DocumentWriter
+from mmllm.data.samples.document import Document, DocumentWriter
 from mmllm.inference.api import Model
 from mmllm.inference.engine.engine import Engine
 from mmllm.inference.engine.requests import EngineConfig, TextRequest, TextResult

@@ -25,7 +25,9 @@ from pretrained_text import SCORED_BEHIND, read_texts, write_json
 from torch import Tensor
 
 import mmllm
-from mmllm.data.samples.documents import Document, DocumentWriter, Segment, media_slots
+from mmllm.data.samples.document import Document, DocumentWriter
+from mmllm.data.samples.documents import media_slots
+from mmllm.data.samples.sample import Segment
 from mmllm.inference.api import Model
 from mmllm.inference.prompts import join, pad_left
 from mmllm.training.lightning_cli import build_cli, quiet_lightning

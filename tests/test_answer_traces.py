@@ -14,7 +14,8 @@ from mmllm.batch import Modality
 from mmllm.checkpoints.adapter_config import AdapterConfig
 from mmllm.checkpoints.adapters import add_adapter, set_adapter
 from mmllm.checkpoints.settings import GenerationConfig
-from mmllm.data.samples.documents import DocumentWriter, Picture, default_transform
+from mmllm.data.samples.document import DocumentWriter, Picture
+from mmllm.data.samples.documents import default_transform
 from mmllm.evaluation.answer_traces import END_PIECE, trace_answer
 from mmllm.evaluation.attention_maps import SeenPicture, enlarged, seen_pictures, slot_grid, watch
 from mmllm.evaluation.routing import chosen_experts

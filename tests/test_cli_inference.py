@@ -167,7 +167,7 @@ def test_a_conversation(run, model, folder):
     replies = [reply, model.chat(talk), model.chat(talk[2:])]
     assert (code, err) == (0, []) and "\n".join(out) == "\n".join(replies)
     code, out, err = run("chat", stdin="/image none.png\n/audio bad.wav\n/foo\n/audio\n/audio short.wav\n0.png\n")
-    heard = [{"role": "user", "content": [folder / "short.wav", mmllm.data.samples.documents.Segment(text="0.png")]}]
+    heard = [{"role": "user", "content": [folder / "short.wav", mmllm.data.samples.sample.Segment(text="0.png")]}]
     assert code == 0 and "\n".join(out) == model.chat(heard), "what is typed is text"
     assert "none.png: no such image" in err[0] and "bad.wav" in err[1] and "there is no /foo" in err[2]
     assert "/audio needs a file's name" in err[3]

@@ -15,7 +15,10 @@ from mmllm.data.loading.loader import StepDataset
 from mmllm.data.plan.plan import open_plan
 from mmllm.data.plan.recipe import recipe_from_dict
 from mmllm.data.samples.decode import ImageTransform
-from mmllm.data.samples.documents import Document, Sample, Segment, build_document, document_length
+from mmllm.data.samples.document import Document
+from mmllm.data.samples.documents import build_document
+from mmllm.data.samples.lengths import document_length
+from mmllm.data.samples.sample import Sample, Segment
 from mmllm.inference.prompting import Prompter
 from mmllm.interop.tokenizers import read_tokenizer
 from mmllm_tokenizers.folder import TokenizerConfig, TokenizerFolder

@@ -13,7 +13,7 @@ from mmllm.data.plan.recipe import load_recipe
 from mmllm.data.rows.bad_rows import BadRows, ManifestError
 from mmllm.data.rows.forms import read_rows, told_form
 from mmllm.data.samples.decode import ImageTransform
-from mmllm.data.samples.documents import Document
+from mmllm.data.samples.document import Document
 from mmllm.inference.prompting import Prompter
 from tests.data_fixtures import make_folder
 from tests.rows_fixtures import as_lines, only, pictures, put, read, said

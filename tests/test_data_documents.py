@@ -8,16 +8,11 @@ import torch
 
 from mmllm.batch import IGNORE, Modality
 from mmllm.data.loading.collate import Gap, pack_documents
-from mmllm.data.samples.documents import (
-    Sample,
-    Segment,
-    build_document,
-    build_prompt,
-    document_length,
-    num_parts,
-    part_bounds,
-)
+from mmllm.data.samples.documents import build_document, build_prompt
+from mmllm.data.samples.lengths import document_length
+from mmllm.data.samples.sample import Sample, Segment
 from mmllm.data.samples.stored import pack_codes, unpack_codes
+from mmllm.data.samples.text_parts import num_parts, part_bounds
 from mmllm_tokenizers.vocab import AUDIO, AUDIO_END, AUDIO_START, CAPTION, END, IMAGE, SPEAK, TRANSCRIBE
 from tests.data_fixtures import make_folder
 

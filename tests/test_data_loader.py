@@ -27,7 +27,8 @@ from mmllm.data.loading.reader import SampleReader
 from mmllm.data.plan.plan import open_plan
 from mmllm.data.plan.recipe import recipe_from_dict
 from mmllm.data.samples.decode import ImageTransform
-from mmllm.data.samples.documents import Document, build_document
+from mmllm.data.samples.document import Document
+from mmllm.data.samples.documents import build_document
 from mmllm.data.shards.tar import scan_tar
 from mmllm_tokenizers.folder import TokenizerFolder
 from tests.data_fixtures import (

@@ -15,7 +15,8 @@ from mmllm.data.plan import source
 from mmllm.data.plan.plan import Plan, open_plan
 from mmllm.data.plan.recipe import CurriculumConfig, SourceConfig, recipe_from_dict
 from mmllm.data.samples.decode import ImageTransform
-from mmllm.data.samples.documents import Document, build_document
+from mmllm.data.samples.document import Document
+from mmllm.data.samples.documents import build_document
 from mmllm.data.samples.templates import template_tokens
 from mmllm_tokenizers.folder import TokenizerFolder
 from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict, words, write_manifest, write_picture

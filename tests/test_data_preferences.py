@@ -17,7 +17,9 @@ from mmllm.checkpoints.folder import save_model
 from mmllm.data.loading.preference_rows import AnswerWriter, read_row
 from mmllm.data.loading.preferences import PreferenceDataModule
 from mmllm.data.rows.bad_rows import ManifestError
-from mmllm.data.samples.documents import Document, Sample, build_document, build_prompt, default_transform
+from mmllm.data.samples.document import Document
+from mmllm.data.samples.documents import build_document, build_prompt, default_transform
+from mmllm.data.samples.sample import Sample
 from mmllm.data.samples.stored import pack_codes
 from mmllm_tokenizers.folder import TokenizerFolder
 from mmllm_tokenizers.pointer import PointerRule

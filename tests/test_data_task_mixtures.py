@@ -15,7 +15,9 @@ from mmllm.data.plan.tasks import TaskConfig, open_task_plan, split_sources
 from mmllm.data.rows.bad_rows import ManifestError
 from mmllm.data.rows.split import split
 from mmllm.data.samples.decode import ImageTransform
-from mmllm.data.samples.documents import Document, build_document, document_length
+from mmllm.data.samples.document import Document
+from mmllm.data.samples.documents import build_document
+from mmllm.data.samples.lengths import document_length
 from mmllm_tokenizers.folder import TokenizerConfig, TokenizerFolder
 from tests.data_fixtures import make_folder, mixed_manifest, words
 from tests.pretrained_fixtures import CHATML

@@ -25,7 +25,9 @@ from mmllm.data.loading.loader import StepDataset
 from mmllm.data.plan.plan import Plan, open_plan
 from mmllm.data.plan.recipe import Recipe, recipe_from_dict
 from mmllm.data.samples.decode import ImageTransform, decode_image, picture_size
-from mmllm.data.samples.documents import Document, Sample, Segment, build_document
+from mmllm.data.samples.document import Document
+from mmllm.data.samples.documents import build_document
+from mmllm.data.samples.sample import Sample, Segment
 from mmllm.model.decoder_config import DecoderConfig
 from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import AudioConfig, ModelConfig, MultimodalModel

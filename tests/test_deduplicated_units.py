@@ -19,7 +19,8 @@ from mmllm.cli.main import main
 from mmllm.data import commands
 from mmllm.data.index.index import load_indices
 from mmllm.data.loading.datamodules import PackedDataModule
-from mmllm.data.samples.documents import Sample, build_document, build_prompt, encode_audio
+from mmllm.data.samples.documents import build_document, build_prompt, encode_audio
+from mmllm.data.samples.sample import Sample
 from mmllm.data.samples.stored import unpack_codes
 from mmllm.data.shards.find import find_shards
 from mmllm.data.shards.tar import scan_tar

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmllm.checkpoints.settings import Sampling
-from mmllm.data.samples.documents import Segment
+from mmllm.data.samples.sample import Segment
 from mmllm.evaluation.asking import AskedModel
 from tests.inference_fixtures import images, make, sounds
 

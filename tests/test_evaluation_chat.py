@@ -13,7 +13,8 @@ from mmllm.checkpoints.folder import save_model
 from mmllm.data.rows.bad_rows import BadRows, ManifestError
 from mmllm.data.rows.forms import read_rows
 from mmllm.data.rows.rows import Row
-from mmllm.data.samples.documents import Sample, Segment, build_document
+from mmllm.data.samples.documents import build_document
+from mmllm.data.samples.sample import Sample, Segment
 from mmllm.evaluation import chat_task, commands
 from mmllm.evaluation.asking import AskedModel
 from mmllm.evaluation.chat_task import ChatRow, chat_rows, evaluate_chat

@@ -19,7 +19,9 @@ from mmllm.data.rows.bad_rows import BadRows, ManifestError
 from mmllm.data.rows.forms import read_rows
 from mmllm.data.rows.media import Embedded
 from mmllm.data.rows.rows import Row
-from mmllm.data.samples.documents import Document, Sample, Segment, build_document, build_prompt
+from mmllm.data.samples.document import Document
+from mmllm.data.samples.documents import build_document, build_prompt
+from mmllm.data.samples.sample import Sample, Segment
 from mmllm.evaluation import chat_task
 from mmllm.evaluation.asking import AskedModel
 from mmllm.evaluation.chat_task import ChatRow

@@ -22,7 +22,8 @@ from mmllm.data.rows.bad_rows import ManifestError
 from mmllm.data.rows.column_names import ColumnNames
 from mmllm.data.rows.forms import read_rows
 from mmllm.data.rows.rows import Row
-from mmllm.data.samples.documents import Sample, build_document
+from mmllm.data.samples.documents import build_document
+from mmllm.data.samples.sample import Sample
 from mmllm.evaluation import commands, tasks, text_task
 from mmllm.evaluation.answer_task import shuffled_segments
 from mmllm.evaluation.media import MediaBudget

@@ -12,7 +12,8 @@ import torch
 from mmllm.checkpoints.folder import load_model, save_model
 from mmllm.checkpoints.settings import Sampling
 from mmllm.data.loading.collate import pack_documents
-from mmllm.data.samples.documents import Sample, Segment, build_document, build_prompt, encode_audio, media_slots
+from mmllm.data.samples.documents import build_document, build_prompt, encode_audio, media_slots
+from mmllm.data.samples.sample import Sample, Segment
 from mmllm.inference.api import Model
 from mmllm.inference.generate import _hidden
 from mmllm.inference.pacing import Pace

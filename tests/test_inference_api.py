@@ -17,7 +17,7 @@ import mmllm
 from mmllm.checkpoints.folder import save_model
 from mmllm.checkpoints.settings import GenerationConfig
 from mmllm.cli.main import main
-from mmllm.data.samples.documents import Segment
+from mmllm.data.samples.sample import Segment
 from mmllm.inference.api import Model
 from mmllm.inference.inputs import parse_parts
 from mmllm_tokenizers.decoder_streams import WholeDecoderStream

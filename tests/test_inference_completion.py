@@ -33,7 +33,7 @@ def model():
 
 def slow_logprobs(model: mmllm.Model, prompt, ids: list[int]) -> list[float]:
     """Of each id behind the prompt, by one forward pass without a cache."""
-    from mmllm.data.samples.documents import DocumentWriter
+    from mmllm.data.samples.document import DocumentWriter
     from mmllm.inference.prompts import join, pad_left
 
     writer = DocumentWriter(model.tokenizer)

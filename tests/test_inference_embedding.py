@@ -106,7 +106,7 @@ def test_what_clips_space_has_no_place_for_is_said(model, clip_model, tmp_path):
 
 def slow_score(model: mmllm.Model, prompt, continuation: str) -> float:
     """Token by token, each with a pass of its own."""
-    from mmllm.data.samples.documents import DocumentWriter
+    from mmllm.data.samples.document import DocumentWriter
 
     total = 0.0
     ids = model.tokenizer.text.encode(continuation)

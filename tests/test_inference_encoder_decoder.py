@@ -10,7 +10,8 @@ import torch
 
 from mmllm.checkpoints.folder import load_model, save_model
 from mmllm.data.loading.collate import pack_documents
-from mmllm.data.samples.documents import Sample, build_document, build_prompt
+from mmllm.data.samples.documents import build_document, build_prompt
+from mmllm.data.samples.sample import Sample
 from mmllm.inference.api import Model
 from mmllm.inference.engine.engine import Engine
 from mmllm.inference.engine.requests import EngineConfig, Request, SpeechRequest, TextRequest, TextResult

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mmllm.checkpoints.settings import Sampling
-from mmllm.data.samples.documents import Document, build_prompt
+from mmllm.data.samples.document import Document
+from mmllm.data.samples.documents import build_prompt
 from mmllm.inference.api import Model
 from mmllm.inference.engine.engine import Engine
 from mmllm.inference.engine.requests import (

@@ -9,7 +9,8 @@ import torch
 from mmllm.batch import IGNORE
 from mmllm.checkpoints.settings import GenerationConfig, Sampling
 from mmllm.data.loading.collate import pack_documents
-from mmllm.data.samples.documents import Document, DocumentWriter, build_prompt
+from mmllm.data.samples.document import Document, DocumentWriter
+from mmllm.data.samples.documents import build_prompt
 from mmllm.inference.engine.filters import draw
 from mmllm.inference.generate import generate_text
 from mmllm.inference.prompts import join, pad_left

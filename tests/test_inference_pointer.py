@@ -11,7 +11,8 @@ import torch
 from mmllm.batch import IGNORE
 from mmllm.checkpoints.settings import Sampling
 from mmllm.data.loading.collate import pack_documents
-from mmllm.data.samples.documents import Document, DocumentWriter, build_prompt
+from mmllm.data.samples.document import Document, DocumentWriter
+from mmllm.data.samples.documents import build_prompt
 from mmllm.data.samples.pointers import spoken_pointer
 from mmllm.inference.api import Model
 from mmllm.inference.engine.letters import Letters, _word_counts

@@ -19,7 +19,8 @@ from mmllm.checkpoints.folder import save_model
 from mmllm.checkpoints.settings import GenerationConfig, Sampling
 from mmllm.cli.main import main
 from mmllm.cli.reasoning import METHODS
-from mmllm.data.samples.documents import Document, DocumentWriter, Segment
+from mmllm.data.samples.document import Document, DocumentWriter
+from mmllm.data.samples.sample import Segment
 from mmllm.evaluation import reasoning_task
 from mmllm.evaluation.metrics import exact_match
 from mmllm.inference.api import Model

@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 
 from mmllm.batch import Modality
 from mmllm.checkpoints.settings import GenerationConfig, Sampling
-from mmllm.data.samples.documents import Document
+from mmllm.data.samples.document import Document
 from mmllm.inference.engine.filters import Filters, draw, probabilities
 from mmllm.inference.engine.requests import TextRequest
 from mmllm.inference.engine.sampling import RowSampler, TextRules, Uniforms, apply_rules, choose, uniforms

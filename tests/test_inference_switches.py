@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from mmllm.batch import IGNORE, Modality
 from mmllm.data.loading.collate import pack_documents
 from mmllm.data.samples.decode import ImageInput
-from mmllm.data.samples.documents import Document, DocumentWriter, build_document, build_prompt
+from mmllm.data.samples.document import Document, DocumentWriter
+from mmllm.data.samples.documents import build_document, build_prompt
 from mmllm.data.samples.schema import Sample
 from mmllm.evaluation.perplexity import bits_of_documents
 from mmllm.inference.api import Model

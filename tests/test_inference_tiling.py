@@ -10,7 +10,7 @@ import torch
 
 from mmllm.checkpoints.folder import load_model, save_model
 from mmllm.checkpoints.settings import GenerationConfig
-from mmllm.data.samples.documents import Segment
+from mmllm.data.samples.sample import Segment
 from mmllm.evaluation.asking import AskedModel
 from mmllm.inference.api import Model
 from mmllm.inference.inputs import parse_parts

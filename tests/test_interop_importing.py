@@ -17,7 +17,9 @@ import mmllm
 from mmllm.checkpoints.folder import load_model, save_model
 from mmllm.checkpoints.weights import Checkpoint
 from mmllm.cli.main import main
-from mmllm.data.samples.documents import DocumentWriter, Segment, media_slots
+from mmllm.data.samples.document import DocumentWriter
+from mmllm.data.samples.documents import media_slots
+from mmllm.data.samples.sample import Segment
 from mmllm.inference.prompts import join, pad_left
 from mmllm.interop.growth import grown
 from mmllm_tokenizers.vocab import SPECIAL_TOKENS

@@ -10,7 +10,9 @@ from mmllm.batch import AnswerBatch, Modality
 from mmllm.checkpoints.settings import Sampling
 from mmllm.data.loading.answers import AnswerDocument, pack_answers
 from mmllm.data.loading.collate import Gap
-from mmllm.data.samples.documents import Document, DocumentWriter, Sample, build_document, build_prompt
+from mmllm.data.samples.document import Document, DocumentWriter
+from mmllm.data.samples.documents import build_document, build_prompt
+from mmllm.data.samples.sample import Sample
 from mmllm.inference.engine.engine import Engine
 from mmllm.inference.engine.requests import TextRequest, TextResult
 from mmllm.inference.engine.sampling import TextRules

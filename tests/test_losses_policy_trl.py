@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmllm.data.samples.documents import DocumentWriter
+from mmllm.data.samples.document import DocumentWriter
 from mmllm.inference.prompts import join
 from mmllm.training.posttraining.rollout_module import RolloutModule, _Experience
 from mmllm.training.posttraining.rollouts import Rollout, RolloutConfig, packed_rollouts

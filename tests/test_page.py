@@ -19,7 +19,7 @@ from PIL import Image
 from mmllm.checkpoints.adapter_config import AdapterConfig
 from mmllm.checkpoints.folder import save_model
 from mmllm.cli.main import main
-from mmllm.data.samples.documents import Segment as Piece
+from mmllm.data.samples.sample import Segment as Piece
 from mmllm.evaluation.answer_traces import AnswerTrace, TracedToken, trace_answer
 from mmllm.evaluation.attention_maps import Attention
 from mmllm.inference.api import Model, load

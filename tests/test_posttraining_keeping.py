@@ -23,7 +23,7 @@ from mmllm.data import commands
 from mmllm.data.loading.collate import Gap, pack_documents
 from mmllm.data.loading.datamodules import PackedDataModule
 from mmllm.data.loading.loader import StepDataset
-from mmllm.data.samples.documents import DocumentWriter
+from mmllm.data.samples.document import DocumentWriter
 from mmllm.inference.api import load
 from mmllm.losses.batch import LossFunction
 from mmllm.losses.divergence import kl_divergence

@@ -17,7 +17,8 @@ from mmllm.checkpoints.adapter_config import AdapterConfig
 from mmllm.data.loading.collate import pack_documents
 from mmllm.data.loading.prompts import PromptDataModule
 from mmllm.data.rows.rows import Row
-from mmllm.data.samples.documents import Sample, build_document
+from mmllm.data.samples.documents import build_document
+from mmllm.data.samples.sample import Sample
 from mmllm.evaluation.rewards import load_rewards
 from mmllm.inference.engine.requests import TextRequest, TextResult
 from mmllm.losses.policy import AdaptiveKL

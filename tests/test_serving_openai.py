@@ -17,7 +17,7 @@ import soundfile
 from openai import OpenAI
 from PIL import Image
 
-from mmllm.data.samples import documents
+from mmllm.data.samples.sample import Segment as PromptSegment
 from mmllm.inference.api import Model
 from mmllm.inference.engine.requests import TextRequest
 from mmllm.inference.inputs import Audio, as_audio
@@ -381,8 +381,8 @@ def test_a_model_of_conversations(model):
         assert client.models.list().data[0].conversations
 
 
-def text_segment(text: str) -> documents.Segment:
-    return documents.Segment(text=text)
+def text_segment(text: str) -> PromptSegment:
+    return PromptSegment(text=text)
 
 
 CAPTION_SCRIPT = """

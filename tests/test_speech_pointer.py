@@ -12,7 +12,8 @@ import torch
 from mmllm.batch import IGNORE, LETTER_GAP, Modality
 from mmllm.checkpoints.folder import save_model
 from mmllm.data.loading.collate import pack_documents
-from mmllm.data.samples.documents import Sample, build_document, build_prompt
+from mmllm.data.samples.documents import build_document, build_prompt
+from mmllm.data.samples.sample import Sample
 from mmllm.inference.api import load
 from mmllm.losses.batch import LossFunction
 from mmllm.model.pointer import PointerConfig, SpeechPointer

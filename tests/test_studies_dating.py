@@ -12,7 +12,7 @@ import pytest
 
 from mmllm.cli.main import main
 from mmllm.data.index.columns import Column
-from mmllm.data.plan.source import _measured
+from mmllm.data.plan.readings import measured
 from mmllm.data.rows.forms import read_rows
 from mmllm.data.rows.rows import Row
 from mmllm.studies.dating import FIRST, NUM_DAYS, Drift, date_rows
@@ -91,6 +91,6 @@ def test_dates_are_numbers_that_a_curriculum_orders_by():
     index: Any = SimpleNamespace(columns={"date": column(values)}, num_documents=len(values))
     inf = float("inf")
     wanted = [11385.0, -1.0, inf, 2.5, 11385.5, 11385.75, inf, inf, inf, 11016.25, 1.0]
-    assert _measured(index, "date").tolist() == wanted
+    assert measured(index, "date").tolist() == wanted
     only: Any = SimpleNamespace(columns={"date": column(["b", "a"])}, num_documents=2)
-    assert _measured(only, "date").tolist() == [inf, inf]
+    assert measured(only, "date").tolist() == [inf, inf]

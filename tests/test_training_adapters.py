@@ -19,7 +19,7 @@ from mmllm.checkpoints.adapter_config import AdapterConfig
 from mmllm.checkpoints.adapters import adapter_names, base_state, saved_adapters
 from mmllm.checkpoints.folder import load_model, save_model
 from mmllm.data.loading.collate import pack_documents
-from mmllm.data.samples.documents import DocumentWriter
+from mmllm.data.samples.document import DocumentWriter
 from mmllm.inference.api import load
 from mmllm.model.decoder import Decoder
 from mmllm.model.embedding import joined_rows

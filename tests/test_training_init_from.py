@@ -395,7 +395,7 @@ def _sharded_rank(rank: int, port: int, out: str, folder: Path) -> None:
 
 def _batches() -> Any:
     from mmllm.data.loading.collate import pack_documents
-    from mmllm.data.samples.documents import DocumentWriter
+    from mmllm.data.samples.document import DocumentWriter
 
     tokenizer = make_tokenizer()
     documents = []

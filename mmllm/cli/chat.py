@@ -53,7 +53,7 @@ def _talk(model: Any, beginning: list[dict[str, Any]], settings: dict[str, Any])
             case _ if line.startswith("/"):
                 note(f"there is no {command}; {_HELP}")
             case _ if line or waiting:
-                from mmllm.data.samples.documents import Segment
+                from mmllm.data.samples.sample import Segment
 
                 # what is typed is text, whatever file's name it may be
                 asked = {"role": "user", "content": [*waiting, *([Segment(text=line)] if line else [])]}
@@ -64,7 +64,7 @@ def _talk(model: Any, beginning: list[dict[str, Any]], settings: dict[str, Any])
 
 def _medium(kind: str, name: str) -> list[Any]:
     """A picture or a sound that goes before the next line; nothing where it can't be read, which is said."""
-    from mmllm.data.samples.documents import Segment
+    from mmllm.data.samples.sample import Segment
     from mmllm.inference.inputs import as_audio, as_image
 
     try:

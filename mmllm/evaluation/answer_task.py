@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mmllm.data.rows.rows import Row
-from mmllm.data.samples.documents import Segment
+from mmllm.data.samples.sample import Segment
 from mmllm.evaluation.asking import AskedModel
 from mmllm.evaluation.metrics import exact_match, text_meaning
 from mmllm.evaluation.results import Prediction, TaskResult

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from mmllm.batch import Modality
-from mmllm.data.samples.documents import Document, DocumentWriter
+from mmllm.data.samples.document import Document, DocumentWriter
 from mmllm.evaluation.attention_maps import Attention, SeenPicture, seen_pictures, watch
 from mmllm.evaluation.routing import chosen_experts
 from mmllm.inference.engine.sampling import TextRules

@@ -11,7 +11,8 @@ from typing import Any
 
 from mmllm.checkpoints.settings import GenerationConfig, Sampling
 from mmllm.data.rows.rows import Row
-from mmllm.data.samples.documents import Document, Segment
+from mmllm.data.samples.document import Document
+from mmllm.data.samples.sample import Segment
 from mmllm.evaluation.shots import RowShots
 from mmllm.inference.api import Model
 from mmllm.inference.generate import generate_text

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmllm.batch import PackedBatch
-from mmllm.data.samples.documents import Document, Picture
+from mmllm.data.samples.document import Document, Picture
 from mmllm.model.attend import LayerContext, PackedContext, attend
 from mmllm.model.image_projectors import pooled_grid
 from mmllm.model.masks import MaskRule

@@ -13,7 +13,8 @@ from typing import Any
 
 from mmllm.data.rows.bad_rows import BadRows, ManifestError
 from mmllm.data.rows.rows import Row
-from mmllm.data.samples.documents import Document, Segment
+from mmllm.data.samples.document import Document
+from mmllm.data.samples.sample import Segment
 from mmllm.evaluation.answer_task import shuffled_segments
 from mmllm.evaluation.asking import AskedModel
 from mmllm.evaluation.metrics import text_meaning

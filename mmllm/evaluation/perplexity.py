@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mmllm.data.samples.documents import Document, Sample, build_document
+from mmllm.data.samples.document import Document
+from mmllm.data.samples.documents import build_document
+from mmllm.data.samples.sample import Sample
 from mmllm.inference.api import Model
 from mmllm.inference.prompts import pad_left
 from mmllm.losses.cross_entropy import log_probabilities

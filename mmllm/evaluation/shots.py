@@ -23,7 +23,9 @@ from mmllm.data.rows.column_names import ColumnNames
 from mmllm.data.rows.forms import read_rows
 from mmllm.data.rows.media import Media, media_file, media_source, sound_seconds
 from mmllm.data.rows.rows import Row, row_media
-from mmllm.data.samples.documents import Document, Segment, build_answer
+from mmllm.data.samples.document import Document
+from mmllm.data.samples.documents import build_answer
+from mmllm.data.samples.sample import Segment
 from mmllm.evaluation.results import KIND_OF_TASK
 from mmllm.inference.inputs import as_audio
 from mmllm.inference.prompting import Prompter

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mmllm.batch import IGNORE, Modality
-from mmllm.data.samples.documents import Document, pattern_codes
+from mmllm.data.samples.document import Document, pattern_codes
 from mmllm.data.samples.pointers import Pointer, spoken_pointer
 from mmllm.evaluation.answer_traces import RoutingTrace
 from mmllm.inference.engine.requests import SpokenUnits

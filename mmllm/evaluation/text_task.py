@@ -10,7 +10,7 @@ import numpy as np
 
 from mmllm.checkpoints.settings import Sampling
 from mmllm.data.rows.rows import Row
-from mmllm.data.samples.documents import Segment
+from mmllm.data.samples.sample import Segment
 from mmllm.evaluation.asking import AskedModel
 from mmllm.evaluation.metrics import bootstrap_interval
 from mmllm.evaluation.perplexity import bits_of_documents

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, get_args
 
 from mmllm.checkpoints.settings import GenerationConfig
-from mmllm.data.samples.documents import Document
+from mmllm.data.samples.document import Document
 from mmllm.inference import arguments
 from mmllm.inference.completion import Completion, best_first
 from mmllm.inference.engine.engine import Engine

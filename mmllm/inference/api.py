@@ -19,7 +19,8 @@ from mmllm.checkpoints.adapters import adapter_names, set_adapter
 from mmllm.checkpoints.folder import load_model
 from mmllm.checkpoints.settings import GenerationConfig
 from mmllm.data.samples.decode import ImageTransform
-from mmllm.data.samples.documents import Document, default_transform
+from mmllm.data.samples.document import Document
+from mmllm.data.samples.documents import default_transform
 from mmllm.inference import arguments
 from mmllm.inference.answering import (
     Answerer,

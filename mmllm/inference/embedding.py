@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmllm.data.samples.decode import ImageTransform
-from mmllm.data.samples.documents import Document
+from mmllm.data.samples.document import Document
 from mmllm.inference.answering import OnError, each
 from mmllm.inference.generate import batches, evaluating
 from mmllm.inference.inputs import AudioPart, ImagePart, parse_parts

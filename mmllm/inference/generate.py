@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from mmllm.checkpoints.settings import Sampling
-from mmllm.data.samples.documents import Document
+from mmllm.data.samples.document import Document
 from mmllm.inference.engine.engine import Engine
 from mmllm.inference.engine.prepared import eval_mode, trained_modules
 from mmllm.inference.engine.requests import EngineConfig, TextRequest, TextResult

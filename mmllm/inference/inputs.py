@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmllm.data.samples.decode import ImageInput, decode_image
-from mmllm.data.samples.documents import Segment
+from mmllm.data.samples.sample import Segment
 from mmllm.inference import arguments
 from mmllm_tokenizers.audio import load_audio
 from mmllm_tokenizers.vocab import AUDIO, IMAGE

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from mmllm.checkpoints.settings import GenerationConfig
 from mmllm.data.samples.decode import ImageTransform
-from mmllm.data.samples.documents import Document, DocumentWriter, Segment, build_prompt, media_slots
+from mmllm.data.samples.document import Document, DocumentWriter
+from mmllm.data.samples.documents import build_prompt, media_slots
+from mmllm.data.samples.sample import Segment
 from mmllm.inference import arguments
 from mmllm.inference.inputs import AudioPart, ImagePart, Part, PictureInput, as_image, parse_parts
 from mmllm.inference.messages import ROLES, as_content, check_messages, message_parts

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmllm.batch import IGNORE, PackedBatch
 from mmllm.data.loading.collate import with_pointers
-from mmllm.data.samples.documents import Document, tile_places
+from mmllm.data.samples.document import Document, tile_places
 from mmllm.data.samples.pointers import Pointer
 
 

@@ -21,7 +21,8 @@ from mmllm.checkpoints.files import CONFIG, REWARD_CONFIG, REWARD_HEAD, read_jso
 from mmllm.checkpoints.folder import load_model
 from mmllm.data.loading.preference_rows import AnswerWriter, PreferenceRow, read_row, without_answer
 from mmllm.data.samples.decode import ImageTransform
-from mmllm.data.samples.documents import Document, DocumentWriter, default_transform
+from mmllm.data.samples.document import Document, DocumentWriter
+from mmllm.data.samples.documents import default_transform
 from mmllm.inference.generate import batches, evaluating
 from mmllm.inference.prompts import join, pad_left
 from mmllm.model.multimodal import MultimodalModel

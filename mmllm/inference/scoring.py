@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mmllm.data.samples.documents import Document, DocumentWriter
+from mmllm.data.samples.document import Document, DocumentWriter
 from mmllm.inference.generate import batches, evaluating
 from mmllm.inference.prompts import join, pad_left
 from mmllm.losses.cross_entropy import log_probabilities

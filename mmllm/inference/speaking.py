@@ -15,7 +15,8 @@ import numpy as np
 import soundfile
 
 from mmllm.checkpoints.settings import GenerationConfig, Sampling
-from mmllm.data.samples.documents import Document, build_prompt
+from mmllm.data.samples.document import Document
+from mmllm.data.samples.documents import build_prompt
 from mmllm.inference import arguments
 from mmllm.inference.engine.requests import Result, SpeechRequest, SpokenUnits
 from mmllm.inference.pacing import Pace

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
 from mmllm.checkpoints.settings import GenerationConfig, Sampling
-from mmllm.data.samples.documents import Document
+from mmllm.data.samples.document import Document
 from mmllm.inference import arguments
 from mmllm.inference.engine.requests import MAX_BEAMS, ConstraintMaker, EarlyStopping, TextRequest
 from mmllm_tokenizers.folder import TokenizerFolder

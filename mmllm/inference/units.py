@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mmllm.checkpoints.settings import Sampling
-from mmllm.data.samples.documents import Document
+from mmllm.data.samples.document import Document
 from mmllm.inference.engine.engine import Engine
 from mmllm.inference.engine.requests import EngineConfig, SpeechRequest, SpokenUnits
 from mmllm.inference.pacing import Pace

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmllm.batch import IGNORE, Modality
-from mmllm.data.samples.documents import Document, pattern_codes
+from mmllm.data.samples.document import Document, pattern_codes
 from mmllm.data.samples.pointers import Pointer
 from mmllm.inference.generate import evaluating
 from mmllm.losses.ctc import ctc_losses

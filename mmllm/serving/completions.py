@@ -12,7 +12,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from mmllm.data.samples.documents import Document
+from mmllm.data.samples.document import Document
 from mmllm.inference.engine.requests import Cost, TextRequest, TextResult, TextUpdate
 from mmllm.serving import schemas
 from mmllm.serving.drawing import completion_logprobs, drawing_options, text_requests, usage

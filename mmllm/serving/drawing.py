@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from mmllm.data.samples.documents import Document
+from mmllm.data.samples.document import Document
 from mmllm.inference.engine.requests import Cost, TextRequest
 from mmllm.inference.engine.token_texts import token_texts
 from mmllm.inference.text_settings import MAX_SEED, TextOptions, text_options, try_number

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmllm.data.samples.documents import Document, Segment
+from mmllm.data.samples.document import Document
+from mmllm.data.samples.sample import Segment
 from mmllm.evaluation.answer_traces import AnswerTrace, trace_answer
 from mmllm.evaluation.speech_traces import SpeechTrace, trace_speech
 from mmllm.inference.api import Model

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmllm.data.samples.documents import Document, DocumentWriter, Segment
+from mmllm.data.samples.document import Document, DocumentWriter
+from mmllm.data.samples.sample import Segment
 from mmllm.inference.inputs import AudioPart, ImagePart
 from mmllm.inference.prompts import join
 from mmllm.serving import schemas

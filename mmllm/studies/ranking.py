@@ -18,7 +18,7 @@ from mmllm.data.rows.rows import Row
 from mmllm.data.rows.split import write_manifest
 
 if TYPE_CHECKING:
-    from mmllm.data.samples.documents import Document
+    from mmllm.data.samples.document import Document
     from mmllm.inference.api import Model
 
 COLUMN = "loss"

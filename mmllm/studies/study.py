@@ -105,8 +105,8 @@ class Level:
             anchor of several gives it. Trainings in it have the keys above, and then their own.
         options: more options of `mmllm eval`, of this level's runs.
         measures: shots and an anchor of single measures, by their names, for this level's model.
-        shares: of the data that the curve's sources have, which is a share itself where `set_recipe` has one; by default
-            all of it. Each makes runs of its own.
+        shares: of the data that the curve's sources have, which is a share itself where `set_recipe` has one; by
+            default all of it. Each makes runs of its own.
     """
 
     config: dict[str, Any] = field(default_factory=dict)

@@ -10,7 +10,7 @@ import numpy as np
 
 from mmllm.batch import IGNORE, Modality, PackedBatch
 from mmllm.checkpoints.folder import LoadedModel
-from mmllm.data.samples.documents import Document, Picture
+from mmllm.data.samples.document import Document, Picture
 from mmllm.inference.engine.engine import Engine
 from mmllm.inference.engine.ngrams import NGrams
 from mmllm.inference.engine.requests import EngineConfig, TextRequest, TextResult

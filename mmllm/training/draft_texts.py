@@ -15,7 +15,8 @@ from mmllm.batch import Modality, PackedBatch
 from mmllm.checkpoints.folder import LoadedModel
 from mmllm.checkpoints.settings import Sampling
 from mmllm.data.loading.collate import pack_documents
-from mmllm.data.samples.documents import Document, default_transform
+from mmllm.data.samples.document import Document
+from mmllm.data.samples.documents import default_transform
 from mmllm.inference.engine.engine import Engine
 from mmllm.inference.engine.requests import EngineConfig, TextRequest, TextResult
 from mmllm.inference.prompting import Prompter

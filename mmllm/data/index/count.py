@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mmllm.data.index.scan import Scan
-from mmllm.data.samples.documents import KIND_TASKS, document_length
+from mmllm.data.samples.documents import KIND_TASKS
+from mmllm.data.samples.lengths import document_length
 from mmllm_tokenizers.folder import TokenizerFolder
 
 LONG_BYTES = 8192

@@ -20,7 +20,7 @@ from PIL import Image
 
 from mmllm.data.samples.conversations import Said
 from mmllm.data.samples.decode import picture_size
-from mmllm.data.samples.documents import PieceSize
+from mmllm.data.samples.lengths import PieceSize
 from mmllm.data.samples.schema import (
     AUDIO_ENDINGS,
     IMAGE_ENDINGS,

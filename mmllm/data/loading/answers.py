@@ -14,7 +14,7 @@ import torch
 
 from mmllm.batch import IGNORE, AnswerBatch, PackedBatch
 from mmllm.data.loading.collate import Gap, pack_documents
-from mmllm.data.samples.documents import Document
+from mmllm.data.samples.document import Document
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from mmllm.data.loading.decoded import DecodedSamples
 from mmllm.data.plan.plan import StepPlan
 from mmllm.data.plan.single import SinglePlan
 from mmllm.data.samples.decode import ImageTransform
-from mmllm.data.samples.documents import Sample
+from mmllm.data.samples.sample import Sample
 from mmllm_tokenizers.folder import TokenizerFolder
 from mmllm_tokenizers.vocab import END, PAD
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mmllm.batch import IGNORE, PackedBatch
-from mmllm.data.samples.documents import Clip, Document, Picture, tile_places
+from mmllm.data.samples.document import Clip, Document, Picture, tile_places
 from mmllm.data.samples.pointers import Pointer
 
 

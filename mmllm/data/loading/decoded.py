@@ -7,7 +7,7 @@ from typing import Generic, Protocol, TypeVar
 
 from mmllm.data.loading.reader import SampleReader, TextPiece, named_failure
 from mmllm.data.plan.plan import Item, Plan
-from mmllm.data.samples.documents import Sample
+from mmllm.data.samples.sample import Sample
 
 
 class Sized(Protocol):

@@ -24,8 +24,11 @@ from mmllm.data.loading.collate import Gap, pack_documents
 from mmllm.data.loading.reader import SampleReader, TextPiece, named_failure
 from mmllm.data.plan.plan import Item, Plan, StepPlan, span_masking
 from mmllm.data.samples.decode import ImageInput, ImageTransform
-from mmllm.data.samples.documents import NO_PIXELS, Document, Sample, build_document, part_bounds
+from mmllm.data.samples.document import NO_PIXELS, Document
+from mmllm.data.samples.documents import build_document
 from mmllm.data.samples.masked_spans import MASKED, base_task
+from mmllm.data.samples.sample import Sample
+from mmllm.data.samples.text_parts import part_bounds
 from mmllm_tokenizers.folder import TokenizerFolder
 from mmllm_tokenizers.tiling import TileGrid
 

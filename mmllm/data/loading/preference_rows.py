@@ -21,8 +21,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from mmllm.data.samples.documents import Document, DocumentWriter, Sample, Segment, build_document, encode_audio
+from mmllm.data.samples.document import Document, DocumentWriter
+from mmllm.data.samples.documents import build_document, encode_audio
 from mmllm.data.samples.pointers import Pointer, spoken_pointer
+from mmllm.data.samples.sample import Sample, Segment
 from mmllm.data.samples.stored import unpack_codes
 from mmllm.data.samples.templates import literal_ids, parse_template, template_of
 from mmllm_tokenizers.alignment import read_words

@@ -31,7 +31,7 @@ from mmllm.data.plan.plan import StepPlan
 from mmllm.data.plan.recipe import Recipe, load_recipe
 from mmllm.data.rows.bad_rows import BadRows, is_of_machine
 from mmllm.data.samples.decode import ImageTransform
-from mmllm.data.samples.documents import Document
+from mmllm.data.samples.document import Document
 from mmllm_tokenizers.folder import TokenizerFolder
 
 _logger = logging.getLogger(__name__)

@@ -12,8 +12,10 @@ from itertools import pairwise
 from mmllm.data.index.index import LongText, Place, ShardIndex
 from mmllm.data.plan.plan import Item, Plan
 from mmllm.data.rows.bad_rows import is_exhausted
-from mmllm.data.samples.documents import Document, Sample, TextFrame, text_frame, text_part
+from mmllm.data.samples.document import Document
+from mmllm.data.samples.sample import Sample
 from mmllm.data.samples.schema import parse_line, read_sample
+from mmllm.data.samples.text_parts import TextFrame, text_frame, text_part
 from mmllm.data.shards.reader import Range, ShardReader
 from mmllm.data.shards.tar import read_members
 from mmllm_tokenizers.folder import TokenizerFolder

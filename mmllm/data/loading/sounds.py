@@ -17,7 +17,7 @@ from mmllm.batch import SoundBatch
 from mmllm.data.loading.decoded import DecodedSamples
 from mmllm.data.plan.plan import StepPlan
 from mmllm.data.plan.single import SinglePlan
-from mmllm.data.samples.documents import Sample
+from mmllm.data.samples.sample import Sample
 from mmllm_tokenizers.audio import load_audio, resample, to_mono
 
 _CROPS = 10

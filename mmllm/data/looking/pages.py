@@ -17,7 +17,8 @@ from PIL import Image
 
 from mmllm.batch import Modality
 from mmllm.data.samples.decode import decode_image
-from mmllm.data.samples.documents import Document, Sample
+from mmllm.data.samples.document import Document
+from mmllm.data.samples.sample import Sample
 from mmllm_tokenizers.folder import TokenizerFolder
 
 _THUMBNAIL = 160

@@ -15,7 +15,7 @@ from mmllm.data.looking.pages import step_page
 from mmllm.data.looking.tables import start_of
 from mmllm.data.plan.plan import Item, Plan, StepPlan
 from mmllm.data.samples.decode import ImageTransform
-from mmllm.data.samples.documents import Document
+from mmllm.data.samples.document import Document
 from mmllm_tokenizers.folder import TokenizerFolder
 
 

@@ -24,9 +24,11 @@ import numpy as np
 
 from mmllm.data.index.index import ShardIndex, load_indices
 from mmllm.data.plan.best_fit import Budgets, pack_window
+from mmllm.data.plan.items import Item
 from mmllm.data.plan.recipe import METRICS, Recipe, SourceConfig, recipe_hash
-from mmllm.data.plan.source import Drawn, Item, Source
-from mmllm.data.samples.documents import conversation_tokens, with_anchor
+from mmllm.data.plan.source import Drawn, Source
+from mmllm.data.samples.documents import with_anchor
+from mmllm.data.samples.lengths import conversation_tokens
 from mmllm.data.samples.masked_spans import SpanMasking
 from mmllm.data.samples.schema import read_sample
 from mmllm.data.samples.templates import template_tokens

@@ -19,9 +19,10 @@ import numpy as np
 from mmllm.data.expressions import filter_names
 from mmllm.data.index.index import ShardIndex, load_index, load_indices
 from mmllm.data.index.make import index_shard
+from mmllm.data.plan.items import Item
 from mmllm.data.plan.plan import Plan, StepPlan, sequence_digest
 from mmllm.data.plan.recipe import OnErrorConfig, Recipe, SourceConfig
-from mmllm.data.plan.source import Item, Source
+from mmllm.data.plan.source import Source
 from mmllm.data.shards.find import find_shards
 from mmllm.data.shards.remote import Shard
 from mmllm_tokenizers.folder import TokenizerFolder

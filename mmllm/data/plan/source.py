@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, repeat
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -25,9 +25,11 @@ from mmllm.data.index.columns import Column
 from mmllm.data.index.index import ShardIndex
 from mmllm.data.plan.balance import NO_VALUE, Balance, balance_of
 from mmllm.data.plan.filter import kept_documents
+from mmllm.data.plan.items import Item, Items
+from mmllm.data.plan.readings import measured, shares_of, sounds_of, values_of
 from mmllm.data.plan.recipe import DEFAULT_ALPHA, CurriculumConfig, Recipe, SourceConfig
-from mmllm.data.samples.documents import num_parts
 from mmllm.data.samples.stored import COLUMN
+from mmllm.data.samples.text_parts import num_parts
 
 BLOCK_ITEMS = 1 << 20
 """Items that are shuffled together, at least; fewer where the source has no more."""
@@ -45,19 +47,6 @@ _ORDER, _RANKS, _CAP, _FORM = 6, 7, 10, 13
 _NAMED = 5
 """Documents that are named in one message."""
 _logger = logging.getLogger(__name__)
-
-
-class Item(NamedTuple):
-    """One document of a sequence: where it is and what it becomes."""
-
-    source: int
-    shard: int
-    row: int
-    """Row of the shard's index."""
-    task: str
-    part: int
-    """Piece of a split text, or -1 for a whole document."""
-    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -119,7 +108,7 @@ class Source:
         if config.masked_spans is not None and masked_tokens is None:
             raise ValueError(f"source {config.name!r}: masked_spans is for training a decoder; leave it out here")
         self._check_filter()
-        items = _Items(
+        items = Items(
             len(config.item_tasks) * sum(index.num_documents for index in self.indices), recipe.sequence_length
         )
         groups = self._groups_of_rows(recipe, more_tokens, masked_tokens)
@@ -297,7 +286,7 @@ class Source:
         within_N = np.ones(len(tokens_N), dtype=bool)
         for limit, name in ((packing.max_images, "num_tiles"), (packing.max_frames, "num_frames")):
             if limit is not None:
-                within_N &= _measured(index, name) <= limit
+                within_N &= measured(index, name) <= limit
         self.num_over_budget += int((keep_N & ~within_N).sum())
         rows = np.flatnonzero(keep_N & within_N)
         tokens = tokens_N[rows] + (more_tokens if isinstance(more_tokens, int) else more_tokens[rows])
@@ -341,11 +330,11 @@ class Source:
         if self.config.max_images is not None:
             keep_N &= index.num_images_N <= self.config.max_images
         if self.config.share is not None:
-            keep_N &= _shares(index, self._seed[0]) < self.config.share
+            keep_N &= shares_of(index, self._seed[0]) < self.config.share
         if self.config.filter is not None:
             columns: dict[str, Column | np.ndarray] = dict(index.columns)
             for name in set(_COUNTED) & set(filter_names(self.config.filter)):
-                columns[name] = tokens_N if name == "num_tokens" else _measured(index, name)
+                columns[name] = tokens_N if name == "num_tokens" else measured(index, name)
             try:
                 keep_N &= kept_documents(self.config.filter, columns, index.num_documents)
             except ValueError as error:
@@ -364,7 +353,7 @@ class Source:
             )
         codes: dict[str, int] = {}
         codes_D = np.concatenate([  # of all documents, as `_documents_of` numbers them
-            np.array([codes.setdefault(value, len(codes)) for value in _values(index, name)], dtype=np.int32)
+            np.array([codes.setdefault(value, len(codes)) for value in values_of(index, name)], dtype=np.int32)
             for index in self.indices
         ])  # fmt: skip
         documents_M = self._documents_of(np.arange(self.num_items))
@@ -399,13 +388,13 @@ class Source:
             return self.tokens_M
         if not self.has(metric):
             _logger.warning("source %s: no document has %r; the curriculum keeps their order", self.config.name, metric)
-        return self._gathered(lambda index: _measured(index, metric), np.float64)
+        return self._gathered(lambda index: measured(index, metric), np.float64)
 
     def has(self, metric: str) -> bool:
         """Whether any document has a number for a curriculum's metric."""
         if metric in _LENGTHS:
             return True
-        return any(np.isfinite(_measured(index, metric)).any() for index in self.indices)
+        return any(np.isfinite(measured(index, metric)).any() for index in self.indices)
 
     def _gathered(self, read: Callable[[ShardIndex], np.ndarray], dtype: type) -> np.ndarray:
         """[M] from values of each shard's documents."""
@@ -420,14 +409,14 @@ class Source:
 
     def costs(self, name: str) -> np.ndarray:
         """int32 [M] of `num_tiles` or `num_frames`."""
-        return self._gathered(lambda index: _measured(index, name), np.int32)
+        return self._gathered(lambda index: measured(index, name), np.int32)
 
     def heard_sounds(self) -> np.ndarray:
         """int64 [Q, 3] of each sound that its items let a model hear, as `ShardIndex.sounds_Q3` has them."""
         bounds, tasks = self._starts_G.tolist(), self.config.item_tasks
         heard = [np.zeros((0, 3), dtype=np.int64)]
         for shard, index in enumerate(self.indices):
-            sounds_Q3, documents_Q = _sounds(index)
+            sounds_Q3, documents_Q = sounds_of(index)
             for place, task in enumerate(tasks):
                 group = shard * len(tasks) + place
                 here = slice(bounds[group], bounds[group + 1])
@@ -633,97 +622,3 @@ class Source:
     def item(self, number: int) -> Item:
         """Item `number` in full."""
         return self.items(np.array([number]))[0]
-
-
-class _Items:
-    """Items as they are gathered: room for as many as there are documents is set aside, and none touched before."""
-
-    def __init__(self, room: int, max_tokens: int) -> None:
-        self.sizes: list[int] = []
-        """Items of each group."""
-        self._room, self._count = room, 0
-        self._tokens = np.empty(room, dtype=np.uint16 if max_tokens < 2**16 else np.int32)
-        self._rows: np.ndarray | None = None
-        self._parts: np.ndarray | None = None
-
-    def add(self, tokens: np.ndarray, rows: np.ndarray | None, parts: np.ndarray | None) -> None:
-        """A group; `rows` is `None` where they are 0, 1, 2, …, and `parts` where all are whole."""
-        start, stop = self._count, self._count + len(tokens)
-        if stop > self._room:
-            self._grow(max(stop, self._room + self._room // 2))
-        self._tokens[start:stop] = tokens
-        if rows is not None and self._rows is None:
-            self._rows = np.empty(self._room, dtype=np.int32)
-            bounds = np.cumsum([0, *self.sizes]).tolist()
-            for begin, end in pairwise(bounds):
-                self._rows[begin:end] = np.arange(end - begin)
-        if parts is not None and self._parts is None:
-            self._parts = np.empty(self._room, dtype=np.int32)
-            self._parts[:start] = -1
-        if self._rows is not None:
-            self._rows[start:stop] = np.arange(len(tokens)) if rows is None else rows
-        if self._parts is not None:
-            self._parts[start:stop] = -1 if parts is None else parts
-        self.sizes.append(len(tokens))
-        self._count = stop
-
-    def _grow(self, room: int) -> None:
-        def grown(column: np.ndarray) -> np.ndarray:
-            larger = np.empty(room, dtype=column.dtype)
-            larger[: self._count] = column[: self._count]
-            return larger
-
-        self._room, self._tokens = room, grown(self._tokens)
-        self._rows = grown(self._rows) if self._rows is not None else None
-        self._parts = grown(self._parts) if self._parts is not None else None
-
-    def whole(self) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """[M] tokens, rows and parts."""
-        columns = self._rows, self._parts
-        rows, parts = (column[: self._count] if column is not None else None for column in columns)
-        return self._tokens[: self._count], rows, parts
-
-
-def _sounds(index: ShardIndex) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [Q, 3] samples, samples a second and frames of each sound that has any, and which document's it is.
-
-    Which sounds are a document's isn't stored, but sounds lie in the order of documents, and so many frames are its.
-    """
-    sounds_Q3 = index.sounds_Q3.astype(np.int64)
-    sounds_Q3 = sounds_Q3[sounds_Q3[:, 2] > 0]
-    frames_Q, ends_N = sounds_Q3[:, 2], index.num_frames_N.astype(np.int64).cumsum()
-    return sounds_Q3, np.searchsorted(ends_N, frames_Q.cumsum() - frames_Q, side="right")
-
-
-def _values(index: ShardIndex, name: str) -> list[str]:
-    """What a column says of a shard's documents, as texts; `NO_VALUE` of those that it says nothing of."""
-    column = index.columns.get(name)
-    if column is None:
-        return [NO_VALUE] * index.num_documents
-    return [NO_VALUE if value is None else str(value) for value in column]
-
-
-def _measured(index: ShardIndex, metric: str) -> np.ndarray:
-    """[N] of one of the curriculum's metrics; infinite where a document has none."""
-
-    def column(name: str) -> np.ndarray:
-        return index.columns[name].numbers() if name in index.columns else np.full(index.num_documents, np.inf)
-
-    match metric:
-        case "num_images":
-            return index.num_images_N
-        case "num_tiles":
-            return index.num_tiles_N
-        case "num_frames":
-            return index.num_frames_N
-        case "seconds":
-            return column("duration")
-        case "image_area":
-            return column("width") * column("height")
-    return column(metric)
-
-
-def _shares(index: ShardIndex, seed: int) -> np.ndarray:
-    """[N] a number in [0, 1) for each document of a shard, by the shard's contents and a seed alone."""
-    digest = int(index.sha256[:16], 16)
-    return np.random.default_rng([seed, digest]).random(index.num_documents)

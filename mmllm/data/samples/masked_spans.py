@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mmllm.batch import Modality
-from mmllm.data.samples.documents import Document
+from mmllm.data.samples.document import Document
 from mmllm.data.samples.templates import literal_ids, parse_template, template_of
 from mmllm_tokenizers.folder import TokenizerFolder
 from mmllm_tokenizers.vocab import END, PAD, SPECIAL_TOKENS

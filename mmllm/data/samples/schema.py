@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mmllm.data.samples.conversations import Said
-from mmllm.data.samples.documents import Sample, Segment
+from mmllm.data.samples.sample import Sample, Segment
 from mmllm.data.samples.stored import features_ending, unpack_codes, unpack_features
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "avif")

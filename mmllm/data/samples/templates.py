@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import string
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 from mmllm_tokenizers.folder import TokenizerFolder
 from mmllm_tokenizers.text import TextTokenizer
+
+VOICE_DROP = 5
+"""The voice is left out of one `speak` document in this many, so that speaking works without one."""
 
 
 def template_of(task: str, folder: TokenizerFolder) -> dict[str, str]:
@@ -97,3 +102,16 @@ def _around(template: str, field: str) -> tuple[str, str]:
         parts[is_behind] += literal
         is_behind = is_behind or name == field
     return parts[False], parts[True]
+
+
+def interleaved_question(folder: TokenizerFolder) -> str:
+    """How an interleaved row with a question is written, all of whose text is to be predicted."""
+    return template_of("interleaved", folder)["prompt"] + "{segments}<|question|>{question}<|answer|>{answer}<|end|>"
+
+
+def spoken_voice(key: str | None, metadata: dict[str, Any]) -> str:
+    """The voice as the `speak` template renders it: "" for one document in `VOICE_DROP`, by its key if it has one."""
+    if key is not None and zlib.crc32(key.encode()) % VOICE_DROP == 0:
+        return ""
+    speaker = metadata.get("speaker")
+    return "" if speaker is None else str(speaker)

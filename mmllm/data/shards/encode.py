@@ -23,7 +23,7 @@ from mmllm.data.rows.media import Media, media_source
 from mmllm.data.rows.rows import Row
 from mmllm.data.rows.table import RowTable
 from mmllm.data.samples.decode import decode_file
-from mmllm.data.samples.documents import ALIGNED, WORDS
+from mmllm.data.samples.sample import ALIGNED, WORDS
 from mmllm.data.samples.stored import COLUMN, ImageEncoder, features_ending, pack_codes, pack_features
 from mmllm.data.shards.perturb import perturb
 from mmllm_tokenizers.alignment import read_words, stretched

@@ -9,7 +9,8 @@ from typing import Any
 
 from mmllm.data.rows.media import Embedded, Media, media_source
 from mmllm.data.rows.rows import Row
-from mmllm.data.samples.documents import Document, Segment
+from mmllm.data.samples.document import Document
+from mmllm.data.samples.sample import Segment
 from mmllm.evaluation.answer_task import prompt_segments
 from mmllm.inference.api import Model
 from mmllm.inference.inputs import as_audio, as_image

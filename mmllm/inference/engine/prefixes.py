@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from mmllm.data.samples.documents import Document
+from mmllm.data.samples.document import Document
 from mmllm.model.row_cache import CachedRow
 
 _DIGEST_BYTES = 16

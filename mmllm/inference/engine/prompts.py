@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmllm.batch import Modality
-from mmllm.data.samples.documents import Document
+from mmllm.data.samples.document import Document
 from mmllm.inference.prompts import pad_left
 from mmllm.model.multimodal import MultimodalModel
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmllm.checkpoints.settings import Sampling
-from mmllm.data.samples.documents import Document
+from mmllm.data.samples.document import Document
 from mmllm.inference.pacing import Pace
 
 KVDtype = Literal["auto", "bfloat16", "int8"]

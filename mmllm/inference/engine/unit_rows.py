@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mmllm.batch import LETTER_GAP, Modality
 from mmllm.checkpoints.settings import Sampling
-from mmllm.data.samples.documents import Document
+from mmllm.data.samples.document import Document
 from mmllm.inference.engine.filters import Filters, draw_each
 from mmllm.inference.engine.letters import Letters, longest_speech
 from mmllm.inference.engine.requests import SpeechRequest, SpokenUnits, UnitsUpdate

@@ -12,7 +12,9 @@ from functools import partial
 from typing import Any, cast
 
 from mmllm.checkpoints.settings import Sampling
-from mmllm.data.samples.documents import Document, DocumentWriter, Segment, build_answer
+from mmllm.data.samples.document import Document, DocumentWriter
+from mmllm.data.samples.documents import build_answer
+from mmllm.data.samples.sample import Segment
 from mmllm.inference import arguments
 from mmllm.inference.api import Model
 from mmllm.inference.engine.requests import ConstraintMaker, TextRequest, TextResult

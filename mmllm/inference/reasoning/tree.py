@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Unpack, overload
 
 from mmllm.checkpoints.settings import Sampling
-from mmllm.data.samples.documents import Document
+from mmllm.data.samples.document import Document
 from mmllm.inference import arguments
 from mmllm.inference.answering import as_given
 from mmllm.inference.api import Model

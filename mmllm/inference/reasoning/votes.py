@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any, Unpack, overload
 
-from mmllm.data.samples.documents import Document
+from mmllm.data.samples.document import Document
 from mmllm.inference import arguments
 from mmllm.inference.answering import as_given
 from mmllm.inference.api import Model

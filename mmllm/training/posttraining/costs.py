@@ -21,7 +21,7 @@ import torch
 from mmllm.data.rows.bad_rows import BadRows, is_of_machine
 from mmllm.data.rows.forms import read_rows
 from mmllm.data.rows.rows import Row
-from mmllm.data.samples.documents import Document
+from mmllm.data.samples.document import Document
 from mmllm.evaluation.preferences.prompts import document_of
 from mmllm.evaluation.speech_task import Judge
 from mmllm.evaluation.tasks import evaluate, scored_rows

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmllm.checkpoints.settings import Sampling
 from mmllm.data.loading.answers import AnswerDocument, pack_answers
-from mmllm.data.samples.documents import Document, DocumentWriter
+from mmllm.data.samples.document import Document, DocumentWriter
 from mmllm.inference.api import Model
 from mmllm.inference.engine.engine import Engine
 from mmllm.inference.engine.prepared import eval_mode, trained_modules

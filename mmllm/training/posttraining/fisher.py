@@ -17,7 +17,7 @@ from mmllm.data.loading.loader import StepDataset
 from mmllm.data.plan.plan import open_plan
 from mmllm.data.plan.recipe import load_recipe
 from mmllm.data.samples.decode import ImageTransform
-from mmllm.data.samples.documents import Document
+from mmllm.data.samples.document import Document
 from mmllm.losses.batch import LossFunction
 from mmllm.training.posttraining.keeping import KeepConfig
 from mmllm.training.posttraining.start_weights import StartWeights

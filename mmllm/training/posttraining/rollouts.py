@@ -21,7 +21,8 @@ from mmllm.batch import AnswerBatch
 from mmllm.checkpoints.settings import Sampling
 from mmllm.data.loading.answers import AnswerDocument, pack_answers
 from mmllm.data.rows.rows import Row
-from mmllm.data.samples.documents import Document, DocumentWriter, build_prompt
+from mmllm.data.samples.document import Document, DocumentWriter
+from mmllm.data.samples.documents import build_prompt
 from mmllm.data.samples.pointers import Pointer, spoken_pointer
 from mmllm.evaluation.preferences.prompts import document_of, reply_of
 from mmllm.evaluation.rewards import Answer, Rewards
