@@ -14,7 +14,7 @@ _TRACKS = ("scenes", "speech", "fsdd", "shakespeare")
 
 
 def add_study(commands: Any) -> None:
-    """Adds `mmllm study run`, `report`, `efficiency`, `score` and `compare`."""
+    """Adds `mmllm study run`, `report`, `plant`, `ask`, `date`, `rank`, `efficiency`, `score` and `compare`."""
     actions = add_group(commands, "study", "what a method is worth: runs of one budget, tests, samples for equal score")
     parser = add_command(actions, "run", "run what of a study is not done yet, and report it", _run)
     parser.add_argument("study", help="its YAML, or a shipped one by name: studies/experts.yaml")
@@ -50,6 +50,18 @@ def add_study(commands: Any) -> None:
     parser.add_argument("--noise", metavar="MANIFEST", help="whose texts --off_topic takes")
     parser.add_argument("--wrong", type=float, default=0.0, help="share of the rows that get another row's text")
     parser.add_argument("--garbled", type=float, default=0.0, help="share of the rows whose text becomes symbols")
+    parser.add_argument("--filter", help="which rows are read, such as 'plain'")
+    parser.add_argument("--seed", type=int, default=0)
+    parser = add_command(actions, "ask", "questions about captioned pictures, as a new task with few rows", _ask)
+    parser.add_argument("manifest", help="of captions whose rows say in `objects` what is there")
+    parser.add_argument("--out", required=True, metavar="FILE.jsonl")
+    parser.add_argument(
+        "--about",
+        default="colour,shape,number",
+        metavar="A,B,…",
+        help="of colour, shape, number; each in turn",
+    )
+    parser.add_argument("--limit", type=int, help="at most so many questions, of rows drawn by the seed")
     parser.add_argument("--filter", help="which rows are read, such as 'plain'")
     parser.add_argument("--seed", type=int, default=0)
     parser = add_command(
@@ -133,6 +145,14 @@ def _plant(args: argparse.Namespace) -> Iterable[str]:
         off_topic=args.off_topic, filter=args.filter, seed=args.seed,
     )  # fmt: skip
     return plant(args.manifest, Path(args.out), planting, args.noise)
+
+
+def _ask(args: argparse.Namespace) -> Iterable[str]:
+    from mmllm.studies.asking import Asking, ask
+
+    check_there("manifest", args.manifest)
+    about = tuple(word.strip() for word in args.about.split(",") if word.strip())
+    return ask(args.manifest, Path(args.out), Asking(about, args.limit, args.filter, args.seed))
 
 
 def _date(args: argparse.Namespace) -> Iterable[str]:

@@ -152,12 +152,12 @@ class Runner:
         """What `mmllm eval` wrote for a measure, as the arm's level asks it."""
         path = folder / f"{measure.name}.json"
         options = [*measure.options, *measure.prompt_options, *self.study.level(arm).options]
-        options = filled(options, self._places(arm, folder))
+        places = self._places(arm, folder)
         command = ["eval", "--model", str(folder / MODEL), "--task", measure.task, "--manifest",
-                   filled(measure.manifest, self.places), "--json", str(path)]  # fmt: skip
+                   filled(measure.manifest, places), "--json", str(path)]  # fmt: skip
         if measure.limit is not None:
             command += ["--limit", str(measure.limit)]
-        self._call([*command, *options], folder, arm)
+        self._call([*command, *filled(options, places)], folder, arm)
         return path
 
     def _places(self, arm: Arm, folder: Path) -> dict[str, str]:
