@@ -132,7 +132,12 @@ def test_measures_of_one_evaluation_share_it_and_commands_have_their_files(
     shared = {"task": "caption", "manifest": "{data}/m", "options": ["--judge", "{data}/j"]}
     measures = [
         {**shared, "name": name, "key": key, **more}
-        for name, key, more in (("a", "x", {}), ("b", "y", {}), ("c", "x", {"limit": 3}))
+        for name, key, more in (
+            ("a", "x", {}),
+            ("b", "y", {}),
+            ("c", "x", {"limit": 3}),
+            ("d", "x", {"manifest": "{run}/q"}),
+        )  # fmt: skip
     ]
     base_of(tmp_path)  # writes the base's files
     runner = Runner(study_of(changed(measures=measures)), tmp_path, tmp_path / "out")
@@ -147,8 +152,10 @@ def test_measures_of_one_evaluation_share_it_and_commands_have_their_files(
     arm, run = Arm("experts", "dense", 7), tmp_path / "run"
     run.mkdir()
     scores = runner._scores(arm, run)
-    assert {name: each["score"] for name, each in scores.items()} == {"a": 0.5, "b": 0.25, "c": 0.5}
-    assert len(called) == 2 and called[0][-2:] == ["--judge", f"{tmp_path}/j"]
+    assert {name: each["score"] for name, each in scores.items()} == {"a": 0.5, "b": 0.25, "c": 0.5, "d": 0.5}
+    assert len(called) == 3 and called[0][-2:] == ["--judge", f"{tmp_path}/j"]
+    manifests = [command[command.index("--manifest") + 1] for command in called]
+    assert manifests == [f"{tmp_path}/m", f"{tmp_path}/m", f"{run}/q"], "of the data, or made by the run's own steps"
     step = Step(command="merge {run}/m.yaml --out {run}/x", files={"m.yaml": {"models": ["{run}/a", "{data}/b"]}})
     runner._step(arm, step, run)
     assert called[-1] == ["merge", f"{run}/m.yaml", "--out", f"{run}/x"]
