@@ -137,7 +137,7 @@ def test_measures_of_one_evaluation_share_it_and_commands_have_their_files(
             ("b", "y", {}),
             ("c", "x", {"limit": 3}),
             ("d", "x", {"manifest": "{run}/q"}),
-        )  # fmt: skip
+        )
     ]
     base_of(tmp_path)  # writes the base's files
     runner = Runner(study_of(changed(measures=measures)), tmp_path, tmp_path / "out")
