@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mmllm.studies.energy import EnergyMeter
-from mmllm.studies.statistics import interval_of, paired_p, samples_for, student_interval
+from mmllm.studies.statistics import interval_of, paired_p, said_p, samples_for, student_interval
 
 
 def test_paired_p_is_students():
@@ -72,3 +72,9 @@ def test_joules_are_counted_over_a_counters_end(tmp_path: Path):
     with EnergyMeter(is_on=False, powercap=tmp_path) as meter:
         pass
     assert meter.joules is None
+
+
+def test_a_p_value_is_never_printed_as_nothing():
+    assert [said_p(p) for p in (None, 0.0, 0.0004, 0.0006, 0.05, 1.0)] == [
+        "–", "<0.001", "<0.001", "0.001", "0.050", "1.000",
+    ]  # fmt: skip

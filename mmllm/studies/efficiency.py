@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmllm.studies.statistics import said_p
+
 _HEAD = """# What methods are worth here
 
 Made by `mmllm study efficiency {folder} --out {out}` from the reports of `mmllm study run`; nothing in it is written by
@@ -71,12 +73,11 @@ def _row(row: Mapping[str, Any]) -> str:
     difference = row["difference"]
     is_baseline = row["verdict"] == "baseline"
     told = "–" if is_baseline or difference is None else f"{difference:+.4f}"
-    p = "–" if row["p"] is None else f"{row['p']:.3f}"
     equal = row["samples_for_equal_score"]
     samples = "–" if equal is None else f"{equal:,.0f}"
     cells = (
-        row["factor"], row["level"], row["measure"], f"{row['score']:.4f}", f"{low:.4f} – {high:.4f}", told, p,
-        str(row["seeds"]), samples, f"{row['flops']:.3g}", f"{row['minutes']:.1f}", row["verdict"],
+        row["factor"], row["level"], row["measure"], f"{row['score']:.4f}", f"{low:.4f} – {high:.4f}", told,
+        said_p(row["p"]), str(row["seeds"]), samples, f"{row['flops']:.3g}", f"{row['minutes']:.1f}", row["verdict"],
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 

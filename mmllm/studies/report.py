@@ -17,7 +17,7 @@ from mmllm.quickstart.machine import num_cores
 from mmllm.studies.measures import Measure
 from mmllm.studies.run import study_in
 from mmllm.studies.runs import RESULT
-from mmllm.studies.statistics import CLAIM_P, MIN_SEEDS, interval_of, paired_p, samples_for
+from mmllm.studies.statistics import CLAIM_P, MIN_SEEDS, interval_of, paired_p, said_p, samples_for
 from mmllm.studies.study import Arm, Study
 
 REPORT = "report.json"
@@ -106,7 +106,7 @@ def report_lines(values: Mapping[str, Any]) -> list[str]:
     """A report as lines to print: a level each, under each measure."""
     lines = []
     for row in values["rows"]:
-        p = "     –" if row["p"] is None else f"{row['p']:6.3f}"
+        p = f"{said_p(row['p']):>6}"
         equal = row["samples_for_equal_score"]
         samples = "" if equal is None else f"  {equal:,.0f} samples for the baseline's score"
         low, high = row["interval"]
@@ -244,7 +244,7 @@ def page(study: Study, lines: Sequence[Line], values: Mapping[str, Any]) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["j2"]), trim_blocks=True
     )
     return environment.get_template("report.html.j2").render(
-        study=study, values=values, tables=_tables(study, lines), charts=_charts(study, lines)
+        study=study, values=values, tables=_tables(study, lines), charts=_charts(study, lines), said_p=said_p
     )
 
 

@@ -17,6 +17,11 @@ MIN_SEEDS = 3
 """A claim needs so many."""
 
 
+def said_p(p: float | None) -> str:
+    """A p value as it is printed: three digits, and never 0."""
+    return "–" if p is None else "<0.001" if p < 0.0005 else f"{p:.3f}"
+
+
 def interval_of(scores: Sequence[float], rows: Sequence[Mapping[str, float]]) -> tuple[float, float]:
     """A 95% interval of the mean score of a training with another seed on other rows.
 
