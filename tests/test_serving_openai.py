@@ -150,7 +150,7 @@ def test_streamed_text_is_the_whole_text(client):
 
 def test_streamed_sound_is_the_whole_sound(server, client):
     body = {
-        "model": "tiny", "messages": user("two blue squares, he said: one. " * 3), "modalities": ["text", "audio"],
+        "model": "tiny", "messages": user("two blue squares, he said: one. " * 8), "modalities": ["text", "audio"],
         "audio": {"voice": "ann", "format": "wav"}, "seed": 4,
     }  # fmt: skip
     whole = post(f"{server.url}/v1/chat/completions", json=body).json()["choices"][0]["message"]["audio"]

@@ -94,5 +94,10 @@ def test_rows_that_cannot_be_asked_about_are_named(captions: Path, tmp_path: Pat
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=rf"bad.jsonl.*{said}"):
         ask(path, tmp_path / "q.jsonl", Asking())
+
+
+def test_a_filter_that_keeps_nothing_or_reads_what_no_row_has_is_refused(captions: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="no row passes the filter"):
-        ask(captions, tmp_path / "q.jsonl", Asking(filter="id == 'none'"))
+        ask(captions, tmp_path / "q.jsonl", Asking(filter="plain and not plain"))
+    with pytest.raises(ValueError, match="reads 'plian', which none of the rows has; known are objects, plain"):
+        ask(captions, tmp_path / "q.jsonl", Asking(filter="not plian"))

@@ -17,9 +17,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from mmllm.data.expressions import compile_filter, filter_names
+from mmllm.data.expressions import compile_filter
 from mmllm.data.rows.bad_rows import BadRows, ManifestError, is_of_machine
 from mmllm.data.rows.column_names import ColumnNames
+from mmllm.data.rows.filtered import filtered
 from mmllm.data.rows.forms import read_rows
 from mmllm.data.rows.media import Media, media_file, media_source, sound_seconds
 from mmllm.data.rows.rows import Row, row_media
@@ -92,7 +93,7 @@ class RowShots:
         bad: BadRows,
     ) -> None:
         answered = [row for row in rows if row.kind == KIND_OF_TASK[task] and _is_answered(row)]
-        self._rows = answered if config.filter is None else _filtered(answered, config.filter, config.manifest)
+        self._rows = answered if config.filter is None else filtered(answered, config.filter, config.manifest)
         if len(self._rows) < config.num_shots:
             raise ManifestError(
                 f"{config.name} has {len(self._rows)} rows that can be shown with their answers for the task "
@@ -256,25 +257,6 @@ def _joined(shots: Sequence[Document], prompt: Document, kept: Sequence[int]) ->
 
 def _is_answered(row: Row) -> bool:
     return row.kind != "interleaved" or ("question" in row.metadata and "answer" in row.metadata)
-
-
-def _filtered(rows: Sequence[Row], expression: str, manifest: str | Path) -> list[Row]:
-    """The rows that a filter keeps; a misspelt key would be `None` in every row, and `not` of it keep them all."""
-    known = {name for row in rows for name in row.metadata}
-    unknown = [name for name in filter_names(expression) if name not in known]
-    if rows and unknown:
-        raise ManifestError(
-            f"{manifest}: filter {expression!r} reads {unknown[0]!r}, which none of the rows that can be shown has; "
-            f"known are {', '.join(sorted(known)) or 'none'}"
-        )
-    keeps, kept = compile_filter(expression), []
-    for row in rows:
-        try:
-            if keeps(row.metadata):
-                kept.append(row)
-        except ValueError as error:
-            raise ManifestError(f"{manifest}: {row.where} ({row.id}): {error}") from error
-    return kept
 
 
 def _keys(row: Row) -> Iterator[Hashable]:

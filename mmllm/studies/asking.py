@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mmllm.data.expressions import compile_filter
-from mmllm.data.rows.forms import read_rows
+from mmllm.data.rows.filtered import kept_rows
 from mmllm.data.rows.rows import Row
 from mmllm.data.rows.split import write_manifest
 
@@ -82,10 +82,7 @@ def ask(manifest: str | Path, out: Path, asking: Asking) -> list[str]:
         FileNotFoundError, ValueError: there is no such manifest, no row of it passes the filter, or a row can't be
             asked about.
     """
-    keeps = (lambda metadata: True) if asking.filter is None else compile_filter(asking.filter)
-    rows = [row for row in read_rows(manifest) if keeps(row.metadata)]
-    if not rows:
-        raise ValueError(f"{manifest}: no row passes the filter {asking.filter!r}; mend it")
+    rows = kept_rows(manifest, asking.filter)
     asked = ask_rows(rows, asking)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_manifest(asked, out)

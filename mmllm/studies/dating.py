@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mmllm.data.expressions import compile_filter
-from mmllm.data.rows.forms import read_rows
+from mmllm.data.rows.filtered import kept_rows
 from mmllm.data.rows.rows import Row
 from mmllm.data.rows.split import write_manifest
 
@@ -88,10 +88,7 @@ def date(manifest: str | Path, out: Path, drift: Drift) -> list[str]:
         FileNotFoundError, ValueError: there is no such manifest, no row of it passes the filter, no text has one of
             the words, or a row can't be dated.
     """
-    keeps = (lambda metadata: True) if drift.filter is None else compile_filter(drift.filter)
-    rows = [row for row in read_rows(manifest) if keeps(row.metadata)]
-    if not rows:
-        raise ValueError(f"{manifest}: no row passes the filter {drift.filter!r}; mend it")
+    rows = kept_rows(manifest, drift.filter)
     dated = date_rows(rows, drift)
     pattern = re.compile(rf"\b({'|'.join(drift.words)})\b", re.IGNORECASE)
     num_without = sum(pattern.search(row.text) is None for row in rows)

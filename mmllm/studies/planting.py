@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mmllm.data.expressions import compile_filter
+from mmllm.data.rows.filtered import kept_rows
 from mmllm.data.rows.forms import read_rows
 from mmllm.data.rows.media import media_source
 from mmllm.data.rows.rows import Row
@@ -87,10 +88,7 @@ def plant(manifest: str | Path, out: Path, planting: Planting, noise: str | Path
             f"off_topic is {planting.off_topic} and noise {noise}; off_topic is how many rows are added, and noise the "
             f"manifest that their texts are from: give both, or neither"
         )
-    keeps = (lambda metadata: True) if planting.filter is None else compile_filter(planting.filter)
-    rows = [row for row in read_rows(manifest) if keeps(row.metadata)]
-    if not rows:
-        raise ValueError(f"{manifest}: no row passes the filter {planting.filter!r}; mend it")
+    rows = kept_rows(manifest, planting.filter)
     texts = [row.text for row in read_rows(noise) if (row.text or "").strip()] if noise is not None else []
     if noise is not None and not texts:
         raise ValueError(f"{noise}: no row has a text of its own; give a manifest of texts, captions or transcripts")

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from mmllm.data.expressions import compile_filter
-from mmllm.data.rows.forms import read_rows
+from mmllm.data.rows.filtered import kept_rows
 from mmllm.data.rows.media import Media, media_source
 from mmllm.data.rows.rows import Row
 from mmllm.data.rows.split import write_manifest
@@ -40,10 +39,7 @@ def rank(model_dir: str | Path, manifest: str | Path, out: Path, keep: str | Non
     """
     from mmllm.inference.api import load
 
-    keeps = (lambda metadata: True) if keep is None else compile_filter(keep)
-    rows = [row for row in read_rows(manifest) if keeps(row.metadata)]
-    if not rows:
-        raise ValueError(f"{manifest}: no row passes the filter {keep!r}; mend it")
+    rows = kept_rows(manifest, keep)
     wrong = next((row for row in rows if row.kind not in ("caption", "audio")), None)
     if wrong is not None:
         raise ValueError(f"{wrong.where} is of the kind {wrong.kind}; captions and recordings are ranked")

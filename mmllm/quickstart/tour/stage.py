@@ -86,13 +86,15 @@ class Tour:
         """Processes of a training."""
         return 1 if self.run_command is not None else machine.num_ranks(None, None)
 
-    def replay_sources(self, share: float) -> list[dict[str, Any]]:
+    def replay_sources(self, share: float, kind: str | None = None) -> list[dict[str, Any]]:
         """The sources that the model was trained on, at their last weights.
 
         Args:
             share: what their weights sum to.
+            kind: of the sources that are taken; None: all.
         """
         sources = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))["sources"]
+        sources = [source for source in sources if kind in (None, source["kind"])]
         weights = [source["weight_schedule"][-1][1] if "weight_schedule" in source else source["weight"]
                    for source in sources]  # fmt: skip
         kept = [{key: value for key, value in source.items() if key != "weight_schedule"} for source in sources]
