@@ -14,7 +14,7 @@ from mmllm.data.rows.cleaning import CleaningConfig, choose, measure
 from mmllm.data.rows.forms import read_rows
 from mmllm.data.rows.rows import Row
 from mmllm.evaluation.results import TaskResult, save_result
-from mmllm.studies.planting import COPIED_SHARE, Planting, plant_rows
+from mmllm.studies.planting import COPIED_SHARE, Planting, plant, plant_rows
 from mmllm.studies.ranking import row_losses
 from mmllm.studies.runs import Runner
 from mmllm.studies.study import Arm, Step, study_of
@@ -68,11 +68,25 @@ def test_garbled_texts_are_those_that_the_quality_filter_finds():
     assert plant_rows(rows, Planting(garbled=0.3, seed=1)) == plant_rows(rows, Planting(garbled=0.3, seed=1))
 
 
+def test_a_limit_draws_rows_by_the_seed(tmp_path: Path):
+    manifest = tmp_path / "texts.jsonl"
+    manifest.write_text("".join(json.dumps({"id": row.id, "text": row.text}) + "\n" for row in texts(50)))
+    drawn = []
+    for number, seed in enumerate((0, 0, 1)):
+        out = tmp_path / f"{number}.jsonl"
+        assert "20 rows; planted: 5 wrong" in plant(manifest, out, Planting(wrong=0.25, limit=20, seed=seed))[0]
+        drawn.append([row.id for row in read_rows(out)])
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert all(ids == sorted(ids, key=lambda name: int(name[1:])) for ids in drawn)  # in the manifest's order
+    assert "50 rows" in plant(manifest, tmp_path / "all.jsonl", Planting(limit=80))[0]
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"wrong": 1.5}, "wrong is 1.5"), ({"wrong": 0.6, "garbled": 0.6}, "at most all rows"),
         ({"copies": -1.0}, "copies is -1.0"), ({"filter": "import os"}, "import os"),
+        ({"limit": 0}, "limit is 0"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_planted_is_named(settings: dict[str, Any], said: str):

@@ -50,6 +50,7 @@ def add_study(commands: Any) -> None:
     parser.add_argument("--noise", metavar="MANIFEST", help="whose texts --off_topic takes")
     parser.add_argument("--wrong", type=float, default=0.0, help="share of the rows that get another row's text")
     parser.add_argument("--garbled", type=float, default=0.0, help="share of the rows whose text becomes symbols")
+    parser.add_argument("--limit", type=int, help="at most so many rows are read, drawn by the seed")
     parser.add_argument("--filter", help="which rows are read, such as 'plain'")
     parser.add_argument("--seed", type=int, default=0)
     parser = add_command(actions, "ask", "questions about captioned pictures, as a new task with few rows", _ask)
@@ -142,7 +143,7 @@ def _plant(args: argparse.Namespace) -> Iterable[str]:
     check_there("manifest", args.manifest, args.noise)
     planting = Planting(
         copies=args.copies, wrong=args.wrong, garbled=args.garbled, near_copies=args.near_copies,
-        off_topic=args.off_topic, filter=args.filter, seed=args.seed,
+        off_topic=args.off_topic, limit=args.limit, filter=args.filter, seed=args.seed,
     )  # fmt: skip
     return plant(args.manifest, Path(args.out), planting, args.noise)
 

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mmllm.data.expressions import compile_filter
-from mmllm.data.rows.filtered import kept_rows
+from mmllm.data.rows.filtered import drawn_rows, kept_rows
 from mmllm.data.rows.rows import Row
 from mmllm.data.rows.split import write_manifest
 
@@ -69,10 +67,8 @@ def ask_rows(rows: Sequence[Row], asking: Asking) -> list[Row]:
     Raises:
         ValueError: a row has no picture, or doesn't say what is in it.
     """
-    kept = range(len(rows))
-    if asking.limit is not None and asking.limit < len(rows):
-        kept = np.sort(np.random.default_rng(asking.seed).permutation(len(rows))[: asking.limit]).tolist()
-    return [_asked(rows[place], asking.about[number % len(asking.about)]) for number, place in enumerate(kept)]
+    kept = drawn_rows(rows, asking.limit, asking.seed)
+    return [_asked(row, asking.about[number % len(asking.about)]) for number, row in enumerate(kept)]
 
 
 def ask(manifest: str | Path, out: Path, asking: Asking) -> list[str]:

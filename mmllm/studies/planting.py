@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mmllm.data.expressions import compile_filter
-from mmllm.data.rows.filtered import kept_rows
+from mmllm.data.rows.filtered import drawn_rows, kept_rows
 from mmllm.data.rows.forms import read_rows
 from mmllm.data.rows.media import media_source
 from mmllm.data.rows.rows import Row
@@ -43,6 +43,7 @@ class Planting:
             picture (`planting_edits.py`).
         off_topic: rows that are added, as a share of those there are: texts of another manifest, cut to the lengths
             of the rows', under pictures of noise where the rows have pictures.
+        limit: at most so many rows are read, drawn by the seed; None: all.
         filter: which rows are read; the others are left out.
         seed: of the draws.
     """
@@ -52,6 +53,7 @@ class Planting:
     garbled: float = 0.0
     near_copies: float = 0.0
     off_topic: float = 0.0
+    limit: int | None = None
     filter: str | None = None
     seed: int = 0
 
@@ -64,6 +66,8 @@ class Planting:
         for name in ("copies", "near_copies", "off_topic"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give how many for each row there is, 0 or more")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit is {self.limit}; give at least 1, or leave it out")
         if self.filter is not None:
             compile_filter(self.filter)
 
@@ -88,7 +92,7 @@ def plant(manifest: str | Path, out: Path, planting: Planting, noise: str | Path
             f"off_topic is {planting.off_topic} and noise {noise}; off_topic is how many rows are added, and noise the "
             f"manifest that their texts are from: give both, or neither"
         )
-    rows = kept_rows(manifest, planting.filter)
+    rows = drawn_rows(kept_rows(manifest, planting.filter), planting.limit, planting.seed)
     texts = [row.text for row in read_rows(noise) if (row.text or "").strip()] if noise is not None else []
     if noise is not None and not texts:
         raise ValueError(f"{noise}: no row has a text of its own; give a manifest of texts, captions or transcripts")

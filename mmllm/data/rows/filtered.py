@@ -1,9 +1,11 @@
-"""The rows of a manifest that a filter keeps."""
+"""The rows of a manifest that a filter keeps, or so many of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from mmllm.data.expressions import compile_filter, filter_names
 from mmllm.data.rows.bad_rows import ManifestError
@@ -46,3 +48,11 @@ def kept_rows(manifest: str | Path, expression: str | None) -> list[Row]:
         why = "it has no rows" if expression is None else f"no row passes the filter {expression!r}"
         raise ManifestError(f"{manifest}: {why}; mend it")
     return kept
+
+
+def drawn_rows(rows: Sequence[Row], limit: int | None, seed: int) -> Sequence[Row]:
+    """So many rows, drawn by a seed, in their order; None, or as many as there are: all."""
+    if limit is None or limit >= len(rows):
+        return rows
+    places = np.random.default_rng(seed).permutation(len(rows))[:limit]
+    return [rows[place] for place in np.sort(places)]
