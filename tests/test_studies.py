@@ -241,7 +241,10 @@ def test_efficiency_is_made_of_reports(tmp_path: Path):
     row = {"factor": "f", "level": "a", "measure": "m", "score": 0.5, "interval": [0.4, 0.6], "difference": 0.1,
            "p": 0.01, "seeds": 3, "samples_for_equal_score": 1234.0, "flops": 1e12, "minutes": 2.0,
            "verdict": "better"}  # fmt: skip
-    write_report(tmp_path / "studies", "experts", [row, {**row, "level": "b", "p": None, "verdict": "baseline"}])
+    write_report(tmp_path / "studies", "experts", [
+        row, {**row, "level": "b", "p": None, "verdict": "baseline"}, {**row, "level": "c", "p": 0.03},
+        {**row, "measure": "n"},
+    ])  # fmt: skip
     fit = {"E": 1.7, "A": 400, "B": 2000, "alpha": 0.3, "beta": 0.3, "intervals": {"E": [1.6, 1.8]}, "warnings": ["w"]}
     (tmp_path / "fit.json").write_text(json.dumps(fit))
     out = tmp_path / "EFFICIENCY.md"
@@ -256,7 +259,14 @@ def test_efficiency_is_made_of_reports(tmp_path: Path):
     ]
     assert main(command) == 0
     text = out.read_text()
-    assert "| f | a | m | 0.5000 | 0.4000 – 0.6000 | +0.1000 | 0.010 | 3 | 1,234 | 1e+12 | 2.0 | better |" in text
-    assert "| f | b | m | 0.5000 | 0.4000 – 0.6000 | – | – |" in text
+    assert (
+        "| f | a | m | 0.5000 | 0.4000 – 0.6000 | +0.1000 | 0.010 | 0.020 | 3 | 1,234 | 1e+12 | 2.0 | better |" in text
+    )
+    assert "| f | b | m | 0.5000 | 0.4000 – 0.6000 | – | – | – |" in text
+    assert (
+        "+0.1000 | 0.030 | 0.030 |" in text
+        and "| f | a | n | 0.5000 | 0.4000 – 0.6000 | +0.1000 | 0.010 | 0.010 |" in text
+    )
+    assert "Here are 3 tests, of which 0.2 " in text
     assert "| E | 1.7 | 1.6 – 1.8 |" in text and "Warning: w" in text
     assert main(["study", "efficiency", str(tmp_path / "studies"), "--out", str(out), "--scaling", str(out)]) != 0

@@ -7,7 +7,22 @@ import numpy as np
 import pytest
 
 from mmllm.studies.energy import EnergyMeter
-from mmllm.studies.statistics import interval_of, paired_p, said_p, samples_for, student_interval
+from mmllm.studies.statistics import holm, interval_of, paired_p, said_chance, said_p, samples_for, student_interval
+
+
+def test_holm_multiplies_the_smallest_by_all_and_keeps_the_order():
+    assert holm([0.01, 0.04, None, 0.03, 0.005]) == pytest.approx([0.03, 0.06, None, 0.06, 0.02])
+    assert holm([0.02]) == [0.02] and holm([None]) == [None] and holm([]) == []
+    assert holm([0.6, 0.9, 0.5]) == [1.0, 1.0, 1.0]
+
+
+def test_families_of_equal_levels_rarely_have_a_p_below_the_claims():
+    rng = np.random.default_rng(0)
+    families = rng.uniform(size=(2000, 7))
+    alone = np.mean([min(family) < 0.05 for family in families])
+    adjusted = np.mean([min(p for p in holm(family.tolist()) if p is not None) < 0.05 for family in families])
+    assert alone > 0.28 and 0.03 < adjusted < 0.06
+    assert said_chance([0.5, None, *[0.1] * 13]).startswith("14 tests, of which 0.7 would have p < 0.05")
 
 
 def test_paired_p_is_students():

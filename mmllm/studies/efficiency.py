@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmllm.studies.statistics import said_p
+from mmllm.studies.statistics import holm, said_chance, said_p
 
 _HEAD = """# What methods are worth here
 
 Made by `mmllm study efficiency {folder} --out {out}` from the reports of `mmllm study run`; nothing in it is written by
 hand. Every table holds one budget equal for all its runs. Intervals are 95%, over seeds and test rows; p is that of a
 test paired by seed; a level is called better or worse with p < 0.05 over three seeds or more, and unproved otherwise.
+Here are {chance}. So the column after p has it
+adjusted by Holm's method for the levels that share a baseline and a measure.
 "Samples for equal score" is how many training documents a level needs to score as the baseline does with all of its
 own, read off its learning curve; a dash where it was not measured or never does. Where a curve is flat within its
 intervals, which report.json has, that number is noise.
@@ -35,7 +37,8 @@ def write_efficiency(folder: Path, out: Path, scaling: Sequence[Path] = ()) -> l
     if not files:
         raise ValueError(f"{folder}: no report is in it; copy there the report.json of studies, each under its name")
     reports = [(path.stem, _read(path)) for path in files]
-    text = _HEAD.format(folder=folder, out=out)
+    chance = said_chance([row["p"] for _, values in reports for row in values["rows"]])
+    text = _HEAD.format(folder=folder, out=out, chance=chance)
     text += "".join(_section(name, values) for name, values in reports)
     text += "".join(_scaling(path) for path in scaling)
     out.write_text(text, encoding="utf-8")
@@ -54,21 +57,34 @@ def _section(name: str, values: Mapping[str, Any]) -> str:
     kind, amount = next(iter(values["budget"].items()))
     machine = values["machine"]
     left_out = f" Not run: {len(values['runs_left_out'])}." if values["runs_left_out"] else ""
+    adjusted = _adjusted(values["rows"])
     lines = [
         f"\n## {values['title']}\n",
         f"{values['question']} (`configs/studies/{name}.yaml`)\n",
         f"Expected: {values['expected']}\n",
         f"{values['runs']} runs of {amount:,.6g} {kind} each, {machine['processor']}, "
         f"commit {_commit(values['commit'])}.{left_out}\n",
-        "| factor | level | measure | score | 95% interval | difference | p | seeds | samples for equal score | FLOPs "
-        "| min | |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-        *(_row(row) for row in values["rows"]),
+        "| factor | level | measure | score | 95% interval | difference | p | Holm | seeds "
+        "| samples for equal score | FLOPs | min | |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        *(_row(row, adjusted[number]) for number, row in enumerate(values["rows"])),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _row(row: Mapping[str, Any]) -> str:
+def _adjusted(rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    """Each row's p by Holm, among the rows of its factor and measure."""
+    found: list[float | None] = [None] * len(rows)
+    families: dict[tuple[str, str], list[int]] = {}
+    for place, row in enumerate(rows):
+        families.setdefault((row["factor"], row["measure"]), []).append(place)
+    for places in families.values():
+        for place, p in zip(places, holm([rows[place]["p"] for place in places]), strict=True):
+            found[place] = p
+    return found
+
+
+def _row(row: Mapping[str, Any], adjusted: float | None) -> str:
     low, high = row["interval"]
     difference = row["difference"]
     is_baseline = row["verdict"] == "baseline"
@@ -77,7 +93,8 @@ def _row(row: Mapping[str, Any]) -> str:
     samples = "–" if equal is None else f"{equal:,.0f}"
     cells = (
         row["factor"], row["level"], row["measure"], f"{row['score']:.4f}", f"{low:.4f} – {high:.4f}", told,
-        said_p(row["p"]), str(row["seeds"]), samples, f"{row['flops']:.3g}", f"{row['minutes']:.1f}", row["verdict"],
+        said_p(row["p"]), said_p(adjusted), str(row["seeds"]), samples, f"{row['flops']:.3g}", f"{row['minutes']:.1f}",
+        row["verdict"],
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,16 @@ from mmllm.quickstart.machine import num_cores
 from mmllm.studies.measures import Measure
 from mmllm.studies.run import study_in
 from mmllm.studies.runs import RESULT
-from mmllm.studies.statistics import CLAIM_P, MIN_SEEDS, interval_of, paired_p, said_p, samples_for
+from mmllm.studies.statistics import (
+    CLAIM_P,
+    MIN_SEEDS,
+    holm,
+    interval_of,
+    paired_p,
+    said_chance,
+    said_p,
+    samples_for,
+)
 from mmllm.studies.study import Arm, Study
 
 REPORT = "report.json"
@@ -36,6 +45,7 @@ class Line:
         interval: 95%, over seeds and rows.
         seeds: how many.
         p: of no difference from the factor's baseline, over paired seeds; None: it is the baseline, or can't be told.
+        p_holm: p adjusted by Holm for the factor's other levels under the measure.
         samples_for_equal_score: documents with which it scores as the baseline does with all of them; None: it never
             does, or there is no curve.
         flops: of training, a run's.
@@ -55,6 +65,7 @@ class Line:
     interval: tuple[float, float]
     seeds: int
     p: float | None
+    p_holm: float | None
     samples_for_equal_score: float | None
     flops: float
     minutes: float
@@ -106,7 +117,7 @@ def report_lines(values: Mapping[str, Any]) -> list[str]:
     """A report as lines to print: a level each, under each measure."""
     lines = []
     for row in values["rows"]:
-        p = f"{said_p(row['p']):>6}"
+        p = f"{said_p(row['p']):>6} (Holm {said_p(row['p_holm']):>6})"
         equal = row["samples_for_equal_score"]
         samples = "" if equal is None else f"  {equal:,.0f} samples for the baseline's score"
         low, high = row["interval"]
@@ -114,7 +125,7 @@ def report_lines(values: Mapping[str, Any]) -> list[str]:
             f"{row['factor'] + ': ' + row['level']:<36} {row['measure']:<16} {row['score']:8.4f} "
             f"[{low:.4f}, {high:.4f}]  p {p}  {row['seeds']} seeds  {row['verdict']}{samples}"
         )
-    return lines
+    return [*lines, said_chance([row["p"] for row in values["rows"]])]
 
 
 def read_results(study: Study, folder: Path) -> dict[Arm, dict[str, Any]]:
@@ -161,6 +172,7 @@ def factor_lines(study: Study, name: str, measure: Measure, results: Results) ->
                 interval=interval_of(list(scores.values()), _rows(runs.values(), measure)),
                 seeds=len(scores),
                 p=p,
+                p_holm=None,
                 samples_for_equal_score=equal,
                 flops=float(np.mean([run["flops"] for run in runs.values()])),
                 minutes=float(np.mean([run["minutes"] for run in runs.values()])),
@@ -173,7 +185,7 @@ def factor_lines(study: Study, name: str, measure: Measure, results: Results) ->
                 curve=curves[level],
             )
         )
-    return lines
+    return [replace(line, p_holm=p) for line, p in zip(lines, holm([line.p for line in lines]), strict=True)]
 
 
 def _verdict(
@@ -244,8 +256,9 @@ def page(study: Study, lines: Sequence[Line], values: Mapping[str, Any]) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["j2"]), trim_blocks=True
     )
     return environment.get_template("report.html.j2").render(
-        study=study, values=values, tables=_tables(study, lines), charts=_charts(study, lines), said_p=said_p
-    )
+        study=study, values=values, tables=_tables(study, lines), charts=_charts(study, lines), said_p=said_p,
+        chance=said_chance([line.p for line in lines]),
+    )  # fmt: skip
 
 
 def _tables(study: Study, lines: Sequence[Line]) -> list[tuple[str, Measure, list[Line]]]:

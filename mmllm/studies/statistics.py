@@ -65,6 +65,26 @@ def paired_p(scores: Mapping[int, float], others: Mapping[int, float]) -> float 
     return float(_stats().ttest_1samp(differences, 0.0).pvalue)
 
 
+def holm(values: Sequence[float | None]) -> list[float | None]:
+    """Holm's adjustment of several p values, of which none below 0.05 is by chance in 19 of 20 such families.
+
+    Sture Holm, 1979. None stays, and counts as no test.
+    """
+    found: list[float | None] = list(values)
+    tested = sorted((p, place) for place, p in enumerate(values) if p is not None)
+    highest = 0.0
+    for rank, (p, place) in enumerate(tested):
+        highest = max(highest, min(1.0, p * (len(tested) - rank)))
+        found[place] = highest
+    return found
+
+
+def said_chance(tests: Sequence[float | None]) -> str:
+    """How many of so many tests would be below 0.05 where nothing differs."""
+    count = sum(p is not None for p in tests)
+    return f"{count} tests, of which {count * CLAIM_P:.1f} would have p < {CLAIM_P} by chance if nothing differed"
+
+
 def _student_quantile(freedom: int) -> float:
     return float(_stats().t.ppf(0.975, freedom))
 
