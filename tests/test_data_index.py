@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import collections
 import io
+import itertools
 import json
+import math
 import os
 import tarfile
 from pathlib import Path
@@ -198,7 +201,22 @@ def test_a_document_is_one_read_of_24_bytes_and_nothing_stays_mapped(made):
     with pytest.raises(ValueError, match="read-only"):
         found.records_N["bytes"][0] = 1
     assert list(found.columns["speaker"])[:2] == [found.columns["speaker"][0], found.columns["speaker"][1]]
-    assert 0 < found.columns["rarity"][0] < 10
+    assert 0 < found.columns["mean_rarity"][0] < 10 < found.columns["rarity"][0]
+
+
+def test_rarity_is_the_sum_of_surprise_and_mean_rarity_its_mean(made):
+    shard = sorted((made / "s").glob("text-*.tar"))[0]
+    folder = TokenizerFolder.load(made / "tok")
+    found = load_index(shard, folder.hash)
+    with tarfile.open(shard) as tar:
+        texts = [tar.extractfile(member).read().decode() for member in tar if member.name.endswith(".txt")]
+    ids = [folder.text.encode(text) for text in texts]
+    counts = collections.Counter(itertools.chain.from_iterable(ids))
+    total = sum(counts.values())
+    for row, values in enumerate(ids):
+        surprise = [-math.log(counts[value] / total) for value in values]
+        assert found.columns["rarity"][row] == pytest.approx(sum(surprise))
+        assert found.columns["mean_rarity"][row] == pytest.approx(sum(surprise) / len(surprise))
 
 
 def test_any_reader_of_safetensors_reads_an_index(made):
@@ -346,14 +364,19 @@ def test_broken_and_older_indices_are_named(made, tmp_path):
     path.write_bytes(b"mmllmidx" + b"\2\0\0\0\x18\0\0\0" + bytes(60))
     sidecar = tmp_path / "t.tar.index.npz"
     sidecar.write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"of an earlier format than 3; run 'mmllm data index'"):
+    with pytest.raises(ValueError, match=r"of an earlier format than 4; run 'mmllm data index'"):
         load_index(shard, folder.hash)
     assert write_indices([shard], folder)[0].num_documents == 2
     assert path.read_bytes() == whole and not sidecar.exists()
     arrays = open_arrays(path)
-    write_arrays(path, {name: arrays.read(name) for name in arrays.places}, {**arrays.info, "format_version": 4})
-    with pytest.raises(ValueError, match="is of format 4, not 3"):
-        load_index(shard, folder.hash)
+    for version in (3, 5):
+        write_arrays(
+            path, {name: arrays.read(name) for name in arrays.places}, {**arrays.info, "format_version": version}
+        )
+        with pytest.raises(ValueError, match=f"is of format {version}, not 4; run 'mmllm data index' again"):
+            load_index(shard, folder.hash)
+    assert write_indices([shard], folder)[0].num_documents == 2
+    assert path.read_bytes() == whole
 
 
 def test_an_index_that_is_replaced_in_use_is_no_index_of_the_old_one(made, tmp_path):

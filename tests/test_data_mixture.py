@@ -193,9 +193,11 @@ def test_curriculum_orders(made, order):
     assert order != "random" or tokens[:10].sum() < sum(drawn.values()) < tokens[-10:].sum()
 
 
-@pytest.mark.parametrize("metric", ["length", "rarity", "image_area", "seconds", "num_frames", "missing"])
+@pytest.mark.parametrize(
+    "metric", ["length", "rarity", "mean_rarity", "image_area", "seconds", "num_frames", "missing"]
+)
 def test_curriculum_metrics(made, metric, caplog):
-    kind = {"image_area": "caption", "rarity": "text", "length": "text"}.get(metric, "audio")
+    kind = {"image_area": "caption", "rarity": "text", "mean_rarity": "text", "length": "text"}.get(metric, "audio")
     if metric == "missing":  # one source has it, the other is named
         sources = [one(made, "text"), one(made, "audio")]
         item = plan_of(made, sources=sources, curriculum={"metric": "duration"}).sources[0]

@@ -25,7 +25,9 @@ class TokenCounts:
 
     by_task: dict[str, np.ndarray]
     rarity_N: np.ndarray
-    """float64, mean of -log p of a text's tokens, p their share in this shard; not a number without a text."""
+    """float64, sum of -log p of a text's tokens, p their share in this shard; not a number without a text."""
+    mean_rarity_N: np.ndarray
+    """float64, likewise their mean."""
     pieces: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     """By a long text's row: first token and first byte of each piece."""
     num_text_tokens: dict[int, int] = field(default_factory=dict)
@@ -81,15 +83,17 @@ def count_tokens(found: Scan, folder: TokenizerFolder, progress: Callable[[int],
         if progress and row % 1000 == 999:
             progress(row + 1)
     by_task = {task: np.array(column, dtype=np.int64) for task, column in counts.items()}
-    return TokenCounts(by_task, _rarity(ids), pieces, {row: len(ids[row]) for row in pieces}, refused)
+    return TokenCounts(by_task, *_rarities(ids), pieces, {row: len(ids[row]) for row in pieces}, refused)
 
 
-def _rarity(ids: Sequence[np.ndarray]) -> np.ndarray:
+def _rarities(ids: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and mean of -log p."""
     lengths = np.array([len(item) for item in ids], dtype=np.int64)
     if not lengths.sum():
-        return np.full(len(ids), np.nan)
+        return np.full(len(ids), np.nan), np.full(len(ids), np.nan)
     together = np.concatenate(ids)
     counts = np.bincount(together)
     surprise = -np.log(np.maximum(counts, 1) / len(together))[together]
     sums = np.diff(np.concatenate([[0.0], np.cumsum(surprise)])[np.concatenate([[0], np.cumsum(lengths)])])
-    return np.where(lengths > 0, sums / np.maximum(lengths, 1), np.nan)
+    sums = np.where(lengths > 0, sums, np.nan)
+    return sums, sums / np.maximum(lengths, 1)

@@ -28,7 +28,7 @@ from mmllm.data.shards.files import Stamp, Version, read_range
 from mmllm.data.shards.reader import ShardReader
 from mmllm.data.shards.remote import RemoteShard, Shard, fetch_side_file, side_file, stat_shard
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 ENDING = ".index"
 CHAT_RULE = 1
 """How conversations are counted of a tokenizer folder with a chat template of its own: as that writes them. Indices
@@ -188,7 +188,7 @@ class ShardIndex:
 
     @property
     def columns(self) -> Mapping[str, Column]:
-        """The rows' scalar metadata, and what was measured: `width`, `height`, `duration`, `rarity`."""
+        """The rows' scalar metadata, and what was measured: `width`, `height`, `duration`, `rarity`, `mean_rarity`."""
         told = self.arrays.info["columns"]
         return {
             name: Column(self._read, f"column{number}", self.num_documents, **more)

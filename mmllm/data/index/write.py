@@ -88,8 +88,9 @@ def save_index(
         digests = b"".join(hashlib.blake2b((text or "").encode(), digest_size=8).digest() for text in found.texts)
         arrays[DIGESTS] = np.frombuffer(digests, dtype="<u8")
     columns = _columns(found.metadata)
-    if not np.isnan(counts.rarity_N).all() and "rarity" not in columns:
-        columns["rarity"] = [None if np.isnan(value) else float(value) for value in counts.rarity_N]
+    for name, values_N in (("rarity", counts.rarity_N), ("mean_rarity", counts.mean_rarity_N)):
+        if not np.isnan(values_N).all() and name not in columns:
+            columns[name] = [None if np.isnan(value) else float(value) for value in values_N]
     told: dict[str, Any] = {}
     for number, (name, values) in enumerate(columns.items()):
         more, told[name] = Column.arrays(values, f"column{number}")

@@ -19,7 +19,7 @@ from mmllm.data.samples.masked_spans import KINDS, MASKED, MaskedSpansConfig
 from mmllm.data.samples.templates import check_template
 from mmllm.parsing import parse, read_yaml
 
-METRICS = ("num_tokens", "length", "rarity", "image_area", "seconds", "num_frames", "num_images")
+METRICS = ("num_tokens", "length", "rarity", "mean_rarity", "image_area", "seconds", "num_frames", "num_images")
 """Of a curriculum; besides, any numeric metadata column."""
 DEFAULT_ALPHA = 0.5
 """Of a source's `balance`."""
@@ -264,8 +264,9 @@ class CurriculumConfig:
     """
 
     metric: str = "num_tokens"
-    """`num_tokens` (or `length`), `rarity`, `image_area`, `seconds`, `num_frames`, `num_images`, or a numeric metadata
-    column. Rarity is the mean of -log p of a text's tokens, p their share in its shard (Platanios et al.)."""
+    """`num_tokens` (or `length`), `rarity`, `mean_rarity`, `image_area`, `seconds`, `num_frames`, `num_images`, or a
+    numeric metadata column. Rarity is the sum of -log p of a text's tokens, p their share in its shard (Platanios et
+    al., arXiv 1903.09848), so that long texts are rare, too; `mean_rarity` is the mean, whatever their lengths."""
     order: Literal["easy_first", "hard_first", "random"] = "easy_first"
     """The others are controls: the same pacing over the opposite order, or over one that means nothing."""
     pacing: Literal["linear", "root", "step", "exponential"] = "root"
