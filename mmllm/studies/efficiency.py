@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmllm.studies.report import said_commit
 from mmllm.studies.statistics import holm, said_chance, said_p
 
 _HEAD = """# What methods are worth here
@@ -63,7 +64,7 @@ def _section(name: str, values: Mapping[str, Any]) -> str:
         f"{values['question']} (`configs/studies/{name}.yaml`)\n",
         f"Expected: {values['expected']}\n",
         f"{values['runs']} runs of {amount:,.6g} {kind} each, {machine['processor']}, "
-        f"commit {_commit(values['commit'])}.{left_out}\n",
+        f"commit {said_commit(values['commit'])}.{left_out}\n",
         "| factor | level | measure | score | 95% interval | difference | p | Holm | seeds "
         "| samples for equal score | FLOPs | min | |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -116,7 +117,3 @@ def _scaling(path: Path) -> str:
         lines.append(f"| {key} | {values[key]:.4g} | {told} |")
     lines += [f"\nWarning: {warning}" for warning in values.get("warnings", ())]
     return "\n".join(lines) + "\n"
-
-
-def _commit(commit: Any) -> str:
-    return ", ".join(str(each)[:10] for each in commit) if isinstance(commit, list) else str(commit)[:10]

@@ -128,6 +128,11 @@ def report_lines(values: Mapping[str, Any]) -> list[str]:
     return [*lines, said_chance([row["p"] for row in values["rows"]])]
 
 
+def said_commit(commit: str | Sequence[str]) -> str:
+    """A report's commit, or those that its runs are of, as far as they need to be read."""
+    return commit[:10] if isinstance(commit, str) else ", ".join(each[:10] for each in commit)
+
+
 def read_results(study: Study, folder: Path) -> dict[Arm, dict[str, Any]]:
     """Of the runs that are done."""
     found = {}
@@ -257,7 +262,7 @@ def page(study: Study, lines: Sequence[Line], values: Mapping[str, Any]) -> str:
     )
     return environment.get_template("report.html.j2").render(
         study=study, values=values, tables=_tables(study, lines), charts=_charts(study, lines), said_p=said_p,
-        chance=said_chance([line.p for line in lines]),
+        chance=said_chance([line.p for line in lines]), commit=said_commit(values["commit"]),
     )  # fmt: skip
 
 
