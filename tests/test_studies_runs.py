@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,13 @@ import yaml
 from mmllm.cli.main import main
 from mmllm.data.executors.stages import Executor
 from mmllm.evaluation.results import TaskResult, save_result
+from mmllm.studies.at_once import run_at_once
 from mmllm.studies.lengths import Length
 from mmllm.studies.run import run_study, study_in
 from mmllm.studies.runs import Runner
 from mmllm.studies.settings import Base
 from mmllm.studies.shared import Cost, shared_keys
-from mmllm.studies.study import Arm, Budget
+from mmllm.studies.study import Arm, Budget, Step
 from tests.test_studies_scaling_sweep import data as data  # a fixture: text shards, and a config of a tiny decoder
 
 pytest.importorskip("scipy", reason="a study's tests need scipy: pip install 'mmllm[studies]'")
@@ -197,12 +199,12 @@ def test_what_arms_begin_with_alike_is_run_once_a_seed_and_counted_for_each(
     assert not (out / "shared").exists() and not list(out.glob("runs/*/first")), "what another was made of goes"
     alone = tmp_path / "alone"
     with monkeypatch.context() as patch:
-        patch.setattr("mmllm.studies.runs.shared_keys", lambda *_: [])
+        patch.setattr("mmllm.studies.runs.shared_keys", lambda _: defaultdict(list))
         list(run_study(path, str(alone)))
     base, other = (Base.read(replace(study_in(out), budget=Budget(samples=n)), data) for n in (12, 9))
-    for arm in study_in(out).arms():
-        keys = shared_keys(base, arm)
-        assert not set(keys) & set(shared_keys(other, arm)), "of another budget, other trainings"
+    of_others = shared_keys(other)
+    for arm, keys in shared_keys(base).items():
+        assert not set(keys) & set(of_others[arm]), "of another budget, other trainings"
         assert len(keys) == len(set(keys)) == (0 if arm.level == "wide" else 2)
     results = [{json.loads(file.read_text())["level"] + file.parent.name[-1]: json.loads(file.read_text())
                 for file in folder.glob("runs/*/result.json")} for folder in (out, alone)]  # fmt: skip
@@ -234,7 +236,48 @@ def test_what_waits_for_shared_steps_begins_nothing_after_an_interrupt(
 
     monkeypatch.setattr("mmllm.studies.runs.call", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        list(
-            run_study(study_file(data, tmp_path, factors=factors), str(tmp_path / "out"), executor=Executor(workers=2))
-        )
+        path = study_file(data, tmp_path, factors=factors, seeds=[0])
+        list(run_study(path, str(tmp_path / "out"), executor=Executor(workers=2)))
     assert begun == ["fit"]
+
+
+def test_an_arm_whose_first_steps_another_is_at_lets_others_begin(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    begin, last = {"fit": {}, "out": "first", "share": 0.5}, {"fit": {}, "share": 0.5}
+    levels = {name: {"steps": [begin, {**last, "fit": {WIDTH: 16 * n}}]} for n, name in enumerate(("one", "two"), 1)}
+    factors = {"way": {"baseline": "one", "levels": levels}}
+
+    def order(name: str, **bound: float) -> list[tuple[str, int]]:
+        begun: list[tuple[str, int]] = []
+
+        def run(_self: Runner, arm: Arm, steps: Sequence[Step], folder: Path) -> Cost:
+            begun.append((folder.parent.name, arm.seed))
+            time.sleep(0.5)
+            return Cost()
+
+        monkeypatch.setattr(Runner, "_run_steps", run)
+        monkeypatch.setattr(Runner, "_scores", lambda *_: {"bits": {"score": 1.0, "rows": {}}})
+        path, executor = study_file(data, tmp_path, factors=factors, seeds=[0, 1]), Executor(workers=2)
+        list(run_study(path, str(tmp_path / name), executor=executor, **bound))
+        return begun
+
+    assert sorted(order("free")[:2]) == [("shared", 0), ("shared", 1)], "the other seed's, and no worker that waits"
+    assert order("bounded", minutes=60)[:2] == [("shared", 0), ("runs", 0)], "one seed of every arm first"
+
+
+def test_what_would_wait_for_all_begins_nevertheless():
+    class One:
+        def run(self, item: str) -> dict[str, Any]:
+            begun.append(item)
+            return {}
+
+        def stop(self) -> None: ...
+
+    begun: list[str] = []
+    items = ["a1", "a2", "b1"]
+    done = dict(run_at_once(items, One, 1, would_wait=lambda item, now: any(each[0] == item[0] for each in now)))
+    assert begun == items == list(done), "one at a time: nothing runs beside it"
+    begun.clear()
+    list(run_at_once(["a1", "a2"], One, 2, would_wait=lambda _item, now: bool(now)))
+    assert sorted(begun) == ["a1", "a2"]

@@ -30,14 +30,16 @@ def run_at_once(
     make: Callable[[], OneRun[Item]],
     num_at_once: int,
     may_begin: Callable[[float], bool] = lambda _longest: True,
+    would_wait: Callable[[Item, Sequence[Item]], bool] = lambda _item, _running: False,
 ) -> Iterator[tuple[Item, dict[str, Any] | None]]:
-    """Runs items in their order; gives each with its result as it ends.
+    """Runs items in their order, but for those that would wait; gives each with its result as it ends.
 
     Args:
         items: to run.
         make: gives what runs one of them.
         num_at_once: processes at once.
         may_begin: whether one more may begin, by the minutes of the longest so far; one that may not comes with None.
+        would_wait: whether an item would wait for what those that run are at: the next that would not begins before it.
 
     Raises:
         Exception: a run's own; those beside it end first, and none begins after it.
@@ -50,7 +52,8 @@ def run_at_once(
         try:
             while waiting or running:
                 while waiting and len(running) < num_at_once:
-                    item = waiting.pop(0)
+                    now = [each for each, _, _ in running.values()]
+                    item = waiting.pop(next((n for n, each in enumerate(waiting) if not would_wait(each, now)), 0))
                     if not may_begin(longest):
                         yield item, None
                         continue

@@ -25,7 +25,7 @@ from mmllm.studies.at_once import run_at_once
 from mmllm.studies.lengths import Length, check_recipe, check_training, write_training
 from mmllm.studies.runs import RESULT, Runner
 from mmllm.studies.settings import Base, filled
-from mmllm.studies.shared import forget
+from mmllm.studies.shared import forget, shared_keys, would_wait
 from mmllm.studies.study import Arm, Data, Measure, Study, load_study, study_of
 
 STUDY = "study.json"
@@ -274,7 +274,10 @@ def _run_here(
     num_threads: int,
     minutes: float | None,
 ) -> Iterator[str]:
-    """So many at once; with a bound, none that would probably pass it."""
+    """So many at once; with a bound, none that would probably pass it, and in their order.
+
+    Without one, an arm whose first steps another is at lets others begin before it.
+    """
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     before = max(_minutes_done(folder, study.arms()), default=0.0)
 
@@ -284,8 +287,13 @@ def _run_here(
     def make() -> Runner:
         return Runner(study, data, folder, num_threads, meters=num_at_once == 1)
 
+    keys = shared_keys(Base.read(study, data)) if minutes is None else {}
+
+    def must_wait(arm: Arm, running: Sequence[Arm]) -> bool:
+        return minutes is None and would_wait(arm, running, keys, folder)
+
     left_out = []
-    for arm, result in run_at_once(arms, make, num_at_once, may_begin):
+    for arm, result in run_at_once(arms, make, num_at_once, may_begin, must_wait):
         if result is None:
             left_out.append(arm.name)
         else:

@@ -82,7 +82,7 @@ class Runner:
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-        parts, keys = self.study.level(arm).parts, shared_keys(self.base, arm)
+        parts, keys = self.study.level(arm).parts, shared_keys(self.base)[arm]
 
         def run(steps: Sequence[Step], place: Path) -> Cost:
             return self._run_steps(arm, steps, place)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -54,10 +54,17 @@ Run = Callable[[Sequence[Step], Path], Cost]
 """Runs steps in a folder."""
 
 
-def shared_keys(base: Base, arm: Arm) -> list[str]:
-    """Digests of an arm's first steps, each of all steps up to it; of those that another arm of the study has too."""
-    counts = Counter(key for each in base.study.arms() for key in set(_keys(base, each)))
-    return [key for key in _keys(base, arm) if counts[key] > 1]
+def shared_keys(base: Base) -> dict[Arm, list[str]]:
+    """Digests of each arm's first steps, each of all steps up to it; of those that another arm of the study has too."""
+    keys = {arm: list(_keys(base, arm)) for arm in base.study.arms()}
+    counts = Counter(key for each in keys.values() for key in set(each))
+    return {arm: [key for key in each if counts[key] > 1] for arm, each in keys.items()}
+
+
+def would_wait(arm: Arm, running: Sequence[Arm], keys: Mapping[Arm, Sequence[str]], study: Path) -> bool:
+    """Whether an arm's next shared step is one that a running arm is to make."""
+    missing = next((key for key in keys[arm] if not (study / FOLDER / key / _RECORD).is_file()), None)
+    return any(missing in keys[each] for each in running)
 
 
 def _keys(base: Base, arm: Arm) -> Iterator[str]:
