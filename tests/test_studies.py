@@ -12,6 +12,7 @@ from mmllm.studies.lengths import check_training
 from mmllm.studies.report import factor_lines
 from mmllm.studies.run import _begun
 from mmllm.studies.settings import Base, Settings, put, resolved
+from mmllm.studies.statistics import holm
 from mmllm.studies.study import Arm, Study, study_of
 
 MEASURE: dict[str, Any] = {
@@ -234,16 +235,16 @@ def write_report(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
     (folder / f"{name}.json").write_text(json.dumps(values))
 
 
-def test_efficiency_is_made_of_reports(tmp_path: Path):
+def test_efficiency_is_made_of_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     from mmllm.cli.main import main
 
     (tmp_path / "studies").mkdir()
     row = {"factor": "f", "level": "a", "measure": "m", "score": 0.5, "interval": [0.4, 0.6], "difference": 0.1,
-           "p": 0.01, "seeds": 3, "samples_for_equal_score": 1234.0, "flops": 1e12, "minutes": 2.0,
+           "p": 0.01, "p_holm": 0.02, "seeds": 3, "samples_for_equal_score": 1234.0, "flops": 1e12, "minutes": 2.0,
            "verdict": "better"}  # fmt: skip
     write_report(tmp_path / "studies", "experts", [
-        row, {**row, "level": "b", "p": None, "verdict": "baseline"}, {**row, "level": "c", "p": 0.03},
-        {**row, "measure": "n"},
+        row, {**row, "level": "b", "p": None, "p_holm": None, "verdict": "baseline"},
+        {**row, "level": "c", "p": 0.03, "p_holm": 0.03}, {**row, "measure": "n", "p_holm": 0.01},
     ])  # fmt: skip
     fit = {"E": 1.7, "A": 400, "B": 2000, "alpha": 0.3, "beta": 0.3, "intervals": {"E": [1.6, 1.8]}, "warnings": ["w"]}
     (tmp_path / "fit.json").write_text(json.dumps(fit))
@@ -270,3 +271,25 @@ def test_efficiency_is_made_of_reports(tmp_path: Path):
     assert "Here are 3 tests, of which 0.2 " in text
     assert "| E | 1.7 | 1.6 – 1.8 |" in text and "Warning: w" in text
     assert main(["study", "efficiency", str(tmp_path / "studies"), "--out", str(out), "--scaling", str(out)]) != 0
+    del row["p_holm"]
+    write_report(tmp_path / "studies", "older", [row])
+    assert main(command) != 0
+    assert "older.json was made by an earlier mmllm" in capsys.readouterr().err
+
+
+def test_p_is_adjusted_for_the_other_levels_under_the_measure():
+    values = copy.deepcopy(VALUES)
+    factor = next(iter(values["factors"]))
+    values["factors"] = {factor: {"baseline": "a", "levels": {name: {} for name in "abcd"}}}
+    study = study_of(values)
+    measure = study.measures[0]
+    scores = {"a": (0.1, 0.2, 0.3), "b": (0.2, 0.31, 0.42), "c": (0.5, 0.7, 0.75), "d": (0.2, 0.1, 0.4)}
+    results = {
+        Arm(factor, level, seed): {"scores": {measure.name: {"score": score, "rows": {}}}, "flops": 1.0, "minutes": 1.0,
+                                   "steps": 1, "tokens": 1, "documents": 7, "joules": None}
+        for level, each in scores.items() for seed, score in enumerate(each)
+    }  # fmt: skip
+    lines = factor_lines(study, factor, measure, results)
+    assert lines[0].p_holm is None
+    told = [line.p for line in lines[1:]]
+    assert [line.p_holm for line in lines[1:]] == holm(told) != told

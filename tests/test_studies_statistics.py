@@ -23,6 +23,7 @@ def test_families_of_equal_levels_rarely_have_a_p_below_the_claims():
     adjusted = np.mean([min(p for p in holm(family.tolist()) if p is not None) < 0.05 for family in families])
     assert alone > 0.28 and 0.03 < adjusted < 0.06
     assert said_chance([0.5, None, *[0.1] * 13]).startswith("14 tests, of which 0.7 would have p < 0.05")
+    assert said_chance([0.5]).startswith("1 test, of") and said_chance([None]) == "no tests"
 
 
 def test_paired_p_is_students():

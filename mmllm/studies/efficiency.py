@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmllm.studies.report import said_commit
-from mmllm.studies.statistics import holm, said_chance, said_p
+from mmllm.studies.statistics import said_chance, said_p
 
 _HEAD = """# What methods are worth here
 
@@ -51,6 +51,8 @@ def _read(path: Path) -> dict[str, Any]:
     values = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict) or "rows" not in values:
         raise ValueError(f"{path} is no report of `mmllm study report`; it has no rows")
+    if any("p_holm" not in row for row in values["rows"]):
+        raise ValueError(f"{path} was made by an earlier mmllm; run `mmllm study report` of its folder again")
     return values
 
 
@@ -58,7 +60,6 @@ def _section(name: str, values: Mapping[str, Any]) -> str:
     kind, amount = next(iter(values["budget"].items()))
     machine = values["machine"]
     left_out = f" Not run: {len(values['runs_left_out'])}." if values["runs_left_out"] else ""
-    adjusted = _adjusted(values["rows"])
     lines = [
         f"\n## {values['title']}\n",
         f"{values['question']} (`configs/studies/{name}.yaml`)\n",
@@ -68,24 +69,12 @@ def _section(name: str, values: Mapping[str, Any]) -> str:
         "| factor | level | measure | score | 95% interval | difference | p | Holm | seeds "
         "| samples for equal score | FLOPs | min | |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-        *(_row(row, adjusted[number]) for number, row in enumerate(values["rows"])),
+        *(_row(row) for row in values["rows"]),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _adjusted(rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
-    """Each row's p by Holm, among the rows of its factor and measure."""
-    found: list[float | None] = [None] * len(rows)
-    families: dict[tuple[str, str], list[int]] = {}
-    for place, row in enumerate(rows):
-        families.setdefault((row["factor"], row["measure"]), []).append(place)
-    for places in families.values():
-        for place, p in zip(places, holm([rows[place]["p"] for place in places]), strict=True):
-            found[place] = p
-    return found
-
-
-def _row(row: Mapping[str, Any], adjusted: float | None) -> str:
+def _row(row: Mapping[str, Any]) -> str:
     low, high = row["interval"]
     difference = row["difference"]
     is_baseline = row["verdict"] == "baseline"
@@ -94,8 +83,8 @@ def _row(row: Mapping[str, Any], adjusted: float | None) -> str:
     samples = "–" if equal is None else f"{equal:,.0f}"
     cells = (
         row["factor"], row["level"], row["measure"], f"{row['score']:.4f}", f"{low:.4f} – {high:.4f}", told,
-        said_p(row["p"]), said_p(adjusted), str(row["seeds"]), samples, f"{row['flops']:.3g}", f"{row['minutes']:.1f}",
-        row["verdict"],
+        said_p(row["p"]), said_p(row["p_holm"]), str(row["seeds"]), samples, f"{row['flops']:.3g}",
+        f"{row['minutes']:.1f}", row["verdict"],
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 

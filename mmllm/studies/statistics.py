@@ -82,7 +82,10 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
 def said_chance(tests: Sequence[float | None]) -> str:
     """How many of so many tests would be below 0.05 where nothing differs."""
     count = sum(p is not None for p in tests)
-    return f"{count} tests, of which {count * CLAIM_P:.1f} would have p < {CLAIM_P} by chance if nothing differed"
+    if not count:
+        return "no tests"
+    tests_told = f"{count} test{'s' * (count > 1)}"
+    return f"{tests_told}, of which {count * CLAIM_P:.1f} would have p < {CLAIM_P} by chance if nothing differed"
 
 
 def _student_quantile(freedom: int) -> float:
