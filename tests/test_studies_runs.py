@@ -248,7 +248,7 @@ def test_an_arm_whose_first_steps_another_is_at_lets_others_begin(
     levels = {name: {"steps": [begin, {**last, "fit": {WIDTH: 16 * n}}]} for n, name in enumerate(("one", "two"), 1)}
     factors = {"way": {"baseline": "one", "levels": levels}}
 
-    def order(name: str, **bound: float) -> list[tuple[str, int]]:
+    def order(name: str, minutes: float | None = None) -> list[tuple[str, int]]:
         begun: list[tuple[str, int]] = []
 
         def run(_self: Runner, arm: Arm, steps: Sequence[Step], folder: Path) -> Cost:
@@ -259,7 +259,7 @@ def test_an_arm_whose_first_steps_another_is_at_lets_others_begin(
         monkeypatch.setattr(Runner, "_run_steps", run)
         monkeypatch.setattr(Runner, "_scores", lambda *_: {"bits": {"score": 1.0, "rows": {}}})
         path, executor = study_file(data, tmp_path, factors=factors, seeds=[0, 1]), Executor(workers=2)
-        list(run_study(path, str(tmp_path / name), executor=executor, **bound))
+        list(run_study(path, str(tmp_path / name), minutes=minutes, executor=executor))
         return begun
 
     assert sorted(order("free")[:2]) == [("shared", 0), ("shared", 1)], "the other seed's, and no worker that waits"
