@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from mmllm.studies.lengths import check_training
-from mmllm.studies.report import factor_lines
+from mmllm.studies.report import factor_lines, said_commit, uneven_notes
 from mmllm.studies.run import _begun
 from mmllm.studies.settings import Base, Settings, put, resolved
 from mmllm.studies.statistics import holm
@@ -240,11 +240,14 @@ def test_efficiency_is_made_of_reports(tmp_path: Path, capsys: pytest.CaptureFix
 
     (tmp_path / "studies").mkdir()
     row = {"factor": "f", "level": "a", "measure": "m", "score": 0.5, "interval": [0.4, 0.6], "difference": 0.1,
-           "p": 0.01, "p_holm": 0.02, "seeds": 3, "samples_for_equal_score": 1234.0, "flops": 1e12, "minutes": 2.0,
-           "verdict": "better"}  # fmt: skip
+           "interval_over": "seeds and rows", "p": 0.01, "p_holm": 0.02, "seeds": 3, "pairs": 3,
+           "samples_for_equal_score": 1234.0, "samples_is_bound": False, "flops": 1e12, "minutes": 2.0,
+           "lower_is_better": False, "verdict": "better"}  # fmt: skip
     write_report(tmp_path / "studies", "experts", [
         row, {**row, "level": "b", "p": None, "p_holm": None, "verdict": "baseline"},
         {**row, "level": "c", "p": 0.03, "p_holm": 0.03}, {**row, "measure": "n", "p_holm": 0.01},
+        {**row, "measure": "few", "samples_is_bound": True, "interval_over": "seeds", "p": 0.2, "p_holm": 0.2,
+         "verdict": "unproved"},
     ])  # fmt: skip
     fit = {"E": 1.7, "A": 400, "B": 2000, "alpha": 0.3, "beta": 0.3, "intervals": {"E": [1.6, 1.8]}, "warnings": ["w"]}
     (tmp_path / "fit.json").write_text(json.dumps(fit))
@@ -268,13 +271,31 @@ def test_efficiency_is_made_of_reports(tmp_path: Path, capsys: pytest.CaptureFix
         "+0.1000 | 0.030 | 0.030 |" in text
         and "| f | a | n | 0.5000 | 0.4000 – 0.6000 | +0.1000 | 0.010 | 0.010 |" in text
     )
-    assert "Here are 3 tests, of which 0.2 " in text
+    assert "| 0.4000 – 0.6000 (seeds) | +0.1000 | 0.200 | 0.200 | 3 | ≤ 1,234 |" in text
+    assert "Here are 4 tests, of which 0.2 " in text and "FLOPs are not" not in text
     assert "| E | 1.7 | 1.6 – 1.8 |" in text and "Warning: w" in text
     assert main(["study", "efficiency", str(tmp_path / "studies"), "--out", str(out), "--scaling", str(out)]) != 0
-    del row["p_holm"]
-    write_report(tmp_path / "studies", "older", [row])
+    write_report(tmp_path / "studies", "believed", [{**row, "p": 0.06, "p_holm": 0.06}])
     assert main(command) != 0
-    assert "older.json was made by an earlier mmllm" in capsys.readouterr().err
+    assert "f: a is called better in m, and its numbers say unproved" in capsys.readouterr().err
+    del row["p_holm"]
+    write_report(tmp_path / "studies", "believed", [row])
+    assert main(command) != 0
+    assert "believed.json was made by an earlier mmllm" in capsys.readouterr().err
+
+
+def test_unequal_flops_under_an_equal_number_of_samples_are_told():
+    rows = [{"factor": "order", "level": level, "flops": flops} for level, flops in (("a", 1.0), ("b", 1.04))]
+    assert uneven_notes({"budget": {"samples": 9}, "rows": rows}) == []
+    rows += [{"factor": "order", "level": "c", "flops": 1.1}, {"factor": "other", "level": "a", "flops": 5.0}]
+    (note,) = uneven_notes({"budget": {"samples": 9}, "rows": rows})
+    assert note == "order: samples are equal, and FLOPs are not: c has 1.1, a 1"
+    assert uneven_notes({"budget": {"flops": 1e12}, "rows": rows}) == []
+
+
+def test_a_commit_with_changes_is_told_as_such():
+    assert said_commit("0123456789abcdef") == "0123456789"
+    assert said_commit(["0123456789abcdef-dirty", "f" * 40]) == "0123456789-dirty, ffffffffff"
 
 
 def test_p_is_adjusted_for_the_other_levels_under_the_measure():

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from mmllm.studies.energy import EnergyMeter
-from mmllm.studies.statistics import holm, interval_of, paired_p, said_chance, said_p, samples_for, student_interval
+from mmllm.studies.statistics import (
+    holm,
+    interval_of,
+    paired_p,
+    said_chance,
+    said_p,
+    samples_for,
+    student_interval,
+    verdict_of,
+)
 
 
 def test_holm_multiplies_the_smallest_by_all_and_keeps_the_order():
@@ -37,6 +46,15 @@ def test_paired_p_is_students():
     assert paired_p({0: 1.0, 1: 2.0}, {0: 0.0, 1: 1.0}) is None  # nor do differences without spread
 
 
+def test_differences_that_only_rounding_parts_prove_nothing():
+    others = {0: 181 / 300, 1: 190 / 300, 2: 201 / 300}
+    scores = {0: 182 / 300, 1: 191 / 300, 2: 202 / 300}
+    assert len({scores[seed] - others[seed] for seed in others}) > 1, "floats differ in their last digit"
+    assert paired_p(scores, others) is None
+    p = paired_p({**scores, 2: 203 / 300}, others)
+    assert p is not None and 0.01 < p < 0.2
+
+
 def test_interval_covers_the_mean_of_new_seeds_and_rows():
     """Of trainings with a known mean, some 95 in a hundred intervals hold it; over rows alone, far fewer would."""
     generator = np.random.default_rng(0)
@@ -45,9 +63,9 @@ def test_interval_covers_the_mean_of_new_seeds_and_rows():
         levels = generator.normal(0.5, 0.1, num_seeds)
         table = levels[:, None] + generator.normal(0, 0.3, (num_seeds, num_rows))
         rows = [{str(place): float(value) for place, value in enumerate(row)} for row in table]
-        low, high = interval_of([float(row.mean()) for row in table], rows)
+        low, high, _ = interval_of([float(row.mean()) for row in table], rows)
         inside += low <= 0.5 <= high
-        low, high = interval_of([float(table[0].mean())], rows[:1])
+        low, high, _ = interval_of([float(table[0].mean())], rows[:1])
         inside_rows += low <= 0.5 <= high
     assert inside >= 111
     assert inside_rows < inside - 15
@@ -55,22 +73,56 @@ def test_interval_covers_the_mean_of_new_seeds_and_rows():
 
 def test_interval_without_rows_is_students():
     scores = [0.2, 0.3, 0.4]
-    assert interval_of(scores, [{}, {}, {}]) == student_interval(scores)
+    found = interval_of(scores, [{}, {}, {}])
+    assert found.over == "seeds" and found[:2] == pytest.approx(student_interval(scores))
     low, high = student_interval(scores)
     assert (low + high) / 2 == pytest.approx(0.3)
     assert (high - low) / 2 == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-5)
     assert student_interval([0.7]) == (0.7, 0.7)
 
 
+def test_interval_of_a_ratio_has_the_rows_that_its_evaluation_tells():
+    scores, of_rows = [0.2, 0.3, 0.4], [[0.1, 0.3], [0.2, 0.4], [0.3, 0.7]]
+    low, high, over = interval_of(scores, [{}, {}, {}], of_rows)
+    of_seeds = 4.302653 * 0.1 / math.sqrt(3)
+    assert over == "seeds and rows" and (low + high) / 2 == pytest.approx(0.3)
+    assert (high - low) / 2 == pytest.approx(math.hypot(of_seeds, (0.1 + 0.1 + 0.2) / 3), rel=1e-5)
+    assert interval_of(scores, [{}, {}, {}], [None, *of_rows[1:]]).over == "seeds", "one of them has none"
+    low, high, over = interval_of([0.2], [{}], of_rows[:1])
+    assert (low, high) == pytest.approx((0.1, 0.3)) and over == "rows"
+    assert interval_of([0.2], [{}]) == (0.2, 0.2, "nothing")
+
+
 def test_samples_for_equal_score():
     curve = [(1000.0, 0.8), (100.0, 0.4), (10.0, 0.2)]
-    assert samples_for(curve, 0.6) == pytest.approx(math.sqrt(100 * 1000))
-    assert samples_for(curve, 0.8) == pytest.approx(1000)
-    assert samples_for(curve, 0.1) == 10  # already with the fewest
+
+    def samples(target: float) -> float:
+        found = samples_for(curve, target)
+        assert found is not None and not found.is_bound
+        return found.count
+
+    assert samples(0.6) == pytest.approx(math.sqrt(100 * 1000))
+    assert samples(0.8) == pytest.approx(1000)
+    assert samples_for(curve, 0.1) == (10, True)  # already with the fewest: it may need fewer
     assert samples_for(curve, 0.81) is None  # nothing is extrapolated
     errors = [(samples, 1 - score) for samples, score in curve]
-    assert samples_for(errors, 0.4, lower_is_better=True) == pytest.approx(math.sqrt(100 * 1000))
+    found = samples_for(errors, 0.4, lower_is_better=True)
+    assert found is not None and found.count == pytest.approx(math.sqrt(100 * 1000))
     assert samples_for([], 0.5) is None
+
+
+def test_a_point_that_is_there_by_luck_before_one_that_is_not_does_not_count():
+    curve = [(10.0, 0.7), (100.0, 0.4), (1000.0, 0.8), (10000.0, 0.75)]
+    found = samples_for(curve, 0.6)
+    assert found is not None and 100 < found.count < 1000
+    assert samples_for(curve, 0.78) is None, "its last point isn't there"
+
+
+def test_a_verdict_is_of_the_adjusted_p():
+    assert verdict_of(0.1, 0.049, 3, lower_is_better=False) == verdict_of(-0.1, 0.01, 5, True) == "better"
+    assert verdict_of(-0.1, 0.049, 3, False) == verdict_of(0.1, 0.049, 3, True) == "worse"
+    for difference, p, pairs in ((0.1, 0.05, 3), (0.1, 0.01, 2), (0.1, None, 3), (None, 0.01, 3)):
+        assert verdict_of(difference, p, pairs, False) == "unproved"
 
 
 def test_joules_are_counted_over_a_counters_end(tmp_path: Path):

@@ -7,19 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmllm.studies.report import said_commit
-from mmllm.studies.statistics import said_chance, said_p
+from mmllm.studies.report import said_commit, said_interval, said_samples, uneven_notes
+from mmllm.studies.statistics import holm, said_chance, said_p, verdict_of
 
 _HEAD = """# What methods are worth here
 
 Made by `mmllm study efficiency {folder} --out {out}` from the reports of `mmllm study run`; nothing in it is written by
-hand. Every table holds one budget equal for all its runs. Intervals are 95%, over seeds and test rows; p is that of a
-test paired by seed; a level is called better or worse with p < 0.05 over three seeds or more, and unproved otherwise.
-Here are {chance}. So the column after p has it
-adjusted by Holm's method for the levels that share a baseline and a measure.
+hand. Every table holds one budget equal for all its runs. Intervals are 95%, over seeds and test rows unless told; p is
+that of a test paired by seed. Here are {chance}.
+So the column after p has it adjusted by Holm's method for the levels that share a baseline and a measure, and by that a
+level is called better or worse: below 0.05 over three seeds or more; else it is unproved.
 "Samples for equal score" is how many training documents a level needs to score as the baseline does with all of its
-own, read off its learning curve; a dash where it was not measured or never does. Where a curve is flat within its
-intervals, which report.json has, that number is noise.
+own, read off its learning curve where it stays there; "≤" where the fewest that were measured do; a dash where it was
+not measured or never does. Where a curve is flat within its intervals, which report.json has, that number is noise.
 """
 
 
@@ -51,9 +51,23 @@ def _read(path: Path) -> dict[str, Any]:
     values = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict) or "rows" not in values:
         raise ValueError(f"{path} is no report of `mmllm study report`; it has no rows")
-    if any("p_holm" not in row for row in values["rows"]):
+    if any(key not in row for row in values["rows"] for key in ("p_holm", "pairs")):
         raise ValueError(f"{path} was made by an earlier mmllm; run `mmllm study report` of its folder again")
+    _check_verdicts(path, values["rows"])
     return values
+
+
+def _check_verdicts(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError where a row claims what its own numbers don't say."""
+    for name, measure in dict.fromkeys((row["factor"], row["measure"]) for row in rows):
+        levels = [row for row in rows if (row["factor"], row["measure"]) == (name, measure)]
+        for row, p_holm in zip(levels, holm([row["p"] for row in levels]), strict=True):
+            verdict = verdict_of(row["difference"], p_holm, row["pairs"], row["lower_is_better"])
+            if row["verdict"] != "baseline" and row["verdict"] != verdict:
+                raise ValueError(
+                    f"{path}: {name}: {row['level']} is called {row['verdict']} in {measure}, and its numbers say "
+                    f"{verdict}; run `mmllm study report` of its folder again"
+                )
 
 
 def _section(name: str, values: Mapping[str, Any]) -> str:
@@ -66,6 +80,7 @@ def _section(name: str, values: Mapping[str, Any]) -> str:
         f"Expected: {values['expected']}\n",
         f"{values['runs']} runs of {amount:,.6g} {kind} each, {machine['processor']}, "
         f"commit {said_commit(values['commit'])}.{left_out}\n",
+        *(f"{note}.\n" for note in uneven_notes(values)),
         "| factor | level | measure | score | 95% interval | difference | p | Holm | seeds "
         "| samples for equal score | FLOPs | min | |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -75,15 +90,12 @@ def _section(name: str, values: Mapping[str, Any]) -> str:
 
 
 def _row(row: Mapping[str, Any]) -> str:
-    low, high = row["interval"]
     difference = row["difference"]
     is_baseline = row["verdict"] == "baseline"
     told = "–" if is_baseline or difference is None else f"{difference:+.4f}"
-    equal = row["samples_for_equal_score"]
-    samples = "–" if equal is None else f"{equal:,.0f}"
     cells = (
-        row["factor"], row["level"], row["measure"], f"{row['score']:.4f}", f"{low:.4f} – {high:.4f}", told,
-        said_p(row["p"]), said_p(row["p_holm"]), str(row["seeds"]), samples, f"{row['flops']:.3g}",
+        row["factor"], row["level"], row["measure"], f"{row['score']:.4f}", said_interval(row), told,
+        said_p(row["p"]), said_p(row["p_holm"]), str(row["seeds"]), said_samples(row), f"{row['flops']:.3g}",
         f"{row['minutes']:.1f}", row["verdict"],
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"

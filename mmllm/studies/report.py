@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,23 @@ from mmllm.studies.measures import Measure
 from mmllm.studies.run import study_in
 from mmllm.studies.runs import RESULT
 from mmllm.studies.statistics import (
-    CLAIM_P,
-    MIN_SEEDS,
+    Interval,
+    Over,
+    Verdict,
     holm,
     interval_of,
     paired_p,
     said_chance,
     said_p,
     samples_for,
+    verdict_of,
 )
 from mmllm.studies.study import Arm, Study
 
 REPORT = "report.json"
 PAGE = "report.html"
+UNEVEN = 0.05
+"""Levels whose FLOPs differ by a larger share, under a budget of samples or seconds, are told."""
 Results = Mapping[Arm, Mapping[str, Any]]
 
 
@@ -42,17 +46,21 @@ class Line:
         factor: its name.
         level: its name.
         score: mean over seeds.
-        interval: 95%, over seeds and rows.
+        interval: 95%.
+        interval_over: what it is over.
         seeds: how many.
+        pairs: of them, that the baseline has too.
         p: of no difference from the factor's baseline, over paired seeds; None: it is the baseline, or can't be told.
         p_holm: p adjusted by Holm for the factor's other levels under the measure.
-        samples_for_equal_score: documents with which it scores as the baseline does with all of them; None: it never
-            does, or there is no curve.
+        samples_for_equal_score: documents from which on it scores as the baseline does with all of them; None: it
+            never does, there is no curve, or the baseline has learnt nothing (0, where more is better).
+        samples_is_bound: it does with the fewest that were measured: it may need fewer.
         flops: of training, a run's.
         minutes: a run's.
         measure: the score's name.
         difference: from the baseline, in the score's unit; None: no seed has both.
-        verdict: "baseline"; "better" or "worse" where p is below 0.05 with three seeds or more; else "unproved".
+        lower_is_better: it counts errors.
+        verdict: "baseline"; "better" or "worse" where p_holm is below 0.05 with three seeds or more; else "unproved".
         steps: of the optimizer.
         tokens: trained on.
         joules: a run's; None: nothing counted them.
@@ -63,15 +71,19 @@ class Line:
     level: str
     score: float
     interval: tuple[float, float]
+    interval_over: Over
     seeds: int
+    pairs: int
     p: float | None
     p_holm: float | None
     samples_for_equal_score: float | None
+    samples_is_bound: bool
     flops: float
     minutes: float
     measure: str
+    lower_is_better: bool
     difference: float | None
-    verdict: str
+    verdict: Verdict
     steps: float
     tokens: float
     joules: float | None
@@ -118,19 +130,50 @@ def report_lines(values: Mapping[str, Any]) -> list[str]:
     lines = []
     for row in values["rows"]:
         p = f"{said_p(row['p']):>6} (Holm {said_p(row['p_holm']):>6})"
-        equal = row["samples_for_equal_score"]
-        samples = "" if equal is None else f"  {equal:,.0f} samples for the baseline's score"
+        told = said_samples(row)
+        samples = "" if told == "–" else f"  {told} samples for the baseline's score"
         low, high = row["interval"]
         lines.append(
             f"{row['factor'] + ': ' + row['level']:<36} {row['measure']:<16} {row['score']:8.4f} "
             f"[{low:.4f}, {high:.4f}]  p {p}  {row['seeds']} seeds  {row['verdict']}{samples}"
         )
-    return [*lines, said_chance([row["p"] for row in values["rows"]])]
+    return [*lines, *uneven_notes(values), said_chance([row["p"] for row in values["rows"]])]
+
+
+def said_samples(row: Mapping[str, Any]) -> str:
+    """A line's samples for an equal score: "≤" where its curve is there at its first point."""
+    count = row["samples_for_equal_score"]
+    return "–" if count is None else f"{'≤ ' * row['samples_is_bound']}{count:,.0f}"
+
+
+def said_interval(row: Mapping[str, Any]) -> str:
+    """A line's interval, with what it is over where that isn't seeds and rows."""
+    (low, high), over = row["interval"], row["interval_over"]
+    if over == "nothing":
+        return "–"
+    return f"{low:.4f} – {high:.4f}{'' if over == 'seeds and rows' else f' ({over})'}"
+
+
+def uneven_notes(values: Mapping[str, Any]) -> list[str]:
+    """Of each factor whose levels have an equal budget and very unequal FLOPs, how many the least and the most have."""
+    if "flops" in values["budget"]:
+        return []
+    notes = []
+    for factor in dict.fromkeys(row["factor"] for row in values["rows"]):
+        flops = {row["level"]: row["flops"] for row in values["rows"] if row["factor"] == factor}
+        least, most = min(flops, key=flops.__getitem__), max(flops, key=flops.__getitem__)
+        if flops[most] > (1 + UNEVEN) * flops[least]:
+            notes.append(
+                f"{factor}: {next(iter(values['budget']))} are equal, and FLOPs are not: {most} has {flops[most]:.3g}, "
+                f"{least} {flops[least]:.3g}"
+            )
+    return notes
 
 
 def said_commit(commit: str | Sequence[str]) -> str:
     """A report's commit, or those that its runs are of, as far as they need to be read."""
-    return commit[:10] if isinstance(commit, str) else ", ".join(each[:10] for each in commit)
+    each = [commit] if isinstance(commit, str) else commit
+    return ", ".join(one[:10] + "-dirty" * one.endswith("-dirty") for one in each)
 
 
 def read_results(study: Study, folder: Path) -> dict[Arm, dict[str, Any]]:
@@ -161,46 +204,47 @@ def factor_lines(study: Study, name: str, measure: Measure, results: Results) ->
             continue
         scores = {seed: run["scores"][measure.name]["score"] for seed, run in runs.items()}
         base_scores = {seed: run["scores"][measure.name]["score"] for seed, run in base.items()}
-        p = None if level == factor.baseline else paired_p(scores, base_scores)
         shared = sorted(scores.keys() & base_scores.keys())
-        difference = float(np.mean([scores[seed] - base_scores[seed] for seed in shared])) if shared else None
         equal = None
         if len(curves[level]) > 1 and base_scores:
             target = float(np.mean(list(base_scores.values())))
-            equal = samples_for([point[:2] for point in curves[level]], target, measure.lower_is_better)
+            if target or measure.lower_is_better:
+                equal = samples_for([point[:2] for point in curves[level]], target, measure.lower_is_better)
         joules = [run["joules"] for run in runs.values()]
+        low, high, over = _interval(runs.values(), measure)
         lines.append(
             Line(
                 factor=name,
                 level=level,
                 score=float(np.mean(list(scores.values()))),
-                interval=interval_of(list(scores.values()), _rows(runs.values(), measure)),
+                interval=(low, high),
+                interval_over=over,
                 seeds=len(scores),
-                p=p,
+                pairs=len(shared),
+                p=None if level == factor.baseline else paired_p(scores, base_scores),
                 p_holm=None,
-                samples_for_equal_score=equal,
+                samples_for_equal_score=None if equal is None else equal.count,
+                samples_is_bound=equal is not None and equal.is_bound,
                 flops=float(np.mean([run["flops"] for run in runs.values()])),
                 minutes=float(np.mean([run["minutes"] for run in runs.values()])),
                 measure=measure.name,
-                difference=difference,
-                verdict=_verdict(level == factor.baseline, difference, p, len(shared), measure.lower_is_better),
+                lower_is_better=measure.lower_is_better,
+                difference=float(np.mean([scores[seed] - base_scores[seed] for seed in shared])) if shared else None,
+                verdict="baseline" if level == factor.baseline else "unproved",
                 steps=float(np.mean([run["steps"] for run in runs.values()])),
                 tokens=float(np.mean([run["tokens"] for run in runs.values()])),
                 joules=None if None in joules else float(np.mean(joules)),
                 curve=curves[level],
             )
         )
-    return [replace(line, p_holm=p) for line, p in zip(lines, holm([line.p for line in lines]), strict=True)]
+    return [_judged(line, p) for line, p in zip(lines, holm([line.p for line in lines]), strict=True)]
 
 
-def _verdict(
-    is_baseline: bool, difference: float | None, p: float | None, num_seeds: int, lower_is_better: bool
-) -> str:
-    if is_baseline:
-        return "baseline"
-    if difference is None or p is None or p >= CLAIM_P or num_seeds < MIN_SEEDS:
-        return "unproved"
-    return "better" if (difference < 0) == lower_is_better else "worse"
+def _judged(line: Line, p_holm: float | None) -> Line:
+    if line.verdict == "baseline":
+        return line
+    verdict = verdict_of(line.difference, p_holm, line.pairs, line.lower_is_better)
+    return replace(line, p_holm=p_holm, verdict=verdict)
 
 
 def _of_seeds(name: str, level: str, share: float, measure: Measure, results: Results) -> dict[int, Mapping[str, Any]]:
@@ -211,19 +255,22 @@ def _of_seeds(name: str, level: str, share: float, measure: Measure, results: Re
     }
 
 
-def _rows(runs: Any, measure: Measure) -> list[dict[str, float]]:
-    """Each run's rows, where their mean is its score: by rightness, or by score."""
-    found = []
-    for run in runs:
-        score, rows = run["scores"][measure.name]["score"], run["scores"][measure.name]["rows"]
-        table: dict[str, float] = {}
-        for column in (0, 1):
-            values = {row: float(pair[column]) for row, pair in rows.items()}
-            if values and abs(np.mean(list(values.values())) - score) < 1e-6:
-                table = values
-                break
-        found.append(table)
-    return found
+def _interval(runs: Collection[Mapping[str, Any]], measure: Measure) -> Interval:
+    """Of the mean score of runs that differ in their seeds."""
+    scored = [run["scores"][measure.name] for run in runs]
+    return interval_of(
+        [each["score"] for each in scored], [_rows(each) for each in scored],
+        [each.get("interval") for each in scored],
+    )  # fmt: skip
+
+
+def _rows(scored: Mapping[str, Any]) -> dict[str, float]:
+    """A run's rows, where their mean is its score: by rightness, or by score; else none."""
+    for column in (0, 1):
+        values = {row: float(pair[column]) for row, pair in scored["rows"].items()}
+        if values and abs(np.mean(list(values.values())) - scored["score"]) < 1e-6:
+            return values
+    return {}
 
 
 def _curve(name: str, level: str, measure: Measure, results: Results) -> list[tuple[float, float, float, float]]:
@@ -233,7 +280,7 @@ def _curve(name: str, level: str, measure: Measure, results: Results) -> list[tu
         runs = _of_seeds(name, level, share, measure, results)
         scores = [run["scores"][measure.name]["score"] for run in runs.values()]
         if scores:
-            low, high = interval_of(scores, _rows(runs.values(), measure))
+            low, high, _ = _interval(runs.values(), measure)
             documents = float(np.mean([run["documents"] for run in runs.values()]))
             points.append((documents, float(np.mean(scores)), low, high))
     return points
@@ -262,6 +309,7 @@ def page(study: Study, lines: Sequence[Line], values: Mapping[str, Any]) -> str:
     )
     return environment.get_template("report.html.j2").render(
         study=study, values=values, tables=_tables(study, lines), charts=_charts(study, lines), said_p=said_p,
+        said_samples=said_samples, said_interval=said_interval, notes=uneven_notes(values),
         chance=said_chance([line.p for line in lines]), commit=said_commit(values["commit"]),
     )  # fmt: skip
 

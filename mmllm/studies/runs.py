@@ -171,10 +171,10 @@ class Runner:
 
 
 def _score(measure: Measure, path: Path) -> dict[str, Any]:
-    """A measure, and each row's share of it where the score is their mean."""
+    """A measure, its interval over rows, and each row's share of it where the score is their mean."""
     score, result = measured(measure, path)
     rows = {p.id: (float(p.correct), p.score) for p in result.predictions if p.group == "test"}
-    return {"score": score, "rows": rows}
+    return {"score": score, "interval": result.scores.get(f"{measure.key}_ci"), "rows": rows}
 
 
 def _steps_done(metrics: Path) -> int:

@@ -7,14 +7,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 CLAIM_P = 0.05
 MIN_SEEDS = 3
 """A claim needs so many."""
+_ROUNDING = 1e-9
+"""Differences that differ by a smaller share of the scores are equal: what parts them is how floats are rounded."""
+Over = Literal["seeds and rows", "seeds", "rows", "nothing"]
+
+
+class Interval(NamedTuple):
+    """A 95% interval of a mean score.
+
+    Attributes:
+        low: its lower end.
+        high: its upper end.
+        over: what it is over, that is, what would be drawn anew.
+    """
+
+    low: float
+    high: float
+    over: Over
 
 
 def said_p(p: float | None) -> str:
@@ -22,26 +38,46 @@ def said_p(p: float | None) -> str:
     return "–" if p is None else "<0.001" if p < 0.0005 else f"{p:.3f}"
 
 
-def interval_of(scores: Sequence[float], rows: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+def interval_of(
+    scores: Sequence[float],
+    rows: Sequence[Mapping[str, float]],
+    of_rows: Sequence[Sequence[float] | None] = (),
+) -> Interval:
     """A 95% interval of the mean score of a training with another seed on other rows.
 
-    Where each run's score is the mean of its rows, it is the root of two half widths' squares: Student's over seeds,
-    and that over rows of their means over seeds. (A bootstrap of three seeds never leaves the range of their scores,
-    which holds the mean three times in four.) Otherwise, or with rows that differ, it is over seeds alone. One seed
-    tells nothing of seeds: the interval is then over rows.
+    It is the root of two half widths' squares: Student's over seeds, and that over rows. Where each run's score is the
+    mean of its rows, the latter is of their means over seeds. (A bootstrap of three seeds never leaves the range of
+    their scores, which holds the mean three times in four.) Where it is a ratio, such as a word error rate, it is the
+    mean of the runs' own, which is right where all seeds err on the same rows, and too wide otherwise. One seed tells
+    nothing of seeds: the interval is then over rows; and where rows tell nothing either, over nothing.
 
     Args:
         scores: of each seed.
         rows: of each seed, a row's part of the score by the row's name; empty where the score is no mean.
+        of_rows: of each seed, the interval over rows that the evaluation gave; None: it gave none.
     """
+    half_of_rows = _half_of_rows(rows, of_rows)
+    low, high = student_interval(scores)
+    mean, half_of_seeds = float(np.mean(scores)), (high - low) / 2
+    half = math.hypot(half_of_seeds, half_of_rows or 0.0)
+    has_seeds = len(scores) > 1
+    over: Over = "nothing"
+    if half_of_rows is not None:
+        over = "seeds and rows" if has_seeds else "rows"
+    elif has_seeds:
+        over = "seeds"
+    return Interval(mean - half, mean + half, over)
+
+
+def _half_of_rows(rows: Sequence[Mapping[str, float]], of_rows: Sequence[Sequence[float] | None]) -> float | None:
+    """Half the width of the interval over rows; None: nothing tells it."""
     names = sorted(set.intersection(*(set(each) for each in rows))) if rows and all(rows) else []
-    if not names:
-        return student_interval(scores)
-    table_SR = np.array([[each[name] for name in names] for each in rows])
-    mean, (low, high) = float(table_SR.mean()), student_interval(table_SR.mean(axis=1).tolist())
-    over_rows = student_interval(table_SR.mean(axis=0).tolist())
-    half = math.hypot(high - low, over_rows[1] - over_rows[0]) / 2
-    return mean - half, mean + half
+    if names:
+        means_R = np.array([[each[name] for name in names] for each in rows]).mean(axis=0)
+        low, high = student_interval(means_R.tolist())
+        return (high - low) / 2
+    widths = [each[1] - each[0] for each in of_rows if each is not None]
+    return sum(widths) / len(widths) / 2 if widths and len(widths) == len(of_rows) else None
 
 
 def student_interval(scores: Sequence[float]) -> tuple[float, float]:
@@ -56,11 +92,15 @@ def student_interval(scores: Sequence[float]) -> tuple[float, float]:
 def paired_p(scores: Mapping[int, float], others: Mapping[int, float]) -> float | None:
     """Two-sided p, over the seeds that both have, of no difference: Student's paired t-test.
 
-    None with fewer than two such seeds, or differences without spread.
+    None with fewer than two such seeds, or differences without spread: one row more in each seed, say, where the
+    floats differ in their last digit alone, proves nothing.
     """
     seeds = sorted(scores.keys() & others.keys())
     differences = np.array([scores[seed] - others[seed] for seed in seeds])
-    if len(differences) < 2 or not np.ptp(differences) > 0:
+    if len(differences) < 2:
+        return None
+    largest = max(abs(side[seed]) for side in (scores, others) for seed in seeds)
+    if not np.ptp(differences) > _ROUNDING * largest:
         return None
     return float(_stats().ttest_1samp(differences, 0.0).pvalue)
 
@@ -100,8 +140,22 @@ def _stats() -> Any:
     return stats
 
 
-def samples_for(curve: Sequence[tuple[float, float]], target: float, lower_is_better: bool = False) -> float | None:
-    """Samples at which a learning curve first reaches a score, between its points by the logarithm of samples.
+class Samples(NamedTuple):
+    """Where a learning curve reaches a score.
+
+    Attributes:
+        count: of samples.
+        is_bound: the curve is there at its first point already: it may be fewer.
+    """
+
+    count: float
+    is_bound: bool
+
+
+def samples_for(curve: Sequence[tuple[float, float]], target: float, lower_is_better: bool = False) -> Samples | None:
+    """Samples from which on a learning curve is at a score, between its points by the logarithm of samples.
+
+    Curves of few seeds are not monotone: a point that is there by luck, before another that isn't, doesn't count.
 
     Args:
         curve: (samples, score).
@@ -109,18 +163,33 @@ def samples_for(curve: Sequence[tuple[float, float]], target: float, lower_is_be
         lower_is_better: scores are errors.
 
     Returns:
-        None where it never does: nothing is extrapolated. At its first point already: that point's samples, so that
-        the truth may be fewer.
+        None where its last point isn't there: nothing is extrapolated.
     """
     sign = -1.0 if lower_is_better else 1.0
     points = [(samples, sign * score) for samples, score in sorted(curve)]
     wanted = sign * target
-    if not points:
+    below = [place for place, (_, score) in enumerate(points) if score < wanted]
+    if not points or (below and below[-1] == len(points) - 1):
         return None
-    if points[0][1] >= wanted:
-        return points[0][0]
-    for (before, low), (after, high) in pairwise(points):
-        if high >= wanted:
-            part = (wanted - low) / (high - low)
-            return math.exp(math.log(before) + part * (math.log(after) - math.log(before)))
-    return None
+    if not below:
+        return Samples(points[0][0], is_bound=True)
+    (before, low), (after, high) = points[below[-1] : below[-1] + 2]
+    part = (wanted - low) / (high - low)
+    return Samples(math.exp(math.log(before) + part * (math.log(after) - math.log(before))), is_bound=False)
+
+
+Verdict = Literal["baseline", "better", "worse", "unproved"]
+
+
+def verdict_of(difference: float | None, p_holm: float | None, num_pairs: int, lower_is_better: bool) -> Verdict:
+    """What is claimed of a level: to differ from its baseline with an adjusted p below 0.05 over three seeds or more.
+
+    Args:
+        difference: from the baseline.
+        p_holm: adjusted for all levels that share the baseline and the measure.
+        num_pairs: seeds that both have.
+        lower_is_better: the score counts errors.
+    """
+    if difference is None or p_holm is None or p_holm >= CLAIM_P or num_pairs < MIN_SEEDS:
+        return "unproved"
+    return "better" if (difference < 0) == lower_is_better else "worse"
