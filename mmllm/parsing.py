@@ -15,14 +15,30 @@ import yaml
 T = TypeVar("T")
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses what YAML forbids and its reader takes: a key twice in one mapping."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        assert node is not None
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
+            seen.add(name)
+        return node
+
+
 def read_yaml(path: Path) -> Any:
     """What a YAML file holds.
 
     Raises:
-        ValueError: it isn't YAML; the message names the file.
+        ValueError: it isn't YAML, or a mapping has a key twice, whose first value would be lost; the message names the
+            file.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML: {error}") from error
 

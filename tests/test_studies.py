@@ -58,6 +58,13 @@ def test_one_seed_of_every_arm_comes_first():
         ({"factors__experts__levels__dense__steps": [{"fit": {}, "share": 0.5}]}, "together they must be the budget"),
         ({"factors__experts__levels__dense__steps": [{"command": "upcycle"}]}, "have no training"),
         ({"factors__experts__levels__dense__steps": [{}]}, "either `fit`"),
+        ({"factors__experts__levels__dense__steps": [{"fit": {}, "out": "/model"}]}, "a step writes '/model'"),
+        (
+            {"factors__experts__levels__dense__steps": [{"fit": {}, "out": "a/../../model"}]},
+            "a name in the run's folder",
+        ),
+        ({"factors__experts__levels__dense__steps": [{"command": "merge", "files": {"../a": {}}}]}, "writes '../a'"),
+        ({"factors__experts__levels__dense__steps": [{"command": "fit -c a.yaml"}]}, "outside of the budget"),
         ({"tite": "x"}, "unknown key 'tite'"),
         ({"measures": [{**MEASURE, "shots": {"manifest": "f", "number": 0}}]}, "have the number 0"),
         ({"measures": [{**MEASURE, "shots": {"manifest": "f"}}]}, r"measures\[0\].shots lacks the key 'number'"),
@@ -180,7 +187,10 @@ def test_callbacks_are_put_in_and_out_by_name():
 def test_a_folder_is_gone_on_with_by_the_same_base_alone(tmp_path: Path):
     def begin(keys: dict[str, Any], out: str = "out") -> Study:
         (tmp_path / "study.yaml").write_text(yaml.safe_dump(changed(**keys)))
-        return _begun(str(tmp_path / "study.yaml"), tmp_path / out)[0]
+        study, folder, values = _begun(str(tmp_path / "study.yaml"), tmp_path / out)
+        folder.mkdir(exist_ok=True)
+        (folder / "study.json").write_text(json.dumps(values))  # as a run does
+        return study
 
     def has_run(out: str) -> None:
         run = tmp_path / out / "runs" / "a"
@@ -202,6 +212,12 @@ def test_a_folder_is_gone_on_with_by_the_same_base_alone(tmp_path: Path):
     has_run("other")
     with pytest.raises(ValueError, match=r"another base \(set\)"):  # and one that is gone
         begin({}, "other")
+    level = {"factors__experts__levels__third": {"config": {"model.init_args.decoder.moe": None}}}
+    begin(level, "third")
+    has_run("third")
+    for keys, said in (({}, "experts.third"), ({**level, "seeds": [0, 1]}, "seed 2")):
+        with pytest.raises(ValueError, match=f"{said} too, which its report would lose"):
+            begin(keys, "third")
 
 
 def test_arms_without_a_common_seed_have_no_difference():

@@ -81,6 +81,15 @@ def test_a_limit_draws_rows_by_the_seed(tmp_path: Path):
     assert "50 rows" in plant(manifest, tmp_path / "all.jsonl", Planting(limit=80))[0]
 
 
+def test_a_manifest_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    manifest = tmp_path / "texts.jsonl"
+    manifest.write_text(before := json.dumps({"id": "a", "text": "one circle"}) + "\n")
+    for command in (["plant"], ["ask"], ["date", "--words", "one,two"]):
+        assert main(["study", *command, str(manifest), "--out", f"{tmp_path}/../{tmp_path.name}/texts.jsonl"]) == 2
+        assert "which is read; give another file" in capsys.readouterr().err
+    assert manifest.read_text() == before
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

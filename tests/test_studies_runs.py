@@ -17,6 +17,7 @@ from mmllm.cli.main import main
 from mmllm.data.executors.stages import Executor
 from mmllm.evaluation.results import TaskResult, save_result
 from mmllm.studies.at_once import run_at_once
+from mmllm.studies.commands import RunFailed
 from mmllm.studies.lengths import Length
 from mmllm.studies.run import run_study, study_in
 from mmllm.studies.runs import Runner
@@ -32,7 +33,7 @@ WIDTH = "model.init_args.decoder.hidden_size"
 def study_file(data: Path, folder: Path, **changes: Any) -> str:
     values = {
         "title": "Width", "question": "Does it pay?", "expected": "yes", "data": {"folder": str(data)},
-        "config": "{data}/config.yaml", "recipe": "{data}/recipe.yaml", "budget": {"samples": 12}, "seeds": [0, 1],
+        "config": "{data}/config.yaml", "recipe": "{data}/recipe.yaml", "budget": {"samples": 40}, "seeds": [0, 1],
         "measures": [{"name": "bits", "task": "text", "manifest": "{data}/rows/manifest.jsonl", "key": "bits_per_byte",
                       "lower_is_better": True}],
         "factors": {"width": {"baseline": "narrow", "levels": {
@@ -75,7 +76,7 @@ def test_a_study_goes_on_after_a_kill_and_reports(
     path, out = study_file(data, tmp_path), tmp_path / "out"
     assert main(["study", "run", path, "--out", str(out), "--dry_run"]) == 0
     told = capsys.readouterr().out
-    assert "12 samples" in told and "8 runs, 0 done" in told and "2 seeds: nothing can be claimed of so few" in told
+    assert "40 samples" in told and "8 runs, 0 done" in told and "2 seeds: nothing can be claimed of so few" in told
     calls = stand_in(monkeypatch, killed_at=3)
     with pytest.raises(KeyboardInterrupt):
         list(run_study(path, str(out)))
@@ -113,7 +114,8 @@ def test_minutes_bound_the_whole(
     assert calls.fits == ["width-narrow-seed0", "width-wide-seed0", "width-narrow-seed1"]
     assert "5 runs are left out (width-wide-seed1, " in capsys.readouterr().out
     assert len(json.loads((out / "report.json").read_text())["runs_left_out"]) == 5
-    assert main(["study", "run", path, "--out", str(out), "--minutes", "0"]) == 2
+    for wrong in (["--minutes", "0"], ["--minutes", "nan"], ["--workers", "0"], ["--threads", "-1"]):
+        assert main(["study", "run", path, "--out", str(out), *wrong]) == 2
 
 
 def test_what_cant_be_is_said_before_anything_runs(
@@ -121,13 +123,113 @@ def test_what_cant_be_is_said_before_anything_runs(
 ) -> None:
     calls = stand_in(monkeypatch)
     levels: dict[str, Any] = {"narrow": {}, "wide": {"config": {"model.init_args.decoder.hidden_sise": 32}}}
-    upcycled = {"steps": [{"fit": {}, "out": "dense", "share": 0.5}, {"command": "upcycle"}, {"share": 0.5, "fit": {
-        "model.init_args.init_from": "{run}/dense", "model.init_args.optimiser": {}}}]}  # fmt: skip
-    for changed, said in ((levels, "levels.wide"), ({**levels, "wide": upcycled}, "optimiser")):
-        path = study_file(data, tmp_path, factors={"width": {"baseline": "narrow", "levels": changed}})
-        assert main(["study", "run", path, "--out", str(tmp_path / said)]) == 2
+    command = "upcycle --model {run}/dense --out {run}/experts"
+    last = {"share": 0.5, "fit": {"model.init_args.init_from": "{run}/experts"}}
+    dense = {"fit": {}, "out": "dense", "share": 0.5}
+    init, unknown = "model.init_args.init_from", {"model.init_args.optimiser": {}}
+
+    def wide(*steps: dict[str, Any], **keys: Any) -> dict[str, Any]:
+        levels_now = {"narrow": {}, "wide": {"steps": list(steps), **keys}}
+        return {"factors": {"width": {"baseline": "narrow", "levels": levels_now}}}
+
+    def measure(**keys: Any) -> dict[str, Any]:
+        bits = {"name": "bits", "task": "text", "manifest": "{data}/rows/manifest.jsonl", "key": "bits_per_byte"}
+        return {"measures": [{**bits, **keys}]}
+
+    for number, (changed, said) in enumerate((
+        ({"factors": {"width": {"baseline": "narrow", "levels": levels}}}, "levels.wide"),
+        (wide(dense, {"command": command}, {**last, "fit": {**last["fit"], **unknown}}), "optimiser"),
+        (wide(dense, {"command": command.replace("--model", "--modle")}, last), "--modle"),
+        (wide(dense, {"command": "upcycel"}, last), "upcycel"),
+        (wide(dense, {"command": command.replace("{run}", "{rnu}")}, last), "{rnu}; a command may have {data}, {run}"),
+        (wide(dense, {"command": "study"}, last), "required: ACTION"),
+        (wide(dense, {"share": 0.5, "fit": {init: "{run}/experts"}}), "no step makes"),
+        (wide({"fit": {}}, config={"trainer.limit_train_batches": 3}), "trainer.limit_train_batches: 3, which ends"),
+        ({"set": {"trainer.fast_dev_run": True}}, "trainer.fast_dev_run: True, which ends"),
+        ({"curve_sources": ["porse"]}, "none of the curve_sources porse"),
+        ({**wide({"fit": {}}), "curve_sources": ["porse"]}, "curve_sources has 'porse'; the recipes' sources are"),
+        (measure(manifest="{data}/none.jsonl"), "measure bits: no manifest"),
+        (measure(task="txt"), "measure bits has the task 'txt'"),
+        (measure(limit=0), "measure bits has the limit 0"),
+        ({"budget": {"samples": 1}}, "a whole number of steps comes no nearer to 1 samples than"),
+    )):  # fmt: skip
+        path = study_file(data, tmp_path, **changed)
+        assert main(["study", "run", path, "--out", str(tmp_path / f"out{number}")]) == 2, said
         assert said in capsys.readouterr().err
     assert not calls.fits
+    path = study_file(data, tmp_path, **wide(dense, {"command": command}, last))
+    assert main(["study", "run", path, "--out", str(tmp_path / "dry"), "--dry_run"]) == 0
+    assert not (tmp_path / "dry").exists(), "nothing is left"
+
+
+def test_a_run_that_fails_leaves_the_others_and_the_report(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails, begun = {"width-wide-seed0"}, list[str]()
+
+    def call(_self: Runner, command: Sequence[str], folder: Path, arm: Arm) -> None:
+        if command[0] == "fit":
+            begun.append(arm.name)
+            if arm.name in fails:
+                raise RunFailed(f"run {arm.name}: `mmllm fit` failed")
+            (folder / "model").mkdir()
+        else:
+            save_result(TaskResult("text", {"bits_per_byte": 1.0, "n": 1}), command[command.index("--json") + 1])
+
+    monkeypatch.setattr(Runner, "_call", call)
+    factors = {"width": {"baseline": "narrow", "levels": {"narrow": {}, "wide": {"config": {WIDTH: 32}}}}}
+    path, out = study_file(data, tmp_path, factors=factors, seeds=[0, 1, 2]), tmp_path / "out"
+    assert main(["study", "run", path, "--out", str(out)]) == 2
+    assert len(begun) == 6, "others go on"
+    assert "run width-wide-seed0: `mmllm fit` failed" in capsys.readouterr().err
+    assert json.loads((out / "report.json").read_text())["runs_left_out"] == ["width-wide-seed0"]
+    fails.clear()
+    assert main(["study", "run", path, "--out", str(out)]) == 0
+    assert begun[6:] == ["width-wide-seed0"]
+    begun.clear()
+    fails.update(arm.name for arm in study_in(out).arms())
+    assert main(["study", "run", path, "--out", str(tmp_path / "all")]) == 2
+    assert len(begun) == 3, "where the first three fail, others would"
+    assert "3 runs failed, the first: run width-narrow-seed0" in capsys.readouterr().err
+
+
+def test_a_training_that_ends_before_its_budget_is_no_result(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = stand_in(monkeypatch)
+
+    def stopped_early(runner: Runner, command: Sequence[str], folder: Path, arm: Arm) -> None:
+        calls(runner, command, folder, arm)
+        if command[0] == "fit":
+            (folder / "model.logs").mkdir()
+            (folder / "model.logs" / "metrics.csv").write_text("step,loss\n1,0.5\n3,0.4\n")
+
+    monkeypatch.setattr(Runner, "_call", stopped_early)
+    assert main(["study", "run", study_file(data, tmp_path, seeds=[0]), "--out", str(tmp_path / "out")]) == 2
+    assert "its training ended after 3 of 18 steps" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/runs/*/result.json")) and not calls.evals
+
+
+def test_a_folder_is_of_one_process_and_of_its_own_results(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in(monkeypatch)
+    factors = {"width": {"baseline": "narrow", "levels": {"narrow": {}, "wide": {"config": {WIDTH: 32}}}}}
+    path, out = study_file(data, tmp_path, factors=factors), tmp_path / "out"
+    first = run_study(path, str(out))
+    next(first)
+    assert main(["study", "run", path, "--out", str(out)]) == 2
+    assert "another `mmllm study run` is at it" in capsys.readouterr().err
+    list(first)
+    kept = (out / "study.json").read_text()
+    other = study_file(data, tmp_path, factors=factors, title="Other")
+    assert main(["study", "run", other, "--out", str(out), "--dry_run"]) == 0
+    assert (out / "study.json").read_text() == kept, "what is only asked changes nothing"
+    runs = out / "runs"
+    (runs / "width-wide-seed0" / "result.json").write_text((runs / "width-wide-seed1" / "result.json").read_text())
+    capsys.readouterr()
+    assert main(["study", "report", str(out)]) == 2
+    assert "is the result of another run (factor width, level wide, seed 1" in capsys.readouterr().err
 
 
 def test_measures_with_shots_and_anchors_are_evaluations_of_their_own(
@@ -201,7 +303,7 @@ def test_what_arms_begin_with_alike_is_run_once_a_seed_and_counted_for_each(
     with monkeypatch.context() as patch:
         patch.setattr("mmllm.studies.runs.shared_keys", lambda _: defaultdict(list))
         list(run_study(path, str(alone)))
-    base, other = (Base.read(replace(study_in(out), budget=Budget(samples=n)), data) for n in (12, 9))
+    base, other = (Base.read(replace(study_in(out), budget=Budget(samples=n)), data) for n in (40, 30))
     of_others = shared_keys(other)
     for arm, keys in shared_keys(base).items():
         assert not set(keys) & set(of_others[arm]), "of another budget, other trainings"

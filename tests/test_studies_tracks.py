@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -390,6 +391,11 @@ def test_only_seeds_of_both_sides_are_compared(tmp_path: Path):
         ({"judge_sha256": "k"}, r"judged by different aligners.*--judge"),
         ({"seed": None}, "has no seed"),
         ({"seed": 9}, "the seeds are 0, 1 and 9: none is on both sides"),
+        ({"score": math.nan}, "has score nan"),
+        ({"minutes": math.nan}, "has minutes nan"),
+        ({"minutes": -5}, "has minutes -5"),
+        ({"lower_is_better": "false"}, "has lower_is_better 'false'"),
+        ({"also": [{"measure": "x", "score": "0.1"}]}, "has also"),
     ],
 )
 def test_what_can_not_be_compared_is_named(tmp_path: Path, keys: dict[str, Any], said: str):

@@ -113,14 +113,25 @@ def _run(arguments: list[str]) -> int:
     if arguments and arguments[0] in TRAINING:
         return _print(run_training(arguments))
     parser = _parser()
-    parsed, unknown = parser.parse_known_args([_underscored(argument) for argument in arguments])
-    if unknown:
-        of_command = getattr(parsed, "parser", parser)
-        raise ValueError(f"unrecognized arguments: {of_command.with_hints(unknown)}; see `{of_command.prog} --help`")
+    parsed = _parsed(parser, arguments)
     if not hasattr(parsed, "run"):
         parser.print_help()
         return 0
     return _print(parsed.run(parsed))
+
+
+def _parsed(parser: _Parser, arguments: Sequence[str]) -> argparse.Namespace:
+    parsed, unknown = parser.parse_known_args([_underscored(argument) for argument in arguments])
+    if unknown:
+        of_command = getattr(parsed, "parser", parser)
+        raise ValueError(f"unrecognized arguments: {of_command.with_hints(unknown)}; see `{of_command.prog} --help`")
+    return parsed
+
+
+def _check_command(arguments: Sequence[str]) -> None:
+    """Raises ValueError where a command has an unknown word or option; nothing is run."""
+    if not hasattr(_parsed(_parser(), arguments), "run"):
+        raise ValueError("it is no whole command; see `mmllm --help`")
 
 
 def _print(lines: Iterable[str]) -> int:
@@ -154,7 +165,7 @@ def _parser() -> _Parser:
     add_chat(commands)
     add_serving(commands)
     add_ui(commands)
-    add_study(commands)
+    add_study(commands, _check_command)
     add_drafting(commands)
     add_evaluation(commands)
     add_reasoning(commands)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,13 @@ _EXECUTORS = ("local", "datatrove", "slurm", "ray")
 _TRACKS = ("scenes", "speech", "fsdd", "shakespeare")
 
 
-def add_study(commands: Any) -> None:
-    """Adds `mmllm study run`, `report`, `plant`, `ask`, `date`, `rank`, `efficiency`, `score` and `compare`."""
+def add_study(commands: Any, check_command: Callable[[Sequence[str]], None]) -> None:
+    """Adds `mmllm study run`, `report`, `plant`, `ask`, `date`, `rank`, `efficiency`, `score` and `compare`.
+
+    Args:
+        commands: subparsers of `mmllm`.
+        check_command: raises ValueError where a command has an unknown word or option; runs of studies are commands.
+    """
     actions = add_group(commands, "study", "what a method is worth: runs of one budget, tests, samples for equal score")
     parser = add_command(actions, "run", "run what of a study is not done yet, and report it", _run)
     parser.add_argument("study", help="its YAML, or a shipped one by name: studies/experts.yaml")
@@ -31,6 +37,7 @@ def add_study(commands: Any) -> None:
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the executor's own")
     parser.add_argument("--threads", type=int, default=1, help="of each run's processes")
     parser.add_argument("--dry_run", action="store_true", help="say what it costs, and check every config, alone")
+    parser.set_defaults(check_command=check_command)
     parser = add_command(actions, "report", "report.json and report.html of a study's folder", _report)
     parser.add_argument("folder", metavar="DIR")
     parser = add_command(
@@ -113,15 +120,24 @@ def _add_compare(actions: Any) -> None:
 
 def _run(args: argparse.Namespace) -> Iterable[str]:
     from mmllm.data.executors.stages import Executor, parse_options
+    from mmllm.studies.commands import RunFailed
     from mmllm.studies.run import plan_study, run_study
 
     check_there("data", args.data)
+    for name in ("threads", "workers"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     if args.dry_run:
-        yield from plan_study(args.study, args.out, max(1, args.workers), args.data)
+        yield from plan_study(args.study, args.out, args.workers, args.data, args.check_command)
         return
     work = None if args.work is None else Path(args.work)
     executor = Executor(args.executor, args.workers, args.tasks, work, parse_options(args.option))
-    yield from run_study(args.study, args.out, args.minutes, executor, args.threads, args.data)
+    try:
+        yield from run_study(args.study, args.out, args.minutes, executor, args.threads, args.data, args.check_command)
+    except RunFailed:
+        with contextlib.suppress(ValueError):  # none was done
+            yield from _lines(args.out)
+        raise
     yield from _lines(args.out)
 
 
@@ -137,10 +153,17 @@ def _lines(folder: str) -> Iterable[str]:
     yield f"{Path(folder) / PAGE}"
 
 
+def _check_manifests(args: argparse.Namespace, *more: str | None) -> None:
+    """Raises where a manifest that is read isn't there, or would be written over."""
+    check_there("manifest", args.manifest, *more)
+    if Path(args.out).resolve() in {Path(each).resolve() for each in (args.manifest, *more) if each is not None}:
+        raise ValueError(f"--out is {args.out}, which is read; give another file")
+
+
 def _plant(args: argparse.Namespace) -> Iterable[str]:
     from mmllm.studies.planting import Planting, plant
 
-    check_there("manifest", args.manifest, args.noise)
+    _check_manifests(args, args.noise)
     planting = Planting(
         copies=args.copies, wrong=args.wrong, garbled=args.garbled, near_copies=args.near_copies,
         off_topic=args.off_topic, limit=args.limit, filter=args.filter, seed=args.seed,
@@ -151,7 +174,7 @@ def _plant(args: argparse.Namespace) -> Iterable[str]:
 def _ask(args: argparse.Namespace) -> Iterable[str]:
     from mmllm.studies.asking import Asking, ask
 
-    check_there("manifest", args.manifest)
+    _check_manifests(args)
     about = tuple(word.strip() for word in args.about.split(",") if word.strip())
     return ask(args.manifest, Path(args.out), Asking(about, args.limit, args.filter, args.seed))
 
@@ -159,7 +182,7 @@ def _ask(args: argparse.Namespace) -> Iterable[str]:
 def _date(args: argparse.Namespace) -> Iterable[str]:
     from mmllm.studies.dating import Drift, date
 
-    check_there("manifest", args.manifest)
+    _check_manifests(args)
     words = tuple(word.strip() for word in args.words.split(",") if word.strip())
     return date(args.manifest, Path(args.out), Drift(words, args.filter, args.seed))
 
@@ -167,7 +190,7 @@ def _date(args: argparse.Namespace) -> Iterable[str]:
 def _rank(args: argparse.Namespace) -> Iterable[str]:
     from mmllm.studies.ranking import rank
 
-    check_there("manifest", args.manifest)
+    _check_manifests(args)
     return rank(args.model, args.manifest, Path(args.out), args.filter)
 
 

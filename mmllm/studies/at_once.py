@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol, TypeVar
 
 from mmllm.quickstart.processes import terminated_as_interrupt
+from mmllm.studies.commands import RunFailed
 
+FAILURES_AT_FIRST = 3
+"""So many runs that failed before one ended well: others would fail likewise, and none begins."""
+log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Item_contra = TypeVar("Item_contra", contravariant=True)
 
@@ -41,12 +46,16 @@ def run_at_once(
         may_begin: whether one more may begin, by the minutes of the longest so far; one that may not comes with None.
         would_wait: whether an item would wait for what those that run are at: the next that would not begins before it.
 
+    A run that fails is told at once, and the others go on.
+
     Raises:
-        Exception: a run's own; those beside it end first, and none begins after it.
+        RunFailed: runs failed; all others were run first, unless the first three failed.
+        Exception: a fault of ours in a run; those beside it end first, and none begins after it.
         KeyboardInterrupt: then all processes are ended.
     """
-    waiting, longest = list(items), 0.0
-    failed: Exception | None = None
+    waiting, longest, num_done = list(items), 0.0, 0
+    failed: list[RunFailed] = []
+    fault: Exception | None = None
     running: dict[Future[dict[str, Any]], tuple[Item, OneRun[Item], float]] = {}
     with terminated_as_interrupt(), ThreadPoolExecutor(num_at_once) as pool:
         try:
@@ -64,9 +73,16 @@ def run_at_once(
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     item, _, begun = running.pop(future)
                     error = future.exception()
-                    if isinstance(error, Exception):
-                        failed, waiting = failed or error, []
+                    if isinstance(error, RunFailed):
+                        log.warning("%s", error)
+                        failed.append(error)
+                        if not num_done and len(failed) >= FAILURES_AT_FIRST:
+                            waiting = []
                         continue
+                    if isinstance(error, Exception):
+                        fault, waiting = fault or error, []
+                        continue
+                    num_done += 1
                     longest = max(longest, (time.monotonic() - begun) / 60)
                     yield item, future.result()
         except BaseException:
@@ -74,5 +90,9 @@ def run_at_once(
                 one.stop()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    if failed is not None:
-        raise failed
+    if fault is not None:
+        raise fault
+    if len(failed) == 1:
+        raise failed[0]
+    if failed:
+        raise RunFailed(f"{len(failed)} runs failed, the first: {failed[0]}")

@@ -23,6 +23,8 @@ from mmllm.training.planned_prompts import PlannedPrompts
 GUESSED_STEPS = 100
 """A horizon to begin with, where schedules depend on the number of steps that is sought."""
 MOST_STEPS = 1_000_000
+_MISSED = 0.1
+"""Trainings that miss their share of the budget by more of it, because a step is large, are refused."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ def write_training(study: Study, settings: Settings, share: float, run: Path, na
         name: of the training in it.
 
     Raises:
-        ValueError: a key of config or recipe is unknown or has a wrong value, or the recipe's documents end before.
+        ValueError: a key of config or recipe is unknown or has a wrong value, the recipe's documents end before, or a
+            step is so large that the budget is missed.
     """
     budget = study.budget
     amount = budget.amount * share
@@ -79,6 +82,13 @@ def write_training(study: Study, settings: Settings, share: float, run: Path, na
     plan, length = _counted_until(sized, run, name, budget.kind, amount)
     if _read(settings.with_steps(length.steps)) != _read(sized):  # the plan depends on the horizon: it is nearly right
         plan, length = _counted_until(settings.with_steps(length.steps), run, name, budget.kind, amount)
+    used = getattr(length, budget.kind)
+    if abs(used - amount) > _MISSED * amount:
+        raise ValueError(
+            f"a whole number of steps comes no nearer to {amount:,.6g} {budget.kind} than {used:,.6g} "
+            f"({length.steps} steps); lower data.init_args.batch_size or trainer.accumulate_grad_batches, or raise the "
+            f"budget"
+        )
     config = write_files(settings.with_steps(length.steps), run, name)
     return Training(config, length, _num_documents(plan, study))
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mmllm.data.expressions import compile_filter
-from mmllm.evaluation.results import ANCHORED_TASKS, SHOT_TASKS
+from mmllm.evaluation.results import ANCHORED_TASKS, SHOT_TASKS, TASKS
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,10 @@ class Measure:
     anchor: str | None = None
 
     def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"measure {self.name} has the task {self.task!r}; choose one of {', '.join(TASKS)}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"measure {self.name} has the limit {self.limit}; give at least 1, or leave it out")
         for what, given, having in (("shots", self.shots, SHOT_TASKS), ("anchor", self.anchor, ANCHORED_TASKS)):
             if given is not None and self.task not in having:
                 raise ValueError(

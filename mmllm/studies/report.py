@@ -177,12 +177,20 @@ def said_commit(commit: str | Sequence[str]) -> str:
 
 
 def read_results(study: Study, folder: Path) -> dict[Arm, dict[str, Any]]:
-    """Of the runs that are done."""
+    """Of the runs that are done.
+
+    Raises:
+        ValueError: a result is of another run than its folder says.
+    """
     found = {}
     for arm in study.arms():
         path = folder / "runs" / arm.name / RESULT
         if path.is_file():
-            found[arm] = json.loads(path.read_text(encoding="utf-8"))
+            result = json.loads(path.read_text(encoding="utf-8"))
+            if any(result.get(key) != value for key, value in vars(arm).items()):
+                told = ", ".join(f"{key} {result.get(key)}" for key in vars(arm))
+                raise ValueError(f"{path} is the result of another run ({told}); remove its folder, and run the study")
+            found[arm] = result
     return found
 
 

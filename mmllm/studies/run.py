@@ -6,33 +6,40 @@ left out of the report, and named.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import math
+import re
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
-
-import yaml
 
 from mmllm import paths
 from mmllm.data.executors.stages import Executor, Stage
 from mmllm.data.executors.task import Work
+from mmllm.parsing import read_yaml
 from mmllm.quickstart.processes import Processes, terminated_as_interrupt
 from mmllm.studies.at_once import run_at_once
 from mmllm.studies.lengths import Length, check_recipe, check_training, write_training
 from mmllm.studies.runs import RESULT, Runner
 from mmllm.studies.settings import Base, filled
 from mmllm.studies.shared import forget, shared_keys, would_wait
-from mmllm.studies.study import Arm, Data, Measure, Study, load_study, study_of
+from mmllm.studies.study import Arm, Data, Measure, Step, Study, load_study, study_of
 
 STUDY = "study.json"
 """In a study's folder: what it was begun with."""
 RUNNER = "mmllm.studies.runs:make_runner"
 MARGIN = 1.15
 """A run is begun if the time left is so many times that of the longest run so far."""
+CheckCommand = Callable[[Sequence[str]], None]
+"""Raises ValueError where a command of `mmllm` has an unknown word or option."""
+_PLACE = re.compile(r"\{[a-z_]+\}")
 log = logging.getLogger(__name__)
 
 
@@ -54,6 +61,7 @@ def run_study(
     executor: Executor | None = None,
     num_threads: int = 1,
     data: str | None = None,
+    check: CheckCommand | None = None,
 ) -> Iterator[str]:
     """Runs what of a study is not done yet; gives lines to print while it goes on.
 
@@ -64,46 +72,63 @@ def run_study(
         executor: where runs are; None: here, one at a time.
         num_threads: of each run's processes.
         data: a folder that is there, such as a quickstart's, in the place of the study's own.
+        check: of the commands that runs have.
 
     Raises:
-        ValueError: the study or an arm of it can't be; said before anything runs.
-        RunFailed: a command of a run failed.
+        ValueError: the study or an arm of it can't be, or another process is at the folder; said before anything runs.
+        RunFailed: commands of runs failed; all other runs are done then.
     """
     executor = executor or Executor()
-    if minutes is not None and (minutes <= 0 or not executor.is_here):
+    if minutes is not None and not (0 < minutes < math.inf and executor.is_here):
         raise ValueError(f"--minutes is {minutes}; it must be positive, and bounds runs on this machine alone")
-    plan, folder = _begun(study, Path(out), data)
-    yield f"{plan.title}: {plan.question}"
-    yield f"expected: {plan.expected}"
-    place = Path(plan.data.folder)
-    yield from make_data(plan.data, "study")
-    yield from costs(plan, place, folder, max(1, executor.workers))
-    arms = [arm for arm in plan.arms() if not (folder / "runs" / arm.name / RESULT).is_file()]
-    if executor.is_here:
-        yield from _run_here(plan, place, folder, arms, max(1, executor.workers), num_threads, minutes)
-    else:
-        yield from _run_elsewhere(plan, place, folder, arms, executor, num_threads)
+    plan, folder, values = _begun(study, Path(out), data)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        (folder / STUDY).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        yield f"{plan.title}: {plan.question}"
+        yield f"expected: {plan.expected}"
+        place = Path(plan.data.folder)
+        yield from make_data(plan.data, "study")
+        yield from costs(plan, place, folder, max(1, executor.workers), check)
+        arms = [arm for arm in plan.arms() if not (folder / "runs" / arm.name / RESULT).is_file()]
+        if executor.is_here:
+            yield from _run_here(plan, place, folder, arms, max(1, executor.workers), num_threads, minutes)
+        else:
+            yield from _run_elsewhere(plan, place, folder, arms, executor, num_threads)
 
 
-def plan_study(study: str, out: str, num_at_once: int = 1, data: str | None = None) -> Iterator[str]:
-    """Says what a study costs, and checks every arm; its data must be there. See `run_study`.
+def plan_study(
+    study: str, out: str, num_at_once: int = 1, data: str | None = None, check: CheckCommand | None = None
+) -> Iterator[str]:
+    """Says what a study costs, and checks every arm; its data must be there. Nothing is left. See `run_study`.
 
     Raises:
         FileNotFoundError: it isn't.
         ValueError: the study or an arm of it can't be.
     """
-    plan, folder = _begun(study, Path(out), data)
+    plan, folder, _ = _begun(study, Path(out), data)
     place = Path(plan.data.folder)
     if not place.exists():
         raise FileNotFoundError(f"{place}: the study's data isn't there; a run makes it, or give --data DIR")
-    yield from costs(plan, place, folder, num_at_once)
+    yield from costs(plan, place, folder, num_at_once, check)
 
 
-def _begun(study: str, folder: Path, data: str | None = None) -> tuple[Study, Path]:
-    """The study, which must be the one that the folder was begun with."""
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Refuses a folder that another process is at: both would run the same arms into the same folders."""
+    with (folder / ".lock").open("w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{folder}: another `mmllm study run` is at it; wait for its end") from error
+        yield
+
+
+def _begun(study: str, folder: Path, data: str | None = None) -> tuple[Study, Path, dict[str, Any]]:
+    """The study, which must be the one that the folder was begun with, and its values as they are kept."""
     path = paths.find_config(study)
     load_study(path)  # names the file where something is wrong
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values = read_yaml(path)
     if data is not None:
         values["data"] = {"folder": data}
     plan = study_of(values)
@@ -121,9 +146,14 @@ def _begun(study: str, folder: Path, data: str | None = None) -> tuple[Study, Pa
                     f"{folder} holds runs of this study with another {what} ({', '.join(changed)}); runs of both can't "
                     f"be compared: give another folder, or remove it"
                 )
-    folder.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    return plan, folder
+        seeds = set(study_of(before).seeds) - set(plan.seeds)
+        gone = [*sorted(levels.keys() - more.keys()), *(f"seed {seed}" for seed in sorted(seeds))]
+        if gone:
+            raise ValueError(
+                f"{folder} holds runs of a study that has {', '.join(gone)} too, which its report would lose: give "
+                f"another folder"
+            )
+    return plan, folder, values
 
 
 def _base_of(values: dict[str, Any]) -> dict[str, Any]:
@@ -190,43 +220,28 @@ def run_once(made: Path, commands: Sequence[str], places: Mapping[str, str], wha
 
 
 # --------------------------------------------------------------------------------------------------------------- costs
-def costs(study: Study, data: Path, folder: Path, num_at_once: int) -> Iterator[str]:
-    """What each arm will train on, and how long it was so far; every config and recipe is checked.
+def costs(study: Study, data: Path, folder: Path, num_at_once: int, check: CheckCommand | None = None) -> Iterator[str]:
+    """What each arm will train on, and how long it was so far; every config, recipe and command is checked.
 
     Raises:
+        FileNotFoundError: a measure's manifest isn't there, or what a training starts from.
         ValueError: a level names an unknown key, or the arms can't have one budget.
     """
     levels = [level for factor in study.factors.values() for level in factor.levels.values()]
-    check_shots([*study.measures, *(each.of(level.measures) for each in study.measures for level in levels)], data)
+    check_manifests([*study.measures, *(each.of(level.measures) for each in study.measures for level in levels)], data)
     base, budget = Base.read(study, data), study.budget
+    check_curve_sources(base)
     arms = [arm for arm in study.arms() if arm.seed == study.seeds[0]]
-    trial = folder / "checked"
-    for arm in arms:
-        known, length, is_made = True, Length(), False
-        for step in study.level(arm).parts:
-            if step.fit is None:
-                is_made = True  # perhaps what the next training reads
-                continue
-            settings = base.settings(arm, step, folder / "runs" / arm.name)
-            starts = settings.config.get("model", {}).get("init_args", {}).get("init_from")
+    with TemporaryDirectory() as trial:
+        for arm in arms:
+            where = f"factors.{arm.factor}.levels.{arm.level}"
             try:
-                if budget.kind != "seconds":
-                    check_recipe(settings)
-                if is_made or (starts and not Path(starts).exists()):
-                    known = False  # made by a step before this one
-                    check_training(settings, budget.kind, trial / arm.name, step.out)
-                else:
-                    length = length + write_training(study, settings, step.share, trial / arm.name, step.out).length
+                length = _length_of_arm(base, arm, folder / "runs" / arm.name, Path(trial) / arm.name, check)
             except ValueError as error:
-                raise ValueError(f"factors.{arm.factor}.levels.{arm.level}: {error}") from error
-        told = f"{budget.amount:,.4g} {budget.kind}"
-        if known and budget.kind != "seconds":
-            counted = (f"{value:,} {name}" for name, value in vars(length).items() if name != "flops")
-            told = f"{', '.join(counted)}, {length.flops:.3g} flops"
-        elif not known:
-            told += ", counted when what it starts from is there"
-        share = "" if arm.share == 1 else f" with {arm.share:.0%} of the data"
-        yield f"  {arm.factor}: {arm.level}{share}: {told}"
+                raise ValueError(f"{where}: {error}") from error
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{where}: {error}") from error
+            yield _told_length(study, arm, length)
     all_arms = study.arms()
     done = _minutes_done(folder, all_arms)
     left = len(all_arms) - len(done)
@@ -242,8 +257,77 @@ def costs(study: Study, data: Path, folder: Path, num_at_once: int) -> Iterator[
     yield line
 
 
-def check_shots(measures: Sequence[Measure], data: Path) -> None:
-    """Refuses shots of a manifest that isn't there, which would be found out after the first training.
+def _told_length(study: Study, arm: Arm, length: Length | None) -> str:
+    told = f"{study.budget.amount:,.4g} {study.budget.kind}"
+    if length is None:
+        told += ", counted when what it starts from is there"
+    elif study.budget.kind != "seconds":
+        counted = (f"{value:,} {name}" for name, value in vars(length).items() if name != "flops")
+        told = f"{', '.join(counted)}, {length.flops:.3g} flops"
+    share = "" if arm.share == 1 else f" with {arm.share:.0%} of the data"
+    return f"  {arm.factor}: {arm.level}{share}: {told}"
+
+
+def _length_of_arm(base: Base, arm: Arm, run: Path, trial: Path, check: CheckCommand | None) -> Length | None:
+    """Checks an arm's steps; gives how long its trainings are, None where one reads what a step before it makes."""
+    budget, is_known, length = base.study.budget, True, Length()
+    is_made, models = False, set[str]()
+    for step in base.study.level(arm).parts:
+        if step.fit is None:
+            _check_command(step, {"data": str(base.data), "run": str(run), "seed": str(arm.seed)}, check)
+            is_made = True  # perhaps what the next training reads
+            continue
+        settings = base.settings(arm, step, run)
+        starts = settings.config.get("model", {}).get("init_args", {}).get("init_from")
+        if starts and not is_made and not Path(starts).exists() and Path(starts) not in {run / one for one in models}:
+            raise FileNotFoundError(f"model.init_args.init_from is {starts}, which isn't there and no step makes")
+        if budget.kind != "seconds":
+            check_recipe(settings)
+        if is_made or (starts and not Path(starts).exists()):
+            is_known = False
+            check_training(settings, budget.kind, trial, step.out)
+        else:
+            length = length + write_training(base.study, settings, step.share, trial, step.out).length
+        models.add(step.out)
+    return length if is_known else None
+
+
+def _check_command(step: Step, places: Mapping[str, str], check: CheckCommand | None) -> None:
+    """Raises ValueError where a step's command names a place that there isn't, or what `mmllm` doesn't know."""
+    assert step.command is not None
+    if unknown := sorted(set(_PLACE.findall(step.command)) - {f"{{{name}}}" for name in places}):
+        known = ", ".join(f"{{{name}}}" for name in places)
+        raise ValueError(f"the step `{step.command}` has {unknown[0]}; a command may have {known}")
+    if check is not None:
+        try:
+            check(shlex.split(filled(step.command, places)))
+        except ValueError as error:
+            raise ValueError(f"the step `{step.command}`: {error}") from error
+
+
+def check_curve_sources(base: Base) -> None:
+    """Refuses names that no training's recipe has: their share of the data would be all of it.
+
+    Raises:
+        ValueError: there is one.
+    """
+    wanted, found = set(base.study.curve_sources), set[str]()
+    for arm in base.study.arms():
+        steps = [step for step in base.study.level(arm).parts if step.fit is not None]
+        recipes = [base.settings(arm, step, Path("/run")).recipe for step in steps]
+        names = {source["name"] for recipe in recipes for source in recipe["sources"]}
+        found |= names
+        if arm.share < 1 and wanted and not wanted & names:
+            raise ValueError(
+                f"factors.{arm.factor}.levels.{arm.level} has shares, and none of the curve_sources "
+                f"{', '.join(sorted(wanted))}, of which they are"
+            )
+    if unknown := sorted(wanted - found):
+        raise ValueError(f"curve_sources has {unknown[0]!r}; the recipes' sources are {', '.join(sorted(found))}")
+
+
+def check_manifests(measures: Sequence[Measure], data: Path) -> None:
+    """Refuses manifests that aren't there, of rows or shots, which would be found out after the first training.
 
     One in a run's folder is made by the run's own steps.
 
@@ -251,10 +335,11 @@ def check_shots(measures: Sequence[Measure], data: Path) -> None:
         FileNotFoundError: there is one; the message names the measure.
     """
     for measure in measures:
-        if measure.shots is not None and "{run}" not in measure.shots.manifest:
-            path = Path(filled(measure.shots.manifest, {"data": str(data)}))
-            if not path.exists():
-                raise FileNotFoundError(f"measure {measure.name}: no manifest {path} to draw shots from; mend its path")
+        shots = "" if measure.shots is None else measure.shots.manifest
+        for manifest, use in ((measure.manifest, "score"), (shots, "draw shots from")):
+            path = Path(filled(manifest, {"data": str(data)}))
+            if manifest and "{run}" not in manifest and not path.exists():
+                raise FileNotFoundError(f"measure {measure.name}: no manifest {path} to {use}; mend its path")
 
 
 def _minutes_done(folder: Path, arms: Sequence[Arm]) -> list[float]:

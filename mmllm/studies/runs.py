@@ -18,7 +18,7 @@ from typing import Any
 from mmllm.checkout import commit
 from mmllm.quickstart.plan import write_yaml
 from mmllm.quickstart.processes import Processes
-from mmllm.studies.commands import call, measured
+from mmllm.studies.commands import RunFailed, call, measured
 from mmllm.studies.energy import EnergyMeter
 from mmllm.studies.lengths import Length, length_of, write_training
 from mmllm.studies.measures import Measure
@@ -131,9 +131,15 @@ class Runner:
         settings = self.base.settings(arm, step, folder)
         training = write_training(self.study, settings, step.share, folder, step.out)
         self._call(["fit", "-c", str(training.config)], folder, arm)
+        metrics = folder / f"{step.out}.logs" / "metrics.csv"
+        steps = _steps_done(metrics)
         if training.seconds is None:
+            if metrics.is_file() and steps != training.length.steps:
+                raise RunFailed(
+                    f"run {arm.name}: its training ended after {steps:,} of {training.length.steps:,} steps, so that "
+                    f"it has another budget; take out what ends it, such as a callback"
+                )
             return training.length, training.documents
-        steps = _steps_done(folder / f"{step.out}.logs" / "metrics.csv")
         return length_of(training.config, steps), training.documents
 
     def _scores(self, arm: Arm, folder: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from mmllm.quickstart.processes import Processes
 from mmllm.studies.at_once import run_at_once
 from mmllm.studies.commands import call, measured
 from mmllm.studies.lengths import GUESSED_STEPS, Length, opened, until, write_files
-from mmllm.studies.run import check_shots, make_data, run_once
+from mmllm.studies.run import check_manifests, make_data, run_once
 from mmllm.studies.scaling import check_points
 from mmllm.studies.scaling_grid import Run, Sweep, load_sweep
 from mmllm.studies.scaling_heldout import heldout_data, heldout_loss
@@ -103,7 +103,7 @@ class Sweeper:
             FileNotFoundError: there is no recipe of it, or no manifest of a measure's shots.
             ValueError: a command failed, or nothing is held out.
         """
-        check_shots(self.sweep.measures, self._data)
+        check_manifests(self.sweep.measures, self._data)
         if self.sweep.prepare:
             told, commands = self.out / "prepared.json", filled(list(self.sweep.prepare), self.places)
             if not told.is_file() or json.loads(told.read_text(encoding="utf-8")) != commands:

@@ -15,6 +15,10 @@ from mmllm.studies.study import Arm, Step, Study
 
 STEPS_SHARE = "share_of_steps"
 """A value `{share_of_steps: 0.5}` becomes that share of the run's steps: a schedule that all horizons have alike."""
+_ENDS_ELSEWHERE = (
+    "max_epochs", "max_time", "min_epochs", "min_steps", "fast_dev_run", "limit_train_batches", "overfit_batches",
+)  # fmt: skip
+"""Of a trainer: what ends a training before or after its steps, so that it has another budget than it says."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,26 @@ class Base:
         for source in recipe["sources"]:
             if arm.share < 1 and (not study.curve_sources or source["name"] in study.curve_sources):
                 source["share"] = arm.share * (source.get("share") or 1.0)
+        check_trainer(config, where)
         put(config, "seed_everything", arm.seed)
         put(config, "model.init_args.out", str(run / step.out))
         for_one_process(config, run, step.out)
         return Settings(filled(config, places), filled(recipe, places))
+
+
+def check_trainer(config: Mapping[str, Any], where: str) -> None:
+    """Refuses what would end a training elsewhere than its budget does.
+
+    Raises:
+        ValueError: the trainer has such a key; the message names it.
+    """
+    trainer = config.get("trainer") or {}
+    given = [key for key in _ENDS_ELSEWHERE if trainer.get(key) not in (None, False, -1)]
+    if given:
+        raise ValueError(
+            f"{where}: the config has trainer.{given[0]}: {trainer[given[0]]!r}, which ends a training elsewhere than "
+            f"the budget does; take it out: `set: {{trainer.{given[0]}: null}}`"
+        )
 
 
 def for_one_process(config: dict[str, Any], run: Path, name: str) -> None:

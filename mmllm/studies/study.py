@@ -8,6 +8,7 @@ data as well, for a curve.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ Kind = Literal["seconds", "flops", "samples"]
 MODEL = "model"
 """Folder, in that of a run, of the model that is scored."""
 _OF_BUDGET = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "model.init_args.max_seconds")
+_TRAINS = ("fit", "quickstart", "draft", "incremental", "posttrain-tour")
+"""Commands that train."""
 _OF_RUN = ("seed_everything", "seed", "model.init_args.out", "data.init_args.recipe", "trainer.logger")
 """Dotted keys that each run sets itself, whatever a level says."""
 
@@ -92,6 +95,14 @@ class Step:
             )
         if self.command is not None and (self.recipe or self.share != 1):
             raise ValueError(f"the step `{self.command}` is no training, and has neither a recipe nor a share")
+        if self.command is not None and (words := shlex.split(self.command)) and words[0] in _TRAINS:
+            raise ValueError(
+                f"the step `{self.command}` trains, and would do so outside of the budget; give a training as `fit`, "
+                f"or what all runs share to data.commands"
+            )
+        for name in (self.out, *self.files):
+            if not name or Path(name).is_absolute() or ".." in Path(name).parts or Path(name) == Path("."):
+                raise ValueError(f"a step writes {name!r}; it must be a name in the run's folder")
 
 
 @dataclass(frozen=True)

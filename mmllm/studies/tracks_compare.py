@@ -7,6 +7,7 @@ track's minutes. Everything else is unproved.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,23 @@ _NEEDED = (
     "judge_sha256", "max_steps", "machine",
 )  # fmt: skip
 Score = Mapping[str, Any]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_TYPES = {
+    "score": _is_number,
+    "lower_is_better": lambda value: isinstance(value, bool),
+    "seed": lambda value: value is None or (isinstance(value, int) and not isinstance(value, bool)),
+    "minutes": lambda value: value is None or (_is_number(value) and value > 0),
+    "machine": lambda value: isinstance(value, dict),
+    "also": lambda value: (
+        isinstance(value, list) and all("measure" in each and _is_number(each.get("score")) for each in value)
+    ),
+}
+"""What a comparison relies on."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +152,9 @@ def _read(path: Path) -> Score:
     if missing or not isinstance(values, dict):
         told = f"it has no {missing[0]}" if missing else "it is no object"
         raise ValueError(f"{path} is no score of `mmllm study score` ({told}); give its {SCORE}")
+    wrong = [key for key, is_right in _TYPES.items() if not is_right(values[key])]
+    if wrong:
+        raise ValueError(f"{path} has {wrong[0]} {values[wrong[0]]!r}, which no score has; score its model again")
     if values["seed"] is None:
         raise ValueError(f"{path} has no seed, so it can't be paired; score it again with --seed, that of its training")
     return values
