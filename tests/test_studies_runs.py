@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from mmllm.studies.runs import Runner
 from mmllm.studies.settings import Base
 from mmllm.studies.shared import Cost, shared_keys
 from mmllm.studies.study import Arm, Budget, Step
+from mmllm.training.lightning_cli import unbuilt
 from tests.test_studies_scaling_sweep import data as data  # a fixture: text shards, and a config of a tiny decoder
 
 pytest.importorskip("scipy", reason="a study's tests need scipy: pip install 'mmllm[studies]'")
@@ -208,6 +211,41 @@ def test_a_training_that_ends_before_its_budget_is_no_result(
     assert main(["study", "run", study_file(data, tmp_path, seeds=[0]), "--out", str(tmp_path / "out")]) == 2
     assert "its training ended after 3 of 18 steps" in capsys.readouterr().err
     assert not list(tmp_path.glob("out/runs/*/result.json")) and not calls.evals
+
+
+def test_what_is_trained_is_scored_again_without_a_training(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A misspelt key is found out when a run is scored; with another one, its model is still there."""
+    calls, out = stand_in(monkeypatch), tmp_path / "out"
+    factors = {"width": {"baseline": "narrow", "levels": {"narrow": {}, "wide": {"config": {WIDTH: 32}}}}}
+    measure = {"name": "bits", "task": "text", "manifest": "{data}/rows/manifest.jsonl", "lower_is_better": True}
+
+    def run(key: str, **changes: Any) -> int:
+        path = study_file(data, tmp_path, factors=factors, seeds=[0], measures=[{**measure, "key": key}], **changes)
+        return main(["study", "run", path, "--out", str(out)])
+
+    assert run("bits") == 2 and len(calls.fits) == 2
+    assert "has the key 'bits', and the task text scores bits_per_byte, n" in capsys.readouterr().err
+    assert run("bits", budget={"samples": 30}) == 2 and len(calls.fits) == 4, "of another budget, other trainings"
+    assert run("bits_per_byte", budget={"samples": 30}) == 0 and len(calls.fits) == 4
+    results = [json.loads(path.read_text()) for path in out.glob("runs/*/result.json")]
+    assert len(results) == 2 and all(25 < each["samples"] < 35 and each["flops"] > 0 for each in results)
+
+
+def test_threads_that_read_configs_leave_the_working_directory(data: Path, tmp_path: Path):
+    """jsonargparse reads a config in the config's folder; of two at once, one would end in the other's."""
+    configs = []
+    for number in range(4):
+        configs.append(tmp_path / f"{number}" / "config.yaml")
+        configs[-1].parent.mkdir()
+        configs[-1].write_text((data / "config.yaml").read_text())
+    before = os.getcwd()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda path: unbuilt(["-c", str(path)]), 3 * configs))
+    after = os.getcwd()
+    os.chdir(before)
+    assert after == before
 
 
 def test_a_folder_is_of_one_process_and_of_its_own_results(

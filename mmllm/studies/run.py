@@ -369,6 +369,9 @@ def _run_here(
     def may_begin(longest: float) -> bool:
         return deadline is None or time.monotonic() + MARGIN * 60 * max(before, longest) <= deadline
 
+    # Absolute: a thread that reads a config changes the working directory of all, and their processes begin in it.
+    data, folder = data.absolute(), folder.absolute()
+
     def make() -> Runner:
         return Runner(study, data, folder, num_threads, meters=num_at_once == 1)
 

@@ -1,6 +1,7 @@
 """One run of a study: its trainings and commands, then its scores. A function of an item, so that any executor runs it.
 
-A run is a folder. `result.json` in it says that it is done; a run that was ended begins anew.
+A run is a folder. `result.json` in it says that it is done; a run that was ended begins anew, or, if its model was
+there already, with its scores.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from mmllm.studies.energy import EnergyMeter
 from mmllm.studies.lengths import Length, length_of, write_training
 from mmllm.studies.measures import Measure
 from mmllm.studies.settings import Base, filled
-from mmllm.studies.shared import Cost, bring, shared_keys
+from mmllm.studies.shared import Cost, bring, key_of, shared_keys
 from mmllm.studies.study import MODEL, Arm, Step, Study, study_of
 
 RESULT = "result.json"
+_TRAINED = "trained.json"
+"""In a run's folder: that its steps are done, and what they took."""
 
 
 def make_runner(settings: dict[str, Any]) -> Callable[[Sequence[Any], str], dict[str, Any]]:
@@ -79,18 +82,8 @@ class Runner:
         result = folder / RESULT
         if result.is_file():
             return json.loads(result.read_text(encoding="utf-8"))
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-        parts, keys = self.study.level(arm).parts, shared_keys(self.base)[arm]
-
-        def run(steps: Sequence[Step], place: Path) -> Cost:
-            return self._run_steps(arm, steps, place)
-
-        begun = time.monotonic()
         try:
-            cost = bring(keys, parts[: len(keys)], self.out, folder, run) + run(parts[len(keys) :], folder)
-            minutes_here = (time.monotonic() - begun) / 60
+            cost, minutes_here = self._trained(arm, folder)
             scores = self._scores(arm, folder)
         finally:
             self._processes.end_all()
@@ -104,12 +97,31 @@ class Runner:
             "scores": scores,
             "commit": commit(),
         }
-        unfinished = folder / f".{RESULT}"
-        unfinished.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(result)
+        _write(result, values)
         for name in {step.out for step in self.study.level(arm).parts if step.fit is not None} - {MODEL}:
             shutil.rmtree(folder / name, ignore_errors=True)  # a model that another was made of
         return values
+
+    def _trained(self, arm: Arm, folder: Path) -> tuple[Cost, float]:
+        """Runs an arm's steps, unless that is done; gives what they took, and the minutes without what others ran."""
+        key, kept = f"{key_of(self.base, arm)} {commit()}", folder / _TRAINED
+        if kept.is_file():
+            told = json.loads(kept.read_text(encoding="utf-8"))
+            if told["key"] == key:
+                return Cost.of(told["cost"]), told["minutes_here"]
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        parts, keys = self.study.level(arm).parts, shared_keys(self.base)[arm]
+
+        def run(steps: Sequence[Step], place: Path) -> Cost:
+            return self._run_steps(arm, steps, place)
+
+        begun = time.monotonic()
+        cost = bring(keys, parts[: len(keys)], self.out, folder, run) + run(parts[len(keys) :], folder)
+        minutes_here = (time.monotonic() - begun) / 60
+        _write(kept, {"key": key, "cost": asdict(cost), "minutes_here": minutes_here})
+        return cost, minutes_here
 
     def _run_steps(self, arm: Arm, steps: Sequence[Step], folder: Path) -> Cost:
         """Runs steps one after the other; gives what they took."""
@@ -174,6 +186,13 @@ class Runner:
         if self._is_stopped:
             raise KeyboardInterrupt
         call(self._processes, command, folder, arm.name, self.num_threads)
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    """Whole, or not at all."""
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def _score(measure: Measure, path: Path) -> dict[str, Any]:

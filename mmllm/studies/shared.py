@@ -14,7 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,11 @@ class Cost:
         return Cost(self.length + other.length, max(self.documents, other.documents), self.minutes + other.minutes,
                     joules)  # fmt: skip
 
+    @staticmethod
+    def of(values: Mapping[str, Any]) -> Cost:
+        """From JSON."""
+        return Cost(**{**values, "length": Length(**values["length"])})
+
 
 Run = Callable[[Sequence[Step], Path], Cost]
 """Runs steps in a folder."""
@@ -56,7 +61,9 @@ Run = Callable[[Sequence[Step], Path], Cost]
 
 def shared_keys(base: Base) -> dict[Arm, list[str]]:
     """Digests of each arm's first steps, each of all steps up to it; of those that another arm of the study has too."""
-    keys = {arm: list(_keys(base, arm)) for arm in base.study.arms()}
+    keys = {
+        arm: list(_keys(base, arm))[:-1] for arm in base.study.arms()
+    }  # the last step makes the model that is scored
     counts = Counter(key for each in keys.values() for key in set(each))
     return {arm: [key for key in each if counts[key] > 1] for arm, each in keys.items()}
 
@@ -67,11 +74,15 @@ def would_wait(arm: Arm, running: Sequence[Arm], keys: Mapping[Arm, Sequence[str
     return any(missing in keys[each] for each in running)
 
 
+def key_of(base: Base, arm: Arm) -> str:
+    """Digest of all that an arm's steps are told."""
+    return list(_keys(base, arm))[-1]
+
+
 def _keys(base: Base, arm: Arm) -> Iterator[str]:
-    """Of all steps but the last, which makes the model that is scored."""
     run, key = Path("/run"), ""
     places = {"data": str(base.data), "run": str(run), "seed": str(arm.seed)}
-    for step in base.study.level(arm).parts[:-1]:
+    for step in base.study.level(arm).parts:
         if step.command is not None:
             told: dict[str, Any] = {"command": filled(step.command, places), "files": filled(step.files, places)}
         else:
@@ -101,7 +112,7 @@ def bring(keys: list[str], steps: Sequence[Step], study: Path, folder: Path, run
             place.mkdir()
             cost = bring(keys[:-1], steps[:-1], study, place, run) + run(steps[-1:], place)
             (place / _RECORD).write_text(json.dumps(asdict(cost)) + "\n", encoding="utf-8")
-    told = json.loads((place / _RECORD).read_text(encoding="utf-8"))
+    cost = Cost.of(json.loads((place / _RECORD).read_text(encoding="utf-8")))
     for path in place.iterdir():
         if path.is_dir():
             shutil.copytree(path, folder / path.name)
@@ -109,7 +120,7 @@ def bring(keys: list[str], steps: Sequence[Step], study: Path, folder: Path, run
             shutil.copy2(path, folder / path.name)
     with (folder / LOG).open("a", encoding="utf-8") as log:
         log.write(f"{len(keys)} steps that other arms have too: {place / LOG} has what they said\n")
-    return replace(Cost(**told), length=Length(**told["length"]))
+    return cost
 
 
 def forget(study: Path) -> None:

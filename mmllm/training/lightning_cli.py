@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from mmllm.training.strategy import AnyCheckpointIO
 log = logging.getLogger(__name__)
 
 SUBCOMMANDS = ("fit", "validate", "test")
+_READING = threading.Lock()
 
 TRAINER_DEFAULTS: dict[str, Any] = {"max_epochs": -1, "num_sanity_val_steps": 0, "enable_model_summary": False}
 """A run ends by steps or seconds, not by epochs."""
@@ -207,13 +209,16 @@ class _UnbuiltCLI(MmllmCLI):
 def unbuilt(argv: list[str]) -> tuple[Any, Any, dict[str, Any]]:
     """A config's module and data module, nothing of them built, and the trainer's settings; all keys are checked.
 
+    One thread at a time: while jsonargparse reads a config, the process's working directory is the config's folder.
+    Other threads had better have absolute paths alone then.
+
     Args:
         argv: options of `fit`, without the command.
 
     Raises:
         ValueError: a wrong key or value; the message names it.
     """
-    with quiet_lightning(), _restored_environment():
+    with _READING, quiet_lightning(), _restored_environment():
         try:
             cli: Any = build_cli(argv, run=False, cli_class=_UnbuiltCLI)
         except ValueError as error:
