@@ -16,7 +16,7 @@ from mmllm.studies.scaling_emergence import emergence, emergence_lines
 from mmllm.studies.scaling_isoflop import isoflop_fit
 from mmllm.studies.scaling_optimum import optimum, plan
 from mmllm.studies.scaling_rates import fit_rates
-from mmllm.studies.scaling_report import fit_points
+from mmllm.studies.scaling_report import fit_lines, fit_points
 
 pytest.importorskip("scipy", reason="fits need scipy: pip install 'mmllm[studies]'")
 
@@ -113,7 +113,7 @@ def test_a_planted_bug_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_too_few_points_or_values_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match="5 points can't tell a law of 5 numbers"):
-        check_points([1e6] * 5, [1e7] * 5)
+        check_points([1e6, 1e6, 1e7, 1e7, 1e8], [1e7, 1e8, 1e7, 1e8, 1e7])
     with pytest.raises(ValueError, match="2 different sizes, from which no exponent"):
         check_points([1e6, 1e7] * 4, np.geomspace(1e7, 1e9, 8))
     with pytest.raises(ValueError, match="1 different numbers of tokens"):
@@ -121,6 +121,28 @@ def test_too_few_points_or_values_are_refused_at_once() -> None:
     sizes = np.geomspace(1e6, 1e9, 8)
     with pytest.raises(ValueError, match="one budget of compute"):
         check_points(sizes, 1e15 / sizes)
+
+
+def test_seeds_of_one_size_and_length_are_no_further_points() -> None:
+    """Nor are lengths that differ by a step."""
+    sizes, lengths = [1e6, 1e7, 1e8, 1e6, 1e7] * 3, [1e7, 1e8, 1e9, 1e8, 1e7] * 3
+    nearly = [length * factor for length, factor in zip(lengths, [1.0] * 5 + [1.01] * 5 + [0.99] * 5, strict=True)]
+    for given in (lengths, nearly):
+        with pytest.raises(ValueError, match="15 points of 5 different pairs of size and number of tokens can't tell"):
+            check_points(sizes, given)
+    check_points([*sizes, 1e8], [*nearly, 1e7])
+
+
+def test_lengths_that_are_a_power_of_the_size_are_refused_or_warned_of() -> None:
+    """Along D ~ N both terms are powers of N: nobody knows which is which."""
+    n_P = np.repeat(np.geomspace(1e6, 1e9, 8), 2)
+    for exponent in (1.0, 0.5, -0.7):
+        with pytest.raises(ValueError, match=rf"D ~ N\^{exponent:.2f}\), so that A and alpha can't be told"):
+            fit_law(Points(n_P, 20 * n_P**exponent, HOFFMANN.loss(n_P, 20 * n_P**exponent)), FAST)
+    d_P = 20 * n_P * np.tile([0.7, 1.4], 8)
+    warnings = fit_law(Points(n_P, d_P, HOFFMANN.loss(n_P, d_P)), FAST).warnings
+    assert any("tokens go with sizes (the correlation of log N and log D is 0.98" in each for each in warnings)
+    assert not any("tokens go with" in each for each in fit_law(drawn(HOFFMANN), FAST).warnings)
 
 
 def test_points_that_cannot_tell_are_warned_of() -> None:
@@ -224,10 +246,85 @@ def test_plans_say_how_far_they_go_beyond_the_points(tmp_path: Path) -> None:
     assert any("times beyond the largest that was measured, 1e+09" in warning for warning in far.warnings)
 
 
-@pytest.mark.parametrize(("flops", "tokens", "said"), [(0, 0, "flops is 0"), (1e20, -1, "inference_tokens is -1")])
+@pytest.mark.parametrize(
+    ("flops", "tokens", "said"),
+    [
+        (0, 0, "flops is 0"),
+        (-1e20, 0, "flops is -1e"),
+        (math.nan, 0, "flops is nan"),
+        (math.inf, 0, "flops is inf"),
+        (1e20, -1, "inference_tokens is -1"),
+        (1e20, math.nan, "inference_tokens is nan"),
+        (1e20, math.inf, "inference_tokens is inf"),
+        (1.0, 0, "1 FLOPs pay for less than one parameter, or one token"),
+        (5e-324, 0, "pay for less than one parameter"),
+        (1e20, 1e20, r"1e\+20 FLOPs with 1e\+20 tokens of inference pay for less than one parameter"),
+        (1e3, 499.9, "or lower inference_tokens"),
+    ],
+)
 def test_plans_refuse_what_is_no_budget(flops: float, tokens: float, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         optimum(BESIROGLU, flops, tokens)
+
+
+@pytest.mark.parametrize("flops", [1e3, 1e12, 1e100, 1e300])
+@pytest.mark.parametrize("tokens", [0.0, 5e-324, 1.0, 1e250])
+def test_plans_of_any_budget_are_numbers_or_errors(flops: float, tokens: float) -> None:
+    for law in (BESIROGLU, Law(0, 1e-9, 1e9, 2.9, 0.011), Law(0, 1e300, 1e-300, 0.011, 2.9)):
+        try:
+            best = optimum(law, flops, tokens)
+        except ValueError as error:
+            assert "less than one parameter" in str(error)
+            continue
+        assert 1 <= best.parameters < math.inf and 1 <= best.tokens < math.inf and 0 < best.loss < math.inf
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"alpha": None}, "has alpha None, wanted a finite number"),
+        ({"E": "1.7"}, "has E '1.7'"),
+        ({"B": True}, "has B True"),
+        ({"A": math.nan}, "has A nan"),
+        ({"A": -1.0}, "A, B, alpha and beta must be positive"),
+        ({"B": 0}, "A, B, alpha and beta must be positive"),
+        ({"E": -1.0}, "and E 0 or more"),
+        ({"alpha": 0.01}, "has alpha 0.01, at or beyond the bounds of fits"),
+        ({"beta": 3.0}, "has beta 3, at or beyond the bounds of fits"),
+        ({"alpha": 0}, "has alpha 0, at or beyond"),
+        ({"ranges": {"parameters": [0, 1e9]}}, r"has ranges\.parameters \[0, 10{9}\.0\]"),
+        ({"ranges": {"tokens": [1e9]}}, r"has ranges\.tokens \[1"),
+        ({"ranges": {"tokens": ["1", 2]}}, r"has ranges\.tokens \['1', 2\], wanted two positive numbers"),
+        ({"ranges": [1, 2]}, r"has ranges \[1, 2\], wanted an object"),
+        ({"warnings": "odd"}, "warnings that are no list"),
+        ({"size": 3}, "a size that is no text"),
+    ],
+)
+def test_plans_refuse_what_is_no_fit(changed: dict[str, Any], said: str, tmp_path: Path) -> None:
+    (tmp_path / "fit.json").write_text(json.dumps({**vars(BESIROGLU), **changed}))
+    with pytest.raises(ValueError, match=said):
+        plan(tmp_path / "fit.json", 1e20)
+
+
+def test_plans_need_no_more_than_a_law(tmp_path: Path) -> None:
+    (tmp_path / "fit.json").write_text(json.dumps({**vars(BESIROGLU), "ranges": {"odd": [1, 2]}}))
+    assert plan(tmp_path / "fit.json", 1e20).warnings == []
+    for text in ("[1]", "nonsense", "null"):
+        (tmp_path / "fit.json").write_text(text)
+        with pytest.raises(ValueError, match=r"fit\.json (has E None|is no JSON)"):
+            plan(tmp_path / "fit.json", 1e20)
+
+
+def test_plans_say_that_a_fit_is_not_of_active_parameters(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", drawn(BESIROGLU, 5, 5), total_parameters=1.0)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**row, "total_parameters": 4 * row["parameters"]}) + "\n" for row in rows))
+    for size, count in (("parameters", 0), ("total_parameters", 1)):
+        values = fit_points(path, FAST, size)
+        assert values["size"] == size and values["loss_key"] == "loss"
+        (tmp_path / "fit.json").write_text(json.dumps(values))
+        warnings = plan(tmp_path / "fit.json", 1e17).warnings
+        assert sum("the fit is of total_parameters, and C is 6·N·D" in warning for warning in warnings) == count
 
 
 # ---- checks, repeated documents, rates, emergence
@@ -260,11 +357,45 @@ def test_one_law_is_fitted_to_what_is_chosen(tmp_path: Path) -> None:
             stream.write(json.dumps({**row, "variant": "experts"}) + "\n")
     values = fit_points(path, FAST, "active", "loss_by_source.text", {"variant": "experts"})
     assert values["alpha"] == pytest.approx(SMALL.alpha, rel=0.01)
-    mixed = fit_points(path, FAST)
-    assert any("are of dense, experts, of which each" in warning for warning in mixed["warnings"])
-    assert not any("of which each" in warning for warning in values["warnings"])
+    assert values["only"] == {"variant": "experts"}
+    with pytest.raises(ValueError, match=r"has points of dense, experts, of which each has a law.*variant=dense"):
+        fit_points(path, FAST)
     with pytest.raises(ValueError, match="no points where variant is none"):
         fit_points(path, FAST, only={"variant": "none"})
+
+
+def test_the_best_rate_and_batch_of_each_size_and_length_are_fitted(tmp_path: Path) -> None:
+    """The others move nothing; what isn't everywhere is told."""
+    points = drawn(BESIROGLU, 5, 5, noise=0)
+    lines = [
+        {"parameters": n, "tokens": d * (1.01 if batch == 4 else 1.0), "loss": loss * times, "rate": rate,
+         "batch_size": batch}
+        for n, d, loss in points.rows()
+        for rate, batch, times in ((1, 2, 1.0), (2, 2, 1.1), (0.5, 2, 1.05), (1, 4, 1.2))
+    ]  # fmt: skip
+    path = tmp_path / "p.jsonl"
+
+    def fitted(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return fit_points(path, FAST)
+
+    values = fitted(lines)
+    assert values["points"] == 25 and values["not_best"] == 75 and values["warnings"] == []
+    assert values["alpha"] == pytest.approx(BESIROGLU.alpha, rel=0.01)
+    assert "left out: 75 points whose rate or batch isn't the best" in "\n".join(fit_lines(values | {"intervals": {}}))
+    some = [row for row in lines if row["batch_size"] == 2 and (row["rate"] == 1 or row["parameters"] > 1e8)]
+    assert any("are of rate 0.5, 1, 2, and not all sizes" in warning for warning in fitted(some)["warnings"])
+    shared = [{**row, "share": share} for row in lines for share in (0.5, 1.0)]
+    assert any("are of share 0.5, 1.0" in warning for warning in fitted(shared)["warnings"])
+
+
+def test_points_of_repeated_documents_alone_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", drawn(BESIROGLU, 5, 5), epochs=2.5)
+    with pytest.raises(ValueError, match=r"points of more than 1\.05 epochs alone, 25 of them"):
+        fit_points(path, FAST)
+    write(path, drawn(BESIROGLU, 5, 5), epochs="two")
+    with pytest.raises(ValueError, match="a point has epochs 'two'"):
+        fit_points(path, FAST)
 
 
 def test_the_best_rate_of_a_larger_model_is_that_of_the_rule(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from mmllm.cli.main import main
 from mmllm.data.loading.datamodules import PackedDataModule
 from mmllm.studies.scaling_grid import Run, Sweep, load_sweep, sweep_of
 from mmllm.studies.scaling_heldout import heldout_loss
-from mmllm.studies.scaling_sweep import POINTS, Sweeper, run_sweep
+from mmllm.studies.scaling_sweep import POINTS, Sweeper, _claim, run_sweep
 from mmllm.studies.settings import put
 from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict
 
@@ -24,7 +24,7 @@ SIZE = "model.init_args.decoder.hidden_size"
 VALUES: dict[str, Any] = {
     "title": "trial", "data": {"folder": "data"}, "config": "{data}/config.yaml", "recipe": "{data}/recipe.yaml",
     "heldout": "{data}/recipe.yaml", "sizes": {"s": {SIZE: 16}, "m": {SIZE: 32}, "l": {SIZE: 64}},
-    "tokens": [400, "1e3", 2500],
+    "tokens": [400, "1e3", 1600],
 }  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def test_a_grid_is_all_of_its_levels_the_shortest_first() -> None:
     assert len(runs) == len({run.name for run in runs}) == 3 * 3 * 2 * 2 * 2
     assert [run.amount for run in runs] == sorted(run.amount for run in runs)
     assert runs[0].name == "dense-s-t400-rate0.5-seed0"
-    assert {run.amount for run in runs} == {400, 1000, 2500}, "1e3 is a number"
+    assert {run.amount for run in runs} == {400, 1000, 1600}, "1e3 is a number"
     check = sweep_of(changed(check={"sizes": {"xl": {SIZE: 128}}, "tokens": [5000]})).runs()
     assert check[-1] == Run("base", "xl", 5000, is_check=True) and sum(run.is_check for run in check) == 1
 
@@ -121,6 +121,44 @@ def test_costs_are_told_and_grids_that_tell_nothing_are_refused(data: Path, tmp_
         list(run_sweep(plan_of(data, tmp_path, sizes=bad), tmp_path / "bad", is_dry=True))
     with pytest.raises(FileNotFoundError, match=r"heldout is none\.yaml"):
         list(run_sweep(plan_of(data, tmp_path, heldout="none.yaml"), tmp_path / "none", is_dry=True))
+
+
+def test_a_grid_of_repeated_documents_is_refused_at_once(data: Path, tmp_path: Path) -> None:
+    """Fits leave out what goes through the documents again; there are 1,663 tokens of them."""
+    with pytest.raises(ValueError, match=r"variant base: all 9 runs go through the documents up to 6(\.\d)? times"):
+        list(run_sweep(plan_of(data, tmp_path, tokens=[3000, 5000, 1e4]), tmp_path / "all", is_dry=True))
+    with pytest.raises(ValueError, match=r"2 different numbers of tokens.*\(3 of 9 runs repeat documents"):
+        list(run_sweep(plan_of(data, tmp_path, tokens=[400, 800, 5000]), tmp_path / "some", is_dry=True))
+    lines = list(run_sweep(plan_of(data, tmp_path, tokens=[3000, 5000], is_law=False), tmp_path / "none", is_dry=True))
+    assert "6 runs, 0 done" in lines[-1]
+
+
+def test_a_share_is_of_what_the_recipe_takes(data: Path, tmp_path: Path) -> None:
+    """A source that has a share of its own keeps it."""
+    path = plan_of(data, tmp_path, shares=[0.5, 1.0], set_recipe={"sources.text.share": 0.4})
+    sweeper = Sweeper(load_sweep(path)[0], tmp_path / "out")
+    found = {
+        run.share: sweeper.settings(run, tmp_path / run.name).recipe["sources"][0]["share"]
+        for run in sweeper.sweep.runs()
+    }
+    assert found == {0.5: pytest.approx(0.2), 1.0: 0.4}
+
+
+def test_another_check_is_another_sweep(data: Path, tmp_path: Path) -> None:
+    """More sizes and lengths of a check only add runs; other keys of one that is there don't."""
+    out = tmp_path / "out"
+
+    def claim(width: int, **more: Any) -> None:
+        check = {"sizes": {"xl": {SIZE: width}, **more}, "tokens": [5000]}
+        _claim(out, changed(data={"folder": str(data)}, check=check))
+
+    claim(128)
+    (out / "runs" / "one").mkdir(parents=True)
+    (out / "runs" / "one" / "result.json").write_text("{}")
+    claim(128, xxl={SIZE: 256})
+    with pytest.raises(ValueError, match=r"with another check\.sizes\.xl; they can't be put on one curve"):
+        claim(64)
+    _claim(out, changed(data={"folder": str(data)}))
 
 
 def test_what_is_held_out_is_made_once(data: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmllm import paths
+from mmllm.checkpoints.adapter_config import AdapterConfig
 from mmllm.cli.main import main
 from mmllm.losses.batch import LossFunction
 from mmllm.model.decoder_config import DecoderConfig
@@ -21,12 +22,14 @@ from mmllm.model.image_projectors import ImageProjectorConfig
 from mmllm.model.multimodal import LossConfig, ModelConfig, MultimodalModel
 from mmllm.model.router import MoEConfig
 from mmllm.model.vision import VisionConfig
+from mmllm.training.adapters import adapter_rates
 from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.ema import EMA
 from mmllm.training.estimate_memory import Load, largest_batch, memory_bytes
 from mmllm.training.layout import Layout
 from mmllm.training.lightning_cli import quiet_lightning
 from mmllm.training.optimizers import OptimizerConfig
+from mmllm.training.parts import build_model
 from tests.training_fixtures import ListData, quiet_trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -168,6 +171,86 @@ def test_tokens_that_skip_a_block_cost_it_nothing() -> None:
     whole, some = (ModelFlops.of(ModelConfig(decoder)) for decoder in (dense, skipped))
     who_passes = 2 * (192 + 192 * 48 + 48)  # the router and the predictor's two matrices, of every token
     assert some.layers(Work((40, 7))) == whole.layers(Work((10, 2))) + who_passes * 47
+
+
+BOTH = ("text_embedding", "unit_embedding")
+TRAINED: dict[str, tuple[AdapterConfig | None, dict[str, float], int]] = {
+    "all": (None, {}, 3),
+    "lora of attention": (AdapterConfig(r=4), {}, 3),
+    "lora of everything": (AdapterConfig(r=4, parts=("attention", "experts")), {}, 3),
+    "lora behind attention": (AdapterConfig(r=4, target_modules=("o_proj",)), {}, 1),
+    "lora and the embedding": (AdapterConfig(r=4), dict.fromkeys(BOTH, 1e-3), 3),
+    "all but attention": (None, {"attention": 0}, 3),
+    "all but attention and the embedding": (None, {"attention": 0, **dict.fromkeys(BOTH, 0)}, 1),
+    "all but experts": (None, {"experts": 0}, 3),
+    "all but the embedding": (None, dict.fromkeys(BOTH, 0), 3),
+    "added rows alone": (None, {"text_embedding": 0, "attention": 0, "experts": 0, "routers": 0}, 3),
+}
+"""Adapter, rates of parts, and how many times its forward pass the first layer's attention costs."""
+
+
+@pytest.mark.parametrize("is_moe", [False, True])
+@pytest.mark.parametrize("case", TRAINED)
+def test_frozen_matrices_have_no_gradient_of_their_own(case: str, is_moe: bool) -> None:
+    """To the last product, against PyTorch's counter, which leaves out attention on a CPU; all experts are chosen."""
+    adapter, parts, first_attention = TRAINED[case]
+    moe = MoEConfig(4, 4, 96, backend="reference") if is_moe else None
+    decoder = DecoderConfig(
+        VOCAB, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
+        moe=moe, num_base_ids=1000, tie_word_embeddings=True,
+    )  # fmt: skip
+    config = ModelConfig(decoder, loss=LossConfig(cross_entropy="full"))
+    optimizer = OptimizerConfig(lr=1e-3, parts=parts)
+    optimizer = optimizer if adapter is None else adapter_rates(optimizer)
+    with torch.device("meta"):
+        flops = ModelFlops.of_model(build_model(config, optimizer, None, adapter))
+    model, sizes = build_model(config, optimizer, None, adapter), load(False)
+    batch = largest_batch(model, sizes.batch_size, sizes)
+    work = Work.of(batch)
+    with FlopCounterMode(display=False) as counter:
+        LossFunction(config)(model, model(batch), batch).objective.backward()
+    pair = 4 * decoder.num_attention_heads * decoder.head_channels
+    attention = (first_attention + 2 * 3) * pair * sum(seen_pairs(length) for length in work.lengths)
+    counted = counter.get_total_flops() + attention
+    if is_moe and adapter is not None and adapter.parts:  # PEFT makes B·A of each stack twice, and both gradients once
+        counted -= 4 * decoder.num_hidden_layers * 2 * 4 * adapter.r * 48 * (2 * 96 + 96)
+    if case == "added rows alone":  # "full" makes the gradient of all rows, which chunks of logits don't
+        counted -= 2 * work.num_targets * 48 * 1000
+    assert flops.training(work) == pytest.approx(counted, rel=1e-4 if is_moe else 0)  # the routers' losses
+
+
+def test_parts_that_are_frozen_have_no_backward_pass() -> None:
+    """Below the decoder only what lies behind something trained has one: the input's gradient."""
+    config, passes = model_config(False, False, True), {}
+    cases: dict[str, dict[str, float]] = {
+        "all": {}, "tower frozen": {"image_tower": 0}, "projector frozen": {"image_projector": 0},
+        "both frozen": {"image_tower": 0, "image_projector": 0},
+    }  # fmt: skip
+    for name, parts in cases.items():
+        with torch.device("meta"):
+            backward = ModelFlops.of_model(build_model(config, OptimizerConfig(parts=parts))).backward
+        passes[name] = backward.per_image, backward.per_projected_image
+    flops = ModelFlops.of(config)
+    tower, projector = flops.per_image, flops.per_projected_image
+    assert passes == {
+        "all": (2 * tower, 2 * projector), "tower frozen": (0, 2 * projector),
+        "projector frozen": (2 * tower, projector), "both frozen": (0, 0),
+    }  # fmt: skip
+
+
+def test_virtual_tokens_train_nothing_of_the_decoder() -> None:
+    config = ModelConfig(DecoderConfig(VOCAB, hidden_size=48, num_hidden_layers=2, num_attention_heads=4))
+    found = {}
+    for kind in ("prompt_tuning", "prefix_tuning"):
+        with torch.device("meta"):
+            model = build_model(config, adapter_rates(OptimizerConfig()), None, AdapterConfig(kind))
+        found[kind] = ModelFlops.of_model(model)
+    prompt, prefix = found["prompt_tuning"], found["prefix_tuning"]
+    assert prompt.backward.per_token == prompt.per_token, "the input's gradient alone"
+    first = model.decoder.layers[0].named_parameters()
+    unread = sum(weight.numel() for name, weight in first if name[:12] in {f"self_attn.{kind}_" for kind in "qkv"})
+    assert prompt.backward.per_token - prefix.backward.per_token == 2 * unread, "a prefix begins behind them"
+    assert prompt.backward.per_pair == prefix.backward.per_pair == tuple((w, 2 * n) for w, n in prompt.per_pair)
 
 
 def test_stored_features_cost_the_tower_nothing() -> None:

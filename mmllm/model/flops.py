@@ -2,15 +2,19 @@
 
 Counted are products alone, two operations for each multiply-add: what is called model FLOPs when utilization is told
 (PaLM, arXiv 2204.02311, appendix B). Of experts only those that a token passes count, of attention only the pairs that
-see each other. A backward pass is twice its forward pass; what activation checkpointing computes again is told apart.
+see each other. What activation checkpointing computes again is told apart.
+
+A backward pass is twice its forward pass where everything is trained: of each matrix a product for the gradient of its
+input, and one for its own. A frozen matrix has the first alone, as under LoRA, and none where nothing before it is
+trained. Of towers and projectors, which are trained or frozen whole, the first matrix counts like the others.
 
 Shapes: N images, H and W pixels, C clips, F frames a clip, K codebooks.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,8 +104,8 @@ class Work:
 
 
 @dataclass(frozen=True)
-class ModelFlops:
-    """Forward operations of a model's parts; see `of`.
+class PassFlops:
+    """Operations of one pass, forward or backward, through a model's parts.
 
     Attributes:
         per_token: of all layers that every token passes, without attention's scores; of the others what decides who.
@@ -118,8 +122,6 @@ class ModelFlops:
         per_projected_image: of the projector.
         per_heard_frame: of the audio projector.
         per_spoken_frame: of the unit projector.
-        is_tower_trained: the tower has a backward pass.
-        computes_again: layers are run again, products included, in the backward pass.
     """
 
     per_token: int
@@ -135,43 +137,9 @@ class ModelFlops:
     per_projected_image: int
     per_heard_frame: int
     per_spoken_frame: int
-    is_tower_trained: bool
-    computes_again: bool
-
-    @staticmethod
-    def of(config: ModelConfig) -> ModelFlops:
-        """Counts a model's, from its shapes on the meta device."""
-        with torch.device("meta"):
-            model = MultimodalModel(config)
-        decoder, audio = config.decoder, config.audio
-        by_window: dict[int | None, int] = {}
-        pair = 4 * decoder.num_attention_heads * decoder.head_channels
-        for layer in set(range(decoder.encoder_layers, decoder.num_hidden_layers)).difference(decoder.mod_layers):
-            window = decoder.rule(layer).window
-            by_window[window] = by_window.get(window, 0) + pair
-        codebooks = (audio.num_codebooks - 1) * (audio.codebook_size + 1) if audio is not None else 0
-        per_image, per_projected_image = _of_pictures(model)
-        per_token, per_passing_token = _of_layers(model)
-        return ModelFlops(
-            per_token=per_token,
-            per_pair=tuple(by_window.items()),
-            per_passing_token=per_passing_token,
-            per_passing_pair=len(decoder.mod_layers) * pair,
-            mod_capacity=decoder.mod_capacity,
-            per_prompt_token=_of_prompt_token(model),
-            per_prompt_pair=decoder.encoder_layers * pair,
-            per_target=2 * decoder.vocab_size * decoder.hidden_size,
-            per_unit_target=2 * codebooks * decoder.hidden_size,
-            per_image=per_image,
-            per_projected_image=per_projected_image,
-            per_heard_frame=_of_heard_frame(model),
-            per_spoken_frame=_of_matrices(model.unit_projector),
-            is_tower_trained=config.vision is not None and config.vision.trainable,
-            computes_again=recompute_mode(decoder.gradient_checkpointing) == "full",
-        )
 
     def layers(self, work: Work) -> int:
-        """Of a forward pass through all layers."""
+        """Through all layers."""
         if self.per_prompt_token:
             return self._halves(work)
         pairs = sum(each * sum(seen_pairs(length, window) for length in work.lengths) for window, each in self.per_pair)
@@ -191,18 +159,80 @@ class ModelFlops:
                 total += each * (seen_pairs(length, window) - seen_pairs(prompt, window))
         return total
 
-    def training(self, work: Work) -> int:
-        """Of forward and backward pass, each product of the model once."""
-        trained = (
+    def whole(self, work: Work) -> int:
+        """Through the whole model."""
+        return (
             self.layers(work)
             + self.per_target * work.num_targets
             + self.per_unit_target * work.num_unit_targets
+            + self.per_image * (work.num_images - work.num_stored_images)
             + self.per_projected_image * work.num_images
             + self.per_heard_frame * work.num_heard_frames
             + self.per_spoken_frame * work.num_spoken_frames
         )
-        num_seen = work.num_images - work.num_stored_images
-        return 3 * trained + (3 if self.is_tower_trained else 1) * self.per_image * num_seen
+
+
+@dataclass(frozen=True)
+class ModelFlops(PassFlops):
+    """Operations of a model's parts: those of the forward pass, and beside them the backward pass; see `of`.
+
+    Attributes:
+        backward: the backward pass.
+        computes_again: layers are run again, products included, in the backward pass.
+    """
+
+    backward: PassFlops
+    computes_again: bool
+
+    @staticmethod
+    def of(config: ModelConfig) -> ModelFlops:
+        """Counts a model's, from its shapes on the meta device; all is trained but a tower whose config is frozen."""
+        with torch.device("meta"):
+            return ModelFlops.of_model(MultimodalModel(config))
+
+    @staticmethod
+    def of_model(model: MultimodalModel) -> ModelFlops:
+        """Counts those of a model as it is trained: with its adapters, and without gradients of what is frozen.
+
+        Of adapters of experts' stacks the sum with the stack, once a pass, isn't counted, nor are virtual tokens
+        themselves.
+
+        Args:
+            model: on the meta device, as `mmllm.training.parts.build_model` makes it there.
+        """
+        assert next(model.parameters()).is_meta, "shapes are counted by running towers and projectors on meta tensors"
+        decoder = model.config.decoder
+        layers = _Layers(model)
+        tower, image_projector = _of_pictures(model)
+        heard, spoken = _of_heard_frame(model), _of_matrices(model.unit_projector)
+        codes, rows = _is_trained(model.code_embedding), model.decoder.lm_head.rows
+        blocks = (rows,) if isinstance(rows, torch.Tensor) else rows
+        forward = layers.counted(
+            num_products=lambda weight: 1,
+            per_pair=lambda layer: 1,
+            per_target=2 * decoder.vocab_size * decoder.hidden_size,
+            per_unit_target=_of_codebooks(model.config),
+            per_image=tower,
+            per_projected_image=image_projector,
+            per_heard_frame=heard,
+            per_spoken_frame=spoken,
+        )
+        backward = layers.counted(
+            num_products=lambda weight: weight.num_backward,
+            per_pair=lambda layer: 2 if layer in layers.attending else 0,
+            per_target=sum(2 * block.numel() * (layers.carries + block.requires_grad) for block in blocks),
+            per_unit_target=_of_codebooks(model.config) * (layers.carries + blocks[-1].requires_grad),
+            per_image=_backward(tower, model.vision),
+            per_projected_image=_backward(image_projector, model.image_projector, _is_trained(model.vision)),
+            per_heard_frame=_backward(heard, model.clip_projector, codes),
+            per_spoken_frame=_backward(spoken, model.unit_projector, codes),
+        )
+        computes_again = recompute_mode(decoder.gradient_checkpointing) == "full"
+        return ModelFlops(**vars(forward), backward=backward, computes_again=computes_again)
+
+    def training(self, work: Work) -> int:
+        """Of forward and backward pass, each product of the model once."""
+        return self.whole(work) + self.backward.whole(work)
 
     def computed_again(self, work: Work) -> int:
         """What activation checkpointing adds."""
@@ -215,32 +245,141 @@ def seen_pairs(length: int, window: int | None = None) -> int:
     return window * (window + 1) // 2 + (length - window) * window
 
 
-def _of_layers(model: MultimodalModel) -> tuple[int, int]:
-    """Two operations for each weight of a matrix: of each token, and of each that passes a block that some skip.
+@dataclass(frozen=True)
+class _Weight:
+    """A layer's matrix."""
 
-    Of experts those count that a token passes; of an encoder-decoder the decoder's layers.
+    layer: int
+    name: str
+    count: int
+    """Weights that one token passes: of experts, those of the experts that it goes to."""
+    num_backward: int
+    """Products of its size in the backward pass: for the gradient of its input, and for its own."""
+
+
+_STAGES = tuple(map(re.compile, (
+    r"input_layernorm\.",
+    r"attention_conv\.",
+    r"self_attn\.[qkv]_(proj|norm)\.",
+    r"self_attn\.o_proj\.",
+    r"post_attention_layernorm\.",
+    r"mlp_conv\.",
+    r"mlp\.(gate|gate_proj|up_proj|(shared_)?experts\.gate_up_proj)\b",
+    r"mlp\.((shared_)?experts\.)?down_proj\b",
+    r"depth\.",
+)))  # fmt: skip
+"""A block's weights in the order in which its tokens pass them; those of one stage read the same."""
+
+
+class _Layers:
+    """The layers' matrices, and where gradients go through them.
+
+    Attributes:
+        weights: of all layers.
+        attending: layers whose attention has a backward pass.
+        carries: whether a gradient goes back from the last layer's output.
     """
-    experts = _experts(model)
-    per_token = per_passing_token = 0
-    for layer, block in itertools.islice(enumerate(model.decoder.layers), model.config.decoder.encoder_layers, None):
+
+    def __init__(self, model: MultimodalModel) -> None:
+        self._config, self._experts = model.config.decoder, _experts(model)
+        self.weights: list[_Weight] = []
+        self.attending: set[int] = set()
+        kinds = {tokens.kind for tokens in model.decoder.virtual_tokens.values()}  # pyright: ignore[reportAttributeAccessIssue]
+        self._has_prefix = "prefix_tuning" in kinds
+        inputs = (
+            model.decoder.embed_tokens, model.vision, model.image_projector, model.code_embedding,
+            model.clip_projector, model.unit_projector, model.pointer,
+        )  # fmt: skip
+        self.carries = "prompt_tuning" in kinds or any(map(_is_trained, inputs))
+        for layer, block in enumerate(model.decoder.layers):
+            self._pass(layer, block)
+        self.carries = self.carries or _is_trained(model.decoder.norm)
+
+    def _pass(self, layer: int, block: nn.Module) -> None:
+        stacks = {  # what is adapted is the sum of a stack and its adapter, which has a gradient whole
+            f"{_plain(path)}.{module.parameter_name}"
+            for path, module in block.named_modules()
+            if hasattr(module, "parameter_name")
+        }
+        stages: list[list[tuple[str, nn.Parameter]]] = [[] for _ in _STAGES]
         for name, weight in block.named_parameters():
-            count = _passed(weight, experts)
-            if model.config.decoder.skips_tokens(layer) and not name.startswith("depth."):
-                per_passing_token += 2 * count
-            else:
-                per_token += 2 * count
-    return per_token, per_passing_token
+            plain = _plain(name)
+            if ".experts.lora_" not in plain:
+                [stage] = [number for number, pattern in enumerate(_STAGES) if pattern.match(plain)]
+                stages[stage].append((plain, weight))
+        for pattern, stage in zip(_STAGES, stages, strict=True):
+            before = self.carries
+            for name, weight in stage:
+                is_trained = weight.requires_grad or name in stacks
+                has_input = before or (".lora_B." in name and is_trained)  # it reads what lora_A gives
+                count = _passed(weight, self._experts)
+                self.weights.append(_Weight(layer, name, count, has_input + is_trained))
+                self.carries = self.carries or is_trained
+            if pattern.match("self_attn.q_proj."):
+                self.carries = self.carries or self._has_prefix
+                self.attending |= {layer} if self.carries else set()
+
+    def counted(
+        self, num_products: Callable[[_Weight], int], per_pair: Callable[[int], int], **parts: int
+    ) -> PassFlops:
+        """One pass.
+
+        Args:
+            num_products: of a matrix.
+            per_pair: of a layer's attention, as often as its forward pass.
+            parts: what else `PassFlops` has.
+        """
+        config, first = self._config, self._config.encoder_layers
+        per_token = per_passing_token = per_prompt_token = 0
+        for weight in self.weights:
+            products = 2 * weight.count * num_products(weight)
+            if weight.layer < first or (first and weight.name.startswith(_KEYS_VALUES)):
+                per_prompt_token += products
+            if weight.layer >= first and config.skips_tokens(weight.layer) and not weight.name.startswith("depth."):
+                per_passing_token += products
+            elif weight.layer >= first:
+                per_token += products
+        pair = 4 * config.num_attention_heads * config.head_channels
+        by_window: dict[int | None, int] = {}
+        for layer in set(range(first, config.num_hidden_layers)).difference(config.mod_layers):
+            window = config.rule(layer).window
+            by_window[window] = by_window.get(window, 0) + pair * per_pair(layer)
+        return PassFlops(
+            per_token=per_token,
+            per_pair=tuple(by_window.items()),
+            per_passing_token=per_passing_token,
+            per_passing_pair=sum(pair * per_pair(layer) for layer in config.mod_layers),
+            mod_capacity=config.mod_capacity,
+            per_prompt_token=per_prompt_token,
+            per_prompt_pair=sum(pair * per_pair(layer) for layer in range(first)),
+            **parts,
+        )
 
 
-def _of_prompt_token(model: MultimodalModel) -> int:
-    """Likewise of an encoder's layers, and of the decoder's projections to keys and values; 0 without an encoder."""
-    first, experts = model.config.decoder.encoder_layers, _experts(model)
-    total = 0
-    for layer, block in enumerate(model.decoder.layers):
-        for name, weight in block.named_parameters():
-            if layer < first or (first and name in ("self_attn.k_proj.weight", "self_attn.v_proj.weight")):
-                total += 2 * _passed(weight, experts)
-    return total
+_KEYS_VALUES = ("self_attn.k_proj.", "self_attn.v_proj.")
+
+
+def _plain(name: str) -> str:
+    """A name without PEFT's wrappers."""
+    return name.replace(".base_layer", "")
+
+
+def _is_trained(module: nn.Module | None) -> bool:
+    return module is not None and any(weight.requires_grad for weight in module.parameters())
+
+
+def _backward(forward: int, module: nn.Module | None, has_input: bool = False) -> int:
+    """Of a part's forward pass: its weights' gradients where it is trained, its inputs' also where these are."""
+    is_trained = _is_trained(module)
+    return forward * (is_trained + (is_trained or has_input))
+
+
+def _of_codebooks(config: ModelConfig) -> int:
+    """Of the head's blocks of all codebooks but the first."""
+    audio = config.audio
+    return (
+        0 if audio is None else 2 * (audio.num_codebooks - 1) * (audio.codebook_size + 1) * config.decoder.hidden_size
+    )
 
 
 def _experts(model: MultimodalModel) -> dict[int, MoEConfig]:

@@ -8,6 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mmllm.data.loading.datamodules import PackedDataModule
 from mmllm.data.plan.plan import Plan
 from mmllm.data.plan.recipe import recipe_from_dict
@@ -18,6 +20,7 @@ from mmllm.studies.study import Study
 from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.estimate import model_config, planned_work
 from mmllm.training.lightning_cli import unbuilt
+from mmllm.training.parts import build_model
 from mmllm.training.planned_prompts import PlannedPrompts
 
 GUESSED_STEPS = 100
@@ -132,7 +135,9 @@ def opened(config: Path) -> tuple[ModelFlops, Plan, int]:
             f"{config}: a study trains DecoderModule with PackedDataModule, or what is made of them, and the config "
             f"has {type(module).__name__} with {type(data).__name__}"
         )
-    return ModelFlops.of(model_config(module)), data.plan, int(trainer.get("accumulate_grad_batches") or 1)
+    with torch.device("meta"):
+        model = build_model(model_config(module), module.optimizer, None, module.adapter)
+    return ModelFlops.of_model(model), data.plan, int(trainer.get("accumulate_grad_batches") or 1)
 
 
 def until(counter: ModelFlops, plan: Plan, accumulated: int, kind: str, amount: float) -> Length:

@@ -27,12 +27,20 @@ DELTA = 1e-3
 NAMES = ("E", "A", "B", "alpha", "beta")
 _LEAST_POINTS = 6
 """One more than the law has numbers."""
+ONE_EPOCH = 1.05
+"""Documents that come again teach less than new ones: points of more epochs are no part of a fit."""
+EXPONENTS = (0.01, 3.0)
+"""Bounds of alpha and beta."""
 _LEAST_DISTINCT = 3
 """Of sizes and of lengths: a power of two values fits any exponent."""
 _SAME_COMPUTE = 0.05
 """N·D that differ by less are one budget."""
-_EXPONENTS = (0.01, 3.0)
-"""Bounds of alpha and beta."""
+_SAME_LEVEL = 0.03
+"""Sizes, or lengths, whose logarithms differ by less are one: a length is a whole number of steps."""
+_SAME_LINE = 0.02
+"""Points whose logarithms of N and D lie no farther from a line, in the mean, are on it."""
+_TOGETHER = 0.95
+"""Correlations of log N and log D above it are told."""
 _SHARES = (1e-3, 0.9999)
 """Bounds of E as a share of the smallest loss."""
 _WIDE = 0.5
@@ -193,26 +201,48 @@ def _number(row: Mapping[str, Any], key: str, where: str) -> float:
     return float(value)
 
 
+def levels(values: Sequence[float] | np.ndarray) -> list[int]:
+    """Of sizes or lengths, which number in growing order each is: those that are nearly the same have one."""
+    log_P = np.log(np.asarray(values, dtype=float))
+    found, level, first = [0] * len(log_P), -1, -math.inf
+    for place in np.argsort(log_P):
+        if log_P[place] - first > _SAME_LEVEL:
+            level, first = level + 1, log_P[place]
+        found[place] = level
+    return found
+
+
 def check_points(parameters: Sequence[float] | np.ndarray, tokens: Sequence[float] | np.ndarray) -> None:
     """Refuses sizes and lengths that no law can be told from, before anything is trained or fitted.
 
     Raises:
-        ValueError: there are too few points, sizes or lengths, or one budget alone.
+        ValueError: there are too few pairs of size and length, sizes or lengths, one budget alone, or N and D are
+            powers of each other.
     """
-    count = len(parameters)
-    if count < _LEAST_POINTS:
-        raise ValueError(f"{count} points can't tell a law of 5 numbers; give {_LEAST_POINTS} or more")
-    for name, values in (("sizes", parameters), ("numbers of tokens", tokens)):
-        distinct = len({round(math.log(value), 2) for value in values})
+    sizes, lengths = levels(parameters), levels(tokens)
+    count, num_pairs = len(sizes), len(set(zip(sizes, lengths, strict=True)))
+    if num_pairs < _LEAST_POINTS:
+        pairs = "" if num_pairs == count else f" of {num_pairs} different pairs of size and number of tokens"
+        raise ValueError(f"{count} points{pairs} can't tell a law of 5 numbers; give {_LEAST_POINTS} pairs or more")
+    for name, found in (("sizes", sizes), ("numbers of tokens", lengths)):
+        distinct = len(set(found))
         if distinct < _LEAST_DISTINCT:
             raise ValueError(
                 f"the points have {distinct} different {name}, from which no exponent can be told; give "
                 f"{_LEAST_DISTINCT} or more"
             )
-    compute = np.log(np.asarray(parameters, dtype=float) * np.asarray(tokens, dtype=float))
+    log_2P = np.log(np.array([parameters, tokens], dtype=float))
+    compute = log_2P.sum(axis=0)
     if compute.max() - compute.min() < _SAME_COMPUTE:
         raise ValueError(
             "all points have one budget of compute (N·D), from which no law can be told; vary it, tenfold at least"
+        )
+    spread_2, directions_22 = np.linalg.eigh(np.cov(log_2P, bias=True))
+    if math.sqrt(max(float(spread_2[0]), 0.0)) < _SAME_LINE:
+        slope = float(directions_22[1, 1] / directions_22[0, 1])
+        raise ValueError(
+            f"tokens are a power of the size in all points (D ~ N^{slope:.2f}), so that A and alpha can't be told from "
+            f"B and beta; train each size on several numbers of tokens"
         )
 
 
@@ -339,8 +369,8 @@ def _descend(start: _State, points: Points, delta: float, num_steps: int = _MOST
         (-30, 30),
         (-30, 30),
         tuple(start.largest_e + math.log(share) for share in _SHARES),
-        _EXPONENTS,
-        _EXPONENTS,
+        EXPONENTS,
+        EXPONENTS,
     ]
     values = start.values
     for _ in range(3):  # begun anew where it stopped: its memory of curvature may be what stopped it
@@ -380,7 +410,7 @@ def _doubts(points: Points, best: _State) -> list[str]:
     """What of the points and the optimum is not as it should be."""
     warnings = []
     for name, value in (("alpha", best.values[3]), ("beta", best.values[4])):
-        if any(math.isclose(value, bound, rel_tol=1e-3) for bound in _EXPONENTS):
+        if any(math.isclose(value, bound, rel_tol=1e-3) for bound in EXPONENTS):
             warnings.append(f"{name} is {value:.3g}, at its bound: the points don't tell it")
     low, high = (best.largest_e + math.log(share) for share in _SHARES)
     if best.values[2] <= low + 1e-6:
@@ -395,6 +425,12 @@ def _doubts(points: Points, best: _State) -> list[str]:
             warnings.append(
                 f"the {name} differ by a factor of {factor:.3g} at most; exponents of so little are guesses"
             )
+    together = float(np.corrcoef(np.log(points.parameters_P), np.log(points.tokens_P))[0, 1])
+    if abs(together) > _TOGETHER:
+        warnings.append(
+            f"tokens go with sizes (the correlation of log N and log D is {together:.3f}), so that A and alpha are "
+            f"hardly told from B and beta: train each size on several numbers of tokens"
+        )
     return warnings
 
 

@@ -13,11 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmllm.studies.scaling import NAMES, Law
+from mmllm.studies.scaling import EXPONENTS, NAMES, Law
 
+ACTIVE = "parameters"
+"""Key of points: those that a token passes, of which operations are 6 for each token."""
 _TRAINING, _INFERENCE = 6, 2
 _FAR = 3.0
 """A size, or length, so many times beyond those that were measured is told."""
+_AT_BOUND = 1e-3
+"""An exponent as near to its bound, as a share of it, is at it."""
 
 
 @dataclass(frozen=True)
@@ -50,43 +54,62 @@ def optimum(law: Law, flops: float, inference_tokens: float = 0.0) -> Optimum:
         inference_tokens: that the model will read and write after training; 0: training has all operations.
 
     Raises:
-        ValueError: a number is not positive, or nothing is left to train with.
+        ValueError: a number is not positive or not finite, or the best model has less than one parameter or token.
     """
     if not 0 < flops < math.inf:
-        raise ValueError(f"flops is {flops}; it must be positive")
+        raise ValueError(f"flops is {flops}; it must be a positive number")
     if not 0 <= inference_tokens < math.inf:
         raise ValueError(f"inference_tokens is {inference_tokens}; it must be 0 or more")
-    if min(law.A, law.B, law.alpha, law.beta) <= 0:
-        raise ValueError(f"the law {law} has no optimum; A, B, alpha and beta must be positive")
+    if not all(0 < value < math.inf for value in (law.A, law.B, law.alpha, law.beta)) or not 0 <= law.E < math.inf:
+        raise ValueError(f"the law {law} has no optimum; A, B, alpha and beta must be positive, and E 0 or more")
     if not inference_tokens:
-        ratio = law.alpha * law.A / (law.beta * law.B)
-        power = 1 / (law.alpha + law.beta)
-        parameters = ratio**power * (flops / _TRAINING) ** (law.beta * power)
+        log_ratio = math.log(law.alpha) + math.log(law.A) - math.log(law.beta) - math.log(law.B)
+        log_compute = math.log(flops) - math.log(_TRAINING)
+        log_n = (log_ratio + law.beta * log_compute) / (law.alpha + law.beta)
+        log_d = log_compute - log_n
+    elif flops <= _INFERENCE * inference_tokens:  # one parameter has no operation left for its training
+        log_n = log_d = -math.inf
     else:
-        parameters = _with_inference(law, flops, inference_tokens)
-    tokens = (flops / parameters - _INFERENCE * inference_tokens) / _TRAINING
+        log_n, log_d = _with_inference(law, flops, inference_tokens)
+    if min(log_n, log_d) < 0:
+        used, lower = f" with {inference_tokens:.3g} tokens of inference", ", or lower inference_tokens"
+        raise ValueError(
+            f"{flops:.3g} FLOPs{used if inference_tokens else ''} pay for less than one parameter, or one token to "
+            f"train it on, by {law}; raise flops{lower if inference_tokens else ''}, or fit the law to more points"
+        )
+    parameters, tokens = math.exp(log_n), math.exp(log_d)
     return Optimum(parameters, tokens, law.loss(parameters, tokens))
 
 
-def _with_inference(law: Law, flops: float, inference_tokens: float) -> float:
-    """Where the loss along the budget has no slope: one place, since its slope in log N grows from below to above 0."""
-    log_largest = math.log(flops / (_INFERENCE * inference_tokens))  # nothing is left for training there
+def _with_inference(law: Law, flops: float, inference_tokens: float) -> tuple[float, float]:
+    """Logarithms of N and D where the loss along the budget has no slope, N at least 1.
+
+    That is one place, since its slope in log N grows from below to above 0.
+    """
+    log_inference = math.log(_INFERENCE) + math.log(inference_tokens)
+    log_compute = math.log(flops) - math.log(_TRAINING)
+    log_largest = math.log(flops) - log_inference  # nothing is left for training there
+
+    def log_tokens(log_n: float) -> float:
+        left = log_largest - log_n
+        return left + math.log(-math.expm1(-left)) + log_inference - math.log(_TRAINING)
 
     def slope(log_n: float) -> float:
         """Sign of the loss's slope: the gain of tokens lost against that of parameters won, in logarithms."""
-        left = math.expm1(log_largest - log_n) * _INFERENCE * inference_tokens / _TRAINING
-        lost = math.log(law.beta * law.B) - (law.beta + 1) * math.log(left) + math.log(flops / _TRAINING) - log_n
-        won = math.log(law.alpha * law.A) - law.alpha * log_n
+        lost = math.log(law.beta) + math.log(law.B) - (law.beta + 1) * log_tokens(log_n) + log_compute - log_n
+        won = math.log(law.alpha) + math.log(law.A) - law.alpha * log_n
         return lost - won
 
-    high = log_largest - 1e-12 * max(1.0, abs(log_largest))
-    low = high - 1.0
-    while slope(low) > 0:
-        low -= 2 * (high - low)
+    low, high = 0.0, log_largest
     for _ in range(200):
         middle = 0.5 * (low + high)
+        if not low < middle < high:
+            break
         low, high = (middle, high) if slope(middle) < 0 else (low, middle)
-    return math.exp(0.5 * (low + high))
+    log_n = 0.5 * (low + high)
+    if log_n >= log_largest or (low == 0.0 and slope(0.0) > 0):
+        return -math.inf, -math.inf
+    return log_n, log_tokens(log_n)
 
 
 def plan(path: str | Path, flops: float, inference_tokens: float = 0.0) -> Optimum:
@@ -94,24 +117,61 @@ def plan(path: str | Path, flops: float, inference_tokens: float = 0.0) -> Optim
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no fit.
+        ValueError: it is no fit, its exponents are at their bounds, or `optimum` refuses the budget.
     """
-    path = Path(path)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    missing = [name for name in NAMES if not isinstance(values, dict) or not isinstance(values.get(name), int | float)]
-    if missing:
-        raise ValueError(f"{path} has no number {missing[0]!r}; give what `mmllm scaling fit … --json` wrote")
-    best = optimum(Law(*(float(values[name]) for name in NAMES)), flops, inference_tokens)
+    law, values = _read_fit(Path(path))
+    best = optimum(law, flops, inference_tokens)
     warnings = [f"of the fit: {warning}" for warning in values.get("warnings") or []]
+    size = values.get("size", ACTIVE)
+    if size != ACTIVE:
+        warnings.append(
+            f"the fit is of {size}, and C is 6·N·D of the parameters that a token passes: of experts it pays for a "
+            f"larger model; fit with --size {ACTIVE}"
+        )
     for name, (low, high) in (values.get("ranges") or {}).items():
-        value = getattr(best, name)
-        if name != "loss" and not low / _FAR <= value <= high * _FAR:
+        value = {"parameters": best.parameters, "tokens": best.tokens}.get(name)
+        if value is not None and not low / _FAR <= value <= high * _FAR:
             side, bound = ("largest", high) if value > high else ("smallest", low)
             times = max(value / bound, bound / value)
             warnings.append(
                 f"{value:.3g} {name} lie {times:,.3g} times beyond the {side} that was measured, {bound:.3g}"
             )
     return Optimum(best.parameters, best.tokens, best.loss, warnings)
+
+
+def _read_fit(path: Path) -> tuple[Law, dict[str, Any]]:
+    """The law of a fit's file, and all that is in it, checked.
+
+    Raises:
+        ValueError: it is no fit, or an exponent is at its bound.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    again = "give what `mmllm scaling fit … --json` wrote"
+    values = values if isinstance(values, dict) else {}
+    missing = [name for name in NAMES if not _is_number(values.get(name))]
+    if missing:
+        raise ValueError(f"{path} has {missing[0]} {values.get(missing[0])!r}, wanted a finite number; {again}")
+    for name in ("alpha", "beta"):
+        low, high = EXPONENTS
+        if not low * (1 + _AT_BOUND) < values[name] < high * (1 - _AT_BOUND):
+            raise ValueError(
+                f"{path} has {name} {values[name]:.3g}, at or beyond the bounds of fits, {low:g} and {high:g}: its "
+                f"points don't tell it, and no plan can be made; fit more points, or wider ranges of them"
+            )
+    warnings, ranges = values.get("warnings") or [], values.get("ranges") or {}
+    if not isinstance(warnings, list) or not isinstance(values.get("size", ""), str):
+        raise ValueError(f"{path} has a size that is no text, or warnings that are no list; {again}")
+    if not isinstance(ranges, dict):
+        raise ValueError(f"{path} has ranges {ranges!r}, wanted an object; {again}")
+    for name, between in ranges.items():
+        is_right = isinstance(between, list) and len(between) == 2 and all(_is_number(value) for value in between)
+        if not is_right or not 0 < between[0] <= between[1]:
+            raise ValueError(f"{path} has ranges.{name} {between!r}, wanted two positive numbers, in order; {again}")
+    return Law(*(float(values[name]) for name in NAMES)), values
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

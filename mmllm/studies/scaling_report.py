@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmllm.studies.scaling import NAMES, FitConfig, fit_law, read_points
+import numpy as np
+
+from mmllm.studies.scaling import NAMES, ONE_EPOCH, FitConfig, Points, fit_law, levels, read_points
 from mmllm.studies.scaling_isoflop import isoflop_fit
 
 _CHECKED = 0.02
 """A loss predicted within this share of the measured one is right."""
-_ONE_EPOCH = 1.05
-"""Documents that come again teach less than new ones: those points are left out."""
+_SETTINGS = ("lr", "rate", "batch_size")
+"""Keys of points that say how they were trained: the best of each size and length is fitted."""
 
 
 def fit_points(
@@ -23,7 +26,8 @@ def fit_points(
     """The law of a file of points, its isoFLOP curves, and how far it is right on larger trainings.
 
     Points whose `check` is true are no part of the fit: on these it is checked. Points of more than one epoch are left
-    out too, and counted.
+    out too, and counted. Where a size and length was trained at several learning rates or batch sizes, the law is that
+    of the best: the mean over seeds is the lowest (the losses of 2203.15556 are those of rates that were tuned).
 
     Args:
         path: of the points.
@@ -33,26 +37,35 @@ def fit_points(
         only: rows that have these keys alone.
 
     Raises:
-        ValueError: the points can't tell a law.
+        ValueError: the points can't tell a law, or are of several variants.
     """
-    variants: set[str] = set()
+    rows: list[Mapping[str, Any]] = []
 
     def is_fitted(row: Mapping[str, Any]) -> bool:
-        is_meant = not row.get("check") and row.get("epochs", 1) <= _ONE_EPOCH
-        variants.update([str(row.get("variant"))] if is_meant else [])
+        is_meant = not row.get("check") and not _is_repeated(row)
+        rows.extend([row] if is_meant else [])
         return is_meant
 
-    points = read_points(path, size, loss, only, is_fitted)
-    fit = fit_law(points, config)
-    if len(variants) > 1:
-        fit.warnings.append(
-            f"the points are of {', '.join(sorted(variants))}, of which each may have a law of its own: choose one, by "
-            f"--only variant=NAME"
-        )
-    values = {**fit.to_dict(), "isoflop": isoflop_fit(points), "size": size, "loss_key": loss}
     repeated = read_points(
-        path, size, loss, only, lambda row: not row.get("check") and row.get("epochs", 1) > _ONE_EPOCH, is_needed=False
+        path, size, loss, only, lambda row: not row.get("check") and _is_repeated(row), is_needed=False
     )
+    points = read_points(path, size, loss, only, is_fitted, is_needed=not len(repeated))
+    if not len(points):
+        raise ValueError(
+            f"{path} has points of more than {ONE_EPOCH} epochs alone, {len(repeated)} of them, which no law is fitted "
+            f"to; give a sweep more documents, or fewer tokens"
+        )
+    variants = sorted({str(row.get("variant")) for row in rows})
+    if len(variants) > 1:
+        raise ValueError(
+            f"{path} has points of {', '.join(variants)}, of which each has a law of its own; choose one: "
+            f"--only variant={variants[0]}"
+        )
+    best = _best_settings(points, rows)
+    fit = fit_law(points.pick(best), config)
+    fit.warnings.extend(_mixed(points, rows))
+    values = {**fit.to_dict(), "isoflop": isoflop_fit(points.pick(best)), "size": size, "loss_key": loss}
+    values |= {"only": dict(only or {}), "not_best": len(points) - len(best)}
     values["repeated"] = [
         {"parameters": n, "tokens": d, "loss": measured, "as_new": float(fit.law.loss(n, d))}
         for n, d, measured in repeated.rows()
@@ -69,6 +82,48 @@ def fit_points(
     return values
 
 
+def _is_repeated(row: Mapping[str, Any]) -> bool:
+    epochs = row.get("epochs", 1)
+    if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not epochs >= 0:
+        raise ValueError(f"a point has epochs {epochs!r}; it must be a number, or be left out")
+    return epochs > ONE_EPOCH
+
+
+def _pairs(points: Points) -> dict[tuple[int, int], list[int]]:
+    """Places of the points by size and length."""
+    pairs: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for place, pair in enumerate(zip(levels(points.parameters_P), levels(points.tokens_P), strict=True)):
+        pairs[pair].append(place)
+    return pairs
+
+
+def _best_settings(points: Points, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Places of the points that have the best learning rate and batch of their size and length, all seeds of it."""
+    best: list[int] = []
+    for places in _pairs(points).values():
+        groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+        for place in places:
+            groups[tuple(rows[place].get(key) for key in _SETTINGS)].append(place)
+        best += min(groups.values(), key=lambda group: float(points.loss_P[group].mean()))
+    return np.array(sorted(best))
+
+
+def _mixed(points: Points, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys in which points differ although not every size and length was trained with all of their values."""
+    warnings = []
+    for key in ("rate", "batch_size", "share"):
+        offered = [{str(rows[place].get(key)) for place in places} for places in _pairs(points).values()]
+        values = sorted(set().union(*offered))
+        if key == "share" and len(values) > 1:
+            warnings.append(f"the points are of share {', '.join(values)}, other documents each: choose one, by --only")
+        elif any(each != offered[0] for each in offered):
+            warnings.append(
+                f"the points are of {key} {', '.join(values)}, and not all sizes and lengths have each of them, so "
+                f"that the law may be that of {key}: choose one, by --only {key}={values[0]}"
+            )
+    return warnings
+
+
 def fit_lines(values: Mapping[str, Any]) -> list[str]:
     """To print."""
     lines = [f"L(N, D) = E + A / N^alpha + B / D^beta, of {values['points']} points, error {values['error']:.2%}"]
@@ -83,6 +138,10 @@ def fit_lines(values: Mapping[str, Any]) -> list[str]:
         lines += [f"warning: {warning}" for warning in isoflop["warnings"]]
     if values["repeated"]:
         lines.append(f"left out: {len(values['repeated'])} points of more than one epoch")
+    if values["not_best"]:
+        lines.append(
+            f"left out: {values['not_best']} points whose rate or batch isn't the best of their size and length"
+        )
     for row in values["check"]:
         lines.append(
             f"check at {row['parameters']:,.4g} parameters, {row['tokens']:,.4g} tokens: {row['predicted']:.4f} "

@@ -24,15 +24,16 @@ from mmllm.quickstart.plan import write_yaml
 from mmllm.quickstart.processes import Processes
 from mmllm.studies.at_once import run_at_once
 from mmllm.studies.commands import call, measured
-from mmllm.studies.lengths import GUESSED_STEPS, Length, opened, until, write_files
+from mmllm.studies.lengths import GUESSED_STEPS, Length, until, write_files
 from mmllm.studies.run import check_manifests, make_data, run_once
-from mmllm.studies.scaling import check_points
+from mmllm.studies.scaling import ONE_EPOCH, check_points
 from mmllm.studies.scaling_grid import Run, Sweep, load_sweep
 from mmllm.studies.scaling_heldout import heldout_data, heldout_loss
 from mmllm.studies.settings import Settings, filled, for_one_process, put, put_all, read_values
 from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.estimate import model_config
 from mmllm.training.lightning_cli import unbuilt
+from mmllm.training.parts import build_model
 
 RESULT, SWEEP, POINTS, MODEL, HELDOUT = "result.json", "sweep.json", "points.jsonl", "model", "heldout.yaml"
 _TRAINING_FLOPS = 6
@@ -78,12 +79,15 @@ class Sweeper:
     """
 
     def __init__(self, sweep: Sweep, out: Path, num_threads: int = 1, keeps_models: bool = False) -> None:
-        self.sweep, self.out = sweep, out
+        # Absolute: a thread that reads a config changes the working directory of all, and their processes begin in it.
+        self.sweep, self.out = sweep, out.absolute()
         self._num_threads, self._keeps_models = num_threads, keeps_models
-        self._data = Path(sweep.data.folder)
+        self._data = Path(sweep.data.folder).absolute()
         self._config = read_values(sweep.config, self._data, "config")
         self._recipe = read_values(sweep.recipe, self._data, "recipe")
-        self.heldout = Path(filled(sweep.heldout, self.places)) if isinstance(sweep.heldout, str) else out / HELDOUT
+        self.heldout = (
+            Path(filled(sweep.heldout, self.places)) if isinstance(sweep.heldout, str) else self.out / HELDOUT
+        )
         self._processes, self._is_stopped = Processes(), False
 
     def stop(self) -> None:
@@ -94,7 +98,7 @@ class Sweeper:
     @property
     def places(self) -> dict[str, str]:
         """What stands for `{data}` and `{prepared}`."""
-        return {"data": str(self._data), "prepared": str((self.out / "prepared").absolute())}
+        return {"data": str(self._data), "prepared": str(self.out / "prepared")}
 
     def prepare(self) -> Iterator[str]:
         """Makes what is held out, if that isn't done by the same commands; gives lines to print.
@@ -146,10 +150,13 @@ class Sweeper:
         active, total = model.num_active_parameters(), model.num_parameters()
         lr = self._scale_rates(settings.config, self.sweep.rate.factor(active) * run.rate)
         amount = run.amount / (_TRAINING_FLOPS * active) if run.is_flops else run.amount
-        length = until(ModelFlops.of(config), data.plan, accumulated, "tokens", amount)
+        with torch.device("meta"):
+            flops = ModelFlops.of_model(build_model(config, module.optimizer, None, module.adapter))
+        length = until(flops, data.plan, accumulated, "tokens", amount)
         if settings.with_steps(length.steps).recipe != settings.with_steps(GUESSED_STEPS).recipe:
             # the plan depends on the horizon, which now is nearly right
-            length = until(*opened(write_files(settings.with_steps(length.steps), folder, _NAME)), "tokens", amount)
+            _, data, _ = self._unbuilt(settings, folder, length.steps)
+            length = until(flops, data.plan, accumulated, "tokens", amount)
         path = write_files(settings.with_steps(length.steps), folder, _NAME)
         unique = sum(source.num_epoch_tokens for source in data.plan.sources)
         parts = (model.decoder.embed_tokens, model.decoder.lm_head)
@@ -170,7 +177,7 @@ class Sweeper:
         recipe["seed"] = run.seed
         for source in recipe["sources"]:
             if run.share < 1:
-                source["share"] = run.share
+                source["share"] = run.share * (source.get("share") or 1.0)
         put(config, "seed_everything", run.seed)
         put(config, "model.init_args.out", str(folder / MODEL))
         if run.batch_size is not None:
@@ -178,9 +185,11 @@ class Sweeper:
         for_one_process(config, folder, _NAME)
         return Settings(filled(config, self.places), filled(recipe, self.places))
 
-    def _unbuilt(self, settings: Settings, folder: Path) -> tuple[DecoderModule, PackedDataModule, int]:
-        """Module and data of a run with a guessed horizon, and batches a step."""
-        config = write_files(settings.with_steps(GUESSED_STEPS), folder, _NAME)
+    def _unbuilt(
+        self, settings: Settings, folder: Path, num_steps: int = GUESSED_STEPS
+    ) -> tuple[DecoderModule, PackedDataModule, int]:
+        """Module and data of a run with a horizon, and batches a step."""
+        config = write_files(settings.with_steps(num_steps), folder, _NAME)
         module, data, trainer = unbuilt(["-c", str(config)])
         if not isinstance(module, DecoderModule) or not isinstance(data, PackedDataModule):
             raise ValueError(
@@ -319,9 +328,9 @@ def _claim(out: Path, values: dict[str, Any]) -> None:
         before = json.loads(kept.read_text(encoding="utf-8"))
         changed = [key for key in {*before, *values} if key not in adding and before.get(key) != values.get(key)]
         for group in ("sizes", "variants"):
-            for name, keys in (before.get(group) or {}).items():
-                if name in (values.get(group) or {}) and values[group][name] != keys:
-                    changed.append(f"{group}.{name}")
+            changed += _changed(before.get(group), values.get(group), group)
+        checks = [(each.get("check") or {}).get("sizes") for each in (before, values)]
+        changed += _changed(checks[0], checks[1], "check.sizes")
         if changed:
             raise ValueError(
                 f"{out} holds runs of this sweep with another {', '.join(sorted(changed))}; they can't be put on one "
@@ -329,6 +338,12 @@ def _claim(out: Path, values: dict[str, Any]) -> None:
             )
     out.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def _changed(before: dict[str, Any] | None, after: dict[str, Any] | None, where: str) -> list[str]:
+    """Names that have other keys than they had."""
+    before, after = before or {}, after or {}
+    return [f"{where}.{name}" for name, keys in before.items() if name in after and after[name] != keys]
 
 
 def _costs(sweeper: Sweeper, num_at_once: int) -> Iterator[str]:
@@ -368,16 +383,22 @@ def _check_grid(sweep: Sweep, counted: dict[str, Counted]) -> None:
         ValueError: it is so.
     """
     for variant in sweep.variants:
-        seen = [
-            counted[replace(run, seed=sweep.seeds[0]).name]
-            for run in sweep.runs()
-            if run.variant == variant and not run.is_check and run.share == max(sweep.shares)
-        ]
-        try:
-            check_points([one.parameters for one in seen], [one.length.tokens for one in seen])
-        except ValueError as error:
+        runs = [run for run in sweep.runs() if run.variant == variant and not run.is_check]
+        planned = [counted[replace(run, seed=sweep.seeds[0]).name] for run in runs]
+        fitted = [one for one in planned if one.epochs <= ONE_EPOCH]
+        repeated = len(planned) - len(fitted)
+        if not fitted:
             raise ValueError(
-                f"variant {variant}: {error}; or set is_law: false, where no law is to be fitted"
+                f"variant {variant}: all {repeated} runs go through the documents up to "
+                f"{max(one.epochs for one in planned):.2g} times, and fits leave out what repeats them; lower tokens, "
+                f"give more documents, or set is_law: false, where no law is to be fitted"
+            )
+        try:
+            check_points([one.parameters for one in fitted], [one.length.tokens for one in fitted])
+        except ValueError as error:
+            told = f" ({repeated} of {len(planned)} runs repeat documents: fits leave them out)" if repeated else ""
+            raise ValueError(
+                f"variant {variant}: {error}{told}; or set is_law: false, where no law is to be fitted"
             ) from None
 
 

@@ -330,7 +330,9 @@ class DecoderModule(StagedModule):
         self.expert_bias = ExpertBias.of(self._built().decoder) if routers_move else None
         self._name_sources()
         if self._peak_flops is not None:
-            self._flops = ModelFlops.of(self._built().config)
+            with torch.device("meta"):
+                shapes = build_model(self._built().config, self.optimizer, None, self.adapter)
+            self._flops = ModelFlops.of_model(shapes)
         data_folder = getattr(self._data, "folder", None)
         if self.folder is not None and data_folder is not None and data_folder.hash != self.folder.hash:
             raise ValueError(

@@ -22,6 +22,7 @@ from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.estimate_answers import drawing_bytes, preference_load, rollout_load
 from mmllm.training.estimate_memory import Load, memory_bytes
 from mmllm.training.layout import Layout
+from mmllm.training.parts import build_model
 from mmllm.training.planned_prompts import PlannedPrompts
 
 NUM_PLANNED_STEPS = 8
@@ -68,9 +69,9 @@ def estimate(
         ValueError: sizes are left to a tokenizer folder that isn't there, or to a recipe that isn't.
     """
     config = model_config(module)
-    flops = ModelFlops.of(config)
     with torch.device("meta"):
         model = MultimodalModel(config)
+        flops = ModelFlops.of_model(build_model(config, module.optimizer, None, module.adapter))
     match data:
         case PreferenceDataModule():
             load = preference_load(data, model, sequence_length)
