@@ -265,7 +265,9 @@ def test_efficiency_is_made_of_reports(tmp_path: Path, capsys: pytest.CaptureFix
         {**row, "measure": "few", "samples_is_bound": True, "interval_over": "seeds", "p": 0.2, "p_holm": 0.2,
          "verdict": "unproved"},
     ])  # fmt: skip
-    fit = {"E": 1.7, "A": 400, "B": 2000, "alpha": 0.3, "beta": 0.3, "intervals": {"E": [1.6, 1.8]}, "warnings": ["w"]}
+    fit = {"E": 1.7, "A": 400, "B": 2000, "alpha": 0.3, "beta": 0.3, "intervals": {"E": [1.6, 1.8]}, "warnings": ["w"],
+           "points": 9, "error": 0.015, "check": [
+               {"parameters": 5e6, "tokens": 6e5, "predicted": 0.9, "measured": 1.0, "error": -0.1}]}  # fmt: skip
     (tmp_path / "fit.json").write_text(json.dumps(fit))
     out = tmp_path / "EFFICIENCY.md"
     command = [
@@ -290,6 +292,9 @@ def test_efficiency_is_made_of_reports(tmp_path: Path, capsys: pytest.CaptureFix
     assert "| 0.4000 – 0.6000 (seeds) | +0.1000 | 0.200 | 0.200 | 3 | ≤ 1,234 |" in text
     assert "Here are 4 tests, of which 0.2 " in text and "FLOPs are not" not in text
     assert "| E | 1.7 | 1.6 – 1.8 |" in text and "Warning: w" in text
+    assert "L nats a token; 9 trainings, root mean squared error of log L 1.5%." in text
+    assert "5e+06 parameters, 6e+05 tokens: 0.9000 predicted, 1.0000 measured (-10.0%)" in text
+    assert f"studies --scaling {tmp_path / 'fit.json'} --out" in text
     assert main(["study", "efficiency", str(tmp_path / "studies"), "--out", str(out), "--scaling", str(out)]) != 0
     write_report(tmp_path / "studies", "believed", [{**row, "p": 0.06, "p_holm": 0.06}])
     assert main(command) != 0

@@ -12,9 +12,13 @@ from mmllm.studies.statistics import holm, said_chance, said_p, verdict_of
 
 _HEAD = """# What methods are worth here
 
-Made by `mmllm study efficiency {folder} --out {out}` from the reports of `mmllm study run`; nothing in it is written by
-hand. Every table holds one budget equal for all its runs. Intervals are 95%, over seeds and test rows unless told; p is
-that of a test paired by seed. Here are {chance}.
+Made by
+
+    mmllm study efficiency {folder}{scaling} --out {out}
+
+from the reports of `mmllm study run` and fits of `mmllm scaling fit`; nothing in it is written by hand. Every table holds
+one budget equal for all its runs. Intervals are 95%, over seeds and test rows unless told; p is that of a test paired by
+seed. Here are {chance}.
 So the column after p has it adjusted by Holm's method for the levels that share a baseline and a measure, and by that a
 level is called better or worse: below 0.05 over three seeds or more; else it is unproved.
 "Samples for equal score" is how many training documents a level needs to score as the baseline does with all of its
@@ -39,7 +43,8 @@ def write_efficiency(folder: Path, out: Path, scaling: Sequence[Path] = ()) -> l
         raise ValueError(f"{folder}: no report is in it; copy there the report.json of studies, each under its name")
     reports = [(path.stem, _read(path)) for path in files]
     chance = said_chance([row["p"] for _, values in reports for row in values["rows"]])
-    text = _HEAD.format(folder=folder, out=out, chance=chance)
+    fits = "".join(f" --scaling {path}" for path in scaling)
+    text = _HEAD.format(folder=folder, out=out, chance=chance, scaling=fits)
     text += "".join(_section(name, values) for name, values in reports)
     text += "".join(_scaling(path) for path in scaling)
     out.write_text(text, encoding="utf-8")
@@ -108,7 +113,7 @@ def _scaling(path: Path) -> str:
         raise ValueError(f"{path} is no fit of `mmllm scaling fit`; it has no {missing[0]}")
     lines = [
         f"\n## Scaling law: {path.stem}\n",
-        "L(N, D) = E + A / N^alpha + B / D^beta, N parameters, D tokens, L nats a token.\n",
+        f"L(N, D) = E + A / N^alpha + B / D^beta, N parameters, D tokens, L nats a token{_told_points(values)}.\n",
         "| | value | 95% interval |",
         "|---|---|---|",
     ]
@@ -116,5 +121,17 @@ def _scaling(path: Path) -> str:
         interval = values.get("intervals", {}).get(key)
         told = "–" if interval is None else f"{interval[0]:.4g} – {interval[1]:.4g}"
         lines.append(f"| {key} | {values[key]:.4g} | {told} |")
+    lines += [
+        f"\nCheck, no part of the fit: {check['parameters']:,.4g} parameters, {check['tokens']:,.4g} tokens: "
+        f"{check['predicted']:.4f} predicted, {check['measured']:.4f} measured ({check['error']:+.1%})."
+        for check in values.get("check", ())
+    ]
     lines += [f"\nWarning: {warning}" for warning in values.get("warnings", ())]
     return "\n".join(lines) + "\n"
+
+
+def _told_points(values: Mapping[str, Any]) -> str:
+    """How many trainings a law was fitted to, and how well; a fit that was made elsewhere may not say."""
+    if "points" not in values or "error" not in values:
+        return ""
+    return f"; {values['points']} trainings, root mean squared error of log L {values['error']:.1%}"

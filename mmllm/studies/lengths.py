@@ -127,16 +127,17 @@ def write_files(settings: Settings, run: Path, name: str) -> Path:
     return path
 
 
-def opened(config: Path) -> tuple[ModelFlops, Plan, int]:
+def opened(path: Path) -> tuple[ModelFlops, Plan, int]:
     """What counts, what is counted, and batches a step."""
-    module, data, trainer = unbuilt(["-c", str(config)])
+    module, data, trainer = unbuilt(["-c", str(path)])
     if not isinstance(module, DecoderModule) or not isinstance(data, PackedDataModule):
         raise ValueError(
-            f"{config}: a study trains DecoderModule with PackedDataModule, or what is made of them, and the config "
+            f"{path}: a study trains DecoderModule with PackedDataModule, or what is made of them, and the config "
             f"has {type(module).__name__} with {type(data).__name__}"
         )
+    config = model_config(module)  # reads the tokenizer's codec, which has values
     with torch.device("meta"):
-        model = build_model(model_config(module), module.optimizer, None, module.adapter)
+        model = build_model(config, module.optimizer, None, module.adapter)
     return ModelFlops.of_model(model), data.plan, int(trainer.get("accumulate_grad_batches") or 1)
 
 

@@ -51,6 +51,8 @@ _OUTLIER = 10.0
 """Errors of so many times the median one are told."""
 _FIRST_STEPS, _KEPT_STARTS, _MOST_STEPS = 40, 10, 500
 """Steps of L-BFGS from each start, from how many of them it goes on, and how many steps at most."""
+_RESAMPLED_STEPS = 100
+"""Of each resample: from the best law on fewer are enough, but where points tell nothing, and none are."""
 _ALIKE = 0.01
 """Optima of a loss higher by no more than this share fit alike."""
 
@@ -398,7 +400,8 @@ def _intervals(points: Points, best: _State, config: FitConfig) -> dict[str, tup
         largest_e = math.log(sample.loss_P.min())
         values = best.values.copy()
         values[2] = min(values[2], largest_e + math.log(_SHARES[1]))
-        laws.append(vars(_descend(_State(values, best.means, largest_e), sample, config.delta)[1].law))
+        state = _State(values, best.means, largest_e)
+        laws.append(vars(_descend(state, sample, config.delta, _RESAMPLED_STEPS)[1].law))
     return {
         name: (float(np.percentile([law[name] for law in laws], 2.5)),
                float(np.percentile([law[name] for law in laws], 97.5)))
