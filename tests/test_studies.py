@@ -259,9 +259,11 @@ def test_efficiency_is_made_of_reports(tmp_path: Path, capsys: pytest.CaptureFix
            "interval_over": "seeds and rows", "p": 0.01, "p_holm": 0.02, "seeds": 3, "pairs": 3,
            "samples_for_equal_score": 1234.0, "samples_is_bound": False, "flops": 1e12, "minutes": 2.0,
            "lower_is_better": False, "verdict": "better"}  # fmt: skip
+    base = {**row, "level": "b", "p": None, "p_holm": None, "verdict": "baseline"}
     write_report(tmp_path / "studies", "experts", [
-        row, {**row, "level": "b", "p": None, "p_holm": None, "verdict": "baseline"},
+        row, base,
         {**row, "level": "c", "p": 0.03, "p_holm": 0.03}, {**row, "measure": "n", "p_holm": 0.01},
+        *({**base, "measure": name} for name in ("n", "few")),
         {**row, "measure": "few", "samples_is_bound": True, "interval_over": "seeds", "p": 0.2, "p_holm": 0.2,
          "verdict": "unproved"},
     ])  # fmt: skip
@@ -298,7 +300,13 @@ def test_efficiency_is_made_of_reports(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["study", "efficiency", str(tmp_path / "studies"), "--out", str(out), "--scaling", str(out)]) != 0
     write_report(tmp_path / "studies", "believed", [{**row, "p": 0.06, "p_holm": 0.06}])
     assert main(command) != 0
+    assert "f has not one baseline in m" in capsys.readouterr().err
+    write_report(tmp_path / "studies", "believed", [base, {**row, "p": 0.06, "p_holm": 0.06}])
+    assert main(command) != 0
     assert "f: a is called better in m, and its numbers say unproved" in capsys.readouterr().err
+    write_report(tmp_path / "studies", "believed", [base, {**row, "p": 0.06, "p_holm": 0.01}])
+    assert main(command) != 0
+    assert "f: a has p_holm 0.01 in m, and by the others' p it is 0.06" in capsys.readouterr().err
     del row["p_holm"]
     write_report(tmp_path / "studies", "believed", [row])
     assert main(command) != 0

@@ -88,6 +88,10 @@ def test_interval_of_a_ratio_has_the_rows_that_its_evaluation_tells():
     assert over == "seeds and rows" and (low + high) / 2 == pytest.approx(0.3)
     assert (high - low) / 2 == pytest.approx(math.hypot(of_seeds, (0.1 + 0.1 + 0.2) / 3), rel=1e-5)
     assert interval_of(scores, [{}, {}, {}], [None, *of_rows[1:]]).over == "seeds", "one of them has none"
+    alike = {str(row): 0.0 for row in range(300)}
+    low, high, over = interval_of([0.0] * 3, [alike] * 3, [(0.0, 0.0126)] * 3)
+    assert (high - low, over) == (pytest.approx(0.0126), "seeds and rows"), "all wrong isn't known to the last row"
+    assert interval_of([0.5], [{"a": 0.5}]).over == "nothing", "one row has no spread"
     low, high, over = interval_of([0.2], [{}], of_rows[:1])
     assert (low, high) == pytest.approx((0.1, 0.3)) and over == "rows"
     assert interval_of([0.2], [{}]) == (0.2, 0.2, "nothing")

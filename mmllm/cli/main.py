@@ -130,7 +130,11 @@ def _parsed(parser: _Parser, arguments: Sequence[str]) -> argparse.Namespace:
 
 def _check_command(arguments: Sequence[str]) -> None:
     """Raises ValueError where a command has an unknown word or option; nothing is run."""
-    if not hasattr(_parsed(_parser(), arguments), "run"):
+    try:
+        is_whole = hasattr(_parsed(_parser(), arguments), "run")
+    except SystemExit as error:
+        raise ValueError("it prints help or a version, and does nothing") from error
+    if not is_whole:
         raise ValueError("it is no whole command; see `mmllm --help`")
 
 

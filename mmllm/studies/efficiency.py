@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ Made by
 
     mmllm study efficiency {folder}{scaling} --out {out}
 
-from the reports of `mmllm study run` and fits of `mmllm scaling fit`; nothing in it is written by hand. Every table holds
-one budget equal for all its runs. Intervals are 95%, over seeds and test rows unless told; p is that of a test paired by
-seed. Here are {chance}.
+from the reports of `mmllm study run` and fits of `mmllm scaling fit`; nothing in it is written by hand. Every table
+holds one budget equal for all its runs. Intervals are 95%, over seeds and test rows unless told, and may leave a
+score's range; p is that of a test paired by seed. Here are {chance}.
 So the column after p has it adjusted by Holm's method for the levels that share a baseline and a measure, and by that a
 level is called better or worse: below 0.05 over three seeds or more; else it is unproved.
 "Samples for equal score" is how many training documents a level needs to score as the baseline does with all of its
@@ -66,7 +67,15 @@ def _check_verdicts(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Raises ValueError where a row claims what its own numbers don't say."""
     for name, measure in dict.fromkeys((row["factor"], row["measure"]) for row in rows):
         levels = [row for row in rows if (row["factor"], row["measure"]) == (name, measure)]
+        if sum(row["verdict"] == "baseline" for row in levels) != 1:
+            raise ValueError(f"{path}: {name} has not one baseline in {measure}; run `mmllm study report` again")
         for row, p_holm in zip(levels, holm([row["p"] for row in levels]), strict=True):
+            is_same = (p_holm is None) == (row["p_holm"] is None)
+            if not is_same or (p_holm is not None and not math.isclose(p_holm, row["p_holm"], abs_tol=1e-9)):
+                raise ValueError(
+                    f"{path}: {name}: {row['level']} has p_holm {row['p_holm']} in {measure}, and by the others' p it "
+                    f"is {p_holm}; run `mmllm study report` of its folder again"
+                )
             verdict = verdict_of(row["difference"], p_holm, row["pairs"], row["lower_is_better"])
             if row["verdict"] != "baseline" and row["verdict"] != verdict:
                 raise ValueError(

@@ -83,7 +83,7 @@ def run_study(
         raise ValueError(f"--minutes is {minutes}; it must be positive, and bounds runs on this machine alone")
     plan, folder, values = _begun(study, Path(out), data)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with alone(folder, "study run"):
         (folder / STUDY).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         yield f"{plan.title}: {plan.question}"
         yield f"expected: {plan.expected}"
@@ -114,13 +114,21 @@ def plan_study(
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Refuses a folder that another process is at: both would run the same arms into the same folders."""
+def alone(folder: Path, command: str) -> Iterator[None]:
+    """Refuses a folder that another process is at: both would run the same arms into the same folders.
+
+    Args:
+        folder: of a study or a sweep.
+        command: that is at it.
+
+    Raises:
+        ValueError: another process is.
+    """
     with (folder / ".lock").open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"{folder}: another `mmllm study run` is at it; wait for its end") from error
+        except BlockingIOError as error:
+            raise ValueError(f"{folder}: another `mmllm {command}` is at it; wait for its end") from error
         yield
 
 
@@ -228,7 +236,8 @@ def costs(study: Study, data: Path, folder: Path, num_at_once: int, check: Check
         ValueError: a level names an unknown key, or the arms can't have one budget.
     """
     levels = [level for factor in study.factors.values() for level in factor.levels.values()]
-    check_manifests([*study.measures, *(each.of(level.measures) for each in study.measures for level in levels)], data)
+    measures = [*study.measures, *(each.of(level.measures) for each in study.measures for level in levels)]
+    check_manifests(measures, data, study.seeds)
     base, budget = Base.read(study, data), study.budget
     check_curve_sources(base)
     arms = [arm for arm in study.arms() if arm.seed == study.seeds[0]]
@@ -326,7 +335,7 @@ def check_curve_sources(base: Base) -> None:
         raise ValueError(f"curve_sources has {unknown[0]!r}; the recipes' sources are {', '.join(sorted(found))}")
 
 
-def check_manifests(measures: Sequence[Measure], data: Path) -> None:
+def check_manifests(measures: Sequence[Measure], data: Path, seeds: Sequence[int]) -> None:
     """Refuses manifests that aren't there, of rows or shots, which would be found out after the first training.
 
     One in a run's folder is made by the run's own steps.
@@ -337,9 +346,10 @@ def check_manifests(measures: Sequence[Measure], data: Path) -> None:
     for measure in measures:
         shots = "" if measure.shots is None else measure.shots.manifest
         for manifest, use in ((measure.manifest, "score"), (shots, "draw shots from")):
-            path = Path(filled(manifest, {"data": str(data)}))
-            if manifest and "{run}" not in manifest and not path.exists():
-                raise FileNotFoundError(f"measure {measure.name}: no manifest {path} to {use}; mend its path")
+            for seed in seeds if manifest and "{run}" not in manifest else ():
+                path = Path(filled(manifest, {"data": str(data), "seed": str(seed)}))
+                if not path.exists():
+                    raise FileNotFoundError(f"measure {measure.name}: no manifest {path} to {use}; mend its path")
 
 
 def _minutes_done(folder: Path, arms: Sequence[Arm]) -> list[float]:

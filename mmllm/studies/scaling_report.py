@@ -15,7 +15,6 @@ from mmllm.studies.scaling_isoflop import isoflop_fit
 
 _CHECKED = 0.02
 """A loss predicted within this share of the measured one is right."""
-_SETTINGS = ("lr", "rate", "batch_size")
 """Keys of points that say how they were trained: the best of each size and length is fitted."""
 
 
@@ -40,22 +39,25 @@ def fit_points(
         ValueError: the points can't tell a law, or are of several variants.
     """
     rows: list[Mapping[str, Any]] = []
+    seen: set[str] = set()
+
+    def is_repeated(row: Mapping[str, Any]) -> bool:
+        seen.add(str(row.get("variant")))
+        return not row.get("check") and _is_repeated(row)
 
     def is_fitted(row: Mapping[str, Any]) -> bool:
         is_meant = not row.get("check") and not _is_repeated(row)
         rows.extend([row] if is_meant else [])
         return is_meant
 
-    repeated = read_points(
-        path, size, loss, only, lambda row: not row.get("check") and _is_repeated(row), is_needed=False
-    )
+    repeated = read_points(path, size, loss, only, is_repeated, is_needed=False)
     points = read_points(path, size, loss, only, is_fitted, is_needed=not len(repeated))
     if not len(points):
         raise ValueError(
             f"{path} has points of more than {ONE_EPOCH} epochs alone, {len(repeated)} of them, which no law is fitted "
             f"to; give a sweep more documents, or fewer tokens"
         )
-    variants = sorted({str(row.get("variant")) for row in rows})
+    variants = sorted(seen)
     if len(variants) > 1:
         raise ValueError(
             f"{path} has points of {', '.join(variants)}, of which each has a law of its own; choose one: "
@@ -101,9 +103,10 @@ def _best_settings(points: Points, rows: Sequence[Mapping[str, Any]]) -> np.ndar
     """Places of the points that have the best learning rate and batch of their size and length, all seeds of it."""
     best: list[int] = []
     for places in _pairs(points).values():
-        groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+        groups: dict[tuple[str, str], list[int]] = defaultdict(list)
         for place in places:
-            groups[tuple(rows[place].get(key) for key in _SETTINGS)].append(place)
+            row = rows[place]  # a sweep's lr differs with the size, by its rule; its rate is the rule's multiple
+            groups[str(row.get("rate", row.get("lr"))), str(row.get("batch_size"))].append(place)
         best += min(groups.values(), key=lambda group: float(points.loss_P[group].mean()))
     return np.array(sorted(best))
 

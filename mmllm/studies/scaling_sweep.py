@@ -25,7 +25,7 @@ from mmllm.quickstart.processes import Processes
 from mmllm.studies.at_once import run_at_once
 from mmllm.studies.commands import call, measured
 from mmllm.studies.lengths import GUESSED_STEPS, Length, until, write_files
-from mmllm.studies.run import check_manifests, make_data, run_once
+from mmllm.studies.run import alone, check_manifests, make_data, run_once
 from mmllm.studies.scaling import ONE_EPOCH, check_points
 from mmllm.studies.scaling_grid import Run, Sweep, load_sweep
 from mmllm.studies.scaling_heldout import heldout_data, heldout_loss
@@ -107,7 +107,7 @@ class Sweeper:
             FileNotFoundError: there is no recipe of it, or no manifest of a measure's shots.
             ValueError: a command failed, or nothing is held out.
         """
-        check_manifests(self.sweep.measures, self._data)
+        check_manifests(self.sweep.measures, self._data, self.sweep.seeds)
         if self.sweep.prepare:
             told, commands = self.out / "prepared.json", filled(list(self.sweep.prepare), self.places)
             if not told.is_file() or json.loads(told.read_text(encoding="utf-8")) != commands:
@@ -300,24 +300,26 @@ def run_sweep(
         data: a folder that is there, such as a quickstart's, in the place of the sweep's own.
 
     Raises:
-        ValueError: the plan, or a run of it, can't be: said before anything is trained; or a command failed.
+        ValueError: the plan, or a run of it, can't be, or another process is at its folder: said before anything is
+            trained; or a command failed.
     """
     sweep, values = load_sweep(plan, data)
     out = Path(out)
     _claim(out, values)
-    yield from make_data(sweep.data, "sweep")
-    sweeper = Sweeper(sweep, out, num_threads, keeps_models)
-    yield from sweeper.prepare()
-    yield from _costs(sweeper, num_at_once)
-    if is_dry:
-        return
-    waiting = [run for run in sweep.runs() if not (sweeper.folder(run) / RESULT).is_file()]
-    for run, point in run_at_once(waiting, lambda: Sweeper(sweep, out, num_threads, keeps_models), num_at_once):
-        assert point is not None
+    with alone(out, "scaling sweep"):
+        yield from make_data(sweep.data, "sweep")
+        sweeper = Sweeper(sweep, out, num_threads, keeps_models)
+        yield from sweeper.prepare()
+        yield from _costs(sweeper, num_at_once)
+        if is_dry:
+            return
+        waiting = [run for run in sweep.runs() if not (sweeper.folder(run) / RESULT).is_file()]
+        for run, point in run_at_once(waiting, lambda: Sweeper(sweep, out, num_threads, keeps_models), num_at_once):
+            assert point is not None
+            _write_points(sweeper)
+            yield f"  {run.name}: loss {point['loss']:.4f} ({point['steps']:,} steps, {point['minutes']:.1f} min)"
         _write_points(sweeper)
-        yield f"  {run.name}: loss {point['loss']:.4f} ({point['steps']:,} steps, {point['minutes']:.1f} min)"
-    _write_points(sweeper)
-    yield f"{out / POINTS}: {len(sweeper.done())} points"
+        yield f"{out / POINTS}: {len(sweeper.done())} points"
 
 
 def _claim(out: Path, values: dict[str, Any]) -> None:

@@ -71,13 +71,16 @@ def interval_of(
 
 def _half_of_rows(rows: Sequence[Mapping[str, float]], of_rows: Sequence[Sequence[float] | None]) -> float | None:
     """Half the width of the interval over rows; None: nothing tells it."""
-    names = sorted(set.intersection(*(set(each) for each in rows))) if rows and all(rows) else []
-    if names:
-        means_R = np.array([[each[name] for name in names] for each in rows]).mean(axis=0)
-        low, high = student_interval(means_R.tolist())
-        return (high - low) / 2
     widths = [each[1] - each[0] for each in of_rows if each is not None]
-    return sum(widths) / len(widths) / 2 if widths and len(widths) == len(of_rows) else None
+    half_given = sum(widths) / len(widths) / 2 if widths and len(widths) == len(of_rows) else None
+    names = sorted(set.intersection(*(set(each) for each in rows))) if rows and all(rows) else []
+    means_R = np.array([[each[name] for name in names] for each in rows]).mean(axis=0) if names else np.zeros(0)
+    if len(means_R) < 2 or not np.ptp(means_R) > 0:
+        return (
+            half_given  # rows that are all alike, say all wrong, have a spread of nothing: a share's interval has not
+        )
+    low, high = student_interval(means_R.tolist())
+    return (high - low) / 2
 
 
 def student_interval(scores: Sequence[float]) -> tuple[float, float]:

@@ -21,7 +21,9 @@ Kind = Literal["seconds", "flops", "samples"]
 MODEL = "model"
 """Folder, in that of a run, of the model that is scored."""
 _OF_BUDGET = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "model.init_args.max_seconds")
-_TRAINS = ("fit", "quickstart", "draft", "incremental", "posttrain-tour")
+_TRAINS = (
+    "fit", "quickstart", "draft", "incremental", "posttrain-tour", "study run", "study score", "scaling sweep",
+)  # fmt: skip
 """Commands that train."""
 _OF_RUN = ("seed_everything", "seed", "model.init_args.out", "data.init_args.recipe", "trainer.logger")
 """Dotted keys that each run sets itself, whatever a level says."""
@@ -95,7 +97,8 @@ class Step:
             )
         if self.command is not None and (self.recipe or self.share != 1):
             raise ValueError(f"the step `{self.command}` is no training, and has neither a recipe nor a share")
-        if self.command is not None and (words := shlex.split(self.command)) and words[0] in _TRAINS:
+        words = [word for word in shlex.split(self.command or "") if word != "--debug"]
+        if any(words[: len(each.split())] == each.split() for each in _TRAINS):
             raise ValueError(
                 f"the step `{self.command}` trains, and would do so outside of the budget; give a training as `fit`, "
                 f"or what all runs share to data.commands"

@@ -210,7 +210,7 @@ def unbuilt(argv: list[str]) -> tuple[Any, Any, dict[str, Any]]:
     """A config's module and data module, nothing of them built, and the trainer's settings; all keys are checked.
 
     One thread at a time: while jsonargparse reads a config, the process's working directory is the config's folder.
-    Other threads had better have absolute paths alone then.
+    Threads beside it must use absolute paths.
 
     Args:
         argv: options of `fit`, without the command.
