@@ -154,6 +154,10 @@ def test_what_cant_be_is_said_before_anything_runs(
         (measure(manifest="{data}/none.jsonl"), "measure bits: no manifest"),
         (measure(task="txt"), "measure bits has the task 'txt'"),
         (measure(limit=0), "measure bits has the limit 0"),
+        (measure(options=["--nonsense", "3"]), "measure bits: unrecognized arguments: --nonsense"),
+        (wide({"fit": {}}, options=["--nonsense"]), "levels.wide: measure bits: unrecognized arguments: --nonsense"),
+        (wide({"command": "data index --help"}, {"fit": {}}), "prints help or a version"),
+        (wide({"command": "study score scenes --out {run}/s"}, {"fit": {}}), "outside of the budget"),
         ({"budget": {"samples": 1}}, "a whole number of steps comes no nearer to 1 samples than"),
     )):  # fmt: skip
         path = study_file(data, tmp_path, **changed)
@@ -264,6 +268,14 @@ def test_a_folder_is_of_one_process_and_of_its_own_results(
     assert main(["study", "run", other, "--out", str(out), "--dry_run"]) == 0
     assert (out / "study.json").read_text() == kept, "what is only asked changes nothing"
     runs = out / "runs"
+    result = runs / "width-wide-seed0" / "result.json"
+    values = json.loads(result.read_text())
+    assert values["machine"]["cores"] > 0
+    result.write_text(json.dumps({**values, "machine": {"processor": "Elsewhere", "cores": 64}}))
+    assert main(["study", "report", str(out)]) == 0
+    machines = json.loads((out / "report.json").read_text())["machine"]
+    assert [each["processor"] == "Elsewhere" for each in machines] in ([False, True], [True, False])
+    assert "Elsewhere, 64 cores" in (out / "report.html").read_text(), "where a run was measured, not the report made"
     (runs / "width-wide-seed0" / "result.json").write_text((runs / "width-wide-seed1" / "result.json").read_text())
     capsys.readouterr()
     assert main(["study", "report", str(out)]) == 2

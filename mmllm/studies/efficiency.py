@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmllm.studies.report import said_commit, said_interval, said_samples, uneven_notes
+from mmllm.studies.report import said_commit, said_interval, said_machine, said_samples, uneven_notes
 from mmllm.studies.statistics import holm, said_chance, said_p, verdict_of
 
 _HEAD = """# What methods are worth here
@@ -86,13 +86,12 @@ def _check_verdicts(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _section(name: str, values: Mapping[str, Any]) -> str:
     kind, amount = next(iter(values["budget"].items()))
-    machine = values["machine"]
     left_out = f" Not run: {len(values['runs_left_out'])}." if values["runs_left_out"] else ""
     lines = [
         f"\n## {values['title']}\n",
         f"{values['question']} (`configs/studies/{name}.yaml`)\n",
         f"Expected: {values['expected']}\n",
-        f"{values['runs']} runs of {amount:,.6g} {kind} each, {machine['processor']}, "
+        f"{values['runs']} runs of {amount:,.6g} {kind} each, {said_machine(values['machine'])}, "
         f"commit {said_commit(values['commit'])}.{left_out}\n",
         *(f"{note}.\n" for note in uneven_notes(values)),
         "| factor | level | measure | score | 95% interval | difference | p | Holm | seeds "

@@ -8,8 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mmllm.data.loading.datamodules import PackedDataModule
 from mmllm.data.plan.plan import Plan
 from mmllm.data.plan.recipe import recipe_from_dict
@@ -20,7 +18,7 @@ from mmllm.studies.study import Study
 from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.estimate import model_config, planned_work
 from mmllm.training.lightning_cli import unbuilt
-from mmllm.training.parts import build_model
+from mmllm.training.parts import flops_of
 from mmllm.training.planned_prompts import PlannedPrompts
 
 GUESSED_STEPS = 100
@@ -129,16 +127,23 @@ def write_files(settings: Settings, run: Path, name: str) -> Path:
 
 def opened(path: Path) -> tuple[ModelFlops, Plan, int]:
     """What counts, what is counted, and batches a step."""
+    module, data, accumulated = read_training(path)
+    return flops_of(model_config(module), module.optimizer, module.adapter), data.plan, accumulated
+
+
+def read_training(path: Path) -> tuple[DecoderModule, PackedDataModule, int]:
+    """A config's module and data, neither of them built, and batches a step.
+
+    Raises:
+        ValueError: a key is unknown or has a wrong value, or it trains something else.
+    """
     module, data, trainer = unbuilt(["-c", str(path)])
     if not isinstance(module, DecoderModule) or not isinstance(data, PackedDataModule):
         raise ValueError(
-            f"{path}: a study trains DecoderModule with PackedDataModule, or what is made of them, and the config "
-            f"has {type(module).__name__} with {type(data).__name__}"
+            f"{path}: studies and sweeps train DecoderModule with PackedDataModule, or what is made of them, and the "
+            f"config has {type(module).__name__} with {type(data).__name__}"
         )
-    config = model_config(module)  # reads the tokenizer's codec, which has values
-    with torch.device("meta"):
-        model = build_model(config, module.optimizer, None, module.adapter)
-    return ModelFlops.of_model(model), data.plan, int(trainer.get("accumulate_grad_batches") or 1)
+    return module, data, int(trainer.get("accumulate_grad_batches") or 1)
 
 
 def until(counter: ModelFlops, plan: Plan, accumulated: int, kind: str, amount: float) -> Length:

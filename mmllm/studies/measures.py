@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mmllm.data.expressions import compile_filter
@@ -98,6 +98,18 @@ class Measure:
         prompt = prompts.get(self.name, Prompt())
         anchor = self.anchor if prompt.anchor is None else prompt.anchor
         return replace(self, shots=prompt.shots or self.shots, anchor=anchor)
+
+    def command(self, model: str, out: str, more: Sequence[str] = ()) -> list[str]:
+        """Of `mmllm`, which scores a model.
+
+        Args:
+            model: its folder.
+            out: where the evaluation goes, as JSON.
+            more: options of a level.
+        """
+        limit = [] if self.limit is None else ["--limit", str(self.limit)]
+        return ["eval", "--model", model, "--task", self.task, "--manifest", self.manifest, "--json", out,
+                *limit, *self.options, *self.prompt_options, *more]  # fmt: skip
 
     @property
     def prompt_options(self) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from mmllm.evaluation.charts import Chart, line_chart
-from mmllm.quickstart.machine import num_cores
+from mmllm.studies.machine import machine
 from mmllm.studies.measures import Measure
 from mmllm.studies.run import study_in
 from mmllm.studies.runs import RESULT
@@ -108,6 +107,9 @@ def report(folder: Path) -> dict[str, Any]:
         for line in factor_lines(study, name, measure, results)
     ]
     commits = sorted({str(result["commit"]) for result in results.values()})
+    # Results of an earlier mmllm don't say what they were measured on: the report then says where it was made.
+    told = [result.get("machine") or machine() for result in results.values()]
+    machines = [each for place, each in enumerate(told) if each not in told[:place]]
     values = {
         "title": study.title,
         "question": study.question,
@@ -117,7 +119,7 @@ def report(folder: Path) -> dict[str, Any]:
         "runs": len(results),
         "runs_left_out": [arm.name for arm in study.arms() if arm not in results],
         "commit": commits[0] if len(commits) == 1 else commits,
-        "machine": machine(),
+        "machine": machines[0] if len(machines) == 1 else machines,
     }
     text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / REPORT).write_text(text, encoding="utf-8")
@@ -174,6 +176,12 @@ def said_commit(commit: str | Sequence[str]) -> str:
     """A report's commit, or those that its runs are of, as far as they need to be read."""
     each = [commit] if isinstance(commit, str) else commit
     return ", ".join(one[:10] + "-dirty" * one.endswith("-dirty") for one in each)
+
+
+def said_machine(machine: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
+    """A report's machine, or those that its runs were measured on."""
+    each = [machine] if isinstance(machine, Mapping) else machine
+    return " and ".join(f"{one['processor']}, {one['cores']} cores" for one in each)
 
 
 def read_results(study: Study, folder: Path) -> dict[Arm, dict[str, Any]]:
@@ -294,21 +302,6 @@ def _curve(name: str, level: str, measure: Measure, results: Results) -> list[tu
     return points
 
 
-def machine() -> dict[str, Any]:
-    """What the runs were measured on."""
-    import torch
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"processor": _processor(), "cores": num_cores(), "gpu": gpu, "torch": torch.__version__}
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
-
-
 # ---------------------------------------------------------------------------------------------------------------- page
 def page(study: Study, lines: Sequence[Line], values: Mapping[str, Any]) -> str:
     """The report as HTML, with nothing that is loaded from elsewhere."""
@@ -319,6 +312,7 @@ def page(study: Study, lines: Sequence[Line], values: Mapping[str, Any]) -> str:
         study=study, values=values, tables=_tables(study, lines), charts=_charts(study, lines), said_p=said_p,
         said_samples=said_samples, said_interval=said_interval, notes=uneven_notes(values),
         chance=said_chance([line.p for line in lines]), commit=said_commit(values["commit"]),
+        machine=said_machine(values["machine"]),
     )  # fmt: skip
 
 

@@ -298,6 +298,10 @@ def _length_of_arm(base: Base, arm: Arm, run: Path, trial: Path, check: CheckCom
         else:
             length = length + write_training(base.study, settings, step.share, trial, step.out).length
         models.add(step.out)
+    if check is not None:
+        level = base.study.level(arm)
+        for measure in base.study.measures:
+            _check(check, measure.of(level.measures).command("MODEL", "OUT", level.options), f"measure {measure.name}")
     return length if is_known else None
 
 
@@ -308,10 +312,15 @@ def _check_command(step: Step, places: Mapping[str, str], check: CheckCommand | 
         known = ", ".join(f"{{{name}}}" for name in places)
         raise ValueError(f"the step `{step.command}` has {unknown[0]}; a command may have {known}")
     if check is not None:
-        try:
-            check(shlex.split(filled(step.command, places)))
-        except ValueError as error:
-            raise ValueError(f"the step `{step.command}`: {error}") from error
+        _check(check, shlex.split(filled(step.command, places)), f"the step `{step.command}`")
+
+
+def _check(check: CheckCommand, command: Sequence[str], what: str) -> None:
+    """Raises ValueError that says what a command is of."""
+    try:
+        check(command)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 def check_curve_sources(base: Base) -> None:

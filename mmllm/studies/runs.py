@@ -22,6 +22,7 @@ from mmllm.quickstart.processes import Processes
 from mmllm.studies.commands import RunFailed, call, measured
 from mmllm.studies.energy import EnergyMeter
 from mmllm.studies.lengths import Length, length_of, write_training
+from mmllm.studies.machine import machine
 from mmllm.studies.measures import Measure
 from mmllm.studies.settings import Base, filled
 from mmllm.studies.shared import Cost, bring, key_of, shared_keys
@@ -96,6 +97,7 @@ class Runner:
             "joules": cost.joules,
             "scores": scores,
             "commit": commit(),
+            "machine": machine(),
         }
         _write(result, values)
         for name in {step.out for step in self.study.level(arm).parts if step.fit is not None} - {MODEL}:
@@ -169,13 +171,8 @@ class Runner:
     def _evaluated(self, arm: Arm, measure: Measure, folder: Path) -> Path:
         """What `mmllm eval` wrote for a measure, as the arm's level asks it."""
         path = folder / f"{measure.name}.json"
-        options = [*measure.options, *measure.prompt_options, *self.study.level(arm).options]
-        places = self._places(arm, folder)
-        command = ["eval", "--model", str(folder / MODEL), "--task", measure.task, "--manifest",
-                   filled(measure.manifest, places), "--json", str(path)]  # fmt: skip
-        if measure.limit is not None:
-            command += ["--limit", str(measure.limit)]
-        self._call([*command, *filled(options, places)], folder, arm)
+        command = measure.command(str(folder / MODEL), str(path), self.study.level(arm).options)
+        self._call(filled(command, self._places(arm, folder)), folder, arm)
         return path
 
     def _places(self, arm: Arm, folder: Path) -> dict[str, str]:

@@ -17,23 +17,20 @@ from typing import Any
 import torch
 
 from mmllm.checkout import commit
-from mmllm.data.loading.datamodules import PackedDataModule
-from mmllm.model.flops import ModelFlops
 from mmllm.model.multimodal import MultimodalModel
 from mmllm.quickstart.plan import write_yaml
 from mmllm.quickstart.processes import Processes
 from mmllm.studies.at_once import run_at_once
 from mmllm.studies.commands import call, measured
-from mmllm.studies.lengths import GUESSED_STEPS, Length, until, write_files
+from mmllm.studies.lengths import GUESSED_STEPS, Length, read_training, until, write_files
+from mmllm.studies.measures import Measure
 from mmllm.studies.run import alone, check_manifests, make_data, run_once
 from mmllm.studies.scaling import ONE_EPOCH, check_points
 from mmllm.studies.scaling_grid import Run, Sweep, load_sweep
 from mmllm.studies.scaling_heldout import heldout_data, heldout_loss
 from mmllm.studies.settings import Settings, filled, for_one_process, put, put_all, read_values
-from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.estimate import model_config
-from mmllm.training.lightning_cli import unbuilt
-from mmllm.training.parts import build_model
+from mmllm.training.parts import flops_of
 
 RESULT, SWEEP, POINTS, MODEL, HELDOUT = "result.json", "sweep.json", "points.jsonl", "model", "heldout.yaml"
 _TRAINING_FLOPS = 6
@@ -143,19 +140,18 @@ class Sweeper:
             ValueError: a key is unknown or has a wrong value, or the documents end before.
         """
         settings = self.settings(run, self.folder(run))
-        module, data, accumulated = self._unbuilt(settings, folder)
+        module, data, accumulated = read_training(write_files(settings.with_steps(GUESSED_STEPS), folder, _NAME))
         config = model_config(module)
         with torch.device("meta"):
             model = MultimodalModel(config)
         active, total = model.num_active_parameters(), model.num_parameters()
         lr = self._scale_rates(settings.config, self.sweep.rate.factor(active) * run.rate)
         amount = run.amount / (_TRAINING_FLOPS * active) if run.is_flops else run.amount
-        with torch.device("meta"):
-            flops = ModelFlops.of_model(build_model(config, module.optimizer, None, module.adapter))
+        flops = flops_of(config, module.optimizer, module.adapter)
         length = until(flops, data.plan, accumulated, "tokens", amount)
         if settings.with_steps(length.steps).recipe != settings.with_steps(GUESSED_STEPS).recipe:
             # the plan depends on the horizon, which now is nearly right
-            _, data, _ = self._unbuilt(settings, folder, length.steps)
+            _, data, _ = read_training(write_files(settings.with_steps(length.steps), folder, _NAME))
             length = until(flops, data.plan, accumulated, "tokens", amount)
         path = write_files(settings.with_steps(length.steps), folder, _NAME)
         unique = sum(source.num_epoch_tokens for source in data.plan.sources)
@@ -184,19 +180,6 @@ class Sweeper:
             put(config, "data.init_args.batch_size", run.batch_size)
         for_one_process(config, folder, _NAME)
         return Settings(filled(config, self.places), filled(recipe, self.places))
-
-    def _unbuilt(
-        self, settings: Settings, folder: Path, num_steps: int = GUESSED_STEPS
-    ) -> tuple[DecoderModule, PackedDataModule, int]:
-        """Module and data of a run with a horizon, and batches a step."""
-        config = write_files(settings.with_steps(num_steps), folder, _NAME)
-        module, data, trainer = unbuilt(["-c", str(config)])
-        if not isinstance(module, DecoderModule) or not isinstance(data, PackedDataModule):
-            raise ValueError(
-                f"{self.sweep.config} trains {type(module).__name__} with {type(data).__name__}; a sweep trains "
-                f"DecoderModule with PackedDataModule"
-            )
-        return module, data, int(trainer.get("accumulate_grad_batches") or 1)
 
     def _scale_rates(self, config: dict[str, Any], factor: float) -> dict[str, float]:
         """Sets the learning rates of a size; gives them."""
@@ -263,14 +246,9 @@ class Sweeper:
             "check": run.is_check,
         }
 
-    def _score(self, measure: Any, folder: Path, run: Run) -> float:
+    def _score(self, measure: Measure, folder: Path, run: Run) -> float:
         path = folder / f"{measure.name}.json"
-        command = ["eval", "--model", str(folder / MODEL), "--task", measure.task, "--manifest",
-                   filled(measure.manifest, self.places), "--json", str(path)]  # fmt: skip
-        if measure.limit is not None:
-            command += ["--limit", str(measure.limit)]
-        options = filled([*measure.options, *measure.prompt_options], self.places)
-        self._call([*command, *options], folder, run)
+        self._call(filled(measure.command(str(folder / MODEL), str(path)), self.places), folder, run)
         return measured(measure, path)[0]
 
     def _call(self, command: Sequence[str], folder: Path, run: Run) -> None:

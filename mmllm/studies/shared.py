@@ -61,9 +61,8 @@ Run = Callable[[Sequence[Step], Path], Cost]
 
 def shared_keys(base: Base) -> dict[Arm, list[str]]:
     """Digests of each arm's first steps, each of all steps up to it; of those that another arm of the study has too."""
-    keys = {
-        arm: list(_keys(base, arm))[:-1] for arm in base.study.arms()
-    }  # the last step makes the model that is scored
+    # Without the last step, which makes the model that is scored.
+    keys = {arm: list(_keys(base, arm))[:-1] for arm in base.study.arms()}
     counts = Counter(key for each in keys.values() for key in set(each))
     return {arm: [key for key in each if counts[key] > 1] for arm, each in keys.items()}
 
@@ -80,6 +79,7 @@ def key_of(base: Base, arm: Arm) -> str:
 
 
 def _keys(base: Base, arm: Arm) -> Iterator[str]:
+    """Of each step, a digest of all that it and those before it are told."""
     run, key = Path("/run"), ""
     places = {"data": str(base.data), "run": str(run), "seed": str(arm.seed)}
     for step in base.study.level(arm).parts:

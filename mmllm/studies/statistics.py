@@ -75,10 +75,8 @@ def _half_of_rows(rows: Sequence[Mapping[str, float]], of_rows: Sequence[Sequenc
     half_given = sum(widths) / len(widths) / 2 if widths and len(widths) == len(of_rows) else None
     names = sorted(set.intersection(*(set(each) for each in rows))) if rows and all(rows) else []
     means_R = np.array([[each[name] for name in names] for each in rows]).mean(axis=0) if names else np.zeros(0)
-    if len(means_R) < 2 or not np.ptp(means_R) > 0:
-        return (
-            half_given  # rows that are all alike, say all wrong, have a spread of nothing: a share's interval has not
-        )
+    if len(means_R) < 2 or not np.ptp(means_R) > 0:  # all wrong, say: no spread, though other rows may be right
+        return half_given
     low, high = student_interval(means_R.tolist())
     return (high - low) / 2
 

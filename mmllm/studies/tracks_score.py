@@ -24,7 +24,7 @@ from mmllm.evaluation.commands import run_eval
 from mmllm.evaluation.results import TaskResult
 from mmllm.quickstart.machine import num_cores
 from mmllm.quickstart.processes import Processes, terminated_as_interrupt
-from mmllm.studies.report import machine
+from mmllm.studies.machine import machine
 from mmllm.studies.tracks import ROWS, Track, TrackSizes, track_of, write_rows
 
 SCORE = "score.json"

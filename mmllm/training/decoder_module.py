@@ -66,7 +66,7 @@ from mmllm.training.exporting import gathered, generation_after
 from mmllm.training.init_from import InitSummary, initialize
 from mmllm.training.init_source import InitSource
 from mmllm.training.optimizers import OptimizerConfig
-from mmllm.training.parts import PARTS, build_model, freeze, group_of, part_of, splits_vocabulary
+from mmllm.training.parts import PARTS, build_model, flops_of, freeze, group_of, part_of, splits_vocabulary
 from mmllm.training.posttraining.fisher import start_fisher
 from mmllm.training.posttraining.keeping import START, KeepConfig, Keeper, check_kept, check_start, keep_notes
 from mmllm.training.posttraining.start_weights import StartWeights
@@ -330,9 +330,7 @@ class DecoderModule(StagedModule):
         self.expert_bias = ExpertBias.of(self._built().decoder) if routers_move else None
         self._name_sources()
         if self._peak_flops is not None:
-            with torch.device("meta"):
-                shapes = build_model(self._built().config, self.optimizer, None, self.adapter)
-            self._flops = ModelFlops.of_model(shapes)
+            self._flops = flops_of(self._built().config, self.optimizer, self.adapter)
         data_folder = getattr(self._data, "folder", None)
         if self.folder is not None and data_folder is not None and data_folder.hash != self.folder.hash:
             raise ValueError(

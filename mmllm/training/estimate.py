@@ -16,13 +16,13 @@ from mmllm.data.loading.preferences import PreferenceDataModule
 from mmllm.data.loading.prompts import PromptDataModule
 from mmllm.data.plan.plan import Plan, StepPlan
 from mmllm.data.plan.recipe import Recipe, load_recipe
-from mmllm.model.flops import ModelFlops, Work
+from mmllm.model.flops import Work
 from mmllm.model.multimodal import ModelConfig, MultimodalModel
 from mmllm.training.decoder_module import DecoderModule
 from mmllm.training.estimate_answers import drawing_bytes, preference_load, rollout_load
 from mmllm.training.estimate_memory import Load, memory_bytes
 from mmllm.training.layout import Layout
-from mmllm.training.parts import build_model
+from mmllm.training.parts import flops_of
 from mmllm.training.planned_prompts import PlannedPrompts
 
 NUM_PLANNED_STEPS = 8
@@ -69,9 +69,9 @@ def estimate(
         ValueError: sizes are left to a tokenizer folder that isn't there, or to a recipe that isn't.
     """
     config = model_config(module)
+    flops = flops_of(config, module.optimizer, module.adapter)
     with torch.device("meta"):
         model = MultimodalModel(config)
-        flops = ModelFlops.of_model(build_model(config, module.optimizer, None, module.adapter))
     match data:
         case PreferenceDataModule():
             load = preference_load(data, model, sequence_length)

@@ -9,11 +9,13 @@ import re
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 from mmllm.checkpoints.adapter_config import AdapterConfig
 from mmllm.checkpoints.adapters import add_adapter, is_adapters
 from mmllm.model.embedding import ADDED
+from mmllm.model.flops import ModelFlops
 from mmllm.model.multimodal import ModelConfig, MultimodalModel
 from mmllm.training.optimizers import OptimizerConfig
 
@@ -120,6 +122,18 @@ def build_model(
             add_adapter(model.decoder, adapter, adapter_name)
     freeze(model, optimizer)
     return model
+
+
+def flops_of(config: ModelConfig, optimizer: OptimizerConfig, adapter: AdapterConfig | None = None) -> ModelFlops:
+    """Counts a model's operations as it is trained, with its adapters and frozen parts, from shapes alone.
+
+    Args:
+        config: its sizes.
+        optimizer: as `build_model`'s.
+        adapter: likewise.
+    """
+    with torch.device("meta"):
+        return ModelFlops.of_model(build_model(config, optimizer, None, adapter))
 
 
 def check_parts(optimizer: OptimizerConfig, known: tuple[str, ...], stage: str) -> None:
