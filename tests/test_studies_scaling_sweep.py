@@ -16,7 +16,7 @@ from mmllm.cli.main import main
 from mmllm.data.loading.datamodules import PackedDataModule
 from mmllm.studies.scaling_grid import Run, Sweep, load_sweep, sweep_of
 from mmllm.studies.scaling_heldout import heldout_loss
-from mmllm.studies.scaling_sweep import POINTS, Sweeper, _claim, run_sweep
+from mmllm.studies.scaling_sweep import POINTS, Sweeper, _check_folder, run_sweep
 from mmllm.studies.settings import put
 from tests.data_fixtures import make_folder, mixed_manifest, recipe_dict
 
@@ -113,6 +113,10 @@ def plan_of(data: Path, out: Path, **keys: Any) -> Path:
 def test_costs_are_told_and_grids_that_tell_nothing_are_refused(data: Path, tmp_path: Path) -> None:
     lines = list(run_sweep(plan_of(data, tmp_path), tmp_path / "out", is_dry=True))
     assert len(lines) == 10 and "9 runs, 0 done; the rest need" in lines[-1]
+    assert not (tmp_path / "out").exists(), "nothing is left"
+    with pytest.raises(FileNotFoundError, match="the sweep's data isn't there"):
+        list(run_sweep(plan_of(data, tmp_path), tmp_path / "out", is_dry=True, data=str(tmp_path / "nowhere")))
+    assert not list(tmp_path.glob("nowhere*"))
     assert "base-s-t400-seed0" in lines[0] and "steps" in lines[0] and "rate 0.01" in lines[0]
     with pytest.raises(ValueError, match=r"variant base: 3 points can't tell a law.*is_law: false"):
         list(run_sweep(plan_of(data, tmp_path, tokens=[500]), tmp_path / "few", is_dry=True))
@@ -150,15 +154,23 @@ def test_another_check_is_another_sweep(data: Path, tmp_path: Path) -> None:
 
     def claim(width: int, **more: Any) -> None:
         check = {"sizes": {"xl": {SIZE: width}, **more}, "tokens": [5000]}
-        _claim(out, changed(data={"folder": str(data)}, check=check))
+        values = changed(data={"folder": str(data)}, check=check)
+        _check_folder(out, sweep_of(values), values)
+        out.mkdir(exist_ok=True)
+        (out / "sweep.json").write_text(json.dumps(values))  # as a run does
 
     claim(128)
-    (out / "runs" / "one").mkdir(parents=True)
-    (out / "runs" / "one" / "result.json").write_text("{}")
+    (out / "runs" / "base-s-t400-seed0").mkdir(parents=True)
+    (out / "runs" / "base-s-t400-seed0" / "result.json").write_text("{}")
     claim(128, xxl={SIZE: 256})
     with pytest.raises(ValueError, match=r"with another check\.sizes\.xl; they can't be put on one curve"):
         claim(64)
-    _claim(out, changed(data={"folder": str(data)}))
+    values = changed(data={"folder": str(data)})
+    _check_folder(out, sweep_of(values), values)  # the check had no run
+    (out / "runs" / "base-s-t300-seed0").mkdir()
+    (out / "runs" / "base-s-t300-seed0" / "result.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds 1 runs that this sweep doesn't have \(base-s-t300-seed0\)"):
+        claim(128)
 
 
 def test_what_is_held_out_is_made_once(data: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -97,14 +98,25 @@ class Sweeper:
         """What stands for `{data}` and `{prepared}`."""
         return {"data": str(self._data), "prepared": str(self.out / "prepared")}
 
+    def check(self) -> None:
+        """Refuses files that aren't there.
+
+        Raises:
+            FileNotFoundError: there is no recipe of what is held out, or no manifest of a measure.
+        """
+        check_manifests(self.sweep.measures, self._data, self.sweep.seeds)
+        is_given = isinstance(self.sweep.heldout, str) and "{prepared}" not in self.sweep.heldout
+        if is_given and not self.heldout.is_file():
+            raise FileNotFoundError(
+                f"heldout is {self.heldout}, and no recipe is there; give one of held-out documents"
+            )
+
     def prepare(self) -> Iterator[str]:
         """Makes what is held out, if that isn't done by the same commands; gives lines to print.
 
         Raises:
-            FileNotFoundError: there is no recipe of it, or no manifest of a measure's shots.
             ValueError: a command failed, or nothing is held out.
         """
-        check_manifests(self.sweep.measures, self._data, self.sweep.seeds)
         if self.sweep.prepare:
             told, commands = self.out / "prepared.json", filled(list(self.sweep.prepare), self.places)
             if not told.is_file() or json.loads(told.read_text(encoding="utf-8")) != commands:
@@ -113,10 +125,6 @@ class Sweeper:
             yield from run_once(Path(self.places["prepared"]), self.sweep.prepare, self.places, "sweep")
         if not isinstance(self.sweep.heldout, str):
             write_yaml(self.heldout, filled(self.sweep.heldout, self.places), "Written by `mmllm scaling sweep`.")
-        elif not self.heldout.is_file():
-            raise FileNotFoundError(
-                f"heldout is {self.heldout}, and no recipe is there; give one of held-out documents"
-            )
         try:
             heldout_data(self.heldout, self.sweep.num_heldout_sequences)
         except (FileNotFoundError, ValueError) as error:
@@ -273,24 +281,35 @@ def run_sweep(
         out: its folder.
         num_threads: of each training.
         keeps_models: models stay.
-        is_dry: costs are told, and nothing runs.
+        is_dry: costs are told; nothing runs, and nothing is left.
         num_at_once: runs at once.
         data: a folder that is there, such as a quickstart's, in the place of the sweep's own.
 
     Raises:
+        FileNotFoundError: it is dry, and the data isn't there.
         ValueError: the plan, or a run of it, can't be, or another process is at its folder: said before anything is
             trained; or a command failed.
     """
     sweep, values = load_sweep(plan, data)
     out = Path(out)
-    _claim(out, values)
+    _check_folder(out, sweep, values)
+    if is_dry:
+        if not Path(sweep.data.folder).exists():
+            raise FileNotFoundError(
+                f"{sweep.data.folder}: the sweep's data isn't there; a run makes it, or give --data"
+            )
+        sweeper = Sweeper(sweep, out, num_threads, keeps_models)
+        sweeper.check()
+        yield from _costs(sweeper, num_at_once)
+        return
+    out.mkdir(parents=True, exist_ok=True)
     with alone(out, "scaling sweep"):
+        (out / SWEEP).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         yield from make_data(sweep.data, "sweep")
         sweeper = Sweeper(sweep, out, num_threads, keeps_models)
+        sweeper.check()
         yield from sweeper.prepare()
         yield from _costs(sweeper, num_at_once)
-        if is_dry:
-            return
         waiting = [run for run in sweep.runs() if not (sweeper.folder(run) / RESULT).is_file()]
         for run, point in run_at_once(waiting, lambda: Sweeper(sweep, out, num_threads, keeps_models), num_at_once):
             assert point is not None
@@ -300,8 +319,8 @@ def run_sweep(
         yield f"{out / POINTS}: {len(sweeper.done())} points"
 
 
-def _claim(out: Path, values: dict[str, Any]) -> None:
-    """Writes what the sweep is, or refuses a folder of another; more sizes, lengths or seeds only add runs."""
+def _check_folder(out: Path, sweep: Sweep, values: dict[str, Any]) -> None:
+    """Refuses a folder of another sweep, or of one that has more runs; more sizes, lengths or seeds only add runs."""
     kept = out / SWEEP
     adding = ("title", "sizes", "tokens", "flops", "shares", "rates", "batch_sizes", "seeds", "check", "variants")
     if kept.is_file() and any(out.glob(f"runs/*/{RESULT}")):
@@ -316,8 +335,13 @@ def _claim(out: Path, values: dict[str, Any]) -> None:
                 f"{out} holds runs of this sweep with another {', '.join(sorted(changed))}; they can't be put on one "
                 f"curve: give another folder, or remove it"
             )
-    out.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    names = {run.name for run in sweep.runs()}
+    gone = sorted(path.parent.name for path in out.glob(f"runs/*/{RESULT}") if path.parent.name not in names)
+    if gone:
+        raise ValueError(
+            f"{out} holds {len(gone)} runs that this sweep doesn't have ({gone[0]}), which {POINTS} would lose: give "
+            f"another folder"
+        )
 
 
 def _changed(before: dict[str, Any] | None, after: dict[str, Any] | None, where: str) -> list[str]:
@@ -328,20 +352,19 @@ def _changed(before: dict[str, Any] | None, after: dict[str, Any] | None, where:
 
 def _costs(sweeper: Sweeper, num_at_once: int) -> Iterator[str]:
     """What each run will be; whether they can tell a law; how long they take, by those that are done."""
-    runs, trial = sweeper.sweep.runs(), sweeper.out / "checked"
+    runs = sweeper.sweep.runs()
     counted: dict[str, Counted] = {}
-    for run in runs:
-        one = replace(run, seed=sweeper.sweep.seeds[0])
-        if one.name not in counted:
-            counted[one.name] = sweeper.count(one, trial / one.name)
-            found = counted[one.name]
-            rate = next(iter(found.lr.values()))
-            yield (
-                f"  {one.name}: {found.parameters:,} of {found.total_parameters:,} parameters, {found.length.tokens:,} "
-                f"tokens ({found.epochs:.2g} epochs), {found.length.steps:,} steps, {found.length.flops:.3g} FLOPs, "
-                f"rate {rate:.3g}{', check' if one.is_check else ''}"
-            )
-    shutil.rmtree(trial, ignore_errors=True)
+    with TemporaryDirectory() as trial:
+        for run in runs:
+            one = replace(run, seed=sweeper.sweep.seeds[0])
+            if one.name not in counted:
+                counted[one.name] = found = sweeper.count(one, Path(trial) / one.name)
+                rate = next(iter(found.lr.values()))
+                yield (
+                    f"  {one.name}: {found.parameters:,} of {found.total_parameters:,} parameters, "
+                    f"{found.length.tokens:,} tokens ({found.epochs:.2g} epochs), {found.length.steps:,} steps, "
+                    f"{found.length.flops:.3g} FLOPs, rate {rate:.3g}{', check' if one.is_check else ''}"
+                )
     if sweeper.sweep.is_law:
         _check_grid(sweeper.sweep, counted)
     flops = {run.name: counted[replace(run, seed=sweeper.sweep.seeds[0]).name].length.flops for run in runs}
