@@ -16,18 +16,27 @@ T = TypeVar("T")
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses what YAML forbids and its reader takes: a key twice in one mapping."""
+    """Refuses what YAML forbids and its reader takes: a key twice in one mapping, also where it is written two ways.
+
+    Dates stay text, as they are in manifests.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         assert node is not None
         seen = set()
         for key, _ in node.value:
-            name = (key.tag, str(key.value))
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            is_merge = key.tag == "tag:yaml.org,2002:merge"
+            name = (key.tag,) if is_merge else self.construct_object(key)
             if name in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
             seen.add(name)
         return node
+
+
+_UniqueKeys.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
 
 
 def read_yaml(path: Path) -> Any:
@@ -93,6 +102,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} must be a mapping, got {value!r}")
         _, inner = typing.get_args(hint)
+        twice = next((key for key in value if not isinstance(key, str) and str(key) in value), None)
+        if twice is not None:
+            raise ValueError(f"{where} has the key {twice} twice, as text and as {type(twice).__name__}")
         return {str(key): _convert(inner, item, f"{where}.{key}") for key, item in value.items()}
     if origin is Literal:
         if value not in typing.get_args(hint):

@@ -298,6 +298,24 @@ def test_efficiency_is_made_of_reports(tmp_path: Path, capsys: pytest.CaptureFix
     assert "5e+06 parameters, 6e+05 tokens: 0.9000 predicted, 1.0000 measured (-10.0%)" in text
     assert f"studies --scaling {tmp_path / 'fit.json'} --out" in text
     assert main(["study", "efficiency", str(tmp_path / "studies"), "--out", str(out), "--scaling", str(out)]) != 0
+    for changed, said in (
+        ({"score": "0.5"}, "believed.json: row 1 has score '0.5', which no report has"),
+        ({"interval": None}, "row 1 has interval None"),
+        ({"seeds": True}, "row 1 has seeds True"),
+    ):
+        write_report(tmp_path / "studies", "believed", [base, {**row, **changed}])
+        assert main(command) != 0
+        err = capsys.readouterr().err
+        assert said in err and "a fault in mmllm" not in err
+    for text, said in (("[1]", "holds list"), ("{", "is no JSON"), ('{"rows": [], "title": 3}', "has title 3")):
+        (tmp_path / "studies" / "believed.json").write_text(text)
+        assert main(command) != 0
+        err = capsys.readouterr().err
+        assert said in err and "a fault in mmllm" not in err
+    write_report(tmp_path / "studies", "believed", [base, {**row, "difference": -1e-6, "p": 0.9, "p_holm": 0.9,
+                                                           "verdict": "unproved"}])  # fmt: skip
+    assert main(command) == 0 and "| +0.0000 | 0.900 |" in out.read_text()
+    capsys.readouterr()
     write_report(tmp_path / "studies", "believed", [{**row, "p": 0.06, "p_holm": 0.06}])
     assert main(command) != 0
     assert "f has not one baseline in m" in capsys.readouterr().err

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from mmllm.cli.main import main
-from mmllm.studies.scaling import FitConfig, Law, Points, check_points, fit_law, huber_sum, read_points
+from mmllm.studies.scaling import FitConfig, Law, check_points, fit_law, huber_sum
 from mmllm.studies.scaling_emergence import emergence, emergence_lines
 from mmllm.studies.scaling_isoflop import isoflop_fit
 from mmllm.studies.scaling_optimum import optimum, plan
+from mmllm.studies.scaling_points import Points, read_points
 from mmllm.studies.scaling_rates import fit_rates
 from mmllm.studies.scaling_report import fit_lines, fit_points
 
@@ -171,6 +172,8 @@ def test_points_far_from_the_law_are_named() -> None:
         ('{"parameters": "1", "tokens": 2, "loss": 3}', "has parameters '1'"),
         ('{"parameters": 1, "tokens": -2, "loss": 3}', "has tokens -2"),
         ('{"parameters": 1, "tokens": 2, "loss": NaN}', "has loss nan"),
+        (f'{{"parameters": 1{"0" * 400}, "tokens": 2, "loss": 3}}', "has parameters too large a whole number"),
+        ('{"parameters": 1, "tokens": 2, "loss": 3, "epochs": "2"}', r"p\.jsonl:1 has epochs '2'"),
         ("[1, 2]", "wanted an object"),
         ("nonsense", "is no JSON"),
         ("", "has no points"),
@@ -298,6 +301,10 @@ def test_plans_of_any_budget_are_numbers_or_errors(flops: float, tokens: float) 
         ({"ranges": [1, 2]}, r"has ranges \[1, 2\], wanted an object"),
         ({"warnings": "odd"}, "warnings that are no list"),
         ({"size": 3}, "a size that is no text"),
+        ({"E": 10**400}, "wanted a finite number"),
+        ({"intervals": {"E": [1]}}, "has intervals {'E': .1.}, wanted two numbers of each name"),
+        ({"check": [{"parameters": 1}]}, "has check .*, wanted objects with parameters, tokens, predicted"),
+        ({"points": "9"}, "has points or an error that are no numbers"),
     ],
 )
 def test_plans_refuse_what_is_no_fit(changed: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -394,7 +401,7 @@ def test_points_of_repeated_documents_alone_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"points of more than 1\.05 epochs alone, 25 of them"):
         fit_points(path, FAST)
     write(path, drawn(BESIROGLU, 5, 5), epochs="two")
-    with pytest.raises(ValueError, match="a point has epochs 'two'"):
+    with pytest.raises(ValueError, match=r"p\.jsonl:1 has epochs 'two'"):
         fit_points(path, FAST)
 
 

@@ -147,6 +147,6 @@ def test_joules_are_counted_over_a_counters_end(tmp_path: Path):
 
 
 def test_a_p_value_is_never_printed_as_nothing():
-    assert [said_p(p) for p in (None, 0.0, 0.0004, 0.0006, 0.05, 1.0)] == [
-        "–", "<0.001", "<0.001", "0.001", "0.050", "1.000",
+    assert [said_p(p) for p in (None, 0.0, 0.0004, 0.0006, 0.0494, 0.04996, 0.05, 1.0)] == [
+        "–", "<0.001", "<0.001", "0.001", "0.049", "<0.05", "0.050", "1.000",
     ]  # fmt: skip

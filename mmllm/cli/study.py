@@ -15,7 +15,7 @@ _TRACKS = ("scenes", "speech", "fsdd", "shakespeare")
 
 
 def add_study(commands: Any, check_command: Callable[[Sequence[str]], None]) -> None:
-    """Adds `mmllm study run`, `report`, `plant`, `ask`, `date`, `rank`, `efficiency`, `score` and `compare`.
+    """Adds `mmllm study run`, `report`, `plant`, `ask`, `date`, `rank`, `code`, `efficiency`, `score` and `compare`.
 
     Args:
         commands: subparsers of `mmllm`.
@@ -89,6 +89,10 @@ def add_study(commands: Any, check_command: Callable[[Sequence[str]], None]) -> 
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder")
     parser.add_argument("--out", required=True, metavar="FILE.jsonl")
     parser.add_argument("--filter", help="which rows are read, such as 'plain'")
+    parser = add_command(
+        actions, "code", "the source code of Python's standard library as text, some files held out", _code
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="of train.jsonl and test.jsonl")
     parser = add_command(actions, "efficiency", "one page of many studies' reports", _efficiency)
     parser.add_argument("folder", metavar="DIR", help="of report.json files, each under its study's name")
     parser.add_argument("--scaling", action="append", default=[], metavar="FIT", help="of `mmllm scaling fit`")
@@ -192,6 +196,12 @@ def _rank(args: argparse.Namespace) -> Iterable[str]:
 
     _check_manifests(args)
     return rank(args.model, args.manifest, Path(args.out), args.filter)
+
+
+def _code(args: argparse.Namespace) -> Iterable[str]:
+    from mmllm.studies.source_code import write_source_code
+
+    return write_source_code(Path(args.out))
 
 
 def _efficiency(args: argparse.Namespace) -> Iterable[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmllm.studies.report import said_commit, said_interval, said_machine, said_samples, uneven_notes
+from mmllm.studies.scaling_optimum import read_fit
 from mmllm.studies.statistics import holm, said_chance, said_p, verdict_of
 
 _HEAD = """# What methods are worth here
@@ -54,13 +55,52 @@ def write_efficiency(folder: Path, out: Path, scaling: Sequence[Path] = ()) -> l
 
 
 def _read(path: Path) -> dict[str, Any]:
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict) or "rows" not in values:
+    values = _object(path)
+    if not isinstance(values.get("rows"), list):
         raise ValueError(f"{path} is no report of `mmllm study report`; it has no rows")
-    if any(key not in row for row in values["rows"] for key in ("p_holm", "pairs")):
-        raise ValueError(f"{path} was made by an earlier mmllm; run `mmllm study report` of its folder again")
+    _check_types(values, _REPORT, str(path))
+    for number, row in enumerate(values["rows"]):
+        if isinstance(row, dict) and ("p_holm" not in row or "pairs" not in row):
+            raise ValueError(f"{path} was made by an earlier mmllm; run `mmllm study report` of its folder again")
+        _check_types(row, _ROW, f"{path}: row {number}")
     _check_verdicts(path, values["rows"])
     return values
+
+
+_NUMBER = (int, float)
+_REPORT: dict[str, tuple[type, ...]] = {
+    "title": (str,), "question": (str,), "expected": (str,), "budget": (dict,), "runs": (int,),
+    "runs_left_out": (list,), "commit": (str, list), "machine": (dict, list),
+}  # fmt: skip
+_ROW: dict[str, tuple[type, ...]] = {
+    "factor": (str,), "level": (str,), "measure": (str,), "score": _NUMBER, "interval": (list,),
+    "interval_over": (str,), "seeds": (int,), "pairs": (int,), "p": (*_NUMBER, type(None)),
+    "p_holm": (*_NUMBER, type(None)),
+    "difference": (*_NUMBER, type(None)), "samples_for_equal_score": (*_NUMBER, type(None)), "flops": _NUMBER,
+    "minutes": _NUMBER, "verdict": (str,), "lower_is_better": (bool,), "samples_is_bound": (bool,),
+}  # fmt: skip
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds, if it is an object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, wanted an object")
+    return values
+
+
+def _check_types(values: Any, wanted: Mapping[str, tuple[type, ...]], where: str) -> None:
+    """Raises ValueError where a key is missing, or its value is of another type."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is {type(values).__name__}, wanted an object; run `mmllm study report` again")
+    for key, types in wanted.items():
+        value = values.get(key)
+        is_right = isinstance(value, types) and (bool in types or not isinstance(value, bool))
+        if key not in values or not is_right:
+            raise ValueError(f"{where} has {key} {value!r}, which no report has; run `mmllm study report` again")
 
 
 def _check_verdicts(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -105,7 +145,7 @@ def _section(name: str, values: Mapping[str, Any]) -> str:
 def _row(row: Mapping[str, Any]) -> str:
     difference = row["difference"]
     is_baseline = row["verdict"] == "baseline"
-    told = "–" if is_baseline or difference is None else f"{difference:+.4f}"
+    told = "–" if is_baseline or difference is None else f"{round(difference, 4) + 0.0:+.4f}"
     cells = (
         row["factor"], row["level"], row["measure"], f"{row['score']:.4f}", said_interval(row), told,
         said_p(row["p"]), said_p(row["p_holm"]), str(row["seeds"]), said_samples(row), f"{row['flops']:.3g}",
@@ -115,26 +155,23 @@ def _row(row: Mapping[str, Any]) -> str:
 
 
 def _scaling(path: Path) -> str:
-    values = json.loads(path.read_text(encoding="utf-8"))
-    missing = [key for key in ("E", "A", "B", "alpha", "beta") if key not in values]
-    if missing:
-        raise ValueError(f"{path} is no fit of `mmllm scaling fit`; it has no {missing[0]}")
+    law, values = read_fit(path)
     lines = [
         f"\n## Scaling law: {path.stem}\n",
         f"L(N, D) = E + A / N^alpha + B / D^beta, N parameters, D tokens, L nats a token{_told_points(values)}.\n",
         "| | value | 95% interval |",
         "|---|---|---|",
     ]
-    for key in ("E", "A", "B", "alpha", "beta"):
-        interval = values.get("intervals", {}).get(key)
+    for key, value in vars(law).items():
+        interval = (values.get("intervals") or {}).get(key)
         told = "–" if interval is None else f"{interval[0]:.4g} – {interval[1]:.4g}"
-        lines.append(f"| {key} | {values[key]:.4g} | {told} |")
+        lines.append(f"| {key} | {value:.4g} | {told} |")
     lines += [
         f"\nCheck, no part of the fit: {check['parameters']:,.4g} parameters, {check['tokens']:,.4g} tokens: "
         f"{check['predicted']:.4f} predicted, {check['measured']:.4f} measured ({check['error']:+.1%})."
-        for check in values.get("check", ())
+        for check in values.get("check") or ()
     ]
-    lines += [f"\nWarning: {warning}" for warning in values.get("warnings", ())]
+    lines += [f"\nWarning: {warning}" for warning in values.get("warnings") or ()]
     return "\n".join(lines) + "\n"
 
 

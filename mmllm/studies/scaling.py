@@ -14,21 +14,19 @@ Shapes: P points, R resamples.
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from mmllm.studies.scaling_points import Points
 
 DELTA = 1e-3
 NAMES = ("E", "A", "B", "alpha", "beta")
 _LEAST_POINTS = 6
 """One more than the law has numbers."""
-ONE_EPOCH = 1.05
-"""Documents that come again teach less than new ones: points of more epochs are no part of a fit."""
 EXPONENTS = (0.01, 3.0)
 """Bounds of alpha and beta."""
 _LEAST_DISTINCT = 3
@@ -55,32 +53,6 @@ _RESAMPLED_STEPS = 100
 """Of each resample: from the best law on fewer are enough, but where points tell nothing, and none are."""
 _ALIKE = 0.01
 """Optima of a loss higher by no more than this share fit alike."""
-
-
-@dataclass(frozen=True)
-class Points:
-    """Trainings.
-
-    Attributes:
-        parameters_P: N.
-        tokens_P: D.
-        loss_P: in nats a token.
-    """
-
-    parameters_P: np.ndarray
-    tokens_P: np.ndarray
-    loss_P: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.loss_P)
-
-    def rows(self) -> list[tuple[float, float, float]]:
-        """N, D and L of each."""
-        return list(zip(self.parameters_P.tolist(), self.tokens_P.tolist(), self.loss_P.tolist(), strict=True))
-
-    def pick(self, places: np.ndarray) -> Points:
-        """Some of them."""
-        return Points(self.parameters_P[places], self.tokens_P[places], self.loss_P[places])
 
 
 @dataclass(frozen=True)
@@ -148,59 +120,6 @@ class Fit:
 
 
 # ---- points
-
-
-def read_points(
-    path: str | Path,
-    size: str = "parameters",
-    loss: str = "loss",
-    only: Mapping[str, str] | None = None,
-    fits: Callable[[Mapping[str, Any]], bool] | None = None,
-    is_needed: bool = True,
-) -> Points:
-    """Points from a JSONL file.
-
-    Args:
-        path: rows with parameters, tokens and a loss.
-        size: key of N, such as `total_parameters`.
-        loss: key of L; of what lies deeper, keys with dots between them: `loss_by_source.caption`.
-        only: keys and values; rows that have others are left out.
-        fits: says which rows are read; None: all.
-        is_needed: no points are an error.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a row lacks a key, or has no positive number there; the line is named.
-    """
-    path = Path(path)
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{path.name}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is no JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{where} is {line[:40]!r}; wanted an object with parameters, tokens and loss")
-        is_meant = all(str(row.get(key)) == value for key, value in (only or {}).items())
-        if is_meant and (fits is None or fits(row)):
-            found.append([_number(row, key, where) for key in (size, "tokens", loss)])
-    if not found and is_needed:
-        rest = "" if not only else f" where {', '.join(f'{key} is {value}' for key, value in only.items())}"
-        raise ValueError(f"{path} has no points{rest}")
-    parameters_P, tokens_P, loss_P = np.array(found).reshape(-1, 3).T
-    return Points(parameters_P, tokens_P, loss_P)
-
-
-def _number(row: Mapping[str, Any], key: str, where: str) -> float:
-    value: Any = row
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{where} has {key} {value!r}; it must be a positive number")
-    return float(value)
 
 
 def levels(values: Sequence[float] | np.ndarray) -> list[int]:

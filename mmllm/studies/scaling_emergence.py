@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmllm.studies.scaling_rates import read_rows
+from mmllm.studies.scaling_points import number_in, read_rows
 
 _LEAST_SIZES = 3
 
@@ -35,16 +35,17 @@ def emergence(path: str | Path, exact: str, continuous: str, only: Mapping[str, 
     Raises:
         ValueError: a point lacks a score, there are fewer than three, or they are of several variants.
     """
-    points = read_rows(path, only)
-    variants = sorted({str(row.get("variant")) for row in points})
+    points = list(read_rows(path, only))
+    variants = sorted({str(row.get("variant")) for _, row in points})
     if len(variants) > 1:
         raise ValueError(f"{path} has points of {', '.join(variants)}; choose one: --only variant={variants[0]}")
     sums: dict[tuple[Any, ...], list[list[float]]] = defaultdict(list)
-    for number, row in enumerate(points, start=1):
-        found = [_score(row, key, f"{Path(path).name}:{number}") for key in (exact, continuous)]
-        flops = float(row.get("flops") or 6 * row["parameters"] * row["tokens"])
+    for where, row in points:
+        found = [_score(row, key, where) for key in (exact, continuous)]
+        size, tokens = (number_in(row, name, where) for name in ("parameters", "tokens"))
+        flops = number_in(row, "flops", where) if "flops" in row else 6 * size * tokens
         swept = (row.get(key) for key in ("share", "rate", "batch_size"))
-        sums[row["parameters"], round(math.log(row["tokens"]), 1), *swept].append([flops, *found])
+        sums[size, round(math.log(tokens), 1), *swept].append([flops, *found])
     means = [[sum(column) / len(group) for column in zip(*group, strict=True)] for group in sums.values()]
     rows = [{"flops": flops, exact: one, continuous: other} for flops, one, other in sorted(means)]
     if len(rows) < _LEAST_SIZES:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mmllm.studies.scaling import Points
+from mmllm.studies.scaling_points import Points
 
 FLOPS_A_TOKEN = 6
 """Of training, for each parameter: 2 forward, 4 backward."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,14 @@ def plan(path: str | Path, flops: float, inference_tokens: float = 0.0) -> Optim
         FileNotFoundError: there is no such file.
         ValueError: it is no fit, its exponents are at their bounds, or `optimum` refuses the budget.
     """
-    law, values = _read_fit(Path(path))
+    law, values = read_fit(Path(path))
+    for name in ("alpha", "beta"):
+        low, high = EXPONENTS
+        if not low * (1 + _AT_BOUND) < values[name] < high * (1 - _AT_BOUND):
+            raise ValueError(
+                f"{path} has {name} {values[name]:.3g}, at or beyond the bounds of fits, {low:g} and {high:g}: its "
+                f"points don't tell it, and no plan can be made; fit more points, or wider ranges of them"
+            )
     best = optimum(law, flops, inference_tokens)
     warnings = [f"of the fit: {warning}" for warning in values.get("warnings") or []]
     size = values.get("size", ACTIVE)
@@ -139,11 +147,11 @@ def plan(path: str | Path, flops: float, inference_tokens: float = 0.0) -> Optim
     return Optimum(best.parameters, best.tokens, best.loss, warnings)
 
 
-def _read_fit(path: Path) -> tuple[Law, dict[str, Any]]:
+def read_fit(path: Path) -> tuple[Law, dict[str, Any]]:
     """The law of a fit's file, and all that is in it, checked.
 
     Raises:
-        ValueError: it is no fit, or an exponent is at its bound.
+        ValueError: it is no fit.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -154,24 +162,30 @@ def _read_fit(path: Path) -> tuple[Law, dict[str, Any]]:
     missing = [name for name in NAMES if not _is_number(values.get(name))]
     if missing:
         raise ValueError(f"{path} has {missing[0]} {values.get(missing[0])!r}, wanted a finite number; {again}")
-    for name in ("alpha", "beta"):
-        low, high = EXPONENTS
-        if not low * (1 + _AT_BOUND) < values[name] < high * (1 - _AT_BOUND):
-            raise ValueError(
-                f"{path} has {name} {values[name]:.3g}, at or beyond the bounds of fits, {low:g} and {high:g}: its "
-                f"points don't tell it, and no plan can be made; fit more points, or wider ranges of them"
-            )
     warnings, ranges = values.get("warnings") or [], values.get("ranges") or {}
     if not isinstance(warnings, list) or not isinstance(values.get("size", ""), str):
         raise ValueError(f"{path} has a size that is no text, or warnings that are no list; {again}")
     if not isinstance(ranges, dict):
         raise ValueError(f"{path} has ranges {ranges!r}, wanted an object; {again}")
     for name, between in ranges.items():
-        is_right = isinstance(between, list) and len(between) == 2 and all(_is_number(value) for value in between)
-        if not is_right or not 0 < between[0] <= between[1]:
+        if not _are_numbers(between, 2) or not 0 < between[0] <= between[1]:
             raise ValueError(f"{path} has ranges.{name} {between!r}, wanted two positive numbers, in order; {again}")
+    intervals, checks = values.get("intervals") or {}, values.get("check") or []
+    if not isinstance(intervals, dict) or not all(_are_numbers(between, 2) for between in intervals.values()):
+        raise ValueError(f"{path} has intervals {intervals!r}, wanted two numbers of each name; {again}")
+    keys = ("parameters", "tokens", "predicted", "measured", "error")
+    if not isinstance(checks, list) or not all(
+        isinstance(check, dict) and _are_numbers([check.get(key) for key in keys], len(keys)) for check in checks
+    ):
+        raise ValueError(f"{path} has check {checks!r}, wanted objects with {', '.join(keys)}; {again}")
+    if any(key in values and not _is_number(values[key]) for key in ("points", "error")):
+        raise ValueError(f"{path} has points or an error that are no numbers; {again}")
     return Law(*(float(values[name]) for name in NAMES)), values
 
 
+def _are_numbers(values: Any, count: int) -> bool:
+    return isinstance(values, list) and len(values) == count and all(_is_number(value) for value in values)
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -7,7 +7,6 @@ rate. A line through the logarithms of these tells the best of other sizes (Bi e
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from mmllm.studies.scaling_points import number_in, read_rows
 
 _LEAST_RATES = 3
 
@@ -36,16 +37,17 @@ def fit_rates(
         `warnings`.
 
     Raises:
-        ValueError: no size has three rates or more with a lowest loss in between.
+        ValueError: no size has three rates or more with a lowest loss in between, or a row is no point.
     """
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
-    for row in read_rows(path, only):
+    for where, row in read_rows(path, only):
+        size, tokens, _ = (number_in(row, name, where) for name in ("parameters", "tokens", "loss"))
         if not row.get("check"):
-            groups[row.get("variant"), row["parameters"], _rounded(row["tokens"])].append(row)
+            groups[row.get("variant"), size, _rounded(tokens)].append(row)
     best, warnings = [], []
     for (variant, size, _), rows in sorted(groups.items(), key=lambda item: (str(item[0][0]), item[0][1:])):
         found = _lowest(rows, key)
-        name = f"{'' if variant is None else f'{variant}, '}{size:,} parameters, {rows[0]['tokens']:,} tokens"
+        name = f"{'' if variant is None else f'{variant}, '}{size:,.0f} parameters, {rows[0]['tokens']:,} tokens"
         if isinstance(found, str):
             warnings.append(f"{name}: {found}")
         else:
@@ -95,29 +97,3 @@ def _lowest(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, float] | s
 def _rounded(tokens: float) -> float:
     """Lengths that are the same but for a last step."""
     return round(math.log(tokens), 1)
-
-
-def read_rows(path: str | Path, only: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
-    """Points as a sweep wrote them.
-
-    Args:
-        path: of the points.
-        only: keys and values; points that have others are left out.
-
-    Raises:
-        ValueError: a line is no point.
-    """
-    path, rows = Path(path), []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path.name}:{number} is no JSON: {error}") from None
-        missing = [key for key in ("parameters", "tokens", "loss") if not isinstance(row, dict) or key not in row]
-        if missing:
-            raise ValueError(f"{path.name}:{number} has no {missing[0]!r}; give points of `mmllm scaling sweep`")
-        if all(str(row.get(key)) == value for key, value in (only or {}).items()):
-            rows.append(row)
-    return rows

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from mmllm.studies.scaling import NAMES, ONE_EPOCH, FitConfig, Points, fit_law, levels, read_points
+from mmllm.studies.scaling import NAMES, FitConfig, fit_law, levels
 from mmllm.studies.scaling_isoflop import isoflop_fit
+from mmllm.studies.scaling_points import ONE_EPOCH, Points, read_points
 
 _CHECKED = 0.02
 """A loss predicted within this share of the measured one is right."""
-"""Keys of points that say how they were trained: the best of each size and length is fitted."""
 
 
 def fit_points(
@@ -85,10 +85,7 @@ def fit_points(
 
 
 def _is_repeated(row: Mapping[str, Any]) -> bool:
-    epochs = row.get("epochs", 1)
-    if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not epochs >= 0:
-        raise ValueError(f"a point has epochs {epochs!r}; it must be a number, or be left out")
-    return epochs > ONE_EPOCH
+    return row.get("epochs", 1) > ONE_EPOCH
 
 
 def _pairs(points: Points) -> dict[tuple[int, int], list[int]]:

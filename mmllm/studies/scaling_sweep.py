@@ -26,9 +26,10 @@ from mmllm.studies.commands import call, measured
 from mmllm.studies.lengths import GUESSED_STEPS, Length, read_training, until, write_files
 from mmllm.studies.measures import Measure
 from mmllm.studies.run import alone, check_manifests, make_data, run_once
-from mmllm.studies.scaling import ONE_EPOCH, check_points
+from mmllm.studies.scaling import check_points
 from mmllm.studies.scaling_grid import Run, Sweep, load_sweep
 from mmllm.studies.scaling_heldout import heldout_data, heldout_loss
+from mmllm.studies.scaling_points import ONE_EPOCH
 from mmllm.studies.settings import Settings, filled, for_one_process, put, put_all, read_values
 from mmllm.training.estimate import model_config
 from mmllm.training.parts import flops_of

@@ -34,8 +34,12 @@ class Interval(NamedTuple):
 
 
 def said_p(p: float | None) -> str:
-    """A p value as it is printed: three digits, and never 0."""
-    return "–" if p is None else "<0.001" if p < 0.0005 else f"{p:.3f}"
+    """A p value as it is printed: three digits, more where it would seem to be 0.05 and is below, and never 0."""
+    if p is None:
+        return "–"
+    if p < 0.0005:
+        return "<0.001"
+    return f"<{CLAIM_P}" if p < CLAIM_P and f"{p:.3f}" == f"{CLAIM_P:.3f}" else f"{p:.3f}"
 
 
 def interval_of(
