@@ -21,9 +21,7 @@ def add_scaling(commands: Any) -> None:
 
 def _add_sweep(actions: Any) -> None:
     parser = add_command(actions, "sweep", "train a grid of sizes and lengths; goes on where it stopped", _sweep)
-    parser.add_argument(
-        "plan", metavar="PLAN.yaml", help="or a shipped one by name: scaling/code.yaml"
-    )
+    parser.add_argument("plan", metavar="PLAN.yaml", help="or a shipped one by name: scaling/code.yaml")
     parser.add_argument("--out", required=True, metavar="DIR", help="where runs and points.jsonl go")
     parser.add_argument("--data", metavar="DIR", help="a run's folder that is there, instead of making the sweep's own")
     parser.add_argument("--workers", type=int, default=1, help="runs at once")
